@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method: the one interface that all pruning methods share.
+
+A method is a frozen dataclass whose fields are its options. It says what it ``needs``, and overrides exactly one of
+
+* ``score(tokens) -> (B, N)``: higher is kept (ranking methods),
+* ``select(tokens, k) -> keep_idx (B, k)``: for methods that choose a set,
+* ``merge(tokens, k) -> Merged``: for methods that also change features.
+
+It never sorts, gathers, masks, counts budgets or sees a model: the core does that, once, for all methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import SpecError, did_you_mean
+from .tokens import VisualTokens
+
+NEEDS = ("cls_attention", "received_attention", "features", "encoder_features", "keys", "cls_features", "projector")
+STAGES = ("before_lm", "inside_lm", "attention")
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What a merging method returns.
+
+    Args:
+        features: (B, K, D) rows for the language model, in the order it shall read them.
+        slots: (B, K) int64, the token whose place each row takes; -1 for a row without a place of its own ([CLS]).
+    """
+
+    features: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; subclasses are frozen dataclasses registered with ``@vlmprune.register(name)``."""
+
+    name: ClassVar[str] = ""  # set by register
+    stage: ClassVar[str] = "before_lm"
+    query_aware: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    nested: ClassVar[bool] = True  # more budget never removes a token
+    budgeted: ClassVar[bool] = True  # takes a keep budget
+    positions: ClassVar[str] = "compact"  # position ids of the kept sequence: "compact" or "original"
+    wraps: ClassVar[bool] = False  # takes another method as its field `inner`
+    paper: ClassVar[str] = ""
+    licence: ClassVar[str] = ""  # of the code that was read for facts, if any
+    needs: ClassVar[tuple[str, ...]] = ()  # what to capture; a property where it depends on options
+    layout: ClassVar[str] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines (tiled images only)
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """(B, N) float scores; higher is kept."""
+        raise NotImplementedError
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        """(B, k) distinct token indices, any order."""
+        raise NotImplementedError
+
+    def merge(self, tokens: VisualTokens, k: int) -> Merged:
+        """Rows that replace the tokens."""
+        raise NotImplementedError
+
+    @classmethod
+    def kind(cls) -> str:
+        """Which of ``score``, ``select``, ``merge`` this method overrides."""
+        kinds = [verb for verb in ("score", "select", "merge") if getattr(cls, verb) is not getattr(Method, verb)]
+        if not kinds:
+            raise SpecError(f"method {cls.__name__} overrides none of score, select, merge; override exactly one")
+        # a merging or set method may also score, for notebooks: the strongest verb decides how tokens are cut
+        return kinds[-1]
+
+
+def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise unless an option of a method has one of the allowed values."""
+    if value not in allowed:
+        raise SpecError(f"{option}={value!r} is unknown; expected one of {list(allowed)}.{did_you_mean(str(value), map(str, allowed))}")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adopted KV cache: it tells transformers how many tokens were *seen* and every layer how many slots are *held*.
+
+After a cut the cache is shorter than the conversation. Positions, prompt slicing and masks of the next call all start from
+``get_seq_length()``, so a cut cache answers that with the tokens seen, and carries what is needed to rebuild masks and
+positions. It stays the same object (its class becomes a generated subclass), so ``isinstance``, ``deepcopy``, beam
+reordering and cropping keep working.
+
+Layers are grouped: all layers of a group hold the same slots. Cuts before the language model make one group; a cut at layer
+L starts another. The *static part* ends at the last column where some row lost something; every later column is held by all
+layers, so cropping rejected draft tokens needs no bookkeeping.
+"""
+
+from __future__ import annotations
+
+import weakref
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError
+
+
+@dataclass
+class Group:
+    """Slots that the layers from ``start`` on hold for the static part."""
+
+    start: int
+    held: Tensor  # (B, P) bool, False for dead slots and padding
+    lost: Tensor  # (B,) how far positions were compacted
+
+    def select(self, rows: Tensor) -> Group:
+        return Group(self.start, self.held[rows.to(self.held.device)], self.lost[rows.to(self.lost.device)])
+
+
+@dataclass
+class CacheState:
+    """Bookkeeping that rides on an adopted cache."""
+
+    seen: int  # columns covered by the static part
+    groups: list[Group]
+    owner: weakref.ref
+    all_valid: bool  # every held slot is a token: masks may stay None
+    inside: bool = field(default=False, compare=False)  # the language model is running: lengths are physical
+
+    def group(self, layer: int) -> Group:
+        return next(group for group in reversed(self.groups) if group.start <= layer)
+
+    def __deepcopy__(self, memo: dict) -> CacheState:
+        groups = [Group(g.start, g.held.clone(), g.lost.clone()) for g in self.groups]
+        return CacheState(self.seen, groups, self.owner, self.all_valid)
+
+
+class CutCacheMixin:
+    """Overrides that a cut cache needs; mixed into the class of the cache at adoption."""
+
+    _vlmprune_state: CacheState | None
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        held = super().get_seq_length(0 if layer_idx is None else layer_idx)
+        state = self._vlmprune_state
+        if layer_idx is not None or state is None or state.inside or int(held) == 0:
+            return held
+        owner = state.owner()
+        if owner is None or not owner.attached:
+            raise InvariantError(
+                "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
+                "keep the session attached for all turns, or start again with an empty cache"
+            )
+        return held + state.seen - state.groups[0].held.shape[1]
+
+    def _rows(self, rows: Tensor) -> None:
+        state = self._vlmprune_state
+        if state is not None:
+            state.groups = [group.select(rows) for group in state.groups]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._vlmprune_state is not None:
+            batch = self._vlmprune_state.groups[0].held.shape[0]
+            self._rows(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(indices)
+
+    def crop(self, size: int) -> None:
+        """Remove columns from the end; positive sizes are an absolute number of tokens seen (older transformers)."""
+        state = self._vlmprune_state
+        if state is None:
+            return super().crop(size)
+        seen = int(self.get_seq_length())
+        remove = -size if size <= 0 else max(seen - size, 0)
+        if seen - remove < state.seen:
+            raise InvariantError(
+                f"cannot crop a pruned cache to {seen - remove} tokens: its first {state.seen} tokens were cut together; "
+                "crop only what came after the last image"
+            )
+        if remove:
+            super().crop(-remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self._vlmprune_state = None
+
+
+def state_of(cache: Any) -> CacheState | None:
+    """The bookkeeping of an adopted cache, or None for any other cache; an emptied static cache is released."""
+    state = getattr(cache, "_vlmprune_state", None)
+    if state is not None and int(super(CutCacheMixin, cache).get_seq_length(0)) == 0:
+        release(cache)
+        return None
+    return state
+
+
+def held_length(cache: Any, layer: int = 0) -> int:
+    """Slots that a layer really holds."""
+    return 0 if cache is None else int(cache.get_seq_length(layer))
+
+
+def adopt(cache: Any, state: CacheState) -> None:
+    """Attach bookkeeping to a cache, turning its class into a cut cache class."""
+    cls = type(cache)
+    if not issubclass(cls, CutCacheMixin):
+        cache.__class__ = type(f"Cut{cls.__name__}", (CutCacheMixin, cls), {"__module__": cls.__module__})
+    cache._vlmprune_state = state
+
+
+def release(cache: Any) -> None:
+    """Give a cache its own class back."""
+    if isinstance(cache, CutCacheMixin):
+        cache.__class__ = type(cache).__mro__[2]
+        del cache._vlmprune_state
+
+
+def fork(state: CacheState) -> CacheState:
+    """A shallow copy that may be changed without touching the original."""
+    return copy(state)

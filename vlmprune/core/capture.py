@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what a method needs from a vision tower that keeps its own fast attention.
+
+One query row of one block is enough for [CLS] attention, so the outputs of that block's q_proj and k_proj are watched and
+the row is recomputed: no eager attention, no attention map, nothing changed on the tower. Hooks are installed once and
+write to a thread-local record, so that concurrent calls do not see each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError, UnsupportedError
+
+_ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
+ATTENTION_NEEDS = ("cls_attention", "received_attention", "keys")
+
+
+def find_blocks(tower: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a tower, found by structure since attribute paths moved between transformers versions."""
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
+    if not lists:
+        raise UnsupportedError(f"no attention blocks found in vision tower {type(tower).__name__}; supported are CLIP and SigLIP towers")
+    return max(lists, key=len)
+
+
+def has_cls(tower: nn.Module) -> bool:
+    """Whether the tower puts a [CLS] token in front of its patches."""
+    return any(hasattr(module, "class_embedding") for module in tower.modules())
+
+
+def block_index(layer: int, count: int) -> int:
+    """The block whose output is ``hidden_states[layer]`` of an encoder with ``count`` blocks."""
+    index = layer + count if layer < 0 else layer - 1
+    if not 0 <= index < count:
+        raise UnsupportedError(f"layer={layer} is not the output of a block; this vision tower has layers -{count}..-1 and 1..{count}")
+    return index
+
+
+class VisionCapture:
+    """Watches one vision tower.
+
+    Args:
+        tower: the vision module; blocks need ``self_attn`` with ``q_proj``, ``k_proj`` and ``num_heads``.
+        needs: any of cls_attention, received_attention, keys, cls_features.
+        layers: indices into ``hidden_states`` that the model takes its features from (for cls_features).
+        layer: index of the layer whose attention is read; default the first of ``layers``.
+    """
+
+    def __init__(self, tower: nn.Module, needs: Sequence[str], layers: Sequence[int], layer: int | None = None) -> None:
+        self.needs = tuple(needs)
+        self.blocks = find_blocks(tower)
+        self.cls = has_cls(tower)
+        self.layers = [block_index(index, len(self.blocks)) for index in layers]
+        self.layer = self.layers[0] if layer is None else block_index(layer, len(self.blocks))
+        self._local = threading.local()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        attention = self.blocks[self.layer].self_attn
+        missing = [name for name in ("q_proj", "k_proj", "num_heads") if not hasattr(attention, name)]
+        if missing and set(self.needs) & set(ATTENTION_NEEDS):
+            raise UnsupportedError(f"{type(attention).__name__} has no {missing}; attention can be read from CLIP and SigLIP towers only")
+        if "cls_attention" in self.needs and not self.cls:
+            raise UnsupportedError(f"{type(tower).__name__} has no [CLS] token: use cls='mean', e.g. fastervlm(cls='mean')")
+
+    def install(self) -> None:
+        """Register the hooks."""
+        if self._handles:
+            raise CaptureError("this capture is installed already")
+        if set(self.needs) & set(ATTENTION_NEEDS):
+            attention = self.blocks[self.layer].self_attn
+            self._handles.append(attention.q_proj.register_forward_hook(self._on_queries))
+            self._handles.append(attention.k_proj.register_forward_hook(self._on_keys))
+        if "cls_features" in self.needs and self.cls:
+            for index in sorted(set(self.layers)):
+                self._handles.append(self.blocks[index].register_forward_hook(self._on_block(index)))
+
+    def remove(self) -> None:
+        """Remove the hooks; harmless when there are none."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Record what the tower computes in this thread inside the block."""
+        outer = getattr(self._local, "record", None)
+        self._local.record = Record(self)
+        try:
+            yield self._local.record
+        finally:
+            self._local.record = outer
+
+    def __enter__(self) -> Record:
+        self.install()
+        self._scope = self.recording()
+        return self._scope.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+        self._scope.__exit__(*error)
+
+    def _record(self) -> Record | None:
+        return getattr(self._local, "record", None)
+
+    def _on_queries(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if (record := self._record()) is not None:
+            record.attend(queries=output.detach())
+
+    def _on_keys(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if (record := self._record()) is not None:
+            record.attend(keys=output.detach())
+
+    def _on_block(self, index: int):
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if (record := self._record()) is not None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                record.rows[index] = hidden[:, :1]
+
+        return hook
+
+
+class Record:
+    """What one run of the tower gave; T counts crops (images, tiles, frames), S tokens with [CLS], N patches."""
+
+    def __init__(self, capture: VisionCapture) -> None:
+        self.capture = capture
+        self.rows: dict[int, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
+        self._half: dict[str, Tensor] = {}
+
+    def attend(self, **half: Tensor) -> None:
+        self._half.update(half)
+        if len(self._half) < 2:
+            return
+        queries, keys = self._half.pop("queries"), self._half.pop("keys")  # (T, S, C) each
+        attention = self.capture.blocks[self.capture.layer].self_attn
+        heads = attention.num_heads
+        scale = getattr(attention, "scale", (queries.shape[-1] // heads) ** -0.5)
+        first, needs = int(self.capture.cls), self.capture.needs
+        with torch.no_grad():
+            if "cls_attention" in needs:
+                self.found["cls_attention"] = row_attention(queries[:, 0], keys, heads, scale)[..., 1:]
+            if "received_attention" in needs:
+                self.found["received_attention"] = received_attention(queries, keys, heads, scale)[:, first:]
+            if "keys" in needs:
+                self.found["keys"] = keys.unflatten(-1, (heads, -1)).float().mean(2)[:, first:]
+
+    def take(self) -> dict[str, Tensor]:
+        """The captured tensors, one entry per need; raises when the tower did not run."""
+        found = dict(self.found)
+        if "cls_features" in self.capture.needs and self.capture.cls and len(self.rows) == len(set(self.capture.layers)):
+            found["cls_features"] = torch.cat([self.rows[index] for index in self.capture.layers], dim=-1)  # (T, 1, C)
+        expected = [n for n in self.capture.needs if n in ATTENTION_NEEDS or (n == "cls_features" and self.capture.cls)]
+        if missing := [name for name in expected if name not in found]:
+            raise CaptureError(f"the vision tower ran without giving {missing}; expected its block {self.capture.layer} to run once per call")
+        return found
+
+
+def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
+    """Softmaxed attention (T, H, S) of one query per crop, in float32.
+
+    query (T, C) and keys (T, S, C) are plain projections. The query is spread into a (C, H) block-diagonal matrix, so that
+    the keys are read once, as they lie in memory, without a per-head copy.
+    """
+    crops, width = query.shape
+    head_of = torch.arange(width, device=query.device) // (width // heads)
+    spread = query.new_zeros(crops, width, heads, dtype=torch.float32)
+    spread[:, torch.arange(width, device=query.device), head_of] = query.float() * scale
+    rows = keys.shape[1] if keys.dtype == torch.float32 else _ROWS_AT_ONCE
+    logits = torch.cat([chunk.float() @ spread for chunk in keys.split(rows, dim=1)], dim=1)  # (T, S, H)
+    return logits.softmax(dim=1).transpose(1, 2)
+
+
+def received_attention(queries: Tensor, keys: Tensor, heads: int, scale: float, rows: int = 16) -> Tensor:
+    """Attention received by each token (T, S), mean over queries and heads, in float32; never holds an S x S map."""
+    keys = keys.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).float()  # (T, H, d, S)
+    total = torch.zeros(keys.shape[0], keys.shape[-1], device=keys.device)
+    for chunk in queries.split(rows, dim=1):
+        chunk = chunk.unflatten(-1, (heads, -1)).transpose(1, 2).float() * scale  # (T, H, rows, d)
+        total += (chunk @ keys).softmax(dim=-1).sum(dim=(1, 2))
+    return total / (heads * queries.shape[1])

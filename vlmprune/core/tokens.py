@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisualTokens: all that a method may look at, for a batch of units with the same number of tokens.
+
+A *unit* is what one budget is spent on: an image (default), a crop (tile or frame), or all images of a sample.
+B counts units, N the tokens of a unit (patches only: newline and [CLS] embeddings are never tokens), H attention heads,
+D the width of the language model, C the width of the vision encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError, SpecError
+
+# name -> ranks it may have; (B, N) attention is read as one head
+_RANKS = {
+    "features": (3,),
+    "cls_attention": (2, 3),
+    "received_attention": (2,),
+    "encoder_features": (3,),
+    "keys": (3,),
+    "cls_features": (3,),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """Captured tensors of B units of N tokens; a field that was not captured is ``None``.
+
+    Args:
+        features: (B, N, D) tokens as the language model would get them (after the projector).
+        cls_attention: (B, H, N) softmaxed attention of [CLS] to the patches, [CLS] entry removed, not renormalised.
+        received_attention: (B, N) attention received by each patch, mean over queries and heads.
+        encoder_features: (B, N, C) patches as the projector takes them.
+        keys: (B, N, d) attention keys of the feature layer, mean over heads, unscaled.
+        cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0 without [CLS]).
+        projector: maps (..., C) to (..., D).
+        grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
+        ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
+    """
+
+    features: Tensor | None = None
+    cls_attention: Tensor | None = None
+    received_attention: Tensor | None = None
+    encoder_features: Tensor | None = None
+    keys: Tensor | None = None
+    cls_features: Tensor | None = None
+    projector: Callable[[Tensor], Tensor] | None = None
+    grids: tuple[tuple[int, int], ...] = ()
+    ordinal: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
+            if value.ndim not in _RANKS[name]:
+                raise SpecError(f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first")
+        if self.cls_attention is not None and self.cls_attention.ndim == 2:
+            object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
+        shapes = {name: (value.shape[0], value.shape[2] if name == "cls_attention" and value.ndim == 3 else value.shape[1])
+                  for name, value in given.items() if name != "cls_features"}
+        if len(set(shapes.values())) > 1:
+            raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
+        if self.grids and shapes and sum(r * c for r, c in self.grids) != self.count:
+            raise SpecError(f"grid {self.grids} holds {sum(r * c for r, c in self.grids)} tokens; the tensors hold {self.count}")
+
+    def _any(self) -> Tensor:
+        for name in _RANKS:
+            value = getattr(self, name)
+            if value is not None and name != "cls_features":
+                return value
+        raise CaptureError("no token tensor was given: pass at least one of " + ", ".join(n for n in _RANKS if n != "cls_features"))
+
+    @property
+    def batch(self) -> int:
+        """B, the number of units."""
+        return self._any().shape[0]
+
+    @property
+    def count(self) -> int:
+        """N, the number of tokens of each unit."""
+        value = self._any()
+        return value.shape[2] if value is self.cls_attention else value.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self._any().device
+
+    def need(self, name: str) -> Any:
+        """Return a captured field, or raise naming what is missing."""
+        value = getattr(self, name)
+        if value is None or value == ():
+            have = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != ()]
+            raise CaptureError(f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the method's needs")
+        return value

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error of the package. Each message says what was given, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmPruneError(Exception):
+    """Root of all errors raised on purpose by vlmprune."""
+
+
+class SpecError(VlmPruneError, ValueError):
+    """A spec, budget or option that cannot be understood."""
+
+
+class UnsupportedError(VlmPruneError):
+    """A model family, tower or mode that cannot do what was asked; names the nearest thing that works."""
+
+
+class CaptureError(VlmPruneError):
+    """Something a method needs could not be read from the model."""
+
+
+class InvariantError(VlmPruneError):
+    """The library caught itself, a method or a caller about to produce a wrong result."""
+
+
+class EvaluationError(VlmPruneError):
+    """A benchmark run that failed; never turned into an empty answer."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
