@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partitions of a token grid into exactly k near-square cells: the geometry behind ``uniform`` and ``pool``.
+
+One grid of R x C tokens gets r row bands, r chosen so that cells come out as square as possible; band i gets
+floor((i+1)k/r) - floor(ik/r) columns, so the cells number exactly k for every 1 <= k <= R*C. All edges are rounded to
+whole tokens; a band or column is never narrower than one token, hence no cell is empty.
+
+Several grids share k in proportion to their token counts (largest remainder, ties to the earlier grid). A grid whose
+share comes out as zero, which must happen when k is smaller than the number of grids, has no cell: its tokens carry the id -1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError
+
+Grids = Sequence[tuple[int, int]]
+
+
+def cells(grids: Grids, k: int) -> Tensor:
+    """(N,) int64 cell id of every token, 0..k-1 in raster order of the cells; -1 for a grid that got no cell."""
+    ids, first = [], 0
+    for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
+        if share == 0:
+            ids.append(torch.full((rows * cols,), -1))
+        for top, bottom, edges in _bands(rows, cols, share):
+            widths = torch.tensor([right - left for left, right in pairwise(edges)])
+            line = torch.repeat_interleave(torch.arange(first, first + len(widths)), widths)  # (C,)
+            ids.append(line.repeat(bottom - top))
+            first += len(widths)
+    return torch.cat(ids)
+
+
+def centres(grids: Grids, k: int) -> Tensor:
+    """(k,) int64 ascending: the token nearest to the centre of cell 0, 1, ... (the upper left one of equals)."""
+    found, start = [], 0
+    for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
+        for top, bottom, edges in _bands(rows, cols, share):
+            line = start + (top + bottom - 1) // 2 * cols
+            found += [line + (left + right - 1) // 2 for left, right in pairwise(edges)]
+        start += rows * cols
+    return torch.tensor(found)
+
+
+def boxes(grids: Grids) -> Tensor:
+    """(N, 4) float32 x0, y0, x1, y1 of every token inside its own grid, each grid spanning [0, 1] both ways."""
+    blocks = []
+    for rows, cols in grids:
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+        block = torch.stack([x / cols, y / rows, (x + 1) / cols, (y + 1) / rows], dim=-1)
+        blocks.append(block.reshape(-1, 4))
+    return torch.cat(blocks) if blocks else torch.zeros(0, 4)
+
+
+def _shares(grids: Grids, k: int) -> list[int]:
+    sizes = [rows * cols for rows, cols in grids]
+    total = sum(sizes)
+    if not 1 <= k <= total or min(sizes) < 1:
+        raise InvariantError(f"cannot cut grids {tuple(grids)} of {total} tokens into {k} cells; expected 1 <= cells <= tokens and no empty grid")
+    shares = [k * size // total for size in sizes]
+    # only grids with a fractional share can receive one more, so no share exceeds its grid
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))
+    for i in by_remainder[: k - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _bands(rows: int, cols: int, k: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(top, bottom, column edges) of every row band of one grid cut into k cells."""
+    if k == 0:
+        return
+    fewest = -(-k // cols)  # fewer bands would need columns narrower than a token
+    count = min(range(fewest, min(rows, k) + 1), key=lambda r: abs(math.log(rows * k / (r * r * cols))))
+    edges = _edges(rows, count)
+    for i in range(count):
+        yield edges[i], edges[i + 1], _edges(cols, (i + 1) * k // count - i * k // count)
+
+
+def _edges(length: int, parts: int) -> list[int]:
+    return [(2 * i * length + parts) // (2 * parts) for i in range(parts + 1)]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a method says to validated indices: the one place that sorts, breaks ties and refuses bad answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError
+from .base import Merged, Method
+from .tokens import VisualTokens
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """(B, k) int64 ascending indices of the k highest scores (B, N), compared in float32; ties go to the lower index, NaN ranks lowest."""
+    if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
+        raise InvariantError(f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k <= N")
+    # a stable ascending sort of 0 - s: lower index first, NaN last, and both zeros are the same zero
+    order = torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices
+    return order[:, :k].sort(dim=-1).values
+
+
+def rest_of(keep_idx: Tensor, n: int) -> Tensor:
+    """(B, n-k) ascending indices that are not in ``keep_idx`` (B, k), whose entries must differ."""
+    kept = torch.zeros(keep_idx.shape[0], n, dtype=torch.int8, device=keep_idx.device).scatter_(1, keep_idx, 1)
+    return torch.sort(kept, dim=-1, stable=True).indices[:, : n - keep_idx.shape[1]]
+
+
+def choose(method: Method, tokens: VisualTokens, k: int) -> Tensor | Merged:
+    """What ``method`` keeps of every unit at a budget of k tokens, validated.
+
+    Returns:
+        (B, k) int64 ascending indices, or the rows of a merging method. Keeping all N tokens asks no method: it is the dense model.
+    """
+    batch, n = tokens.batch, tokens.count
+    if not 1 <= k <= n:
+        raise InvariantError(f"{method.name}: a budget of {k} for {n} tokens reached the selection; expected 1 <= k <= {n}, so clamp it before")
+    everything = torch.arange(n, device=tokens.device).expand(batch, n)
+    kind = method.kind()
+    if kind == "merge":
+        if k == n:
+            return Merged(tokens.need("features"), everything)
+        return _check_merged(method, method.merge(tokens, k), tokens, k)
+    if k == n:
+        return everything
+    if kind == "score":
+        return top_k(_check_scores(method, method.score(tokens), batch, n), k)
+    return _check_indices(method, method.select(tokens, k), batch, n, k)
+
+
+def _check_scores(method: Method, scores: Tensor, batch: int, n: int) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != (batch, n):
+        raise InvariantError(f"{method.name}: score returned {_describe(scores)}; expected one number per token, shape {(batch, n)}")
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise InvariantError(f"{method.name}: {bad} of {batch * n} scores are not finite; refusing to rank them. Check the captured tensors for overflow")
+    return scores
+
+
+def _check_indices(method: Method, keep: Tensor, batch: int, n: int, k: int) -> Tensor:
+    if not isinstance(keep, Tensor) or keep.shape != (batch, k) or keep.dtype != torch.int64:
+        raise InvariantError(f"{method.name}: select returned {_describe(keep)}; expected int64 indices of shape {(batch, k)}")
+    keep = keep.sort(dim=-1).values
+    if bool(_misplaced(keep, 0, n).any()):
+        raise InvariantError(f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices in 0..{n - 1} per row")
+    return keep
+
+
+def _check_merged(method: Method, merged: Merged, tokens: VisualTokens, k: int) -> Merged:
+    batch, n, dense = tokens.batch, tokens.count, tokens.features
+    if not isinstance(merged, Merged):
+        raise InvariantError(f"{method.name}: merge returned {_describe(merged)}; expected a Merged")
+    rows, slots = merged.features, merged.slots
+    if rows.ndim != 3 or rows.shape[:2] != (batch, k) or (dense is not None and (rows.shape[2], rows.dtype) != (dense.shape[2], dense.dtype)):
+        expected = f"(B, K, D) = {(batch, k, dense.shape[2])} {dense.dtype}" if dense is not None else f"(B, K) = {(batch, k)}"
+        raise InvariantError(f"{method.name}: merge returned features {_describe(rows)}; expected {expected}")
+    if slots.shape != (batch, k) or slots.dtype != torch.int64:
+        raise InvariantError(f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}")
+    ordered = slots.sort(dim=-1).values
+    finite, placed = torch.stack([torch.isfinite(rows).all(), ~_misplaced(ordered, -1, n).any()]).tolist()
+    if not finite:
+        raise InvariantError(f"{method.name}: merge returned rows that are not finite. Check the captured tensors for overflow")
+    if not placed:
+        raise InvariantError(f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct indices in 0..{n - 1} per row")
+    return merged
+
+
+def _misplaced(ordered: Tensor, lowest: int, n: int) -> Tensor:
+    """(B, K) bool: ascending indices out of range, or equal to their left neighbour (-1 may repeat)."""
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return (ordered < lowest) | (ordered >= n) | repeated
+
+
+def _culprits(ordered: Tensor, lowest: int, n: int) -> str:
+    rows, places = _misplaced(ordered, lowest, n).nonzero(as_tuple=True)
+    wrong = ordered[rows, places].tolist()
+    outside = [i for i in wrong if not lowest <= i < n]
+    twice = [i for i in wrong if lowest <= i < n]
+    return "; ".join(f"{word} {some[:5]}" for word, some in (("out of range", outside), ("repeated", twice)) if some)
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

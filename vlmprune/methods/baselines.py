@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baselines every method has to beat: keep all, keep at random, keep a regular grid, average over a regular grid.
+
+No paper. Provenance: written for this package; no code was read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.base import Merged, Method
+from ..core.grid import cells, centres
+from ..core.tokens import VisualTokens
+from ..errors import SpecError
+from ..registry import register
+
+
+@register("dense")
+@dataclass(frozen=True)
+class Dense(Method):
+    """Keeps every token: the unpruned model, under the same hooks and the same report as all methods."""
+
+    budgeted: ClassVar[bool] = False
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.ones(tokens.batch, tokens.count, device=tokens.device)
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Method):
+    """Keeps a random subset that depends on the seed, the place of the image in its sample and N, on nothing else.
+
+    Without ``tokens.ordinal`` the rows are taken for the images of one sample.
+
+    Args:
+        seed: run several (0, 1, 2, ...) and report the band.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise SpecError(f"seed={self.seed!r} is not a seed; expected an integer from 0 to 2**32 - 1")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        ordinal = range(tokens.batch) if tokens.ordinal is None else tokens.ordinal.tolist()
+        return torch.stack([self._row(i, tokens.count) for i in ordinal]).to(tokens.device)
+
+    def _row(self, ordinal: int, n: int) -> Tensor:
+        # drawn on the CPU so that all devices keep the same tokens; a large prime keeps (seed, ordinal) pairs apart
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
+        return torch.rand(n, generator=generator)
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Keeps the token nearest to the centre of each of k near-square cells of the grid."""
+
+    nested: ClassVar[bool] = False
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        return centres(tokens.need("grids"), k).to(tokens.device).expand(tokens.batch, k)
+
+
+@register("pool")
+@dataclass(frozen=True)
+class Pool(Method):
+    """Replaces the tokens of each of k near-square cells by their mean, standing at the centre of the cell."""
+
+    nested: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+
+    def merge(self, tokens: VisualTokens, k: int) -> Merged:
+        features, grids = tokens.need("features"), tokens.need("grids")
+        member = cells(grids, k) == torch.arange(k)[:, None]  # (k, N)
+        weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
+        pooled = weight @ features.float()  # (B, k, D); a matrix product, because index_add is not deterministic on CUDA
+        return Merged(pooled.to(features.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))
