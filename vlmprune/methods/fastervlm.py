@@ -46,14 +46,12 @@ class FasterVLM(Method):
 
     def __post_init__(self) -> None:
         check_tower_options(self.cls, self.layer, self.anyres)
+        if self.anyres == "spatial":
+            object.__setattr__(self, "layout", "spatial")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("cls_attention",) if self.cls == "token" else ("received_attention",)
-
-    @property
-    def layout(self) -> str:  # type: ignore[override]
-        return "spatial" if self.anyres == "spatial" else "packed"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         if self.cls == "mean":

@@ -84,6 +84,8 @@ class VisionZip(Method):
 
     def __post_init__(self) -> None:
         check_tower_options(self.cls, self.layer, self.anyres)
+        if self.anyres == "spatial":
+            object.__setattr__(self, "layout", "spatial")
         one_of("combine", self.combine, ("add", "mean"))
         if self.contextual is not None and (type(self.contextual) is not int or self.contextual < 0):
             raise SpecError(f"contextual={self.contextual!r} is not a number of tokens; expected None or an integer >= 0")
@@ -92,10 +94,6 @@ class VisionZip(Method):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         attention = ("cls_attention", "cls_features") if self.cls == "token" else ("received_attention",)
         return (*attention, "encoder_features", "keys", "features", "projector")
-
-    @property
-    def layout(self) -> str:  # type: ignore[override]
-        return "spatial" if self.anyres == "spatial" else "packed"
 
     def split(self, k: int, crops: int = 1) -> tuple[int, int, int]:
         """How many ([CLS], dominant, contextual) rows a budget of k buys a unit of ``crops`` crops."""
