@@ -11,33 +11,39 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..core.base import one_of
+from ..core.keepmap import VIEWS
 from ..errors import SpecError
 
-VIEWS = ("stretch", "center")
 RIM = (255, 214, 10)
+STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 Grids = Sequence[tuple[int, int]]
+Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (height, width, 3) pixels, (height, width) values -> pixels
 
 
 def open_picture(image: Image.Image | str | PathLike[str]) -> Image.Image:
     """RGB picture from a PIL image of any mode or a path; a path is turned upright as its EXIF says, as processors load it."""
     if not isinstance(image, Image.Image):
         if not isinstance(image, (str, PathLike)):
-            raise SpecError(f"image is a {type(image).__name__}; expected a PIL image or a path (PIL.Image.fromarray makes one of an array)")
+            raise SpecError(f"image is a {type(image).__name__}; expected a PIL image or a path: PIL.Image.fromarray(...)")
         try:
             with Image.open(image) as file:
                 image = ImageOps.exif_transpose(file)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise SpecError(f"{str(image)!r} cannot be read as a picture ({error}); pass a PIL image or the path of one") from error
+            raise SpecError(f"{str(image)!r} cannot be read as a picture ({error}); pass a PIL image or its path") from error
     if 0 in image.size:
         raise SpecError(f"image has size {image.size}; expected at least 1 x 1 pixel")
     if image.mode[0] in "IF":  # deep grey has no agreed white: stretch what is there, or Pillow clips it to blank
         deep = np.asarray(image, dtype=np.float32)
-        low, high = np.nanmin(deep), np.nanmax(deep)
+        low, high = float(np.nanmin(deep)), float(np.nanmax(deep))
         return Image.fromarray(np.uint8(255 * np.nan_to_num((deep - low) / max(high - low, 1e-12)))).convert("RGB")
+    if image.mode == "La":  # Pillow turns premultiplied grey into nothing but LA
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
@@ -56,10 +62,10 @@ def view_box(size: tuple[int, int], view: str) -> tuple[int, int, int, int]:
 def ramp(values: np.ndarray) -> np.ndarray:
     """Colours (..., 3) in 0..255 of values in [0, 1]."""
     stops = np.linspace(0, 1, len(RAMP))
-    return np.stack([np.interp(values, stops, channel) for channel in zip(*RAMP)], axis=-1).astype(np.float32)
+    return np.stack([np.interp(values, stops, channel) for channel in zip(*RAMP, strict=True)], axis=-1).astype(np.float32)
 
 
-def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: float = 0.72) -> Image.Image:
+def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: float = 0.62) -> Image.Image:
     """Kept patches clear inside an outline, the others grey and darker by ``dim``.
 
     Args:
@@ -84,7 +90,7 @@ def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: f
     return _panels(image, grids, np.asarray(mask, dtype=bool), view, paint)
 
 
-def draw_scores(image: Any, grids: Grids, scores: Any, view: str = "stretch", alpha: float = 0.6) -> Image.Image:
+def draw_scores(image: Any, grids: Grids, scores: Any, view: str = "stretch", alpha: float = 0.65) -> Image.Image:
     """Heat map of (N,) scores over the grey picture, light is high; other arguments as in ``draw_keep``.
 
     Colours are linear between the 1st and the 99th percentile of all blocks together: single sinks would hide the rest.
@@ -96,7 +102,7 @@ def draw_scores(image: Any, grids: Grids, scores: Any, view: str = "stretch", al
     return _panels(image, grids, level, view, lambda region, shown: alpha * ramp(shown) + (1 - alpha) * _grey(region))
 
 
-def _panels(image: Any, grids: Grids, values: np.ndarray, view: str, paint: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Image.Image:
+def _panels(image: Any, grids: Grids, values: np.ndarray, view: str, paint: Paint) -> Image.Image:
     count = sum(rows * cols for rows, cols in grids)
     if values.shape != (count,):
         raise SpecError(f"values have shape {values.shape}; grids {tuple(grids)} expect ({count},)")
@@ -125,9 +131,9 @@ def _enlarge(block: np.ndarray, height: int, width: int) -> np.ndarray:
 def _dilate(mask: np.ndarray, width: int) -> np.ndarray:
     """True within ``width`` pixels of a true one, in a square neighbourhood."""
     for axis in (0, 1):
-        padded = np.pad(mask, [(width, width) if a == axis else (0, 0) for a in (0, 1)])
-        size = mask.shape[axis]
-        mask = np.logical_or.reduce([padded.take(range(shift, shift + size), axis) for shift in range(2 * width + 1)])
+        padded = np.moveaxis(np.pad(mask, [(width, width) if a == axis else (0, 0) for a in (0, 1)]), axis, 0)
+        shifted = [padded[start : start + mask.shape[axis]] for start in range(2 * width + 1)]
+        mask = np.moveaxis(np.logical_or.reduce(shifted), 0, axis)
     return mask
 
 
@@ -140,7 +146,7 @@ def _stripes(pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
     period = max(2, min(height, width) // 40)
     stripe = (np.arange(height)[:, None] + np.arange(width)) // period % 2
-    return 0.2 * _grey(pixels) + np.where(stripe[..., None], np.float32([150, 160, 180]), np.float32([190, 198, 204]))
+    return 0.2 * _grey(pixels) + np.where(stripe[..., None], *np.array(STRIPES, dtype=np.float32))
 
 
 def _fraction(name: str, value: float) -> None:

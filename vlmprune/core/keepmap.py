@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ScoreMap and KeepMap: the scores of the tokens of one image, and which were kept; plain tensors with a place in the picture."""
+
+from __future__ import annotations
+
+import json
+import operator
+from dataclasses import dataclass
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InvariantError, SpecError, VlmPruneError
+from ..spec import Budget
+from .base import Method, one_of
+from .grid import boxes
+from .select import top_k
+from .tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+VIEWS = ("stretch", "center")
+Grids = tuple[tuple[int, int], ...]
+PathName = str | PathLike[str]
+M = TypeVar("M", bound="_Map")
+
+
+class _Map:
+    """What both maps share: their place in the picture, and files."""
+
+    grids: Grids
+    view: str
+
+    def _settle(self, count: int | None) -> int:
+        """Check the plain fields; return the tokens that the grids hold, which must be ``count`` if given."""
+        try:
+            grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in self.grids)
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"grids={self.grids!r}; expected one (rows, cols) per block, such as ((24, 24),)") from error
+        held = sum(rows * cols for rows, cols in grids)
+        if count not in (None, held) or not held or any(min(grid) < 1 for grid in grids):
+            raise InvariantError(f"grids {grids} hold {held} tokens; expected {count or 'some'} in blocks of at least 1 x 1")
+        one_of("view", self.view, VIEWS)
+        for name, kind in (("method", str), ("index", int), ("frame", int | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise SpecError(f"{name}={getattr(self, name)!r}; expected {getattr(kind, '__name__', kind)}")
+        object.__setattr__(self, "grids", grids)
+        return held
+
+    def __repr__(self) -> str:
+        shown = {name: f"tensor{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for name, v in vars(self).items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in shown.items())})"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the only block."""
+        if len(self.grids) != 1:
+            raise SpecError(f"this image has {len(self.grids)} blocks of tokens, {self.grids}, so no single grid; use .grids")
+        return self.grids[0]
+
+    @property
+    def boxes(self) -> Tensor:
+        """(N, 4) float x0, y0, x1, y1 in [0, 1] of the view."""
+        return boxes(self.grids)
+
+    def save(self, path: PathName) -> None:
+        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly."""
+        suffix = _suffix(path)
+        fields = _stamp(type(self)) | {name: value for name, value in vars(self).items() if value is not None}
+        tensors: dict[str, Tensor] = {name: fields.pop(name) for name in ("keep_idx", "scores") if name in fields}
+        if suffix == ".json":
+            lists = {name: tensor.tolist() for name, tensor in tensors.items()}
+            Path(path).write_text(json.dumps(fields | lists) + "\n", encoding="utf-8")
+        else:
+            save_file(tensors, path, metadata={name: json.dumps(value) for name, value in fields.items()})
+
+    @classmethod
+    def load(cls: type[M], path: PathName) -> M:
+        """Read what ``save`` wrote; nothing in the file is executed."""
+        suffix = _suffix(path)
+        if not Path(path).is_file():
+            raise SpecError(f"no file at {str(path)!r}; expected the path of a saved {cls.__name__}")
+        try:
+            if suffix == ".json":
+                body = json.loads(Path(path).read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, framework="pt") as file:
+                    body = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+                    body |= {name: file.get_tensor(name) for name in file.keys()}
+            stamp = {name: body.pop(name, None) for name in ("format", "version")}
+            if stamp != _stamp(cls):
+                raise SpecError(f"it says {stamp}, expected {_stamp(cls)}")
+            return cls(**body)
+        except (VlmPruneError, SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise SpecError(f"{str(path)!r} is not a whole {cls.__name__} file: {error}. Write it again with save") from error
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreMap(_Map):
+    """Scores of the tokens of one image; higher is kept.
+
+    Args:
+        scores: (N,) finite, kept as float32 on the CPU.
+        grids: (rows, cols) of the blocks the N tokens form one after the other, in raster order.
+        method: the spec that scored.
+        view: what the blocks cover: "stretch", the whole picture; "center", its largest centred square (resize, then crop).
+        index: which image of the call.
+        frame: which frame of a video, or None.
+    """
+
+    scores: Tensor
+    grids: Grids
+    method: str = ""
+    view: str = "stretch"
+    index: int = 0
+    frame: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", _scores(self.scores))
+        self._settle(len(self))
+
+    def __len__(self) -> int:
+        return self.scores.shape[0]
+
+    def keep(self, keep: int | float | str | Budget) -> KeepMap:
+        """Keep the highest scores: a count of tokens or a fraction of them; the lower index wins ties."""
+        budget = Budget.of(keep)
+        if budget.scope != "image":
+            raise SpecError(f"budget {budget} has scope {budget.scope!r}; a score map is one image: give a plain number")
+        idx = top_k(self.scores[None], budget.count(len(self)))[0]
+        return KeepMap(idx, len(self), self.grids, self.scores, self.method, self.view, self.index, self.frame)
+
+    def draw(self, image: Image.Image | PathName, alpha: float = 0.65) -> Image.Image:
+        """Heat map over the picture; several blocks become panels side by side."""
+        from ..viz.overlay import draw_scores
+
+        return draw_scores(image, self.grids, self.scores, self.view, alpha)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KeepMap(_Map):
+    """Which tokens of one image were kept.
+
+    Args:
+        keep_idx: (K,) ascending token indices, kept as int64 on the CPU; empty where a shared budget went elsewhere.
+        total: N, the tokens there were; without it, what the grids hold.
+        scores: (N,) where the method scores, else None.
+        grids, method, view, index, frame: as in ``ScoreMap``.
+    """
+
+    keep_idx: Tensor
+    total: int = 0
+    grids: Grids = ()
+    scores: Tensor | None = None
+    method: str = ""
+    view: str = "stretch"
+    index: int = 0
+    frame: int | None = None
+
+    def __post_init__(self) -> None:
+        idx = _vector("keep_idx", self.keep_idx)
+        if len(idx) and idx.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise SpecError(f"keep_idx is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])")
+        object.__setattr__(self, "keep_idx", idx.to(torch.int64))
+        object.__setattr__(self, "total", self._settle(self.total or None))
+        wrong = self.keep_idx[(self.keep_idx < 0) | (self.keep_idx >= self.total)]
+        if len(wrong) or (self.keep_idx.diff() <= 0).any():
+            what = f"{wrong.tolist()[:5]} out of range" if len(wrong) else "entries repeated or out of order"
+            raise InvariantError(f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them first")
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _scores(self.scores))
+            if len(self.scores) != self.total:
+                raise InvariantError(f"scores hold {len(self.scores)} tokens; expected one score for each of {self.total}")
+
+    def __len__(self) -> int:
+        return self.keep_idx.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """(N,) bool, true where kept."""
+        return torch.zeros(self.total, dtype=torch.bool).index_fill_(0, self.keep_idx, True)
+
+    @property
+    def kept_boxes(self) -> Tensor:
+        """(K, 4) boxes of the kept tokens."""
+        return self.boxes[self.keep_idx]
+
+    @property
+    def share(self) -> float:
+        """K / N."""
+        return len(self) / self.total
+
+    def overlap(self, other: KeepMap) -> float:
+        """Jaccard index of the two kept sets: 1 for the same tokens, 0 for none in common."""
+        if other.total != self.total:
+            raise SpecError(f"maps of {self.total} and {other.total} tokens; overlap expects maps of the same image and model")
+        union = int((self.mask | other.mask).sum())
+        return int((self.mask & other.mask).sum()) / union if union else 1.0
+
+    def coverage(self, cells: int | None = None) -> float:
+        """Share of the view's area under a kept box of any block.
+
+        With ``cells``, each block is cut into cells x cells coarse cells instead; the share is of those that hold a kept token's
+        centre among those that hold any, so it is 1 if nothing was cut, however small the block.
+        """
+        parts = self.mask.split([rows * cols for rows, cols in self.grids])
+        blocks = [part.reshape(grid).numpy() for part, grid in zip(parts, self.grids, strict=True)]
+        if cells is None:
+            return _union_area(blocks)
+        if cells < 1:
+            raise SpecError(f"cells={cells}; expected at least 1, or None for the exact area")
+        reached, kept = 0, 0
+        for block in blocks:
+            row, col = ((2 * np.arange(side) + 1) * cells // (2 * side) for side in block.shape)
+            cell = row[:, None] * cells + col
+            reached, kept = reached + len(np.unique(cell)), kept + len(np.unique(cell[block]))
+        return kept / reached
+
+    @property
+    def replay(self) -> Replay:
+        """A method that keeps exactly these tokens."""
+        if not len(self):
+            raise SpecError(f"{self} kept no token; replay expects a map that kept at least one")
+        return Replay(tuple(self.keep_idx.tolist()), self.total)
+
+    def draw(self, image: Image.Image | PathName, dim: float = 0.62) -> Image.Image:
+        """The picture, dropped patches grey and dark, kept ones clear and outlined; several blocks become panels side by side."""
+        from ..viz.overlay import draw_keep
+
+        return draw_keep(image, self.grids, self.mask, self.view, dim)
+
+
+@dataclass(frozen=True)
+class Replay(Method):
+    """Keeps the tokens of a ``KeepMap``, in every unit of as many tokens as the map had."""
+
+    keep_idx: tuple[int, ...]
+    total: int
+
+    name: ClassVar[str] = "replay"
+    nested: ClassVar[bool] = False
+
+    @property
+    def keep(self) -> int:
+        """K, the only budget it can meet."""
+        return len(self.keep_idx)
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        if (tokens.count, k) != (self.total, self.keep):
+            raise InvariantError(f"asked to keep {k} of {tokens.count} tokens; this replay holds {self.keep} of {self.total}: "
+                                 f"use keep={self.keep} and an image that yields {self.total} tokens")
+        return torch.tensor(self.keep_idx, device=tokens.device).expand(tokens.batch, -1)
+
+
+def _stamp(cls: type[_Map]) -> dict[str, Any]:
+    return {"format": f"vlmprune.{cls.__name__.lower()}", "version": 1}
+
+
+def _suffix(path: PathName) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".safetensors", ".json"):
+        raise SpecError(f"{str(path)!r} ends in {suffix!r}; expected .safetensors or .json")
+    return suffix
+
+
+def _vector(name: str, value: Any) -> Tensor:
+    """A copy of our own on the CPU: a view would keep the caller's batch alive and change with it."""
+    try:
+        vector = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"{name} cannot be made a tensor ({error}); expected a vector of numbers") from error
+    if vector.ndim != 1:
+        raise SpecError(f"{name} has shape {tuple(vector.shape)}; expected one axis: take one row of a batch")
+    return vector
+
+
+def _scores(value: Any) -> Tensor:
+    scores = _vector("scores", value)
+    if scores.is_complex() or not scores.to(torch.float32).isfinite().all():
+        raise InvariantError(f"scores of {len(scores)} tokens are not all finite in float32; fix the method that made them")
+    return scores.to(torch.float32)
+
+
+def _union_area(blocks: list[np.ndarray]) -> float:
+    """Share of the unit square under the true cells of any block, exact: in fractions, between the edges of all blocks."""
+    edges = [sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)}) for axis in (0, 1)]
+    covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
+    for block in blocks:
+        covered |= block[np.ix_(*([int(low * n) for low in edge[:-1]] for edge, n in zip(edges, block.shape, strict=True)))]
+    heights, widths = (np.diff(np.array(edge, dtype=object)) for edge in edges)
+    return float(heights @ covered.astype(object) @ widths)
