@@ -31,10 +31,12 @@ class Merged:
     Args:
         features: (B, K, D) rows for the language model, in the order it shall read them.
         slots: (B, K) int64, the token whose place each row takes; -1 for a row without a place of its own ([CLS]).
+        context: (K,) bool, rows that stand for many tokens and are listed after the others where tiles are interleaved.
     """
 
     features: Tensor
     slots: Tensor
+    context: Tensor | None = None
 
 
 @dataclass(frozen=True)

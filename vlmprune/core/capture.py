@@ -9,7 +9,7 @@ write to a thread-local record, so that concurrent calls do not see each other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from ..errors import CaptureError, UnsupportedError
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 ATTENTION_NEEDS = ("cls_attention", "received_attention", "keys")
+PROJECTOR_NEEDS = ("encoder_features", "tile_features")
 
 
 def find_blocks(tower: nn.Module) -> nn.ModuleList:
@@ -47,13 +48,23 @@ class VisionCapture:
 
     Args:
         tower: the vision module; blocks need ``self_attn`` with ``q_proj``, ``k_proj`` and ``num_heads``.
-        needs: any of cls_attention, received_attention, keys, cls_features.
+        needs: any of cls_attention, received_attention, keys, cls_features; with a projector also encoder_features (what
+            it is given) and tile_features (what it returns).
         layers: indices into ``hidden_states`` that the model takes its features from (for cls_features).
         layer: index of the layer whose attention is read; default the first of ``layers``.
+        projector: the module between tower and language model.
     """
 
-    def __init__(self, tower: nn.Module, needs: Sequence[str], layers: Sequence[int], layer: int | None = None) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        needs: Sequence[str],
+        layers: Sequence[int],
+        layer: int | None = None,
+        projector: nn.Module | None = None,
+    ) -> None:
         self.needs = tuple(needs)
+        self.projector = projector
         self.blocks = find_blocks(tower)
         self.cls = has_cls(tower)
         self.layers = [block_index(index, len(self.blocks)) for index in layers]
@@ -78,6 +89,8 @@ class VisionCapture:
         if "cls_features" in self.needs and self.cls:
             for index in sorted(set(self.layers)):
                 self._handles.append(self.blocks[index].register_forward_hook(self._on_block(index)))
+        if set(self.needs) & set(PROJECTOR_NEEDS) and self.projector is not None:
+            self._handles.append(self.projector.register_forward_hook(self._on_projector))
 
     def remove(self) -> None:
         """Remove the hooks; harmless when there are none."""
@@ -115,7 +128,11 @@ class VisionCapture:
         if (record := self._record()) is not None:
             record.attend(keys=output.detach())
 
-    def _on_block(self, index: int):
+    def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if (record := self._record()) is not None:
+            record.found["encoder_features"], record.found["tile_features"] = args[0], output
+
+    def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if (record := self._record()) is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
@@ -155,7 +172,7 @@ class Record:
         found = dict(self.found)
         if "cls_features" in self.capture.needs and self.capture.cls and len(self.rows) == len(set(self.capture.layers)):
             found["cls_features"] = torch.cat([self.rows[index] for index in self.capture.layers], dim=-1)  # (T, 1, C)
-        expected = [n for n in self.capture.needs if n in ATTENTION_NEEDS or (n == "cls_features" and self.capture.cls)]
+        expected = [n for n in self.capture.needs if n in ATTENTION_NEEDS + PROJECTOR_NEEDS or (n == "cls_features" and self.capture.cls)]
         if missing := [name for name in expected if name not in found]:
             raise CaptureError(f"the vision tower ran without giving {missing}; expected its block {self.capture.layer} to run once per call")
         return found

@@ -127,7 +127,8 @@ class VisionZip(Method):
         made = project(torch.cat([cls_rows, context], dim=1))  # the projector works token by token
         rows = [made[:, : cls_rows.shape[1]], _rows(features, groups.dominant), made[:, cls_rows.shape[1] :]]
         no_place = groups.targets.new_full(cls_rows.shape[:2], -1)
-        return Merged(torch.cat(rows, dim=1), torch.cat([no_place, groups.dominant, groups.targets], dim=1))
+        slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
+        return Merged(torch.cat(rows, dim=1), slots, context=torch.arange(k) >= k - contextual)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

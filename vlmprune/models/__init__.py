@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter per model family; ``adapter_for(model)`` finds the right one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError, did_you_mean
+from .base import Adapter
+
+_ADAPTERS = {
+    "llava": "llava:LlavaAdapter",
+    "vipllava": "llava:VipLlavaAdapter",
+    "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+}
+
+
+def families() -> list[str]:
+    """Model types (as in HF configs) that have an adapter."""
+    return sorted(_ADAPTERS)
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a model, PEFT wrappers unwrapped; raises for anything that cannot be pruned right."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"expected a loaded transformers model, got {type(model).__name__}; load it first with from_pretrained")
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedError("nn.DataParallel copies the model, hooks stay with the original; use one process per device instead")
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if getattr(config, "vision_config", None) is None:
+        raise UnsupportedError(f"{type(model).__name__} (model type {model_type!r}) has no vision tower; supported families: {families()}")
+    if model_type not in _ADAPTERS:
+        raise UnsupportedError(f"model type {model_type!r} is not supported; families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}")
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), "language_model"):
+        raise UnsupportedError(f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration")
+    module, name = _ADAPTERS[model_type].split(":")
+    return getattr(import_module(f".{module}", __name__), name)(model)

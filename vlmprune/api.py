@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four verbs: prune, attach, score, select."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core.base import Merged, Method
+from .core.keepmap import Replay, ScoreMap
+from .core.pictures import make_units, stack_units
+from .core.select import choose
+from .core.session import Session
+from .core.tokens import VisualTokens
+from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
+from .models import Adapter, adapter_for
+from .spec import Budget, Spec, parse
+
+POSITIONS = ("compact", "original")
+
+
+def prune(
+    model: Any,
+    method: str | Spec | Method,
+    *,
+    keep: int | float | str | Budget | None = None,
+    positions: str | None = None,
+    strict: bool = False,
+) -> Session:
+    """Prune visual tokens inside an unmodified transformers model, as a context manager.
+
+    Args:
+        model: a loaded LLaVA-family model.
+        method: a spec such as ``"fastervlm@64"``, or a method object together with ``keep``.
+        keep: int = tokens, float in (0, 1] = fraction; only where the spec has none.
+        positions: "compact" re-counts positions after the cut, "original" leaves gaps; default as the method declares.
+        strict: raise when an image holds fewer tokens than an absolute ``keep``, instead of keeping them all.
+
+    Example:
+        >>> with vlmprune.prune(model, "fastervlm@64") as run:  # doctest: +SKIP
+        ...     ids = model.generate(**inputs, max_new_tokens=32)
+        >>> print(run.last)  # doctest: +SKIP
+    """
+    if positions not in (None, *POSITIONS):
+        raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
+    built, budget, text = resolve(method, keep)
+    adapter = adapter_for(model)
+    if built.stage != "before_lm":
+        raise UnsupportedError(f"{built.name} acts at stage {built.stage!r}, which has no host yet; methods before the language model work")
+    return Session(adapter, built, budget, text, positions=positions, strict=strict)
+
+
+def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
+    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` is a cheap dense switch."""
+    return prune(model, method, **options).attach()
+
+
+def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True) -> tuple[Method, Budget | None, str]:
+    """(method object, budget, spec text) from whatever a user may give."""
+    if isinstance(method, Replay):
+        return method, Budget.of(method.keep if keep is None else keep), "replay"
+    if isinstance(method, Method):
+        budget = None if keep is None else Budget.of(keep)
+        name = method.name or type(method).__name__.lower()
+        if budget is None and method.budgeted and need_keep:
+            raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
+        if budget is not None and not method.budgeted:
+            raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
+        return method, budget, name if budget is None else f"{name}@{budget}"
+    if isinstance(method, type) and issubclass(method, Method):
+        raise SpecError(f"{method.__name__} is a class; give an object, e.g. {method.__name__}()")
+    spec = parse(method)
+    if keep is not None:
+        if any(part.budget is not None for part in spec.parts):
+            raise SpecError(f"{str(spec)!r} has a budget and keep={keep!r} was given as well; give one of them")
+        spec = spec.with_keep(keep)
+    plans = spec.build(require_budget=need_keep)
+    if len(plans) != 1:
+        raise UnsupportedError(f"{str(spec)!r} combines {len(plans)} methods; combinations of acting methods have no host yet, use one")
+    return plans[0].method, plans[0].budget, str(spec)
+
+
+def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
+    """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame."""
+    built, _, text = resolve(method, need_keep=False)
+    if built.kind() != "score":
+        raise UnsupportedError(f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)")
+    adapter = adapter_for(model)
+    maps: list[ScoreMap] = []
+    for modality in adapter.modalities:
+        if inputs.get(modality.pixels) is None:
+            continue
+        encode = getattr(adapter.inner, modality.encode)
+        arguments = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
+        adapter.check(arguments, modality)
+        capture = adapter.capture(built.needs, getattr(built, "layer", None))
+        with torch.no_grad(), capture as record:
+            output = encode(**arguments)
+        pictures = adapter.pictures(modality, output, arguments, record.take())
+        units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
+        for number, unit in enumerate(units):
+            with torch.no_grad():
+                scores = finite_scores(built, stack_units([unit], pictures, adapter.projector))[0].float().cpu()
+            start, frames = 0, pictures[number].frames
+            for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
+                count = sum(rows * cols for rows, cols in grids)
+                part = scores[start : start + count]
+                maps.append(ScoreMap(part, grids=grids, method=text, view=pictures[number].view, index=number, frame=frame if frames else None))
+                start += count
+    if not maps:
+        raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
+    return maps
+
+
+def finite_scores(method: Method, tokens: VisualTokens) -> Tensor:
+    """(B, N) scores of a method, refused when they are not finite."""
+    scores = method.score(tokens)
+    if not bool(scores.isfinite().all()):
+        raise InvariantError(f"{method.name} gave {int((~scores.isfinite()).sum())} scores that are not finite; check the model's activations")
+    return scores
+
+
+def select(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, **tensors: Any) -> Tensor:
+    """Choose tokens from plain tensors, no model needed: ``keep_idx`` (B, K) int64, ascending.
+
+    Args:
+        method: spec or method object.
+        keep: budget, unless the spec has one.
+        grid: (rows, cols) of the tokens, or a tuple of several blocks.
+        tensors: fields of VisualTokens, e.g. ``features=(B, N, D)``, ``cls_attention=(B, H, N)``.
+
+    Example:
+        >>> import torch, vlmprune
+        >>> vlmprune.select("fastervlm", keep=2, cls_attention=torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+        tensor([[1, 3]])
+    """
+    built, budget, text = resolve(method, keep)
+    known = [name for name in VisualTokens.__dataclass_fields__ if name != "grids"]
+    for name in tensors:
+        if name not in known:
+            raise SpecError(f"select got {name!r}; expected {known}.{did_you_mean(name, known)}")
+    tokens = VisualTokens(**tensors, grids=_grids(grid))
+    if tokens.count == 0 or tokens.batch == 0:
+        raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
+    k = tokens.count if budget is None else budget.count(tokens.count)
+    if k >= tokens.count:
+        return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
+    with torch.no_grad():
+        result = choose(built, tokens, k)
+    if isinstance(result, Merged):
+        return torch.stack([row[row >= 0].sort().values for row in result.slots])
+    return result
+
+
+def _grids(grid: Any) -> tuple[tuple[int, int], ...]:
+    if grid is None:
+        return ()
+    try:
+        blocks = [grid] if isinstance(grid[0], int) else list(grid)
+        grids = tuple((int(rows), int(cols)) for rows, cols in blocks)
+    except (TypeError, ValueError, IndexError) as error:
+        raise SpecError(f"grid={grid!r}; expected (rows, cols) or several of them") from error
+    if any(rows < 1 or cols < 1 for rows, cols in grids):
+        raise SpecError(f"grid={grid!r} has an empty side; expected positive rows and columns")
+    return grids
+
+
+__all__ = ["Adapter", "attach", "prune", "resolve", "score", "select"]

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Session: the hooks of one attached method, and nothing else.
+
+    model.generate
+      inner.get_image_features      wrapped: records what the method needs; pictures ride on the returned object, because
+                                    transformers may encode long before it calls forward
+      inner.forward                 opens and closes the call record (also after an exception)
+        language_model              entrance: cut, masks, positions; exit: full length again, cache bookkeeping
+    model.create_masks_for_generate wrapped: static caches keep the 2-D mask, so that masks are made in the cut frame
+
+Call state is thread-local and dies with the call; after ``detach`` the model is exactly what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ..errors import CaptureError, InvariantError, UnsupportedError
+from ..spec import Budget
+from .base import Method
+from .cache import state_of
+from .entrance import Call, Entrance
+from .report import Report
+
+MARK = "_vlmprune_pictures"  # attribute that pictures ride on
+
+
+class _Wrapper:
+    """A bound method replaced on one instance; refuses to be copied with its model."""
+
+    def __init__(self, session: Session, original: Any) -> None:
+        functools.update_wrapper(self, original)  # generate inspects the signature
+        self.session, self.original = session, original
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise UnsupportedError("a model cannot be copied while pruning is attached: the copy would still use the original; detach first")
+
+    def __reduce__(self) -> None:
+        raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
+
+
+class _Encode(_Wrapper):
+    """Wraps get_image_features or get_video_features."""
+
+    def __init__(self, session: Session, original: Any, modality: Any) -> None:
+        super().__init__(session, original)
+        self.modality = modality
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if not session.enabled or session.budget is None:
+            return self.original(*args, **kwargs)
+        arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        session.adapter.check(arguments, self.modality)
+        with session.capture.recording() as record:
+            output = self.original(*args, **kwargs)
+        pictures = session.adapter.pictures(self.modality, output, arguments, record.take())
+        if hasattr(output, "pooler_output"):
+            setattr(output, MARK, pictures)
+        call = session.call
+        if call is not None:
+            call.pictures[self.modality.name] = pictures
+            call.report.fire("encode")
+        return output
+
+
+class _KeepMask2D(_Wrapper):
+    """Wraps create_masks_for_generate: the 4-D mask is made inside the language model, where the cut frame is known."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs["attention_mask"] if "attention_mask" in kwargs else args[2]
+
+
+class Session:
+    """One method attached to one model; also the handle that users hold.
+
+    Attributes:
+        enabled: set False for a dense run without detaching. Caches that were cut keep working.
+        last: Report of the last call that read a prompt.
+    """
+
+    def __init__(
+        self, adapter: Any, method: Method, budget: Budget | None, spec: str, *, positions: str | None = None, strict: bool = False
+    ) -> None:
+        self.adapter, self.method, self.budget, self.spec, self.strict = adapter, method, budget, spec, strict
+        self.positions = positions or method.positions
+        self.enabled = True
+        self.attached = False
+        self.last: Report | None = None
+        self.reference = weakref.ref(self)
+        self.depth = adapter.language_model.config.num_hidden_layers
+        needs = [*method.needs, *(("tile_features",) if method.layout == "spatial" else ())]
+        self.capture = adapter.capture(needs, getattr(method, "layer", None))
+        self._entrance = Entrance(self)
+        self._local = threading.local()
+        self._handles: list[Any] = []
+        self._wrapped: list[tuple[nn.Module, str]] = []
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise UnsupportedError("a model cannot be copied while pruning is attached; detach first")
+
+    @property
+    def call(self) -> Call | None:
+        """The call record of this thread."""
+        return getattr(self._local, "call", None)
+
+    # attach and detach ----------------------------------------------------------------------------------------------
+
+    def attach(self) -> Session:
+        """Install all hooks; on any failure none stays."""
+        inner, model = self.adapter.inner, self.adapter.model
+        for modality in self.adapter.modalities:
+            other = inner.__dict__.get(modality.encode)
+            if isinstance(other, _Wrapper):
+                raise InvariantError(f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first")
+        try:
+            for modality in self.adapter.modalities:
+                self._wrap(inner, modality.encode, _Encode(self, getattr(inner, modality.encode), modality))
+            if hasattr(model, "create_masks_for_generate"):
+                self._wrap(model, "create_masks_for_generate", _KeepMask2D(self, model.create_masks_for_generate))
+            else:
+                from transformers.masking_utils import create_masks_for_generate
+
+                self._wrap(model, "create_masks_for_generate", _KeepMask2D(self, create_masks_for_generate))
+            language_model = self.adapter.language_model
+            self._handles = [
+                inner.register_forward_pre_hook(self._open, with_kwargs=True),
+                inner.register_forward_hook(self._close, always_call=True),
+                language_model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                language_model.register_forward_hook(self._leave),
+            ]
+            if "flash" in str(language_model.config._attn_implementation):
+                self._handles += [layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers]
+            self.capture.install()
+        except BaseException:
+            self.detach()
+            raise
+        self.attached = True
+        return self
+
+    def _wrap(self, module: nn.Module, name: str, wrapper: _Wrapper) -> None:
+        if name in module.__dict__:
+            raise InvariantError(f"{type(module).__name__}.{name} is replaced on the instance already; undo that before attaching")
+        module.__dict__[name] = wrapper
+        self._wrapped.append((module, name))
+
+    def detach(self) -> None:
+        """Leave the model exactly as it was; harmless when called again."""
+        self.attached = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.capture.remove()
+        while self._wrapped:
+            module, name = self._wrapped.pop()
+            del module.__dict__[name]
+
+    def __enter__(self) -> Session:
+        return self if self.attached else self.attach()
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<vlmprune {self.spec} on {type(self.adapter.model).__name__}, {'attached' if self.attached else 'detached'}>"
+
+    # hooks ----------------------------------------------------------------------------------------------------------
+
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        continues = cache is not None and int(cache.get_seq_length()) > 0
+        call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), Report(self.spec), continues)
+        self._local.call = call
+        for modality in self.adapter.modalities:
+            encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+            if encoded is None or not self.enabled or self.budget is None:
+                continue
+            pictures = getattr(encoded, MARK, None)
+            if pictures is None:
+                raise CaptureError(
+                    f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached (or were rebuilt since, "
+                    "as chunked prefill does); attach before encoding and leave prefill_chunk_size unset"
+                )
+            call.pictures[modality.name] = pictures
+            call.report.fire("encode")
+        return (), kwargs
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        call = self.call
+        if call is None:
+            return None
+        changed = self._entrance.enter(call, kwargs)
+        return None if changed is None else (args, changed)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return output if self.call is None else self._entrance.leave(self.call, output)
+
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
+        call, self._local.call = self.call, None
+        if call is None:
+            return
+        state = state_of(call.cache)
+        if state is not None:
+            state.inside = False
+        if output is None:  # the forward raised
+            return
+        if call.pictures and not call.entered:
+            raise InvariantError(f"images were encoded but the language model of {type(self.adapter.model).__name__} was not entered: nothing was pruned")
+        if call.continues and not call.pictures and self.last is not None:
+            self.last.decode_steps += 1
+            return
+        report = call.report
+        if not call.pictures:
+            report.note = "disabled" if not self.enabled else "dense" if self.budget is None else "no images in this call"
+        self.last = report
+
+
+def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    # FlashAttention takes gaps in position_ids for packed sequences; rotary angles were computed from them already
+    return args, {**kwargs, "position_ids": None}

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 and VipLLaVA: one crop per image, patches in raster order."""
+
+from __future__ import annotations
+
+from .base import Adapter
+
+
+class LlavaAdapter(Adapter):
+    """LlavaForConditionalGeneration with a CLIP or SigLIP tower and any decoder that transformers builds its masks for."""
+
+    model_type = "llava"
+
+
+class VipLlavaAdapter(Adapter):
+    """VipLlavaForConditionalGeneration: features of several layers side by side."""
+
+    model_type = "vipllava"
+
+    @property
+    def layers(self) -> list[int]:
+        layer = getattr(self.config, "vision_feature_layers", None) or self.config.vision_feature_layer
+        return [layer] if isinstance(layer, int) else list(layer)

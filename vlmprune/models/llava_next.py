@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-NeXT: a base crop, then tiles assembled to one big image, unpadded, with a newline embedding after each row."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Adapter, Modality
+
+
+class LlavaNextAdapter(Adapter):
+    """LlavaNextForConditionalGeneration; newlines are kept and not counted."""
+
+    model_type = "llava_next"
+    view = "stretch"
+
+    def _geometry(self, name: str) -> Any:
+        """A geometry function of the model's own module."""
+        return getattr(sys.modules[type(self.inner).__module__], name)
+
+    def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
+        count = self._geometry("image_size_to_num_patches")
+        size = self.config.vision_config.image_size
+        return [count(image_size=s, grid_pinpoints=self.config.image_grid_pinpoints, patch_size=size) for s in arguments["image_sizes"]]
+
+    def pack(self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+        sizes = [arguments["image_sizes"][number] for number in numbers]
+        newline = torch.full(crops[0].shape[-1:], torch.nan, device=crops[0].device)
+        return self.inner.pack_image_features(list(crops), sizes, image_newline=newline, **self._options(arguments))[0]
+
+    def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        return {"vision_feature_select_strategy": strategy}
+
+    def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        shape = self._geometry("get_anyres_image_grid_shape")
+        down, across = shape(arguments["image_sizes"][number], self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        return across, down

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-OneVision: tiles that are scaled down when there are too many; frames of a clip pooled to a quarter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Modality
+from .llava_next import LlavaNextAdapter
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """LlavaOnevisionForConditionalGeneration: images and video. Several images of one prompt are one crop each."""
+
+    model_type = "llava_onevision"
+    modalities = (
+        Modality("image", "get_image_features", "pixel_values", "image_token_id"),
+        Modality("video", "get_video_features", "pixel_values_videos", "video_token_id"),
+    )
+
+    def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
+        if modality.name == "video":
+            return [arguments["pixel_values_videos"].shape[1]] * total
+        images = arguments.get("batch_num_images")
+        tiled = [True] * total if images is None else [int(n) == 1 for n in images for _ in range(int(n))]
+        return [count if tile else 1 for count, tile in zip(super().crops(modality, arguments, total), tiled, strict=True)]
+
+    def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
+
+    def pack(self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+        if modality.name != "video":
+            return super().pack(modality, crops, numbers, arguments)
+        pooled = [self.inner.apply_pooling(clip).flatten(0, 1) for clip in crops]  # (frames * n', channels)
+        return [torch.cat([clip, clip.new_full((1, clip.shape[1]), torch.nan)]) for clip in pooled]
+
+    def grids(self, modality: Modality, special: Tensor, crops: int) -> tuple[tuple[int, int], ...]:
+        if modality.name != "video":
+            return super().grids(modality, special, crops)
+        side = math.ceil(self.side / 2)
+        return ((side, side),) * crops

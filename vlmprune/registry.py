@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods by name: built-ins, classes registered by hand, and entry points of other packages, each loaded when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .core.base import NEEDS, STAGES, Method, one_of
+from .errors import SpecError, did_you_mean
+
+GROUP = "vlmprune.methods"
+
+_BUILTIN = {
+    "dense": "vlmprune.methods.baselines:Dense",
+    "random": "vlmprune.methods.baselines:Random",
+    "uniform": "vlmprune.methods.baselines:Uniform",
+    "pool": "vlmprune.methods.baselines:Pool",
+    "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
+    "visionzip": "vlmprune.methods.visionzip:VisionZip",
+    "divprune": "vlmprune.methods.divprune:DivPrune",
+}
+_METHODS: dict[str, type[Method]] = {}
+
+M = TypeVar("M", bound=type[Method])
+
+
+class Option(NamedTuple):
+    """One option of a method; ``default`` is ``dataclasses.MISSING`` where the option must be given."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method without a model.
+
+    ``needs`` is that of the default options where it depends on them, and empty where an option has no default (wrappers need
+    what their inner method needs). ``kind`` is empty where a method scores no tokens.
+    """
+
+    name: str
+    stage: str
+    needs: tuple[str, ...]
+    query_aware: bool
+    calibrated: bool
+    nested: bool
+    kind: str
+    positions: str
+    budgeted: bool
+    options: tuple[Option, ...]
+    paper: str
+    licence: str
+    doc: str
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a method known by name; a class that is not yet a dataclass becomes a frozen one."""
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise SpecError(
+            f"method name {name!r} is not usable in a spec; expected lower case like 'my_method': @register('my_method')"
+        )
+
+    def decorate(cls: M) -> M:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise SpecError(f"@register({name!r}) got {cls!r}; expected a subclass of vlmprune.Method")
+        if "__dataclass_params__" not in vars(cls):
+            dataclass(frozen=True)(cls)  # in place
+        _check_class(name, cls)
+        _check_free(name, cls)
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def _check_class(name: str, cls: type[Method]) -> None:
+    hidden = sorted({field.name for field in fields(cls)} & set(Method.__annotations__))
+    if hidden:
+        raise SpecError(f"method {name!r} annotates {hidden}, which makes options of them; expected plain class attributes")
+    one_of("stage", cls.stage, STAGES)
+    one_of("positions", cls.positions, ("compact", "original"))
+    one_of("layout", cls.layout, ("packed", "spatial"))
+    if cls.stage == "before_lm":
+        cls.kind()
+    if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
+        raise SpecError(f"method {name!r} wraps another one but has no field for it; add `inner: Method`")
+    needs = inspect.getattr_static(cls, "needs")
+    if isinstance(needs, property):
+        return
+    if not isinstance(needs, tuple):
+        raise SpecError(
+            f"needs={needs!r} of method {name!r} is a {type(needs).__name__}; expected a tuple of names, as in ('features',)"
+        )
+    for need in needs:
+        one_of("needs", need, NEEDS)
+
+
+def _check_free(name: str, cls: type[Method]) -> None:
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    holder = _METHODS.get(name)
+    taken = f"{holder.__module__}:{holder.__qualname__}" if holder else _BUILTIN.get(name, target)
+    # the same path again is a notebook cell or a module run twice: the newer class replaces the older
+    if taken != target:
+        raise SpecError(f"method name {name!r} is taken by {taken}, so {target} cannot have it; choose another name")
+    others = [other for other, known in _METHODS.items() if known is cls and other != name]
+    if others:
+        raise SpecError(
+            f"{target} is registered as {others[0]!r} already, so it cannot be {name!r} too; subclass it for a second name"
+        )
+
+
+def unregister(name: str) -> None:
+    """Forget a registered method; a built-in or an entry point comes back when asked for."""
+    if name not in _METHODS:
+        raise SpecError(f"method {name!r} is not registered; expected one of {sorted(_METHODS)}.{did_you_mean(name, _METHODS)}")
+    del _METHODS[name]
+
+
+@cache
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    found: dict[str, metadata.EntryPoint] = {}
+    for point in metadata.entry_points(group=GROUP):
+        taken = _BUILTIN.get(point.name) or (found[point.name].value if point.name in found else point.value)
+        # an editable install may be listed twice: the same value again is no clash
+        if taken != point.value:
+            raise SpecError(
+                f"entry point {point.name!r} = {point.value!r} of group {GROUP!r} takes the name of {taken!r}; "
+                "uninstall the package that declares it, or have it renamed there"
+            )
+        found[point.name] = point
+    return found
+
+
+def list_methods() -> list[str]:
+    """Sorted names of all methods; loads none of them."""
+    return sorted({*_BUILTIN, *_METHODS, *_entry_points()})
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method; imports its module on first use."""
+    if name not in list_methods():
+        near = did_you_mean(str(name).lower(), list_methods())
+        raise SpecError(f"method {name!r} is unknown.{near} Known are {', '.join(list_methods())}; see vlmprune.list_methods()")
+    if name not in _METHODS:
+        _load(name)
+    return _METHODS[name]
+
+
+def _load(name: str) -> None:
+    if name in _BUILTIN:
+        origin = _BUILTIN[name]
+        module, _, attribute = origin.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    else:
+        origin = _entry_points()[name].value
+        try:
+            found = _entry_points()[name].load()
+        except (ImportError, AttributeError) as error:
+            raise SpecError(f"method {name!r}: its entry point {origin!r} does not load: {error}; repair that package") from error
+    if name not in _METHODS and getattr(found, "name", None) == name:
+        register(name)(found)  # its module was imported before, and the name unregistered since
+    if name not in _METHODS:
+        raise SpecError(
+            f"{origin!r} was loaded for method {name!r} but registers no such name; decorate its class with @register({name!r})"
+        )
+
+
+def option_fields(cls: type[Method]) -> tuple[Field[Any], ...]:
+    """The dataclass fields that a spec may set: all but the inner method of a wrapper."""
+    return tuple(field for field in fields(cls) if field.init and not (cls.wraps and field.name == "inner"))
+
+
+def option_types(cls: type[Method]) -> dict[str, Any]:
+    """The annotations of a method, resolved."""
+    try:
+        return get_type_hints(cls)
+    except NameError as error:
+        raise SpecError(
+            f"the annotations of {cls.__qualname__} cannot be resolved: {error}; import that name at run time"
+        ) from error
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a literal may stand for an annotation; what no literal can be compared with is left to the method."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (bool, int, str, type(None)):
+        return type(value) is hint
+    if (origin or hint) in (tuple, list, Sequence):
+        if not isinstance(value, tuple):
+            return False
+        if origin is tuple and inner[-1:] != (...,):
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return not inner or all(fits(item, inner[0]) for item in value)
+    return True
+
+
+def method_info(name: str) -> MethodInfo:
+    """Describe a method."""
+    cls = get(name)
+    needs: Any = cls.needs
+    if isinstance(needs, property):
+        required = [
+            field for field in fields(cls) if field.init and field.default is MISSING and field.default_factory is MISSING
+        ]
+        needs = () if required else cls().needs
+    scores = any(getattr(cls, verb) is not getattr(Method, verb) for verb in ("score", "select", "merge"))
+    doc = inspect.getdoc(cls) or ""
+    return MethodInfo(
+        name=name,
+        stage=cls.stage,
+        needs=tuple(needs),
+        query_aware=cls.query_aware,
+        calibrated=cls.calibrated,
+        nested=cls.nested,
+        kind=cls.kind() if scores else "",
+        positions=cls.positions,
+        budgeted=cls.budgeted,
+        options=tuple(_option(field, doc) for field in option_fields(cls)),
+        paper=cls.paper,
+        licence=cls.licence,
+        doc=doc,
+    )
+
+
+def _option(field: Field[Any], doc: str) -> Option:
+    kind = field.type
+    if not isinstance(kind, str):
+        kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    # its entry under "Args:", with the lines that are indented further
+    entry = re.search(rf"^( +){field.name}: *(.+(?:\n\1 +.+)*)", doc, re.MULTILINE)
+    text = " ".join(entry[2].split()) if entry else ""
+    return Option(field.name, kind, default, field.metadata.get("help", text))
