@@ -282,7 +282,9 @@ def _unknown_option(name: str, key: str, value: Value, known: list[str]) -> str:
         return f"method {name!r} has no option {key!r}; its options are {known or 'none'}.{did_you_mean(key, known)}"
     both = ""
     if isinstance(value, float) and 0 < value < 1:
-        both = f". If {value} is the share to drop, write {name}@{1 - value:.6g}; if it is the share to keep, {name}@{value}"
+        both = (
+            f". If {value} is the share to drop, write {name}@{round(1 - value, 12)}; if it is the share to keep, {name}@{value}"
+        )
     return (
         f"{key}={_show(value)} in method {name!r}: a budget is no option; what to KEEP is written after '@', as in {name}@64 "
         f"(tokens) or {name}@0.25 (fraction); a share to drop must be converted, keep = 1 - drop{both}"

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registry: what a class must be to become a method, and where names come from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, FrozenInstanceError, dataclass, field
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+
+from vlmprune import registry
+from vlmprune.core.base import Method
+from vlmprune.errors import SpecError
+from vlmprune.registry import get, list_methods, method_info, register, unregister
+
+BUILTIN = ["dense", "divprune", "fastervlm", "pool", "random", "uniform", "visionzip"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave the registry as it was, and hide what is installed on this machine."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    offer(monkeypatch)
+    yield
+    registry._entry_points.cache_clear()
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str]:
+    """Make these (name, value) pairs the installed entry points; returns a list that grows at each discovery."""
+    seen: list[str] = []
+
+    def entry_points(*, group: str) -> list[metadata.EntryPoint]:
+        seen.append(group)
+        return [metadata.EntryPoint(name, value, group) for name, value in points]
+
+    monkeypatch.setattr(registry, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._entry_points.cache_clear()
+    return seen
+
+
+def toy(**body: object) -> type[Method]:
+    return type("Toy", (Method,), {"score": lambda self, tokens: tokens, "__module__": __name__, **body})
+
+
+def test_a_registered_class_is_a_frozen_dataclass_that_knows_its_name() -> None:
+    cls = register("toy")(toy(__annotations__={"layer": "int"}, layer=3))
+    assert cls is get("toy")
+    assert cls.name == "toy"
+    assert "toy" in list_methods()
+    assert cls() == cls(layer=3) and hash(cls()) == hash(cls(3))
+    with pytest.raises(FrozenInstanceError):
+        cls().layer = 4
+
+
+def test_an_explicit_dataclass_is_left_alone() -> None:
+    @register("explicit")
+    @dataclass(frozen=True, repr=False)
+    class Explicit(Method):
+        layer: int = 1
+
+        def score(self, tokens):
+            return tokens
+
+    assert "Explicit(layer" not in repr(Explicit())
+
+
+@pytest.mark.parametrize("name", ["", "Toy", "my-toy", "2toy", "_toy", "to y", "töy", "toy\n", 3, None])
+def test_names_are_lower_case_identifiers(name: object) -> None:
+    with pytest.raises(SpecError, match="lower case"):
+        register(name)
+
+
+@pytest.mark.parametrize("thing", [int, Method.score, 3])
+def test_only_method_subclasses_register(thing: object) -> None:
+    with pytest.raises(SpecError, match=r"subclass of vlmprune\.Method"):
+        register("toy")(thing)
+
+
+def test_a_method_before_the_lm_overrides_a_verb_and_others_need_not() -> None:
+    with pytest.raises(SpecError, match="overrides none of score, select, merge"):
+        register("toy")(type("Toy", (Method,), {}))
+    register("toy")(type("Toy", (Method,), {"stage": "attention"}))
+    assert method_info("toy").kind == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stage": "before_llm"}, "Did you mean 'before_lm'"),
+        ({"positions": "orignal"}, "Did you mean 'original'"),
+        ({"layout": "pack"}, "Did you mean 'packed'"),
+        ({"needs": ("feature",)}, "Did you mean 'features'"),
+        ({"needs": "features"}, "expected a tuple"),
+        ({"wraps": True}, "inner: Method"),
+        ({"__annotations__": {"stage": "str"}, "stage": "before_lm"}, r"annotates \['stage'\]"),
+    ],
+)
+def test_wrong_declarations_are_refused(body: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        register("toy")(toy(**body))
+    assert "toy" not in list_methods()
+
+
+def test_needs_may_depend_on_options() -> None:
+    needs = property(lambda self: ("keys",) if self.deep else ("features",))
+    register("toy")(toy(__annotations__={"deep": "bool"}, deep=True, needs=needs))
+    assert method_info("toy").needs == ("keys",)
+
+
+def test_a_cell_run_again_replaces_and_another_class_does_not() -> None:
+    first = register("toy")(toy())
+    second = register("toy")(toy())
+    assert get("toy") is second is not first
+    with pytest.raises(SpecError, match=r"is taken by .*:Toy"):
+        register("toy")(toy(__qualname__="Other"))
+    assert get("toy") is second
+
+
+def test_one_class_has_one_name() -> None:
+    cls = register("toy")(toy())
+    with pytest.raises(SpecError, match="registered as 'toy' already"):
+        register("toy2")(cls)
+    assert cls.name == "toy"
+
+
+def test_a_built_in_name_cannot_be_taken_even_before_it_is_loaded() -> None:
+    registry._METHODS.pop("fastervlm", None)
+    with pytest.raises(SpecError, match=r"taken by vlmprune\.methods\.fastervlm:FasterVLM"):
+        register("fastervlm")(toy())
+
+
+def test_unregister() -> None:
+    register("toy")(toy())
+    unregister("toy")
+    assert "toy" not in list_methods()
+    with pytest.raises(SpecError, match="not registered"):
+        unregister("toy")
+
+
+@pytest.mark.parametrize(("name", "near"), [("fastervln", "fastervlm"), ("FasterVLM", "fastervlm"), ("rnadom", "random")])
+def test_an_unknown_name_gets_the_nearest_one_and_the_list(name: str, near: str) -> None:
+    with pytest.raises(SpecError, match=rf"{name}.*Did you mean '{near}'\?.*dense, .*list_methods"):
+        get(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["random"]])
+def test_a_name_is_text(name: object) -> None:
+    with pytest.raises(SpecError, match="unknown"):
+        get(name)
+
+
+def test_method_info_describes_without_a_model() -> None:
+    register("toy")(toy(__doc__="Ranks nothing.", needs=("features",), paper="arXiv:0", nested=False))
+    info = method_info("toy")
+    assert (info.name, info.stage, info.kind, info.positions, info.paper) == ("toy", "before_lm", "score", "compact", "arXiv:0")
+    assert (info.query_aware, info.calibrated, info.nested, info.budgeted) == (False, False, False, True)
+    assert (info.needs, info.options, info.doc) == (("features",), (), "Ranks nothing.")
+
+
+def test_method_info_tells_type_default_and_help_of_each_option() -> None:
+    @register("optional")
+    class Optional(Method):
+        """Has options.
+
+        Args:
+            layer: where to look,
+                counted from zero.
+            other: not this one.
+        """
+
+        scale: float
+        layer: int = 2
+        weights: tuple[float, ...] = field(default_factory=lambda: (1.0,), metadata={"help": "one per scale"})
+
+        def select(self, tokens, k):
+            return tokens
+
+    assert method_info("optional").options == (
+        ("scale", "float", MISSING, ""),
+        ("layer", "int", 2, "where to look, counted from zero."),
+        ("weights", "tuple[float, ...]", (1.0,), "one per scale"),
+    )
+    assert method_info("optional").kind == "select"
+
+
+def test_the_inner_method_of_a_wrapper_is_no_option() -> None:
+    annotations = {"inner": "Method", "strength": "float"}
+    register("toy")(toy(wraps=True, __annotations__=annotations, strength=1.0, needs=property(lambda self: self.inner.needs)))
+    info = method_info("toy")
+    assert [option.name for option in info.options] == ["strength"]
+    assert info.needs == ()
+
+
+def test_entry_points_are_discovered_once_and_loaded_on_demand(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "far_away.py").write_text(
+        textwrap.dedent("""
+        from vlmprune.core.base import Method
+        from vlmprune.registry import register
+
+        @register("far")
+        class Far(Method):
+            def score(self, tokens):
+                return tokens
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "far_away", raising=False)
+    seen = offer(monkeypatch, ("far", "far_away:Far"), ("far", "far_away:Far"))
+
+    assert "far" in list_methods() and "far" in list_methods()
+    assert "far_away" not in sys.modules
+    assert get("far").__qualname__ == "Far"
+    assert seen == ["vlmprune.methods"]
+
+    unregister("far")
+    assert get("far").name == "far", "an entry point comes back after unregister"
+
+
+def test_an_entry_point_cannot_take_a_built_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, ("random", "impostor:Random"))
+    for ask in (list_methods, lambda: get("random")):
+        with pytest.raises(SpecError, match=r"'impostor:Random'.*the name of 'vlmprune\.methods\.baselines:Random'"):
+            ask()
+
+
+def test_two_packages_cannot_offer_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, ("mine", "here:Mine"), ("mine", "there:Mine"))
+    with pytest.raises(SpecError, match=r"'there:Mine'.*takes the name of 'here:Mine'"):
+        list_methods()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_module_anywhere:Mine", "does not load"),
+        ("json:Mine", "does not load"),
+        ("json:JSONDecoder", r"decorate its class with @register\('mine'\)"),
+    ],
+)
+def test_a_broken_entry_point_is_named_when_asked_for(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:
+    offer(monkeypatch, ("mine", value))
+    assert "mine" in list_methods()
+    with pytest.raises(SpecError, match=f"{value}.*{message}"):
+        get("mine")
+
+
+def test_listing_imports_no_method() -> None:
+    code = f"""if True:
+        import sys
+        sys.path[:0] = {[folder for folder in sys.path if folder]!r}
+        from vlmprune.registry import list_methods
+        list_methods()
+        print([name for name in sys.modules if name.startswith("vlmprune.methods.")])
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_ins_load_and_describe_themselves(name: str) -> None:
+    assert name in list_methods()
+    assert get(name).name == name
+    assert method_info(name).doc
+
+
+def test_a_built_in_comes_back_after_unregister() -> None:
+    first = get("dense")
+    unregister("dense")
+    assert get("dense") is first
