@@ -49,7 +49,7 @@ def tower_of(family: str, tower: str | None) -> str:
     """Check a vision tower, or give the one that the released models of the family have."""
     tower = known("tower", tower or ("siglip" if family == "llava_onevision" else "clip"), _TOWERS)
     if family == "vipllava" and tower != "clip":
-        raise UnsupportedError(f"vipllava with a {tower} tower: it always drops a [CLS] token, which only clip has; use tower='clip'")
+        raise UnsupportedError(f"vipllava with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'")
     return tower
 
 
@@ -74,7 +74,8 @@ def tiny_processor(family: str = "llava", tower: str | None = None) -> Any:
     """
     prefix, tower = family_prefix(family), tower_of(family, tower)
     strategy, cls_tokens = ("default", 1) if tower == "clip" else ("full", 0)
-    common: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "chat_template": _TEMPLATE, "vision_feature_select_strategy": strategy}
+    common: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "chat_template": _TEMPLATE}
+    common["vision_feature_select_strategy"] = strategy
     square, edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, {"shortest_edge": IMAGE_SIZE}
     if family == "llava_onevision":
         images = _image_processor(prefix, size=square, image_grid_pinpoints=PINPOINTS[family])

@@ -57,7 +57,7 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("llava_onevision", "clip", "llama"),
     ("vipllava", "clip", "llama"),
 )
-_TEXTS = {
+_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_sliding": ("Mistral", {"sliding_window": 8}),
@@ -179,7 +179,7 @@ def _tiles(family: str, sizes: Sequence[Sequence[int]], images: Sequence[int]) -
     alone = [count == 1 for count in images for _ in range(count)]
     if family not in PINPOINTS:
         return [1] * len(sizes)
-    whole = [math.prod(side // IMAGE_SIZE for side in select_best_resolution(list(s), PINPOINTS[family])) + 1 for s in sizes]
+    whole = [math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), PINPOINTS[family])) + 1 for s in sizes]
     # onevision shows each of several images as its overview only
     return [n if one or family == "llava_next" else 1 for n, one in zip(whole, alone, strict=True)]
 
@@ -192,7 +192,7 @@ def _tokens(family: str, size: Sequence[int], *, alone: bool) -> int:
     if family == "llava_onevision" and not alone:
         return overview + 1  # one newline
     height, width = size
-    rows, cols = (side // PATCH_SIZE for side in select_best_resolution(list(size), PINPOINTS[family]))
+    rows, cols = (side // PATCH_SIZE for side in select_best_resolution(tuple(size), PINPOINTS[family]))
     if width * rows > cols * height:  # the image is flatter than its canvas: bands above and below were padding
         rows -= (rows - height * cols // width) // 2 * 2
     else:
@@ -208,7 +208,7 @@ def _words(count: int, random: torch.Generator) -> list[int]:
 
 
 def _vision_config(tower: str) -> Any:
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE,
     }
@@ -219,7 +219,7 @@ def _vision_config(tower: str) -> Any:
 
 def _text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
     prefix, special = _TEXTS[text]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": len(VOCABULARY), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": False,
         "bos_token_id": BOS_ID, "eos_token_id": None, "pad_token_id": PAD_ID,
@@ -243,7 +243,7 @@ def _family_fields(family: str, tower: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _enliven(model: nn.Module, seed: int) -> None:
+def _enliven(model: Any, seed: int) -> None:
     """Draw weights under which every token matters: the usual std of 0.02 leaves argmax blind to what a cut does."""
     random = torch.Generator().manual_seed(seed)
     for path, module in model.named_modules():
