@@ -52,7 +52,8 @@ def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Group
 def contextual_rows(features: Tensor, groups: Groups, rule: str) -> Tensor:
     """(B, c, C) float32 contextual rows from encoder features (B, N, C)."""
     target, members = _rows(features, groups.targets).float(), _rows(features, groups.members).float()
-    joins = torch.nn.functional.one_hot(groups.assignment, groups.targets.shape[1]).float()  # (B, R-c, c)
+    number = torch.arange(target.shape[1], device=target.device)
+    joins = (groups.assignment[..., None] == number).float()  # (B, R-c, c); one_hot would wait for the GPU
     total, count = joins.transpose(1, 2) @ members, joins.sum(1)[..., None]
     if rule == "mean":
         return (target + total) / (1 + count)
