@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of generate: every mode equals the same mode of a model that is simply given the kept embeddings."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError
+from .conformance import Subject, expect, generate
+from .reference import greedy, kept_by_hand
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 0},
+    "three sampled answers": {"do_sample": True, "num_return_sequences": 3, "top_k": 0},
+    "beam search": {"num_beams": 3},
+    "two of four beams": {"num_beams": 4, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+def kept_embeddings(subject: Subject, inputs: dict[str, Tensor]) -> Tensor:
+    """(1, n, D) rows that the language model reads for a batch of one row."""
+    rows: list[Tensor] = []
+
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    layer = subject.model.model.language_model.layers[0]
+    with subject.prune(), torch.no_grad():
+        handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            subject.model(**inputs)
+        finally:
+            handle.remove()
+    return rows[0]
+
+
+def every_mode_equals_kept_embeddings(subject: Subject) -> None:
+    """Greedy, sampling with a seed, beams, returned sequences, static cache, no cache."""
+    inputs = subject.inputs((1,))
+    embeds = kept_embeddings(subject, inputs)
+    plain = {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}
+    for mode, options in MODES.items():
+        torch.manual_seed(0)
+        want = generate(subject.model, plain, **options)
+        torch.manual_seed(0)
+        with subject.prune():
+            got = generate(subject.model, inputs, **options)
+        expect(torch.equal(got, want), f"{mode}: {got.tolist()}, expected {want.tolist()}")
+
+
+def batched_modes_agree(subject: Subject) -> None:
+    """In a ragged batch static cache and no cache equal the dynamic cache; beams of equal rows are equal."""
+    inputs = subject.inputs((1, 0, 1))
+    with subject.prune():
+        want = generate(subject.model, inputs)
+        for mode in ("static cache", "no cache"):
+            got = generate(subject.model, inputs, **MODES[mode])
+            expect(torch.equal(got, want), f"{mode}: {got.tolist()}, dynamic cache gave {want.tolist()}")
+
+
+def second_turn(subject: Subject) -> None:
+    """A second question on the kept cache, and on a deep copy of it, equals recomputing the whole dialogue on the kept tokens."""
+    for positions in ("compact", "original"):
+        inputs = subject.inputs((1,))
+        prompt = inputs["input_ids"].shape[1]
+        question = subject.inputs((0,), seed=5)["input_ids"]
+        with subject.prune(positions=positions) as run, torch.no_grad():
+            first = subject.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            maps, cache = run.last.keep, first.past_key_values
+            held, seen = int(cache.get_seq_length(0)), int(cache.get_seq_length())
+            dropped = sum(run.last.dense_tokens) - sum(run.last.realised_tokens)
+            expect(seen - held == dropped, f"the cache says {seen} seen and {held} held, {dropped} were dropped")
+            ids = torch.cat([first.sequences, question], 1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            copied = copy.deepcopy(cache)
+            answers = [generate(subject.model, turn, past_key_values=c) for c in (cache, copied)]
+        expect(torch.equal(*answers), "a deep-copied cache answers differently")
+        if subject.method.kind() == "merge":
+            continue
+        kept = kept_by_hand(subject.model, inputs, maps, positions)[0]
+        with torch.no_grad():
+            tail = subject.model.get_input_embeddings()(ids[:, prompt:])
+        start = kept.full if positions == "original" else int(kept.positions[0, -1]) + 1
+        numbers = torch.arange(start, start + tail.shape[1])[None]
+        kept = type(kept)(torch.cat([kept.embeds, tail], 1), torch.cat([kept.positions, numbers], 1), ids.shape[1])
+        want = greedy(subject.model, kept, 5, positions)
+        expect(answers[0][0].tolist() == want, f"{positions}: second answer {answers[0][0].tolist()}, by hand {want}")
+
+
+def detached_cache_is_refused(subject: Subject) -> None:
+    """A cut cache cannot be continued after detach without anyone noticing."""
+    inputs = subject.inputs((1,))
+    with subject.prune() as run, torch.no_grad():
+        first = subject.model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        dropped = run.last.pruned
+    if not dropped:
+        return
+    try:
+        with torch.no_grad():
+            ids = torch.cat([first.sequences, first.sequences[:, -1:]], 1)
+            subject.model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=2)
+    except InvariantError as error:
+        expect("detached" in str(error), f"unclear error: {error}")
+        return
+    raise AssertionError("a cut cache was continued on a detached model")
+
+
+def hand_written_loop(subject: Subject) -> None:
+    """A decode loop without masks and positions gives the same answer as generate."""
+    inputs = subject.inputs((1,))
+    banned = subject.model.generation_config.suppress_tokens or []
+    with subject.prune(), torch.no_grad():
+        want = generate(subject.model, inputs)[0].tolist()
+        call = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        output = subject.model(**call, use_cache=True)
+        got = []
+        for _ in want:
+            logits = output.logits[0, -1].clone()
+            logits[banned] = -torch.inf
+            got.append(int(logits.argmax()))
+            output = subject.model(input_ids=torch.tensor([[got[-1]]]), past_key_values=output.past_key_values, use_cache=True)
+    expect(got == want, f"loop gave {got}, generate {want}")
+
+
+CHECKS = {
+    "every_mode_equals_kept_embeddings": every_mode_equals_kept_embeddings,
+    "batched_modes_agree": batched_modes_agree,
+    "second_turn": second_turn,
+    "detached_cache_is_refused": detached_cache_is_refused,
+    "hand_written_loop": hand_written_loop,
+}

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the model around a session: nothing left behind, nothing leaked, any attention, training, little memory."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..api import prune
+from ..errors import InvariantError
+from .conformance import RAGGED, Subject, close, expect, generate
+from .processors import GRID
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything that a session might leave on a model: hooks, attributes, classes, config objects, buffers."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        hooks = tuple(len(getattr(module, kind)) for kind in HOOKS)
+        found[name] = (type(module), frozenset(module.__dict__), hooks, id(getattr(module, "config", None)), len(module._buffers))
+    found["config"] = str(model.config.to_dict())
+    return found
+
+
+def nothing_stays(subject: Subject) -> None:
+    """A-B-A gives A's first answer; after detach, also after an exception inside generate, the model is what it was."""
+    model, inputs = subject.fresh_model(), subject.inputs(RAGGED)
+    dense = generate(model, inputs)  # transformers leaves hooks of its own at the first call: snapshot after it
+    before = snapshot(model)
+    other = "uniform@5" if subject.method.name != "uniform" else "random@5"
+    answers = []
+    for spec in (subject.spec, other, subject.spec):
+        with prune(model, spec):
+            answers.append(generate(model, inputs))
+    expect(torch.equal(answers[0], answers[2]), "A-B-A: the second A differs from the first")
+    expect(snapshot(model) == before, f"left behind: {[n for n, s in snapshot(model).items() if before.get(n) != s][:3]}")
+
+    class Boom(Exception):
+        pass
+
+    def explode(module: Any, args: Any) -> None:
+        raise Boom
+
+    run = subject.prune(model).attach()
+    for place in (model.model.language_model.layers[1], model.model.vision_tower):
+        bomb = place.register_forward_pre_hook(explode)
+        try:
+            generate(model, inputs)
+            raise AssertionError("the exception inside generate was swallowed")
+        except Boom:
+            pass
+        finally:
+            bomb.remove()
+    expect(torch.equal(generate(model, inputs), answers[0]), "the call after an exception differs")
+    run.detach()
+    run.detach()
+    expect(snapshot(model) == before, "left behind after an exception and two detaches")
+    expect(torch.equal(generate(model, inputs), dense), "dense answer differs after detach")
+
+
+def attach_twice_is_refused(subject: Subject) -> None:
+    """A second session on the same model raises and leaves the first working; a disabled session is dense."""
+    model, inputs = subject.model, subject.inputs((1,))
+    dense = generate(model, inputs)
+    with subject.prune() as run:
+        pruned = generate(model, inputs)
+        try:
+            prune(model, "uniform@4").attach()
+            raise AssertionError("attaching twice was accepted")
+        except InvariantError as error:
+            expect("detach" in str(error), "the error does not say what to do")
+        expect(torch.equal(generate(model, inputs), pruned), "a refused second session disturbed the first")
+        run.enabled = False
+        expect(torch.equal(generate(model, inputs), dense), "a disabled session is not dense")
+
+
+def threads_do_not_meet(subject: Subject) -> None:
+    """Four calls at once on one attached model, and two models with two methods, equal one call after the other."""
+    model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
+    other_model = subject.fresh_model(seed=1)
+    with subject.prune(), prune(other_model, "uniform@4"):
+        jobs = [(model, batch) for batch in batches] + [(other_model, batches[0])]
+        want = [generate(m, batch) for m, batch in jobs]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            got = list(pool.map(lambda job: generate(*job), jobs))
+    expect(all(torch.equal(a, b) for a, b in zip(want, got, strict=True)), "concurrent calls answer differently")
+
+
+def attention_back_ends_agree(subject: Subject) -> None:
+    """Eager and SDPA keep the same tokens and agree on the logits."""
+    inputs, found = subject.inputs(RAGGED), {}
+    model = subject.fresh_model()
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with prune(model, subject.spec) as run, torch.no_grad():
+            found[implementation] = (model(**inputs).logits[:, -1], [m.keep_idx.tolist() for m in run.last.keep])
+    expect(found["eager"][1] == found["sdpa"][1], "eager and SDPA keep different tokens")
+    close(found["eager"][0], found["sdpa"][0], "logits under eager and SDPA")
+
+
+def training_works(subject: Subject) -> None:
+    """Loss and gradients flow through a cut; shapes are those of the dense model."""
+    model, inputs = subject.fresh_model(), subject.inputs((1, 1))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(labels == model.config.image_token_id, -100)
+    with subject.prune(model):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+    expect(output.logits.shape[:2] == inputs["input_ids"].shape, "logits are not of the full length")
+    expect(bool(output.loss.isfinite()), f"loss is {output.loss}")
+    for part in ("language_model", "multi_modal_projector"):
+        grads = [p.grad for p in getattr(model.model, part).parameters() if p.grad is not None]
+        expect(bool(grads) and any(float(g.abs().sum()) > 0 for g in grads), f"no gradient reaches {part}")
+
+
+class _Shapes(TorchDispatchMode):
+    """Records the shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)]
+        return result
+
+
+def no_attention_map(subject: Subject) -> None:
+    """Score capture never holds a tokens x tokens map and leaves the tower on its own attention."""
+    inputs = subject.inputs((1,))
+    model = subject.model
+    names = {"pixel_values", "image_sizes", "batch_num_images"} & set(inputs)
+    shapes = {}
+    for attached in (False, True):
+        run = subject.prune().attach() if attached else None
+        try:
+            with _Shapes() as seen, torch.no_grad():
+                model.model.get_image_features(**{name: inputs[name] for name in names})
+        finally:
+            if run is not None:
+                run.detach()
+        shapes[attached] = [s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1]
+    new = len(shapes[True]) - len(shapes[False])
+    expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
+
+
+CHECKS = {
+    "nothing_stays": nothing_stays,
+    "attach_twice_is_refused": attach_twice_is_refused,
+    "threads_do_not_meet": threads_do_not_meet,
+    "attention_back_ends_agree": attention_back_ends_agree,
+    "training_works": training_works,
+    "no_attention_map": no_attention_map,
+}

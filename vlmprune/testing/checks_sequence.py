@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of one forward: what the language model reads, in which order, at which positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..api import prune
+from ..core.keepmap import KeepMap
+from .conformance import RAGGED, Subject, close, expect, generate
+from .reference import Kept, entered, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
+from .tiny import tiny_row
+
+
+def keep_all_is_dense(subject: Subject) -> None:
+    """keep = all: logits equal bit for bit, ids equal."""
+    everything = subject.with_keep(1.0) if subject.method.budgeted else subject
+    for images in ((1,), RAGGED):
+        inputs = subject.inputs(images)
+        with torch.no_grad():
+            dense = subject.model(**inputs).logits
+        ids = generate(subject.model, inputs)
+        with everything.prune() as run, torch.no_grad():
+            logits = subject.model(**inputs).logits
+            expect(torch.equal(logits, dense), f"logits differ by {float((logits - dense).abs().max()):.1e} with everything kept")
+            expect(torch.equal(generate(subject.model, inputs), ids), "ids differ with everything kept")
+            expect(run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0")
+
+
+def cut_equals_hand_built(subject: Subject) -> None:
+    """Cutting before the language model equals running it on hand-built kept embeddings; both position policies."""
+    if subject.method.kind() == "merge":
+        return merged_rows_are_read(subject)
+    inputs = subject.inputs(RAGGED)
+    for positions in ("compact", "original"):
+        with subject.prune(positions=positions) as run:
+            ids = generate(subject.model, inputs)
+            maps = run.last.keep
+            rows = [subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))]
+        for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
+            want = greedy(subject.model, kept, ids.shape[1], positions)
+            expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
+            close(rows[i], logits_of(subject.model, kept)[-1], f"{positions} row {i} logits")
+    return None
+
+
+def merged_rows_are_read(subject: Subject) -> None:
+    """A merging method: text rows untouched and in order, the announced number of visual rows, and decoding from those rows by hand."""
+    model = subject.fresh_model()
+    model.set_attn_implementation("eager")
+    for images in ((1,), (2,)):
+        inputs = subject.inputs(images)
+        dense = merged_embeddings(model, inputs)[0]
+        patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
+        others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
+        with prune(model, subject.spec) as run:
+            ids = generate(model, inputs)[0]
+            rows = entered(model, inputs)[0]
+            report = run.last
+        visual = sum(report.realised_tokens)
+        expect(len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids, f"{len(rows)} rows entered, expected {len(others)} + {visual}")
+        wanted = iter(rows)
+        missing = [i for i, row in enumerate(others) if not any(torch.equal(row, got) for got in wanted)]
+        expect(not missing, f"text or newline rows {missing[:5]} were changed, lost or reordered")
+        kept = Kept(rows[None], torch.arange(len(rows))[None], len(dense))
+        want = greedy(model, kept, len(ids), "compact")
+        expect(ids.tolist() == want, f"answer {ids.tolist()}, by hand {want}")
+
+
+def order_and_report(subject: Subject) -> None:
+    """Kept indices ascend; realised counts are those of the KeepMaps and of the budget; logits keep the full length."""
+    inputs = subject.inputs(RAGGED)
+    with subject.prune() as run, torch.no_grad():
+        output = subject.model(**inputs, output_hidden_states=True)
+    report, length = run.last, inputs["input_ids"].shape[1]
+    expect(output.logits.shape[1] == length, f"logits have length {output.logits.shape[1]}, expected {length}")
+    expect(all(h.shape[1] == length for h in output.hidden_states), "hidden_states have not the full length")
+    expect(len(report.dense_tokens) == sum(RAGGED), f"{len(report.dense_tokens)} images reported, expected {sum(RAGGED)}")
+    budget = run.budget
+    for one, dense, realised in zip(report.keep, report.dense_tokens, report.realised_tokens, strict=True):
+        expect(bool((one.keep_idx.diff() > 0).all()), "kept indices do not ascend")
+        if budget is not None and budget.scope == "image":
+            expect(realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}")
+        if run.method.kind() != "merge":
+            expect(len(one) == realised, f"KeepMap holds {len(one)} tokens, {realised} were realised")
+    expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")
+
+
+def batch_row_equals_alone(subject: Subject) -> None:
+    """Row i of a ragged, left-padded batch equals running it alone, and right padding changes no row."""
+    inputs = subject.inputs(RAGGED)
+    with subject.prune() as run:
+        together = generate(subject.model, inputs)
+        counts = list(run.last.realised_tokens)
+        alone_counts = []
+        for i, images in enumerate(RAGGED):
+            row = tiny_row(inputs, subject.family, i, RAGGED)
+            alone = generate(subject.model, row)[0]
+            expect(torch.equal(alone, together[i]), f"row {i}: {together[i].tolist()} in the batch, {alone.tolist()} alone")
+            alone_counts += run.last.realised_tokens if images else []
+        if run.budget is None or run.budget.scope != "total":
+            expect(counts == alone_counts, f"realised {counts} in the batch, {alone_counts} alone")
+        right = right_padded(inputs)
+        with torch.no_grad():
+            left_logits = [row[-1] for row in subject.model(**inputs, position_ids=numbered(inputs)).logits]
+            right_logits = subject.model(**right, position_ids=numbered(right)).logits
+        for i, length in enumerate(right["attention_mask"].sum(1).tolist()):
+            close(right_logits[i, length - 1], left_logits[i], f"right-padded row {i}")
+
+
+def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch with its padding on the right."""
+    order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    return {**inputs, **{key: inputs[key].gather(1, order) for key in ("input_ids", "attention_mask")}}
+
+
+def numbered(inputs: dict[str, Tensor]) -> Tensor:
+    """Positions that start at the first token of every row."""
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+
+
+def more_keeps_more(subject: Subject) -> None:
+    """Where the method is nested, more budget never removes a token; the same call gives the same tokens."""
+    if not subject.method.budgeted:
+        return
+    inputs = subject.inputs((1,))
+    before: list[KeepMap] | None = None
+    for keep in (3, 9, 20):
+        picked = []
+        for _ in range(2):
+            with subject.with_keep(keep).prune() as run, torch.no_grad():
+                subject.model(**inputs)
+            picked.append(run.last.keep)
+        same = all(a.keep_idx.tolist() == b.keep_idx.tolist() for a, b in zip(*picked, strict=True))
+        expect(same, f"keep={keep} gave other tokens the second time")
+        if before is not None and subject.method.nested:
+            for small, large in zip(before, picked[0], strict=True):
+                lost = set(small.keep_idx.tolist()) - set(large.keep_idx.tolist())
+                expect(not lost, f"keep={keep} removed tokens {sorted(lost)} that a smaller budget kept")
+        before = picked[0]
+
+
+def text_only_is_untouched(subject: Subject) -> None:
+    """A call without images is bit-identical and recorded as such."""
+    inputs = subject.inputs((0, 0))
+    with torch.no_grad():
+        dense = subject.model(**inputs).logits
+        with subject.prune() as run:
+            logits = subject.model(**inputs).logits
+    expect(torch.equal(logits, dense), "a text-only call changed")
+    expect(run.last.note == "no images in this call" or run.budget is None, f"text-only call recorded as {run.last.note!r}")
+
+
+CHECKS = {
+    "keep_all_is_dense": keep_all_is_dense,
+    "cut_equals_hand_built": cut_equals_hand_built,
+    "order_and_report": order_and_report,
+    "batch_row_equals_alone": batch_row_equals_alone,
+    "more_keeps_more": more_keeps_more,
+    "text_only_is_untouched": text_only_is_untouched,
+}

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conformance: named checks of what every method must do on every family, on tiny random models, in about a minute on a CPU.
+
+``run_checks("fastervlm@9")`` runs them all; ``vlmprune verify`` prints them; authors of plug-ins call them from a test.
+Each check raises AssertionError with what differed; UnsupportedError counts as "unsupported", not as a failure.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api import prune, resolve
+from ..core.session import Session
+from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
+from .tiny import FAMILIES, tiny_inputs, tiny_model
+
+RAGGED = (1, 2, 0, 1)  # images per row of the standard batch
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Outcome of one check on one family: "pass", "fail" or "unsupported" (with what works instead)."""
+
+    check: str
+    family: str
+    status: str
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a check is about: a spec on a tiny model of one family."""
+
+    spec: str
+    family: str
+    tower: str | None = None
+    text: str | None = None
+
+    @property
+    def model(self) -> Any:
+        return shared_model(self.family, self.tower, self.text)
+
+    def fresh_model(self, **options: Any) -> Any:
+        """A model of its own, for checks that change it."""
+        return tiny_model(self.family, self.tower, self.text, **options)
+
+    def inputs(self, images: Sequence[int] = (1,), **options: Any) -> dict[str, Tensor]:
+        return tiny_inputs(self.family, images=images, **options)
+
+    def prune(self, model: Any = None, **options: Any) -> Session:
+        return prune(self.model if model is None else model, self.spec, **options)
+
+    @property
+    def method(self) -> Any:
+        return resolve(self.spec, need_keep=False)[0]
+
+    def with_keep(self, keep: int | float, scope: str = "image") -> Subject:
+        """The same method at another budget."""
+        from ..spec import Budget, parse
+
+        if not self.method.budgeted:
+            raise UnsupportedError(f"{self.method.name} takes no budget")
+        return Subject(str(parse(self.spec).with_keep(Budget(keep, scope))), self.family, self.tower, self.text)
+
+
+@lru_cache(maxsize=16)
+def shared_model(family: str, tower: str | None, text: str | None) -> Any:
+    """Tiny models are shared between checks: every check must leave them as they were."""
+    return tiny_model(family, tower, text)
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """(B, new) new ids, greedy unless told otherwise."""
+    options = {"max_new_tokens": 5, "do_sample": False, **options}
+    with torch.no_grad():
+        ids = model.generate(**inputs, **options)
+    return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
+
+
+def default_spec(method: str) -> str:
+    """A bare method name gets a quarter of the tokens as its budget."""
+    built, budget, text = resolve(method, need_keep=False)
+    return text if budget is not None or not built.budgeted else f"{text}@0.25"
+
+
+def all_checks() -> dict[str, Callable[[Subject], None]]:
+    """Name -> check, in the order of the invariants that they hold."""
+    from . import checks_generation, checks_model, checks_sequence
+
+    return {**checks_sequence.CHECKS, **checks_model.CHECKS, **checks_generation.CHECKS}
+
+
+def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> CheckResult:
+    """Run one check and say how it ended."""
+    started = time.perf_counter()
+    try:
+        check(subject)
+        status, detail = "pass", ""
+    except UnsupportedError as error:
+        status, detail = "unsupported", str(error)
+    except (AssertionError, VlmPruneError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        status, detail = "fail", f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
+    return CheckResult(name, subject.family, status, detail, time.perf_counter() - started)
+
+
+def run_checks(
+    spec: str, families: Sequence[str] | None = None, on_result: Callable[[CheckResult], None] | None = None
+) -> list[CheckResult]:
+    """Run every check of a spec on every family.
+
+    Args:
+        spec: a spec, or a bare method name (then a quarter of the tokens is kept).
+        families: model types; default all.
+        on_result: called after each check, for progress.
+    """
+    for family in families or ():
+        if family not in FAMILIES:
+            raise SpecError(f"unknown family {family!r}; expected one of {list(FAMILIES)}.{did_you_mean(family, FAMILIES)}")
+    results = []
+    for family in families or FAMILIES:
+        subject = Subject(default_spec(spec), family)
+        for name, check in all_checks().items():
+            results.append(run_check(name, check, subject))
+            if on_result is not None:
+                on_result(results[-1])
+    return results
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise AssertionError with a message; checks must not vanish under ``python -O``."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def close(got: Tensor, want: Tensor, what: str, tolerance: float = 2e-5) -> None:
+    """Logits agree up to a tolerance relative to their size."""
+    expect(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    scale = max(1.0, float(want.abs().max()))
+    worst = float((got.float() - want.float()).abs().max()) / scale
+    expect(worst <= tolerance, f"{what}: differs by {worst:.2e} (relative to {scale:.1f}), allowed {tolerance:.0e}")
