@@ -34,6 +34,12 @@ def test_random_depends_on_seed_and_ordinal_only():
     assert both.tolist() == choose(Random(1), tokens(ordinal=torch.tensor([4, 7]), dtype=torch.bfloat16), 9).tolist()
 
 
+def test_the_next_seed_is_not_the_next_image():
+    one = Random(0).score(tokens(batch=1, ordinal=torch.tensor([1])))
+    other = Random(1).score(tokens(batch=1, ordinal=torch.tensor([0])))
+    assert not torch.equal(one, other)
+
+
 def test_random_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     Random().score(tokens())
