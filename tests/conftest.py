@@ -7,5 +7,10 @@ from pathlib import Path
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden-dir", type=Path, default=None, metavar="DIR",
-                     help="run the golden vectors found under DIR/<method>/index.json instead of those in tests/golden/data")
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="run the golden vectors found under DIR/<method>/index.json instead of those in tests/golden/data",
+    )

@@ -19,9 +19,9 @@ def walk(slots, wide, high, side, mask):
         for x in range(wide * side):
             tile = 1 + y // side * wide + x // side
             order += [tile * rows + r for r in range(rows) if mask[r] and slots[tile][r] == y % side * side + x % side]
-    for placed in (False, True):
-        order += [t * rows + r for t in range(1, tiles) for r in range(rows) if (slots[t][r] >= 0) == placed and not (mask[r] and placed)]
-    return order
+    left = [(t, r) for t in range(1, tiles) for r in range(rows) if t * rows + r not in order]
+    order += [t * rows + r for t, r in left if slots[t][r] < 0]
+    return order + [t * rows + r for t, r in left if slots[t][r] >= 0]
 
 
 @given(st.data())

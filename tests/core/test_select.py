@@ -104,25 +104,28 @@ def test_budgets_outside_the_unit_are_refused(k):
         choose(Scores(torch.ones(2, 4)), TOKENS, k)
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    (Scores(torch.tensor([[1.0, math.nan, 2, 3], [math.inf, 1, 2, 3]])), "2 of 8 scores are not finite"),
-    (Scores(torch.ones(2, 5)), r"float32 of shape \(2, 5\).*\(2, 4\)"),
-    (Scores([1, 2]), "a list"),
-    (Selects(torch.tensor([[0, 1, 2], [0, 1, 2]])), r"int64 of shape \(2, 3\).*\(2, 2\)"),
-    (Selects(torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)), "int32"),
-    (Selects(torch.tensor([[0, 4], [0, 1]])), r"out of range \[4\]"),
-    (Selects(torch.tensor([[0, -1], [0, 1]])), r"out of range \[-1\]"),
-    (Selects(torch.tensor([[0, 1], [3, 3]])), r"repeated \[3\]"),
-    (Selects(None), "a NoneType"),
-    (Merges(torch.ones(2, 2, 2)), "expected a Merged"),
-    (Merges(Merged(torch.ones(2, 3, 2), torch.zeros(2, 2, dtype=torch.int64))), "features"),
-    (Merges(Merged(torch.ones(2, 2, 3), torch.tensor([[0, 1]] * 2))), "features"),
-    (Merges(Merged(torch.ones(2, 2, 2).half(), torch.tensor([[0, 1]] * 2))), "float16"),
-    (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0.0, 1]] * 2))), "slots"),
-    (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0, 1], [2, 2]]))), r"repeated \[2\]"),
-    (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0, 1], [-2, 4]]))), r"out of range \[-2, 4\]"),
-    (Merges(Merged(torch.full((2, 2, 2), math.nan), torch.tensor([[0, 1]] * 2))), "not finite"),
-])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Scores(torch.tensor([[1.0, math.nan, 2, 3], [math.inf, 1, 2, 3]])), "2 of 8 scores are not finite"),
+        (Scores(torch.ones(2, 5)), r"float32 of shape \(2, 5\).*\(2, 4\)"),
+        (Scores([1, 2]), "a list"),
+        (Selects(torch.tensor([[0, 1, 2], [0, 1, 2]])), r"int64 of shape \(2, 3\).*\(2, 2\)"),
+        (Selects(torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)), "int32"),
+        (Selects(torch.tensor([[0, 4], [0, 1]])), r"out of range \[4\]"),
+        (Selects(torch.tensor([[0, -1], [0, 1]])), r"out of range \[-1\]"),
+        (Selects(torch.tensor([[0, 1], [3, 3]])), r"repeated \[3\]"),
+        (Selects(None), "a NoneType"),
+        (Merges(torch.ones(2, 2, 2)), "expected a Merged"),
+        (Merges(Merged(torch.ones(2, 3, 2), torch.zeros(2, 2, dtype=torch.int64))), "features"),
+        (Merges(Merged(torch.ones(2, 2, 3), torch.tensor([[0, 1]] * 2))), "features"),
+        (Merges(Merged(torch.ones(2, 2, 2).half(), torch.tensor([[0, 1]] * 2))), "float16"),
+        (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0.0, 1]] * 2))), "slots"),
+        (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0, 1], [2, 2]]))), r"repeated \[2\]"),
+        (Merges(Merged(torch.ones(2, 2, 2), torch.tensor([[0, 1], [-2, 4]]))), r"out of range \[-2, 4\]"),
+        (Merges(Merged(torch.full((2, 2, 2), math.nan), torch.tensor([[0, 1]] * 2))), "not finite"),
+    ],
+)
 def test_wrong_answers_are_refused(method, message):
     with pytest.raises(InvariantError, match=message):
         choose(method, TOKENS, 2)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Golden vectors: recorded inputs and answers of reference code, run through this package.
 
-A folder of vectors holds one sub-folder per method with an ``index.json`` and the ``.npz`` files it names. Each case is run by the
-function that ``runners/<registered name>.py`` lists in ``RUNNERS`` under the kind of the case. Nothing is skipped: an unknown kind, a
-missing file and an expected array that no runner looked at are failures, and methods that are not registered are named in the summary.
+A folder of vectors holds one sub-folder per method with an ``index.json`` and the ``.npz`` files it names. Each case is run by
+the function that ``runners/<registered name>.py`` lists in ``RUNNERS`` under the kind of the case. Nothing is skipped: an unknown
+kind, a missing file and an expected array that no runner looked at are failures, and methods that are not registered are named
+in the summary.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Case:
         return model.eval()
 
     def check(self, name: str, actual: torch.Tensor, word: str = "", at: tuple | EllipsisType = ...) -> None:
-        """Compare with array ``name``, or with its part ``at``; ``word`` picks a clause of a tolerance that is one sentence for the file."""
+        """Compare with array ``name``, or with its part ``at``.
+
+        Where the tolerance is one sentence for the whole file, ``word`` picks its clause.
+        """
         expected, actual = self.arrays[name][at], actual.detach().cpu().numpy()
         self.checked.add(name)
         assert actual.shape == expected.shape, f"{self}: {name} has shape {actual.shape}, expected {expected.shape}"
@@ -121,13 +125,14 @@ def golden_dir(config: pytest.Config) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    cases = read_cases(golden_dir(metafunc.config))
+    directory = golden_dir(metafunc.config)
+    cases = read_cases(directory)
     if not cases:
-        raise pytest.UsageError(f"no golden vectors under {golden_dir(metafunc.config)}; expected <method>/index.json files there")
+        raise pytest.UsageError(f"no golden vectors under {directory}; expected <method>/index.json files there")
     known = set(list_methods())
     runnable = [case for case in cases if case.method in known]
     if not runnable:
-        raise pytest.UsageError(f"no method of {golden_dir(metafunc.config)} is registered: {sorted({case.method for case in cases})}")
+        raise pytest.UsageError(f"no method of {directory} is registered: {sorted({case.method for case in cases})}")
     metafunc.parametrize("case", runnable, ids=str)
 
 
@@ -153,4 +158,5 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config: pytest.Config)
     known = set(list_methods())
     absent = Counter(case.method for case in read_cases(golden_dir(config)) if case.method not in known)
     if absent:
-        terminalreporter.write_line("not registered: " + ", ".join(f"{method} ({count} cases)" for method, count in sorted(absent.items())))
+        names = ", ".join(f"{method} ({count} cases)" for method, count in sorted(absent.items()))
+        terminalreporter.write_line(f"not registered: {names}")

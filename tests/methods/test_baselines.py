@@ -71,7 +71,8 @@ def test_pool_is_the_mean_of_every_cell(k, dtype):
     ids, x = cells([(6, 6)], k).numpy(), given.features.float().numpy()
     expected = np.stack([x[:, ids == cell].mean(1) for cell in range(k)], axis=1)
     assert merged.features.dtype == dtype
-    torch.testing.assert_close(merged.features, torch.from_numpy(expected).to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(merged.features, torch.from_numpy(expected).to(dtype), rtol=rtol, atol=1e-6)
     assert merged.slots.tolist() == [centres([(6, 6)], k).tolist()] * 2
 
 

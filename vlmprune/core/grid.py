@@ -62,7 +62,7 @@ def _shares(grids: Grids, k: int) -> list[int]:
     sizes = [rows * cols for rows, cols in grids]
     total = sum(sizes)
     if not 1 <= k <= total or min(sizes) < 1:
-        raise InvariantError(f"cannot cut grids {tuple(grids)} of {total} tokens into {k} cells; expected 1 <= cells <= tokens and no empty grid")
+        raise InvariantError(f"cannot cut grids {tuple(grids)} into {k} cells; expected 1 to {total} cells and no empty grid")
     shares = [k * size // total for size in sizes]
     # only grids with a fractional share can receive one more, so no share exceeds its grid
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))

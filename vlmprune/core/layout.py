@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Order of kept rows over the tiles of an any-resolution image, as FasterVLM and VisionZip lay them out.
 
-This is the ``"spatial"`` layout: no un-padding and no newline embedding. It needs no model, only which patch every row stands for.
+This is the ``"spatial"`` layout: no un-padding and no newline embedding. It needs no model, only the patch of every row.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from ..errors import InvariantError
 from .base import Merged, Method
 from .tokens import VisualTokens
 
+_LOOK = "Check the captured tensors for overflow"
+
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """(B, k) int64 ascending indices of the k highest scores (B, N), compared in float32; ties go to the lower index, NaN ranks lowest."""
+    """(B, k) int64 ascending indices of the k highest scores (B, N) in float32; the lower index wins ties, NaN ranks lowest."""
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise InvariantError(f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k <= N")
     # a stable ascending sort of 0 - s: lower index first, NaN last, and both zeros are the same zero
@@ -30,11 +32,12 @@ def choose(method: Method, tokens: VisualTokens, k: int) -> Tensor | Merged:
     """What ``method`` keeps of every unit at a budget of k tokens, validated.
 
     Returns:
-        (B, k) int64 ascending indices, or the rows of a merging method. Keeping all N tokens asks no method: it is the dense model.
+        (B, k) int64 ascending indices, or the rows of a merging method. Keeping all N tokens asks no method: that is the
+        dense model.
     """
     batch, n = tokens.batch, tokens.count
     if not 1 <= k <= n:
-        raise InvariantError(f"{method.name}: a budget of {k} for {n} tokens reached the selection; expected 1 <= k <= {n}, so clamp it before")
+        raise InvariantError(f"{method.name}: got a budget of {k} for {n} tokens; expected 1 <= k <= {n}, so clamp it before")
     everything = torch.arange(n, device=tokens.device).expand(batch, n)
     kind = method.kind()
     if kind == "merge":
@@ -50,10 +53,10 @@ def choose(method: Method, tokens: VisualTokens, k: int) -> Tensor | Merged:
 
 def _check_scores(method: Method, scores: Tensor, batch: int, n: int) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (batch, n):
-        raise InvariantError(f"{method.name}: score returned {_describe(scores)}; expected one number per token, shape {(batch, n)}")
+        raise InvariantError(f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}")
     bad = int((~torch.isfinite(scores)).sum())
     if bad:
-        raise InvariantError(f"{method.name}: {bad} of {batch * n} scores are not finite; refusing to rank them. Check the captured tensors for overflow")
+        raise InvariantError(f"{method.name}: {bad} of {batch * n} scores are not finite and cannot be ranked. {_LOOK}")
     return scores
 
 
@@ -62,7 +65,8 @@ def _check_indices(method: Method, keep: Tensor, batch: int, n: int, k: int) -> 
         raise InvariantError(f"{method.name}: select returned {_describe(keep)}; expected int64 indices of shape {(batch, k)}")
     keep = keep.sort(dim=-1).values
     if bool(_misplaced(keep, 0, n).any()):
-        raise InvariantError(f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices in 0..{n - 1} per row")
+        expected = f"{k} distinct indices in 0..{n - 1} per row"
+        raise InvariantError(f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {expected}")
     return keep
 
 
@@ -71,17 +75,19 @@ def _check_merged(method: Method, merged: Merged, tokens: VisualTokens, k: int) 
     if not isinstance(merged, Merged):
         raise InvariantError(f"{method.name}: merge returned {_describe(merged)}; expected a Merged")
     rows, slots = merged.features, merged.slots
-    if rows.ndim != 3 or rows.shape[:2] != (batch, k) or (dense is not None and (rows.shape[2], rows.dtype) != (dense.shape[2], dense.dtype)):
-        expected = f"(B, K, D) = {(batch, k, dense.shape[2])} {dense.dtype}" if dense is not None else f"(B, K) = {(batch, k)}"
+    like = rows if dense is None else dense  # without dense rows to compare with, any width and dtype will do
+    if rows.ndim != 3 or (rows.shape, rows.dtype) != ((batch, k, like.shape[-1]), like.dtype):
+        expected = f"{like.dtype} of shape {(batch, k, like.shape[-1])}"
         raise InvariantError(f"{method.name}: merge returned features {_describe(rows)}; expected {expected}")
     if slots.shape != (batch, k) or slots.dtype != torch.int64:
         raise InvariantError(f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}")
     ordered = slots.sort(dim=-1).values
     finite, placed = torch.stack([torch.isfinite(rows).all(), ~_misplaced(ordered, -1, n).any()]).tolist()
     if not finite:
-        raise InvariantError(f"{method.name}: merge returned rows that are not finite. Check the captured tensors for overflow")
+        raise InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}")
     if not placed:
-        raise InvariantError(f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct indices in 0..{n - 1} per row")
+        expected = f"-1 or distinct indices in 0..{n - 1} per row"
+        raise InvariantError(f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected {expected}")
     return merged
 
 

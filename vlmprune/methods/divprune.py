@@ -5,7 +5,7 @@ Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimod
 maximise over subsets S of size k the smallest cosine distance within S, by farthest-point greedy.
 
 Deviations: picked tokens are masked, as in the paper's pseudo-code (the official code can pick one twice when tokens coincide);
-float32 instead of the model's dtype; the budget is floored where the official code rounds; image tokens only, newline embeddings take no part.
+float32 instead of the model's dtype; the budget is floored where the official code rounds; newline embeddings take no part.
 Provenance: the official code is CC BY-NC 4.0 and was not read; written from a text description alone.
 """
 

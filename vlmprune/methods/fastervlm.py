@@ -4,8 +4,8 @@
 Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster",
 arXiv:2412.01818v1 (from v2 on, that id is another method).
 
-Deviations: scores are averaged in float32 (half precision makes exact ties); the budget is floored, the paper rounds; tiled images
-keep the layout of the checkpoint unless ``anyres="spatial"``; ``cls="mean"`` is ours, for towers without [CLS].
+Deviations: scores are averaged in float32 (half precision makes exact ties); the budget is floored, the paper rounds; tiled
+images keep the layout of the checkpoint unless ``anyres="spatial"``; ``cls="mean"`` is ours, for towers without [CLS].
 Provenance: written from a description of paper and official code (commit f5d5f12, Apache-2.0); no code copied.
 """
 
@@ -30,8 +30,8 @@ class FasterVLM(Method):
     Args:
         cls: "token", or "mean": the attention a patch receives from all patches, for towers without [CLS].
         layer: index into the hidden states of the tower, such as -2; None: the layer the model takes its features from.
-        anyres: "unpad" keeps the tiles, newlines and budget of the checkpoint; "spatial" is the authors' LLaVA-NeXT layout (budget
-            per raw tile, tiles interleaved, no newline).
+        anyres: "unpad" keeps un-padding and newlines as the checkpoint has them; "spatial" is the authors' LLaVA-NeXT layout
+            (budget per raw tile, tiles interleaved, no newline).
 
     Example:
         ``vlmprune.select("fastervlm", keep=64, cls_attention=attention)``

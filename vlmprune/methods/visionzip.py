@@ -3,9 +3,9 @@
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv:2412.04467.
 
-Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and cosines in float32; key
-norms are clamped, where the official code gives NaN for a zero key; ``combine="mean"`` is the averaging that the method is described
-with, the default "add" is the official code, which adds the mean of the members to the target.
+Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and cosines in
+float32; key norms are clamped, where the official code gives NaN for a zero key; ``combine="mean"`` is the averaging that the
+method is described with, the default "add" is the official code, which adds the mean of the members to the target.
 Provenance: written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code copied.
 """
 
@@ -101,8 +101,10 @@ class VisionZip(Method):
         cls_rows = crops if self.cls == "token" else 0
         room = k - cls_rows
         if room < (self.contextual or 0):
-            raise SpecError(f"keep={k} is too small for visionzip: {cls_rows} [CLS] rows and {self.contextual or 0} contextual tokens; "
-                            f"raise keep to at least {cls_rows + (self.contextual or 0)}, or lower contextual")
+            fixed = f"{cls_rows} [CLS] rows and {self.contextual or 0} contextual tokens"
+            raise SpecError(
+                f"keep={k} is too small for the {fixed} of visionzip; keep at least {k - room + (self.contextual or 0)}"
+            )
         contextual = self.contextual
         if contextual is None:
             contextual = min(max(1, round(k * 5 / 32)), max(0, room - 1))

@@ -36,8 +36,14 @@ def end_to_end(case):
 
 def check_rows(case, hidden, attention, keys, cls_features):
     patches, contextual = hidden[:, 1:], case.hyper["contextual"]
-    tokens = VisualTokens(features=patches, encoder_features=patches, cls_attention=attention, keys=keys, cls_features=cls_features,
-                          projector=lambda x: x)
+    tokens = VisualTokens(
+        features=patches,
+        encoder_features=patches,
+        cls_attention=attention,
+        keys=keys,
+        cls_features=cls_features,
+        projector=lambda x: x,
+    )
     method, k = VisionZip(contextual=contextual), case.hyper["dominant"] + contextual  # dominant counts [CLS]
     groups = group(method.score(tokens), keys, case.hyper["dominant"] - 1, contextual)
     case.check("dominant_indices", groups.dominant)
