@@ -80,6 +80,7 @@ class Entrance:
             state.inside = True
         embeds: Tensor = kwargs["inputs_embeds"]  # (B, q, D)
         started = time.perf_counter()
+        call.report.sequence = (embeds.shape[1], embeds.shape[1])
         cuts = self._cut(call, embeds) if self.session.enabled else None
         if cuts is None and state is None:
             return None

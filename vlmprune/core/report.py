@@ -21,7 +21,7 @@ class Report:
         sequence: (dense, realised) padded length of the sequence that the decoder layers read.
         firings: how often each hook did its work in this call: encode, enter, exit.
         seconds: host seconds in score + select + reassemble; on an accelerator launches only, not their completion.
-        note: why nothing was pruned, where that is so ("text only", "disabled", "dense").
+        note: why nothing was pruned, where that is so ("no images in this call", "disabled").
     """
 
     method: str

@@ -20,6 +20,7 @@ import weakref
 from typing import Any
 
 from torch import nn
+from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from ..spec import Budget
@@ -29,6 +30,8 @@ from .entrance import Call, Entrance
 from .report import Report
 
 MARK = "_vlmprune_pictures"  # attribute that pictures ride on
+# generate looks these up on the model; the second exists on a few families of transformers 4.57
+MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
 
 
 class _Wrapper:
@@ -54,7 +57,7 @@ class _Encode(_Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        if not session.enabled or session.budget is None:
+        if not session.enabled:
             return self.original(*args, **kwargs)
         arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
         session.adapter.check(arguments, self.modality)
@@ -71,10 +74,10 @@ class _Encode(_Wrapper):
 
 
 class _KeepMask2D(_Wrapper):
-    """Wraps create_masks_for_generate: the 4-D mask is made inside the language model, where the cut frame is known."""
+    """Wraps what makes 4-D masks for static caches: they are made inside the language model, where the cut frame is known."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return kwargs["attention_mask"] if "attention_mask" in kwargs else args[2]
+        return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]
 
 
 class Session:
@@ -122,12 +125,9 @@ class Session:
         try:
             for modality in self.adapter.modalities:
                 self._wrap(inner, modality.encode, _Encode(self, getattr(inner, modality.encode), modality))
-            if hasattr(model, "create_masks_for_generate"):
-                self._wrap(model, "create_masks_for_generate", _KeepMask2D(self, model.create_masks_for_generate))
-            else:
-                from transformers.masking_utils import create_masks_for_generate
-
-                self._wrap(model, "create_masks_for_generate", _KeepMask2D(self, create_masks_for_generate))
+            for name in MASK_MAKERS:
+                if name == MASK_MAKERS[0] or hasattr(model, name):
+                    self._wrap(model, name, _KeepMask2D(self, getattr(model, name, create_masks_for_generate)))
             language_model = self.adapter.language_model
             self._handles = [
                 inner.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -181,7 +181,7 @@ class Session:
         self._local.call = call
         for modality in self.adapter.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
-            if encoded is None or not self.enabled or self.budget is None:
+            if encoded is None or not self.enabled:
                 continue
             pictures = getattr(encoded, MARK, None)
             if pictures is None:
@@ -219,7 +219,7 @@ class Session:
             return
         report = call.report
         if not call.pictures:
-            report.note = "disabled" if not self.enabled else "dense" if self.budget is None else "no images in this call"
+            report.note = "no images in this call" if self.enabled else "disabled"
         self.last = report
 
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..api import prune
-from ..errors import InvariantError
+from ..errors import InvariantError, UnsupportedError
 from .conformance import RAGGED, Subject, close, expect, generate
 from .processors import GRID
 
@@ -81,6 +82,8 @@ def attach_twice_is_refused(subject: Subject) -> None:
 
 def threads_do_not_meet(subject: Subject) -> None:
     """Four calls at once on one attached model, and two models with two methods, equal one call after the other."""
+    if find_spec("transformers.utils.output_capturing") is None:
+        raise UnsupportedError("this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x")
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
     with subject.prune(), prune(other_model, "uniform@4"):

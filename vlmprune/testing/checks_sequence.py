@@ -126,7 +126,7 @@ def more_keeps_more(subject: Subject) -> None:
         return
     inputs = subject.inputs((1,))
     before: list[KeepMap] | None = None
-    for keep in (3, 9, 20):
+    for keep in (6, 12, 24):  # 6 is one more than the [CLS] rows of five crops
         picked = []
         for _ in range(2):
             with subject.with_keep(keep).prune() as run, torch.no_grad():
@@ -149,7 +149,7 @@ def text_only_is_untouched(subject: Subject) -> None:
         with subject.prune() as run:
             logits = subject.model(**inputs).logits
     expect(torch.equal(logits, dense), "a text-only call changed")
-    expect(run.last.note == "no images in this call" or run.budget is None, f"text-only call recorded as {run.last.note!r}")
+    expect(run.last.note == "no images in this call", f"text-only call recorded as {run.last.note!r}")
 
 
 CHECKS = {

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 all is well, 1 a check failed, 2 the input was wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import VlmPruneError
+from . import catalogue, new, run, validate, verify
+from .screen import complain
+
+__all__ = ["app", "main"]
+
+
+class _Commands(TyperGroup):
+    """Turns errors raised on purpose into one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VlmPruneError as error:
+            if ctx.params.get("debug"):
+                raise
+            complain(error)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    name="vlmprune", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"vlmprune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Prune visual tokens inside unmodified Hugging Face vision-language models.
+
+    Exit codes: 0 all is well, 1 a check failed, 2 the input was wrong.
+    """
+
+
+app.command("list")(catalogue.list_methods)
+app.command("show")(catalogue.show)
+app.command("run")(run.run)
+app.command("verify")(verify.verify)
+app.command("validate")(validate.validate)
+app.command("new")(new.new)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    app()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune list`` and ``vlmprune show``."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ..errors import VlmPruneError
+from .screen import Json, complain, plain, print_json, stdout, table
+
+if TYPE_CHECKING:
+    from ..registry import MethodInfo, Option
+
+
+def list_methods(
+    families: Annotated[bool, typer.Option("--families", help="List the supported model families instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the methods, those of installed plug-ins included."""
+    if families:
+        from ..models import families as known
+
+        print_json(known()) if as_json else typer.echo("\n".join(known()))
+        return
+    from .. import registry
+
+    infos, broken = [], []
+    for name in registry.list_methods():
+        try:
+            infos.append(registry.method_info(name))
+        except VlmPruneError as error:  # one broken plug-in shall not hide the other methods
+            broken.append(error)
+    if as_json:
+        print_json([_as_dict(info) for info in infos])
+    else:
+        rows = table("method", "stage", "needs", "query-aware", "options", "paper")
+        rows.columns[0].no_wrap = True
+        for info in infos:
+            plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
+            options = ", ".join(option.name for option in info.options)
+            rows.add_row(Text(info.name, style="bold") + Text(plug_in, style="dim"), info.stage, ", ".join(info.needs) or "-",
+                         "yes" if info.query_aware else "no", options or "-", plain(info.paper or "-"))
+        stdout().print(rows)
+    for error in broken:
+        complain(error)
+    if broken:
+        raise typer.Exit(2)
+
+
+def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vlmprune list`.")], as_json: Json = False) -> None:
+    """Show what a method does, needs and takes."""
+    from ..registry import method_info
+
+    info = method_info(method)
+    if as_json:
+        print_json(_as_dict(info))
+        return
+    screen = stdout()
+    screen.print(plain(info.doc.split("\n\nArgs:")[0].split("\n\nExample:")[0]), style="bold")
+    facts = table("", "", show_header=False)
+    facts.columns[0].no_wrap = True
+    for label, value in _facts(info).items():
+        facts.add_row(Text(label, style="dim"), plain(value))
+    screen.print(facts)
+    if not info.options:
+        screen.print("This method has no options.")
+        return
+    options = table("option", "type", "default", "meaning")
+    for option in info.options:
+        options.add_row(Text(option.name, style="bold"), plain(option.type), plain(_default(option)), plain(option.help or "-"))
+    screen.print(options)
+
+
+def _facts(info: MethodInfo) -> dict[str, str]:
+    verbs = {"score": "scores every token, the highest are kept", "select": "chooses a set", "merge": "merges tokens"}
+    return {
+        "example": example(info),
+        "stage": info.stage,
+        "needs": ", ".join(info.needs) or "nothing from the model",
+        "how": verbs.get(info.kind, "keeps every token" if not info.budgeted else "as its stage does"),
+        "query-aware": "yes, it reads the question" if info.query_aware else "no",
+        "calibrated": "yes, it uses constants fitted on data" if info.calibrated else "no",
+        "nested": "yes, more budget never removes a token" if info.nested else "no",
+        "budget": "keep is required, as in @64 or @0.25" if info.budgeted else "takes none",
+        "positions": f"{info.positions} (default)",
+        "paper": info.paper or "none",
+        "licence": f"{info.licence} (of the code that was read for facts)" if info.licence else "no other code was read",
+        "defined in": _module(info),
+    }
+
+
+def example(info: MethodInfo) -> str:
+    """A spec that works on an image of any size; options without a default are left to fill in."""
+    from ..registry import get
+
+    required = ",".join(f"{option.name}=..." for option in info.options if option.default is MISSING)
+    text = info.name + (f"({required})" if required else "")
+    if get(info.name).wraps:
+        return f"{text}+fastervlm@64"
+    return f"{text}@64" if info.budgeted else text
+
+
+def _default(option: Option) -> str:
+    return "required" if option.default is MISSING else repr(option.default)
+
+
+def _module(info: MethodInfo) -> str:
+    from ..registry import get
+
+    return get(info.name).__module__
+
+
+def _as_dict(info: MethodInfo) -> dict[str, Any]:
+    options = [
+        {"name": option.name, "type": option.type, "required": option.default is MISSING, "help": option.help,
+         "default": None if option.default is MISSING else option.default}
+        for option in info.options
+    ]
+    return {**asdict(info), "options": options, "example": example(info), "module": _module(info)}

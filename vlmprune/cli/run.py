@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune run``: one picture, one question, with and without pruning."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import SpecError, UnsupportedError, VlmPruneError
+from .screen import Json, plain, print_json, stderr, stdout, table
+
+if TYPE_CHECKING:
+    from ..core.report import Report
+
+QUESTION = "What is in the picture?"
+
+
+class Answer(NamedTuple):
+    """What one call of generate said and how long it took."""
+
+    text: str
+    tokens: int
+    first: float  # seconds to the first new token
+    total: float
+
+
+def run(
+    image: Annotated[str | None, typer.Argument(help="Picture file; without it, a picture that the package draws.")] = None,
+    question: Annotated[str, typer.Argument(help="What to ask.")] = QUESTION,
+    model: Annotated[str, typer.Option(help="'tiny', a folder, or an HF id.")] = "tiny",
+    prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
+    draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    dense: Annotated[bool, typer.Option(help="Also run without pruning, to compare.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture with pruned visual tokens, beside the dense answer."""
+    spec, picture = _spec(prune), _picture(image)
+    if draw is not None:
+        _check_draw(draw, spec)
+
+    from ..api import prune as attach_while
+    from ..models.loading import TINY, TINY_NOTE, encode, load
+
+    with stderr().status(f"loading {model}"):
+        loaded, processor = load(model, device, dtype, trust_remote_code)
+    inputs = encode(loaded, processor, picture, question)
+    # where a first call is slow and a warm-up too dear, pruning goes first and pays for it
+    warm = model == TINY or loaded.device.type != "cpu"
+    with stderr().status("generating"):
+        with attach_while(loaded, str(spec)) as session:
+            if warm:
+                ask(loaded, processor, inputs, 2)
+            pruned = ask(loaded, processor, inputs, max_new_tokens)
+        report = session.last
+        whole = None
+        if dense:
+            if warm:
+                ask(loaded, processor, inputs, 2)
+            whole = ask(loaded, processor, inputs, max_new_tokens)
+    if report is None:
+        raise VlmPruneError(f"{model!r} gave no report of {str(spec)!r}, so it is unknown whether anything was pruned; expected one call")
+    if draw is not None:
+        _draw(report, picture, draw)
+    measured = (f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
+                f"{'after a warm-up' if warm else 'without a warm-up, pruned first'}; the preparation of the picture is not counted")
+    found = {
+        "model": model, "prune": str(spec), "image": image, "question": question,
+        "answer": pruned.text, "dense_answer": whole and whole.text,
+        "visual_tokens": {"dense": report.dense_tokens, "pruned": report.realised_tokens},
+        "sequence": {"dense": report.sequence[0] or inputs["input_ids"].shape[1], "pruned": report.sequence[1] or inputs["input_ids"].shape[1]},
+        "tokens_per_layer": report.tokens_per_layer,
+        "new_tokens": {"dense": whole and whole.tokens, "pruned": pruned.tokens},
+        "seconds": {"dense": whole and {"first_token": whole.first, "total": whole.total},
+                    "pruned": {"first_token": pruned.first, "total": pruned.total, "choosing": report.seconds}},
+        "measured": measured, "draw": draw and str(draw), "note": TINY_NOTE if model == TINY else None,
+    }
+    print_json(found) if as_json else _show(found)
+
+
+def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
+    """One greedy call of generate, with its clock."""
+    import torch
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
+    ticks = [now()]
+
+    def tick(ids: Any, scores: Any, **_: Any) -> Any:
+        if len(ticks) == 1:
+            ticks.append(now())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[tick])
+    end, new = now(), ids[0, inputs["input_ids"].shape[1] :]
+    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), ticks[1] - ticks[0], end - ticks[0])
+
+
+def _spec(text: str) -> Any:
+    from ..spec import parse
+
+    spec = parse(text)
+    spec.build(require_budget=True)
+    return spec
+
+
+def _picture(path: str | None) -> Any:
+    if path is None:
+        from ..testing.picture import picture
+
+        return picture()
+    if not Path(path).exists():
+        raise SpecError(f"no file at {path!r}; expected the path of a picture, then the question; leave both out for the picture of the package")
+    from ..viz.overlay import open_picture
+
+    return open_picture(path)
+
+
+def _check_draw(path: Path, spec: Any) -> None:
+    from PIL import Image
+
+    known = sorted(ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE)
+    if path.suffix.lower() not in known:
+        raise SpecError(f"--draw {str(path)!r} ends in {path.suffix!r}; expected a picture file such as kept.png")
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first")
+    if not any(part.budget for part in spec.parts):
+        raise SpecError(f"--draw has nothing to show: {str(spec)!r} has no budget and keeps every token; give a spec such as fastervlm@0.25")
+
+
+def _draw(report: Report, picture: Any, path: Path) -> None:
+    if not report.keep:
+        raise UnsupportedError(f"--draw: {report.method!r} recorded no kept tokens; expected a method that keeps tokens before the language model")
+    try:
+        report.keep[0].draw(picture).save(path)
+    except OSError as error:
+        raise VlmPruneError(f"--draw {str(path)!r} cannot be written ({error}); choose another place") from error
+
+
+def _show(found: dict[str, Any]) -> None:
+    sides = ["pruned"] if found["dense_answer"] is None else ["dense", "pruned"]
+    names = {"dense": "dense", "pruned": found["prune"]}
+    rows = table("", *(names[side] for side in sides))
+    rows.columns[0].no_wrap = True
+
+    def row(label: str, cell: Any) -> None:
+        rows.add_row(label, *(plain(cell(side)) for side in sides))
+
+    row("answer", lambda side: found["answer" if side == "pruned" else "dense_answer"] or "(empty)")
+    row("visual tokens", lambda side: _count(sum(found["visual_tokens"][side]), sum(found["visual_tokens"]["dense"])))
+    row("sequence", lambda side: str(found["sequence"][side]))
+    if found["tokens_per_layer"]:
+        dense = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
+        row("tokens in layers", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else dense))
+    row("new tokens", lambda side: str(found["new_tokens"][side]))
+    row("first token", lambda side: _seconds(found["seconds"][side]["first_token"]))
+    row("of it, choosing", lambda side: _seconds(found["seconds"][side]["choosing"]) if side == "pruned" else "-")
+    row("total", lambda side: _seconds(found["seconds"][side]["total"]))
+    screen = stdout()
+    screen.print(plain(f"{found['model']}: {found['question']}"), style="bold")
+    screen.print(rows)
+    screen.print(plain(f"Times: {found['measured']}."), style="dim")
+    if found["note"]:
+        screen.print(plain(f"Note: {found['note']}."), style="yellow")
+    if found["draw"]:
+        screen.print(plain(f"Wrote {found['draw']}"), soft_wrap=True)
+
+
+def _count(tokens: int, of: int) -> str:
+    if not of:
+        return "all"
+    return str(tokens) if tokens == of else f"{tokens} ({tokens / of:.1%} of {of})"
+
+
+def _layers(tokens: list[float]) -> str:
+    """Runs of equal numbers: ``9 in 0-3`` for four layers of nine tokens."""
+    runs, start = [], 0
+    for value, group in itertools.groupby(tokens):
+        end = start + len(list(group)) - 1
+        runs.append(f"{value:g} in {start}-{end}" if end > start else f"{value:g} in {start}")
+        start = end + 1
+    return ", ".join(runs)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the commands write: results to stdout, errors and progress to stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+
+
+def stdout() -> Console:
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def complain(error: Exception) -> None:
+    """One error in red, never wrapped, so that names in it can be searched and copied."""
+    stderr().print(Text(f"error: {error}", style="red"), soft_wrap=True)
+
+
+def table(*columns: str, **options: Any) -> Table:
+    """An empty table whose cells fold: nothing is ever cut off."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", **options)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def plain(text: str) -> Text:
+    """Text of a model or a user: no markup is read in it, and no control character reaches the terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))

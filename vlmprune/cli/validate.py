@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune validate``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..errors import VlmPruneError
+from .screen import Json, complain, plain, print_json, stdout, table
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML configs, as in configs/.")], as_json: Json = False
+) -> None:
+    """Check configs: every key, and every spec down to its options."""
+    from ..config import load
+
+    found, wrong = {}, []
+    for file in files:
+        try:
+            found[file] = load(file)
+        except VlmPruneError as error:  # the other files are still worth checking
+            wrong.append(error)
+    if as_json:
+        print_json({file: asdict(config) | {"specs": list(map(str, config.specs))} for file, config in found.items()})
+    for file, config in {} if as_json else found.items():
+        stdout().print(plain(f"{file}: valid"), style="green", soft_wrap=True)
+        rows = table("", "", show_header=False)
+        for key in ("models", "specs", "tasks", "seeds"):
+            rows.add_row(key, plain("\n".join(map(str, getattr(config, key))) or "-"))
+        rows.add_row("out", plain(config.out or "-"))
+        stdout().print(rows)
+    for error in wrong:
+        complain(error)
+    if wrong:
+        raise typer.Exit(2)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a name to a model and a processor, and from a picture and a question to model inputs.
+
+What cannot be pruned is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.base import one_of
+from ..errors import UnsupportedError, VlmPruneError, did_you_mean
+from . import families
+
+TINY = "tiny"
+TINY_NOTE = "tiny is a random model: its answers mean nothing, the token counts and times are real"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """``(model, processor)``, the model in eval mode.
+
+    Args:
+        name: ``"tiny"``, a folder written by ``save_pretrained``, or an HF id.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        dtype: one of ``DTYPES``; "auto" is what the checkpoint says.
+        trust_remote_code: run Python code that comes with the checkpoint. No supported family needs it.
+    """
+    one_of("dtype", dtype, DTYPES)
+    check_device(device)
+    if name == TINY:
+        from ..testing.tiny import tiny_bundle
+
+        model, processor = tiny_bundle()
+        return model.to(device=device, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)), processor
+
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if not name:
+        raise VlmPruneError(f"the model name is empty; expected {TINY!r}, a folder or an HF id")
+    config = _read(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    if config.model_type not in families():
+        near = did_you_mean(config.model_type, families())
+        raise UnsupportedError(f"{name!r} is a {config.model_type!r} model; families with an adapter: {families()}.{near}")
+    processor = _read(name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code)
+    if getattr(processor, "patch_size", 0) is None:
+        raise UnsupportedError(f"the processor of {name!r} has no patch_size, so it cannot place image tokens; set it and save the processor again")
+    model = _read(
+        name, "weights", AutoModelForImageTextToText.from_pretrained,
+        config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+    )
+    return model.to(device).eval(), processor
+
+
+def check_device(device: str) -> None:
+    """Raise unless tensors can be made on this device."""
+    try:
+        torch.empty(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise VlmPruneError(f"device {device!r} cannot be used ({reason}); expected 'cpu', 'cuda', 'cuda:1' or 'mps', as this machine has") from error
+
+
+def prompt(processor: Any, question: str) -> str:
+    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where it has none."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
+    """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the model."""
+    return processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device, model.dtype)
+
+
+def _read(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
+    """Call one from_pretrained; what can be wrong with a name or a folder becomes one clear error."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()):
+        what_it_is = "is a file" if path.is_file() else "does not exist"
+        raise VlmPruneError(f"the folder {name!r} {what_it_is}; expected {TINY!r}, a folder written by save_pretrained, or an HF id")
+    try:
+        return read(str(path) if path.is_dir() else name, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if path.is_dir():
+            todo = "the folder must hold config.json, *.safetensors and the processor files, as model.save_pretrained and processor.save_pretrained write them"
+        else:
+            todo = "no such folder is here, so it was looked up as an HF id: check the spelling and the network, log in if the model is gated, or give a local folder"
+        if isinstance(error, ImportError):
+            todo = "install what is named above"
+        raise VlmPruneError(f"the {what} of {name!r} cannot be read: {reason} ({todo})") from error
