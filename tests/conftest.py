@@ -12,5 +12,6 @@ def pytest_addoption(parser):
         type=Path,
         default=None,
         metavar="DIR",
-        help="run the golden vectors found under DIR/<method>/index.json instead of those in tests/golden/data",
+        help="run the golden vectors under DIR/<method>/index.json instead of tests/golden/data; "
+        "write --golden-dir=DIR where no test path is given, or pytest takes DIR for one",
     )
