@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped and what is not: the wheel, the import, the files, and the rules of style that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vlmprune
+
+ROOT = Path(__file__).parents[1]
+COMPANIONS = ("kernels", "methods", "benchmarks")  # evidence beside the package, never importable
+LIBRARY = sorted((ROOT / "vlmprune").rglob("*.py"))
+HEAVY = ("torch", "transformers", "triton", "matplotlib", "lmms_eval", "ray", "timm", "jinja2", "numpy", "typer")
+MAX_FILE, MAX_FUNCTION = 300, 60
+
+# spelt so that this file does not match
+MACHINE_TRACES = re.compile(
+    r"(?<![\w.}\])])/(?:work|tmp|root|opt|home|Users)/|inde[x]-url|find-link[s]|trusted-hos[t]|pythonhoste[d]|artifactor[y]|devp[i]"
+)
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def tracked_files():
+    """Files that git knows or would add."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("needs a git checkout and git to tell which files belong to the repository")
+    # a checkout owned by another user is as good
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for path in map(ROOT.joinpath, listed.split("\0")[:-1]) if path.is_file()]
+
+
+# --- the wheel --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Names in a wheel built from a copy, where no older build can leak in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("vlmprune", "tests", "docs", "configs", *COMPANIONS):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return zipfile.ZipFile(next(out.glob("*.whl"))).namelist()
+
+
+def test_the_wheel_installs_one_name(wheel):
+    info = f"vlmprune-{vlmprune.__version__}.dist-info"
+    assert {name.split("/")[0] for name in wheel} == {"vlmprune", info}
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
+    files = {relative(path) for path in (ROOT / "vlmprune").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {name for name in wheel if name.startswith("vlmprune/")} == files
+    assert "vlmprune/py.typed" in files
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_a_companion_folder_is_no_package(name):
+    assert list((ROOT / name).rglob("__init__.py")) == []
+
+
+def test_a_console_script_does_not_put_the_root_on_the_path(tmp_path):
+    # transformers 5.0 to 5.8 take a bare folder kernels/ on sys.path for the package of that name, and fail
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import importlib.util, json, sys\n"
+        "found = importlib.util.find_spec('kernels')\n"
+        "print(json.dumps([sys.path, list(found.submodule_search_locations or []) if found else []]))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    path, kernels = json.loads(done.stdout)
+    assert str(ROOT) not in path and "" not in path
+    assert str(ROOT / "kernels") not in kernels
+
+
+def test_the_version_is_the_same_everywhere():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == vlmprune.__version__
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == vlmprune.__version__
+
+
+# --- the import -------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    code = f"import sys, vlmprune; vlmprune.__version__; dir(vlmprune); print(sorted(set(sys.modules) & set({HEAVY})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", vlmprune.__all__)
+def test_a_public_name_resolves(name):
+    assert getattr(vlmprune, name) is not None
+    assert name in dir(vlmprune)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="public names"):
+        vlmprune.no_such_name  # noqa: B018
+
+
+def test_the_command_has_a_module():
+    assert find_spec("vlmprune.cli") is not None
+
+
+# --- the files --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_file_names_its_licence():
+    sources = [path for folder in ("vlmprune", "tests", *COMPANIONS) for path in sorted((ROOT / folder).rglob("*.py"))]
+    lines = {relative(path): path.read_text().partition("\n")[0] for path in sources if path.stat().st_size}
+    assert [name for name, line in lines.items() if line != "# SPDX-License-Identifier: Apache-2.0"] == []
+
+
+def test_no_file_names_a_machine():
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # arrays and pictures
+            continue
+        found += [f"{relative(path)}: {match[0]}" for match in MACHINE_TRACES.finditer(text)]
+    assert found == []
+
+
+# --- style, by syntax tree --------------------------------------------------------------------------------------------------
+
+
+def violations(tree):
+    """What library code must not do, as (line, what)."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assert():
+                yield node.lineno, "bare assert"
+            case ast.ExceptHandler(type=None | ast.Name(id="Exception" | "BaseException"), body=[ast.Pass()]):
+                yield node.lineno, "swallowed exception"
+            case ast.Call(func=ast.Name(id="suppress") | ast.Attribute(attr="suppress"), args=[ast.Name(id="Exception")]):
+                yield node.lineno, "swallowed exception"
+            case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
+                yield node.lineno, name
+            case ast.Import(names=names) if any(alias.name in ("pickle", "dill", "cloudpickle", "joblib") for alias in names):
+                yield node.lineno, "pickle"
+            case ast.ImportFrom(module="pickle" | "dill" | "cloudpickle" | "joblib"):
+                yield node.lineno, "pickle"
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=True)):
+                yield node.value.lineno, "trust_remote_code"
+            case ast.keyword(arg="weights_only", value=ast.Constant(value=False)):
+                yield node.value.lineno, "pickle"
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if node.end_lineno - node.lineno >= MAX_FUNCTION:
+                yield node.lineno, f"{node.name} has more than {MAX_FUNCTION} lines"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_a_library_file_keeps_the_rules(path):
+    source = path.read_text()
+    assert list(violations(ast.parse(source))) == []
+    assert len(source.splitlines()) <= MAX_FILE
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("assert x", "bare assert"),
+        ("try:\n    f()\nexcept:\n    pass", "swallowed exception"),
+        ("try:\n    f()\nexcept Exception as error:\n    pass", "swallowed exception"),
+        ("with suppress(Exception):\n    f()", "swallowed exception"),
+        ("eval('1')", "eval"),
+        ("import os, pickle", "pickle"),
+        ("from pickle import load", "pickle"),
+        ("torch.load(f, weights_only=False)", "pickle"),
+        ("f(trust_remote_code=True)", "trust_remote_code"),
+        ("def f():\n" + "    x\n" * MAX_FUNCTION, f"f has more than {MAX_FUNCTION} lines"),
+    ],
+)
+def test_the_rules_catch_what_they_forbid(code, what):
+    assert [found for _, found in violations(ast.parse(code))] == [what]
+
+
+@pytest.mark.parametrize(
+    "code", ["model.eval()", "try:\n    f()\nexcept KeyError:\n    pass", "def f():\n" + "    x\n" * (MAX_FUNCTION - 1)]
+)
+def test_the_rules_let_the_rest_pass(code):
+    assert list(violations(ast.parse(code))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("/" + "tmp/x", True), ("see /" + "home/me", True), ("tests/tmp/x", False), ("--index" + "-url x", True)]
+)
+def test_the_pattern_for_machines_finds_paths_and_registries(text, found):
+    assert bool(MACHINE_TRACES.search(text)) is found
