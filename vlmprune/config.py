@@ -78,7 +78,7 @@ def _list(key: str, value: Any, kind: type) -> tuple[Any, ...]:
         raise SpecError(f"{key}={value!r}; expected a list with at least one entry: {key}: [...]")
     for item in value:
         if type(item) is not kind or item == "":
-            raise SpecError(f"{key} holds {item!r}, which is a {type(item).__name__}; expected {kind.__name__} (quote it if it is text)")
+            raise SpecError(f"{key} holds {item!r}, a {type(item).__name__}; expected {kind.__name__} (quote what is text)")
     _distinct(key, value)
     return tuple(value)
 

@@ -66,4 +66,4 @@ app.command("new")(new.new)
 
 def main() -> None:
     """Entry of the console script."""
-    app()
+    app(prog_name="vlmprune")

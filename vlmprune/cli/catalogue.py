@@ -37,8 +37,10 @@ def list_methods(
     if as_json:
         print_json([_as_dict(info) for info in infos])
     else:
-        rows = table("method", "stage", "needs", "query-aware", "options", "paper")
-        rows.columns[0].no_wrap = True
+        rows = table("method", "stage", "needs", "query", "options", "paper")
+        for column in rows.columns:  # long lists fold between words, the rest stays whole
+            column.min_width = 18 if column.header == "needs" else 11 if column.header == "options" else None
+            column.no_wrap = column.min_width is None
         for info in infos:
             plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
             options = ", ".join(option.name for option in info.options)
@@ -76,12 +78,13 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vl
 
 
 def _facts(info: MethodInfo) -> dict[str, str]:
-    verbs = {"score": "scores every token, the highest are kept", "select": "chooses a set", "merge": "merges tokens"}
+    verbs = {"score": "scores every token, the highest are kept", "select": "chooses a set", "merge": "merges tokens",
+             "": "acts where its stage says, without choosing tokens"}
     return {
         "example": example(info),
         "stage": info.stage,
         "needs": ", ".join(info.needs) or "nothing from the model",
-        "how": verbs.get(info.kind, "keeps every token" if not info.budgeted else "as its stage does"),
+        "how": verbs[info.kind],
         "query-aware": "yes, it reads the question" if info.query_aware else "no",
         "calibrated": "yes, it uses constants fitted on data" if info.calibrated else "no",
         "nested": "yes, more budget never removes a token" if info.nested else "no",

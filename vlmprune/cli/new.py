@@ -13,7 +13,7 @@ from .screen import Json, plain, print_json, stdout
 
 def new(
     method: Annotated[str, typer.Argument(help="Name of the new method, in lower case.")],
-    folder: Annotated[Path, typer.Option("--dir", help="Where to write: a checkout of vlmprune, or a folder of your own.")] = Path(),
+    folder: Annotated[Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Write a method that works, with its test, card and ledger; nothing is overwritten."""

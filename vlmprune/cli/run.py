@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import SpecError, UnsupportedError, VlmPruneError
+from ..errors import InvariantError, SpecError, UnsupportedError, VlmPruneError
 from .screen import Json, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -66,16 +66,16 @@ def run(
                 ask(loaded, processor, inputs, 2)
             whole = ask(loaded, processor, inputs, max_new_tokens)
     if report is None:
-        raise VlmPruneError(f"{model!r} gave no report of {str(spec)!r}, so it is unknown whether anything was pruned; expected one call")
+        raise InvariantError(f"{model!r} gave no report of {str(spec)!r}: nothing shows what was pruned; expected one per call")
     if draw is not None:
         _draw(report, picture, draw)
     measured = (f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
-                f"{'after a warm-up' if warm else 'without a warm-up, pruned first'}; the preparation of the picture is not counted")
+                f"{'after a warm-up' if warm else 'without a warm-up, pruned first'}; preparing the picture is not counted")
     found = {
         "model": model, "prune": str(spec), "image": image, "question": question,
         "answer": pruned.text, "dense_answer": whole and whole.text,
         "visual_tokens": {"dense": report.dense_tokens, "pruned": report.realised_tokens},
-        "sequence": {"dense": report.sequence[0] or inputs["input_ids"].shape[1], "pruned": report.sequence[1] or inputs["input_ids"].shape[1]},
+        "sequence": dict(zip(("dense", "pruned"), report.sequence, strict=True)),
         "tokens_per_layer": report.tokens_per_layer,
         "new_tokens": {"dense": whole and whole.tokens, "pruned": pruned.tokens},
         "seconds": {"dense": whole and {"first_token": whole.first, "total": whole.total},
@@ -120,7 +120,7 @@ def _picture(path: str | None) -> Any:
 
         return picture()
     if not Path(path).exists():
-        raise SpecError(f"no file at {path!r}; expected the path of a picture, then the question; leave both out for the picture of the package")
+        raise SpecError(f"no file at {path!r}; expected a picture, then the question; without both, one is drawn")
     from ..viz.overlay import open_picture
 
     return open_picture(path)
@@ -135,12 +135,12 @@ def _check_draw(path: Path, spec: Any) -> None:
     if not path.absolute().parent.is_dir():
         raise SpecError(f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first")
     if not any(part.budget for part in spec.parts):
-        raise SpecError(f"--draw has nothing to show: {str(spec)!r} has no budget and keeps every token; give a spec such as fastervlm@0.25")
+        raise SpecError(f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in fastervlm@0.25")
 
 
 def _draw(report: Report, picture: Any, path: Path) -> None:
     if not report.keep:
-        raise UnsupportedError(f"--draw: {report.method!r} recorded no kept tokens; expected a method that keeps tokens before the language model")
+        raise UnsupportedError(f"--draw: {report.method!r} recorded no kept tokens; expected a method before the language model")
     try:
         report.keep[0].draw(picture).save(path)
     except OSError as error:
@@ -159,9 +159,8 @@ def _show(found: dict[str, Any]) -> None:
     row("answer", lambda side: found["answer" if side == "pruned" else "dense_answer"] or "(empty)")
     row("visual tokens", lambda side: _count(sum(found["visual_tokens"][side]), sum(found["visual_tokens"]["dense"])))
     row("sequence", lambda side: str(found["sequence"][side]))
-    if found["tokens_per_layer"]:
-        dense = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
-        row("tokens in layers", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else dense))
+    whole = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
+    row("tokens per layer", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else whole))
     row("new tokens", lambda side: str(found["new_tokens"][side]))
     row("first token", lambda side: _seconds(found["seconds"][side]["first_token"]))
     row("of it, choosing", lambda side: _seconds(found["seconds"][side]["choosing"]) if side == "pruned" else "-")
@@ -177,17 +176,15 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _count(tokens: int, of: int) -> str:
-    if not of:
-        return "all"
     return str(tokens) if tokens == of else f"{tokens} ({tokens / of:.1%} of {of})"
 
 
 def _layers(tokens: list[float]) -> str:
-    """Runs of equal numbers: ``9 in 0-3`` for four layers of nine tokens."""
+    """Runs of equal numbers: ``9 in layers 0-3``."""
     runs, start = [], 0
     for value, group in itertools.groupby(tokens):
         end = start + len(list(group)) - 1
-        runs.append(f"{value:g} in {start}-{end}" if end > start else f"{value:g} in {start}")
+        runs.append(f"{value:g} in layers {start}-{end}" if end > start else f"{value:g} in layer {start}")
         start = end + 1
     return ", ".join(runs)
 

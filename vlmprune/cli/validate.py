@@ -29,8 +29,9 @@ def validate(
     for file, config in {} if as_json else found.items():
         stdout().print(plain(f"{file}: valid"), style="green", soft_wrap=True)
         rows = table("", "", show_header=False)
-        for key in ("models", "specs", "tasks", "seeds"):
-            rows.add_row(key, plain("\n".join(map(str, getattr(config, key))) or "-"))
+        rows.add_row("specs", plain("\n".join(map(str, config.specs))))
+        for key in ("models", "tasks", "seeds"):
+            rows.add_row(key, plain(", ".join(map(str, getattr(config, key))) or "-"))
         rows.add_row("out", plain(config.out or "-"))
         stdout().print(rows)
     for error in wrong:

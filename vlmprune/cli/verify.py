@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
@@ -33,15 +32,16 @@ def verify(
     if as_json:
         run_checks(spec, family or None, results.append)
     else:
-        with Live(Text(f"{spec}: building tiny models"), console=stdout(), refresh_per_second=4) as live:
+        screen = stdout()
+        with Live(Text(f"{spec}: building tiny models"), console=screen, transient=True) as live:
 
             def on_result(result: CheckResult) -> None:
                 results.append(result)
                 live.update(_table(spec, results))
 
             run_checks(spec, family or None, on_result)
-            if results:
-                live.update(Group(_table(spec, results), *_details(results)))
+        if results:
+            screen.print(_table(spec, results), *_details(results), sep="\n")
     if not results:
         raise InvariantError(f"no check ran for {spec!r}, so nothing was verified; expected at least one result per family")
     failed = sum(result.status == "fail" for result in results)
@@ -69,10 +69,13 @@ def _table(spec: str, results: list[CheckResult]) -> Any:
 def _details(results: list[CheckResult]) -> list[Text]:
     lines = []
     for status in ("fail", "unsupported"):
+        checks: dict[tuple[str, str], list[str]] = {}  # one reason may hold for many checks
         for result in results:
             if result.status == status:
-                head = Text(f"{result.check}, {result.family}: ", style=_SHOWN[status].style)
-                lines.append(head + plain(result.detail or "no detail was given"))
+                checks.setdefault((result.family, result.detail), []).append(result.check)
+        for (family, detail), names in checks.items():
+            head = f"{family}, {names[0] if len(names) == 1 else f'{len(names)} checks'}: "
+            lines.append(Text(head, style=_SHOWN[status].style) + plain(detail or "no detail was given"))
     count = {status: sum(result.status == status for result in results) for status in _SHOWN}
     summary = f"{count['pass']} passed, {count['fail']} failed, {count['unsupported']} unsupported"
     return [*lines, Text(summary, style="bold red" if count["fail"] else "bold green")]

@@ -68,6 +68,9 @@ class Method:
         """Rows that replace the tokens."""
         raise NotImplementedError
 
+    def check_unit(self, count: int) -> None:
+        """Raise when this method cannot act on a unit of ``count`` tokens; asked even where everything is kept."""
+
     @classmethod
     def kind(cls) -> str:
         """Which of ``score``, ``select``, ``merge`` this method overrides."""

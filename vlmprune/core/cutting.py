@@ -19,7 +19,7 @@ from ..spec import Budget
 from .base import Merged, Method
 from .keepmap import KeepMap
 from .layout import pack_tiles
-from .pictures import Picture, Unit, make_units, stack_units
+from .pictures import Picture, Tiles, Unit, make_units, stack_units
 from .select import choose
 from .tokens import VisualTokens
 
@@ -32,7 +32,7 @@ class Cut:
         keep: (length,) bool over the placeholder slots.
         keep_idx: (K,) ascending indices of kept patches, on the CPU, for KeepMaps.
         slots, rows: (M,) slots and (M, D) embeddings that take their place, for merging methods.
-        grids: blocks that ``keep_idx`` counts in; those of the picture, or its raw tiles.
+        grids: blocks that ``keep_idx`` counts in; those of the picture, or of its tiles before unpadding.
     """
 
     keep: Tensor
@@ -91,6 +91,7 @@ def choose_units(
     for number, unit in enumerate(units):
         if strict and isinstance(budget.keep, int) and budget.keep > unit.count:
             raise InvariantError(f"strict: keep={budget.keep} tokens but unit {number} holds {unit.count}; lower keep or drop strict")
+        method.check_unit(unit.count)
         crops = sum(1 if unit.crop is not None else _crop_count(pictures[p]) for p, _ in unit.members)
         groups[(unit.count, unit.grids, crops)].append(number)
     chosen: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(units)
@@ -178,9 +179,19 @@ def _cut_tiles(picture: Picture, method: Method, budget: Budget, projector: Call
         raise UnsupportedError(f"anyres='spatial' makes {order.shape[0]} tokens but the prompt has {picture.length} places; lower keep")
     keep = torch.zeros(picture.length, dtype=torch.bool)
     keep[: order.shape[0]] = True
-    keep_idx = torch.cat([t * n + s[s >= 0] for t, s in enumerate(slots)]).unique()
     flat = rows.flatten(0, 1)[order.to(rows.device)]
-    return Cut(keep, keep_idx, (side,) * count, torch.arange(order.shape[0]), flat)
+    keep_idx = torch.cat([_in_detail(t, s[s >= 0], tiles) for t, s in enumerate(slots)]).unique()
+    across, down = tiles.layout
+    return Cut(keep, keep_idx, (side, (down * side[0], across * side[1])), torch.arange(order.shape[0]), flat)
+
+
+def _in_detail(tile: int, patch: Tensor, tiles: Tiles) -> Tensor:
+    """Index of a tile's patches when the base tile comes first and the detail tiles form one big raster."""
+    if tile == 0:
+        return patch
+    (rows, cols), across = tiles.grid, tiles.layout[0]
+    row = (tile - 1) // across * rows + patch // cols
+    return rows * cols + row * across * cols + (tile - 1) % across * cols + patch % cols
 
 
 def keep_maps(pictures: Sequence[Picture], cuts: Sequence[Cut | None], method: str) -> list[KeepMap]:

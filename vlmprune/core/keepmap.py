@@ -253,10 +253,14 @@ class Replay(Method):
         """K, the only budget it can meet."""
         return len(self.keep_idx)
 
+    def check_unit(self, count: int) -> None:
+        if count != self.total:
+            raise InvariantError(f"asked to choose from {count} tokens; this replay holds {self.keep} of {self.total}: use an image that yields as many")
+
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        if (tokens.count, k) != (self.total, self.keep):
-            raise InvariantError(f"asked to keep {k} of {tokens.count} tokens; this replay holds {self.keep} of {self.total}: "
-                                 f"use keep={self.keep} and an image that yields {self.total} tokens")
+        self.check_unit(tokens.count)
+        if k != self.keep:
+            raise InvariantError(f"asked to keep {k} tokens; this replay holds {self.keep}: use keep={self.keep}")
         return torch.tensor(self.keep_idx, device=tokens.device).expand(tokens.batch, -1)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..core.base import one_of
 from ..errors import UnsupportedError, VlmPruneError, did_you_mean
@@ -48,11 +49,14 @@ def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code:
         raise UnsupportedError(f"{name!r} is a {config.model_type!r} model; families with an adapter: {families()}.{near}")
     processor = _read(name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code)
     if getattr(processor, "patch_size", 0) is None:
-        raise UnsupportedError(f"the processor of {name!r} has no patch_size, so it cannot place image tokens; set it and save the processor again")
-    model = _read(
-        name, "weights", AutoModelForImageTextToText.from_pretrained,
-        config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+        raise UnsupportedError(f"the processor of {name!r} has no patch_size; set it in processor_config.json")
+    model, info = _read(
+        name, "weights", AutoModelForImageTextToText.from_pretrained, config=config, dtype=dtype,
+        use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
     )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise VlmPruneError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}; save it whole")
     return model.to(device).eval(), processor
 
 
@@ -62,7 +66,7 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise VlmPruneError(f"device {device!r} cannot be used ({reason}); expected 'cpu', 'cuda', 'cuda:1' or 'mps', as this machine has") from error
+        raise VlmPruneError(f"device {device!r} cannot be used ({reason}); expected cpu, cuda, cuda:1 or mps") from error
 
 
 def prompt(processor: Any, question: str) -> str:
@@ -82,16 +86,19 @@ def _read(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any
     """Call one from_pretrained; what can be wrong with a name or a folder becomes one clear error."""
     path = Path(name).expanduser()
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()):
-        what_it_is = "is a file" if path.is_file() else "does not exist"
-        raise VlmPruneError(f"the folder {name!r} {what_it_is}; expected {TINY!r}, a folder written by save_pretrained, or an HF id")
+        state = "is a file" if path.is_file() else "does not exist"
+        raise VlmPruneError(f"the folder {name!r} {state}; expected {TINY!r}, a folder written by save_pretrained, or an HF id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise VlmPruneError(f"the folder {name!r} holds no config.json; expected what save_pretrained writes")
     try:
         return read(str(path) if path.is_dir() else name, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if path.is_dir():
-            todo = "the folder must hold config.json, *.safetensors and the processor files, as model.save_pretrained and processor.save_pretrained write them"
-        else:
-            todo = "no such folder is here, so it was looked up as an HF id: check the spelling and the network, log in if the model is gated, or give a local folder"
         if isinstance(error, ImportError):
-            todo = "install what is named above"
+            todo = "install what is missing"
+        elif path.is_dir():
+            todo = "expected the files that save_pretrained of model and processor write, weights as *.safetensors"
+        else:
+            todo = ("no folder of this name is here, so it was looked up as an HF id: check spelling and network, "
+                    "log in if the model is gated, or give a folder")
         raise VlmPruneError(f"the {what} of {name!r} cannot be read: {reason} ({todo})") from error

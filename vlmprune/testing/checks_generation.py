@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InvariantError
 from .conformance import Subject, expect, generate
 from .reference import greedy, kept_by_hand
+from .tiny import tiny_row
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -56,9 +57,14 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
 
 
 def batched_modes_agree(subject: Subject) -> None:
-    """In a ragged batch static cache and no cache equal the dynamic cache; beams of equal rows are equal."""
-    inputs = subject.inputs((1, 0, 1))
+    """In a ragged batch static cache and no cache equal the dynamic cache, and beams of every row equal those of the row alone."""
+    images = (1, 0, 1)
+    inputs = subject.inputs(images)
     with subject.prune():
+        beams = generate(subject.model, inputs, num_beams=3)
+        for i in range(len(images)):
+            alone = generate(subject.model, tiny_row(inputs, subject.family, i, images), num_beams=3)[0]
+            expect(torch.equal(beams[i], alone), f"beams of row {i}: {beams[i].tolist()} in the batch, {alone.tolist()} alone")
         want = generate(subject.model, inputs)
         for mode in ("static cache", "no cache"):
             got = generate(subject.model, inputs, **MODES[mode])

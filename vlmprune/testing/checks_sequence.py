@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..api import prune
+from ..api import prune, score
 from ..core.keepmap import KeepMap
 from .conformance import RAGGED, Subject, close, expect, generate
 from .reference import Kept, entered, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
@@ -63,6 +63,7 @@ def merged_rows_are_read(subject: Subject) -> None:
         wanted = iter(rows)
         missing = [i for i, row in enumerate(others) if not any(torch.equal(row, got) for got in wanted)]
         expect(not missing, f"text or newline rows {missing[:5]} were changed, lost or reordered")
+        expect(any(not any(torch.equal(row, old) for old in dense) for row in rows), "no row was merged: all stand in the dense sequence")
         kept = Kept(rows[None], torch.arange(len(rows))[None], len(dense))
         want = greedy(model, kept, len(ids), "compact")
         expect(ids.tolist() == want, f"answer {ids.tolist()}, by hand {want}")
@@ -126,7 +127,7 @@ def more_keeps_more(subject: Subject) -> None:
         return
     inputs = subject.inputs((1,))
     before: list[KeepMap] | None = None
-    for keep in (6, 12, 24):  # 6 is one more than the [CLS] rows of five crops
+    for keep in (8, 16, 24):  # 8 leaves room for the [CLS] rows of five crops
         picked = []
         for _ in range(2):
             with subject.with_keep(keep).prune() as run, torch.no_grad():
@@ -141,14 +142,32 @@ def more_keeps_more(subject: Subject) -> None:
         before = picked[0]
 
 
+def highest_scores_are_kept(subject: Subject) -> None:
+    """What is cut are the lowest scores, by a plain sort in which the lower index wins ties."""
+    if subject.method.kind() != "score" or not subject.method.budgeted:
+        return
+    inputs = subject.inputs((1,))
+    whole = subject.with_keep(7)
+    with whole.prune() as run, torch.no_grad():
+        subject.model(**inputs)
+    scores = score(subject.model, inputs, subject.method)[0].scores.tolist()
+    want = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:7])
+    expect(run.last.keep[0].keep_idx.tolist() == want, f"kept {run.last.keep[0].keep_idx.tolist()}, highest scores are {want}")
+
+
 def text_only_is_untouched(subject: Subject) -> None:
-    """A call without images is bit-identical and recorded as such."""
+    """A call without images is bit-identical and recorded as such; so is the language model called by itself after a cut."""
     inputs = subject.inputs((0, 0))
+    embeds = subject.model.get_input_embeddings()(inputs["input_ids"]).detach()
     with torch.no_grad():
         dense = subject.model(**inputs).logits
+        alone = subject.model.model.language_model(inputs_embeds=embeds).last_hidden_state
         with subject.prune() as run:
+            subject.model(**subject.inputs((1, 1)))
+            inside = subject.model.model.language_model(inputs_embeds=embeds).last_hidden_state
             logits = subject.model(**inputs).logits
     expect(torch.equal(logits, dense), "a text-only call changed")
+    expect(torch.equal(inside, alone), "the language model called by itself changed")
     expect(run.last.note == "no images in this call", f"text-only call recorded as {run.last.note!r}")
 
 
@@ -158,5 +177,6 @@ CHECKS = {
     "order_and_report": order_and_report,
     "batch_row_equals_alone": batch_row_equals_alone,
     "more_keeps_more": more_keeps_more,
+    "highest_scores_are_kept": highest_scores_are_kept,
     "text_only_is_untouched": text_only_is_untouched,
 }

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-
 $imports
 
 
@@ -53,10 +52,12 @@ class $cls(Method):
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens.need("features").float().norm(dim=-1) ** self.power  # (B, N, D) -> (B, N)
 ''')
-_IMPORTS_INSIDE = """\
+_LAST_STEP = "fill in every TODO: the card says what the method does, the ledger how faithful it is"
+_IMPORTS_INSIDE = """
 from ..core.base import Method
 from ..core.tokens import VisualTokens
 from ..registry import register"""
+_RUN_CHECKS = "from vlmprune.testing.conformance import run_checks"
 _IMPORTS_OUTSIDE = "from vlmprune import Method, VisualTokens, register"
 
 _TEST = Template('''\
@@ -67,10 +68,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from $module import $cls
-
-import vlmprune
-from vlmprune.testing.conformance import run_checks
+$imports
 
 
 def test_kept_tokens_follow_the_formula():
@@ -192,17 +190,15 @@ def _inside(name: str, cls: str) -> tuple[dict[str, str], tuple[str, ...]]:
     module, method, test = f"vlmprune.methods.{name}", f"vlmprune/methods/{name}.py", f"tests/methods/test_{name}.py"
     texts = {
         method: _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_INSIDE),
-        test: _TEST.substitute(name=name, cls=cls, module=module),
+        test: _TEST.substitute(name=name, cls=cls, imports=f"\nimport vlmprune\nfrom {module} import {cls}\n{_RUN_CHECKS}"),
         f"methods/{name}.md": _CARD.substitute(name=name),
         f"methods/{name}.yaml": _LEDGER.substitute(name=name, test=test),
     }
-    # first-party imports are sorted together
-    texts[test] = texts[test].replace(f"from {module} import {cls}\n\nimport vlmprune\n", f"\nimport vlmprune\nfrom {module} import {cls}\n")
     steps = (
         f'add to _BUILTIN in vlmprune/registry.py:  "{name}": "{module}:{cls}",',
         f"vlmprune verify {name}",
         f"write the formula in {method} and its transcription in {test}",
-        "fill in every TODO: the card says what the method does, the ledger how faithful it is",
+        _LAST_STEP,
     )
     return texts, steps
 
@@ -212,14 +208,18 @@ def _outside(name: str, cls: str, folder: Path) -> tuple[dict[str, str], tuple[s
     entry_point = _ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)
     texts = {
         f"{module}.py": _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_OUTSIDE),
-        test: _TEST.substitute(name=name, cls=cls, module=module),
+        test: _TEST.substitute(name=name, cls=cls, imports=f"import vlmprune\n{_RUN_CHECKS}\n\nfrom {module} import {cls}"),
         f"{name}.md": _CARD.substitute(name=name),
         f"{name}.yaml": _LEDGER.substitute(name=name, test=test),
     }
-    steps = ["pip install -e .", f"vlmprune verify {name}", f"write the formula in {module}.py and its transcription in {test}",
-             "fill in every TODO: the card says what the method does, the ledger how faithful it is"]
+    steps = [
+        f"pip install -e {folder}",
+        f"vlmprune verify {name}",
+        f"write the formula in {module}.py and its transcription in {test}",
+        _LAST_STEP,
+    ]
     if (folder / "pyproject.toml").exists():
-        steps.insert(0, f"add to pyproject.toml, so that vlmprune finds it ({module} must be among the modules it installs):\n{entry_point}")
+        steps.insert(0, f"add to pyproject.toml, which must also install the module {module}:\n{entry_point}")
     else:
         project = f"vlmprune-{name.replace('_', '-')}"
         texts["pyproject.toml"] = _PROJECT.substitute(project=project, entry_point=entry_point, module=module)

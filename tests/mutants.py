@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Break the core on purpose and see that the conformance checks notice.
+
+    python tests/mutants.py            # all mutants, about two minutes
+    python tests/mutants.py NAME ...   # some
+
+Each mutant is one replaced line in a copy of the package; it is *killed* when a check that passes on the real package does not. Where a
+mistake cannot show inside a model, the test file that holds it is named. Exit code 1 when a mutant survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    spec: str = "fastervlm@9"
+    family: str = "llava"
+    tests: str = ""  # a test file to run instead of the checks
+
+
+MUTANTS = [
+    Mutant("inverted sort", "core/select.py", "torch.sort(0.0 - scores.float()", "torch.sort(scores.float()"),
+    Mutant("unsorted output", "core/select.py", "return order[:, :k].sort(dim=-1).values", "return order[:, :k]", tests="tests/core/test_select.py"),
+    Mutant("off by one in the slots", "core/cutting.py", "keep[patches[kept[-1]]] = True", "keep[(patches[kept[-1]] + 1) % picture.length] = True"),
+    Mutant("newlines dropped", "core/cutting.py", "keep = torch.ones(picture.length, dtype=torch.bool)\n    keep[patches]", "keep = torch.zeros(picture.length, dtype=torch.bool)\n    keep[patches]", family="llava_next"),
+    Mutant("positions not compacted", "core/compaction.py", 'if policy == "compact":', "if False:"),
+    Mutant("positions always compacted", "core/compaction.py", 'if policy == "compact":', "if True:"),
+    Mutant("decode positions forget the cut", "core/entrance.py", "position_ids = position_ids - group.lost.to(position_ids.device)[:, None]", "pass"),
+    Mutant("mask left in the seen frame", "core/entrance.py", "call.past = torch.cat([group.held.to(mask.device), mask[:, state.seen : call.seen]], dim=1)", "call.past = mask[:, : held_length(call.cache)]"),
+    Mutant("dead slots not masked", "core/entrance.py", "mask = torch.cat([call.past, compaction.valid], dim=1)", "mask = torch.cat([call.past, torch.ones_like(compaction.valid)], dim=1)"),
+    Mutant("cache tells held as seen", "core/cache.py", "return held + state.seen - state.groups[0].held.shape[1]", "return held"),
+    Mutant("reorder forgets the masks", "core/cache.py", "        super().reorder_cache(beam_idx)\n        self._rows(beam_idx)", "        super().reorder_cache(beam_idx)\n        self._rows(beam_idx * 0)", spec="fastervlm@9"),
+    Mutant("output not expanded", "core/entrance.py", "output.last_hidden_state = compaction.expand(output.last_hidden_state)", "pass"),
+    Mutant("wrong row expanded", "core/compaction.py", "self._keep.cumsum(dim=1) - 1", "self._keep.cumsum(dim=1) - 2"),
+    Mutant("state outlives the call", "core/session.py", "call, self._local.call = self.call, None", "call = self.call"),
+    Mutant("hook left behind", "core/session.py", "        for handle in self._handles:\n            handle.remove()", "        for handle in self._handles[1:]:\n            handle.remove()"),
+    Mutant("wrapper left behind", "core/session.py", "            del module.__dict__[name]", "            pass"),
+    Mutant("capture left behind", "core/session.py", "        self.capture.remove()\n", ""),
+    Mutant("detached cache goes on", "core/cache.py", "if owner is None or not owner.attached:", "if False:"),
+    Mutant("scores of another image", "core/pictures.py", "return value if index.shape[0] == value.shape[0] else value[index.to(value.device)]", "return value.flip(0) if index.shape[0] == value.shape[0] else value[index.to(value.device)]", tests="tests/test_api.py"),
+    Mutant("pictures of another row", "core/entrance.py", "rows.extend([mine] * expand)", "rows.extend([mine[::-1]] * expand)", spec="random@9", family="llava"),
+    Mutant("one thread's record for all", "core/session.py", "self._local = threading.local()", "self._local = type('Shared', (), {})()"),
+    Mutant("2-D mask lost on static caches", "core/session.py", 'return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]', "return self.original(*args, **kwargs)"),
+    Mutant("merged rows not placed", "core/entrance.py", "embeds = _replace(embeds, visual,", "_replace(embeds, visual,", spec="pool@9"),
+    Mutant("wrong query row", "core/capture.py", "row_attention(queries[:, 0]", "row_attention(queries[:, 1]", tests="tests/golden"),
+    Mutant("[CLS] column not removed", "core/capture.py", "keys, heads, scale)[..., 1:]", "keys, heads, scale)[..., :-1]", tests="tests/golden"),
+    Mutant("off-by-one layer", "core/capture.py", "index = layer + count if layer < 0", "index = layer + count - 1 if layer < 0", tests="tests/golden"),
+    Mutant("attention map held", "core/capture.py", "        first, needs = int(self.capture.cls), self.capture.needs", "        first, needs = int(self.capture.cls), self.capture.needs\n        queries @ keys.transpose(1, 2)"),
+    Mutant("gradient cut off", "core/entrance.py", "embeds = compaction.sequence(embeds)", "embeds = compaction.sequence(embeds.detach())"),
+]  # fmt: skip
+
+
+def killed_by(mutant: Mutant) -> list[str]:
+    """Names of the checks that fail on a copy of the package with this mutant."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "vlmprune", Path(folder) / "vlmprune", ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(folder) / "vlmprune" / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            raise SystemExit(f"mutant {mutant.name!r}: its line stands {source.count(mutant.old)} times in {mutant.file}; expected once: update the list")
+        path.write_text(source.replace(mutant.old, mutant.new))
+        env = {**os.environ, "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
+        if mutant.tests:
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / mutant.tests)]
+            run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=300)
+            return [mutant.tests] if run.returncode == 1 else []
+        code = (
+            "from vlmprune.testing.conformance import run_checks\n"
+            f"for r in run_checks({mutant.spec!r}, [{mutant.family!r}]):\n"
+            "    if r.status != 'pass': print('FAILED', r.check)\n"
+            "print('DONE')"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=folder, timeout=300)
+        failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("FAILED")]
+        return failed if "DONE" in run.stdout else [*failed, "(crash)"]
+
+
+def main(names: list[str]) -> int:
+    survivors = []
+    for mutant in [m for m in MUTANTS if not names or m.name in names]:
+        failed = killed_by(mutant)
+        survivors += [] if failed else [mutant.name]
+        print(f"{'killed  ' if failed else 'SURVIVED'}  {mutant.name:34s} {', '.join(failed[:4])}", flush=True)
+    print(f"{len(survivors)} of {len(MUTANTS) if not names else len(names)} mutants survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
