@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compaction against plain Python lists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlmprune.core.compaction import Compaction
+
+
+def random_cut(seed: int, rows: int = 4, columns: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """A left-padded batch of which random columns are kept; the last column of every row is a kept token."""
+    random = torch.Generator().manual_seed(seed)
+    padding = torch.randint(0, columns - 1, (rows, 1), generator=random)
+    valid = torch.arange(columns) >= padding
+    keep = torch.rand(rows, columns, generator=random) < 0.5
+    keep[:, -1] = True
+    return keep, valid
+
+
+def kept_columns(keep: torch.Tensor, valid: torch.Tensor) -> list[list[int]]:
+    return [[c for c in range(keep.shape[1]) if keep[r, c] and valid[r, c]] for r in range(keep.shape[0])]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kept_columns_stand_on_the_right_in_order_and_the_rest_is_masked(seed: int) -> None:
+    keep, valid = random_cut(seed)
+    cut, wanted = Compaction(keep, valid), kept_columns(keep, valid)
+    rows = torch.randn(*keep.shape, 3)
+    child = cut.sequence(rows)
+    assert cut.count.tolist() == [len(w) for w in wanted] and cut.width == max(map(len, wanted))
+    assert child.shape == (4, cut.width, 3) and cut.valid.dtype == torch.bool
+    for r, columns in enumerate(wanted):
+        assert cut.valid[r].tolist() == [False] * (cut.width - len(columns)) + [True] * len(columns)
+        assert torch.equal(child[r, cut.width - len(columns) :], rows[r, columns])
+
+
+def test_dead_slots_repeat_real_rows() -> None:
+    """Whatever a dead slot holds must be a row of the parent, never uninitialised memory."""
+    keep, valid = random_cut(0)
+    rows = torch.randn(*keep.shape, 3)
+    child = Compaction(keep, valid).sequence(rows)
+    for r in range(len(rows)):
+        assert all(any(torch.equal(slot, row) for row in rows[r]) for slot in child[r])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_positions_are_original_or_counted_again(seed: int) -> None:
+    keep, valid = random_cut(seed)
+    cut, wanted = Compaction(keep, valid), kept_columns(keep, valid)
+    numbers = (valid.long().cumsum(1) - 1).clamp_min(0)  # as generate makes them
+    original, compact = cut.positions(numbers, "original"), cut.positions(numbers, "compact")
+    for r, columns in enumerate(wanted):
+        assert original[r, cut.valid[r]].tolist() == [int(numbers[r, c]) for c in columns]
+        assert compact[r, cut.valid[r]].tolist() == list(range(len(columns)))
+    assert int(compact.min()) >= 0 and cut.lost.tolist() == [int(valid[r].sum()) - len(wanted[r]) for r in range(4)]
+
+
+def test_positions_of_a_batch_of_one_and_of_several_axes_are_broadcast() -> None:
+    keep, valid = random_cut(1)
+    cut = Compaction(keep, valid)
+    one = torch.arange(keep.shape[1])[None]
+    assert torch.equal(cut.positions(one, "original"), cut.positions(one.expand(4, -1), "original"))
+    axes = torch.stack([one, one + 100, one + 200])  # (3, 1, L)
+    moved = cut.positions(axes, "original")
+    assert moved.shape == (3, 4, cut.width) and torch.equal(moved[2], moved[0] + 200)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expand_takes_the_last_kept_row_at_or_before_every_column(seed: int) -> None:
+    keep, valid = random_cut(seed)
+    cut = Compaction(keep, valid)
+    rows = torch.randn(*keep.shape, 3)
+    full = cut.expand(cut.sequence(rows))
+    assert full.shape == rows.shape
+    for r, columns in enumerate(kept_columns(keep, valid)):
+        for c in range(columns[0], keep.shape[1]):
+            assert torch.equal(full[r, c], rows[r, max(k for k in columns if k <= c)])
+
+
+def test_keeping_every_column_changes_nothing() -> None:
+    everything = torch.ones(2, 5, dtype=torch.bool)
+    cut, rows = Compaction(everything, everything), torch.randn(2, 5, 3)
+    assert torch.equal(cut.sequence(rows), rows) and torch.equal(cut.expand(rows), rows)
+    assert cut.lost.tolist() == [0, 0] and bool(cut.valid.all())
+
+
+def test_a_row_of_padding_alone_shrinks_with_the_others() -> None:
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    valid = torch.tensor([[False] * 6, [False, True, True, True, True, True]])
+    keep[1, 2:4] = False
+    cut = Compaction(keep, valid)
+    assert cut.width == 3 and cut.valid.tolist() == [[False] * 3, [True] * 3]
+    assert bool(cut.expand(cut.sequence(torch.randn(2, 6, 3))).isfinite().all())
+
+
+def test_gradients_reach_kept_rows_only() -> None:
+    keep, valid = random_cut(2, rows=1)
+    rows = torch.randn(*keep.shape, 3, requires_grad=True)
+    cut = Compaction(keep, valid)
+    cut.sequence(rows)[cut.valid].sum().backward()
+    assert torch.equal(rows.grad[..., 0] != 0, keep & valid)
