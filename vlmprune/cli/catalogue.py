@@ -47,8 +47,8 @@ def list_methods(
             rows.add_row(Text(info.name, style="bold") + Text(plug_in, style="dim"), info.stage, ", ".join(info.needs) or "-",
                          "yes" if info.query_aware else "no", options or "-", plain(info.paper or "-"))
         stdout().print(rows)
-    for error in broken:
-        complain(error)
+    for problem in broken:
+        complain(problem)
     if broken:
         raise typer.Exit(2)
 

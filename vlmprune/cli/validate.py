@@ -34,7 +34,7 @@ def validate(
             rows.add_row(key, plain(", ".join(map(str, getattr(config, key))) or "-"))
         rows.add_row("out", plain(config.out or "-"))
         stdout().print(rows)
-    for error in wrong:
-        complain(error)
+    for problem in wrong:
+        complain(problem)
     if wrong:
         raise typer.Exit(2)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune new``: what it writes works as it is, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmprune.cli import app
+from vlmprune.testing.scaffold import scaffold
+
+ROOT = Path(__file__).parents[1]
+
+
+def cli(*words, code=0, columns=100):
+    """Run a command in this process; plain text, as in a pipe."""
+    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def process(*words, cwd=None, path=()):
+    """Run a command in a process of its own."""
+    places = os.pathsep.join(map(str, (*path, ROOT)))
+    env = os.environ | {"PYTHONPATH": places, "PYTHONSAFEPATH": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-c", "from vlmprune.cli import main; main()", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def installed(folder, name):
+    """What pip would add for the plug-in: its entry point."""
+    project = (folder / "pyproject.toml").read_text()
+    target = re.search(rf'\[project.entry-points."vlmprune.methods"\]\n{name} = "(.+)"', project)[1]
+    info = folder / f"vlmprune_{name}-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vlmprune-{name}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{name} = {target}\n")
+
+
+@pytest.mark.slow
+def test_a_new_plug_in_is_found_listed_and_verified(tmp_path):
+    text = cli("new", "mine", "--dir", tmp_path, columns=200).stdout
+    assert "pip install" in text and "vlmprune verify mine" in text
+    installed(tmp_path, "mine")
+    listed = process("list", cwd=tmp_path, path=[tmp_path])
+    assert "mine (plug-in)" in listed.stdout
+    verified = process("verify", "mine", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    found = json.loads(verified.stdout)  # some versions of transformers cannot do all that is checked
+    assert found["failed"] == 0 and "pass" in {result["status"] for result in found["results"]}
+
+
+@pytest.mark.slow
+def test_the_test_of_a_new_plug_in_passes(tmp_path):
+    scaffold("mine", tmp_path)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "test_mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+def test_a_plug_in_that_does_not_load_is_named_and_hides_nothing(tmp_path):
+    scaffold("mine", tmp_path)
+    installed(tmp_path, "mine")
+    (tmp_path / "vlmprune_mine.py").write_text("import no_such_module\n")
+    listed = process("list", cwd=tmp_path, path=[tmp_path])
+    assert listed.returncode == 2 and "fastervlm" in listed.stdout
+    assert "its entry point 'vlmprune_mine:Mine' does not load" in listed.stderr
+
+
+def test_a_new_built_in_method_goes_where_the_others_are(tmp_path):
+    (tmp_path / "vlmprune" / "methods").mkdir(parents=True)
+    made = scaffold("two_words", tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in made.files] == [
+        "vlmprune/methods/two_words.py", "tests/methods/test_two_words.py", "methods/two_words.md", "methods/two_words.yaml",
+    ]
+    assert '"two_words": "vlmprune.methods.two_words:TwoWords"' in made.steps[0]
+
+
+@pytest.mark.slow
+def test_a_new_built_in_method_is_verified_after_the_steps_printed(tmp_path):
+    shutil.copytree(ROOT / "vlmprune", tmp_path / "vlmprune", ignore=shutil.ignore_patterns("__pycache__"))
+    registry = tmp_path / "vlmprune" / "registry.py"
+    line = scaffold("two_words", tmp_path).steps[0].partition(":  ")[2]
+    registry.write_text(registry.read_text().replace("_BUILTIN = {\n", f"_BUILTIN = {{\n    {line}\n"))
+    done = process("verify", "two_words", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
+    assert done.returncode == 0 and json.loads(done.stdout)["failed"] == 0, done.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_new_files_keep_the_rules_of_style(tmp_path, inside):
+    ruff = pytest.importorskip("ruff", reason="ruff is not installed").find_ruff_bin()
+    if inside:  # what is imported must be there to be sorted as ours
+        for name in ("vlmprune/methods/__init__.py", "vlmprune/testing/conformance.py"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+    scaffold("two_words", tmp_path)
+    command = [ruff, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_project_that_is_there_keeps_its_file_and_gets_a_snippet(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    text = cli("new", "mine", "--dir", tmp_path).stdout
+    assert '[project.entry-points."vlmprune.methods"]' in text and 'mine = "vlmprune_mine:Mine"' in text
+    assert (tmp_path / "pyproject.toml").read_text() == "[project]\n"
+
+
+def test_new_overwrites_nothing_and_then_writes_nothing(tmp_path):
+    (tmp_path / "mine.md").write_text("precious")
+    assert "exist already" in cli("new", "mine", "--dir", tmp_path, code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.md"] and (tmp_path / "mine.md").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Mine", "no name for a method"), ("my-method", "no name"), ("9th", "no name"), ("", "no name"), ("pool", "exists already"),
+     ("class", "would make a class"), ("none", "would make a class"), ("visual_tokens", "would make a class")],
+)
+def test_new_refuses_bad_names(name, message, tmp_path):
+    assert message in cli("new", "--dir", tmp_path, "--", name, code=2).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_needs_a_folder(tmp_path):
+    assert "no folder at" in cli("new", "mine", "--dir", tmp_path / "none", code=2).stderr
