@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random models in the shape of LLaVA-1.5, and one prompt for them: what the timing scripts of this folder run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from vlmprune.errors import InvariantError
+
+IMAGE_ID = 3
+TEXT = (35, 25)  # text tokens before and after the image, as in the LLaVA-1.5 prompt with a short question
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model; patches are 14 x 14 pixels."""
+
+    image: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_layers: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.image // 14) ** 2
+
+
+SIZES = {
+    "small": Size(336, 1024, 4096, 24, hidden=1024, intermediate=2752, layers=8, heads=16, vocab=32064),
+    "7b": Size(336, 1024, 4096, 24, hidden=4096, intermediate=11008, layers=32, heads=32, vocab=32064),
+    "tiny": Size(56, 128, 256, 3, hidden=64, intermediate=128, layers=2, heads=4, vocab=256),
+}
+
+
+@torch.inference_mode(False)
+def build(size: Size, device: str, dtype: torch.dtype, *, shallow: bool = False) -> nn.Module:
+    """A random LLaVA; ``shallow`` has all that capture watches (attention of one block, projector) and little else."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=size.vision_hidden, intermediate_size=64 if shallow else size.vision_intermediate,
+        num_hidden_layers=1 if shallow else size.vision_layers, num_attention_heads=size.vision_hidden // 64,
+        image_size=size.image, patch_size=14,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(
+        hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=1 if shallow else size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads, vocab_size=size.vocab, max_position_embeddings=4096,
+    )  # fmt: skip
+    layer = -1 if shallow else -2
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=layer)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).to(device, dtype).eval()
+
+
+class Prompt:
+    """A prompt with one picture for one model, and the calls that are timed."""
+
+    def __init__(self, model: nn.Module, size: Size) -> None:
+        self.model = model
+        weight = model.lm_head.weight
+        random = torch.Generator().manual_seed(1)
+        before, after = (torch.randint(IMAGE_ID + 1, size.vocab, (count,), generator=random) for count in TEXT)
+        ids = torch.cat([before, torch.full((size.tokens,), IMAGE_ID), after])[None].to(weight.device)
+        self.ids = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.pixels = torch.randn(1, 3, size.image, size.image, generator=random).to(weight.device, weight.dtype)
+        self.encoded: Any = None
+        self.free: dict[str, Tensor] = {}
+
+    def prepare(self, session: Any, tokens: int) -> tuple[int, float | None]:
+        """Encode and prune once, and set up the free side; gives k and how far apart the logits of the two sides are.
+
+        Merged rows have no twin among the projected features: the free side gets any k of them, and no comparison is made.
+        """
+        with session:
+            self.encoded = self.encode()
+            logits = self.merged()
+            report = session.last
+        kept, text = sum(report.realised_tokens) or tokens, sum(TEXT)
+        if report.keep and report.sequence != (tokens + text, kept + text) and kept < tokens:
+            raise InvariantError(f"{session.spec} made a sequence of {report.sequence}; expected {tokens + text, kept + text}")
+        merges = session.method.kind() == "merge"
+        index = torch.arange(kept) if merges or not report.keep else report.keep[0].keep_idx
+        table, ids = self.model.get_input_embeddings(), self.ids["input_ids"]
+        rows = self.encoded.pooler_output[0][index.to(ids.device)][None]
+        embeds = torch.cat([table(ids[:, : TEXT[0]]), rows, table(ids[:, -TEXT[1] :])], dim=1)
+        self.free = {"inputs_embeds": embeds, "position_ids": torch.arange(embeds.shape[1], device=ids.device)[None]}
+        return kept, None if merges else (self.given() - logits).abs().max().item()
+
+    def encode(self) -> Any:
+        return self.model.model.get_image_features(pixel_values=self.pixels, return_dict=True)
+
+    def first_token(self, **inputs: Any) -> Tensor:
+        logits = self.model(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
+        logits.argmax(dim=-1).item()  # waits for the device
+        return logits
+
+    def merged(self) -> Tensor:
+        return self.first_token(**self.ids, mm_encoder_outputs={"image": self.encoded})
+
+    def given(self) -> Tensor:
+        return self.first_token(**self.free)
+
+    def from_pixels(self) -> Tensor:
+        return self.first_token(**self.ids, pixel_values=self.pixels)
+
+    def given_from_pixels(self) -> Tensor:
+        self.encode()
+        return self.given()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/tax.py: what it counts and prints, at a size where times mean nothing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import tax
+from live_bytes import memory_profile
+
+MIB = 2**20
+TINY = ("--size", "tiny", "--repeats", "1", "--warmup", "1", "--threads", "1")
+
+
+takes_encoded = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+needs_encoded = pytest.mark.skipif(not takes_encoded, reason="this transformers takes no mm_encoder_outputs")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def row(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tax") / "rows.json"
+    command = [sys.executable, tax.__file__, *TINY, "--prune", "fastervlm", "--keep", "4", "--json", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(out.read_text()) == [row]
+    return row
+
+
+@needs_encoded
+def test_row_holds_every_number_with_its_conditions(row):
+    figures = {name + end for name in ("tax", "speedup", "ideal_speedup") for end in ("", "_with_vision")}
+    own = {"spec", "seconds", "spreads", "score_seconds", "capture_seconds", "peak_extra_bytes", "repeats"}
+    conditions = {"device", "dtype", "threads", "clock", "versions", "shape", "processor", "load_before", "date", "commit"}
+    assert figures | own | conditions <= row.keys()
+    assert (row["spec"], row["device"], row["dtype"], row["threads"]) == ("fastervlm@4", "cpu", "float32", 1)
+    assert set(row["versions"]) == {"torch", "transformers", "vlmprune", "python"}
+    assert {"tokens": 16, "hidden": 64, "layers": 2, "text_tokens": 60}.items() <= row["shape"].items()
+    assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert all(low <= high for low, high in row["spreads"].values())
+
+
+@needs_encoded
+def test_ratios_are_those_of_the_one_round(row):
+    seconds = row["seconds"]
+    for end in ("", "_with_vision"):
+        dense, pruned, free = (seconds[side + end] for side in ("dense", "pruned", "free"))
+        expected = {"tax": pruned / free, "speedup": dense / pruned, "ideal_speedup": dense / free}
+        assert {name: row[name + end] for name in expected} == pytest.approx(expected)
+
+
+@needs_encoded
+def test_both_sides_compute_the_same_first_token(row):
+    assert row["kept"] == 4
+    assert row["logits_difference"] < 1e-5
+
+
+@needs_encoded
+@pytest.mark.parametrize("spec", ["pool@4", "dense"])
+def test_merged_rows_and_no_budget_are_measured_too(spec, capsys):
+    assert tax.main([*TINY, "--prune", spec, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["kept"] == (16 if spec == "dense" else 4)
+
+
+@needs_encoded
+def test_a_newer_row_replaces_the_one_like_it(row, tmp_path):
+    out = tmp_path / "rows.json"
+    other = row | {"threads": 2}
+    for each in (row, other, row | {"date": "later"}):
+        tax.save(each, out)
+    assert json.loads(out.read_text()) == [other, row | {"date": "later"}]
+
+
+def test_unknown_method_is_told_with_the_nearest_name(capsys):
+    assert tax.main([*TINY, "--prune", "fastervml@4"]) == 2
+    assert "Did you mean 'fastervlm'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(takes_encoded, reason="this transformers takes mm_encoder_outputs")
+def test_a_transformers_that_is_too_old_is_told(capsys):
+    assert tax.main([*TINY, "--prune", "fastervlm@4"]) == 2
+    assert "5.20 or newer" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_told(capsys):
+    assert tax.main([*TINY, "--prune", "fastervlm@4", "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.big, self.small = nn.Linear(1, MIB, bias=False), nn.Linear(MIB, 1, bias=False)
+
+    def forward(self, x):
+        return self.small(self.big(x))
+
+
+def test_memory_is_exact_and_found_where_it_was_used():
+    model, x = Layers(), torch.ones(1, 1)
+    bare = memory_profile(lambda: model(x), model)
+    assert max(bare) == 4 * MIB + 4  # the hidden row and the result
+    assert bare[-1] == 4  # only the result is left
+    kept = []
+
+    def watch(module, args, output):
+        torch.ones(3, MIB, dtype=torch.uint8).sum()  # used and gone
+        kept.append(output[:, :MIB].clone())  # stays
+
+    handle = model.big.register_forward_hook(watch)
+    try:
+        watched = memory_profile(lambda: model(x), model)
+    finally:
+        handle.remove()
+    extra = [after - before for before, after in zip(bare, watched, strict=True)]
+    assert max(extra) == extra[-1] == 4 * MIB
+    assert extra[0] == 0
+
+
+def test_a_hidden_peak_is_seen():
+    model, x = Layers(), torch.ones(1, 1)
+    bare = memory_profile(lambda: model(x), model)
+    handle = model.big.register_forward_pre_hook(lambda module, args: torch.ones(2, MIB, dtype=torch.uint8).numel() and None)
+    try:
+        watched = memory_profile(lambda: model(x), model)
+    finally:
+        handle.remove()
+    assert max(watched) - max(bare) <= 0  # the maxima hide it
+    assert max(after - before for before, after in zip(bare, watched, strict=True)) == 2 * MIB
