@@ -49,7 +49,7 @@ def prune(
         raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
     built, budget, text = resolve(method, keep)
     adapter = adapter_for(model)
-    if built.stage != "before_lm":
+    if built.stage == "attention":
         raise UnsupportedError(f"{built.name} acts at stage {built.stage!r}, which has no host yet; methods before the language model work")
     return Session(adapter, built, budget, text, positions=positions, strict=strict)
 

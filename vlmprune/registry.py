@@ -26,6 +26,8 @@ _BUILTIN = {
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
+    "fastv": "vlmprune.methods.fastv:FastV",
+    "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
 }
 _METHODS: dict[str, type[Method]] = {}
 

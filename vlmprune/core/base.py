@@ -13,14 +13,14 @@ It never sorts, gathers, masks, counts budgets or sees a model: the core does th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..errors import SpecError, did_you_mean
 from .tokens import VisualTokens
 
-NEEDS = ("cls_attention", "received_attention", "features", "encoder_features", "keys", "cls_features", "projector")
+NEEDS = ("text_attention", "cls_attention", "received_attention", "features", "encoder_features", "keys", "cls_features", "projector")
 STAGES = ("before_lm", "inside_lm", "attention")
 
 
@@ -37,6 +37,21 @@ class Merged:
     features: Tensor
     slots: Tensor
     context: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut inside the language model.
+
+    Args:
+        layer: the cut is made at the input of this decoder layer (0-based).
+        keep: tokens of the unit that go on.
+        source: the layer whose attention rows rank the tokens: ``layer - 1`` or ``layer`` itself.
+    """
+
+    layer: int
+    keep: int
+    source: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,14 @@ class Method:
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         """Rows that replace the tokens."""
         raise NotImplementedError
+
+    def stages(self, depth: int, budget: Any, count: int) -> tuple[Stage, ...]:
+        """Cuts inside a language model of ``depth`` layers for a unit of ``count`` tokens; for methods of stage inside_lm."""
+        raise NotImplementedError
+
+    def raters(self, text: Tensor, visual: Tensor) -> Tensor | None:
+        """(T,) bool, which of the embeddings (T, D) after the picture (N, D) query it; None: the last token of the prompt."""
+        return None
 
     def check_unit(self, count: int) -> None:
         """Raise when this method cannot act on a unit of ``count`` tokens; asked even where everything is kept."""

@@ -26,7 +26,7 @@ class Compaction:
         # a stable sort puts dropped columns first and kept ones last, both ascending: the tail is the child sequence
         self.index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, keep.shape[1] - self.width :]  # (B, N)
         self.valid = keep.gather(1, self.index)  # (B, N)
-        self._keep = keep
+        self.kept = keep
         self.lost_before = (valid & ~keep).cumsum(dim=1)  # (B, L) tokens dropped up to each column
 
     @property
@@ -52,5 +52,5 @@ class Compaction:
 
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every parent column takes the last kept row at or before it."""
-        source = (self._keep.cumsum(dim=1) - 1 + (self.width - self.count)[:, None]).clamp_min(0).to(rows.device)  # (B, L)
+        source = (self.kept.cumsum(dim=1) - 1 + (self.width - self.count)[:, None]).clamp_min(0).to(rows.device)  # (B, L)
         return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], source]

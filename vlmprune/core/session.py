@@ -26,7 +26,9 @@ from ..errors import CaptureError, InvariantError, UnsupportedError
 from ..spec import Budget
 from .base import Method
 from .cache import state_of
-from .entrance import Call, Entrance
+from .call import Call
+from .entrance import Entrance
+from .inside import InsideHost
 from .report import Report
 
 MARK = "_vlmprune_pictures"  # attribute that pictures ride on
@@ -100,6 +102,8 @@ class Session:
         self.depth = adapter.language_model.config.num_hidden_layers
         needs = [*method.needs, *(("tile_features",) if method.layout == "spatial" else ())]
         self.capture = adapter.capture(needs, getattr(method, "layer", None))
+        self.before = (method, budget) if method.stage == "before_lm" else None
+        self.inside = InsideHost(self, method, budget) if method.stage == "inside_lm" else None
         self._entrance = Entrance(self)
         self._local = threading.local()
         self._handles: list[Any] = []
@@ -135,6 +139,8 @@ class Session:
                 language_model.register_forward_pre_hook(self._enter, with_kwargs=True),
                 language_model.register_forward_hook(self._leave),
             ]
+            if self.inside is not None:
+                self._handles += self.inside.hooks()
             if "flash" in str(language_model.config._attn_implementation):
                 self._handles += [layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers]
             self.capture.install()
@@ -198,6 +204,8 @@ class Session:
         if call is None:
             return None
         changed = self._entrance.enter(call, kwargs)
+        if self.inside is not None and call.placed:
+            self.inside.begin(call, kwargs["inputs_embeds"] if changed is None else changed["inputs_embeds"])
         return None if changed is None else (args, changed)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -25,6 +25,7 @@ _RANKS = {
     "encoder_features": (3,),
     "keys": (3,),
     "cls_features": (3,),
+    "text_attention": (4,),
 }
 
 
@@ -40,6 +41,10 @@ class VisualTokens:
         keys: (B, N, d) attention keys of the feature layer, mean over heads, unscaled.
         cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0 without [CLS]).
         projector: maps (..., C) to (..., D).
+        text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the whole sequence.
+        query_mask: (B, R) bool, queries that are real; shorter units repeat their last one.
+        query_positions, positions: (B, R) and (B, N) position ids.
+        stage: number of the cut inside the language model.
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
     """
@@ -53,6 +58,11 @@ class VisualTokens:
     projector: Callable[[Tensor], Tensor] | None = None
     grids: tuple[tuple[int, int], ...] = ()
     ordinal: Tensor | None = None
+    text_attention: Tensor | None = None
+    query_mask: Tensor | None = None
+    query_positions: Tensor | None = None
+    positions: Tensor | None = None
+    stage: int = 0
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
@@ -63,34 +73,32 @@ class VisualTokens:
                 raise SpecError(f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first")
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
-        shapes = {name: (value.shape[0], value.shape[2] if name == "cls_attention" and value.ndim == 3 else value.shape[1])
-                  for name, value in given.items() if name != "cls_features"}
+        shapes = {name: (value.shape[0], _count(name, value)) for name, value in given.items() if name != "cls_features"}
         if len(set(shapes.values())) > 1:
             raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
         if self.grids and shapes and sum(r * c for r, c in self.grids) != self.count:
             raise SpecError(f"grid {self.grids} holds {sum(r * c for r, c in self.grids)} tokens; the tensors hold {self.count}")
 
-    def _any(self) -> Tensor:
+    def _any(self) -> tuple[str, Tensor]:
         for name in _RANKS:
             value = getattr(self, name)
             if value is not None and name != "cls_features":
-                return value
+                return name, value
         raise CaptureError("no token tensor was given: pass at least one of " + ", ".join(n for n in _RANKS if n != "cls_features"))
 
     @property
     def batch(self) -> int:
         """B, the number of units."""
-        return self._any().shape[0]
+        return self._any()[1].shape[0]
 
     @property
     def count(self) -> int:
         """N, the number of tokens of each unit."""
-        value = self._any()
-        return value.shape[2] if value is self.cls_attention else value.shape[1]
+        return _count(*self._any())
 
     @property
     def device(self) -> torch.device:
-        return self._any().device
+        return self._any()[1].device
 
     def need(self, name: str) -> Any:
         """Return a captured field, or raise naming what is missing."""
@@ -99,3 +107,8 @@ class VisualTokens:
             have = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != ()]
             raise CaptureError(f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the method's needs")
         return value
+
+
+def _count(name: str, value: Tensor) -> int:
+    """Tokens of a field: attention ends in them, all else has them second."""
+    return value.shape[-1] if name.endswith("attention") else value.shape[1]

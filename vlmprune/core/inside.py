@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts inside the language model: at the input of chosen decoder layers, ranked by recomputed attention rows.
+
+A stage at layer L drops tokens from the sequence that enters L; all later layers get their own frame (mask, positions, cache group).
+Scores come from the rows of layer L - 1 or of L itself, as the method says, recomputed for the queries that it names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .base import Merged, Stage
+from .call import Call
+from .compaction import Compaction
+from .keepmap import KeepMap
+from .rows import LayerInput
+from .select import choose
+from .tokens import VisualTokens
+
+
+@dataclass(eq=False)
+class Span:
+    """The tokens of one picture that are still there, in one row of the batch."""
+
+    row: int
+    columns: Tensor  # (n,) ascending columns of the current sequence
+    ids: Tensor  # (n,) patch number in the picture, -1 for merged rows
+    count: int  # tokens before any cut
+    report: int | None  # number of the picture in the report, for the first row that shows it
+    ordinal: int
+
+
+@dataclass(eq=False)
+class Inside:
+    """What cuts inside the language model know in one call."""
+
+    spans: list[Span]
+    text: Tensor  # (B, n) bool, columns after the last picture of each row
+    raters: Tensor | None = None  # (B, n) bool, chosen query columns
+    saved: LayerInput | None = None
+
+
+class InsideHost:
+    """Runs the stages of one session's method."""
+
+    def __init__(self, session: Any, method: Any, budget: Any) -> None:
+        self.session, self.method, self.budget = session, method, budget
+        self.layers = [stage.layer for stage in method.stages(session.depth, budget, 576)]
+        self.sources = {stage.source for stage in method.stages(session.depth, budget, 576)}
+        if session.adapter.language_model.training and session.adapter.language_model.is_gradient_checkpointing:
+            raise UnsupportedError(f"{method.name} cuts inside the language model, which gradient checkpointing would recompute without its cuts")
+
+    def hooks(self) -> list[Any]:
+        """Pre-hooks on all decoder layers."""
+        layers = self.session.adapter.language_model.layers
+        return [layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True) for index, layer in enumerate(layers)]
+
+    def begin(self, call: Call, embeds: Tensor) -> None:
+        """Find the spans in the sequence that enters the first layer (B, n, D)."""
+        spans, number = [], 0
+        last = torch.full((embeds.shape[0],), -1)
+        origin = call.compactions[0][1].index.cpu() if call.compactions else None  # (B, n) column before the first cut
+        for placed in call.placed:
+            columns = [row.nonzero()[:, 0].cpu() for row in placed.visual]
+            shown: set[int] = set()
+            for row, mine in enumerate(placed.rows):
+                start = 0
+                for ordinal, p in enumerate(mine):
+                    picture = placed.pictures[p]
+                    here = columns[row][start : start + picture.length]
+                    start += picture.length
+                    last[row] = max(int(last[row]), int(here[-1]))
+                    slots, ids = picture.patches.cpu(), torch.arange(picture.count)
+                    at = here[slots]
+                    if origin is not None:  # only what an earlier cut left
+                        valid = call.compactions[0][1].valid[row].cpu()
+                        where = torch.full((int(call.fed),), -1)
+                        where[origin[row][valid]] = valid.nonzero()[:, 0]
+                        ids = ids[where[at] >= 0]
+                        at = where[at][where[at] >= 0]
+                    report = None if p in shown else number + p
+                    shown.add(p)
+                    spans.append(Span(row, at, ids, picture.count, report, ordinal))
+            number += len(placed.pictures)
+        full = torch.arange(call.fed)[None] > last[:, None]
+        text = (full if origin is None else full.gather(1, origin)).to(embeds.device) & call.frames[0].fed
+        call.units = Inside(spans, text)
+
+    def _layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        call = self.session.call
+        if call is None or not call.frames:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        inside: Inside | None = call.units
+        if inside is not None:
+            if index == 0:
+                self._find_raters(call, hidden)
+            given = None
+            if index in self.sources:
+                given = self._given(call, index, module, hidden, kwargs)
+            if index in self.layers:
+                hidden = self._stage(call, index, hidden, inside.saved if given is None else given)
+            inside.saved = given if given is not None else None
+        frame = call.frame(index)
+        if frame.start == 0:
+            return None
+        language_model = self.session.adapter.language_model
+        kwargs = dict(kwargs)
+        kwargs["attention_mask"] = frame.mask(language_model.config, index, hidden, call.cache_of(kwargs))
+        kwargs["position_embeddings"] = tuple(angle.to(hidden.device) for angle in frame.angles(language_model, hidden))
+        kwargs["position_ids"] = None  # rotary angles are made already; FlashAttention would take gaps for packed sequences
+        if "cache_position" in kwargs:
+            kwargs["cache_position"] = frame.cache_position()
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
+
+    def _given(self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerInput:
+        frame = call.frame(index)
+        cos, sin = kwargs["position_embeddings"] if frame.start == 0 else frame.angles(self.session.adapter.language_model, hidden)
+        return LayerInput(module, index, hidden, cos, sin, frame.valid, call.cache_of(kwargs))
+
+    def _find_raters(self, call: Call, hidden: Tensor) -> None:
+        """Query columns: the method's raters, or the last token of the prompt."""
+        inside: Inside = call.units
+        fed = call.frames[0].fed
+        raters = torch.zeros_like(fed)
+        for row in range(fed.shape[0]):
+            spans = [span for span in inside.spans if span.row == row]
+            text = inside.text[row].nonzero()[:, 0]
+            text = text[: text.shape[0] - call.tail] if call.tail else text
+            chosen = None
+            if spans and text.shape[0]:
+                visual = torch.cat([hidden[row, span.columns.to(hidden.device)] for span in spans])
+                chosen = self.method.raters(hidden[row, text], visual)  # (T,) bool, or None for the last token
+            if chosen is not None:
+                raters[row, text[chosen]] = True
+            else:
+                end = text if text.shape[0] else fed[row].nonzero()[:, 0]
+                raters[row, end[-1]] = True
+        inside.raters = raters
+
+    def _stage(self, call: Call, index: int, hidden: Tensor, source: LayerInput) -> Tensor:
+        """Cut the sequence (B, n, D) that enters layer ``index``."""
+        started = time.perf_counter()
+        inside: Inside = call.units
+        frame = call.frame(index)
+        with torch.no_grad():
+            rows, given = _padded(inside.raters)
+            attention = source.attention(rows)  # (B, H, R, S)
+        keep = torch.ones_like(frame.fed)
+        hidden, changed = hidden, False
+        groups: dict[tuple[int, int], list[Span]] = defaultdict(list)
+        for span in inside.spans:
+            stage = next(s for s in self.method.stages(self.session.depth, self.budget, span.count) if s.layer == index)
+            groups[(span.columns.shape[0], stage.keep)].append(span)
+        for (count, k), spans in groups.items():
+            if k >= count:
+                continue
+            changed = True
+            tokens = self._tokens(call, index, spans, hidden, attention, given, rows, source)
+            result = choose(self.method, tokens, k)
+            hidden = self._apply(spans, result, keep, hidden)
+        if not changed:
+            return hidden
+        compaction = Compaction(keep, frame.fed)
+        call.cut(index, compaction, self.session.positions)
+        _move(inside, compaction)
+        call.report.seconds += time.perf_counter() - started
+        self._note(call, index)
+        return compaction.sequence(hidden)
+
+    def _tokens(
+        self, call: Call, index: int, spans: list[Span], hidden: Tensor, attention: Tensor, given: Tensor, rows: Tensor, source: LayerInput
+    ) -> VisualTokens:
+        at = torch.stack([span.columns for span in spans]).to(hidden.device)  # (U, N)
+        row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
+        past = attention.shape[-1] - hidden.shape[1]
+        picked = attention[row].gather(3, (at + past)[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
+        frame = call.frame(source.index)
+        numbers = frame.position_ids.expand(hidden.shape[0], -1)[row]
+        return VisualTokens(
+            features=hidden[row[:, None], at],
+            text_attention=picked,
+            query_mask=given[row],
+            query_positions=numbers.gather(1, rows[row]),
+            positions=numbers.gather(1, at),
+            ordinal=torch.tensor([span.ordinal for span in spans]),
+            stage=self.layers.index(index),
+        )
+
+    def _apply(self, spans: list[Span], result: Tensor | Merged, keep: Tensor, hidden: Tensor) -> Tensor:
+        """Mark what stays; merged rows take over the slots of dropped tokens, listed after the kept ones."""
+        slots = (result.slots if isinstance(result, Merged) else result).cpu()
+        for number, span in enumerate(spans):
+            kept = slots[number]
+            hosts = kept
+            if isinstance(result, Merged):
+                free = torch.ones(span.columns.shape[0], dtype=torch.bool)
+                free[kept[kept >= 0]] = False
+                hosts = torch.cat([kept[kept >= 0], free.nonzero()[:, 0][: int((kept < 0).sum())]]).sort().values
+            keep[span.row, span.columns.to(keep.device)] = False
+            columns = span.columns[hosts]
+            keep[span.row, columns.to(keep.device)] = True
+            if isinstance(result, Merged):
+                hidden = hidden.clone()
+                hidden[span.row, columns.to(hidden.device)] = result.features[number].to(hidden.dtype)
+            span.columns = columns
+            span.ids = torch.where(kept >= 0, span.ids[kept.clamp_min(0)], -1)
+        return hidden
+
+    def _note(self, call: Call, index: int) -> None:
+        report = call.report
+        for span in call.units.spans:
+            if span.report is None:
+                continue
+            report.realised_tokens[span.report] = span.columns.shape[0]
+        shown = [span for span in call.units.spans if span.report is not None]
+        mean = sum(report.realised_tokens) / len(report.realised_tokens)
+        report.tokens_per_layer = [*report.tokens_per_layer[:index], *[mean] * (self.session.depth - index)]
+        pictures = [picture for placed in call.placed for picture in placed.pictures]
+        report.keep = [
+            KeepMap(span.ids[span.ids >= 0].sort().values, picture.count, picture.grids, method=report.method, view=picture.view, index=number)
+            for number, picture in enumerate(pictures)
+            for span in shown
+            if span.report == number
+        ]
+        report.sequence = (call.fed, call.frame(index).fed.shape[1])
+        report.fire("stage")
+
+
+def _padded(raters: Tensor) -> tuple[Tensor, Tensor]:
+    """Query columns (B, R) of every row and which of them are real (B, R); shorter rows repeat their last query."""
+    width = int(raters.sum(dim=1).max())
+    order = raters.to(torch.int8).argsort(dim=1, stable=True)[:, raters.shape[1] - width :]  # real ones last, ascending
+    real = raters.gather(1, order)
+    return torch.where(real, order, order[:, -1:]), real
+
+
+def _move(inside: Inside, compaction: Compaction) -> None:
+    """Follow all tracked columns through a cut."""
+    where = (compaction.kept.cumsum(dim=1) - 1 + (compaction.width - compaction.count)[:, None]).cpu()
+    for span in inside.spans:
+        span.columns = where[span.row][span.columns]
+    inside.raters = inside.raters.gather(1, compaction.index) & compaction.valid
+    inside.text = inside.text.gather(1, compaction.index) & compaction.valid
+
+
+__all__ = ["InsideHost", "Stage"]
