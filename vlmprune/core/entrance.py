@@ -48,7 +48,7 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     With beams or several returned sequences each prompt is repeated ``E`` times in a row while its pictures are encoded once.
     """
     total, slots = sum(lengths), sum(counts)
-    if total == 0 or slots % total:
+    if total == 0 or slots == 0 or slots % total:
         raise InvariantError(f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}")
     expand = slots // total
     rows: list[list[int]] = []
@@ -190,11 +190,12 @@ class Entrance:
 
     def _remember(self, call: Call, cache: Any, compaction: Compaction) -> None:
         before = getattr(cache, "_vlmprune_state", None)
-        held = torch.cat([call.past, compaction.valid], dim=1)
+        # text after the last loss stands 1:1 in all layers, so drafts in it can be cropped away
+        held = torch.cat([call.past, compaction.valid[:, : compaction.width - compaction.tail]], dim=1)
         lost = compaction.lost if self.session.positions == "compact" else torch.zeros_like(compaction.lost)
         if before is not None:
             lost = lost + before.groups[0].lost.to(lost.device)
-        adopt(cache, CacheState(call.seen + call.fed, [Group(0, held, lost)], self.session.reference, bool(held.all())))
+        adopt(cache, CacheState(call.seen + call.fed - compaction.tail, [Group(0, held, lost)], self.session.reference, bool(held.all())))
 
 
 def _replace(embeds: Tensor, visual: Tensor, placed: Sequence[tuple[int, Cut | None]]) -> Tensor:
