@@ -95,12 +95,15 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
         if inputs.get(modality.pixels) is None:
             continue
         encode = getattr(adapter.inner, modality.encode)
-        arguments = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
+        names = list(inspect.signature(encode).parameters)
+        # transformers 4.57 names the pixels of clips otherwise and has no defaults there
+        given = {**{name: getattr(adapter.config, name, None) for name in names}, **inputs, names[0]: inputs[modality.pixels]}
+        arguments = {name: given[name] for name in names if given[name] is not None}
         adapter.check(arguments, modality)
         capture = adapter.capture(built.needs, getattr(built, "layer", None))
         with torch.no_grad(), capture as record:
             output = encode(**arguments)
-        pictures = adapter.pictures(modality, output, arguments, record.take())
+        pictures = adapter.pictures(modality, output, {**arguments, modality.pixels: inputs[modality.pixels]}, record.take())
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
         for number, unit in enumerate(units):
             with torch.no_grad():

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vlmprune.core.base import Merged, Method
 from vlmprune.core.cutting import Cut, cut_pictures, keep_maps
-from vlmprune.core.entrance import assign
+from vlmprune.core.call import assign
 from vlmprune.core.pictures import Picture, make_units
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError
 from vlmprune.spec import Budget
+
+Grids = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Reversed(Method):
         return Merged(rows, slots)
 
 
-def image(scores: Sequence[float], special: Sequence[int] = (), grids: tuple[tuple[int, int], ...] = (), frames: bool = False) -> Picture:
+def image(scores: Sequence[float], special: Sequence[int] = (), grids: Grids = (), frames: bool = False) -> Picture:
     """A picture whose features hold ``scores``, with slots ``special`` that are no patches and one crop per block."""
     grids = grids or ((1, len(scores)),)
     length = len(scores) + len(special)
@@ -54,7 +56,14 @@ def image(scores: Sequence[float], special: Sequence[int] = (), grids: tuple[tup
     return Picture(length, patches, grids, {"features": features}, lambda: crops, frames=frames)
 
 
-def cut(pictures: list[Picture], samples: list[list[int]], keep: int | float, scope: str = "image", method: Method | None = None, **options: bool) -> list[Cut | None]:
+def cut(
+    pictures: list[Picture],
+    samples: list[list[int]],
+    keep: int | float,
+    scope: str = "image",
+    method: Method | None = None,
+    **options: bool,
+) -> list[Cut | None]:
     return cut_pictures(pictures, samples, method or First(), Budget(keep, scope), lambda x: x, **options)
 
 

@@ -71,6 +71,10 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()  # what to capture; a property where it depends on options
     layout: ClassVar[str] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines (tiled images only)
 
+    def __init_subclass__(cls) -> None:
+        if not cls.__dict__.get("name"):
+            cls.name = cls.__name__.lower()  # for messages, until register gives it a name for specs
+
     def score(self, tokens: VisualTokens) -> Tensor:
         """(B, N) float scores; higher is kept."""
         raise NotImplementedError

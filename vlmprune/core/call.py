@@ -87,6 +87,11 @@ class Call:
         self.frames = [frame.cut(compaction, policy) if frame.start >= layer else frame for frame in self.frames]
         self.compactions.append((layer, compaction))
 
+    @property
+    def tail_kept(self) -> int:
+        """Columns at the end of this call that every row keeps in every layer."""
+        return min(compaction.tail for _, compaction in self.compactions)
+
     def cache_of(self, kwargs: dict[str, Any]) -> Any:
         """The cache that a decoder layer is given; the language model may have made it itself."""
         return kwargs.get("past_key_values")
@@ -105,7 +110,7 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     With beams or several returned sequences each prompt is repeated ``E`` times in a row while its pictures are encoded once.
     """
     total, slots = sum(lengths), sum(counts)
-    if total == 0 or slots % total:
+    if total == 0 or slots == 0 or slots % total:
         raise InvariantError(f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}")
     expand = slots // total
     rows: list[list[int]] = []

@@ -135,6 +135,11 @@ class VisionCapture:
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if (record := self._record()) is not None:
+                if record.grad and not torch.is_grad_enabled() and next(module.parameters()).requires_grad:
+                    raise UnsupportedError(
+                        "reentrant gradient checkpointing of the vision tower hides the gradient of its [CLS] rows; "
+                        "use gradient_checkpointing_enable({'use_reentrant': False})"
+                    )
                 hidden = output[0] if isinstance(output, tuple) else output
                 record.rows[index] = hidden[:, :1]
 
@@ -146,6 +151,7 @@ class Record:
 
     def __init__(self, capture: VisionCapture) -> None:
         self.capture = capture
+        self.grad = torch.is_grad_enabled()
         self.rows: dict[int, Tensor] = {}
         self.found: dict[str, Tensor] = {}
         self._half: dict[str, Tensor] = {}

@@ -22,7 +22,8 @@ class Compaction:
     def __init__(self, keep: Tensor, valid: Tensor) -> None:
         keep = keep & valid
         self.count = keep.sum(dim=1)  # (B,)
-        self.width = int(self.count.max())  # the one host sync of a cut
+        tail = keep.all(dim=0).flip(0).cumprod(0).sum()  # columns at the end that every row keeps
+        self.width, self.tail = torch.stack([self.count.max(), tail]).tolist()  # the one host sync of a cut
         # a stable sort puts dropped columns first and kept ones last, both ascending: the tail is the child sequence
         self.index = keep.to(torch.int8).argsort(dim=1, stable=True)[:, keep.shape[1] - self.width :]  # (B, N)
         self.valid = keep.gather(1, self.index)  # (B, N)

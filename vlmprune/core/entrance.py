@@ -20,6 +20,7 @@ from .call import Call, Placed, assign
 from .compaction import Compaction
 from .cutting import Cut, cut_pictures, keep_maps
 from .frames import Frame
+from .pictures import Picture
 
 
 class Entrance:
@@ -93,22 +94,33 @@ class Entrance:
     def _place(self, call: Call, embeds: Tensor) -> None:
         """Find where the pictures of this call stand, and choose what stays of them before the language model."""
         session, report = self.session, call.report
+        pictures: list[Picture] = []
+        samples: list[list[int]] = [[] for _ in embeds]
         for modality in session.adapter.modalities:
-            pictures = call.pictures.get(modality.name)
-            if not pictures:
+            here = call.pictures.get(modality.name)
+            if not here:
                 continue
             visual = self._placeholders(call, embeds, modality)  # (B, q)
-            rows = assign([p.length for p in pictures], visual.sum(dim=1).tolist())
-            samples = list({tuple(row): None for row in rows})  # expanded rows share their pictures
-            cuts: list[Cut | None] = [None] * len(pictures)
-            if session.before is not None:
-                method, budget = session.before
-                cuts = cut_pictures(pictures, samples, method, budget, session.adapter.projector, session.strict)
-            call.placed.append(Placed(visual, rows, pictures, cuts))
-            report.keep += keep_maps(pictures, cuts, report.method)
-            report.dense_tokens += [picture.count for picture in pictures]
-            report.realised_tokens += [p.count if cut is None else cut.realised for p, cut in zip(pictures, cuts, strict=True)]
-            report.tokens_per_layer = [sum(report.realised_tokens) / len(report.realised_tokens)] * session.depth
+            rows = assign([p.length for p in here], visual.sum(dim=1).tolist())
+            call.placed.append(Placed(visual, rows, here, [None] * len(here)))
+            for sample, row in zip(samples, rows, strict=True):
+                sample.extend(len(pictures) + p for p in row)
+            pictures += here
+        if not pictures:
+            return
+        cuts: list[Cut | None] = [None] * len(pictures)
+        if session.before is not None:
+            distinct = list({tuple(sample): None for sample in samples})  # expanded rows share their pictures
+            method, budget = session.before
+            cuts = cut_pictures(pictures, distinct, method, budget, session.adapter.projector, session.strict)
+        start = 0
+        for placed in call.placed:
+            placed.cuts = cuts[start : start + len(placed.pictures)]
+            start += len(placed.pictures)
+        report.keep = keep_maps(pictures, cuts, report.method)
+        report.dense_tokens = [picture.count for picture in pictures]
+        report.realised_tokens = [p.count if cut is None else cut.realised for p, cut in zip(pictures, cuts, strict=True)]
+        report.tokens_per_layer = [sum(report.realised_tokens) / len(pictures)] * session.depth
 
     def _placeholders(self, call: Call, embeds: Tensor, modality: Any) -> Tensor:
         token = self.session.adapter.token_id(modality)
@@ -146,9 +158,11 @@ class Entrance:
         cache = getattr(output, "past_key_values", None)
         cache = call.cache if cache is None else cache
         first = call.frames[0]
-        if cache is not None and int(cache.get_seq_length(0)) == first.past.shape[1] + first.fed.shape[1]:
-            groups = [Group(frame.start, frame.valid, frame.lost) for frame in call.frames]
+        if cache is not None and int(cache.get_seq_length(0)) == first.width:
+            # text after the last loss stands 1:1 in all layers, so drafts in it can be cropped away
+            static = [frame.valid[:, : frame.width - call.tail_kept] for frame in call.frames]
+            groups = [Group(frame.start, held, frame.lost) for frame, held in zip(call.frames, static, strict=True)]
             all_valid = all(bool(group.held.all()) for group in groups)
-            adopt(cache, CacheState(call.seen + call.fed, groups, self.session.reference, all_valid))
+            adopt(cache, CacheState(call.seen + call.fed - call.tail_kept, groups, self.session.reference, all_valid))
         call.report.fire("exit")
         return output

@@ -41,6 +41,11 @@ class Frame:
         """(B, P + n) bool."""
         return torch.cat([self.past, self.fed], dim=1)
 
+    @property
+    def width(self) -> int:
+        """P + n, slots held after this call."""
+        return self.past.shape[1] + self.fed.shape[1]
+
     def cut(self, compaction: Compaction, policy: str, start: int | None = None) -> Frame:
         """This frame after a cut, for the layers from ``start`` on."""
         lost = self.lost + compaction.lost.to(self.lost.device) if policy == "compact" else self.lost

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..errors import InvariantError, SpecError, VlmPruneError
 from ..spec import Budget
-from .base import Method, one_of
+from .base import one_of
 from .grid import boxes
+from .replay import Replay
 from .select import top_k
-from .tokens import VisualTokens
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -236,32 +236,6 @@ class KeepMap(_Map):
         from ..viz.overlay import draw_keep
 
         return draw_keep(image, self.grids, self.mask, self.view, dim)
-
-
-@dataclass(frozen=True)
-class Replay(Method):
-    """Keeps the tokens of a ``KeepMap``, in every unit of as many tokens as the map had."""
-
-    keep_idx: tuple[int, ...]
-    total: int
-
-    name: ClassVar[str] = "replay"
-    nested: ClassVar[bool] = False
-
-    @property
-    def keep(self) -> int:
-        """K, the only budget it can meet."""
-        return len(self.keep_idx)
-
-    def check_unit(self, count: int) -> None:
-        if count != self.total:
-            raise InvariantError(f"asked to choose from {count} tokens; this replay holds {self.keep} of {self.total}: use an image that yields as many")
-
-    def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        self.check_unit(tokens.count)
-        if k != self.keep:
-            raise InvariantError(f"asked to keep {k} tokens; this replay holds {self.keep}: use keep={self.keep}")
-        return torch.tensor(self.keep_idx, device=tokens.device).expand(tokens.batch, -1)
 
 
 def _stamp(cls: type[_Map]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .keepmap import KeepMap
 
 @dataclass
 class Report:
-    """The last call that read a prompt; decode steps that continue it are counted in ``decode_steps``.
+    """The last call that read images or began a prompt; decode steps that continue it are counted in ``decode_steps``.
 
     Args:
         method: spec of what was attached.

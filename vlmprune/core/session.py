@@ -61,7 +61,8 @@ class _Encode(_Wrapper):
         session = self.session
         if not session.enabled:
             return self.original(*args, **kwargs)
-        arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        arguments = dict(inspect.signature(self.original).bind(*args, **kwargs).arguments)
+        arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))  # 4.57 names pixels of clips otherwise
         session.adapter.check(arguments, self.modality)
         with session.capture.recording() as record:
             output = self.original(*args, **kwargs)
@@ -183,7 +184,9 @@ class Session:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         continues = cache is not None and int(cache.get_seq_length()) > 0
-        call = Call(kwargs.get("input_ids"), kwargs.get("inputs_embeds"), Report(self.spec), continues)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given = embeds if ids is None else ids  # the model itself refuses a call without either
+        call = Call(ids, embeds, Report(self.spec), continues, fed=0 if given is None else given.shape[1])
         self._local.call = call
         for modality in self.adapter.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
@@ -223,7 +226,7 @@ class Session:
         if call.pictures and not call.entered:
             raise InvariantError(f"images were encoded but the language model of {type(self.adapter.model).__name__} was not entered: nothing was pruned")
         if call.continues and not call.pictures and self.last is not None:
-            self.last.decode_steps += 1
+            self.last.decode_steps += call.fed == 1
             return
         report = call.report
         if not call.pictures:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.pictures import Picture
 from .base import Modality
 from .llava_next import LlavaNextAdapter
 
@@ -38,6 +39,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             return super().pack(modality, crops, numbers, arguments)
         pooled = [self.inner.apply_pooling(clip).flatten(0, 1) for clip in crops]  # (frames * n', channels)
         return [torch.cat([clip, clip.new_full((1, clip.shape[1]), torch.nan)]) for clip in pooled]
+
+    def pictures(self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]) -> list[Picture]:
+        if modality.name == "video" and isinstance(output, Tensor):  # transformers 4.57 appends the newline later
+            newline = self.inner.image_newline.to(output.device, output.dtype)
+            output = torch.cat([output, newline.expand(output.shape[0], 1, -1)], dim=1)
+        return super().pictures(modality, output, arguments, found)
 
     def grids(self, modality: Modality, special: Tensor, crops: int) -> tuple[tuple[int, int], ...]:
         if modality.name != "video":

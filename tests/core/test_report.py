@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report of a call says."""
+
+from __future__ import annotations
+
+import torch
+
+import vlmprune
+from vlmprune.testing.conformance import generate, shared_model
+from vlmprune.testing.tiny import tiny_inputs
+
+
+def test_the_report_says_what_happened() -> None:
+    model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1, 0, 2))
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        assert run.last is None
+        generate(model, inputs, max_new_tokens=4)
+    report = run.last
+    longest = max(inputs["attention_mask"].sum(1) - torch.tensor([27, 0, 54]))
+    assert (report.method, report.note, report.pruned, report.decode_steps) == ("fastervlm@9", "", True, 3)
+    assert (report.dense_tokens, report.realised_tokens, report.tokens_per_layer) == ([36] * 3, [9] * 3, [9.0] * 4)
+    assert report.sequence == (inputs["input_ids"].shape[1], int(longest))
+    assert report.firings == {"encode": 1, "enter": 1, "exit": 1} and 0 < report.seconds < 5
+    maps = [(one.index, one.frame, one.total, one.grids, one.method) for one in report.keep]
+    assert maps == [(i, None, 36, ((6, 6),), "fastervlm@9") for i in range(3)]
+    assert str(report).startswith("fastervlm@9: 27 of 108 visual tokens in 3 images, ")
+
+
+def test_decode_steps_belong_to_the_prompt_before_them() -> None:
+    model = shared_model("llava", None, None)
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        generate(model, tiny_inputs(images=(1,)), max_new_tokens=4)
+        first = run.last
+        generate(model, tiny_inputs(images=(0,)), max_new_tokens=3)
+    assert first.decode_steps == 3 and run.last.decode_steps == 2 and run.last is not first
+    assert str(run.last).endswith("(no images in this call)") and "0 images" in str(run.last)
