@@ -53,8 +53,10 @@ class InsideHost:
 
     def __init__(self, session: Any, method: Any, budget: Any) -> None:
         self.session, self.method, self.budget = session, method, budget
-        self.layers = [stage.layer for stage in method.stages(session.depth, budget, 576)]
-        self.sources = {stage.source for stage in method.stages(session.depth, budget, 576)}
+        count = getattr(budget, "keep", 1.0)  # any count will do where layers are asked for, but a number to keep must fit into it
+        stages = method.stages(session.depth, budget, count if isinstance(count, int) else 576)
+        self.sources = {stage.layer: stage.source for stage in stages}
+        self.layers = list(self.sources)
         if session.adapter.language_model.training and session.adapter.language_model.is_gradient_checkpointing:
             raise UnsupportedError(f"{method.name} cuts inside the language model, which gradient checkpointing would recompute without its cuts")
 
@@ -103,12 +105,11 @@ class InsideHost:
         if inside is not None:
             if index == 0:
                 self._find_raters(call, hidden)
-            given = None
             if index in self.sources:
-                given = self._given(call, index, module, hidden, kwargs)
-            if index in self.layers:
-                hidden = self._stage(call, index, hidden, inside.saved if given is None else given)
-            inside.saved = given if given is not None else None
+                own = self.sources[index] == index
+                hidden = self._stage(call, index, hidden, self._given(call, index, module, hidden, kwargs) if own else inside.saved)
+            # what the next layer's cut asks for is what this layer reads, after its own cut
+            inside.saved = self._given(call, index, module, hidden, kwargs) if self.sources.get(index + 1) == index else None
         frame = call.frame(index)
         if frame.start == 0:
             return None
@@ -193,6 +194,7 @@ class InsideHost:
             query_mask=given[row],
             query_positions=numbers.gather(1, rows[row]),
             positions=numbers.gather(1, at),
+            rotary_frequencies=getattr(self.session.adapter.language_model.rotary_emb, "inv_freq", None),
             ordinal=torch.tensor([span.ordinal for span in spans]),
             stage=self.layers.index(index),
         )
@@ -206,7 +208,9 @@ class InsideHost:
             if isinstance(result, Merged):
                 free = torch.ones(span.columns.shape[0], dtype=torch.bool)
                 free[kept[kept >= 0]] = False
-                hosts = torch.cat([kept[kept >= 0], free.nonzero()[:, 0][: int((kept < 0).sum())]]).sort().values
+                free = free.nonzero()[:, 0]
+                # the last free slots, so that kept rows before them keep their own
+                hosts = torch.cat([kept[kept >= 0], free[free.shape[0] - int((kept < 0).sum()) :]]).sort().values
             keep[span.row, span.columns.to(keep.device)] = False
             columns = span.columns[hosts]
             keep[span.row, columns.to(keep.device)] = True

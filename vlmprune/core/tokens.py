@@ -44,6 +44,7 @@ class VisualTokens:
         text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the whole sequence.
         query_mask: (B, R) bool, queries that are real; shorter units repeat their last one.
         query_positions, positions: (B, R) and (B, N) position ids.
+        rotary_frequencies: (d / 2,) angle per position of each pair of a head of width d.
         stage: number of the cut inside the language model.
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
@@ -62,6 +63,7 @@ class VisualTokens:
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None
+    rotary_frequencies: Tensor | None = None
     stage: int = 0
 
     def __post_init__(self) -> None:
