@@ -28,6 +28,7 @@ _BUILTIN = {
     "divprune": "vlmprune.methods.divprune:DivPrune",
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
+    "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
 }
 _METHODS: dict[str, type[Method]] = {}
 
