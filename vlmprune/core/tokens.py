@@ -42,6 +42,7 @@ class VisualTokens:
         projector: maps (..., C) to (..., D).
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
+        size: (B, N), for methods that need no tensor at all.
     """
 
     features: Tensor | None = None
@@ -53,6 +54,7 @@ class VisualTokens:
     projector: Callable[[Tensor], Tensor] | None = None
     grids: tuple[tuple[int, int], ...] = ()
     ordinal: Tensor | None = None
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
@@ -80,17 +82,19 @@ class VisualTokens:
     @property
     def batch(self) -> int:
         """B, the number of units."""
-        return self._any().shape[0]
+        return self._any().shape[0] if self.size is None else self.size[0]
 
     @property
     def count(self) -> int:
         """N, the number of tokens of each unit."""
+        if self.size is not None:
+            return self.size[1]
         value = self._any()
         return value.shape[2] if value is self.cls_attention else value.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self._any().device
+        return self._any().device if self.size is None or self.ordinal is None else self.ordinal.device
 
     def need(self, name: str) -> Any:
         """Return a captured field, or raise naming what is missing."""
