@@ -107,7 +107,7 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
         for number, unit in enumerate(units):
             with torch.no_grad():
-                scores = finite_scores(built, stack_units([unit], pictures, adapter.projector))[0].float().cpu()
+                scores = finite_scores(built, stack_units([unit], pictures, built.needs, adapter.projector))[0].float().cpu()
             start, frames = 0, pictures[number].frames
             for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
                 count = sum(rows * cols for rows, cols in grids)

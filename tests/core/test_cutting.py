@@ -52,8 +52,9 @@ def image(scores: Sequence[float], special: Sequence[int] = (), grids: Grids = (
     length = len(scores) + len(special)
     patches = torch.tensor([slot for slot in range(length) if slot not in special])
     crops = torch.cat([torch.full((rows * cols,), number) for number, (rows, cols) in enumerate(grids)])
-    features = torch.stack([torch.tensor(scores, dtype=torch.float), torch.zeros(len(scores))], dim=1)
-    return Picture(length, patches, grids, {"features": features}, lambda: crops, frames=frames)
+    features = torch.zeros(length, 2)
+    features[patches, 0] = torch.tensor(scores, dtype=torch.float)
+    return Picture(length, patches, features, grids, {}, lambda: crops, frames=frames)
 
 
 def cut(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.core.base import Merged, Method
-from vlmprune.core.select import choose, rest_of, top_k
+from vlmprune.core.select import choose, rest_of, top_k, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError
 
@@ -45,6 +45,26 @@ def test_top_k_takes_any_dtype(dtype):
 def test_top_k_refuses_impossible_budgets(scores, k):
     with pytest.raises(InvariantError, match="top"):
         top_k(scores, k)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=150)
+def test_groups_give_their_best_in_order(data):
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    n, start, groups = sum(sizes), 0, []
+    order = data.draw(st.permutations(range(n)))
+    for size in sizes:
+        groups.append(order[start : start + size])
+        start += size
+    row = data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n))
+    quota = data.draw(st.lists(st.integers(0, 6), min_size=len(sizes), max_size=len(sizes)))
+    k = data.draw(st.integers(1, n))
+    expected = []
+    for group, most in zip(groups, quota, strict=True):
+        expected += group if most >= len(group) else sorted(group, key=lambda i: -row[i])[:most]
+    members = torch.tensor([group + [-1] * (max(sizes) - len(group)) for group in groups])
+    scores = torch.tensor([row]).float()[:, members]
+    assert top_k_in_groups(scores, members, torch.tensor([quota]), k).tolist() == [(expected + [-1] * n)[:k]]
 
 
 @dataclass(frozen=True)

@@ -54,4 +54,6 @@ class Compaction:
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every parent column takes the last kept row at or before it."""
         source = (self.kept.cumsum(dim=1) - 1 + (self.width - self.count)[:, None]).clamp_min(0).to(rows.device)  # (B, L)
+        if rows.shape[0] == 1:
+            return rows.index_select(1, source[0])
         return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], source]

@@ -101,7 +101,7 @@ def choose_units(
             for number in numbers:
                 chosen[number] = (torch.arange(count), None)
             continue
-        result = choose(method, stack_units([units[n] for n in numbers], pictures, projector), k)
+        result = choose(method, stack_units([units[n] for n in numbers], pictures, method.needs, projector), k)
         index = (result.slots if isinstance(result, Merged) else result).cpu()
         for row, number in enumerate(numbers):
             chosen[number] = (index[row], result.features[row] if isinstance(result, Merged) else None)
@@ -138,7 +138,7 @@ def _place(picture: Picture, parts: Sequence[tuple[Unit, Tensor, Tensor | None]]
     whole = [own for own, (_, _, merged) in zip(kept, parts, strict=True) if merged is None]
     if whole:  # a unit kept whole beside merged ones still counts as rows of this picture
         slots.append(patches[torch.cat(whole)])
-        rows.append(picture.tensors["features"][torch.cat(whole).to(rows[0].device)].to(rows[0].dtype))
+        rows.append(picture.patch_features(torch.cat(whole)).to(rows[0].device, rows[0].dtype))
     return Cut(keep, keep_idx, picture.grids, torch.cat(slots), torch.cat(rows))
 
 

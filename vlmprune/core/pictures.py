@@ -16,8 +16,6 @@ from torch import Tensor
 from ..errors import InvariantError
 from .tokens import VisualTokens
 
-PER_TOKEN = ("features", "received_attention", "encoder_features", "keys")  # (B, N, ...); cls_attention is (B, H, N)
-
 
 @dataclass(eq=False)
 class Tiles:
@@ -36,6 +34,7 @@ class Picture:
         length: placeholder slots in the prompt.
         patches: (N,) ascending slots that are patches.
         grids: rectangular blocks (rows, cols) that the patches form, in order; one per frame for a clip.
+        features: (length, D) what the language model is given in the slots.
         tensors: (N, channels) per captured quantity; ``cls_features`` (T, C).
         crops: gives (N,) the crop (tile, frame) of every patch; called only for budgets per crop.
         tiles: raw crops of a tiled picture.
@@ -45,6 +44,7 @@ class Picture:
 
     length: int
     patches: Tensor
+    features: Tensor
     grids: tuple[tuple[int, int], ...]
     tensors: dict[str, Tensor]
     crops: Callable[[], Tensor]
@@ -55,6 +55,13 @@ class Picture:
     @property
     def count(self) -> int:
         return self.patches.shape[0]
+
+    def patch_features(self, index: Tensor | None = None) -> Tensor:
+        """(n, D) features of some patches, of all by default; not copied where that is everything in the slots."""
+        if self.count == self.length and (index is None or index.shape[0] == self.count):
+            return self.features
+        slots = self.patches if index is None else self.patches[index.to(self.patches.device)]
+        return self.features[slots.to(self.features.device)]
 
 
 @dataclass(eq=False)
@@ -110,22 +117,27 @@ def _places(grids: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat([torch.cartesian_prod(torch.arange(r), torch.arange(c)).view(-1, 2) for r, c in grids])
 
 
-def stack_units(units: Sequence[Unit], pictures: Sequence[Picture], projector: Callable[[Tensor], Tensor]) -> VisualTokens:
-    """VisualTokens of units with the same number of tokens, grids and crops."""
-    names = set.intersection(*(set(pictures[p].tensors) for unit in units for p, _ in unit.members))
+def stack_units(
+    units: Sequence[Unit], pictures: Sequence[Picture], needs: Sequence[str], projector: Callable[[Tensor], Tensor]
+) -> VisualTokens:
+    """VisualTokens of units with the same number of tokens, grids and crops; only what is needed is gathered."""
+    first = pictures[units[0].members[0][0]]
     found: dict[str, Tensor] = {}
-    for name in names:
-        rows = [torch.cat([_slice(pictures[p], name, index, unit.crop) for p, index in unit.members]) for unit in units]
-        found[name] = torch.stack(rows)
+    for name in [name for name in (*first.tensors, "features") if name in needs]:
+        rows = [[_slice(pictures[p], name, index, unit.crop) for p, index in unit.members] for unit in units]
+        whole = [row[0] if len(row) == 1 else torch.cat(row) for row in rows]
+        found[name] = whole[0][None] if len(whole) == 1 else torch.stack(whole)  # one image is not copied
     if "cls_attention" in found:
         found["cls_attention"] = found["cls_attention"].transpose(1, 2)  # (B, N, H) -> (B, H, N)
     if "received_attention" in found:
         found["received_attention"] = found["received_attention"][..., 0]
-    ordinal = torch.tensor([unit.ordinal for unit in units])
-    return VisualTokens(**found, projector=projector, grids=units[0].grids, ordinal=ordinal)
+    ordinal = torch.tensor([unit.ordinal for unit in units], device=first.features.device)
+    return VisualTokens(**found, projector=projector, grids=units[0].grids, ordinal=ordinal, size=(len(units), units[0].count))
 
 
 def _slice(picture: Picture, name: str, index: Tensor, crop: int | None) -> Tensor:
+    if name == "features":
+        return picture.patch_features(index)
     value = picture.tensors[name]
     if name == "cls_features":
         return value if crop is None else value[crop : crop + 1]

@@ -28,6 +28,24 @@ def rest_of(keep_idx: Tensor, n: int) -> Tensor:
     return torch.sort(kept, dim=-1, stable=True).indices[:, : n - keep_idx.shape[1]]
 
 
+def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> Tensor:
+    """(B, k) int64 tokens: of every group its ``quota`` highest scores, group after group, best first.
+
+    Args:
+        scores: (B, G, M), finite; the earlier member wins ties.
+        members: (G, M) token of every score, -1 behind the last member of a group.
+        quota: (B, G). A group that is taken whole keeps its own order.
+        k: length of the rows. What the groups give beyond k is cut off; -1 fills up what they give less.
+    """
+    batch, real = scores.shape[0], members >= 0
+    taken = torch.arange(members.shape[1], device=members.device) < quota.clamp_max(real.sum(1))[..., None]  # (B, G, M)
+    scores = torch.where((quota >= real.sum(1))[..., None], 0.0, scores).masked_fill(~real, -torch.inf)
+    order = torch.sort(0.0 - scores, dim=-1, stable=True).indices
+    tokens = members.expand(batch, -1, -1).gather(2, order).masked_fill(~taken, -1).flatten(1)
+    front = torch.sort((~taken).flatten(1).to(torch.int8), dim=-1, stable=True).indices[:, :k]
+    return tokens.gather(1, front)
+
+
 def choose(method: Method, tokens: VisualTokens, k: int) -> Tensor | Merged:
     """What ``method`` keeps of every unit at a budget of k tokens, validated.
 

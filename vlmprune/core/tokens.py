@@ -48,6 +48,7 @@ class VisualTokens:
         stage: number of the cut inside the language model.
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
+        size: (B, N), for methods that need no tensor at all.
     """
 
     features: Tensor | None = None
@@ -65,6 +66,7 @@ class VisualTokens:
     positions: Tensor | None = None
     rotary_frequencies: Tensor | None = None
     stage: int = 0
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
@@ -91,16 +93,16 @@ class VisualTokens:
     @property
     def batch(self) -> int:
         """B, the number of units."""
-        return self._any()[1].shape[0]
+        return self._any()[1].shape[0] if self.size is None else self.size[0]
 
     @property
     def count(self) -> int:
         """N, the number of tokens of each unit."""
-        return _count(*self._any())
+        return _count(*self._any()) if self.size is None else self.size[1]
 
     @property
     def device(self) -> torch.device:
-        return self._any()[1].device
+        return self._any()[1].device if self.size is None or self.ordinal is None else self.ordinal.device
 
     def need(self, name: str) -> Any:
         """Return a captured field, or raise naming what is missing."""

@@ -128,7 +128,7 @@ class Adapter:
             packed = pack(torch.zeros(count, n, 1) if channels is None else channels[pick])  # (length, channels)
             special = packed[:, 0].isnan()
             patches = (~special).nonzero()[:, 0]
-            tensors = {"features": features[number][patches.to(features[number].device)]}
+            tensors = {}
             widths = [value.shape[-1] for value in extra.values()]
             if channels is not None:
                 for name, value in zip(extra, packed[patches].split(widths, dim=-1), strict=True):
@@ -147,6 +147,7 @@ class Adapter:
                 Picture(
                     length=features[number].shape[0],
                     patches=patches,
+                    features=features[number],
                     grids=grids,
                     tensors=tensors,
                     crops=partial(_crop_of, pack, patches, count, n),
