@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import InvariantError, UnsupportedError
 from .base import Merged, Stage
 from .call import Call
 from .compaction import Compaction
-from .keepmap import KeepMap
+from .cutting import Cut, keep_maps
 from .rows import LayerInput
 from .select import choose
 from .tokens import VisualTokens
@@ -53,12 +53,28 @@ class InsideHost:
 
     def __init__(self, session: Any, method: Any, budget: Any) -> None:
         self.session, self.method, self.budget = session, method, budget
+        if budget is not None and budget.scope != "image":
+            raise UnsupportedError(f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'")
         count = getattr(budget, "keep", 1.0)  # any count will do where layers are asked for, but a number to keep must fit into it
         stages = method.stages(session.depth, budget, count if isinstance(count, int) else 576)
         self.sources = {stage.layer: stage.source for stage in stages}
         self.layers = list(self.sources)
-        if session.adapter.language_model.training and session.adapter.language_model.is_gradient_checkpointing:
-            raise UnsupportedError(f"{method.name} cuts inside the language model, which gradient checkpointing would recompute without its cuts")
+        self._refuse_checkpointing()
+
+    def _refuse_checkpointing(self) -> None:
+        language_model = self.session.adapter.language_model
+        if language_model.training and language_model.is_gradient_checkpointing:
+            raise UnsupportedError(
+                f"{self.method.name} cuts inside the language model, which gradient checkpointing would recompute without its cuts; "
+                "call model.gradient_checkpointing_disable(), or prune before the language model, e.g. with 'fastervlm@64'"
+            )
+
+    def _check(self, count: int) -> None:
+        """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
+        keep = getattr(self.budget, "keep", None)
+        if self.session.strict and isinstance(keep, int) and keep > count:
+            raise InvariantError(f"strict: keep={keep} tokens but a picture holds {count}; lower keep or drop strict")
+        self.method.check_unit(count)
 
     def hooks(self) -> list[Any]:
         """Pre-hooks on all decoder layers."""
@@ -67,10 +83,13 @@ class InsideHost:
 
     def begin(self, call: Call, embeds: Tensor) -> None:
         """Find the spans in the sequence that enters the first layer (B, n, D)."""
+        self._refuse_checkpointing()  # it may have been enabled since
         spans, number = [], 0
         last = torch.full((embeds.shape[0],), -1)
         origin = call.compactions[0][1].index.cpu() if call.compactions else None  # (B, n) column before the first cut
         for placed in call.placed:
+            for picture in placed.pictures:
+                self._check(picture.count)
             columns = [row.nonzero()[:, 0].cpu() for row in placed.visual]
             shown: set[int] = set()
             for row, mine in enumerate(placed.rows):
@@ -231,12 +250,9 @@ class InsideHost:
         mean = sum(report.realised_tokens) / len(report.realised_tokens)
         report.tokens_per_layer = [*report.tokens_per_layer[:index], *[mean] * (self.session.depth - index)]
         pictures = [picture for placed in call.placed for picture in placed.pictures]
-        report.keep = [
-            KeepMap(span.ids[span.ids >= 0].sort().values, picture.count, picture.grids, method=report.method, view=picture.view, index=number)
-            for number, picture in enumerate(pictures)
-            for span in shown
-            if span.report == number
-        ]
+        left = {span.report: span.ids[span.ids >= 0].sort().values for span in shown}
+        cuts = [Cut(torch.empty(0), left[number], picture.grids) for number, picture in enumerate(pictures)]
+        report.keep = keep_maps(pictures, cuts, report.method)
         report.sequence = (call.fed, call.frame(index).fed.shape[1])
         report.fire("stage")
 

@@ -141,7 +141,7 @@ class Session:
                 language_model.register_forward_hook(self._leave),
             ]
             if self.inside is not None:
-                self._handles += self.inside.hooks()
+                self._handles += [model.register_forward_pre_hook(self._drafts, with_kwargs=True), *self.inside.hooks()]
             if "flash" in str(language_model.config._attn_implementation):
                 self._handles += [layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers]
             self.capture.install()
@@ -179,6 +179,11 @@ class Session:
 
     # hooks ----------------------------------------------------------------------------------------------------------
 
+    def _drafts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before them
+        wanted = kwargs.get("logits_to_keep", 0)
+        self._local.tail = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
+
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         names = list(inspect.signature(module.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -186,7 +191,8 @@ class Session:
         continues = cache is not None and int(cache.get_seq_length()) > 0
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids  # the model itself refuses a call without either
-        call = Call(ids, embeds, Report(self.spec), continues, fed=0 if given is None else given.shape[1])
+        tail = self._local.__dict__.pop("tail", 0)
+        call = Call(ids, embeds, Report(self.spec), continues, tail, fed=0 if given is None else given.shape[1])
         self._local.call = call
         for modality in self.adapter.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
