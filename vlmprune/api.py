@@ -91,6 +91,7 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
         raise UnsupportedError(f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)")
     adapter = adapter_for(model)
     maps: list[ScoreMap] = []
+    seen = 0  # pictures of earlier modalities
     for modality in adapter.modalities:
         if inputs.get(modality.pixels) is None:
             continue
@@ -112,8 +113,9 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
             for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
                 count = sum(rows * cols for rows, cols in grids)
                 part = scores[start : start + count]
-                maps.append(ScoreMap(part, grids=grids, method=text, view=pictures[number].view, index=number, frame=frame if frames else None))
+                maps.append(ScoreMap(part, grids=grids, method=text, view=pictures[number].view, index=seen + number, frame=frame if frames else None))
                 start += count
+        seen += len(pictures)
     if not maps:
         raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
     return maps
