@@ -25,7 +25,7 @@ from ..registry import register
 from .clustering import cluster_means, density_peaks
 
 PATCHES, DEPTH, LAYERS = 576, 32, (2, 6, 15)
-FLOOR = 0.05  # of the correction at distance 0: with heads of 128 it is reached beyond 1600 positions
+FLOOR = 0.01  # of the correction at distance 0; heads of 128 with base 1e4 reach it 1479 positions away
 # keep -> patches that leave the three layers, of 576; 36 is what layers 0 and 1 of 32 alone come to
 _RECYCLED = {36: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110), 576: (576, 576, 576)}
 _PLAIN = {36: (0, 0, 0), 64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118), 576: (576, 576, 576)}
@@ -101,7 +101,9 @@ class SparseVLM(Method):
         attention = tokens.need("text_attention").float()  # (B, H, R, N)
         if self.version == "v1.5":
             return rated(attention, tokens.query_mask).mean(dim=1)
-        weight = rope_weight(tokens.need("query_positions"), tokens.need("positions"), tokens.need("rotary_frequencies"))
+        frequencies = tokens.need("rotary_frequencies")
+        weight = rope_weight(tokens.need("query_positions"), tokens.need("positions"), frequencies)
+        weight = weight.clamp_min(FLOOR * (2 * frequencies.shape[0]) ** 0.5)
         return top_head_scores(attention / weight[:, None], tokens.query_mask, self.heads)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
@@ -123,12 +125,11 @@ def rated(attention: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def rope_weight(query_positions: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """(B, R, N) logit of all-ones queries at (B, R) and all-ones keys at (B, N) under rotary embedding, with a floor."""
+    """(B, R, N) logit of all-ones queries at (B, R) and all-ones keys at (B, N) under rotary embedding."""
     # the sum over k of cos((p - q) f_k), as a product of angles; in float64, where thousands of radians keep their digits
     query, key = (p.double()[..., None] * frequencies.double() for p in (query_positions, positions))
     total = query.cos() @ key.cos().transpose(1, 2) + query.sin() @ key.sin().transpose(1, 2)
-    width = 2 * frequencies.shape[0]
-    return (2 / width**0.5 * total).clamp_min(FLOOR * width**0.5).float()
+    return (2 / (2 * frequencies.shape[0]) ** 0.5 * total).float()
 
 
 def top_heads(scores: Tensor, heads: int | None) -> Tensor:

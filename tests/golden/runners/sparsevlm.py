@@ -10,6 +10,7 @@ from vlmprune.core.select import top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.methods.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm import (
+    FLOOR,
     SparseVLM,
     candidate_count,
     cluster_count,
@@ -18,6 +19,7 @@ from vlmprune.methods.sparsevlm import (
     rater_affinity,
     recycle,
     rope_weight,
+    top_head_scores,
     top_heads,
 )
 
@@ -44,6 +46,15 @@ def prune_step(case):
         rotary_frequencies=frequencies,
     )
     scores = method.score(tokens)
+    if plus:
+        case.check("rope_weight", rope_weight(columns[None, :1], columns[None], frequencies)[0, 0], word="scores")
+        weight = rope_weight(tokens.query_positions, tokens.positions, frequencies)
+        corrected = tokens.text_attention / weight[:, None]
+        case.check("selected_heads", top_heads(rated(corrected, tokens.query_mask), method.heads)[0], word="indices")
+        official = top_head_scores(corrected, tokens.query_mask, method.heads)
+        if weight.min() > FLOOR * hyper["head_dim"] ** 0.5:  # the official code has no floor
+            torch.testing.assert_close(scores, official)
+        scores = official
     case.check("scores", scores[0])
     kept = min(hyper["budget"], n - 1)
     assert kept == hyper["kept_visual"]
@@ -69,11 +80,6 @@ def prune_step(case):
     places = torch.zeros(1, len(columns), dtype=torch.bool).index_fill(1, torch.cat([stay, cut[:clusters]]), True)
     ids = Compaction(places, torch.ones_like(places)).positions(columns[None], method.positions)
     case.check("position_ids_after", ids[0])
-    if plus:
-        weight = rope_weight(columns[None, :1], columns[None], frequencies)
-        case.check("rope_weight", weight[0, 0], word="scores")
-        near = rope_weight(tokens.query_positions, tokens.positions, frequencies)
-        case.check("selected_heads", top_heads(rated(tokens.text_attention / near[:, None], tokens.query_mask), method.heads)[0])
 
 
 def in_official_order(x, merged):
