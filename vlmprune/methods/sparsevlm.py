@@ -187,9 +187,8 @@ def published_rows(keep: float, recycled: bool) -> tuple[float, ...]:
     table = _RECYCLED if recycled else _PLAIN
     points = list(table)
     if keep <= points[0]:
-        raise SpecError(
-            f"keep={keep / PATCHES:.3f} of the tokens is not a mean that sparsevlm reaches: its first layers read all; keep more"
-        )
+        asked = f"keep asks for {keep / PATCHES:.3f} of the tokens on average"
+        raise SpecError(f"{asked}, but {points[0] / PATCHES} is what the layers before the first cut read; keep more")
     low, high = next((a, b) for a, b in pairwise(points) if keep <= b)
     share = (keep - low) / (high - low)
     return tuple(a + share * (b - a) for a, b in zip(table[low], table[high], strict=True))
