@@ -20,7 +20,16 @@ from torch import Tensor
 from ..errors import SpecError, did_you_mean
 from .tokens import VisualTokens
 
-NEEDS = ("text_attention", "cls_attention", "received_attention", "features", "encoder_features", "keys", "cls_features", "projector")
+NEEDS = (
+    "text_attention",
+    "cls_attention",
+    "received_attention",
+    "features",
+    "encoder_features",
+    "keys",
+    "cls_features",
+    "projector",
+)
 STAGES = ("before_lm", "inside_lm", "attention")
 
 
@@ -111,4 +120,6 @@ class Method:
 def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise unless an option of a method has one of the allowed values."""
     if value not in allowed:
-        raise SpecError(f"{option}={value!r} is unknown; expected one of {list(allowed)}.{did_you_mean(str(value), map(str, allowed))}")
+        raise SpecError(
+            f"{option}={value!r} is unknown; expected one of {list(allowed)}.{did_you_mean(str(value), map(str, allowed))}"
+        )

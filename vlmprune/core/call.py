@@ -111,7 +111,9 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     """
     total, slots = sum(lengths), sum(counts)
     if total == 0 or slots == 0 or slots % total:
-        raise InvariantError(f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}")
+        raise InvariantError(
+            f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}"
+        )
     expand = slots // total
     rows: list[list[int]] = []
     picture = 0

@@ -71,11 +71,13 @@ class Entrance:
         if isinstance(mask, dict) or not isinstance(mask, Tensor) or mask.ndim != 2:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedError(
-                f"attention_mask is {shape}; with pruned images pass the 2-D padding mask (batch, tokens) and let the model expand it"
+                f"attention_mask is {shape}; with pruned images pass the 2-D padding mask (batch, tokens) "
+                "and let the model expand it"
             )
         if mask.shape != (batch, seen + fed):
             raise InvariantError(
-                f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, seen + fed)}: {seen} tokens seen before and {fed} fed now"
+                f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, seen + fed)}: "
+                f"{seen} tokens seen before and {fed} fed now"
             )
         mask = mask.to(embeds.device, torch.bool)
         position_ids = kwargs.get("position_ids")

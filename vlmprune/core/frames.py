@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames: how a group of decoder layers sees the sequence: slots held, their validity, positions, and the masks made from them."""
+"""Frames: how a group of decoder layers sees the sequence: slots held, validity, positions, and the masks made from them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Frame:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
         kind = layer_kind(config, layer)
         if kind not in self._masks:
-            self._masks[kind] = None if self.maskless else self._make_mask(config, kind, layer, hidden, cache)
+            self._masks[kind] = self._make_mask(config, kind, layer, hidden, cache)
         return self._masks[kind]
 
     def _make_mask(self, config: Any, kind: str, layer: int, hidden: Tensor, cache: Any) -> Any:
@@ -71,7 +71,7 @@ class Frame:
         arguments = {
             "config": config,
             "inputs_embeds" if "inputs_embeds" in known else "input_embeds": hidden,  # renamed in transformers 5
-            "attention_mask": self.valid,
+            "attention_mask": None if self.maskless else self.valid,  # a static cache still needs one, for its empty slots
             "past_key_values": None if cache is None else LayerView(cache, layer),
             "position_ids": None,
         }

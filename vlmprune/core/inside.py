@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cuts inside the language model: at the input of chosen decoder layers, ranked by recomputed attention rows.
 
-A stage at layer L drops tokens from the sequence that enters L; all later layers get their own frame (mask, positions, cache group).
-Scores come from the rows of layer L - 1 or of L itself, as the method says, recomputed for the queries that it names.
+A stage at layer L drops tokens from the sequence that enters L; all later layers get a frame of their own (mask, positions, cache
+group). Scores come from the rows of layer L - 1 or of L itself, as the method says, recomputed for the queries that it names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class InsideHost:
         self.session, self.method, self.budget = session, method, budget
         if budget is not None and budget.scope != "image":
             raise UnsupportedError(f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'")
-        count = getattr(budget, "keep", 1.0)  # any count will do where layers are asked for, but a number to keep must fit into it
+        count = getattr(
+            budget, "keep", 1.0
+        )  # any count will do where layers are asked for, but a number to keep must fit into it
         stages = method.stages(session.depth, budget, count if isinstance(count, int) else 576)
         self.sources = {stage.layer: stage.source for stage in stages}
         self.layers = list(self.sources)
@@ -79,7 +81,9 @@ class InsideHost:
     def hooks(self) -> list[Any]:
         """Pre-hooks on all decoder layers."""
         layers = self.session.adapter.language_model.layers
-        return [layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True) for index, layer in enumerate(layers)]
+        return [
+            layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True) for index, layer in enumerate(layers)
+        ]
 
     def begin(self, call: Call, embeds: Tensor) -> None:
         """Find the spans in the sequence that enters the first layer (B, n, D)."""
@@ -126,7 +130,9 @@ class InsideHost:
                 self._find_raters(call, hidden)
             if index in self.sources:
                 own = self.sources[index] == index
-                hidden = self._stage(call, index, hidden, self._given(call, index, module, hidden, kwargs) if own else inside.saved)
+                hidden = self._stage(
+                    call, index, hidden, self._given(call, index, module, hidden, kwargs) if own else inside.saved
+                )
             # what the next layer's cut asks for is what this layer reads, after its own cut
             inside.saved = self._given(call, index, module, hidden, kwargs) if self.sources.get(index + 1) == index else None
         frame = call.frame(index)
@@ -145,7 +151,9 @@ class InsideHost:
 
     def _given(self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerInput:
         frame = call.frame(index)
-        cos, sin = kwargs["position_embeddings"] if frame.start == 0 else frame.angles(self.session.adapter.language_model, hidden)
+        cos, sin = (
+            kwargs["position_embeddings"] if frame.start == 0 else frame.angles(self.session.adapter.language_model, hidden)
+        )
         return LayerInput(module, index, hidden, cos, sin, frame.valid, call.cache_of(kwargs))
 
     def _find_raters(self, call: Call, hidden: Tensor) -> None:
@@ -199,7 +207,15 @@ class InsideHost:
         return compaction.sequence(hidden)
 
     def _tokens(
-        self, call: Call, index: int, spans: list[Span], hidden: Tensor, attention: Tensor, given: Tensor, rows: Tensor, source: LayerInput
+        self,
+        call: Call,
+        index: int,
+        spans: list[Span],
+        hidden: Tensor,
+        attention: Tensor,
+        given: Tensor,
+        rows: Tensor,
+        source: LayerInput,
     ) -> VisualTokens:
         at = torch.stack([span.columns for span in spans]).to(hidden.device)  # (U, N)
         row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention rows of a decoder layer, recomputed for the few queries that are needed.
 
-The layer's own norm, projections and rotary angles are used, in float32 from the logits on, one layer at a time: the model keeps SDPA or
-FlashAttention and no L x L map is ever made. B prompts, R query rows, P slots held before this call, q fed in it, S = P + q.
+The layer's own norm, projections and rotary angles are used, in float32 from the logits on, one layer at a time: the model keeps
+SDPA or FlashAttention and no L x L map is ever made. B prompts, R query rows, P slots held before this call, q fed in it, S = P + q.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class LayerInput:
         try:
             projection = getattr(attention, f"{kind}_proj")
         except AttributeError as error:
-            raise UnsupportedError(f"{type(attention).__name__} has no {kind}_proj; its attention rows cannot be recomputed") from error
+            raise UnsupportedError(
+                f"{type(attention).__name__} has no {kind}_proj; its attention rows cannot be recomputed"
+            ) from error
         states = projection(x).unflatten(-1, (-1, attention.head_dim))
         norm = getattr(attention, f"{kind}_norm", None)  # Qwen3 and Gemma3 normalise heads before rotating them
         return (states if norm is None else norm(states)).transpose(1, 2)
@@ -86,8 +88,8 @@ class LayerInput:
         held = getattr(self.cache.layers[self.index], kind, None)
         if held is None or held.shape[2] < self.past:
             raise CaptureError(
-                f"layer {self.index} holds {0 if held is None else held.shape[2]} of the {self.past} earlier slots (a sliding window "
-                "forgets them); its attention rows cannot be recomputed in a later turn"
+                f"layer {self.index} holds {0 if held is None else held.shape[2]} of the {self.past} earlier slots "
+                "(a sliding window forgets them); its attention rows cannot be recomputed in a later turn"
             )
         return held[:, :, : self.past]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError
+from .checks_inside import drafts_are_no_prompt, every_mode_equals_twin, second_turn_equals_twin
 from .conformance import Subject, expect, generate
 from .reference import greedy, kept_by_hand
 from .tiny import tiny_row
@@ -44,6 +45,9 @@ def kept_embeddings(subject: Subject, inputs: dict[str, Tensor]) -> Tensor:
 
 def every_mode_equals_kept_embeddings(subject: Subject) -> None:
     """Greedy, sampling with a seed, beams, returned sequences, static cache, no cache."""
+    if subject.inside:
+        drafts_are_no_prompt(subject)
+        return every_mode_equals_twin(subject, MODES)
     inputs = subject.inputs((1,))
     embeds = kept_embeddings(subject, inputs)
     plain = {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}
@@ -54,10 +58,11 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
         with subject.prune():
             got = generate(subject.model, inputs, **options)
         expect(torch.equal(got, want), f"{mode}: {got.tolist()}, expected {want.tolist()}")
+    return None
 
 
 def batched_modes_agree(subject: Subject) -> None:
-    """In a ragged batch static cache and no cache equal the dynamic cache, and beams of every row equal those of the row alone."""
+    """In a ragged batch static cache and no cache equal the dynamic cache; beams of every row equal those of the row alone."""
     images = (1, 0, 1)
     inputs = subject.inputs(images)
     with subject.prune():
@@ -68,11 +73,16 @@ def batched_modes_agree(subject: Subject) -> None:
         want = generate(subject.model, inputs)
         for mode in ("static cache", "no cache"):
             got = generate(subject.model, inputs, **MODES[mode])
+            if mode == "no cache" and subject.inside:  # every step cuts anew
+                alone = [tiny_row(inputs, subject.family, i, images) for i in range(len(images))]
+                want = torch.cat([generate(subject.model, row, **MODES[mode]) for row in alone])
             expect(torch.equal(got, want), f"{mode}: {got.tolist()}, dynamic cache gave {want.tolist()}")
 
 
 def second_turn(subject: Subject) -> None:
     """A second question on the kept cache, and on a deep copy of it, equals recomputing the whole dialogue on the kept tokens."""
+    if subject.inside:
+        return second_turn_equals_twin(subject)
     for positions in ("compact", "original"):
         inputs = subject.inputs((1,))
         prompt = inputs["input_ids"].shape[1]
@@ -98,6 +108,7 @@ def second_turn(subject: Subject) -> None:
         kept = type(kept)(torch.cat([kept.embeds, tail], 1), torch.cat([kept.positions, numbers], 1), ids.shape[1])
         want = greedy(subject.model, kept, 5, positions)
         expect(answers[0][0].tolist() == want, f"{positions}: second answer {answers[0][0].tolist()}, by hand {want}")
+    return None
 
 
 def detached_cache_is_refused(subject: Subject) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..api import prune
 from ..errors import InvariantError, UnsupportedError
+from .checks_inside import no_map_of_the_sequence
 from .conformance import RAGGED, Subject, close, expect, generate
 from .processors import GRID
 
@@ -83,7 +84,9 @@ def attach_twice_is_refused(subject: Subject) -> None:
 def threads_do_not_meet(subject: Subject) -> None:
     """Four calls at once on one attached model, and two models with two methods, equal one call after the other."""
     if find_spec("transformers.utils.output_capturing") is None:
-        raise UnsupportedError("this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x")
+        raise UnsupportedError(
+            "this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x"
+        )
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
     with subject.prune(), prune(other_model, "uniform@4"):
@@ -130,12 +133,16 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.shapes += [tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)]
+        self.shapes += [
+            tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)
+        ]
         return result
 
 
 def no_attention_map(subject: Subject) -> None:
     """Score capture never holds a tokens x tokens map and leaves the tower on its own attention."""
+    if subject.inside:
+        return no_map_of_the_sequence(subject, _Shapes)
     inputs = subject.inputs((1,))
     model = subject.model
     names = {"pixel_values", "image_sizes", "batch_num_images"} & set(inputs)
@@ -148,9 +155,12 @@ def no_attention_map(subject: Subject) -> None:
         finally:
             if run is not None:
                 run.detach()
-        shapes[attached] = [s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1]
+        shapes[attached] = [
+            s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1
+        ]
     new = len(shapes[True]) - len(shapes[False])
     expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
+    return None
 
 
 CHECKS = {

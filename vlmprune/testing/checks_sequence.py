@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..api import prune, score
 from ..core.keepmap import KeepMap
+from .checks_inside import counts_follow_the_schedule, cut_equals_twin
 from .conformance import RAGGED, Subject, close, expect, generate
 from .reference import Kept, entered, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
 from .tiny import tiny_row
@@ -25,11 +26,15 @@ def keep_all_is_dense(subject: Subject) -> None:
             logits = subject.model(**inputs).logits
             expect(torch.equal(logits, dense), f"logits differ by {float((logits - dense).abs().max()):.1e} with everything kept")
             expect(torch.equal(generate(subject.model, inputs), ids), "ids differ with everything kept")
-            expect(run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0")
+            expect(
+                run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0"
+            )
 
 
 def cut_equals_hand_built(subject: Subject) -> None:
-    """Cutting before the language model equals running it on hand-built kept embeddings; both position policies."""
+    """Cutting equals running the language model on hand-built kept embeddings, or its slow twin; both position policies."""
+    if subject.inside:
+        return cut_equals_twin(subject)
     if subject.method.kind() == "merge":
         return merged_rows_are_read(subject)
     inputs = subject.inputs(RAGGED)
@@ -37,7 +42,9 @@ def cut_equals_hand_built(subject: Subject) -> None:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             maps = run.last.keep
-            rows = [subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))]
+            rows = [
+                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
+            ]
         for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
             want = greedy(subject.model, kept, ids.shape[1], positions)
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
@@ -46,7 +53,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
 
 
 def merged_rows_are_read(subject: Subject) -> None:
-    """A merging method: text rows untouched and in order, the announced number of visual rows, and decoding from those rows by hand."""
+    """A merging method: text rows untouched and in order, the announced number of rows, decoding from those rows by hand."""
     model = subject.fresh_model()
     model.set_attn_implementation("eager")
     for images in ((1,), (2,)):
@@ -59,11 +66,17 @@ def merged_rows_are_read(subject: Subject) -> None:
             rows = entered(model, inputs)[0]
             report = run.last
         visual = sum(report.realised_tokens)
-        expect(len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids, f"{len(rows)} rows entered, expected {len(others)} + {visual}")
+        expect(
+            len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids,
+            f"{len(rows)} rows entered, expected {len(others)} + {visual}",
+        )
         wanted = iter(rows)
         missing = [i for i, row in enumerate(others) if not any(torch.equal(row, got) for got in wanted)]
         expect(not missing, f"text or newline rows {missing[:5]} were changed, lost or reordered")
-        expect(any(not any(torch.equal(row, old) for old in dense) for row in rows), "no row was merged: all stand in the dense sequence")
+        expect(
+            any(not any(torch.equal(row, old) for old in dense) for row in rows),
+            "no row was merged: all stand in the dense sequence",
+        )
         kept = Kept(rows[None], torch.arange(len(rows))[None], len(dense))
         want = greedy(model, kept, len(ids), "compact")
         expect(ids.tolist() == want, f"answer {ids.tolist()}, by hand {want}")
@@ -78,14 +91,19 @@ def order_and_report(subject: Subject) -> None:
     expect(output.logits.shape[1] == length, f"logits have length {output.logits.shape[1]}, expected {length}")
     expect(all(h.shape[1] == length for h in output.hidden_states), "hidden_states have not the full length")
     expect(len(report.dense_tokens) == sum(RAGGED), f"{len(report.dense_tokens)} images reported, expected {sum(RAGGED)}")
+    expect(all(bool((one.keep_idx.diff() > 0).all()) for one in report.keep), "kept indices do not ascend")
+    expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")
+    if subject.inside:
+        return counts_follow_the_schedule(run)
     budget = run.budget
     for one, dense, realised in zip(report.keep, report.dense_tokens, report.realised_tokens, strict=True):
-        expect(bool((one.keep_idx.diff() > 0).all()), "kept indices do not ascend")
         if budget is not None and budget.scope == "image":
-            expect(realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}")
+            expect(
+                realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}"
+            )
         if run.method.kind() != "merge":
             expect(len(one) == realised, f"KeepMap holds {len(one)} tokens, {realised} were realised")
-    expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")
+    return None
 
 
 def batch_row_equals_alone(subject: Subject) -> None:
@@ -127,7 +145,8 @@ def more_keeps_more(subject: Subject) -> None:
         return
     inputs = subject.inputs((1,))
     before: list[KeepMap] | None = None
-    for keep in (8, 16, 24):  # 8 leaves room for the [CLS] rows of five crops
+    # 8 leaves room for the [CLS] rows of five crops; a schedule that reads everything first cannot go below its share
+    for keep in (0.4, 0.6, 0.8) if subject.inside else (8, 16, 24):
         picked = []
         for _ in range(2):
             with subject.with_keep(keep).prune() as run, torch.no_grad():
@@ -144,7 +163,7 @@ def more_keeps_more(subject: Subject) -> None:
 
 def highest_scores_are_kept(subject: Subject) -> None:
     """What is cut are the lowest scores, by a plain sort in which the lower index wins ties."""
-    if subject.method.kind() != "score" or not subject.method.budgeted:
+    if subject.method.kind() != "score" or not subject.method.budgeted or subject.inside:  # the twin ranks by eager attention
         return
     inputs = subject.inputs((1,))
     whole = subject.with_keep(7)

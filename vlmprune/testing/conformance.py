@@ -20,7 +20,9 @@ from torch import Tensor
 from ..api import prune, resolve
 from ..core.session import Session
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
-from .tiny import FAMILIES, tiny_inputs, tiny_model
+from ..spec import Budget, parse
+from .processors import GRID
+from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model
 
 RAGGED = (1, 2, 0, 1)  # images per row of the standard batch
 
@@ -63,10 +65,17 @@ class Subject:
     def method(self) -> Any:
         return resolve(self.spec, need_keep=False)[0]
 
+    @property
+    def budget(self) -> Budget | None:
+        return resolve(self.spec, need_keep=False)[1]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the method cuts inside the language model."""
+        return self.method.stage == "inside_lm"
+
     def with_keep(self, keep: int | float, scope: str = "image") -> Subject:
         """The same method at another budget."""
-        from ..spec import Budget, parse
-
         if not self.method.budgeted:
             raise UnsupportedError(f"{self.method.name} takes no budget")
         return Subject(str(parse(self.spec).with_keep(Budget(keep, scope))), self.family, self.tower, self.text)
@@ -87,9 +96,19 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 def default_spec(method: str) -> str:
-    """A bare method name gets a quarter of the tokens as its budget."""
+    """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot meet that."""
     built, budget, text = resolve(method, need_keep=False)
-    return text if budget is not None or not built.budgeted else f"{text}@0.25"
+    if budget is not None or not built.budgeted:
+        return text
+    if built.stage != "inside_lm":
+        return f"{text}@0.25"
+    for keep in (0.25, 0.5):
+        try:
+            built.stages(LAYERS, Budget(keep), GRID * GRID)
+        except SpecError:
+            continue
+        return f"{text}@{keep}"
+    return text
 
 
 def all_checks() -> dict[str, Callable[[Subject], None]]:
