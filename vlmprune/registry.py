@@ -26,6 +26,7 @@ _BUILTIN = {
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
+    "holov": "vlmprune.methods.holov:HoloV",
 }
 _METHODS: dict[str, type[Method]] = {}
 
