@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501
 """Break the core on purpose and see that the conformance checks notice.
 
     python tests/mutants.py            # all mutants, about two minutes

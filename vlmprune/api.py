@@ -50,7 +50,9 @@ def prune(
     built, budget, text = resolve(method, keep)
     adapter = adapter_for(model)
     if built.stage != "before_lm":
-        raise UnsupportedError(f"{built.name} acts at stage {built.stage!r}, which has no host yet; methods before the language model work")
+        raise UnsupportedError(
+            f"{built.name} acts at stage {built.stage!r}, which has no host yet; methods before the language model work"
+        )
     return Session(adapter, built, budget, text, positions=positions, strict=strict)
 
 
@@ -80,7 +82,9 @@ def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = 
         spec = spec.with_keep(keep)
     plans = spec.build(require_budget=need_keep)
     if len(plans) != 1:
-        raise UnsupportedError(f"{str(spec)!r} combines {len(plans)} methods; combinations of acting methods have no host yet, use one")
+        raise UnsupportedError(
+            f"{str(spec)!r} combines {len(plans)} methods; combinations of acting methods have no host yet, use one"
+        )
     return plans[0].method, plans[0].budget, str(spec)
 
 
@@ -88,7 +92,9 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
     """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame."""
     built, _, text = resolve(method, need_keep=False)
     if built.kind() != "score":
-        raise UnsupportedError(f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)")
+        raise UnsupportedError(
+            f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)"
+        )
     adapter = adapter_for(model)
     maps: list[ScoreMap] = []
     for modality in adapter.modalities:
@@ -112,7 +118,11 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
             for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
                 count = sum(rows * cols for rows, cols in grids)
                 part = scores[start : start + count]
-                maps.append(ScoreMap(part, grids=grids, method=text, view=pictures[number].view, index=number, frame=frame if frames else None))
+                maps.append(
+                    ScoreMap(
+                        part, grids=grids, method=text, view=pictures[number].view, index=number, frame=frame if frames else None
+                    )
+                )
                 start += count
     if not maps:
         raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
@@ -123,7 +133,9 @@ def finite_scores(method: Method, tokens: VisualTokens) -> Tensor:
     """(B, N) scores of a method, refused when they are not finite."""
     scores = method.score(tokens)
     if not bool(scores.isfinite().all()):
-        raise InvariantError(f"{method.name} gave {int((~scores.isfinite()).sum())} scores that are not finite; check the model's activations")
+        raise InvariantError(
+            f"{method.name} gave {int((~scores.isfinite()).sum())} scores that are not finite; check the model's activations"
+        )
     return scores
 
 
@@ -141,7 +153,7 @@ def select(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
         >>> vlmprune.select("fastervlm", keep=2, cls_attention=torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
         tensor([[1, 3]])
     """
-    built, budget, text = resolve(method, keep)
+    built, budget, _ = resolve(method, keep)
     known = [name for name in VisualTokens.__dataclass_fields__ if name != "grids"]
     for name in tensors:
         if name not in known:

@@ -88,4 +88,6 @@ class Method:
 def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise unless an option of a method has one of the allowed values."""
     if value not in allowed:
-        raise SpecError(f"{option}={value!r} is unknown; expected one of {list(allowed)}.{did_you_mean(str(value), map(str, allowed))}")
+        raise SpecError(
+            f"{option}={value!r} is unknown; expected one of {list(allowed)}.{did_you_mean(str(value), map(str, allowed))}"
+        )

@@ -26,7 +26,9 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList:
     """The transformer blocks of a tower, found by structure since attribute paths moved between transformers versions."""
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
     if not lists:
-        raise UnsupportedError(f"no attention blocks found in vision tower {type(tower).__name__}; supported are CLIP and SigLIP towers")
+        raise UnsupportedError(
+            f"no attention blocks found in vision tower {type(tower).__name__}; supported are CLIP and SigLIP towers"
+        )
     return max(lists, key=len)
 
 
@@ -39,7 +41,9 @@ def block_index(layer: int, count: int) -> int:
     """The block whose output is ``hidden_states[layer]`` of an encoder with ``count`` blocks."""
     index = layer + count if layer < 0 else layer - 1
     if not 0 <= index < count:
-        raise UnsupportedError(f"layer={layer} is not the output of a block; this vision tower has layers -{count}..-1 and 1..{count}")
+        raise UnsupportedError(
+            f"layer={layer} is not the output of a block; this vision tower has layers -{count}..-1 and 1..{count}"
+        )
     return index
 
 
@@ -74,7 +78,9 @@ class VisionCapture:
         attention = self.blocks[self.layer].self_attn
         missing = [name for name in ("q_proj", "k_proj", "num_heads") if not hasattr(attention, name)]
         if missing and set(self.needs) & set(ATTENTION_NEEDS):
-            raise UnsupportedError(f"{type(attention).__name__} has no {missing}; attention can be read from CLIP and SigLIP towers only")
+            raise UnsupportedError(
+                f"{type(attention).__name__} has no {missing}; attention can be read from CLIP and SigLIP towers only"
+            )
         if "cls_attention" in self.needs and not self.cls:
             raise UnsupportedError(f"{type(tower).__name__} has no [CLS] token: use cls='mean', e.g. fastervlm(cls='mean')")
 
@@ -178,9 +184,13 @@ class Record:
         found = dict(self.found)
         if "cls_features" in self.capture.needs and self.capture.cls and len(self.rows) == len(set(self.capture.layers)):
             found["cls_features"] = torch.cat([self.rows[index] for index in self.capture.layers], dim=-1)  # (T, 1, C)
-        expected = [n for n in self.capture.needs if n in ATTENTION_NEEDS + PROJECTOR_NEEDS or (n == "cls_features" and self.capture.cls)]
+        expected = [
+            n for n in self.capture.needs if n in ATTENTION_NEEDS + PROJECTOR_NEEDS or (n == "cls_features" and self.capture.cls)
+        ]
         if missing := [name for name in expected if name not in found]:
-            raise CaptureError(f"the vision tower ran without giving {missing}; expected its block {self.capture.layer} to run once per call")
+            raise CaptureError(
+                f"the vision tower ran without giving {missing}; expected its block {self.capture.layer} to run once per call"
+            )
         return found
 
 

@@ -67,7 +67,9 @@ def cut_pictures(
     by_picture: dict[int, list[tuple[Unit, Tensor, Tensor | None]]] = defaultdict(list)
     for unit, (slots, rows) in zip(units, chosen, strict=True):
         if rows is not None and len(unit.members) > 1:
-            raise UnsupportedError(f"{method.name} merges tokens and cannot spread one budget over several images: use scope image or crop")
+            raise UnsupportedError(
+                f"{method.name} merges tokens and cannot spread one budget over several images: use scope image or crop"
+            )
         start = 0
         for p, index in unit.members:
             here = slots if len(unit.members) == 1 else slots[(slots >= start) & (slots < start + index.shape[0])] - start
@@ -90,7 +92,9 @@ def choose_units(
     groups: dict[tuple, list[int]] = defaultdict(list)
     for number, unit in enumerate(units):
         if strict and isinstance(budget.keep, int) and budget.keep > unit.count:
-            raise InvariantError(f"strict: keep={budget.keep} tokens but unit {number} holds {unit.count}; lower keep or drop strict")
+            raise InvariantError(
+                f"strict: keep={budget.keep} tokens but unit {number} holds {unit.count}; lower keep or drop strict"
+            )
         method.check_unit(unit.count)
         crops = sum(1 if unit.crop is not None else _crop_count(pictures[p]) for p, _ in unit.members)
         groups[(unit.count, unit.grids, crops)].append(number)
@@ -176,7 +180,9 @@ def _cut_tiles(picture: Picture, method: Method, budget: Budget, projector: Call
     context = result.context if isinstance(result, Merged) else None
     order = pack_tiles(slots, tiles.layout, side[0], None if context is None else ~context.cpu())
     if order.shape[0] > picture.length:
-        raise UnsupportedError(f"anyres='spatial' makes {order.shape[0]} tokens but the prompt has {picture.length} places; lower keep")
+        raise UnsupportedError(
+            f"anyres='spatial' makes {order.shape[0]} tokens but the prompt has {picture.length} places; lower keep"
+        )
     keep = torch.zeros(picture.length, dtype=torch.bool)
     keep[: order.shape[0]] = True
     flat = rows.flatten(0, 1)[order.to(rows.device)]

@@ -49,7 +49,9 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     """
     total, slots = sum(lengths), sum(counts)
     if total == 0 or slots == 0 or slots % total:
-        raise InvariantError(f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}")
+        raise InvariantError(
+            f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple of {total}"
+        )
     expand = slots // total
     rows: list[list[int]] = []
     picture = 0
@@ -113,7 +115,10 @@ class Entrance:
             mask = torch.ones(batch, call.seen + call.fed, dtype=torch.bool, device=embeds.device)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedError(f"attention_mask is {shape}; with pruned images pass the 2-D padding mask (batch, tokens) and let the model expand it")
+            raise UnsupportedError(
+                f"attention_mask is {shape}; with pruned images pass the 2-D padding mask (batch, tokens) "
+                "and let the model expand it"
+            )
         if mask.shape != (batch, call.seen + call.fed):
             raise InvariantError(
                 f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, call.seen + call.fed)}: "
@@ -150,7 +155,11 @@ class Entrance:
             if all(cut is None for cut in cuts):
                 continue
             changed = True
-            flat = [cuts[p].keep if cuts[p] is not None else torch.ones(pictures[p].length, dtype=torch.bool) for row in rows for p in row]
+            flat = [
+                cuts[p].keep if cuts[p] is not None else torch.ones(pictures[p].length, dtype=torch.bool)
+                for row in rows
+                for p in row
+            ]
             keep[visual] = torch.cat(flat).to(keep.device)
             embeds = _replace(embeds, visual, [(pictures[p].length, cuts[p]) for row in rows for p in row])
         return (keep, embeds) if changed else None
@@ -195,7 +204,10 @@ class Entrance:
         lost = compaction.lost if self.session.positions == "compact" else torch.zeros_like(compaction.lost)
         if before is not None:
             lost = lost + before.groups[0].lost.to(lost.device)
-        adopt(cache, CacheState(call.seen + call.fed - compaction.tail, [Group(0, held, lost)], self.session.reference, bool(held.all())))
+        adopt(
+            cache,
+            CacheState(call.seen + call.fed - compaction.tail, [Group(0, held, lost)], self.session.reference, bool(held.all())),
+        )
 
 
 def _replace(embeds: Tensor, visual: Tensor, placed: Sequence[tuple[int, Cut | None]]) -> Tensor:

@@ -94,7 +94,7 @@ class _Map:
             else:
                 with safe_open(path, framework="pt") as file:
                     body = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-                    body |= {name: file.get_tensor(name) for name in file.keys()}
+                    body |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             stamp = {name: body.pop(name, None) for name in ("format", "version")}
             if stamp != _stamp(cls):
                 raise SpecError(f"it says {stamp}, expected {_stamp(cls)}")

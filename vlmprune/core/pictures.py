@@ -107,7 +107,9 @@ def _crop_units(number: int, picture: Picture) -> list[Unit]:
         index = (crops == crop).nonzero()[:, 0]
         rows, cols = (places[index, axis].unique().shape[0] for axis in (0, 1))
         if rows * cols != index.shape[0]:
-            raise InvariantError(f"crop {crop} of picture {number} is not a rectangle: {index.shape[0]} tokens in {rows} rows x {cols} columns")
+            raise InvariantError(
+                f"crop {crop} of picture {number} is not a rectangle: {index.shape[0]} tokens in {rows} rows x {cols} columns"
+            )
         units.append(Unit([(number, index)], ((rows, cols),), 0, crop))
     return units
 

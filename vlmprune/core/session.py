@@ -42,7 +42,9 @@ class _Wrapper:
         self.session, self.original = session, original
 
     def __deepcopy__(self, memo: dict) -> None:
-        raise UnsupportedError("a model cannot be copied while pruning is attached: the copy would still use the original; detach first")
+        raise UnsupportedError(
+            "a model cannot be copied while pruning is attached: the copy would still use the original; detach first"
+        )
 
     def __reduce__(self) -> None:
         raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
@@ -90,7 +92,14 @@ class Session:
     """
 
     def __init__(
-        self, adapter: Any, method: Method, budget: Budget | None, spec: str, *, positions: str | None = None, strict: bool = False
+        self,
+        adapter: Any,
+        method: Method,
+        budget: Budget | None,
+        spec: str,
+        *,
+        positions: str | None = None,
+        strict: bool = False,
     ) -> None:
         self.adapter, self.method, self.budget, self.spec, self.strict = adapter, method, budget, spec, strict
         self.positions = positions or method.positions
@@ -137,7 +146,9 @@ class Session:
                 language_model.register_forward_hook(self._leave),
             ]
             if "flash" in str(language_model.config._attn_implementation):
-                self._handles += [layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers]
+                self._handles += [
+                    layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers
+                ]
             self.capture.install()
         except BaseException:
             self.detach()
@@ -147,7 +158,9 @@ class Session:
 
     def _wrap(self, module: nn.Module, name: str, wrapper: _Wrapper) -> None:
         if name in module.__dict__:
-            raise InvariantError(f"{type(module).__name__}.{name} is replaced on the instance already; undo that before attaching")
+            raise InvariantError(
+                f"{type(module).__name__}.{name} is replaced on the instance already; undo that before attaching"
+            )
         module.__dict__[name] = wrapper
         self._wrapped.append((module, name))
 
@@ -189,8 +202,8 @@ class Session:
             pictures = getattr(encoded, MARK, None)
             if pictures is None:
                 raise CaptureError(
-                    f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached (or were rebuilt since, "
-                    "as chunked prefill does); attach before encoding and leave prefill_chunk_size unset"
+                    f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached "
+                    "(or were rebuilt since, as chunked prefill does); attach before encoding and leave prefill_chunk_size unset"
                 )
             call.pictures[modality.name] = pictures
             call.report.fire("encode")
@@ -216,7 +229,10 @@ class Session:
         if output is None:  # the forward raised
             return
         if call.pictures and not call.entered:
-            raise InvariantError(f"images were encoded but the language model of {type(self.adapter.model).__name__} was not entered: nothing was pruned")
+            raise InvariantError(
+                f"images were encoded but the language model of {type(self.adapter.model).__name__} was not entered: "
+                "nothing was pruned"
+            )
         if call.continues and not call.pictures and self.last is not None:
             self.last.decode_steps += call.fed == 1
             return

@@ -62,11 +62,16 @@ class VisualTokens:
             if not isinstance(value, Tensor):
                 raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
             if value.ndim not in _RANKS[name]:
-                raise SpecError(f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first")
+                raise SpecError(
+                    f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first"
+                )
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
-        shapes = {name: (value.shape[0], value.shape[2] if name == "cls_attention" and value.ndim == 3 else value.shape[1])
-                  for name, value in given.items() if name != "cls_features"}
+        shapes = {
+            name: (value.shape[0], value.shape[2] if name == "cls_attention" and value.ndim == 3 else value.shape[1])
+            for name, value in given.items()
+            if name != "cls_features"
+        }
         if len(set(shapes.values())) > 1:
             raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
         if self.grids and shapes and sum(r * c for r, c in self.grids) != self.count:
@@ -77,7 +82,9 @@ class VisualTokens:
             value = getattr(self, name)
             if value is not None and name != "cls_features":
                 return value
-        raise CaptureError("no token tensor was given: pass at least one of " + ", ".join(n for n in _RANKS if n != "cls_features"))
+        raise CaptureError(
+            "no token tensor was given: pass at least one of " + ", ".join(n for n in _RANKS if n != "cls_features")
+        )
 
     @property
     def batch(self) -> int:
@@ -101,5 +108,7 @@ class VisualTokens:
         value = getattr(self, name)
         if value is None or value == ():
             have = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != ()]
-            raise CaptureError(f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the method's needs")
+            raise CaptureError(
+                f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the method's needs"
+            )
         return value

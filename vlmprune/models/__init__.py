@@ -27,18 +27,30 @@ def families() -> list[str]:
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a model, PEFT wrappers unwrapped; raises for anything that cannot be pruned right."""
     if not isinstance(model, nn.Module):
-        raise UnsupportedError(f"expected a loaded transformers model, got {type(model).__name__}; load it first with from_pretrained")
+        raise UnsupportedError(
+            f"expected a loaded transformers model, got {type(model).__name__}; load it first with from_pretrained"
+        )
     if isinstance(model, nn.DataParallel):
-        raise UnsupportedError("nn.DataParallel copies the model, hooks stay with the original; use one process per device instead")
+        raise UnsupportedError(
+            "nn.DataParallel copies the model, hooks stay with the original; use one process per device instead"
+        )
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(config, "vision_config", None) is None:
-        raise UnsupportedError(f"{type(model).__name__} (model type {model_type!r}) has no vision tower; supported families: {families()}")
+        raise UnsupportedError(
+            f"{type(model).__name__} (model type {model_type!r}) has no vision tower; "
+            f"supported families: {families()}"
+        )
     if model_type not in _ADAPTERS:
-        raise UnsupportedError(f"model type {model_type!r} is not supported; families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}")
+        raise UnsupportedError(
+            f"model type {model_type!r} is not supported; "
+            f"families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}"
+        )
     if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), "language_model"):
-        raise UnsupportedError(f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration")
+        raise UnsupportedError(
+            f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
+        )
     module, name = _ADAPTERS[model_type].split(":")
     return getattr(import_module(f".{module}", __name__), name)(model)

@@ -47,7 +47,9 @@ class Adapter:
         self.projector: nn.Module = self.inner.multi_modal_projector
         vision = model.config.vision_config
         if vision.model_type not in TOWERS:
-            raise UnsupportedError(f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are {list(TOWERS)}")
+            raise UnsupportedError(
+                f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are {list(TOWERS)}"
+            )
         self.side = vision.image_size // vision.patch_size
         self.cls = has_cls(self.vision_tower)
 
@@ -74,7 +76,9 @@ class Adapter:
         """How many crops (tower inputs) each picture has, in order; they sum to ``total``."""
         return [1] * total
 
-    def pack(self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+    def pack(
+        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
         """Per picture (crops, n, channels) -> (length, channels) through the model's own geometry, NaN for newlines.
 
         ``numbers`` are the positions of the pictures in the call, to look up their sizes.
@@ -95,7 +99,9 @@ class Adapter:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
         if isinstance(pixels, Tensor) and pixels.numel() == 0:
-            raise CaptureError(f"{modality.pixels} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch")
+            raise CaptureError(
+                f"{modality.pixels} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
+            )
         layer = arguments.get("vision_feature_layer")
         if layer is not None and layer != self.config.vision_feature_layer:
             raise UnsupportedError(
@@ -103,7 +109,9 @@ class Adapter:
                 "set it in the config before attaching"
             )
 
-    def pictures(self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]) -> list[Picture]:
+    def pictures(
+        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
+    ) -> list[Picture]:
         """Describe every picture of one encoder call; ``found`` holds captured tensors (crops, n, channels)."""
         features = feature_list(output)
         found = dict(found)

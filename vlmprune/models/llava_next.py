@@ -26,9 +26,14 @@ class LlavaNextAdapter(Adapter):
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         count = self._geometry("image_size_to_num_patches")
         size = self.config.vision_config.image_size
-        return [count(image_size=s, grid_pinpoints=self.config.image_grid_pinpoints, patch_size=size) for s in arguments["image_sizes"]]
+        return [
+            count(image_size=s, grid_pinpoints=self.config.image_grid_pinpoints, patch_size=size)
+            for s in arguments["image_sizes"]
+        ]
 
-    def pack(self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+    def pack(
+        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
         sizes = [arguments["image_sizes"][number] for number in numbers]
         newline = torch.full(crops[0].shape[-1:], torch.nan, device=crops[0].device)
         return self.inner.pack_image_features(list(crops), sizes, image_newline=newline, **self._options(arguments))[0]
@@ -39,5 +44,7 @@ class LlavaNextAdapter(Adapter):
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = self._geometry("get_anyres_image_grid_shape")
-        down, across = shape(arguments["image_sizes"][number], self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        down, across = shape(
+            arguments["image_sizes"][number], self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        )
         return across, down

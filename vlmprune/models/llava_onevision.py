@@ -34,13 +34,17 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
 
-    def pack(self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]) -> list[Tensor]:
+    def pack(
+        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
+    ) -> list[Tensor]:
         if modality.name != "video":
             return super().pack(modality, crops, numbers, arguments)
         pooled = [self.inner.apply_pooling(clip).flatten(0, 1) for clip in crops]  # (frames * n', channels)
         return [torch.cat([clip, clip.new_full((1, clip.shape[1]), torch.nan)]) for clip in pooled]
 
-    def pictures(self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]) -> list[Picture]:
+    def pictures(
+        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
+    ) -> list[Picture]:
         if modality.name == "video" and isinstance(output, Tensor):  # transformers 4.57 appends the newline later
             newline = self.inner.image_newline.to(output.device, output.dtype)
             output = torch.cat([output, newline.expand(output.shape[0], 1, -1)], dim=1)

@@ -57,7 +57,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
 
 
 def batched_modes_agree(subject: Subject) -> None:
-    """In a ragged batch static cache and no cache equal the dynamic cache, and beams of every row equal those of the row alone."""
+    """In a ragged batch static cache and no cache equal the dynamic cache; beams of every row equal those of the row alone."""
     images = (1, 0, 1)
     inputs = subject.inputs(images)
     with subject.prune():

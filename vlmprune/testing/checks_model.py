@@ -83,7 +83,9 @@ def attach_twice_is_refused(subject: Subject) -> None:
 def threads_do_not_meet(subject: Subject) -> None:
     """Four calls at once on one attached model, and two models with two methods, equal one call after the other."""
     if find_spec("transformers.utils.output_capturing") is None:
-        raise UnsupportedError("this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x")
+        raise UnsupportedError(
+            "this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x"
+        )
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
     with subject.prune(), prune(other_model, "uniform@4"):
@@ -130,7 +132,9 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.shapes += [tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)]
+        self.shapes += [
+            tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)
+        ]
         return result
 
 
@@ -148,7 +152,9 @@ def no_attention_map(subject: Subject) -> None:
         finally:
             if run is not None:
                 run.detach()
-        shapes[attached] = [s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1]
+        shapes[attached] = [
+            s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1
+        ]
     new = len(shapes[True]) - len(shapes[False])
     expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
 

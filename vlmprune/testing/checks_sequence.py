@@ -25,7 +25,9 @@ def keep_all_is_dense(subject: Subject) -> None:
             logits = subject.model(**inputs).logits
             expect(torch.equal(logits, dense), f"logits differ by {float((logits - dense).abs().max()):.1e} with everything kept")
             expect(torch.equal(generate(subject.model, inputs), ids), "ids differ with everything kept")
-            expect(run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0")
+            expect(
+                run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0"
+            )
 
 
 def cut_equals_hand_built(subject: Subject) -> None:
@@ -37,7 +39,9 @@ def cut_equals_hand_built(subject: Subject) -> None:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             maps = run.last.keep
-            rows = [subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))]
+            rows = [
+                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
+            ]
         for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
             want = greedy(subject.model, kept, ids.shape[1], positions)
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
@@ -46,7 +50,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
 
 
 def merged_rows_are_read(subject: Subject) -> None:
-    """A merging method: text rows untouched and in order, the announced number of visual rows, and decoding from those rows by hand."""
+    """A merging method: text rows untouched and in order, the announced number of rows, decoding from those rows by hand."""
     model = subject.fresh_model()
     model.set_attn_implementation("eager")
     for images in ((1,), (2,)):
@@ -59,11 +63,17 @@ def merged_rows_are_read(subject: Subject) -> None:
             rows = entered(model, inputs)[0]
             report = run.last
         visual = sum(report.realised_tokens)
-        expect(len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids, f"{len(rows)} rows entered, expected {len(others)} + {visual}")
+        expect(
+            len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids,
+            f"{len(rows)} rows entered, expected {len(others)} + {visual}",
+        )
         wanted = iter(rows)
         missing = [i for i, row in enumerate(others) if not any(torch.equal(row, got) for got in wanted)]
         expect(not missing, f"text or newline rows {missing[:5]} were changed, lost or reordered")
-        expect(any(not any(torch.equal(row, old) for old in dense) for row in rows), "no row was merged: all stand in the dense sequence")
+        expect(
+            any(not any(torch.equal(row, old) for old in dense) for row in rows),
+            "no row was merged: all stand in the dense sequence",
+        )
         kept = Kept(rows[None], torch.arange(len(rows))[None], len(dense))
         want = greedy(model, kept, len(ids), "compact")
         expect(ids.tolist() == want, f"answer {ids.tolist()}, by hand {want}")
@@ -82,7 +92,9 @@ def order_and_report(subject: Subject) -> None:
     for one, dense, realised in zip(report.keep, report.dense_tokens, report.realised_tokens, strict=True):
         expect(bool((one.keep_idx.diff() > 0).all()), "kept indices do not ascend")
         if budget is not None and budget.scope == "image":
-            expect(realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}")
+            expect(
+                realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}"
+            )
         if run.method.kind() != "merge":
             expect(len(one) == realised, f"KeepMap holds {len(one)} tokens, {realised} were realised")
     expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")

@@ -85,7 +85,9 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
     with torch.no_grad():
         output = model.model.language_model(
             inputs_embeds=kept.embeds,
-            attention_mask=torch.ones(kept.embeds.shape[:2], dtype=torch.long),  # gaps in positions would read as packed sequences
+            attention_mask=torch.ones(
+                kept.embeds.shape[:2], dtype=torch.long
+            ),  # gaps in positions would read as packed sequences
             position_ids=kept.positions,
             use_cache=False,
         )
