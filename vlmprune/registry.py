@@ -29,6 +29,7 @@ _BUILTIN = {
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
+    "holov": "vlmprune.methods.holov:HoloV",
 }
 _METHODS: dict[str, type[Method]] = {}
 
