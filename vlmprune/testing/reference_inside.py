@@ -6,20 +6,23 @@ Needs a model with ``attn_implementation="eager"``; scores are read off the atte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.base import Method
+from ..core.base import Merged, Method, Stage
 from ..core.select import choose
 from ..core.tokens import VisualTokens
 
 
 @dataclass
 class Twin:
-    """One sample: (1, L, D) embeddings, (L,) positions, the columns of each picture, and the columns after the last one."""
+    """One sample: (1, L, D) embeddings at positions 0..L-1, the columns of each picture's patches, the text columns after the last one."""
 
     model: Any
     method: Method
@@ -27,73 +30,167 @@ class Twin:
     policy: str
     embeds: Tensor
     pictures: list[list[int]]
+    text: list[int]
     kept: dict[int, list[int]] = field(default_factory=dict)  # layer -> prompt columns that it and later layers read
-    chosen: list[list[int]] = field(default_factory=list)
+    merged: dict[int, tuple[list[int], Tensor]] = field(default_factory=dict)  # layer -> columns and the rows put there
 
+    @property
+    def language_model(self) -> Any:
+        return self.model.model.language_model
+
+    def stages(self, count: int) -> tuple[Stage, ...]:
+        """Cuts of a picture of ``count`` tokens."""
+        return self.method.stages(len(self.language_model.layers), self.budget, count)
+
+    @torch.no_grad()
     def logits(self, new: Tensor | None = None) -> Tensor:
-        """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the prompt."""
-        lm = self.model.model.language_model
+        """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the first call."""
+        choosing = not self.kept
         length = self.embeds.shape[1]
         hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
-        columns = list(range(hidden.shape[1]))
-        numbers = torch.arange(hidden.shape[1])
-        spans = [list(p) for p in self.pictures]
-        counts = [len(p) for p in self.pictures]
-        maps: Tensor | None = None
-        choosing = not self.kept
-        with torch.no_grad():
-            for index, layer in enumerate(lm.layers):
-                for number, stage in enumerate(self.method.stages(len(lm.layers), self.budget, counts[0] if counts else 1)):
-                    if stage.layer != index or not spans:
-                        continue
-                    if choosing:
-                        if stage.source == index:
-                            maps = self._attend(lm, index, hidden, numbers)[1]
-                        spans = [self._choose(span, count, number, columns, maps) for span, count in zip(spans, counts, strict=True)]
-                        visual = {c for p in self.pictures for c in p}
-                        stay = {c for span in spans for c in span}
-                        self.kept[index] = [c for c in columns if c not in visual or c in stay]
-                    where = [i for i, c in enumerate(columns) if c in set(self.kept[index]) or c >= length]
-                    hidden, columns = hidden[:, where], [columns[i] for i in where]
-                    numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[where]
-                hidden, maps = self._attend(lm, index, hidden, numbers)
-            if choosing:
-                self.chosen = spans
-            return self.model.lm_head(lm.norm(hidden))[0]
+        columns, numbers = list(range(hidden.shape[1])), torch.arange(hidden.shape[1])
+        spans, maps = [list(picture) for picture in self.pictures], torch.empty(0)
+        cuts = {stage.layer: (number, stage) for number, stage in enumerate(self.stages(len(spans[0]) if spans else 1))}
+        for index in range(len(self.language_model.layers)):
+            if index in cuts and spans:
+                number, stage = cuts[index]
+                if choosing:
+                    maps = self._attend(index, hidden, numbers)[1] if stage.source == index else maps
+                    spans = self._cut(index, number, spans, columns, numbers, hidden, maps)
+                if index in self.merged:
+                    at, rows = self.merged[index]
+                    hidden = hidden.index_copy(1, torch.tensor([columns.index(c) for c in at]), rows[None])
+                where = [i for i, c in enumerate(columns) if c in set(self.kept[index]) or c >= length]
+                hidden, columns = hidden[:, where], [columns[i] for i in where]
+                numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[where]
+            hidden, maps = self._attend(index, hidden, numbers)
+        return self.model.lm_head(self.language_model.norm(hidden))[0]
 
-    def _choose(self, span: list[int], count: int, number: int, columns: list[int], maps: Tensor) -> list[int]:
-        lm = self.model.model.language_model
-        keep = self.method.stages(len(lm.layers), self.budget, count)[number].keep
-        if keep >= len(span):
-            return span
-        at = [columns.index(c) for c in span]
-        row = maps[:, :, -1:, at]  # (1, H, 1, N), the last prompt token
-        index = choose(self.method, VisualTokens(text_attention=row, features=torch.zeros(1, len(at), 1), stage=number), keep)[0]
-        return [span[i] for i in index.tolist()]
+    def _raters(self) -> list[int]:
+        """Prompt columns whose rows rank the tokens."""
+        if not self.text:
+            return [self.embeds.shape[1] - 1]
+        visual = torch.cat([self.embeds[0, picture] for picture in self.pictures])
+        chosen = self.method.raters(self.embeds[0, self.text], visual)
+        return self.text[-1:] if chosen is None else [c for c, yes in zip(self.text, chosen.tolist(), strict=True) if yes]
 
-    def _attend(self, lm: Any, index: int, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        layer = lm.layers[index]
-        n = hidden.shape[1]
-        window = getattr(lm.config, "sliding_window", None)
-        at = torch.arange(n)
+    def _cut(
+        self, index: int, number: int, spans: list[list[int]], columns: list[int], numbers: Tensor, hidden: Tensor, maps: Tensor
+    ) -> list[list[int]]:
+        """Choose at one layer: the columns that stay of every picture; remembers what is kept and merged."""
+        queries = [columns.index(c) for c in self._raters()]
+        left, places, rows = [], [], []
+        for picture, span in zip(self.pictures, spans, strict=True):
+            keep = self.stages(len(picture))[number].keep
+            if keep >= len(span):
+                left.append(span)
+                continue
+            at = [columns.index(c) for c in span]
+            tokens = VisualTokens(
+                features=hidden[:, at],
+                text_attention=maps[:, :, queries][..., at],  # (1, H, R, N)
+                query_mask=torch.ones(1, len(queries), dtype=torch.bool),
+                query_positions=numbers[None, queries],
+                positions=numbers[None, at],
+                rotary_frequencies=self.language_model.rotary_emb.inv_freq,
+                stage=number,
+            )
+            result = choose(self.method, tokens, keep)
+            stay = (result.slots if isinstance(result, Merged) else result)[0].tolist()
+            own = [span[i] for i in stay if i >= 0]
+            if isinstance(result, Merged):  # rows without a place of their own take the last free ones
+                free = [c for c in span if c not in own]
+                own = sorted(own + free[len(free) - stay.count(-1) :])
+                places += own
+                rows.append(result.features[0])
+            left.append(own)
+        patches, staying = {c for span in spans for c in span}, {c for span in left for c in span}
+        self.kept[index] = [c for c in columns if c not in patches or c in staying]
+        if rows:
+            self.merged[index] = (places, torch.cat(rows))
+        return left
+
+    def _attend(self, index: int, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (1, n, D) and attention maps (1, H, n, n) of a layer."""
+        layer, config = self.language_model.layers[index], self.language_model.config
+        at = torch.arange(hidden.shape[1])
         seen = at[None, :] <= at[:, None]
-        if window is not None:
-            seen &= at[None, :] > at[:, None] - window
-        mask = torch.zeros(1, 1, n, n).masked_fill(~seen, torch.finfo(torch.float32).min)
-        angles = lm.rotary_emb(hidden, numbers[None])
+        if slides(config, index):
+            seen &= at[None, :] > at[:, None] - config.sliding_window
+        mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        angles = self.language_model.rotary_emb(hidden, numbers[None])
         maps = layer.self_attn(hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask)[1]
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), maps
 
-    def greedy(self, new_tokens: int) -> list[int]:
-        """Greedy answer, everything recomputed for every token."""
-        ids: list[int] = []
-        banned = self.model.generation_config.suppress_tokens or []
-        embed = self.model.get_input_embeddings()
-        new = None
+    def greedy(self, new_tokens: int, given: Sequence[int] = (), again: bool = False) -> list[int]:
+        """Greedy answer, everything recomputed for every token.
+
+        Args:
+            new_tokens: how many.
+            given: ids that follow the prompt, after the cut was made.
+            again: cut anew for every token, with all tokens so far as the prompt, as a model without a cache does.
+        """
+        ids, banned = list(given), self.model.generation_config.suppress_tokens or []
+        if given and not again:
+            self.logits()
         for _ in range(new_tokens):
-            logits = self.logits(new)[-1]
+            new = self.model.get_input_embeddings()(torch.tensor([ids])).detach() if ids else None
+            if again:
+                whole = self.embeds if new is None else torch.cat([self.embeds, new], 1)
+                text = [*self.text, *range(self.embeds.shape[1], whole.shape[1])]
+                logits = replace(self, embeds=whole, text=text, kept={}, merged={}).logits()[-1]
+            else:
+                logits = self.logits(new)[-1]
             logits[banned] = -torch.inf
             ids.append(int(logits.argmax()))
-            new = embed(torch.tensor([ids])).detach()
-        return ids
+        return ids[len(given) :]
+
+
+@contextmanager
+def masked(twin: Twin) -> Iterator[Any]:
+    """The twin's model with its cuts by masks: no token is removed, later layers do not see the dropped ones.
+
+    For batches of the twin's own row (repeated for beams) in every mode of generate with a cache. Windows would count dropped tokens, so the
+    layers must not slide.
+    """
+    twin.logits()
+    language_model = twin.language_model
+
+    def hook(index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        stage = max((layer for layer in twin.kept if layer <= index), default=None)
+        if stage is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        dropped = torch.tensor(sorted(set(range(twin.embeds.shape[1])) - set(twin.kept[stage])), dtype=torch.long)
+        cache = kwargs.get("past_key_values")
+        first = 0 if cache is None else int(cache.get_seq_length(index))
+        if first == 0 and index in twin.merged:
+            at, rows = twin.merged[index]
+            hidden = hidden.index_copy(1, torch.tensor(at), rows.expand(hidden.shape[0], -1, -1))
+        columns = torch.arange(first, first + hidden.shape[1])
+        if twin.policy == "compact":
+            columns = columns - (dropped[:, None] < columns).sum(0)
+        mask = kwargs["attention_mask"].clone()  # (B, 1, q, slots)
+        mask[..., dropped] = torch.finfo(mask.dtype).min
+        angles = language_model.rotary_emb(hidden, columns[None])
+        return (hidden, *args[1:]), {
+            **{name: value for name, value in kwargs.items() if name != "hidden_states"},
+            "attention_mask": mask,
+            "position_embeddings": angles,
+        }
+
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(language_model.layers)
+    ]
+    try:
+        yield twin.model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def slides(config: Any, layer: int) -> bool:
+    """Whether a layer attends to a sliding window."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None if kinds is None else kinds[layer] == "sliding_attention"

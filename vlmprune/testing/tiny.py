@@ -63,12 +63,13 @@ _TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_sliding": ("Mistral", {"sliding_window": 8}),
     "qwen2": ("Qwen2", {}),
 }
+LAYERS = 4  # decoder layers
 _VIDEO_FRAMES = 3
 _SIZES = ((100, 190), (190, 100), (168, 160), (70, 250), (84, 84))  # (height, width) of images 0, 1, 2, ... of a batch
 
 
 def tiny_model(
-    family: str = "llava", tower: str | None = None, text: str | None = None, *, seed: int = 0, layers: int = 4,
+    family: str = "llava", tower: str | None = None, text: str | None = None, *, seed: int = 0, layers: int = LAYERS,
     dtype: torch.dtype = torch.float32, **text_overrides: Any,
 ) -> Any:
     """Build a tiny random model, in eval mode on the CPU.

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What conformance checks ask of methods that cut inside the language model: equality with the slow eager twin.
+
+Cuts before the language model are compared with hand-built embeddings; a cut between layers has none, so the checks of those names run these
+instead. Scores need no check of their own: the twin ranks by the maps of eager attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conformance import RAGGED, Subject, close, expect, generate, shared_model
+from .reference import merged_embeddings, placeholder_columns
+from .reference_inside import Twin, masked, slides
+from .tiny import tiny_row
+
+POLICIES = ("compact", "original")
+
+
+@lru_cache(maxsize=16)
+def eager_model(family: str, tower: str | None, text: str | None) -> Any:
+    """The weights of ``shared_model`` under eager attention, which returns its maps."""
+    model = copy.deepcopy(shared_model(family, tower, text))
+    model.set_attn_implementation("eager")
+    return model
+
+
+def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], policy: str) -> list[Twin]:
+    """One twin per row; ``counts`` are the patches of the pictures in the order in which they stand in the batch."""
+    model = eager_model(subject.family, subject.tower, subject.text)
+    embeds = merged_embeddings(model, inputs)
+    patches = placeholder_columns(model, inputs["input_ids"], embeds)
+    pending, found = list(counts), []
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        padding = int((~mask).sum())
+        columns, pictures = [c - padding for c in patches[row]], []
+        while columns:
+            count = pending.pop(0)
+            pictures.append(columns[:count])
+            columns = columns[count:]
+        image = (inputs["input_ids"][row, mask] == model.config.image_token_id).nonzero()[:, 0].tolist()
+        length = int(mask.sum())
+        text = list(range(image[-1] + 1, length)) if image else []
+        found.append(Twin(model, subject.method, subject.budget, policy, embeds[row : row + 1, mask], pictures, text))
+    return found
+
+
+def cut_equals_twin(subject: Subject) -> None:
+    """Every row of a ragged batch answers as the twin does, in the batch and alone, and has its logits; both position policies."""
+    inputs = subject.inputs(RAGGED)
+    for positions in POLICIES:
+        with subject.prune(positions=positions) as run:
+            ids = generate(subject.model, inputs)
+            counts = run.last.dense_tokens
+            rows = [subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))]
+        for i, twin in enumerate(twins(subject, inputs, counts, positions)):
+            want = twin.greedy(ids.shape[1])
+            expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, the twin says {want}")
+            close(rows[i], twin.logits()[-1], f"{positions} row {i} logits")
+
+
+def counts_follow_the_schedule(run: Any) -> None:
+    """What the report says of the last forward is what the method's stages announce."""
+    report = run.last
+    layers = torch.zeros(run.depth)
+    for dense, realised, kept in zip(report.dense_tokens, report.realised_tokens, report.keep, strict=True):
+        here = [dense] * run.depth
+        for stage in run.method.stages(run.depth, run.budget, dense):
+            here[stage.layer :] = [min(stage.keep, here[stage.layer])] * (run.depth - stage.layer)
+        layers += torch.tensor(here) / len(report.dense_tokens)
+        expect(realised == here[-1], f"{realised} tokens realised, the schedule gives {here[-1]} of {dense}")
+        merges = run.method.kind() == "merge"
+        expect(merges or len(kept) == realised, f"KeepMap holds {len(kept)} tokens, {realised} were realised")
+    expect(torch.allclose(layers, torch.tensor(report.tokens_per_layer)), f"{report.tokens_per_layer} tokens per layer, announced {layers.tolist()}")
+
+
+def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -> None:
+    """Modes with a cache equal those of a model that masks what is cut; without one, the last token and so the cut change at every step."""
+    inputs = subject.inputs((1,))
+    with subject.prune() as run, torch.no_grad():
+        subject.model(**inputs)
+    twin = twins(subject, inputs, run.last.dense_tokens, run.positions)[0]
+    config = subject.model.model.language_model.config
+    sliding = any(slides(config, layer) for layer in range(run.depth))
+    for mode, options in modes.items():
+        if sliding and not (mode in ("greedy", "static cache") or "use_cache" in options):
+            continue  # windows count held tokens: no mask can say that of a cache that holds all
+        with subject.prune():
+            torch.manual_seed(0)
+            got = generate(subject.model, inputs, **options)
+        if "use_cache" in options:
+            want = torch.tensor([twin.greedy(got.shape[1], again=True)])
+        elif sliding:
+            want = torch.tensor([twin.greedy(got.shape[1])])
+        else:
+            with masked(twin) as model:
+                torch.manual_seed(0)
+                want = generate(model, inputs, **options)
+        expect(torch.equal(got, want), f"{mode}: {got.tolist()}, expected {want.tolist()}")
+
+
+def drafts_are_no_prompt(subject: Subject) -> None:
+    """Prompt look-up appends drafts to the prompt in the very first forward; the cut is still that of the prompt alone."""
+    inputs = subject.inputs((1,), text_len=9)
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -8:-4]  # repeated words are what is looked up
+    with subject.prune():
+        want = generate(subject.model, inputs, max_new_tokens=8)
+        # 4.57 needs an end-of-text id here; this one is never generated
+        got = generate(subject.model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3, eos_token_id=2**20)
+    expect(torch.equal(got[:, :8], want), f"with drafts {got.tolist()}, without {want.tolist()}")
+
+
+def second_turn_equals_twin(subject: Subject) -> None:
+    """A second question on the kept cache, and on a deep copy of it, equals recomputing the dialogue with the first turn's cut."""
+    for positions in POLICIES:
+        inputs = subject.inputs((1,))
+        question = subject.inputs((0,), seed=5)["input_ids"]
+        with subject.prune(positions=positions) as run, torch.no_grad():
+            first = subject.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            counts, cache = run.last.dense_tokens, first.past_key_values
+            held = [int(cache.get_seq_length(layer)) for layer in range(run.depth)]
+            seen, per_layer = int(cache.get_seq_length()), run.last.tokens_per_layer
+            dropped = [seen - slots for slots in held]
+            expect(
+                dropped == [round(sum(counts) - tokens) for tokens in per_layer],
+                f"the cache says {seen} seen and {held} held, {per_layer} of {sum(counts)} visual tokens were read",
+            )
+            ids = torch.cat([first.sequences, question], 1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            copied = copy.deepcopy(cache)
+            answers = [generate(subject.model, turn, past_key_values=c)[0].tolist() for c in (cache, copied)]
+        expect(answers[0] == answers[1], "a deep-copied cache answers differently")
+        twin = twins(subject, inputs, counts, positions)[0]
+        want = twin.greedy(5, given=ids[0, inputs["input_ids"].shape[1] :].tolist())
+        expect(answers[0] == want, f"{positions}: second answer {answers[0]}, the twin says {want}")
+
+
+def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
+    """Ranking makes no heads x tokens x tokens map; ``made`` records the shapes of all tensors of a block."""
+    inputs, found = subject.inputs((1,)), {}
+    for attached in (False, True):
+        run = subject.prune().attach() if attached else None
+        lengths = {inputs["input_ids"].shape[1]}
+        track = subject.model.model.language_model.layers[-1].register_forward_pre_hook(
+            lambda module, args, kwargs, lengths=lengths: lengths.add((args[0] if args else kwargs["hidden_states"]).shape[1]),
+            with_kwargs=True,
+        )
+        try:
+            with made() as seen, torch.no_grad():
+                subject.model(**inputs)
+        finally:
+            track.remove()
+            if run is not None:
+                run.detach()
+        lengths.discard(subject.model.model.language_model.layers[0].self_attn.head_dim)  # those are queries, keys and values
+        found[attached] = [s for s in seen.shapes if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths]
+    new = len(found[True]) - len(found[False])
+    expect(new <= 0, f"attached, {new} more maps of the sequence are made: {set(found[True])}")
