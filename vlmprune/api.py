@@ -47,13 +47,8 @@ def prune(
     """
     if positions not in (None, *POSITIONS):
         raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
-    built, budget, text = resolve(method, keep)
-    adapter = adapter_for(model)
-    if built.stage == "attention":
-        raise UnsupportedError(
-            f"{built.name} acts at stage {built.stage!r}, which has no host yet; methods before the language model work"
-        )
-    return Session(adapter, built, budget, text, positions=positions, strict=strict)
+    plans, text = resolve_all(method, keep)
+    return Session(adapter_for(model), plans, text, positions=positions, strict=strict)
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
@@ -62,9 +57,19 @@ def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
 
 
 def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True) -> tuple[Method, Budget | None, str]:
-    """(method object, budget, spec text) from whatever a user may give."""
+    """(method object, budget, spec text) where exactly one acting method makes sense."""
+    plans, text = resolve_all(method, keep, need_keep=need_keep)
+    if len(plans) != 1:
+        raise UnsupportedError(f"{text!r} combines {len(plans)} acting methods; give one of them here")
+    return *plans[0], text
+
+
+def resolve_all(
+    method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True
+) -> tuple[list[tuple[Method, Budget | None]], str]:
+    """Acting methods with their budgets, and the spec text, from whatever a user may give."""
     if isinstance(method, Replay):
-        return method, Budget.of(method.keep if keep is None else keep), "replay"
+        return [(method, Budget.of(method.keep if keep is None else keep))], "replay"
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
@@ -72,7 +77,7 @@ def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = 
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
-        return method, budget, name if budget is None else f"{name}@{budget}"
+        return [(method, budget)], name if budget is None else f"{name}@{budget}"
     if isinstance(method, type) and issubclass(method, Method):
         raise SpecError(f"{method.__name__} is a class; give an object, e.g. {method.__name__}()")
     spec = parse(method)
@@ -80,12 +85,7 @@ def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = 
         if any(part.budget is not None for part in spec.parts):
             raise SpecError(f"{str(spec)!r} has a budget and keep={keep!r} was given as well; give one of them")
         spec = spec.with_keep(keep)
-    plans = spec.build(require_budget=need_keep)
-    if len(plans) != 1:
-        raise UnsupportedError(
-            f"{str(spec)!r} combines {len(plans)} methods; combinations of acting methods have no host yet, use one"
-        )
-    return plans[0].method, plans[0].budget, str(spec)
+    return [(plan.method, plan.budget) for plan in spec.build(require_budget=need_keep)], str(spec)
 
 
 def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
@@ -96,6 +96,7 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
             f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)"
         )
     adapter = adapter_for(model)
+    built.check_model(adapter.config)
     maps: list[ScoreMap] = []
     seen = 0  # pictures of earlier modalities
     for modality in adapter.modalities:

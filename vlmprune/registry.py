@@ -29,6 +29,7 @@ _BUILTIN = {
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
+    "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
 }
 _METHODS: dict[str, type[Method]] = {}

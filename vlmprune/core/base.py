@@ -12,6 +12,7 @@ It never sorts, gathers, masks, counts budgets or sees a model: the core does th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -104,8 +105,27 @@ class Method:
         """(T,) bool, which of the embeddings (T, D) after the picture (N, D) query it; None: the last token of the prompt."""
         return None
 
+    def acts_on(self, depth: int) -> Sequence[int]:
+        """Decoder layers that a method of stage attention edits."""
+        raise NotImplementedError
+
+    def prepare(self, language_model: Any) -> Method:
+        """This method with what it needs to know of a backbone; asked once, when a method of stage attention is attached."""
+        return self
+
+    def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
+        """(B, n) bool, tokens of a prompt that enter a layer (B, n, D) and that the edit treats apart."""
+        raise NotImplementedError
+
+    def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
+        """Edited attention (B, H, R, S) for marked and visual slots (B, S)."""
+        raise NotImplementedError
+
     def check_unit(self, count: int) -> None:
         """Raise when this method cannot act on a unit of ``count`` tokens; asked even where everything is kept."""
+
+    def check_model(self, config: Any) -> None:
+        """Raise when this method is not meant for the model with this ``config``; asked before anything is attached to it."""
 
     @classmethod
     def kind(cls) -> str:
@@ -115,6 +135,27 @@ class Method:
             raise SpecError(f"method {cls.__name__} overrides none of score, select, merge; override exactly one")
         # a merging or set method may also score, for notebooks: the strongest verb decides how tokens are cut
         return kinds[-1]
+
+
+def act_as(wrapper: Method, inner: Method) -> None:
+    """Let a wrapper declare what its inner method does: when it acts, on what, on which budget, and with which verb."""
+    declared = [
+        "stage",
+        "needs",
+        "layout",
+        "positions",
+        "query_aware",
+        "nested",
+        "budgeted",
+        "kind",
+        "stages",
+        "raters",
+        "check_unit",
+    ]
+    if hasattr(inner, "layer"):  # the layer of the tower that is captured
+        declared.append("layer")
+    for name in declared:
+        object.__setattr__(wrapper, name, getattr(inner, name))
 
 
 def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -44,6 +44,7 @@ class CacheState:
     groups: list[Group]
     owner: weakref.ref
     all_valid: bool  # every held slot is a token: masks may stay None
+    marks: dict[int, Any] = field(default_factory=dict)  # per layer, slots that a re-weighting method marked
     inside: bool = field(default=False, compare=False)  # the language model is running: lengths are physical
 
     def group(self, layer: int) -> Group:
@@ -51,7 +52,8 @@ class CacheState:
 
     def __deepcopy__(self, memo: dict) -> CacheState:
         groups = [Group(g.start, g.held.clone(), g.lost.clone()) for g in self.groups]
-        return CacheState(self.seen, groups, self.owner, self.all_valid)
+        marks = {layer: one.select(torch.arange(one.marked.shape[0])) for layer, one in self.marks.items()}
+        return CacheState(self.seen, groups, self.owner, self.all_valid, marks)
 
 
 class CutCacheMixin:
@@ -76,6 +78,7 @@ class CutCacheMixin:
         state = self._vlmprune_state
         if state is not None:
             state.groups = [group.select(rows) for group in state.groups]
+            state.marks = {layer: one.select(rows) for layer, one in state.marks.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -105,6 +108,7 @@ class CutCacheMixin:
             )
         if remove:
             super().crop(-remove)
+            state.marks = {layer: one.fit(int(self.get_seq_length(layer))) for layer, one in state.marks.items()}
 
     def reset(self) -> None:
         super().reset()

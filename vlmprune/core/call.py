@@ -73,6 +73,9 @@ class Call:
     compactions: list[tuple[int, Compaction]] = field(default_factory=list)  # (layer, cut at its input), in order
     seen: int = 0  # tokens of the conversation before this call
     fed: int = 0  # tokens fed in this call
+    given: Any = None  # what the layer that runs now was given, for re-weighting
+    marks: dict[int, Any] = field(default_factory=dict)  # per layer, slots that a re-weighting method marked
+    marks_before: dict[int, Any] = field(default_factory=dict)  # the same from earlier calls
     units: Any = None  # tokens that cuts inside the language model still choose from
 
     def frame(self, layer: int) -> Frame:
@@ -90,7 +93,23 @@ class Call:
     @property
     def tail_kept(self) -> int:
         """Columns at the end of this call that every row keeps in every layer."""
-        return min(compaction.tail for _, compaction in self.compactions)
+        return min((compaction.tail for _, compaction in self.compactions), default=self.fed)
+
+    def visual_of(self, layer: int) -> Tensor:
+        """(B, n) bool, placeholder columns of the sequence that a layer reads."""
+        return self._follow(torch.stack([placed.visual for placed in self.placed]).any(dim=0), layer)
+
+    def text_of(self, layer: int) -> Tensor:
+        """(B, n) bool, columns after the last picture of each row that has one."""
+        visual = torch.stack([placed.visual for placed in self.placed]).any(dim=0)
+        after = visual.flip(1).to(torch.int8).cummax(dim=1).values.flip(1) == 0
+        return self._follow(after & visual.any(dim=1, keepdim=True), layer)
+
+    def _follow(self, mask: Tensor, layer: int) -> Tensor:
+        for start, compaction in self.compactions:
+            if start <= layer:
+                mask = mask.gather(1, compaction.index) & compaction.valid
+        return mask
 
     def cache_of(self, kwargs: dict[str, Any]) -> Any:
         """The cache that a decoder layer is given; the language model may have made it itself."""

@@ -42,7 +42,9 @@ class Entrance:
         if self.session.enabled:
             self._place(call, embeds)
         cut = any(c is not None for placed in call.placed for c in placed.cuts)
-        if not cut and state is None and not (call.placed and self.session.inside):
+        if state is not None:
+            call.marks_before = state.marks
+        if not cut and state is None and not (call.placed and (self.session.inside or self.session.reweight)):
             return None
         call.frames = self._frames(call, kwargs, state, embeds)
         if not cut and state is None:
@@ -139,7 +141,7 @@ class Entrance:
             keep[placed.visual] = placed.kept_slots().to(keep.device)
             embeds = placed.replace(embeds)
         compaction = Compaction(keep, call.frames[0].fed)
-        call.frames = [frame.cut(compaction, self.session.positions) for frame in call.frames]
+        call.frames = [frame.cut(compaction, self.session.policy(self.session.before[0])) for frame in call.frames]
         call.compactions.append((0, compaction))
         call.report.sequence = (call.fed, compaction.width)
         call.report.fire("enter")
@@ -147,7 +149,7 @@ class Entrance:
 
     def leave(self, call: Call, output: Any) -> Any:
         """Expand the output to the full length and let the cache remember the cut."""
-        if not call.compactions:
+        if not call.compactions and not call.marks:
             return output
         if not hasattr(output, "last_hidden_state"):
             raise UnsupportedError(f"the language model returned a {type(output).__name__}; call the model with return_dict=True")
@@ -165,6 +167,7 @@ class Entrance:
             static = [frame.valid[:, : frame.width - call.tail_kept] for frame in call.frames]
             groups = [Group(frame.start, held, frame.lost) for frame, held in zip(call.frames, static, strict=True)]
             all_valid = all(bool(group.held.all()) for group in groups)
-            adopt(cache, CacheState(call.seen + call.fed - call.tail_kept, groups, self.session.reference, all_valid))
+            state = CacheState(call.seen + call.fed - call.tail_kept, groups, self.session.reference, all_valid, call.marks)
+            adopt(cache, state)
         call.report.fire("exit")
         return output

@@ -36,6 +36,12 @@ class Span:
     count: int  # tokens before any cut
     report: int | None  # number of the picture in the report, for the first row that shows it
     ordinal: int
+    grids: tuple[tuple[int, int], ...]  # of all ``count`` tokens
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """The blocks that the tokens still form: all of the picture's, or none once some are cut."""
+        return self.grids if self.ids.shape[0] == self.count else ()
 
 
 @dataclass(eq=False)
@@ -113,7 +119,7 @@ class InsideHost:
                         at = where[at][where[at] >= 0]
                     report = None if p in shown else number + p
                     shown.add(p)
-                    spans.append(Span(row, at, ids, picture.count, report, ordinal))
+                    spans.append(Span(row, at, ids, picture.count, report, ordinal, picture.grids))
             number += len(placed.pictures)
         full = torch.arange(call.fed)[None] > last[:, None]
         text = (full if origin is None else full.gather(1, origin)).to(embeds.device) & call.frames[0].fed
@@ -186,11 +192,11 @@ class InsideHost:
             attention = source.attention(rows)  # (B, H, R, S)
         keep = torch.ones_like(frame.fed)
         hidden, changed = hidden, False
-        groups: dict[tuple[int, int], list[Span]] = defaultdict(list)
+        groups: dict[tuple, list[Span]] = defaultdict(list)
         for span in inside.spans:
             stage = next(s for s in self.method.stages(self.session.depth, self.budget, span.count) if s.layer == index)
-            groups[(span.columns.shape[0], stage.keep)].append(span)
-        for (count, k), spans in groups.items():
+            groups[(span.columns.shape[0], stage.keep, span.blocks)].append(span)
+        for (count, k, _), spans in groups.items():
             if k >= count:
                 continue
             changed = True
@@ -200,7 +206,7 @@ class InsideHost:
         if not changed:
             return hidden
         compaction = Compaction(keep, frame.fed)
-        call.cut(index, compaction, self.session.positions)
+        call.cut(index, compaction, self.session.policy(self.method))
         _move(inside, compaction)
         call.report.seconds += time.perf_counter() - started
         self._note(call, index)
@@ -230,6 +236,7 @@ class InsideHost:
             query_positions=numbers.gather(1, rows[row]),
             positions=numbers.gather(1, at),
             rotary_frequencies=getattr(self.session.adapter.language_model.rotary_emb, "inv_freq", None),
+            grids=spans[0].blocks,
             ordinal=torch.tensor([span.ordinal for span in spans]),
             stage=self.layers.index(index),
         )

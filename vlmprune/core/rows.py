@@ -27,6 +27,7 @@ class LayerInput:
         cos, sin: (B or 1, q, d) rotary angles.
         valid: (B, P + q) bool, slots that are tokens.
         cache: the KV cache, or None.
+        updated: the layer's attention has run, so that the cache holds what was fed as well.
     """
 
     layer: nn.Module
@@ -36,6 +37,7 @@ class LayerInput:
     sin: Tensor
     valid: Tensor
     cache: Any = None
+    updated: bool = False
 
     @property
     def past(self) -> int:
@@ -63,14 +65,26 @@ class LayerInput:
         return rotate(self._heads("q", self.normed(rows)), cos, sin)
 
     def keys(self) -> Tensor:
-        """(B, Hk, S, d) rotated keys, earlier slots taken from the cache."""
+        """(B, Hk, S, d) rotated keys, earlier slots taken from the cache, all of them where the layer has filled it already."""
+        held = self._filled("keys")
+        if held is not None:
+            return held
         fed = rotate(self._heads("k", self.normed()), self.cos, self.sin)
         return fed if self.past == 0 else torch.cat([self._cached("keys"), fed], dim=2)
 
     def values(self) -> Tensor:
         """(B, Hk, S, d) values."""
+        held = self._filled("values")
+        if held is not None:
+            return held
         fed = self._heads("v", self.normed())
         return fed if self.past == 0 else torch.cat([self._cached("values"), fed], dim=2)
+
+    def _filled(self, kind: str) -> Tensor | None:
+        """What the cache holds of all S slots after the layer has run; None where it does not (no cache, a sliding window)."""
+        slots = self.valid.shape[1]
+        held = getattr(self.cache.layers[self.index], kind, None) if self.updated and self.window is None else None
+        return None if held is None or held.shape[2] < slots else held[:, :, :slots]
 
     def _heads(self, kind: str, x: Tensor) -> Tensor:
         attention = self.layer.self_attn
@@ -96,9 +110,9 @@ class LayerInput:
     def logits(self, rows: Tensor) -> Tensor:
         """(B, H, R, S) scaled logits in float32, -inf where a row may not look."""
         queries, keys = self.queries(rows).float(), self.keys().float()
-        groups = queries.shape[1] // keys.shape[1]
-        keys = keys if groups == 1 else keys.repeat_interleave(groups, dim=1)
-        logits = queries @ keys.transpose(2, 3) * self.layer.self_attn.scaling
+        groups = queries.shape[1] // keys.shape[1]  # query heads that share a key head
+        folded = queries.unflatten(1, (-1, groups)).flatten(2, 3) @ keys.transpose(2, 3)  # (B, Hk, groups * R, S)
+        logits = folded.unflatten(2, (groups, -1)).flatten(1, 2) * self.layer.self_attn.scaling
         softcap = getattr(self.layer.self_attn, "attn_logit_softcapping", None)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
@@ -110,6 +124,12 @@ class LayerInput:
         slots = torch.arange(self.valid.shape[1], device=rows.device)
         seen = (slots <= at) & self.valid[:, None]
         return seen if self.window is None else seen & (slots > at - self.window)
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """(B, R, H * d) values summed with weights (B, H, R, S), in float32."""
+        values = self.values().float()
+        folded = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3) @ values  # (B, Hk, groups * R, d)
+        return folded.unflatten(2, (-1, weights.shape[2])).flatten(1, 2).transpose(1, 2).flatten(2)
 
     def attention(self, rows: Tensor) -> Tensor:
         """(B, H, R, S) softmaxed attention of the rows in float32."""

@@ -17,6 +17,7 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ from .call import Call
 from .entrance import Entrance
 from .inside import InsideHost
 from .report import Report
+from .reweight import ReweightHost
 
 MARK = "_vlmprune_pictures"  # attribute that pictures ride on
 # generate looks these up on the model; the second exists on a few families of transformers 4.57
@@ -96,31 +98,49 @@ class Session:
     def __init__(
         self,
         adapter: Any,
-        method: Method,
-        budget: Budget | None,
+        plans: Sequence[tuple[Method, Budget | None]],
         spec: str,
         *,
         positions: str | None = None,
         strict: bool = False,
     ) -> None:
-        self.adapter, self.method, self.budget, self.spec, self.strict = adapter, method, budget, spec, strict
-        self.positions = positions or method.positions
+        slots = by_stage(plans)
+        self.adapter, self.spec, self.strict, self.override = adapter, spec, strict, positions
+        self.method, self.budget = next((slots[stage] for stage in ("before_lm", "inside_lm", "attention") if stage in slots))
         self.enabled = True
         self.attached = False
         self.last: Report | None = None
         self.reference = weakref.ref(self)
         self.depth = adapter.language_model.config.num_hidden_layers
-        needs = [*method.needs, *(("tile_features",) if method.layout == "spatial" else ())]
-        self.capture = adapter.capture(needs, getattr(method, "layer", None))
-        self.before = (method, budget) if method.stage == "before_lm" else None
-        self.inside = InsideHost(self, method, budget) if method.stage == "inside_lm" else None
+        self.before = slots.get("before_lm")
+        self.inside = InsideHost(self, *slots["inside_lm"]) if "inside_lm" in slots else None
+        self.reweight = (
+            ReweightHost(self, slots["attention"][0].prepare(adapter.language_model)) if "attention" in slots else None
+        )
+        self.capture = self._capture()
         self._entrance = Entrance(self)
         self._local = threading.local()
         self._handles: list[Any] = []
         self._wrapped: list[tuple[nn.Module, str]] = []
 
+    def _capture(self) -> Any:
+        if self.before is None:
+            return self.adapter.capture((), None)
+        method = self.before[0]
+        needs = [*method.needs, *(("tile_features",) if method.layout == "spatial" else ())]
+        return self.adapter.capture(needs, getattr(method, "layer", None))
+
     def __deepcopy__(self, memo: dict) -> None:
         raise UnsupportedError("a model cannot be copied while pruning is attached; detach first")
+
+    @property
+    def positions(self) -> str:
+        """Position policy of the first cut."""
+        return self.policy(self.method)
+
+    def policy(self, method: Method) -> str:
+        """Position policy of a method in this session."""
+        return self.override or method.positions
 
     @property
     def call(self) -> Call | None:
@@ -151,6 +171,8 @@ class Session:
             ]
             if self.inside is not None:
                 self._handles += [model.register_forward_pre_hook(self._drafts, with_kwargs=True), *self.inside.hooks()]
+            if self.reweight is not None:
+                self._handles += self.reweight.hooks()
             if "flash" in str(language_model.config._attn_implementation):
                 self._handles += [
                     layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers
@@ -254,6 +276,19 @@ class Session:
         if not call.pictures:
             report.note = "no images in this call" if self.enabled else "disabled"
         self.last = report
+
+
+def by_stage(plans: Sequence[tuple[Method, Budget | None]]) -> dict[str, tuple[Method, Budget | None]]:
+    """One method per slot."""
+    slots: dict[str, tuple[Method, Budget | None]] = {}
+    for method, budget in plans:
+        if method.stage in slots:
+            raise UnsupportedError(
+                f"{slots[method.stage][0].name} and {method.name} both act at stage {method.stage!r}; "
+                "combine methods of different stages, such as 'var+fastervlm@128'"
+            )
+        slots[method.stage] = (method, budget)
+    return slots
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
