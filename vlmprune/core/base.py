@@ -137,24 +137,15 @@ class Method:
         return kinds[-1]
 
 
+# what a wrapper does as its inner method does
+_AS_INNER = ("stage", "needs", "layout", "positions", "query_aware", "nested", "budgeted")
+_VERBS_OF_INNER = ("kind", "stages", "raters", "check_unit")
+
+
 def act_as(wrapper: Method, inner: Method) -> None:
     """Let a wrapper declare what its inner method does: when it acts, on what, on which budget, and with which verb."""
-    declared = [
-        "stage",
-        "needs",
-        "layout",
-        "positions",
-        "query_aware",
-        "nested",
-        "budgeted",
-        "kind",
-        "stages",
-        "raters",
-        "check_unit",
-    ]
-    if hasattr(inner, "layer"):  # the layer of the tower that is captured
-        declared.append("layer")
-    for name in declared:
+    layer = ("layer",) if hasattr(inner, "layer") else ()  # of the tower, which is captured
+    for name in (*_AS_INNER, *_VERBS_OF_INNER, *layer):
         object.__setattr__(wrapper, name, getattr(inner, name))
 
 

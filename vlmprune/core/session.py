@@ -106,7 +106,7 @@ class Session:
     ) -> None:
         slots = by_stage(plans)
         self.adapter, self.spec, self.strict, self.override = adapter, spec, strict, positions
-        self.method, self.budget = next((slots[stage] for stage in ("before_lm", "inside_lm", "attention") if stage in slots))
+        self.method, self.budget = next(slots[stage] for stage in ("before_lm", "inside_lm", "attention") if stage in slots)
         self.enabled = True
         self.attached = False
         self.last: Report | None = None

@@ -3,15 +3,15 @@
 
 Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv:2503.03321 (ICLR 2025).
 
-Deviations: sinks are found anew in every prompt and kept per sample (the official code never resets them); the last layer is left alone, as
-in the paper (``skip_last_layer``); only text rows after the picture are edited in a prompt, always; a row whose visual tokens are all sinks
-is left alone. Names: ``sink_keep`` is the official code's p, ``max_sink_portion`` its rho (1 - the paper's).
+Deviations: sinks are found anew in every prompt and kept per sample (the official code never resets them); the last layer is left
+alone, as in the paper (``skip_last_layer``); only text rows after the picture are edited in a prompt, always; a row whose visual tokens
+are all sinks is left alone. Names: ``sink_keep`` is the official code's p, ``max_sink_portion`` its rho (1 - the paper's).
 Provenance: written from a description of paper and official code (commit 98e62d6, Apache-2.0); no code copied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +81,7 @@ class VAR(Method):
             raise SpecError(
                 f"dims={dims} but hidden states have {config.hidden_size} dimensions; give the sink dimensions of this backbone"
             )
-        return VAR(tuple(dims), *(getattr(self, name) for name in list(self.__dataclass_fields__)[1:]))
+        return replace(self, dims=tuple(dims))
 
     def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
         """(B, n) bool, the sinks among the tokens that enter a layer (B, n, D)."""

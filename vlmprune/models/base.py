@@ -140,7 +140,7 @@ class Adapter:
             widths = [value.shape[-1] for value in extra.values()]
             if channels is not None:
                 for name, value in zip(extra, packed[patches].split(widths, dim=-1), strict=True):
-                    tensors[name] = value
+                    tensors[name] = value.to(extra[name].dtype)
             if cls_features is not None:
                 tensors["cls_features"] = cls_features[pick, 0]
             tiles = None

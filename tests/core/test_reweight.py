@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-weighting inside a model equals an eager twin that edits its attention maps, row by row, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmprune
+from vlmprune.methods.var import VAR, find_sink_dims, sink_strength
+from vlmprune.testing.conformance import generate
+from vlmprune.testing.reference import kept_by_hand, merged_embeddings
+from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
+
+# on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough that not all are
+OPTIONS = "dims=[7,21],tau=2.0,max_sink_portion=0.6,min_visual_mass=0.1,first_layer=1"
+SPEC = f"var({OPTIONS})"
+FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
+
+
+class Twin:
+    """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model."""
+
+    def __init__(self, model: Any, method: VAR, embeds: Tensor, visual: Sequence[bool], positions: Tensor) -> None:
+        self.model, self.method, self.embeds, self.positions = model, method, embeds, positions
+        self.visual = torch.tensor(visual)
+        self.prompt = embeds.shape[1]
+        self.edited = 0
+
+    def logits(self, new: Tensor | None) -> Tensor:
+        lm = self.model.model.language_model
+        hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
+        n = hidden.shape[1]
+        extra = torch.arange(n - self.prompt)[None] + self.positions[:, -1:] + 1
+        angles = lm.rotary_emb(hidden, torch.cat([self.positions, extra], 1))
+        mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
+        visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
+        first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
+        layers = self.method.acts_on(len(lm.layers))
+        for index, layer in enumerate(lm.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[:2]
+            if index in layers and self.visual.any():
+                sinks = sink_strength(hidden, self.method.dims)[0] > self.method.tau
+                sinks[self.prompt :] = False  # sinks are those of the prompt
+                rows = maps[:, :, first_text:]
+                edited = self.method.reweight(rows, sinks[None], visual[None])
+                self.edited += int((edited != rows).any(-1).sum())
+                values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
+                new_maps = torch.cat([maps[:, :, :first_text], edited], dim=2)
+                out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
+            hidden = hidden + out
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(lm.norm(hidden))[0]
+
+    def greedy(self, count: int) -> list[int]:
+        ids: list[int] = []
+        new = None
+        for _ in range(count):
+            with torch.no_grad():
+                logits = self.logits(new)[-1]
+            logits[self.model.generation_config.suppress_tokens] = -torch.inf
+            ids.append(int(logits.argmax()))
+            new = self.model.get_input_embeddings()(torch.tensor([ids])).detach()
+        return ids
+
+
+def visual_columns(model: Any, ids: Tensor) -> Tensor:
+    return (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
+    images = (1, 2, 0, 1)
+    model, eager, inputs = tiny_model(family), tiny_model(family), tiny_inputs(family, images=images)
+    eager.set_attn_implementation("eager")
+    method = vlmprune.parse(SPEC).build()[0].method
+    embeds = merged_embeddings(eager, inputs)
+    with vlmprune.prune(model, SPEC):
+        ids = generate(model, inputs)
+        static = generate(model, inputs, cache_implementation="static")
+        beams = generate(model, inputs, num_beams=3)
+        alone = [generate(model, tiny_row(inputs, family, i, images), num_beams=3)[0] for i in (0, 3)]
+    edited = 0
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
+        twin = Twin(eager, method, embeds[row : row + 1, mask], visual, torch.arange(int(mask.sum()))[None])
+        assert ids[row].tolist() == twin.greedy(5), f"row {row}"
+        edited += twin.edited
+    assert edited > 50, "hardly any head was edited: the comparison says nothing"
+    assert torch.equal(static, ids)
+    assert torch.equal(beams[[0, 3]], torch.stack(alone))
+
+
+def test_the_model_answers_otherwise_than_dense_and_is_left_as_it_was() -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with vlmprune.prune(model, SPEC) as run:
+            changed = model(**inputs).logits
+        assert run.last.dense_tokens == run.last.realised_tokens == [36]
+        assert not torch.allclose(changed, dense, atol=1e-3)
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_keeping_everything_on_sinks_changes_nothing() -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with vlmprune.prune(model, f"var({OPTIONS},sink_keep=1.0)"):
+            assert torch.allclose(model(**inputs).logits, dense, atol=2e-5)
+
+
+def test_it_composes_with_a_cut_before_the_language_model() -> None:
+    model, eager, inputs = tiny_model(), tiny_model(), tiny_inputs()
+    eager.set_attn_implementation("eager")
+    with vlmprune.prune(model, f"{SPEC}+fastervlm@9") as run:
+        ids = generate(model, inputs)[0].tolist()
+    kept = kept_by_hand(eager, inputs, run.last.keep, "compact")[0]
+    columns = visual_columns(model, inputs["input_ids"][0])
+    first = int(columns.nonzero()[0])
+    visual = [first <= i < first + 9 for i in range(kept.embeds.shape[1])]
+    method = vlmprune.parse(SPEC).build()[0].method
+    assert ids == Twin(eager, method, kept.embeds, visual, kept.positions).greedy(5)
+    assert run.last.realised_tokens == [9]
+
+
+def test_it_composes_with_a_cut_inside_the_language_model() -> None:
+    model, inputs = tiny_model(), tiny_inputs(images=(1, 1))
+    with vlmprune.prune(model, f"{SPEC}+fastv(layer=2)@9") as run:
+        together = generate(model, inputs)
+        assert run.last.tokens_per_layer == [36, 36, 9, 9]
+        for row in range(2):
+            assert torch.equal(generate(model, tiny_row(inputs, "llava", row, (1, 1)))[0], together[row])
+        with torch.no_grad():
+            edited = model(**inputs).logits
+    with vlmprune.prune(model, "fastv(layer=2)@9"), torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, edited, atol=1e-3)
+
+
+def test_two_methods_of_one_stage_are_refused() -> None:
+    with pytest.raises(vlmprune.VlmPruneError, match="both act at stage 'before_lm'"):
+        vlmprune.prune(tiny_model(), "fastervlm@9+uniform@4")
+
+
+def test_a_backbone_without_sinks_is_refused_and_the_error_says_what_to_do() -> None:
+    model = tiny_model()
+    with pytest.raises(vlmprune.VlmPruneError, match=r"no sink dimensions.*var\(dims="):
+        vlmprune.prune(model, "var")
+    with pytest.raises(vlmprune.VlmPruneError, match="64 dimensions"):
+        vlmprune.prune(model, "var(dims=[1415,2533])")
+
+
+def test_sink_dimensions_are_found_with_one_token() -> None:
+    lm = tiny_model(layers=8).model.language_model
+    with torch.no_grad():
+        lm.embed_tokens.weight[:, [5, 40]] += 60.0
+    assert find_sink_dims(lm, tau=4.0) == (5, 40)
