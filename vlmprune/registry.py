@@ -27,6 +27,7 @@ _BUILTIN = {
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
     "holov": "vlmprune.methods.holov:HoloV",
+    "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
 }
 _METHODS: dict[str, type[Method]] = {}
 
