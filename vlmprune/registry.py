@@ -31,6 +31,7 @@ _BUILTIN = {
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
     "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
+    "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
 }
 _METHODS: dict[str, type[Method]] = {}
 
