@@ -48,7 +48,10 @@ def prune(
     if positions not in (None, *POSITIONS):
         raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
     plans, text = resolve_all(method, keep)
-    return Session(adapter_for(model), plans, text, positions=positions, strict=strict)
+    adapter = adapter_for(model)
+    for built, _ in plans:
+        built.check_model(adapter.config)
+    return Session(adapter, plans, text, positions=positions, strict=strict)
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:

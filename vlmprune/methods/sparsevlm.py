@@ -106,9 +106,10 @@ class SparseVLM(Method):
         weight = weight.clamp_min(FLOOR * (2 * frequencies.shape[0]) ** 0.5)
         return top_head_scores(attention / weight[:, None], tokens.query_mask, self.heads)
 
-    def merge(self, tokens: VisualTokens, k: int) -> Merged:
+    def merge(self, tokens: VisualTokens, k: int, ranking: Tensor | None = None) -> Merged:
+        """Keeps the best of ``ranking`` (B, N), by default of the scores, which alone say what is recycled."""
         features, n = tokens.need("features"), tokens.count
-        return recycle(features, self.score(tokens), kept_of(n, k) if self.recycles else k, recycles=self.recycles)
+        return recycle(features, self.score(tokens), kept_of(n, k) if self.recycles else k, ranking, recycles=self.recycles)
 
 
 def rater_affinity(text: Tensor, visual: Tensor) -> Tensor:
@@ -167,16 +168,17 @@ def kept_of(n: int, rows: int) -> int:
     return fitting[-1]
 
 
-def recycle(features: Tensor, scores: Tensor, kept: int, *, recycles: bool = True) -> Merged:
-    """The ``kept`` best tokens of features (B, N, D) in their order, then the clusters of the best of the others."""
-    ranking = scores.sort(dim=-1, descending=True, stable=True).indices  # (B, N) best first, the lower index first in ties
-    keep = ranking[:, :kept].sort(dim=-1).values
+def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None = None, *, recycles: bool = True) -> Merged:
+    """The ``kept`` tokens of features (B, N, D) that lead a ranking, in their order, then clusters of the others' best scores."""
+    ranking = scores if ranking is None else ranking  # (B, N); the lower index wins ties
+    keep = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values
     rows = _rows(features, keep)
     if not recycles:
         return Merged(rows, keep)
     cut = features.shape[1] - kept
     clusters = cluster_count(cut)
-    candidates = _rows(features, ranking[:, kept : kept + candidate_count(cut)]).float()
+    best = scores.scatter(1, keep, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[:, : candidate_count(cut)]
+    candidates = _rows(features, best).float()
     merged = cluster_means(candidates, density_peaks(candidates, clusters).assignment, clusters)
     no_place = keep.new_full((keep.shape[0], clusters), -1)
     return Merged(torch.cat([rows, merged.to(rows.dtype)], dim=1), torch.cat([keep, no_place], dim=1))
