@@ -90,6 +90,8 @@ class Entrance:
         if cuts is not None:
             keep, embeds = cuts
             call.compaction = compaction = Compaction(keep, mask[:, call.past.shape[1] :])
+            if compaction.width == 0:
+                raise InvariantError(f"attention_mask of shape {tuple(mask.shape)} masks every token; expected 1 for tokens")
             embeds = compaction.sequence(embeds)
             position_ids = compaction.positions(position_ids, self.session.positions)
             mask = torch.cat([call.past, compaction.valid], dim=1)
@@ -128,6 +130,8 @@ class Entrance:
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(call.seen, call.seen + call.fed, device=embeds.device)[None]
+        if position_ids.shape[-1] != call.fed or position_ids.shape[-2:-1] not in ((1,), (batch,)):
+            raise InvariantError(f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, call.fed)}, as fed")
         if state is None:
             call.past = mask[:, :held]
         else:
