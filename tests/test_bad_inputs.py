@@ -179,6 +179,7 @@ bad_keeps = st.one_of(
     st.fractions(1).filter(lambda x: x > 1),
     st.sampled_from([True, False, np.True_, np.array(4), np.array([4, 5]), torch.tensor(4), torch.tensor([0.5]), Decimal("0.5")]),
     st.sampled_from([4j, b"64", [64], (64,), {64}, {"keep": 64}, int, object, ..., range(4), slice(4)]),
+    st.sampled_from([Fraction(10**400)]),
 )
 
 
@@ -229,6 +230,11 @@ HANDMADE: list[tuple[Callable[[], Any], str]] = [
     (lambda: get("random")(seed=1.5), r"seed=1\.5"),
     (lambda: vlmprune.method_info("fastervlmm"), "'fastervlmm'.*Did you mean 'fastervlm'"),
     (lambda: vlmprune.method_info(None), "None is unknown.*list_methods"),
+    (lambda: Part("random", 3), "args=3 of method 'random'.*mapping"),
+    (lambda: Part("random", {3: 4}), "args={3: 4} of method 'random'.*names"),
+    (lambda: Part("random", {}, 1.5), r"keep=1\.5"),
+    (lambda: Spec("random@4"), r"'random@4'.*parse\("),
+    (lambda: Spec(3), "parts=3.*Part"),
 ]
 
 

@@ -102,6 +102,8 @@ bad_arguments = st.one_of(
     st.builds(of_positions, verbs, misspelt(POSITIONS) | not_positions),
     st.builds(of_keyword, verbs, keyword),
     no_images.map(lambda names: of_inputs(dict.fromkeys(names, 1), *names)),
+    thing.filter(lambda given: given != {}).map(lambda given: of_inputs(given, type(given).__name__)),
+    st.builds(lambda v: taken(v, "Method()", model(), vlmprune.Method(), ("Method", "score, select, merge"), keep=4), verbs),
 )
 
 # tensors for select --------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ TENSORS = ("features", "cls_attention", "received_attention", "encoder_features"
 FIELDS = (*TENSORS, "projector", "grid", "ordinal")
 USED = [
     ("fastervlm", "cls_attention"), ("fastervlm(cls=mean)", "received_attention"), ("divprune", "features"), ("pool", "features"),
-    ("visionzip", "cls_attention"), ("visionzip", "encoder_features"),
+    ("visionzip", "cls_attention"), ("visionzip", "keys"), ("visionzip", "encoder_features"), ("visionzip", "features"),
 ]  # fmt: skip
 
 
@@ -155,21 +157,27 @@ method = st.sampled_from([name for name, _ in USED])
 side = st.integers(1, 12)
 thin = st.tuples(st.integers(-3, 0), side)
 other_grid = st.tuples(side, side).filter(lambda g: g[0] * g[1] != 12)
-NO_GRIDS = [12, "34", (3.5, 4), (3, 4, 1), (), ((3, 4), (1,)), (None, 12)]
-MORE = [{"cls_features": torch.rand(2, 6)}, {"cls_features": [1]}]
+# int() would read some of these
+NO_GRIDS = [12, "34", (3.5, 4), (3, 4, 1), (), ((3, 4), (1,)), (None, 12), ((2.5, 4), (1, 2)), (3, "4"), {}, {"rows": 3}]
+MORE = [
+    {"projector": 3}, {"projector": "linear"}, {"ordinal": [0, 1]}, {"ordinal": "x"}, {"ordinal": torch.arange(3)},
+    {"ordinal": torch.zeros(2)}, {"ordinal": torch.tensor(0)}, {"cls_features": torch.rand(3, 1, 6)},
+    {"cls_features": torch.rand(2, 1, 7)}, {"cls_features": torch.rand(2, 6)}, {"cls_features": [1]},
+]  # fmt: skip
 
 bad_tensors = st.one_of(
     st.builds(remade, used, other_rank),
     st.builds(remade, used, st.sampled_from([torch.Tensor.tolist, torch.Tensor.numpy, str, len, lambda v: (v,)])),
+    st.builds(remade, used, st.sampled_from([torch.Tensor.long, torch.Tensor.bool, torch.Tensor.byte, torch.Tensor.cfloat])),
     st.builds(of_count, used, st.tuples(side, side).filter(lambda shape: shape != (2, 12))),
     st.builds(of_none, used, st.sampled_from([(0, 12), (2, 0), (0, 0)])),
-    st.builds(with_one, st.sampled_from(USED[:4]), st.integers(0, 95), st.sampled_from([math.nan, math.inf, -math.inf])),
+    st.builds(with_one, used, st.integers(0, 95), st.sampled_from([math.nan, math.inf, -math.inf])),
     st.builds(lambda m, g: chosen(m, g, (repr(g), str(g[0] * g[1]), "12"), grid=g), method, other_grid),
     st.builds(lambda m, g: chosen(m, g, (repr(g), "expected positive"), grid=g), method, thin | thin.map(lambda g: g[::-1])),
     st.builds(lambda m, g: chosen(m, g, (repr(g), "(rows, cols)"), grid=g), method, st.sampled_from(NO_GRIDS)),
-    st.builds(lambda m, p: chosen(m, p[0], (repr(p[0]), *TENSORS), p[1], **{p[0]: 1}), method, misspelt(TENSORS)),
+    st.builds(lambda m, p: chosen(m, p[0], (repr(p[0]), *FIELDS), p[1], **{p[0]: 1}), method, misspelt(FIELDS)),
     st.builds(lambda u: chosen(u[0], "left out", (repr(u[1]), f"{u[1]}="), drop=(u[1],)), used),
-    st.builds(lambda m: chosen(m, "left out", ("'grids'",), drop=("grid",)), st.sampled_from(["uniform", "pool"])),
+    st.builds(lambda m: chosen(m, "left out", ("'grids'", "grid="), drop=("grid",)), st.sampled_from(["uniform", "pool"])),
     st.builds(lambda m: chosen(m, "nothing", ("no token tensor", "features"), drop=FIELDS), method),
     st.builds(lambda m, c: chosen(m, c, tuple(c), **c), method, st.sampled_from(MORE)),
 )  # fmt: skip
@@ -198,6 +206,12 @@ def of_pixels(family: str, how: str, make: Callable[[torch.Tensor], Any]) -> Any
     return ran(family, how, shown, ("pixel_values", shown), pixel_values=wrong)
 
 
+def with_nan(family: str, how: str, place: int, number: float) -> Any:
+    wrong = inputs(family)["pixel_values"].clone()
+    wrong.view(-1)[place % wrong.numel()] = number
+    return ran(family, how, (place, number), ("finite",), pixel_values=wrong)
+
+
 def placeholders(family: str, how: str, count: int) -> Any:
     """More or fewer image tokens than the images have: refused by transformers."""
     ids, token = inputs(family)["input_ids"].clone(), model(family).config.image_token_id
@@ -214,21 +228,43 @@ def mask(family: str, how: str, make: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 family = st.sampled_from(["llava", "vipllava", "llava_next", "llava_onevision"])
+tiled = st.sampled_from(["llava_next", "llava_onevision"])
 running, any_way = st.sampled_from(["forward", "generate"]), st.sampled_from(["forward", "generate", "score"])
 FOUR_AXES = [lambda m: m[:, None, None] * torch.ones(m.shape[1], 1), lambda m: m[:, None], lambda m: m[None, :, None, None]]
 OTHER_SIZES = [lambda m: m[:, 1:], lambda m: torch.cat([m, m], 1), lambda m: m.repeat(2, 1), lambda m: m[0]]
 
 
+def of_position_ids(family: str, count: int) -> Any:
+    count += count >= inputs(family)["input_ids"].shape[1]
+    return ran(family, "forward", count, ("position_ids", str((1, count))), position_ids=torch.arange(count)[None])
+
+
 def of_layer(family: str, how: str, layer: int) -> Any:
-    return ran(family, how, layer, (f"vision_feature_layer={layer}", "config"), vision_feature_layer=layer)
+    name = next(name for name in ("vision_feature_layer", "vision_feature_layers") if hasattr(model(family).config, name))
+    return ran(family, how, layer, (f"{name}={layer}", "config"), **{name: layer})
 
 
+def of_sizes(family: str, how: str, sizes: list[list[int]] | None) -> Any:
+    wrong = None if sizes is None else torch.tensor(sizes)
+    shows = ("missing",) if sizes is None else (str(sizes), "size zero") if len(sizes) == 1 else (str((len(sizes), 2)),)
+    return ran(family, how, sizes, ("image_sizes", *shows), image_sizes=wrong)
+
+
+image_counts = st.sampled_from([0, 2, 3]).map(lambda n: torch.tensor([n]))
+no_side = st.tuples(st.integers(-2, 0), st.integers(1, 99)).map(list)
+bad_sizes = (no_side | no_side.map(lambda size: size[::-1])).map(lambda size: [size])
 bad_model_inputs = st.one_of(
-    st.builds(of_pixels, family, any_way, st.integers(-4, -1).map(lambda axis: lambda pixels: pixels.narrow(axis, 0, 0))),
+    st.builds(of_pixels, family, any_way, st.integers(-4, 3).map(lambda axis: lambda pixels: pixels.narrow(axis, 0, 0))),
     st.builds(placeholders, family, running, st.integers(1, 5) | st.integers(-5, -1)),
     st.builds(mask, family, st.just("forward"), st.sampled_from([*FOUR_AXES, *OTHER_SIZES])),
     st.builds(mask, family, st.just("generate"), st.sampled_from(FOUR_AXES)),
-    st.builds(of_layer, family.filter(lambda name: name != "vipllava"), any_way, st.sampled_from([-4, -5, 2, 3])),
+    st.builds(of_layer, family, any_way, st.sampled_from([-4, -5, 2, 3])),
+    st.builds(of_pixels, family, any_way, st.sampled_from([torch.Tensor.tolist, torch.Tensor.numpy, torch.sum])),
+    st.builds(with_nan, family, any_way, st.integers(0, 10**5), st.sampled_from([math.nan, math.inf])),
+    st.builds(of_position_ids, family, st.integers(1, 300)),
+    st.builds(mask, family, st.just("forward"), st.just(torch.zeros_like)),
+    st.builds(of_sizes, tiled, any_way, bad_sizes | st.sampled_from([None, [[9, 9]] * 2, [[9, 9]] * 3])),
+    st.builds(lambda how, n: ran("llava_onevision", how, n, ("batch_num_images",), batch_num_images=n), any_way, image_counts),
 )
 
 
@@ -255,7 +291,7 @@ def test_a_tower_without_cls_is_told_what_works_instead():
             vlmprune.attach(model("llava_onevision"), name)
 
 
-@pytest.mark.parametrize("tokens", [3, 9, 35, 37])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 35])
 def test_a_replay_refuses_images_of_another_size(tokens):
     with pytest.raises(vlmprune.VlmPruneError, match=f"{tokens} tokens; this replay holds 2 of 36"):
         vlmprune.select(REPLAY, features=torch.rand(1, tokens, 8))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,11 +46,13 @@ def prune(
         ...     ids = model.generate(**inputs, max_new_tokens=32)
         >>> print(run.last)  # doctest: +SKIP
     """
-    if positions not in (None, *POSITIONS):
+    if positions is not None and not (isinstance(positions, str) and positions in POSITIONS):
         raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
     plans, text = resolve_all(method, keep)
     adapter = adapter_for(model)
     for built, _ in plans:
+        if built.stage == "before_lm":
+            built.kind()  # raises where a class of one's own overrides nothing
         built.check_model(adapter.config)
     return Session(adapter, plans, text, positions=positions, strict=strict)
 
@@ -100,6 +103,9 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
         )
     adapter = adapter_for(model)
     built.check_model(adapter.config)
+    if not isinstance(inputs, Mapping):
+        expected = f"what the processor returned, a mapping with {adapter.modalities[0].pixels!r}"
+        raise SpecError(f"inputs is a {type(inputs).__name__}; expected {expected}")
     maps: list[ScoreMap] = []
     seen = 0  # pictures of earlier modalities
     for modality in adapter.modalities:
@@ -165,13 +171,19 @@ def select(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
         tensor([[1, 3]])
     """
     built, budget, _ = resolve(method, keep)
-    known = [name for name in VisualTokens.__dataclass_fields__ if name != "grids"]
+    known = ["grid" if name == "grids" else name for name in VisualTokens.__dataclass_fields__ if name != "size"]
     for name in tensors:
         if name not in known:
             raise SpecError(f"select got {name!r}; expected {known}.{did_you_mean(name, known)}")
     tokens = VisualTokens(**tensors, grids=_grids(grid))
     if tokens.count == 0 or tokens.batch == 0:
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.numel() == 0 and name != "cls_features":
+            raise SpecError(f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty axis")
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise InvariantError(f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none")
+    built.check_unit(tokens.count)
     k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:
         return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
@@ -187,8 +199,8 @@ def _grids(grid: Any) -> tuple[tuple[int, int], ...]:
         return ()
     try:
         blocks = [grid] if isinstance(grid[0], int) else list(grid)
-        grids = tuple((int(rows), int(cols)) for rows, cols in blocks)
-    except (TypeError, ValueError, IndexError) as error:
+        grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in blocks)
+    except (TypeError, ValueError, LookupError) as error:
         raise SpecError(f"grid={grid!r}; expected (rows, cols) or several of them") from error
     if any(rows < 1 or cols < 1 for rows, cols in grids):
         raise SpecError(f"grid={grid!r} has an empty side; expected positive rows and columns")

@@ -63,7 +63,7 @@ class Budget(_Printed):
         keep = self.keep
         if isinstance(keep, Integral) and not isinstance(keep, bool) and 1 <= keep <= _LARGEST:
             object.__setattr__(self, "keep", int(keep))
-        elif isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < float(keep) <= 1:
+        elif isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < keep <= 1 and float(keep):
             object.__setattr__(self, "keep", float(keep))
         else:
             whole = isinstance(keep, float) and 1 < keep <= _LARGEST and keep == int(keep)
@@ -110,7 +110,13 @@ class Part(_Printed):
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        pairs = tuple(self.args.items() if isinstance(self.args, Mapping) else self.args)
+        try:
+            given = self.args.items() if isinstance(self.args, Mapping) else self.args
+            pairs = tuple((str.strip(key), value) for key, value in given)  # strip refuses what is no text
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"args={self.args!r} of method {self.name!r}; expected a mapping from names to values") from error
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
         if len(dict(pairs)) < len(pairs):
             raise SpecError(f"method {self.name!r} got an option twice: {[key for key, _ in pairs]}; give each option once")
         object.__setattr__(self, "args", tuple(sorted((key, _plain(key, value)) for key, value in pairs)))
@@ -152,6 +158,8 @@ class Spec(_Printed):
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, (tuple, list)) or not all(isinstance(part, Part) for part in self.parts):
+            raise SpecError(f"parts={self.parts!r}; expected a tuple of Part; text is read by parse(...)")
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
             raise SpecError(f"a spec without methods; expected {GRAMMAR}; write 'dense' for no pruning")

@@ -85,6 +85,8 @@ class Entrance:
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(seen, seen + fed, device=embeds.device)[None]
+        if position_ids.shape[-1] != fed or position_ids.shape[-2:-1] not in ((1,), (batch,)):
+            raise InvariantError(f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, fed)}, as fed")
         if state is None:
             none = torch.zeros(batch, dtype=torch.long, device=embeds.device)
             return [Frame(0, mask[:, :held], mask[:, seen:], position_ids, none)]
@@ -141,6 +143,8 @@ class Entrance:
             keep[placed.visual] = placed.kept_slots().to(keep.device)
             embeds = placed.replace(embeds)
         compaction = Compaction(keep, call.frames[0].fed)
+        if compaction.width == 0:
+            raise InvariantError(f"attention_mask of shape {tuple(keep.shape)} masks every token; expected 1 for tokens")
         call.frames = [frame.cut(compaction, self.session.policy(self.session.before[0])) for frame in call.frames]
         call.compactions.append((0, compaction))
         call.report.sequence = (call.fed, compaction.width)

@@ -65,7 +65,7 @@ class _Encode(_Wrapper):
         session = self.session
         if not session.enabled:
             return self.original(*args, **kwargs)
-        arguments = dict(inspect.signature(self.original).bind(*args, **kwargs).arguments)
+        arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
         arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))  # 4.57 names pixels of clips otherwise
         session.adapter.check(arguments, self.modality)
         with session.capture.recording() as record:
@@ -230,6 +230,8 @@ class Session:
         call = Call(ids, embeds, Report(self.spec), continues, tail, fed=0 if given is None else given.shape[1])
         self._local.call = call
         for modality in self.adapter.modalities:
+            if self.enabled and kwargs.get(modality.pixels) is not None:
+                self.adapter.check(kwargs, modality)  # some families skip empty pixels and leave the placeholders as they are
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
             if encoded is None or not self.enabled:
                 continue

@@ -73,6 +73,9 @@ class VisualTokens:
         for name, value in given.items():
             if not isinstance(value, Tensor):
                 raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
+            if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+                held = f"{value.dtype}, {value.layout}, on {value.device}"
+                raise SpecError(f"{name} of shape {tuple(value.shape)} is {held}; expected a dense tensor of floats")
             if value.ndim not in _RANKS[name]:
                 raise SpecError(
                     f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first"
@@ -82,6 +85,18 @@ class VisualTokens:
         shapes = {name: (value.shape[0], _count(name, value)) for name, value in given.items() if name != "cls_features"}
         if len(set(shapes.values())) > 1:
             raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
+        if self.cls_features is not None and shapes and self.cls_features.shape[0] != self.batch:
+            shape = tuple(self.cls_features.shape)
+            raise SpecError(f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}")
+        widths = {name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given}
+        if len(set(widths.values())) > 1:
+            raise SpecError(f"tensors disagree on the width of the encoder: {widths}; give both as the projector takes them")
+        if self.projector is not None and not callable(self.projector):
+            raise SpecError(f"projector={self.projector!r}; expected a module or a function from (..., C) to (..., D)")
+        ordinal = self.ordinal
+        numbers = isinstance(ordinal, Tensor) and ordinal.dtype == torch.int64
+        if ordinal is not None and shapes and not (numbers and ordinal.shape == (self.batch,)):
+            raise SpecError(f"ordinal={ordinal!r}; expected int64 of shape {(self.batch,)}, counting the units of a sample")
         if self.grids and shapes and sum(r * c for r, c in self.grids) != self.count:
             raise SpecError(f"grid {self.grids} holds {sum(r * c for r, c in self.grids)} tokens; the tensors hold {self.count}")
 
@@ -113,8 +128,9 @@ class VisualTokens:
         value = getattr(self, name)
         if value is None or value == ():
             have = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != ()]
+            keyword = "grid" if name == "grids" else name  # of select
             raise CaptureError(
-                f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the method's needs"
+                f"this method needs {name!r}; given were {have}. Pass {keyword}=..., or declare it in the method's needs"
             )
         return value
 

@@ -98,16 +98,17 @@ class Adapter:
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
-        if isinstance(pixels, Tensor) and pixels.numel() == 0:
+        if pixels is not None and (not isinstance(pixels, Tensor) or pixels.ndim < 4):
+            given = f"has shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"is a {type(pixels).__name__}"
+            raise CaptureError(f"{modality.pixels} {given}; expected (images, [crops,] channels, height, width) as processed")
+        if pixels is not None and pixels.numel() == 0:
             raise CaptureError(
                 f"{modality.pixels} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
             )
-        layer = arguments.get("vision_feature_layer")
-        if layer is not None and layer != self.config.vision_feature_layer:
-            raise UnsupportedError(
-                f"vision_feature_layer={layer} in the call but {self.config.vision_feature_layer} in the config; "
-                "set it in the config before attaching"
-            )
+        for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLLaVA has the plural before transformers 5
+            layer, held = arguments.get(name), getattr(self.config, name, None)
+            if layer is not None and layer != held:
+                raise UnsupportedError(f"{name}={layer} in the call but {held} in the config; set it there before attaching")
 
     def pictures(
         self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
@@ -128,6 +129,9 @@ class Adapter:
         total = self._total(modality, arguments, features)
         counts = self.crops(modality, arguments, total)
         channels = torch.cat([value.float() for value in extra.values()], dim=-1) if extra else None
+        if channels is not None and not bool(channels.isfinite().all()):  # NaN would be taken for a newline below
+            bad = sorted(name for name, value in extra.items() if not bool(value.isfinite().all()))
+            raise CaptureError(f"{modality.pixels} gave {bad}, not finite; check the pixels, and the tower for overflow")
         pictures = []
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
         for number, (start, count) in enumerate(zip(starts, counts, strict=False)):

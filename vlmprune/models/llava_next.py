@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CaptureError
 from .base import Adapter, Modality
 
 
@@ -22,6 +23,20 @@ class LlavaNextAdapter(Adapter):
     def _geometry(self, name: str) -> Any:
         """A geometry function of the model's own module."""
         return getattr(sys.modules[type(self.inner).__module__], name)
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        super().check(arguments, modality)
+        pixels, sizes = arguments.get(modality.pixels), arguments.get("image_sizes")
+        if modality.name != "image" or pixels is None:
+            return
+        if sizes is None:
+            raise CaptureError("image_sizes is missing; pass it as the processor returns it: (height, width) of every image")
+        sizes = torch.as_tensor(sizes)
+        if sizes.ndim != 2 or sizes.shape[1] != 2 or (pixels.ndim == 5 and len(sizes) != len(pixels)):
+            given = f"{tuple(sizes.shape)} for pixel_values of shape {tuple(pixels.shape)}"
+            raise CaptureError(f"image_sizes has shape {given}; expected (height, width) of every image")
+        if bool((sizes < 1).any()):
+            raise CaptureError(f"image_sizes={sizes.tolist()} has an image of size zero; drop it from the batch")
 
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         count = self._geometry("image_size_to_num_patches")

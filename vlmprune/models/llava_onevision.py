@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.pictures import Picture
+from ..errors import CaptureError
 from .base import Modality
 from .llava_next import LlavaNextAdapter
 
@@ -23,6 +24,13 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         Modality("image", "get_image_features", "pixel_values", "image_token_id"),
         Modality("video", "get_video_features", "pixel_values_videos", "video_token_id"),
     )
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        super().check(arguments, modality)
+        images, sizes = arguments.get("batch_num_images"), arguments.get("image_sizes")
+        if images is not None and sizes is not None and sum(int(n) for n in images) != len(sizes):
+            given = [int(n) for n in images]
+            raise CaptureError(f"batch_num_images={given} counts {sum(given)}, image_sizes {len(sizes)}; give all of both")
 
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         if modality.name == "video":
