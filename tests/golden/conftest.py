@@ -36,6 +36,7 @@ class Case:
         self.path = folder / entry["file"]
         self.kind = entry["kind"]
         self.hyper = entry.get("hyperparameters", entry.get("hyper", {}))
+        self.config = entry.get("config", {})  # of a whole decoder
         self.tolerance = entry.get("tolerance", "exact")
         self.checked: set[str] = set()
 

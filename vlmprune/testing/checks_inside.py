@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What conformance checks ask of methods that cut inside the language model: equality with the slow eager twin.
 
-Cuts before the language model are compared with hand-built embeddings; a cut between layers has none, so the checks of those names run these
-instead. Scores need no check of their own: the twin ranks by the maps of eager attention.
+Cuts before the language model are compared with hand-built embeddings; a cut between layers has none, so the checks of those
+names run these instead. Scores need no check of their own: the twin ranks by the maps of eager attention.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
 
 
 def cut_equals_twin(subject: Subject) -> None:
-    """Every row of a ragged batch answers as the twin does, in the batch and alone, and has its logits; both position policies."""
+    """Every row of a ragged batch answers as the twin does, and alone has its logits; both position policies."""
     inputs = subject.inputs(RAGGED)
     for positions in POLICIES:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             counts = run.last.dense_tokens
-            rows = [subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))]
+            rows = [
+                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
+            ]
         for i, twin in enumerate(twins(subject, inputs, counts, positions)):
             want = twin.greedy(ids.shape[1])
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, the twin says {want}")
@@ -77,11 +79,14 @@ def counts_follow_the_schedule(run: Any) -> None:
         expect(realised == here[-1], f"{realised} tokens realised, the schedule gives {here[-1]} of {dense}")
         merges = run.method.kind() == "merge"
         expect(merges or len(kept) == realised, f"KeepMap holds {len(kept)} tokens, {realised} were realised")
-    expect(torch.allclose(layers, torch.tensor(report.tokens_per_layer)), f"{report.tokens_per_layer} tokens per layer, announced {layers.tolist()}")
+    expect(
+        torch.allclose(layers, torch.tensor(report.tokens_per_layer)),
+        f"{report.tokens_per_layer} tokens per layer, announced {layers.tolist()}",
+    )
 
 
 def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -> None:
-    """Modes with a cache equal those of a model that masks what is cut; without one, the last token and so the cut change at every step."""
+    """Modes with a cache equal a model that masks what is cut; without one, the last token and so the cut change every step."""
     inputs = subject.inputs((1,))
     with subject.prune() as run, torch.no_grad():
         subject.model(**inputs)
@@ -117,7 +122,7 @@ def drafts_are_no_prompt(subject: Subject) -> None:
 
 
 def second_turn_equals_twin(subject: Subject) -> None:
-    """A second question on the kept cache, and on a deep copy of it, equals recomputing the dialogue with the first turn's cut."""
+    """A second question on the kept cache, and on a deep copy, equals recomputing the dialogue with the first turn's cut."""
     for positions in POLICIES:
         inputs = subject.inputs((1,))
         question = subject.inputs((0,), seed=5)["input_ids"]

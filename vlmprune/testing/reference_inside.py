@@ -22,7 +22,7 @@ from ..core.tokens import VisualTokens
 
 @dataclass
 class Twin:
-    """One sample: (1, L, D) embeddings at positions 0..L-1, the columns of each picture's patches, the text columns after the last one."""
+    """One sample: (1, L, D) embeddings at positions 0..L-1, columns of every picture's patches, text columns after the last one."""
 
     model: Any
     method: Method
@@ -151,8 +151,8 @@ class Twin:
 def masked(twin: Twin) -> Iterator[Any]:
     """The twin's model with its cuts by masks: no token is removed, later layers do not see the dropped ones.
 
-    For batches of the twin's own row (repeated for beams) in every mode of generate with a cache. Windows would count dropped tokens, so the
-    layers must not slide.
+    For batches of the twin's own row (repeated for beams) in every mode of generate with a cache. Windows would count dropped
+    tokens, so the layers must not slide.
     """
     twin.logits()
     language_model = twin.language_model
@@ -181,7 +181,8 @@ def masked(twin: Twin) -> Iterator[Any]:
         }
 
     handles = [
-        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(language_model.layers)
+        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+        for index, layer in enumerate(language_model.layers)
     ]
     try:
         yield twin.model
