@@ -19,6 +19,7 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
 # on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough that not all are
 OPTIONS = "dims=[7,21],tau=2.0,max_sink_portion=0.6,min_visual_mass=0.1,first_layer=1"
 SPEC = f"var({OPTIONS})"
+EAGER_TO_EDIT = "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
 FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
 
 
@@ -133,7 +134,7 @@ def test_it_composes_with_a_cut_before_the_language_model() -> None:
 
 def test_it_composes_with_a_cut_inside_the_language_model() -> None:
     model, inputs = tiny_model(), tiny_inputs(images=(1, 1))
-    with vlmprune.prune(model, f"{SPEC}+fastv(layer=2)@9") as run:
+    with vlmprune.prune(model, f"{EAGER_TO_EDIT}+fastv(layer=2)@9") as run:
         together = generate(model, inputs)
         assert run.last.tokens_per_layer == [36, 36, 9, 9]
         for row in range(2):
