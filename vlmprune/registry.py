@@ -29,6 +29,7 @@ _BUILTIN = {
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
+    "debias": "vlmprune.methods.debias:Debias",
     "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",

@@ -142,10 +142,10 @@ _AS_INNER = ("stage", "needs", "layout", "positions", "query_aware", "nested", "
 _VERBS_OF_INNER = ("kind", "stages", "raters", "check_unit")
 
 
-def act_as(wrapper: Method, inner: Method) -> None:
+def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
     """Let a wrapper declare what its inner method does: when it acts, on what, on which budget, and with which verb."""
     layer = ("layer",) if hasattr(inner, "layer") else ()  # of the tower, which is captured
-    for name in (*_AS_INNER, *_VERBS_OF_INNER, *layer):
+    for name in {*_AS_INNER, *_VERBS_OF_INNER, *layer} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
 
 
