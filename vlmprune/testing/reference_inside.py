@@ -22,7 +22,7 @@ from ..core.tokens import VisualTokens
 
 @dataclass
 class Twin:
-    """One sample: (1, L, D) embeddings at positions 0..L-1, columns of every picture's patches, text columns after the last one."""
+    """One sample: (1, L, D) embeddings at 0..L-1, columns of every picture's patches, text columns after the last one."""
 
     model: Any
     method: Method
