@@ -18,7 +18,7 @@ from vlmprune.core.base import Method
 from vlmprune.errors import SpecError
 from vlmprune.registry import get, list_methods, method_info, register, unregister
 
-BUILTIN = ["dense", "divprune", "fastervlm", "pool", "random", "uniform", "visionzip"]
+BUILTIN = sorted(registry._BUILTIN)
 
 
 @pytest.fixture(autouse=True)
