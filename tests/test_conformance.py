@@ -34,7 +34,7 @@ def has_cls(subject: Subject) -> bool:
 )
 def test_conformance(subject: Subject, check: str) -> None:
     result = run_check(check, all_checks()[check], subject)
-    needs_cls = subject.method.name in ("fastervlm", "visionzip") and subject.method.cls == "token"
+    needs_cls = "cls_attention" in subject.method.needs
     if result.status == "unsupported" and needs_cls and not has_cls(subject):
         assert "cls='mean'" in result.detail
         return

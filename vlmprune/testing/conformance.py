@@ -20,6 +20,7 @@ from torch import Tensor
 from ..api import prune, resolve
 from ..core.session import Session
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
+from ..registry import get, list_methods
 from ..spec import Budget, parse
 from .processors import GRID
 from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model
@@ -96,7 +97,12 @@ def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
 
 
 def default_spec(method: str) -> str:
-    """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot meet that."""
+    """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot meet that.
+
+    A bare wrapper is put around fastervlm.
+    """
+    if method in list_methods() and get(method).wraps:
+        method = f"{method}+fastervlm"
     built, budget, text = resolve(method, need_keep=False)
     if budget is not None or not built.budgeted:
         return text
