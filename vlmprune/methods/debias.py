@@ -127,7 +127,7 @@ class Debias(Method):
     def corrected(self, raw: Tensor, tokens: VisualTokens) -> Tensor:
         """(B, N) scores over their trend; padding stands below zero, in the order of raw (B, N)."""
         real = self._real(tokens)
-        found = raw * self.weight(raw, real)
+        found = (raw * self.weight(raw, real)).float()
         if not bool(((raw >= 0) & found.isfinite()).all()):
             raise InvariantError(
                 f"{self.inner.name}: scores to debias are negative or not finite; attention is neither. Check them"
@@ -141,12 +141,12 @@ class Debias(Method):
         """(1 or B, N) factors for raw scores (B, N): the trend at the first patch over the trend at each."""
         x = torch.arange(raw.shape[1], dtype=torch.float64, device=raw.device)[None] / raw.shape[1]
         if self.curve == "none":
-            return torch.ones_like(raw[:1])
+            return torch.ones_like(x)
         if self.curve == "cubic":
             steps = 576 * x
-            return (1 / sum(factor * steps**power for power, factor in enumerate(reversed(CUBIC)))).float()
+            return 1 / sum(factor * steps**power for power, factor in enumerate(reversed(CUBIC)))
         sigma = own_sigma(raw, x, real) if self.curve == "self" else self.curve
-        return torch.exp(-sigma * x).float()
+        return torch.exp(-sigma * x)
 
     def _real(self, tokens: VisualTokens) -> Tensor | None:
         """(N,) bool, patches that are no padding."""

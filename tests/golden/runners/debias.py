@@ -128,10 +128,9 @@ def sparsevlm(case):
     if tokens.stage == 0 and "weight" in case.arrays:
         real = method._real(tokens)
         weight = method.weight(raw)[0] * (1 if real is None else real)
-        torch.testing.assert_close(weight, case.tensor("weight"), rtol=1e-6, atol=0.0)
-        case.checked.add("weight")
+        case.check("weight", weight.float())
     # ours is summed in another order
-    torch.testing.assert_close(raw[0], case.tensor("relation_returned"), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(raw[0], case.tensor("relation_returned"), rtol=1e-5, atol=0.0)
     case.checked.add("relation_returned")
     kept = top_k(corrected, hyper["budget"])
     case.check("keep_mask", torch.zeros(n, dtype=torch.bool).index_fill(0, kept[0], True))
@@ -145,8 +144,8 @@ def trend_fit(case):
     case.check("mu_sigma_nonlinear", torch.tensor([mu, sigma], dtype=torch.float64))
     raw = case.tensor("attention")[None]
     method = Debias(FastV(), sigma=sigma)
-    case.check("weight", method.weight(raw)[0].double())
-    order = torch.sort(raw[0] * method.weight(raw)[0], descending=True, stable=True).indices
+    case.check("weight", method.weight(raw)[0])
+    order = (raw[0] * method.weight(raw)[0]).sort(descending=True, stable=True).indices
     case.check("debiased_rank", order, word="parameters")
 
 
