@@ -4,8 +4,8 @@
 Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models", arXiv:2503.03321 (ICLR 2025).
 
 Deviations: sinks are found anew in every prompt and kept per sample (the official code never resets them); the last layer is left
-alone, as in the paper (``skip_last_layer``); only text rows after the picture are edited in a prompt, always; a row whose visual tokens
-are all sinks is left alone. Names: ``sink_keep`` is the official code's p, ``max_sink_portion`` its rho (1 - the paper's).
+alone, as in the paper (``skip_last_layer``); in a prompt only text rows after the picture are edited; rows without a visual token
+that is no sink are left alone. Names: ``sink_keep`` is the official code's p, ``max_sink_portion`` its rho (1 - the paper's).
 Provenance: written from a description of paper and official code (commit 98e62d6, Apache-2.0); no code copied.
 """
 
@@ -21,11 +21,11 @@ from ..core.base import Method
 from ..errors import SpecError, UnsupportedError
 from ..registry import register
 
-# (model type, hidden size, layers) of a backbone -> published sink dimensions
+# (model type, width, layers, key heads) of a backbone -> published sink dimensions; key heads tell Llama-2 from Llama-3
 SINK_DIMS = {
-    ("llama", 4096, 32): (1415, 2533),
-    ("llama", 5120, 40): (2100, 4743),
-    ("qwen2", 3584, 28): (458, 2570),
+    ("llama", 4096, 32, 32): (1415, 2533),
+    ("llama", 5120, 40, 40): (2100, 4743),
+    ("qwen2", 3584, 28, 4): (458, 2570),
 }
 
 
@@ -63,8 +63,10 @@ class VAR(Method):
         for name in ("sink_keep", "max_sink_portion", "min_visual_mass"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SpecError(f"{name}={getattr(self, name)}; expected a share in [0, 1]")
-        if self.tau <= 0 or self.first_layer < 0:
+        if not self.tau > 0 or self.first_layer < 0:
             raise SpecError(f"tau={self.tau}, first_layer={self.first_layer}; expected tau > 0 and first_layer >= 0")
+        if self.dims is not None and (not self.dims or min(self.dims) < 0):
+            raise SpecError(f"dims={list(self.dims)}; expected one or more dimensions of the hidden state, counted from 0")
 
     def acts_on(self, depth: int) -> range:
         layers = range(self.first_layer, depth - self.skip_last_layer)
@@ -75,34 +77,36 @@ class VAR(Method):
     def prepare(self, language_model: Any) -> VAR:
         """This method with its sink dimensions settled for a backbone."""
         config = language_model.config
-        dims = self.dims or SINK_DIMS.get((config.model_type, config.hidden_size, config.num_hidden_layers))
-        dims = dims or find_sink_dims(language_model, self.tau)
-        if max(dims) >= config.hidden_size:
-            raise SpecError(
-                f"dims={dims} but hidden states have {config.hidden_size} dimensions; give the sink dimensions of this backbone"
-            )
+        width = config.hidden_size
+        key = (config.model_type, width, config.num_hidden_layers, config.num_key_value_heads)
+        dims = self.dims or SINK_DIMS.get(key) or find_sink_dims(language_model, self.tau)
+        if max(dims) >= width:
+            raise SpecError(f"dims={dims} but hidden states have {width} dimensions; give the sink dimensions of this backbone")
+        if self.tau >= width**0.5:
+            raise SpecError(f"tau={self.tau}; expected less than {width**0.5:.1f}, which no state of width {width} exceeds")
         return replace(self, dims=tuple(dims))
 
     def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
         """(B, n) bool, the sinks among the tokens that enter a layer (B, n, D)."""
         return sink_strength(hidden, self.dims) > self.tau
 
+    def image_centric(self, attention: Tensor, sinks: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of (B, H, R, S) attention: which rows are edited, their visual mass, the share of it on sinks; each (B, H, R)."""
+        sinks, visual = sinks[:, None, None], visual[:, None, None]
+        mass = (attention * visual).sum(-1)
+        portion = (attention * (visual & sinks)).sum(-1) / (mass + 1e-6 * visual.sum(-1))
+        some_sinks = (visual & sinks).any(-1)
+        return (portion <= self.max_sink_portion) & (mass >= self.min_visual_mass) & some_sinks, mass, portion
+
     def reweight(self, attention: Tensor, sinks: Tensor, visual: Tensor) -> Tensor:
         """Edited attention (B, H, R, S), rows still sum to 1; sinks and visual (B, S)."""
-        sinks, visual = sinks[:, None, None], visual[:, None, None]
-        mass = (attention * visual).sum(-1, keepdim=True)  # (B, H, R, 1)
-        on_sinks = (attention * (visual & sinks)).sum(-1, keepdim=True)
-        portion = on_sinks / (mass + visual.sum(-1, keepdim=True) * 1e-6)
-        rest = mass - on_sinks
-        chosen = (
-            (portion <= self.max_sink_portion)
-            & (mass >= self.min_visual_mass)
-            & (visual & sinks).any(-1, keepdim=True)
-            & (rest > 0)
-        )
-        budget = (1 - self.sink_keep) * (attention * sinks).sum(-1, keepdim=True)
-        factor = torch.where(sinks, self.sink_keep, torch.where(visual, 1 + budget / rest.clamp_min(1e-12), 1.0))
-        return torch.where(chosen, attention * factor, attention)
+        chosen = self.image_centric(attention, sinks, visual)[0][..., None]
+        sinks, others = sinks[:, None, None], (visual & ~sinks)[:, None, None]
+        budget = (1 - self.sink_keep) * (attention * sinks).sum(-1, keepdim=True)  # (B, H, R, 1), text sinks too
+        rest = (attention * others).sum(-1, keepdim=True)
+        share = attention * others / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+        edited = attention * torch.where(sinks, self.sink_keep, 1.0) + budget * share
+        return torch.where(chosen & (rest > 0), edited, attention)
 
 
 def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -121,11 +125,13 @@ def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
             f"{config.model_type} has no BOS token to find sink dimensions with; give them, as in var(dims=[1415,2533])"
         )
     seen: list[Tensor] = []
-    layers = language_model.layers[config.num_hidden_layers // 4 : -config.num_hidden_layers // 4 or None]
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
-        for layer in layers
-    ]
+
+    def see(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    quarter = config.num_hidden_layers // 4
+    middle = language_model.layers[quarter : config.num_hidden_layers - quarter]
+    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in middle]
     try:
         with torch.no_grad():
             language_model(input_ids=torch.tensor([[int(bos)]], device=language_model.device), use_cache=False)
@@ -137,7 +143,7 @@ def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
     found = tuple((massive.float().mean(0) > 0.5).nonzero()[:, 0].tolist())
     if not found:
         raise UnsupportedError(
-            f"no sink dimensions in this {config.model_type} backbone of width {config.hidden_size}: no dimension of a BOS token exceeds "
-            f"{tau} times its RMS in the middle layers; give them and a lower tau, as in var(dims=[7,21],tau=4.0), or prune instead"
+            f"no sink dimensions in this {config.model_type} backbone of width {config.hidden_size}: no dimension of a BOS token "
+            f"exceeds {tau} times its RMS in the middle layers; give them and a lower tau, as in var(dims=[7,21],tau=4.0)"
         )
     return found
