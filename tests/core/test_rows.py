@@ -20,7 +20,10 @@ TEXTS = {
     "qwen2_bias": ("Qwen2", {}),
     "qwen2_hybrid": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3_head_norms": ("Qwen3", {"head_dim": 8}),
-    "gemma2_softcap": ("Gemma2", {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0}),
+    "gemma2_softcap": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0},
+    ),
     "phi_half_rotated": ("Phi3", {"partial_rotary_factor": 0.5, "pad_token_id": 0}),
 }
 SUPPORTED = [name for name in TEXTS if not name.startswith("phi")]
@@ -29,7 +32,9 @@ SUPPORTED = [name for name in TEXTS if not name.startswith("phi")]
 def decoder(name, layers=2):
     prefix, options = TEXTS[name]
     fields = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
-    config = getattr(transformers, prefix + "Config")(**{**fields, "num_key_value_heads": 2, **options}, attn_implementation="eager")
+    config = getattr(transformers, prefix + "Config")(
+        **{**fields, "num_key_value_heads": 2, **options}, attn_implementation="eager"
+    )
     torch.manual_seed(0)
     model = getattr(transformers, prefix + "Model")(config).eval()
     for weight in model.parameters():  # the usual std of 0.02 makes every softmax flat

@@ -71,9 +71,11 @@ class InsideHost:
 
     def _refuse_checkpointing(self) -> None:
         language_model = self.session.adapter.language_model
-        if language_model.training and language_model.is_gradient_checkpointing:
+        # read off the modules: transformers renamed the property that says it
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
+        if language_model.training and recomputes:
             raise UnsupportedError(
-                f"{self.method.name} cuts inside the language model, which gradient checkpointing would recompute without its cuts; "
+                f"{self.method.name} cuts inside the language model, which gradient checkpointing would recompute without cuts; "
                 "call model.gradient_checkpointing_disable(), or prune before the language model, e.g. with 'fastervlm@64'"
             )
 
