@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..registry import option_fields
 from ..spec import Part
 
 FORMAT = {"format": "vlmprune.calibration", "version": 1}
+STEEPEST = 20  # sigma; published ones are 0.8 to 2.7, steeper ones follow a single peak
 _ATTENTION = {"text_attention", "cls_attention", "received_attention"}
 # what decides the shape of attention and is written alike by all versions of transformers
 _PARTS = ("", "text_config", "vision_config")
@@ -106,8 +106,10 @@ class Calibration:
             raise SpecError(f"{str(path)!r} is no calibration file of version {FORMAT['version']}; {make}")
         if content.pop("sha256") != _digest(content):
             raise SpecError(f"calibration file {str(path)!r} was changed since it was written: its hash does not fit; {make}")
-        if not isinstance(content["sigma"], float) or not math.isfinite(content["sigma"]):
-            raise SpecError(f"calibration file {str(path)!r} has sigma={content['sigma']!r}; expected a finite number; {make}")
+        if not (isinstance(content["sigma"], float) and abs(content["sigma"]) <= STEEPEST):
+            raise SpecError(
+                f"{str(path)!r} has sigma={content['sigma']!r}; expected a number from -{STEEPEST} to {STEEPEST}; {make}"
+            )
         return cls(**{name: content[name] for name in names})
 
     def check(self, config: Any, path: str) -> None:
@@ -146,7 +148,7 @@ def text_of(method: Method) -> str:
     """The spec of a method without a budget, with the options that are not at their defaults."""
     given = {option.name: getattr(method, option.name) for option in option_fields(type(method))}
     default = {option.name: option.default for option in option_fields(type(method))}
-    return str(Part(method.name, {name: value for name, value in given.items() if value != default[name]}))
+    return str(Part(method.name, tuple((name, value) for name, value in given.items() if value != default[name])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +211,11 @@ def calibrate(model: Any, inputs: Iterable[Mapping[str, Any]], base: Any, path: 
         raise SpecError(f"{samples} samples hold pictures of {lengths} tokens; expected pictures of one size to average")
     mean = torch.stack(recorder.seen).mean(0).numpy()
     mu, sigma = fit_exponential(mean)
+    if abs(sigma) > STEEPEST:
+        raise SpecError(
+            f"the mean of {len(recorder.seen)} pictures has no smooth trend: sigma={sigma:.3g}, expected -{STEEPEST} to "
+            f"{STEEPEST}; average more pictures"
+        )
     found = Calibration(sigma, mu, text_of(method), lengths[0], len(recorder.seen), samples, *recorder.models[-1])
     found.save(path)
     return found

@@ -21,7 +21,7 @@ from ..core.base import Merged, Method, act_as, one_of
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError, SpecError, UnsupportedError
 from ..registry import register
-from .calibration import Calibration, calibrate, check_ranks_by_attention, text_of
+from .calibration import STEEPEST, Calibration, calibrate, check_ranks_by_attention, text_of
 from .padding import RULES, real_patches
 
 __all__ = ["Debias", "calibrate"]
@@ -29,8 +29,8 @@ __all__ = ["Debias", "calibrate"]
 TRENDS = ("auto", "constants", "self", "none")
 # mean over ten test sets of the released tables, LLaVA-1.5-7B with 576 patches: the release has one value per set
 PUBLISHED = {"pyramiddrop": 1.89, "sparsevlm": 1.94}
-# the released table of FastV is the reciprocal of this polynomial in 576 x, for all sets
-CUBIC = (2.5691135e-8, -1.4597908e-5, 3.0151976e-3, 1.0)
+# the released table of FastV, one for all sets, is 1 / (1 + a s + b s^2 + c s^3) with s = 576 x
+CUBIC = (3.0151976e-3, -1.4597908e-5, 2.5691135e-8)
 
 
 @register("debias")
@@ -86,8 +86,10 @@ class Debias(Method):
         if self.sigma is not None:
             if self.trend != "auto":
                 raise SpecError(f"trend={self.trend!r} and sigma={self.sigma} were given; give one of them")
-            if not abs(self.sigma) <= 20:
-                raise SpecError(f"sigma={self.sigma}; expected a number from -20 to 20 (0.8 to 2.7 are published)")
+            if not abs(self.sigma) <= STEEPEST:
+                raise SpecError(
+                    f"sigma={self.sigma}; expected a number from -{STEEPEST} to {STEEPEST} (0.8 to 2.7 are published)"
+                )
             return float(self.sigma)
         if self.trend.endswith(".json"):
             found = Calibration.load(self.trend)
@@ -98,7 +100,7 @@ class Debias(Method):
             object.__setattr__(self, "calibration", found)
             return found.sigma
         one_of("trend", self.trend, (*TRENDS, "path of a .json file"))
-        known = {**PUBLISHED, "fastv": "cubic"}
+        known: dict[str, str | float] = {**PUBLISHED, "fastv": "cubic"}
         if self.trend == "constants" and self.inner.name not in known:
             raise SpecError(
                 f"no constants are published for {self.inner.name!r}, only for {sorted(known)}; use trend=self, sigma=..., "
@@ -129,9 +131,7 @@ class Debias(Method):
         real = self._real(tokens)
         found = (raw * self.weight(raw, real)).float()
         if not bool(((raw >= 0) & found.isfinite()).all()):
-            raise InvariantError(
-                f"{self.inner.name}: scores to debias are negative or not finite; attention is neither. Check them"
-            )
+            raise InvariantError(f"{self.inner.name} gave scores below zero or not finite, which attention cannot be; check them")
         if real is None:
             return found
         place = torch.sort(0.0 - raw, dim=-1, stable=True).indices.argsort(dim=-1)  # 0 for the highest
@@ -143,8 +143,8 @@ class Debias(Method):
         if self.curve == "none":
             return torch.ones_like(x)
         if self.curve == "cubic":
-            steps = 576 * x
-            return 1 / sum(factor * steps**power for power, factor in enumerate(reversed(CUBIC)))
+            (a, b, c), s = CUBIC, 576 * x
+            return 1 / (1 + s * (a + s * (b + s * c)))
         sigma = own_sigma(raw, x, real) if self.curve == "self" else self.curve
         return torch.exp(-sigma * x)
 
