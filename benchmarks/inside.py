@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods that act inside the language model cost, end to end: time to first token, pictures encoded beforehand.
+
+Methods that cut there, such as fastv, have a tax:
+
+    tax = attached / ideal
+
+* dense: 576 encoded tokens, nothing attached.
+* attached: the same with the method attached.
+* ideal: a plain loop over the decoder layers, whose cuts are given: layers before the first cut read everything, later ones the
+  very rows that the method keeps, at the positions that it gives them. The embeddings are given as well, and no mask is made,
+  so merging text and picture and making masks counts against the method.
+
+Methods that edit attention, such as var, have an overhead instead: attached / dense - 1. "edited_share" says in how many of the
+(layer, head, row) triples shown to the method it changed anything: an overhead means nothing where that is none.
+
+All sides fill a KV cache, run the model's own modules and end with the first token on the host. Timed in rounds, in rotating
+order; reported are medians, and for ratios the median over rounds of the ratio within a round. Nothing is timed while the
+picture is encoded: these methods read nothing of the tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import vlmprune
+from vlmprune.errors import UnsupportedError, VlmPruneError
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
+from llava_shape import SIZES, TEXT, Prompt, build
+from tax import _count, conditions, race, save, spread
+
+
+class InsidePrompt(Prompt):
+    """A prompt whose free side has its cuts inside the language model."""
+
+    cuts: dict[int, tuple[Tensor, Tensor]]  # layer -> (n,) rows of its input that stay and (1, n) their positions
+
+    def prepare(self, session: Any) -> Tensor:
+        """Encode and run once attached, take over the cuts that were made; returns the logits."""
+        self.cuts, layers = {}, self.model.model.language_model.layers
+        with session:
+            hooks = [layer.register_forward_pre_hook(partial(self._note, session, i)) for i, layer in enumerate(layers)]
+            try:
+                self.encoded = self.encode()
+                logits = self.merged()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        table, ids = self.model.get_input_embeddings(), self.ids["input_ids"]
+        rows = self.encoded.pooler_output[0][None]
+        self.embeds = torch.cat([table(ids[:, : TEXT[0]]), rows, table(ids[:, -TEXT[1] :])], dim=1)
+        return logits
+
+    def _note(self, session: Any, index: int, module: nn.Module, args: tuple) -> None:
+        for start, compaction in session.call.compactions:
+            if start == index:
+                self.cuts[index] = (compaction.index[0].clone(), session.call.frame(index).position_ids.clone())
+
+    def given(self) -> Tensor:
+        """First token of the loop whose cuts cost nothing; without a mask attention is causal."""
+        lm = self.model.model.language_model
+        hidden, cache = self.embeds, DynamicCache(config=lm.config)
+        angles = lm.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+        for index, layer in enumerate(lm.layers):
+            if index in self.cuts:
+                kept, positions = self.cuts[index]
+                hidden = hidden.index_select(1, kept)
+                angles = lm.rotary_emb(hidden, positions)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=angles, past_key_values=cache, use_cache=True)
+        logits = self.model.lm_head(lm.norm(hidden)[:, -1])
+        logits.argmax(dim=-1).item()  # waits for the device
+        return logits
+
+
+class Watch:
+    """Stands in for a re-weighting method and counts the (head, row) pairs that it changes."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.edited, self.shown = method, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
+        new = self.method.reweight(attention, marked, visual)
+        changed = (new != attention).any(dim=-1)  # (B, H, R)
+        self.edited, self.shown = self.edited + int(changed.sum()), self.shown + changed.numel()
+        return new
+
+
+def edited_share(session: Any, prompt: Prompt) -> float:
+    """Share of the (layer, head, row) triples shown to the method in which it changes the attention."""
+    host = session.reweight
+    watch = Watch(host.method)
+    host.method = watch
+    try:
+        with session:
+            prompt.merged()
+    finally:
+        host.method = watch.method
+    return watch.edited / watch.shown
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one spec."""
+    size = SIZES[options.size]
+    model = build(size, options.device, getattr(torch, options.dtype))
+    session = vlmprune.prune(model, options.spec)
+    if session.before is not None or (session.inside is None) == (session.reweight is None):
+        raise UnsupportedError(
+            f"{session.spec!r} is not one method that acts inside the language model; tax.py measures the others"
+        )
+    prompt = InsidePrompt(model, size)
+    attached = prompt.prepare(session)
+    entries = {"dense": (False, prompt.merged), "attached": (True, prompt.merged)}
+    report = {"tokens_per_layer": session.last.tokens_per_layer}
+    if session.inside is not None:
+        entries["ideal"] = (False, prompt.given)
+        ratios = {"tax": ("attached", "ideal"), "speedup": ("dense", "attached"), "ideal_speedup": ("dense", "ideal")}
+        report["logits_difference"] = (prompt.given() - attached).abs().max().item()
+    else:
+        ratios = {"overhead": ("attached", "dense")}
+        report["logits_change"] = (prompt.merged() - attached).abs().max().item()
+        report["edited_share"] = edited_share(session, prompt)
+    seconds = race(session, entries, options.repeats, options)
+    lists = {name: [a / b for a, b in zip(seconds[x], seconds[y], strict=True)] for name, (x, y) in ratios.items()}
+    if "overhead" in lists:
+        lists["overhead"] = [ratio - 1 for ratio in lists["overhead"]]
+    return {
+        "spec": session.spec,
+        **{name: median(values) for name, values in lists.items()},
+        "seconds": {side: median(values) for side, values in seconds.items()},
+        "spreads": {name: spread(values) for name, values in (lists | seconds).items()},
+        **report,
+        "shape": {"tokens": size.tokens, "text_tokens": sum(TEXT), **asdict(size)},
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        **{name: getattr(options, name) for name in ("dtype", "clock", "repeats", "warmup")},
+    }
+
+
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what one method inside the language model costs.")
+    parser.add_argument("--spec", required=True, help="such as 'fastv(layer=2)@64'")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small")
+    parser.add_argument("--repeats", type=_count, default=15, help="rounds")
+    parser.add_argument("--warmup", type=_count, default=2, help="rounds that are not counted")
+    parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="process: CPU seconds, for a busy machine")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that takes the row, in place of an older one like it")
+    parser.add_argument("--json", action="store_true", help="print the row as the last line")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parse_arguments(words)
+    try:
+        if options.device == "cuda" and (options.clock == "process" or not torch.cuda.is_available()):
+            raise UnsupportedError(
+                "--device cuda needs a GPU that torch sees, and --clock wall: CPU seconds say nothing about it"
+            )
+        vlmprune.parse(options.spec)  # before the model is built
+        torch.set_num_threads(options.threads)
+        start = conditions()
+        row = measure(options) | start | {"load_after": os.getloadavg()[0]}
+    except VlmPruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if "tax" in row:
+        low, high = row["spreads"]["tax"]
+        faster = f"{row['speedup']:.2f}x faster than dense, {row['ideal_speedup']:.2f}x if choosing were free"
+        print(f"{row['spec']}: tax {row['tax']:.3f} (p20 {low:.3f}, p80 {high:.3f}); {faster}")
+    else:
+        low, high = row["spreads"]["overhead"]
+        share = f"edits {row['edited_share']:.1%} of what it is shown"
+        print(f"{row['spec']}: overhead {row['overhead']:.1%} (p20 {low:.1%}, p80 {high:.1%}); {share}")
+    if options.out:
+        save(row, options.out)
+    if options.json:
+        print(json.dumps(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
