@@ -79,7 +79,7 @@ def resolve_all(
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
-        if budget is None and method.budgeted and need_keep:
+        if budget is None and method.budgeted and need_keep and method.stage == "before_lm":
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
@@ -97,6 +97,10 @@ def resolve_all(
 def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
     """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame."""
     built, _, text = resolve(method, need_keep=False)
+    if built.stage != "before_lm":
+        raise UnsupportedError(
+            f"{text!r} looks inside the language model, which score does not run; use prune(...) and read run.last.keep"
+        )
     if built.kind() != "score":
         raise UnsupportedError(
             f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)"

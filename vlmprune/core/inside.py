@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvariantError, UnsupportedError
-from .base import Merged, Stage
+from .base import Merged
 from .call import Call
 from .compaction import Compaction
 from .cutting import Cut, keep_maps
@@ -297,6 +297,3 @@ def _move(inside: Inside, compaction: Compaction) -> None:
         span.columns = where[span.row][span.columns]
     inside.raters = inside.raters.gather(1, compaction.index) & compaction.valid
     inside.text = inside.text.gather(1, compaction.index) & compaction.valid
-
-
-__all__ = ["InsideHost", "Stage"]
