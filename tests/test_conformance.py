@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from vlmprune.core.frames import Frame
+from vlmprune.core.inside import InsideHost
+from vlmprune.core.rows import LayerInput
 from vlmprune.registry import get, list_methods
 from vlmprune.testing.conformance import Subject, all_checks, default_spec, run_check, run_checks
 from vlmprune.testing.tiny import FAMILIES, VARIANTS
 
 METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
 OPTIONS = ["fastervlm(cls=mean)@9", "visionzip(cls=mean)@12", "visionzip(contextual=2,combine=mean)@12", "random(seed=3)@0.3",
-           "fastervlm@4/crop", "random@5/crop", "random@20/total", "divprune@20/total", "pool@5/crop"]  # fmt: skip
+           "fastervlm@4/crop", "random@5/crop", "random@20/total", "divprune@20/total", "pool@5/crop",
+           "fastv(layer=1)@0.4", "fastv(layer=3)@50", "pyramiddrop(layers=[1,3])@0.4"]  # fmt: skip
 QUICK = [Subject(default_spec(method), family) for method in METHODS for family in FAMILIES]
 MORE = [
     *(Subject(spec, family) for spec in OPTIONS for family in ("llava", "llava_next", "llava_onevision")),
-    *(Subject(spec, *variant) for variant in VARIANTS for spec in ("fastervlm@9", "random@9")),
+    *(Subject(spec, *variant) for variant in VARIANTS for spec in ("fastervlm@9", "random@9", "fastv@9", "pyramiddrop@0.5")),
 ]
 
 
@@ -51,6 +56,19 @@ def test_run_checks_reports_every_check_of_every_family_asked_for() -> None:
     assert results == seen and {r.check for r in results} == set(all_checks()) and {r.family for r in results} == {"llava"}
 
 
+def test_a_bare_name_gets_a_budget_that_its_schedule_can_meet() -> None:
+    bare = ("uniform", "fastv", "pyramiddrop")
+    assert [default_spec(name) for name in bare] == ["uniform@0.25", "fastv@0.25", "pyramiddrop@0.5"]
+    scheduled = "pyramiddrop(shares=(0.5,0.4,0.3))"
+    assert [default_spec(spec) for spec in ("fastv@9", scheduled)] == ["fastv@9", scheduled]
+
+
+def test_a_schedule_without_a_budget_is_checked_as_far_as_it_goes() -> None:
+    results = run_checks("pyramiddrop(shares=[0.5,0.4,0.3])", ["llava"])
+    by_status = {status: {r.check for r in results if r.status == status} for status in ("fail", "unsupported")}
+    assert by_status["fail"] == set() and {"keep_all_is_dense", "more_keeps_more"} <= by_status["unsupported"]
+
+
 def test_a_broken_method_fails_conformance(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a cut that shifts every kept token by one is caught."""
     from vlmprune.core import cutting
@@ -66,3 +84,36 @@ def test_a_broken_method_fails_conformance(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cutting, "_place", shifted)
     failed = {r.check for r in run_checks("uniform@9", ["llava"]) if r.status == "fail"}
     assert "cut_equals_hand_built" in failed
+
+
+def rank_by_the_first_word(self, call, hidden, original=InsideHost._find_raters):
+    original(self, call, hidden)
+    call.units.raters = call.units.raters.roll(-1, dims=1)
+
+
+def recount_positions(self, language_model, hidden, original=Frame.angles):
+    self.position_ids = torch.arange(hidden.shape[1])[None] if self.start else self.position_ids
+    return original(self, language_model, hidden)
+
+
+def make_no_mask(self, config, kind, layer, hidden, cache):
+    return None
+
+
+def attend_from_everywhere(self, rows, original=LayerInput.attention):
+    every = torch.arange(self.hidden.shape[1])[None].expand(self.hidden.shape[0], -1)
+    return original(self, every).gather(2, rows[:, None, :, None].expand(-1, 4, -1, self.valid.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "mistake", "caught_by"),
+    [
+        (InsideHost, "_find_raters", rank_by_the_first_word, "cut_equals_hand_built"),
+        (Frame, "angles", recount_positions, "cut_equals_hand_built"),
+        (Frame, "_make_mask", make_no_mask, "every_mode_equals_kept_embeddings"),
+        (LayerInput, "attention", attend_from_everywhere, "no_attention_map"),
+    ],
+)
+def test_a_broken_cut_inside_the_language_model_fails_conformance(monkeypatch, owner, name, mistake, caught_by) -> None:
+    monkeypatch.setattr(owner, name, mistake)
+    assert caught_by in {r.check for r in run_checks("fastv@9", ["llava"]) if r.status == "fail"}

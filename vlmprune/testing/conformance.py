@@ -79,6 +79,11 @@ class Subject:
         """The same method at another budget."""
         if not self.method.budgeted:
             raise UnsupportedError(f"{self.method.name} takes no budget")
+        if self.inside:
+            try:
+                self.method.stages(LAYERS, Budget(keep, scope), GRID * GRID)
+            except SpecError as error:  # its options set a schedule that this budget does not fit
+                raise UnsupportedError(str(error)) from error
         return Subject(str(parse(self.spec).with_keep(Budget(keep, scope))), self.family, self.tower, self.text)
 
 
