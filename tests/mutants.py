@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("[CLS] column not removed", "core/capture.py", "keys, heads, scale)[..., 1:]", "keys, heads, scale)[..., :-1]", tests="tests/golden"),
     Mutant("off-by-one layer", "core/capture.py", "index = layer + count if layer < 0", "index = layer + count - 1 if layer < 0", tests="tests/golden"),
     Mutant("attention map held", "core/capture.py", "        first, needs = int(self.capture.cls), self.capture.needs", "        first, needs = int(self.capture.cls), self.capture.needs\n        queries @ keys.transpose(1, 2)"),
-    Mutant("off-by-one layer inside", "methods/fastv.py", "source=self.layer - 1", "source=self.layer", spec="fastv(layer=2)@9"),
+    Mutant("off-by-one layer inside", "methods/fastv.py", "source=self.layer - 1", "source=self.layer", tests="tests/methods/test_fastv.py"),
     Mutant("wrong query row inside", "core/inside.py", "raters[row, end[-1]] = True", "raters[row, end[0]] = True", spec="fastv(layer=2)@9"),
     Mutant("wrong position policy inside", "methods/fastv.py", 'positions: ClassVar[str] = "original"', 'positions: ClassVar[str] = "compact"', tests="tests/golden"),
     Mutant("later layers keep the old mask", "core/inside.py", 'kwargs["attention_mask"] = frame.mask(', 'frame.mask(', spec="fastv(layer=2)@9"),

@@ -138,11 +138,10 @@ class InsideHost:
                 self._find_raters(call, hidden)
             if index in self.sources:
                 own = self.sources[index] == index
-                hidden = self._stage(
-                    call, index, hidden, self._given(call, index, module, hidden, kwargs) if own else inside.saved
-                )
-            # what the next layer's cut asks for is what this layer reads, after its own cut
-            inside.saved = self._given(call, index, module, hidden, kwargs) if self.sources.get(index + 1) == index else None
+                source = self._given(call, index, module, hidden, kwargs) if own else inside.saved
+                hidden = self._stage(call, index, hidden, source)
+            if self.sources.get(index + 1) == index:  # for the next layer's cut; this layer will have filled its cache by then
+                inside.saved = self._given(call, index, module, hidden, kwargs, runs=True)
         frame = call.frame(index)
         if frame.start == 0:
             return None
@@ -157,12 +156,13 @@ class InsideHost:
             return (hidden, *args[1:]), kwargs
         return (), {**kwargs, "hidden_states": hidden}
 
-    def _given(self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> LayerInput:
-        frame = call.frame(index)
-        cos, sin = (
-            kwargs["position_embeddings"] if frame.start == 0 else frame.angles(self.session.adapter.language_model, hidden)
-        )
-        return LayerInput(module, index, hidden, cos, sin, frame.valid, call.cache_of(kwargs))
+    def _given(
+        self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], runs: bool = False
+    ) -> LayerInput:
+        frame, cache = call.frame(index), call.cache_of(kwargs)
+        made = kwargs["position_embeddings"] if frame.start == 0 else None
+        cos, sin = made or frame.angles(self.session.adapter.language_model, hidden)
+        return LayerInput(module, index, hidden, cos, sin, frame.valid, cache, updated=runs and cache is not None)
 
     def _find_raters(self, call: Call, hidden: Tensor) -> None:
         """Query columns: the method's raters, or the last token of the prompt."""
