@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.core.base import Merged, Method
-from vlmprune.core.cutting import Cut, cut_pictures, keep_maps
 from vlmprune.core.call import assign
+from vlmprune.core.cutting import Cut, cut_pictures, keep_maps
 from vlmprune.core.pictures import Picture, make_units
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError

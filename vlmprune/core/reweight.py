@@ -2,8 +2,8 @@
 """Attention re-weighting: the third slot. Chosen rows of chosen layers get another attention; the layer stays on its fast path.
 
 After a layer's attention module has run, the rows that the method edits are recomputed, and what the edit changes, ``(A' - A) V``
-through the output projection, is added to the module's output. That is exact, since the output is linear in the attention. Marks that a
-method makes in a prompt (sinks) and the visual columns ride on the KV cache, for decode steps.
+through the output projection, is added to the module's output. That is exact, since the output is linear in the attention. Marks
+that a method makes in a prompt (sinks) and the visual columns ride on the KV cache, for decode steps.
 """
 
 from __future__ import annotations

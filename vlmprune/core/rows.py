@@ -2,7 +2,8 @@
 """Attention rows of a decoder layer, recomputed for the few queries that are needed.
 
 The layer's own norm, projections and rotary angles are used, in float32 from the logits on, one layer at a time: the model keeps
-SDPA or FlashAttention and no L x L map is ever made. B prompts, R query rows, P slots held before this call, q fed in it, S = P + q.
+SDPA or FlashAttention and no L x L map is ever made. B prompts, R query rows, P slots held before this call, q fed in it,
+S = P + q.
 """
 
 from __future__ import annotations
