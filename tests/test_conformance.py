@@ -10,7 +10,7 @@ from vlmprune.core.frames import Frame
 from vlmprune.core.inside import InsideHost
 from vlmprune.core.rows import LayerInput
 from vlmprune.registry import get, list_methods
-from vlmprune.testing.conformance import Subject, all_checks, default_spec, run_check, run_checks
+from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
 from vlmprune.testing.tiny import FAMILIES, VARIANTS
 
 METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
@@ -32,21 +32,23 @@ def has_cls(subject: Subject) -> bool:
     return (subject.tower or ("siglip" if subject.family == "llava_onevision" else "clip")) == "clip"
 
 
-@pytest.mark.parametrize("check", all_checks())
 @pytest.mark.parametrize(
-    "subject",
-    [pytest.param(s, id=name_of(s)) for s in QUICK] + [pytest.param(s, id=name_of(s), marks=pytest.mark.slow) for s in MORE],
+    ("subject", "check"),
+    [
+        pytest.param(subject, check, id=f"{name_of(subject)}-{check}", marks=marks)
+        for subjects, marks in ((QUICK, ()), (MORE, pytest.mark.slow))
+        for subject in subjects
+        for check in checks_for(subject)
+    ],
 )
 def test_conformance(subject: Subject, check: str) -> None:
-    result = run_check(check, all_checks()[check], subject)
+    result = run_check(check, checks_for(subject)[check], subject)
     needs_cls = "cls_attention" in subject.method.needs
     if result.status == "unsupported" and needs_cls and not has_cls(subject):
         assert "cls='mean'" in result.detail
         return
     if result.status == "unsupported" and check == "threads_do_not_meet":
         pytest.skip(result.detail)  # transformers 4.57 is not thread-safe by itself
-    if result.status == "unsupported" and subject.method.kind() == "merge" and "total" in subject.spec:
-        return
     assert result.status == "pass", result.detail
 
 

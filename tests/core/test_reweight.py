@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import vlmprune
-from vlmprune.methods.var import VAR, find_sink_dims, sink_strength
+from vlmprune.methods.var import find_sink_dims
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
+from vlmprune.testing.reference_attention import AttentionTwin, visual_columns
 from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
 
 # on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough that not all are
@@ -21,59 +18,6 @@ OPTIONS = "dims=[7,21],tau=2.0,max_sink_portion=0.6,min_visual_mass=0.1,first_la
 SPEC = f"var({OPTIONS})"
 EAGER_TO_EDIT = "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
 FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
-
-
-class Twin:
-    """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model."""
-
-    def __init__(self, model: Any, method: VAR, embeds: Tensor, visual: Sequence[bool], positions: Tensor) -> None:
-        self.model, self.method, self.embeds, self.positions = model, method, embeds, positions
-        self.visual = torch.tensor(visual)
-        self.prompt = embeds.shape[1]
-        self.edited = 0
-
-    def logits(self, new: Tensor | None) -> Tensor:
-        lm = self.model.model.language_model
-        hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
-        n = hidden.shape[1]
-        extra = torch.arange(n - self.prompt)[None] + self.positions[:, -1:] + 1
-        angles = lm.rotary_emb(hidden, torch.cat([self.positions, extra], 1))
-        mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
-        visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
-        first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
-        layers = self.method.acts_on(len(lm.layers))
-        for index, layer in enumerate(lm.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[:2]
-            if index in layers and self.visual.any():
-                sinks = sink_strength(hidden, self.method.dims)[0] > self.method.tau
-                sinks[self.prompt :] = False  # sinks are those of the prompt
-                rows = maps[:, :, first_text:]
-                edited = self.method.reweight(rows, sinks[None], visual[None])
-                self.edited += int((edited != rows).any(-1).sum())
-                values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
-                new_maps = torch.cat([maps[:, :, :first_text], edited], dim=2)
-                out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
-            hidden = hidden + out
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.model.lm_head(lm.norm(hidden))[0]
-
-    def greedy(self, count: int) -> list[int]:
-        ids: list[int] = []
-        new = None
-        for _ in range(count):
-            with torch.no_grad():
-                logits = self.logits(new)[-1]
-            logits[self.model.generation_config.suppress_tokens] = -torch.inf
-            ids.append(int(logits.argmax()))
-            new = self.model.get_input_embeddings()(torch.tensor([ids])).detach()
-        return ids
-
-
-def visual_columns(model: Any, ids: Tensor) -> Tensor:
-    return (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +37,7 @@ def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
     edited = 0
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
-        twin = Twin(eager, method, embeds[row : row + 1, mask], visual, torch.arange(int(mask.sum()))[None])
+        twin = AttentionTwin(eager, method, embeds[row : row + 1, mask], visual, torch.arange(int(mask.sum()))[None])
         assert ids[row].tolist() == twin.greedy(5), f"row {row}"
         edited += twin.edited
     assert edited > 50, "hardly any head was edited: the comparison says nothing"
@@ -130,7 +74,7 @@ def test_it_composes_with_a_cut_before_the_language_model() -> None:
     first = int(columns.nonzero()[0])
     visual = [first <= i < first + 9 for i in range(kept.embeds.shape[1])]
     method = vlmprune.parse(SPEC).build()[0].method
-    assert ids == Twin(eager, method, kept.embeds, visual, kept.positions).greedy(5)
+    assert ids == AttentionTwin(eager, method, kept.embeds, visual, kept.positions).greedy(5)
     assert run.last.realised_tokens == [9]
 
 

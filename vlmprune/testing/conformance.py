@@ -26,6 +26,18 @@ from .processors import GRID
 from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model
 
 RAGGED = (1, 2, 0, 1)  # images per row of the standard batch
+# published options that need a real backbone, in a form that does something on a tiny random one
+TINY_OPTIONS = {"var": "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"}
+# checks that speak of cuts and kept tokens
+OF_CUTS = (
+    "keep_all_is_dense",
+    "cut_equals_hand_built",
+    "order_and_report",
+    "more_keeps_more",
+    "highest_scores_are_kept",
+    "every_mode_equals_kept_embeddings",
+    "second_turn",
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ def default_spec(method: str) -> str:
     """
     if method in list_methods() and get(method).wraps:
         method = f"{method}+fastervlm"
+    method = TINY_OPTIONS.get(method, method)
     built, budget, text = resolve(method, need_keep=False)
     if budget is not None or not built.budgeted:
         return text
@@ -127,6 +140,15 @@ def all_checks() -> dict[str, Callable[[Subject], None]]:
     from . import checks_generation, checks_model, checks_sequence
 
     return {**checks_sequence.CHECKS, **checks_model.CHECKS, **checks_generation.CHECKS}
+
+
+def checks_for(subject: Subject) -> dict[str, Callable[[Subject], None]]:
+    """The checks that mean something for a method: those of cuts, or those of re-weighting in their place."""
+    from . import checks_attention
+
+    if subject.method.stage != "attention":
+        return all_checks()
+    return {**checks_attention.CHECKS, **{name: check for name, check in all_checks().items() if name not in OF_CUTS}}
 
 
 def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> CheckResult:
@@ -159,7 +181,7 @@ def run_checks(
     results = []
     for family in families or FAMILIES:
         subject = Subject(default_spec(spec), family)
-        for name, check in all_checks().items():
+        for name, check in checks_for(subject).items():
             results.append(run_check(name, check, subject))
             if on_result is not None:
                 on_result(results[-1])

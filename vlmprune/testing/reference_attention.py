@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slow eager twin of attention re-weighting: maps are edited as maps, everything is recomputed for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.base import Method
+
+
+def visual_columns(model: Any, ids: Tensor) -> Tensor:
+    return (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
+
+
+class AttentionTwin:
+    """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model."""
+
+    def __init__(self, model: Any, method: Method, embeds: Tensor, visual: Sequence[bool], positions: Tensor) -> None:
+        self.model, self.method, self.embeds, self.positions = model, method, embeds, positions
+        self.visual = torch.tensor(visual)
+        self.prompt = embeds.shape[1]
+        self.edited = 0
+
+    def logits(self, new: Tensor | None) -> Tensor:
+        lm = self.model.model.language_model
+        hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
+        n = hidden.shape[1]
+        extra = torch.arange(n - self.prompt)[None] + self.positions[:, -1:] + 1
+        angles = lm.rotary_emb(hidden, torch.cat([self.positions, extra], 1))
+        mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
+        visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
+        first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
+        layers = self.method.acts_on(len(lm.layers))
+        for index, layer in enumerate(lm.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[:2]
+            if index in layers and self.visual.any():
+                marked = self.method.mark(hidden, lm)[0]
+                marked[self.prompt :] = False  # marks are those of the prompt
+                rows = maps[:, :, first_text:]
+                edited = self.method.reweight(rows, marked[None], visual[None])
+                self.edited += int((edited != rows).any(-1).sum())
+                values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
+                new_maps = torch.cat([maps[:, :, :first_text], edited], dim=2)
+                out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
+            hidden = hidden + out
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(lm.norm(hidden))[0]
+
+    def greedy(self, count: int) -> list[int]:
+        ids: list[int] = []
+        new = None
+        for _ in range(count):
+            with torch.no_grad():
+                logits = self.logits(new)[-1]
+            logits[self.model.generation_config.suppress_tokens] = -torch.inf
+            ids.append(int(logits.argmax()))
+            new = self.model.get_input_embeddings()(torch.tensor([ids])).detach()
+        return ids
