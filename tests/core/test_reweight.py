@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import vlmprune
-from vlmprune.methods.var import find_sink_dims
+from vlmprune.methods.sinks import find_sink_dims, save_recipe
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
 from vlmprune.testing.reference_attention import AttentionTwin, visual_columns
@@ -109,3 +111,16 @@ def test_sink_dimensions_are_found_with_one_token() -> None:
     with torch.no_grad():
         lm.embed_tokens.weight[:, [5, 40]] += 60.0
     assert find_sink_dims(lm, tau=4.0) == (5, 40)
+
+
+def test_a_recipe_holds_what_the_search_found_and_belongs_to_its_backbone(tmp_path: Path) -> None:
+    model, path = tiny_model(layers=8), tmp_path / "recipe.yaml"
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[:, [5, 40]] += 60.0
+    assert save_recipe(model, path, tau=4.0) == (5, 40)
+    with vlmprune.prune(model, f"var(recipe={str(path)!r},tau=4.0)") as run:
+        assert run.reweight.method.dims == (5, 40)
+    with pytest.raises(vlmprune.VlmPruneError, match="this backbone is"):
+        vlmprune.prune(tiny_model(layers=4), f"var(recipe={str(path)!r},tau=4.0)")
+    with pytest.raises(vlmprune.VlmPruneError, match="cannot be read"):
+        vlmprune.prune(model, f"var(recipe={str(tmp_path / 'none.yaml')!r},tau=4.0)")

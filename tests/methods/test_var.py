@@ -217,6 +217,7 @@ def test_the_registry_describes_it():
         "min_visual_mass",
         "first_layer",
         "skip_last_layer",
+        "recipe",
     ]
     assert all(option.help for option in info.options)
 

@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 
 from ..core.base import Method
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError
 from ..registry import register
-
-# (model type, width, layers, key heads) of a backbone -> published sink dimensions; key heads tell Llama-2 from Llama-3
-SINK_DIMS = {
-    ("llama", 4096, 32, 32): (1415, 2533),
-    ("llama", 5120, 40, 40): (2100, 4743),
-    ("qwen2", 3584, 28, 4): (458, 2570),
-}
+from .sinks import SINK_DIMS, backbone, find_sink_dims, load_recipe
 
 
 @register("var")
@@ -35,7 +29,8 @@ class VAR(Method):
     """Sinks keep ``sink_keep`` of their attention; the rest goes to the other visual tokens in proportion to what they have.
 
     Args:
-        dims: sink dimensions of the backbone; None: published ones, else found with one BOS token at attach.
+        dims: sink dimensions of the backbone; None: of the recipe, else published ones, else found with one BOS token.
+        recipe: file that ``vlmprune.methods.sinks.save_recipe`` wrote for this backbone, so that the search is run once.
         tau: a token is a sink when a sink dimension exceeds tau times the RMS of its hidden state (needs width > tau^2).
         sink_keep: share of their attention that sinks keep.
         max_sink_portion: heads are edited where at most this share of the visual attention is on sinks,
@@ -51,6 +46,7 @@ class VAR(Method):
     min_visual_mass: float = 0.2
     first_layer: int = 2
     skip_last_layer: bool = True
+    recipe: str | None = None
 
     stage: ClassVar[str] = "attention"
     budgeted: ClassVar[bool] = False
@@ -65,6 +61,8 @@ class VAR(Method):
                 raise SpecError(f"{name}={getattr(self, name)}; expected a share in [0, 1]")
         if not self.tau > 0 or self.first_layer < 0:
             raise SpecError(f"tau={self.tau}, first_layer={self.first_layer}; expected tau > 0 and first_layer >= 0")
+        if self.dims is not None and self.recipe is not None:
+            raise SpecError(f"dims={list(self.dims)} and recipe={self.recipe!r}; give one of them")
         if self.dims is not None and (not self.dims or min(self.dims) < 0):
             raise SpecError(f"dims={list(self.dims)}; expected one or more dimensions of the hidden state, counted from 0")
 
@@ -78,13 +76,13 @@ class VAR(Method):
         """This method with its sink dimensions settled for a backbone."""
         config = language_model.config
         width = config.hidden_size
-        key = (config.model_type, width, config.num_hidden_layers, config.num_key_value_heads)
-        dims = self.dims or SINK_DIMS.get(key) or find_sink_dims(language_model, self.tau)
+        dims = self.dims or (load_recipe(self.recipe, config) if self.recipe else None)
+        dims = dims or SINK_DIMS.get(backbone(config)) or find_sink_dims(language_model, self.tau)
         if max(dims) >= width:
             raise SpecError(f"dims={dims} but hidden states have {width} dimensions; give the sink dimensions of this backbone")
         if self.tau >= width**0.5:
             raise SpecError(f"tau={self.tau}; expected less than {width**0.5:.1f}, which no state of width {width} exceeds")
-        return replace(self, dims=tuple(dims))
+        return replace(self, dims=tuple(dims), recipe=None)
 
     def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
         """(B, n) bool, the sinks among the tokens that enter a layer (B, n, D)."""
@@ -114,36 +112,3 @@ def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     hidden = hidden.float()
     rms = (hidden.square().mean(-1) + 1e-6).sqrt()
     return hidden[..., list(dims)].abs().amax(-1) / rms
-
-
-def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
-    """Dimensions of massive activation: where a lone BOS token exceeds tau times its RMS in most of the middle layers."""
-    config = language_model.config
-    bos = config.bos_token_id
-    if bos is None:
-        raise UnsupportedError(
-            f"{config.model_type} has no BOS token to find sink dimensions with; give them, as in var(dims=[1415,2533])"
-        )
-    seen: list[Tensor] = []
-
-    def see(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    quarter = config.num_hidden_layers // 4
-    middle = language_model.layers[quarter : config.num_hidden_layers - quarter]
-    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in middle]
-    try:
-        with torch.no_grad():
-            language_model(input_ids=torch.tensor([[int(bos)]], device=language_model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    states = torch.stack([hidden[0, 0].float() for hidden in seen])  # (layers, D)
-    massive = states.abs() > tau * (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    found = tuple((massive.float().mean(0) > 0.5).nonzero()[:, 0].tolist())
-    if not found:
-        raise UnsupportedError(
-            f"no sink dimensions in this {config.model_type} backbone of width {config.hidden_size}: no dimension of a BOS token "
-            f"exceeds {tau} times its RMS in the middle layers; give them and a lower tau, as in var(dims=[7,21],tau=4.0)"
-        )
-    return found
