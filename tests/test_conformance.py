@@ -43,12 +43,12 @@ def has_cls(subject: Subject) -> bool:
 )
 def test_conformance(subject: Subject, check: str) -> None:
     result = run_check(check, checks_for(subject)[check], subject)
+    if result.status == "unsupported" and check == "threads_do_not_meet" and "swaps forward methods" in result.detail:
+        pytest.skip(result.detail)  # transformers 4.57 is not thread-safe by itself
     needs_cls = "cls_attention" in subject.method.needs
     if result.status == "unsupported" and needs_cls and not has_cls(subject):
         assert "cls='mean'" in result.detail
         return
-    if result.status == "unsupported" and check == "threads_do_not_meet":
-        pytest.skip(result.detail)  # transformers 4.57 is not thread-safe by itself
     assert result.status == "pass", result.detail
 
 

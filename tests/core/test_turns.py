@@ -15,7 +15,7 @@ from vlmprune.errors import InvariantError
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.processors import EOS_ID
 from vlmprune.testing.reference import greedy, kept_by_hand
-from vlmprune.testing.tiny import tiny_inputs
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 NEW = 4
 Inputs = dict[str, Tensor]
@@ -185,3 +185,16 @@ def test_beams_keep_their_own_rows() -> None:
             alone = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
             alone |= {"pixel_values": inputs["pixel_values"]} if row == 0 else {}
             assert torch.equal(generate(model, alone, num_beams=3)[0], together[row])
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "fastv@9", "divprune@9"])
+def test_an_assistant_model_changes_no_answer(spec: str) -> None:
+    model, assistant, inputs = shared_model("llava", None, None), tiny_model("llava"), tiny_inputs("llava")
+    with torch.no_grad():
+        for weight in assistant.parameters():
+            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    if not torch.equal(generate(model, inputs), generate(model, inputs, assistant_model=assistant)):
+        pytest.skip("assisted decoding differs from greedy in the model without hooks")
+    with prune(model, spec):
+        want = generate(model, inputs, max_new_tokens=12)
+        assert torch.equal(generate(model, inputs, max_new_tokens=12, assistant_model=assistant), want)

@@ -56,6 +56,9 @@ class Picture:
     def count(self) -> int:
         return self.patches.shape[0]
 
+    def __deepcopy__(self, memo: dict) -> Picture:
+        return self  # never written to; assisted decoding copies what it rides on, and a copy would drag the model along
+
     def patch_features(self, index: Tensor | None = None) -> Tensor:
         """(n, D) features of some patches, of all by default; not copied where that is everything in the slots."""
         if self.count == self.length and (index is None or index.shape[0] == self.count):
