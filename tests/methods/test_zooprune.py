@@ -269,3 +269,32 @@ def test_every_tile_has_its_own_run(estimator):
         expected += [36 + (tile // 2 * 6 + p // 6) * 12 + tile % 2 * 6 + p % 6 for p in kept]
     assert run.last.keep[0].keep_idx.tolist() == sorted(expected)
     assert run.last.realised_tokens == [20]
+
+
+def test_a_merging_projector_is_probed_through_the_public_verb() -> None:
+    class Merger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.GELU(), torch.nn.Linear(12, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.map(x.unflatten(-2, (-1, 4)).flatten(-2))  # (..., P, 4) -> (..., P / 4, 8)
+
+    torch.manual_seed(0)
+    merger, patches = Merger(), torch.randn(2, 36, 4)
+    tokens = {"features": merger(patches).detach(), "encoder_features": patches, "projector": merger}
+    keep_idx = vlmprune.select("zooprune(estimator=zo)", keep=3, **tokens)
+    assert keep_idx.shape == (2, 3) and bool((keep_idx.diff() > 0).all()) and int(keep_idx.max()) < 9
+    alone = vlmprune.select(
+        "zooprune(estimator=zo)", keep=3, features=tokens["features"][1:], encoder_features=patches[1:], projector=merger
+    )
+    assert torch.equal(alone[0], keep_idx[1])
+    with pytest.raises(vlmprune.VlmPruneError, match="36 patches become 9 tokens"):
+        vlmprune.select(
+            "visionzip",
+            keep=5,
+            cls_attention=torch.rand(2, 1, 9),
+            keys=torch.rand(2, 9, 4),
+            cls_features=torch.rand(2, 1, 4),
+            **tokens,
+        )

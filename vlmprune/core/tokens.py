@@ -37,7 +37,7 @@ class VisualTokens:
         features: (B, N, D) tokens as the language model would get them (after the projector).
         cls_attention: (B, H, N) softmaxed attention of [CLS] to the patches, [CLS] entry removed, not renormalised.
         received_attention: (B, N) attention received by each patch, mean over queries and heads.
-        encoder_features: (B, N, C) patches as the projector takes them.
+        encoder_features: (B, N, C) patches as the projector takes them, or (B, r * N, C) where it merges r of them to a token.
         keys: (B, N, d) attention keys of the feature layer, mean over heads, unscaled.
         cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0 without [CLS]).
         projector: maps (..., C) to (..., D).
@@ -83,6 +83,11 @@ class VisualTokens:
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
         shapes = {name: (value.shape[0], _count(name, value)) for name, value in given.items() if name != "cls_features"}
+        if "encoder_features" in shapes and len(shapes) > 1:
+            batch, patches = shapes.pop("encoder_features")
+            units, tokens = next(iter(shapes.values()))
+            if batch != units or patches < tokens or patches % max(tokens, 1):  # a merging projector reads r patches per token
+                shapes["encoder_features"] = (batch, patches)
         if len(set(shapes.values())) > 1:
             raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
         if self.cls_features is not None and shapes and self.cls_features.shape[0] != self.batch:

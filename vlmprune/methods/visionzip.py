@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.base import Merged, Method, one_of
 from ..core.select import rest_of, top_k
 from ..core.tokens import VisualTokens
-from ..errors import SpecError
+from ..errors import SpecError, UnsupportedError
 from ..registry import register
 from .fastervlm import check_tower_options
 
@@ -123,6 +123,10 @@ class VisionZip(Method):
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         features, encoded, project = tokens.need("features"), tokens.need("encoder_features"), tokens.need("projector")
+        if encoded.shape[1] != tokens.count:
+            raise UnsupportedError(
+                f"visionzip merges before the projector, but {encoded.shape[1]} patches become {tokens.count} tokens in this one"
+            )
         cls_rows = tokens.need("cls_features") if self.cls == "token" else encoded[:, :0]  # (B, T, C)
         _, dominant, contextual = self.split(k, cls_rows.shape[1])
         groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual)
