@@ -88,12 +88,20 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "query-aware": "yes, it reads the question" if info.query_aware else "no",
         "calibrated": "yes, it uses constants fitted on data" if info.calibrated else "no",
         "nested": "yes, more budget never removes a token" if info.nested else "no",
-        "budget": "keep is required, as in @64 or @0.25" if info.budgeted else "takes none",
+        "budget": _budget(info),
         "positions": f"{info.positions} (default)",
         "paper": info.paper or "none",
         "licence": f"{info.licence} (of the code that was read for facts)" if info.licence else "no other code was read",
         "defined in": _module(info),
     }
+
+
+def _budget(info: MethodInfo) -> str:
+    if not info.budgeted:
+        return "takes none"
+    if info.stage == "inside_lm":
+        return "as in @64 or @0.25; a method with a schedule of its own runs without"
+    return "keep is required, as in @64 or @0.25"
 
 
 def example(info: MethodInfo) -> str:
@@ -104,7 +112,9 @@ def example(info: MethodInfo) -> str:
     text = info.name + (f"({required})" if required else "")
     if get(info.name).wraps:
         return f"{text}+fastervlm@64"
-    return f"{text}@64" if info.budgeted else text
+    if not info.budgeted:
+        return text
+    return f"{text}@0.5" if info.stage == "inside_lm" else f"{text}@64"  # schedules start late: few can meet 64 of 576 on average
 
 
 def _default(option: Option) -> str:

@@ -20,7 +20,7 @@ _SHOWN = {"fail": Text("FAIL", style="bold red"), "pass": Text("pass", style="gr
 
 
 def verify(
-    method: Annotated[str, typer.Argument(help="A method or a spec; without a budget, @0.25 is used.")],
+    method: Annotated[str, typer.Argument(help="A method or a spec; without a budget, @0.25, or what its schedule allows.")],
     family: Annotated[list[str] | None, typer.Option("--family", "-f", help="Only this model family; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
