@@ -32,8 +32,9 @@ def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
     with vlmprune.prune(model, SPEC):
         ids = generate(model, inputs)
         static = generate(model, inputs, cache_implementation="static")
-        # several pictures per row with beams are mixed up by transformers up to 5.17, without any hook
-        single = tiny_inputs(family, images=(1, 0, 1))
+    # several pictures per row with beams are mixed up by transformers up to 5.17, without any hook
+    single = tiny_inputs(family, images=(1, 0, 1))
+    with vlmprune.prune(model, EAGER_TO_EDIT):
         beams = generate(model, single, num_beams=3)
         alone = [generate(model, tiny_row(single, family, i, (1, 0, 1)), num_beams=3)[0] for i in (0, 2)]
     edited = 0
