@@ -14,7 +14,6 @@ layers, so cropping rejected draft tokens needs no bookkeeping.
 from __future__ import annotations
 
 import weakref
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,8 +141,3 @@ def release(cache: Any) -> None:
     if isinstance(cache, CutCacheMixin):
         cache.__class__ = type(cache).__mro__[2]
         del cache._vlmprune_state
-
-
-def fork(state: CacheState) -> CacheState:
-    """A shallow copy that may be changed without touching the original."""
-    return copy(state)

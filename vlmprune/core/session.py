@@ -220,8 +220,9 @@ class Session:
         self._local.tail = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        names = list(inspect.signature(module.forward).parameters)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
+            names = inspect.signature(module.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         continues = cache is not None and int(cache.get_seq_length()) > 0
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")

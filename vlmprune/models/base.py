@@ -126,8 +126,7 @@ class Adapter:
         extra = {}  # quantities read at the projector may still have their [CLS] row
         for name, value in found.items():
             extra[name] = value[:, value.shape[1] - n :]
-        total = self._total(modality, arguments, features)
-        counts = self.crops(modality, arguments, total)
+        counts = self.crops(modality, arguments, len(features))
         channels = torch.cat([value.float() for value in extra.values()], dim=-1) if extra else None
         if channels is not None and not bool(channels.isfinite().all()):  # NaN would be taken for a newline below
             bad = sorted(name for name, value in extra.items() if not bool(value.isfinite().all()))
@@ -169,9 +168,6 @@ class Adapter:
                 )
             )
         return pictures
-
-    def _total(self, modality: Modality, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> int:
-        return len(features)
 
     def _pack_one(
         self, modality: Modality, number: int, count: int, arguments: Mapping[str, Any], features: Tensor, channels: Tensor
