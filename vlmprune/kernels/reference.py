@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every kernel means, in plain torch: slow, clear, on any device. All other implementations are tested against this.
 
-Ranking: the lower index wins ties, NaN ranks lowest, both zeros are the same zero. Indices are int32; those of a selection ascend.
-A budget above the number of tokens takes them all. Inputs are validated by ``dispatch``.
+Ranking: the lower index wins ties, NaN ranks lowest, both zeros are the same zero. Indices are int32, those of a
+selection ascend. A budget above the number of tokens takes them all. Inputs are validated by ``dispatch``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-RESIDUAL = 1e-6  # of its start, where the residual of a token is rounding noise: it counts as 0
+RESIDUAL = 1e-5  # of its start, where the residual of a token is rounding noise: it counts as 0
 
 
 # selection and rows -------------------------------------------------------------------------------------------------------
@@ -40,9 +41,9 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
 
 
 def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> Tensor:
-    """``topk_select`` of every segment of packed scores (T,): cu_n[s] : cu_n[s+1], which keeps k[s]; indices count from its start."""
+    """``topk_select`` of the segments cu_n[s] : cu_n[s+1] of packed scores (T,), k[s] of each; indices count from their start."""
     edges = cu_n.tolist()
-    segments = [scores[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    segments = [scores[start:end] for start, end in pairwise(edges)]
     picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]
     return torch.cat([scores.new_empty(0, dtype=torch.int32), *picks])
 
