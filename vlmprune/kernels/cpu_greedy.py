@@ -112,8 +112,8 @@ def _maxmin(
 
 def _nearest(matrix: np.ndarray) -> np.ndarray:
     n = len(matrix)
-    if n == 1:
-        return np.zeros(1, matrix.dtype)
+    if n <= 1:
+        return np.zeros(n, matrix.dtype)
     found = np.empty(n, matrix.dtype)
     for start in range(0, n, _ROWS):
         part = matrix[start : start + _ROWS].copy()
@@ -147,7 +147,7 @@ Part = Callable[[int, np.ndarray], np.ndarray]
 def _dpp(residual: np.ndarray, part: Part, k: int) -> Iterator[Pick]:
     """``part`` gives of all tokens the part that a pick explains; its square leaves the residual."""
     taken = np.zeros(len(residual), bool)
-    floor = np.float32(RESIDUAL) * np.maximum(residual, 0)
+    floor = RESIDUAL * np.maximum(residual, 0)
     residual[residual <= floor] = 0
     for _ in range(k):
         token = _best(residual, taken)

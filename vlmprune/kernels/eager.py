@@ -131,7 +131,7 @@ def _similar(features: Tensor, row: Tensor) -> Tensor:
 def _nearest(features: Tensor) -> Tensor:
     """(B, N) similarity of every token to its most similar other one."""
     n = features.shape[1]
-    if n == 1:
+    if n <= 1:
         return features.new_zeros(features.shape[:2])
     found = []
     for start in range(0, n, _CHUNK):
