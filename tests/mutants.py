@@ -34,8 +34,8 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("inverted sort", "core/select.py", "torch.sort(0.0 - scores.float()", "torch.sort(scores.float()"),
-    Mutant("unsorted output", "core/select.py", "return order[:, :k].sort(dim=-1).values", "return order[:, :k]", tests="tests/core/test_select.py"),
+    Mutant("inverted sort", "core/select.py", "dispatch.topk_select(scores, k)", "dispatch.topk_select(-scores, k)"),
+    Mutant("unsorted output", "core/select.py", "topk_select(scores, k).long()", "topk_select(scores, k).long().flip(1)", tests="tests/core/test_select.py"),
     Mutant("off by one in the slots", "core/cutting.py", "keep[patches[kept[-1]]] = True", "keep[(patches[kept[-1]] + 1) % picture.length] = True"),
     Mutant("newlines dropped", "core/cutting.py", "keep = torch.ones(picture.length, dtype=torch.bool)\n    keep[patches]", "keep = torch.zeros(picture.length, dtype=torch.bool)\n    keep[patches]", family="llava_next"),
     Mutant("positions not compacted", "core/compaction.py", 'if policy == "compact":', "if False:"),

@@ -126,6 +126,8 @@ def _nearest(matrix: np.ndarray) -> np.ndarray:
 def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
     """Every pair of tokens is compared once, block by block."""
     n = len(rows)
+    if n == 1:
+        return np.zeros(1, rows.dtype)
     found = np.full(n, -np.inf, rows.dtype)
     for start in range(0, n, _BLOCK):
         mine = slice(start, start + _BLOCK)

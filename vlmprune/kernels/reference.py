@@ -107,7 +107,7 @@ def best_of(value: Tensor, taken: Tensor) -> Tensor:
 def nearest(sim: Tensor) -> Tensor:
     """(B, N) similarity of every token to its most similar other one; 0 for a token that is alone."""
     if sim.shape[-1] <= 1:
-        return torch.zeros_like(sim[..., 0])
+        return sim.new_zeros(sim.shape[:-1])
     itself = torch.eye(sim.shape[-1], dtype=torch.bool, device=sim.device)
     return sim.masked_fill(itself, -torch.inf).amax(-1)
 
