@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All launchers of Triton kernels. Importing this needs Triton; nothing else of the package does."""
+
+from __future__ import annotations
+
+from .triton_rows import gather_rows, prune, prune_varlen, unprune
+from .triton_topk import topk_select, topk_select_varlen
+
+__all__ = ["gather_rows", "prune", "prune_varlen", "topk_select", "topk_select_varlen", "unprune"]
