@@ -16,6 +16,8 @@ MAX_BLOCK = 8192  # tokens that one program holds in registers; beyond it, selec
 PROGRAMS = 132 * 12  # of one launch: what is resident on a large GPU, a few times over
 SLICE = 32 * 1024  # bytes that one program copies; larger slices leave the GPU waiting for the slowest
 TILE = 16 * 1024  # bytes of a tile of rows in registers
+# fusing a * b + c is off, or results would differ between Triton versions, whose defaults differ
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
 _compiled: dict[tuple, object] = {}
 _kinds: dict[object, tuple[frozenset[int], frozenset[int]]] = {}  # of a kernel: constants, and what it specialises on
@@ -53,8 +55,7 @@ def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) 
     if found is not None:
         found[(grid, 1, 1)](*args)
         return
-    # fusing a * b + c is off, or results would differ between Triton versions, whose defaults differ
-    compiled = kernel[(grid,)](*args, num_warps=num_warps, num_stages=1, enable_fp_fusion=False)
+    compiled = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
     if cached:
         _compiled[key] = compiled
 

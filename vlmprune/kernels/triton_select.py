@@ -26,12 +26,12 @@ def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
 
 @triton.jit
 def sortable(x):
-    """uint32 keys >= 1 in the order of float32 ``x``. In integers, so that no flush of denormals can interfere."""
+    """uint32 keys > 0 in the order of float32 ``x``. In integers: no flush of denormals, no select (some compilers trip on it)."""
     bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    bits = tl.where(magnitude == 0, 0, bits)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    return tl.where(magnitude > 0x7F800000, 1, key)
+    sign = bits >> 31
+    value = (bits ^ (sign & 0x7FFFFFFF)) - sign  # sign and magnitude to two's complement: both zeros are 0
+    key = value.to(tl.uint32, bitcast=True) + 0x807FFFFF  # to unsigned order; positive NaN wrap around to the bottom
+    return tl.maximum(key, 0x00FFFFFE)  # every NaN is one key, just below that of -inf
 
 
 @triton.jit
