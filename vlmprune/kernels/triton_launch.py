@@ -7,7 +7,8 @@ found under the facts that it was compiled for is started without that.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,26 +39,48 @@ def warps(block: int) -> int:
 
 
 def launch(kernel, grid: int, *args, num_warps: int) -> None:
-    """Start ``grid`` programs. All arguments are positional, constexprs included; ``args[0]`` is a tensor of the device."""
-    if grid == 0:
-        return
+    """Start ``grid`` programs. All arguments are positional, constants included; the first is a tensor on the device."""
+    if grid:
+        with _on(args[0].device):
+            start(kernel, grid, args, args[0].device, num_warps)
+
+
+def launch_steps(kernel, grid: int, count: int, step: str, *args, num_warps: int) -> None:
+    """``launch`` ``count`` times, with the argument named ``step``, which must not be specialised, counting up from 0."""
+    at = kernel.arg_names.index(step)
     device = args[0].device
+    again = None
+    with _on(device):
+        for i in range(count if grid else 0):
+            args = (*args[:at], i, *args[at + 1 :])
+            if again is None:
+                again = start(kernel, grid, args, device, num_warps)
+            else:
+                again(*args)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
     foreign = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if foreign else nullcontext():
-        start(kernel, grid, args, device, num_warps)
+    return torch.cuda.device(device) if foreign else nullcontext()
 
 
-def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) -> None:
-    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere (interpreter, AMD: it looks at sizes of tensors too)."""
-    cached = device.type == "cuda" and torch.version.hip is None
-    key = (kernel, device.index, num_warps, facts(kernel, args)) if cached else None
-    found = _compiled.get(key) if cached else None
-    if found is not None:
-        found[(grid, 1, 1)](*args)
-        return
-    compiled = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
-    if cached:
-        _compiled[key] = compiled
+def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) -> Callable | None:
+    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere (interpreter, AMD: it looks at sizes of tensors too).
+
+    Returns:
+        What starts the same kernel again, where that is known.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
+        return None
+    key = (kernel, device.index, num_warps, facts(kernel, args))
+    found = _compiled.get(key)
+    if found is None:
+        found = _compiled[key] = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
+        return found[(grid, 1, 1)]
+    again = found[(grid, 1, 1)]
+    again(*args)
+    return again
 
 
 def facts(kernel, args: tuple) -> tuple:
