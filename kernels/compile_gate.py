@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501
 """Compile every launch of the launch table for GPUs that need not be there, and read what the compilers made of it.
 
     python kernels/compile_gate.py                # writes its rows into kernels/compile_gate.csv, and kernels/compile_gate.md
@@ -16,9 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -76,10 +79,6 @@ class Row:
     stores_128: int
     accesses_16: int
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.triton, self.target, self.case, self.kernel
-
 
 @dataclass(frozen=True)
 class Case:
@@ -91,13 +90,90 @@ class Case:
     vector: bool = True  # its copies must be 16 bytes wide
 
 
-def compile_calls(call: Callable[[], object], target: GPUTarget) -> Iterator[tuple[object, int, object]]:
-    """(kernel, warps, compiled) of all launches of ``call``, compiled for ``target``."""
-    found = []
+# --- the launch table: every block, number of warps, form and kind of row that the launchers can choose ---------------------
+
+empty, half, ints = torch.empty, torch.bfloat16, torch.int32
+
+
+def prune(batch: int, n: int, width: int, dtype: torch.dtype = half, sides: bool = False, form: str = "auto") -> Callable:
+    length = n + 35
+    xs = [empty(batch, length, width, dtype=dtype)]
+    if sides:  # hidden states of two layers, positions, a mask
+        xs += [empty(batch, length, width, dtype=dtype), empty(batch, length, dtype=torch.int64), empty(batch, length, dtype=torch.bool)]
+    return lambda: ops.prune(empty(batch, n), 64, xs, 35, 0, form)
+
+
+def segments(count: int, longest: int, *xs: torch.Tensor) -> Callable:
+    args = empty(4096), empty(count + 1, dtype=ints), empty(count, dtype=ints), empty(count + 1, dtype=ints), 640, longest
+    return (lambda: ops.prune_varlen(*args, list(xs))) if xs else (lambda: ops.topk_select_varlen(*args))
+
+
+def attention(dtype: torch.dtype, heads: int, key_heads: int, keys: int, width: int, lse: bool) -> Callable:
+    q, k = empty(1, heads, width, dtype=dtype), empty(1, key_heads, keys, width, dtype=dtype)
+    return lambda: ops.attn_row_scores(q, k, empty(1, heads) if lse else None, 35, keys - 35, 0.1)
+
+
+def maxmin(n: int, weighted: bool = False, first: str = "nn") -> Callable:
+    return lambda: ops.greedy_maxmin(empty(1, n, n), 8, empty(1, n) if weighted else None, first)
+
+
+def maxmin_steps(n: int, width: int) -> Callable:
+    return lambda: ops.greedy_maxmin_features(empty(1, n, width), 1, None, "argmax")
+
+
+CASES = [
+    *(Case(f"select N={n}", lambda n=n: ops.topk_select(empty(1, n), 64), n in (576, 2880)) for n in (100, 196, 576, 1000, 2000, 2880, 8192)),
+    Case("select 8 partial scores N=2880", lambda: ops.topk_select(empty(8, 1, 2880), 64)),
+    Case("select N=100000", lambda: ops.topk_select(empty(1, 100_000), 64), True),
+    Case("select segments", segments(9, 900)),
+    Case("select long segments", segments(2, 20_000)),
+    *(Case(f"prune B={b} N={n} D={d}", prune(b, n, d), (b, n) == (1, 576)) for b, n, d in (
+        (1, 576, 1024), (1, 576, 4096), (16, 576, 4096), (64, 576, 4096), (1, 2880, 4096), (8, 2880, 4096), (64, 2880, 4096),
+        (1, 4096, 3584), (1, 8192, 3584), (1, 100_000, 3584),
+    )),
+    Case("prune N=576 D=4096 fp32", prune(1, 576, 4096, torch.float32)),
+    Case("prune N=576 D=4096 fp8", prune(1, 576, 4096, torch.float8_e4m3fn)),
+    Case("prune N=576 two rows, two sides", prune(1, 576, 4096, half, True), True),
+    Case("prune N=8192 two rows, two sides", prune(1, 8192, 4096, half, True)),
+    Case("prune apart N=576 two rows, two sides", prune(1, 576, 4096, half, True, "two")),
+    Case("prune N=576 D=1000, not aligned", prune(1, 576, 1000), vector=False),
+    Case("prune segments", segments(9, 900, empty(4096, 4096, dtype=half)), True),
+    Case("gather N=576 D=4096", lambda: ops.gather_rows([empty(1, 576, 4096, dtype=half)], empty(1, 64, dtype=ints)), True),
+    Case("unprune N=576 D=4096", lambda: ops.unprune(empty(1, 64, 4096, dtype=half), empty(1, 64, dtype=ints), 576), True),
+    *(Case(f"maxmin N={n}", maxmin(n), n == 576) for n in (196, 576, 2000, 2880, 8192)),
+    Case("maxmin N=576 weighted", maxmin(576, True, "argmax")),
+    Case("maxmin N=9000, by steps", lambda: ops.greedy_maxmin(empty(1, 9000, 9000), 1, None, "argmax")),
+    *(Case(f"maxmin by features N={n} D={d}", maxmin_steps(n, d), n == 100_000) for n, d in ((576, 4096), (2880, 4096), (100_000, 256), (300_000, 256))),
+    *(Case(f"dpp N={n} k={k}", lambda n=n, k=k: ops.greedy_dpp(empty(1, n, n), empty(1, n), k), n == 576) for n, k in (
+        (196, 64), (576, 64), (2000, 24), (2880, 16), (8192, 4),
+    )),
+    Case("dpp N=2880, by steps", lambda: ops.greedy_dpp(empty(1, 2880, 2880), empty(1, 2880), 20)),
+    *(Case(f"dpp by features N={n} D={d}", lambda n=n, d=d: ops.greedy_dpp_features(empty(1, n, d), empty(1, n), 1), n == 100_000) for n, d in (
+        (576, 4096), (100_000, 256),
+    )),
+    *(Case(f"attention {str(dtype)[6:]} H={h}/{g} d={d}{' lse' * lse}", attention(dtype, h, g, s, d, lse), dtype == half and g == 4)
+      for dtype, h, g, s, d in (
+        (half, 32, 32, 611, 128), (half, 28, 4, 6272, 128), (half, 16, 16, 577, 64), (torch.float16, 16, 16, 730, 72), (torch.float32, 16, 16, 577, 64),
+      ) for lse in (True, False)),
+    Case("sensitivity H=4096", lambda: ops.zoo_sensitivity(empty(1, 64, 4096, dtype=half), empty(4096, 4096, dtype=half)), True),
+]  # fmt: skip
+
+
+class Launch(NamedTuple):
+    kernel: str
+    warps: int
+    compiled: Any
+    facts: tuple  # the key of the launch cache
+
+
+def compile_calls(call: Callable[[], object], target: GPUTarget) -> list[Launch]:
+    """All launches of ``call``, compiled for ``target``."""
+    found, kernels = [], set()
 
     def record(kernel, grid, args, device, num_warps):
         compiled = kernel.warmup(*args, grid=(grid,), num_warps=num_warps, **triton_launch.OPTIONS)
-        found.append((kernel, num_warps, compiled))
+        found.append(Launch(kernel.fn.__name__, num_warps, compiled, triton_launch.facts(kernel, args)))
+        kernels.add(kernel)
 
     original = triton_launch.start
     triton.runtime.driver.set_active(StubDriver(target))
@@ -106,9 +182,9 @@ def compile_calls(call: Callable[[], object], target: GPUTarget) -> Iterator[tup
         call()
     finally:
         triton_launch.start = original
-    for kernel, *_ in found:
-        kernel.device_caches.clear()  # they do not know that the target can change
-    return iter(found)
+        for kernel in kernels:
+            kernel.device_caches.clear()  # they do not know that the target can change
+    return found
 
 
 def tool(name: str) -> str:
@@ -151,11 +227,98 @@ def amd(code: str) -> dict[str, int]:
 
 
 def rows(case: Case, target: str) -> list[Row]:
+    """One per kernel that the case launches; launches of a kernel with other constants are numbered."""
     found = {}
-    for kernel, warps, compiled in compile_calls(case.call, TARGETS[target]):
-        used = nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else amd(compiled.asm["amdgcn"])
-        name = kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__
-        if name in found:  # launched again with other constants: a name of its own
-            name = f"{name} ({sum(other.startswith(name) for other in found) + 1})"
-        found[name] = Row(triton.__version__, target, case.name, name, warps, shared=compiled.metadata.shared, **used)
-    return list(found.values())
+    for launch in compile_calls(case.call, TARGETS[target]):
+        asm = launch.compiled.asm
+        found.setdefault(launch.compiled.hash, (launch, nvidia(asm["cubin"]) if "cubin" in asm else amd(asm["amdgcn"])))
+    names = Counter()
+    table = []
+    for launch, used in found.values():
+        names[launch.kernel] += 1
+        name = launch.kernel if names[launch.kernel] == 1 else f"{launch.kernel} ({names[launch.kernel]})"
+        shared = launch.compiled.metadata.shared
+        table.append(Row(triton.__version__, target, case.name, name, launch.warps, shared=shared, **used))
+    return table
+
+
+# most registers of a thread of each kernel; more would leave fewer programs on the GPU, or spill next
+CEILINGS = {"histogram_kernel": 208, "compact_kernel": 192}
+CEILING = 144
+
+
+def faults(row: Row, case: Case) -> list[str]:
+    kernel = row.kernel.partition(" ")[0]
+    ceiling = CEILINGS.get(kernel, CEILING)
+    found = []
+    if row.stack:
+        found.append(f"spills {row.stack}")
+    if row.registers > (ceiling if case.vector else 255):
+        found.append(f"takes {row.registers} registers; at most {ceiling}")
+    if kernel in COPIES and case.vector and not (row.loads_128 and row.stores_128 and not row.accesses_16):
+        found.append(f"copies by {row.loads_128} + {row.stores_128} wide and {row.accesses_16} two-byte accesses")
+    return [f"{row.target}, {case.name}, {row.kernel}: {fault}" for fault in found]
+
+
+# --- what is published ------------------------------------------------------------------------------------------------------
+
+
+def stored() -> list[Row]:
+    path = HERE / "compile_gate.csv"
+    if not path.exists():
+        return []
+    types = {field.name: str if field.type in ("str", str) else int for field in fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def write(new: list[Row]) -> None:
+    order = {case.name: at for at, case in enumerate(CASES)}
+    rows = [row for row in stored() if row.triton != triton.__version__ and row.case in order] + new
+    rows.sort(key=lambda row: (order[row.case], row.kernel, row.triton, list(TARGETS).index(row.target)))
+    with (HERE / "compile_gate.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(map(asdict, rows))
+    columns = sorted({(row.triton, row.target) for row in rows}, key=lambda column: (column[0], list(TARGETS).index(column[1])))
+    lines = {}
+    for row in rows:
+        wide = f", {row.loads_128}+{row.stores_128}" if row.loads_128 or row.stores_128 else ""
+        spills = f", {row.stack} spilled" if row.stack else ""
+        scalars = f", {row.scalar_spills} scalar" if row.scalar_spills else ""
+        cells = lines.setdefault((row.case, row.kernel, row.warps), {})
+        cells[row.triton, row.target] = f"{row.registers}, {row.shared}{wide}{spills}{scalars}"
+    text = [
+        "# What the compilers make of every launch",
+        "",
+        "Written by `python kernels/compile_gate.py`, once per Triton version; the raw rows are in `compile_gate.csv`. Static evidence:",
+        "nothing here was run on a GPU. Each cell: registers of a thread, bytes of shared memory, 128-bit loads + stores in the code,",
+        "and spills where there are any (`scalar`: scalar registers of AMD, kept in vector registers, no memory).",
+        "",
+        "| Case | Kernel | Warps | " + " | ".join(f"{version}, {target}" for version, target in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+        *(f"| {case} | {kernel} | {warps} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
+          for (case, kernel, warps), cells in lines.items()),
+    ]  # fmt: skip
+    (HERE / "compile_gate.md").write_text("\n".join(text) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    new, wrong = [], []
+    for case in CASES:
+        for target in TARGETS:
+            found = rows(case, target)
+            new += found
+            wrong += [fault for row in found for fault in faults(row, case)]
+        print(f"{case.name}: {len(new)} kernels so far, {len(wrong)} faults", flush=True)
+    print(*wrong, sep="\n")
+    if not check:
+        write(new)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -120,7 +120,7 @@ def row_dot_kernel(x, y, out, rows, width, ROWS: tl.constexpr, WIDTH: tl.constex
 
 
 def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    """(R, B, nv) partial scores: attention of one query to keys v0 .. v0+nv-1, mean over heads; see ``reference.attn_row_scores``.
+    """(R, B, nv) partial scores of ``reference.attn_row_scores``: attention of one query to keys v0 .. v0+nv-1, mean over heads.
 
     Args:
         q: (B, H, d).
@@ -161,7 +161,8 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
 
 def _splits(heads: int, programs: int) -> int:
     """Into how many parts the key heads are split, so that the GPU is busy; at most 8, which selection adds up."""
-    return next((r for r in (1, 2, 4, 8) if heads % r == 0 and r * programs >= _PROGRAMS), max(r for r in (1, 2, 4, 8) if heads % r == 0))
+    possible = [parts for parts in (1, 2, 4, 8) if heads % parts == 0]
+    return next((parts for parts in possible if parts * programs >= _PROGRAMS), possible[-1])
 
 
 def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choice with one program per sample: all its tokens in registers, all picks in one launch.
 
-A pick is the largest value among the tokens not taken, the lower index of equals, NaN last: the largest key, where taken ones have
-key 0.
+A pick is the largest value among the tokens not taken, the lower index of equals, NaN last: the largest key, where taken
+ones have key 0.
 """
 
 from __future__ import annotations

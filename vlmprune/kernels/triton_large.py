@@ -33,7 +33,7 @@ def histogram_kernel(
     """Adds the digits of one chunk to hist (S, 3, BINS), of the keys that share the digits before with the k-th largest."""
     s = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
-    start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
+    start, n, _, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
     if chunk * CHUNK < n:
         hist += s * 3 * BINS
         token = chunk * CHUNK + tl.arange(0, CHUNK)

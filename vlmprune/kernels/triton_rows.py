@@ -14,7 +14,8 @@ from .triton_launch import MAX_BLOCK, PROGRAMS, SLICE, TILE, block_of, launch, n
 from .triton_topk import parts_of, select
 
 _TENSORS = 4  # of one launch
-_PLAIN = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_PLAIN = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHER_ROWS = 8
 Form = Literal["auto", "fused", "two"]
@@ -25,7 +26,7 @@ def plain(x: Tensor) -> Tensor:
     if x.dtype in _PLAIN:
         return x
     if x.dtype.itemsize not in _SAME_SIZE:
-        raise UnsupportedError(f"cannot copy rows of {x.dtype}; view it as a type of at most 8 bytes, such as torch.view_as_real(x)")
+        raise UnsupportedError(f"cannot copy rows of {x.dtype}; view it as a type of 8 bytes, such as torch.view_as_real(x)")
     return x.view(_SAME_SIZE[x.dtype.itemsize])
 
 

@@ -26,7 +26,7 @@ def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
 
 @triton.jit
 def sortable(x):
-    """uint32 keys > 0 in the order of float32 ``x``. In integers: no flush of denormals, no select (some compilers trip on it)."""
+    """uint32 keys > 0 in the order of float32 ``x``. No flush of denormals, and no select, on which AMD's compiler trips."""
     bits = x.to(tl.int32, bitcast=True)
     sign = bits >> 31
     value = (bits ^ (sign & 0x7FFFFFFF)) - sign  # sign and magnitude to two's complement: both zeros are 0

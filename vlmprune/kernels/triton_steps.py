@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choice with one launch per pick, for more tokens or longer sums than one program can take.
 
-Each program owns some tokens. It leaves the best of them behind, and in the next launch all programs find the best of these: what a
-launch reads was written by the one before (two sets of leavings take turns), so no program waits for another. Launch 0 prepares,
-launch ``step`` makes pick ``step - 1``, and launch ``k`` makes the last.
+Each program owns some tokens. It leaves the best of them behind, and in the next launch all programs find the best of these:
+what a launch reads was written by the one before (two sets of leavings take turns), so no program waits for another. Launch 0
+prepares, launch ``step`` makes pick ``step - 1``, and launch ``k`` makes the last.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ from .triton_large import BINS, CHUNK, compact_kernel, histogram_kernel
 from .triton_launch import MAX_BLOCK, block_of, launch, warps
 from .triton_select import select_kernel
 
+Parts = tuple[Tensor, int, int]
 
-def parts_of(scores: Tensor) -> tuple[Tensor, int, int]:
+
+def parts_of(scores: Tensor) -> Parts:
     """Contiguous scores, the number of partial scores to add up, and the distance between them."""
     scores = scores.contiguous()
     return (scores, scores.shape[0], scores.stride(0)) if scores.ndim == 3 else (scores, 1, 0)
@@ -35,9 +37,8 @@ def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, to
     return idx
 
 
-def select(
-    parts: tuple[Tensor, int, int], idx: Tensor, segments: tuple[Tensor, ...], count: int, n: int, k: int, max_n: int, varlen: bool
-) -> None:
+def select(parts: Parts, idx: Tensor, segments: tuple[Tensor, ...], count: int, n: int, k: int, max_n: int, varlen: bool) -> None:
+    """``segments``: where they start, what they keep, and where that starts, if ``varlen``."""
     scores, number, stride = parts
     if max_n <= MAX_BLOCK:
         block = block_of(max_n)

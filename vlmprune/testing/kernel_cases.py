@@ -113,7 +113,7 @@ def selections() -> Iterator[KernelCase]:
                 yield KernelCase("topk_select", f"{kind}-{n}-{k}", lambda a=(kind, 2, n), k=k: (scores(*a), k), slow=rare)
     for kind, k in (("special", 700), ("ties", 4500), ("parts", 1), ("equal", 5000), ("bf16", 9000), ("normal", 0)):
         name = f"long-{kind}-{k}"
-        yield KernelCase("topk_select", name, lambda a=(kind, 2, 9000), k=k: (scores(*a), k), slow=kind not in ("special", "ties"))
+        yield KernelCase("topk_select", name, lambda a=(kind, 2, 9000), k=k: (scores(*a), k), slow=kind != "special")
     wide = torch.randn(3, 50)
     yield KernelCase("topk_select", "a view", lambda: (wide[:, 5:45:2], 9))
 
@@ -123,7 +123,8 @@ def packed(lengths: tuple[int, ...], wanted: tuple[int, ...], kind: str = "ties"
         return torch.tensor([0, *sizes]).cumsum(0).int()
 
     kept = [min(n, k) for n, k in zip(lengths, wanted, strict=True)]
-    return scores(kind, 1, sum(lengths))[0], edges(list(lengths)), torch.tensor(wanted).int(), edges(kept), sum(kept), max(lengths)
+    flat = scores(kind, 1, sum(lengths))[0]
+    return flat, edges(list(lengths)), torch.tensor(wanted).int(), edges(kept), sum(kept), max(lengths)
 
 
 SEGMENTS = {
@@ -225,53 +226,60 @@ def spoilt(sim: Tensor) -> Tensor:
     return sim
 
 
-def greedy_cases() -> Iterator[KernelCase]:
-    for n, k, slow in ((1, 1, False), (2, 5, False), (33, 9, False), (40, 40, True), (130, 20, True)):
-        size = f"{n}-{k}"
+def weights(n: int, weighted: bool) -> Tensor | None:
+    return torch.randint(0, 5, (2, n)).float() / 4 if weighted else None
+
+
+def relevance(n: int) -> Tensor:
+    return torch.randint(1, 9, (2, n)).float() / 8
+
+
+def maxmin_cases() -> Iterator[KernelCase]:
+    for n, k, slow in ((1, 1, False), (2, 5, False), (21, 7, False), (40, 40, True), (130, 20, True)):
         for first in ("nn", "argmax"):
             for weighted in (False, True):
 
-                def weight(n=n, weighted=weighted):
-                    return torch.randint(0, 5, (2, n)).float() / 4 if weighted else None
+                def by_matrix(change, n=n, k=k, first=first, weighted=weighted):
+                    return change(gram(grid_features(2, n, 9))), k, weights(n, weighted), first
 
-                name = f"{size}-{first}{'-weighted' * weighted}"
-                some = slow or (n == 2 and weighted)
-                yield KernelCase(
-                    "greedy_maxmin", name, lambda n=n, k=k, w=weight, f=first: (gram(grid_features(2, n, 9)), k, w(), f), slow=some
-                )
-                yield KernelCase(
-                    "greedy_maxmin", f"{name}-spoilt",
-                    lambda n=n, k=k, w=weight, f=first: (spoilt(gram(grid_features(2, n, 9))), k, w(), f),
-                    slow=some or n != 33,
-                )  # fmt: skip
-                yield KernelCase(
-                    "greedy_maxmin_features", name, lambda n=n, k=k, w=weight, f=first: (grid_features(2, n, 9), k, w(), f),
-                    slow=some or weighted == (first == "nn"),
-                )  # fmt: skip
+                def by_features(n=n, k=k, first=first, weighted=weighted):
+                    return grid_features(2, n, 9), k, weights(n, weighted), first
 
-        def relevance(n=n):
-            return torch.randint(1, 9, (2, n)).float() / 8
+                name = f"{n}-{k}-{first}{'-weighted' * weighted}"
+                rare = slow or (n == 2 and weighted)
+                yield KernelCase("greedy_maxmin", name, lambda make=by_matrix: make(lambda sim: sim), slow=rare)
+                yield KernelCase("greedy_maxmin", f"{name}-spoilt", lambda make=by_matrix: make(spoilt), slow=rare or n != 21)
+                yield KernelCase("greedy_maxmin_features", name, by_features, slow=rare or weighted == (first == "nn"))
 
-        yield KernelCase(
-            "greedy_dpp", size, lambda n=n, k=k, r=relevance: (gram(grid_features(2, n, 50)), r(), k), tolerance=1e-4, slow=slow
-        )
-        yield KernelCase(
-            "greedy_dpp_features", size, lambda n=n, k=k, r=relevance: (grid_features(2, n, 50), r(), k), tolerance=1e-4, slow=slow
-        )
+
+def dpp_cases() -> Iterator[KernelCase]:
+    near = {"tolerance": 1e-4}
+    for n, k, slow in ((1, 1, False), (2, 5, False), (21, 7, False), (40, 40, True), (130, 20, True)):
+        for op, change in (("greedy_dpp", gram), ("greedy_dpp_features", lambda features: features)):
+
+            def make(n=n, k=k, change=change):
+                return change(grid_features(2, n, 50)), relevance(n), k
+
+            yield KernelCase(op, f"{n}-{k}", make, slow=slow, **near)
     # rank 3: afterwards nothing is left, and the lowest indices follow
     spent = torch.eye(8)[[0, 1, 2, 0, 1, 2, 2]][None] * 0.5
     yield KernelCase("greedy_dpp", "rank used up", lambda: (gram(spent), torch.ones(1, 7), 6))
     yield KernelCase("greedy_dpp_features", "rank used up", lambda: (spent, torch.ones(1, 7), 6))
-    yield KernelCase("greedy_dpp", "spoilt", lambda: (spoilt(gram(grid_features(1, 20, 40))), torch.ones(1, 20), 4), tolerance=1e-4)
+    yield KernelCase("greedy_dpp", "spoilt", lambda: (spoilt(gram(grid_features(2, 20, 40))), relevance(20), 4), **near)
 
 
 # scores -------------------------------------------------------------------------------------------------------------------
 
 # heads, key heads, keys, width, first column, columns
-ATTENTION = {"one key": (2, 2, 1, 16, 0, 1), "tower": (4, 4, 70, 72, 1, 69), "groups": (14, 2, 131, 80, 35, 64), "wide": (8, 1, 200, 128, 20, 100)}
+ATTENTION = {
+    "one key": (2, 2, 1, 16, 0, 1),
+    "tower": (4, 4, 70, 72, 1, 69),
+    "groups": (14, 2, 131, 80, 35, 64),
+    "wide": (8, 1, 200, 128, 20, 100),
+}
 
 
-def attention(heads: int, key_heads: int, keys: int, width: int, v0: int, nv: int, dtype: torch.dtype, lse: bool) -> tuple[Any, ...]:
+def attention(heads, key_heads, keys, width, v0, nv, dtype: torch.dtype, lse: bool) -> tuple[Any, ...]:
     q = torch.randn(2, heads, width).to(dtype)
     k = torch.randn(2, keys, key_heads, width).to(dtype).transpose(1, 2)  # as it lies behind a projection
     spread = k.float().repeat_interleave(heads // key_heads, dim=1)
@@ -294,4 +302,4 @@ def score_cases() -> Iterator[KernelCase]:
         )
 
 
-CASES = [*selections(), *packed_cases(), *pruned_cases(), *gathered_cases(), *greedy_cases(), *score_cases()]
+CASES = [*selections(), *packed_cases(), *pruned_cases(), *gathered_cases(), *maxmin_cases(), *dpp_cases(), *score_cases()]
