@@ -35,21 +35,30 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+GUARD, POISON = 2**16, 0x7B
+
+
 @pytest.fixture
-def guarded(monkeypatch):
-    """Every tensor that ``torch.empty`` returns is full of poison and lies between guards, which nobody may write to."""
-    made, empty, guard, poison = [], torch.empty, 256, 0x7B
+def poisoned(monkeypatch):
+    """Every tensor that ``torch.empty`` returns is full of poison and lies between guards: (memory, bytes in the middle)."""
+    made, empty = [], torch.empty
 
     def guarded_empty(*size, dtype=None, device=None):
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         dtype = dtype or torch.float32
         count = torch.Size(shape).numel() * dtype.itemsize
-        room = empty(guard + -(-count // 16) * 16 + guard, dtype=torch.uint8, device=device).fill_(poison)
+        room = empty(GUARD + -(-count // 16) * 16 + GUARD, dtype=torch.uint8, device=device).fill_(POISON)
         made.append((room, count))
-        return room[guard : guard + count].view(dtype).view(shape)
+        return room[GUARD : GUARD + count].view(dtype).view(shape)
 
     monkeypatch.setattr(torch, "empty", guarded_empty)
+    return made
+
+
+@pytest.fixture
+def guarded(poisoned):
+    """``poisoned``, and nobody may write to the guards."""
     yield
-    for room, count in made:
-        assert bool((room[:guard] == poison).all()) and bool((room[guard + count :] == poison).all())
-    assert made
+    assert poisoned
+    for room, count in poisoned:
+        assert bool((room[:GUARD] == POISON).all()) and bool((room[GUARD + count :] == POISON).all())

@@ -44,38 +44,45 @@ def test_every_launch_compiles_well(gate, target):
     assert wrong == []
 
 
+@pytest.fixture(scope="module")
+def ops():
+    from vlmprune.kernels import triton_ops
+
+    return triton_ops
+
+
 def hashes(gate, call):
     return [launch.compiled.hash for launch in gate.compile_calls(call, gate.TARGETS["sm_90"])]
 
 
-def test_no_budget_compiles_anew(gate):
+def test_no_budget_compiles_anew(gate, ops):
     x, sim = torch.empty(1, 640, 1024, dtype=torch.bfloat16), torch.empty(1, 200, 200)
     calls = {
-        "select": lambda k: gate.ops.topk_select(torch.empty(1, 640), k),
-        "prune": lambda k: gate.ops.prune(torch.empty(1, 640), k, [x]),
-        "prune apart": lambda k: gate.ops.prune(torch.empty(1, 640), k, [x], form="two"),
-        "unprune": lambda k: gate.ops.unprune(x[:, :k], torch.empty(1, k, dtype=torch.int32), 640),
-        "maxmin": lambda k: gate.ops.greedy_maxmin(sim, k, None, "argmax"),
-        "dpp": lambda k: gate.ops.greedy_dpp(sim, torch.empty(1, 200), k),
+        "select": lambda k: ops.topk_select(torch.empty(1, 640), k),
+        "prune": lambda k: ops.prune(torch.empty(1, 640), k, [x]),
+        "prune apart": lambda k: ops.prune(torch.empty(1, 640), k, [x], form="two"),
+        "unprune": lambda k: ops.unprune(x[:, :k], torch.empty(1, k, dtype=torch.int32), 640),
+        "maxmin": lambda k: ops.greedy_maxmin(sim, k, None, "argmax"),
+        "dpp": lambda k: ops.greedy_dpp(sim, torch.empty(1, 200), k),
     }
     for name, call in calls.items():
         found = {tuple(hashes(gate, lambda call=call, k=k: call(k))) for k in (1, 7, 16, 64, 65, 128)}
         assert len(found) == 1, name
 
 
-def test_no_step_compiles_anew(gate):
+def test_no_step_compiles_anew(gate, ops):
     features = torch.empty(1, 100, 64)
-    assert len(set(hashes(gate, lambda: gate.ops.greedy_maxmin_features(features, 17, None, "argmax")))) == 1
+    assert len(set(hashes(gate, lambda: ops.greedy_maxmin_features(features, 17, None, "argmax")))) == 1
 
 
-def test_launches_with_the_same_facts_are_the_same_kernel(gate):
+def test_launches_with_the_same_facts_are_the_same_kernel(gate, ops):
     wide = torch.empty(1, 641, 2048, dtype=torch.bfloat16)
     views = wide[:, 1:], wide[:, :640], wide[..., 1:1025], wide[..., :1000], wide[..., :1024], wide.float()[:, 1:]
     found = {}
     for x in views:
         for k in (1, 16, 64):
             idx = torch.empty(1, k, dtype=torch.int32)
-            for launch in gate.compile_calls(lambda x=x, idx=idx: gate.ops.gather_rows([x], idx), gate.TARGETS["sm_90"]):
+            for launch in gate.compile_calls(lambda x=x, idx=idx: ops.gather_rows([x], idx), gate.TARGETS["sm_90"]):
                 found.setdefault(launch.facts, set()).add(launch.compiled.hash)
     assert len(found) > 2
     assert all(len(names) == 1 for names in found.values())

@@ -13,14 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
-    """First token (int64), tokens, first output (int64) and outputs of segment ``s``."""
+    """First token (int64), tokens, first output (int64) and outputs, never more than tokens, of segment ``s``."""
     if VARLEN:
         start = tl.load(cu_n + s)
         n = tl.load(cu_n + s + 1) - start
         first = tl.load(cu_k + s)
         k = tl.minimum(tl.load(ks + s), n)
         return start.to(tl.int64), n, first.to(tl.int64), k
-    k = tl.minimum(k, n)
     return s.to(tl.int64) * n, n, s.to(tl.int64) * k, k
 
 

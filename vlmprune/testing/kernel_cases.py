@@ -131,7 +131,7 @@ SEGMENTS = {
     "ragged": ((5, 0, 7, 300, 1), (3, 2, 9, 40, 1)),
     "none kept": ((4, 9), (0, 0)),
     "one": ((33,), (50,)),
-    "long": ((9000, 3, 0, 8500), (50, 3, 4, 8400)),
+    "long": ((9000, 3, 0, 8500), (50, 7, 4, 60)),
 }
 
 
@@ -265,6 +265,7 @@ def dpp_cases() -> Iterator[KernelCase]:
     spent = torch.eye(8)[[0, 1, 2, 0, 1, 2, 2]][None] * 0.5
     yield KernelCase("greedy_dpp", "rank used up", lambda: (gram(spent), torch.ones(1, 7), 6))
     yield KernelCase("greedy_dpp_features", "rank used up", lambda: (spent, torch.ones(1, 7), 6))
+    yield KernelCase("greedy_dpp", "rank used up, rounded", lambda: (gram(torch.randn(2, 12, 3)), relevance(12), 6), **near)
     yield KernelCase("greedy_dpp", "spoilt", lambda: (spoilt(gram(grid_features(2, 20, 40))), relevance(20), 4), **near)
 
 
