@@ -215,9 +215,10 @@ def write(new: list[Row]) -> None:
     text = [
         "# What the compilers make of every launch",
         "",
-        "Written by `python kernels/compile_gate.py`, once per Triton version; the raw rows are in `compile_gate.csv`. Static",
-        "evidence: nothing here was run on a GPU. Each cell: registers of a thread, bytes of shared memory, 128-bit loads + stores",
-        "in the code, and spills where there are any (`scalar`: scalar registers of AMD, kept in vector registers, no memory).",
+        "Written by `python kernels/compile_gate.py`, once per Triton version; the raw rows are in `compile_gate.csv`.",
+        "Static evidence: nothing here was run on a GPU. Each cell: registers of a thread, bytes of shared memory, 128-bit",
+        "loads + stores in the code, and spills where there are any (`scalar`: scalar registers of AMD, kept in vector",
+        "registers, not in memory).",
         "",
         "| Case | Kernel | Warps | " + " | ".join(f"{version}, {target}" for version, target in columns) + " |",
         "|---" * (3 + len(columns)) + "|",

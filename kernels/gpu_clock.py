@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 DRY = "--dry-run" in sys.argv
-if DRY:
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-
-import torch  # noqa: E402
-
 ROUNDS = 1 if DRY else 30
 Inputs = tuple
 
