@@ -25,6 +25,7 @@ class Kernel:
 
     def __init__(self):
         self.calls = []
+        self.fn = lambda: None  # what the cache knows it by: to hash a kernel takes Triton long
 
     def __getitem__(self, grid):
         def compile_and_start(*args, **options):

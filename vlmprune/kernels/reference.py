@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-RESIDUAL = 1e-6  # of its start, where the residual of a token is rounding noise: it counts as 0
+RESIDUAL = 1e-5  # of its start, where the residual of a token is rounding noise: it counts as 0
 
 
 # selection and rows -------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def packed_rows(idx: Tensor, cu_n: Tensor, cu_k: Tensor, total_k: int) -> Tensor
 def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
     """(B, K, *) rows of each of xs (B, N, *) at idx (B, K), in any order."""
     batch = torch.arange(idx.shape[0], device=idx.device)[:, None]
-    return [x[batch, idx.long()] for x in xs]
+    return [x[batch, idx.long()].contiguous() for x in xs]
 
 
 def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
@@ -106,8 +106,8 @@ def best_of(value: Tensor, taken: Tensor) -> Tensor:
 
 def nearest(sim: Tensor) -> Tensor:
     """(B, N) similarity of every token to its most similar other one; 0 for a token that is alone."""
-    if sim.shape[-1] == 1:
-        return torch.zeros_like(sim[..., 0])
+    if sim.shape[-1] <= 1:
+        return sim.new_zeros(sim.shape[:-1])
     itself = torch.eye(sim.shape[-1], dtype=torch.bool, device=sim.device)
     return sim.masked_fill(itself, -torch.inf).amax(-1)
 
@@ -207,7 +207,7 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, d)
     logits = (keys @ q.float()[..., None])[..., 0] * scale  # (B, H, S)
     weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
-    return weights.mean(1)[None, :, v0 : v0 + nv]
+    return weights[..., v0 : v0 + nv].mean(1)[None]
 
 
 def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:

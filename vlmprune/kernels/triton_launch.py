@@ -73,7 +73,7 @@ def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) 
     if device.type != "cuda" or torch.version.hip is not None:
         kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
         return None
-    key = (kernel, device.index, num_warps, facts(kernel, args))
+    key = (kernel.fn, device.index, num_warps, facts(kernel, args))
     found = _compiled.get(key)
     if found is None:
         found = _compiled[key] = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
@@ -85,10 +85,10 @@ def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) 
 
 def facts(kernel, args: tuple) -> tuple:
     """All of the arguments that a compiled kernel depends on: at least what Triton specialises on."""
-    if kernel not in _kinds:
+    if kernel.fn not in _kinds:
         constant = frozenset(p.num for p in kernel.params if p.is_constexpr)
-        _kinds[kernel] = constant, frozenset(p.num for p in kernel.params if not p.do_not_specialize)
-    constant, special = _kinds[kernel]
+        _kinds[kernel.fn] = constant, frozenset(p.num for p in kernel.params if not p.do_not_specialize)
+    constant, special = _kinds[kernel.fn]
     found = []
     for at, arg in enumerate(args):
         if at in constant:
