@@ -23,7 +23,8 @@ TEXT: dict[str, int] = {
 CHAT_TEMPLATE = (
     "<s> {% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in message['content'] %}{{ ('<image>' if part['type'] == 'image' else part['text']) + ' ' }}{% endfor %}{% endif %}"
+    "{% for part in message['content'] %}{{ ('<image>' if part['type'] == 'image' else part['text']) + ' ' }}{% endfor %}"
+    "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ '</s> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )

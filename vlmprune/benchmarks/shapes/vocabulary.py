@@ -19,11 +19,12 @@ COUNTS = ("1", "2", "3", "4")
 
 _GRAMMAR = [
     "is", "there", "a", "an", "what", "color", "shape", "size", "the", "object", "objects", "how", "many", "are", "of", "above",
-    "below", "larger", "smaller", "than", "does", "say", "number", "on", "where", "it", "in", "image", "which", "has", "yes", "no",
-    ",", "?",
+    "below", "larger", "smaller", "than", "does", "say", "number", "on", "where", "it", "in", "image", "which", "has", "yes",
+    "no", ",", "?",
 ]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("user:", "assistant:")
 WORDS: tuple[str, ...] = tuple(dict.fromkeys([
-    *SPECIAL, *ROLES, *SHAPES, *PLURALS.values(), SIGN, *COLORS, *SIZES, *DIGITS, *LETTERS.lower(), *ROWS, *COLUMNS, *ORDER, *_GRAMMAR,
+    *SPECIAL, *ROLES, *SHAPES, *PLURALS.values(), SIGN, *COLORS, *SIZES, *DIGITS, *LETTERS.lower(), *ROWS, *COLUMNS, *ORDER,
+    *_GRAMMAR,
 ]))
