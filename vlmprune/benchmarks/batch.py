@@ -42,7 +42,7 @@ class Batch:
             if len(images[-1]) != len(sample.images):
                 given = f"names {len(sample.images)} images and loads {len(images[-1])}"
                 raise EvaluationError(f"{sample.id} {given}; expected one for each name")
-            asked.append(Asked(sample, len(sample.images)))
+            asked.append(Asked(sample.id, sample.object_masks(), len(sample.images)))
             texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
             pictures.append(range(start, start := start + len(images[-1])))
         return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
