@@ -135,9 +135,9 @@ def test_a_family_that_returns_more_than_features_encodes_for_each_spec_and_says
     assert {r.encoding for r in records} == {"each", "none"}
 
 
-def test_batches_follow_each_other_and_specs_within_them() -> None:
+def test_batches_follow_each_other_and_specs_within_them_fewest_images_first() -> None:
     records = run(*tiny_bundle("llava"), ["dense", "random@9"], batch_size=4)
-    first, second = [s.id for s in SAMPLES[:4]], [s.id for s in SAMPLES[4:]]
+    first, second = ["s3", "s0", "s1", "s2"], ["s5", "s4", "s6"]
     assert [r.id for r in records] == first * 2 + second * 2
     assert [r.spec for r in records] == ["dense"] * 4 + ["random@9"] * 4 + ["dense"] * 3 + ["random@9"] * 3
 
