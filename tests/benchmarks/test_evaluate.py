@@ -191,7 +191,7 @@ def test_a_failed_generation_is_an_error_not_an_empty_answer(monkeypatch: pytest
     run(model, processor, ["dense"])
     before = snapshot(model)
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: 1 / 0)
-    with pytest.raises(EvaluationError, match=r"uniform@9: generation failed on the 7 samples 's0' to 's6': ZeroDivisionError"):
+    with pytest.raises(EvaluationError, match=r"uniform@9: generation failed on the 7 samples 's3' to 's6': ZeroDivisionError"):
         run(model, processor, ["uniform@9"])
     monkeypatch.undo()
     assert snapshot(model) == before
@@ -244,7 +244,7 @@ def test_samples_and_tasks_that_are_wrong_are_named() -> None:
         def score(self, sample: Sample, answer: str) -> int:
             return 100
 
-    with pytest.raises(EvaluationError, match="s0: the task gave the score 100"):
+    with pytest.raises(EvaluationError, match="s3: the task gave the score 100"):
         list(evaluate(model, processor, SAMPLES, ["dense"], Percent()))
 
 
