@@ -23,7 +23,8 @@ def optimisers(net: nn.Module, options: dict[str, Any]) -> list[torch.optim.Opti
             (matrices if inner and options.get("muon") else rest).append(weight)
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.98), weight_decay=0.01)]
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=options["muon"], weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=4))
+        rules = {"weight_decay": 0.02, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4}
+        found.append(torch.optim.Muon(matrices, lr=options["muon"], **rules))
     for optimiser in found:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
@@ -71,17 +72,18 @@ class Run:
             done = number + 1
             if done % options["report"] == 0:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in means.items())
-                print(f"{stage} {done}/{total} cpu {spent + time.process_time() - begin:.0f} wall {time.perf_counter() - wall:.0f} "
-                      f"{figures}", flush=True)
+                cpu, waited = spent + time.process_time() - begin, time.perf_counter() - wall
+                print(f"{stage} {done}/{total} cpu {cpu:.0f} wall {waited:.0f} {figures}", flush=True)
             if done % options["save"] == 0 or done == total:
                 net.eval()
                 scores = evaluate()
                 net.train()
                 cpu = spent + time.process_time() - begin
                 print(f"{stage} {done} DEV " + " ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
-                self.log(stage=stage, step=done, cpu_seconds=round(cpu), train=means, dev=scores, time=time.strftime("%H:%M:%S"))
-                half = path.with_suffix(".part")
-                torch.save({"net": net.state_dict(), "optimisers": [o.state_dict() for o in steps], "step": done, "cpu": cpu}, half)
+                waited = time.perf_counter() - wall
+                self.log(stage=stage, step=done, cpu_seconds=round(cpu), wall_seconds=round(waited), train=means, dev=scores)
+                half, states = path.with_suffix(".part"), [optimiser.state_dict() for optimiser in steps]
+                torch.save({"net": net.state_dict(), "optimisers": states, "step": done, "cpu": cpu}, half)
                 half.rename(path)
 
 

@@ -11,13 +11,13 @@ import yaml
 from packs import Store
 from runs import Run
 
-STAGES = ("language", "vision")
+STAGES = ("language", "vision", "align", "joint")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="Checkpoints, data and the log; kept between calls.")
-    parser.add_argument("stages", nargs="*", default=list(STAGES), help=f"Any of {', '.join(STAGES)}; default all, in this order.")
+    parser.add_argument("stages", nargs="*", default=list(STAGES), help=f"Any of {', '.join(STAGES)}; default all.")
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -33,6 +33,10 @@ def main() -> None:
             import vision
 
             vision.train(recipe, run, store, dev)
+        if stage in ("align", "joint"):
+            import joint
+
+            {"align": joint.align, "joint": joint.train}[stage](recipe, run, store, dev)
 
 
 if __name__ == "__main__":
