@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from data import ANSWER, CLASSES, LABELS, LOOK, NOUN, WORD
+from data import ADJECTIVE, ANSWER, CLASSES, LABELS, LOOK, NOUN, PICTURE, WORD, WORDS_OF
 from packs import NO_LOSS, Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,11 @@ from vlmprune.benchmarks.shapes.model import GRID, IMAGE
 from vlmprune.benchmarks.shapes.vocabulary import PLURALS
 
 # layer -> [(kind of target, heads that are taught)]
-TAUGHT = {1: [(NOUN, (0, 1)), (ANSWER, (2, 3))], 4: [(LOOK, (0, 1))]}
+TAUGHT = {
+    0: [(ADJECTIVE, (0, 1)), (WORDS_OF, (2, 3)), (PICTURE, (2, 3))],
+    1: [(NOUN, (0, 1)), (ANSWER, (2, 3))],
+    4: [(LOOK, (0, 1))],
+}
 
 
 class Symbols(nn.Module):
@@ -110,12 +114,11 @@ def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int,
     rows = torch.arange(len(q), device=q.device)[:, None]
     columns = batch.aim[..., 0]
     allowed = batch.mask[rows, 0, columns]  # (B, E, P + T)
-    width = batch.goal.shape[-1]
     for kind, heads in kinds:
         heads = list(heads)
         logits = torch.einsum("behd,bhld->behl", q[:, heads].transpose(1, 2)[rows, columns], k[:, heads]).float()
         logits = logits / math.sqrt(q.shape[-1])
-        shares = logits.masked_fill(~allowed[:, :, None], float("-inf")).log_softmax(-1)[..., :width]
+        shares = logits.masked_fill(~allowed[:, :, None], float("-inf")).log_softmax(-1)
         goal = batch.goal[:, :, None]
         mass = -shares.masked_fill(~goal, float("-inf")).logsumexp(-1)  # (B, E, heads)
         if kind == LOOK:
