@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from data import ADJECTIVE, ANSWER, CLASSES, LABELS, LOOK, NOUN, PICTURE, WORD, WORDS_OF
+from data import ADJECTIVE, ANSWER, CLASSES, FIRST, LABELS, LAST, LOOK, NOUN, PICTURE, WORD, WORDS_OF
 from packs import NO_LOSS, Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from vlmprune.benchmarks.shapes.vocabulary import PLURALS
 TAUGHT = {
     0: [(ADJECTIVE, (0, 1)), (WORDS_OF, (2, 3)), (PICTURE, (2, 3))],
     1: [(NOUN, (0, 1)), (ANSWER, (2, 3))],
+    2: [(FIRST, (0, 1)), (LAST, (2, 3))],
     4: [(LOOK, (0, 1))],
 }
 

@@ -71,8 +71,9 @@ def report(folder: Path, split: str, limit: int | None) -> dict[str, Any]:
     families = accuracy(model, processor, task, split, limit)
     count = (limit or len(task.samples(split))) / len(families)
     return {
-        "split": split, "fingerprint": task.fingerprint, "questions_per_family": count, "mean": float(np.mean(list(families.values()))),
-        "families": families, "blind": dict(task.blind), "half_width_95": 1.96 * math.sqrt(0.25 / count),
+        "split": split, "fingerprint": task.fingerprint, "questions_per_family": count,
+        "mean": float(np.mean(list(families.values()))), "families": families, "blind": dict(task.blind),
+        "half_width_95": 1.96 * math.sqrt(0.25 / count),
         "cls_attention_auc": cls_auc(model, processor, task, split, 200), "cpu_seconds": round(time.process_time() - begin),
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import ADJECTIVE, ANSWER, LABELS, LOOK, MAX_THINGS, NOUN, PATCHES, PICTURE, WORD, WORDS_OF
+from data import ADJECTIVE, ANSWER, FIRST, LABELS, LAST, LOOK, MAX_THINGS, NOUN, PATCHES, PICTURE, WORD, WORDS_OF
 from torch import Tensor
 
 from vlmprune.benchmarks.shapes.model import BOS, EOS, IMAGE, PAD
@@ -138,7 +138,7 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
 
 def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, int, list[int]]]:
     """Which words of its question a noun or an answer looks at: (position, kind, positions looked for)."""
-    found, content = [], []
+    found, content, nouns = [], [], [position for position, kind, _, _ in targets if kind == NOUN]
     for position, kind, _, _ in targets:
         if kind == NOUN:
             content.append(position)
@@ -148,7 +148,9 @@ def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, 
             if words[2] in ORDER_IDS:  # in the second image , ...
                 content.append(2)
                 found.append((position, WORDS_OF, [2]))
-    return found + [(position, WORDS_OF, content) for position, kind, _, _ in targets if kind == ANSWER]
+    for position in [position for position, kind, _, _ in targets if kind == ANSWER]:
+        found += [(position, WORDS_OF, content), (position, FIRST, nouns[:1]), (position, LAST, nouns[-1:])]
+    return found
 
 
 def block_mask(width: int, block: np.ndarray) -> np.ndarray:
