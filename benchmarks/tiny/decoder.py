@@ -130,10 +130,14 @@ def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int,
         yield kind, mass[real].mean() if real.any() else mass.sum() * 0
 
 
-def answer_loss(hidden: Tensor, words: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss over answer tokens; what was predicted and what is right at them."""
+def answer_loss(
+    hidden: Tensor, words: Tensor, batch: Batch, weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss over answer tokens, ``weights`` (questions,) apart; what was predicted and what is right at them."""
     width = len(batch.prefix)
     where = batch.answers != NO_LOSS
     logits = F.linear(hidden[:, width:][where], words).float()
     right = batch.answers[where]
-    return F.cross_entropy(logits, right), logits.argmax(-1), right
+    loss = F.cross_entropy(logits, right, reduction="none")
+    weight = torch.ones_like(loss) if weights is None else weights[batch.question[where]]
+    return (loss * weight).sum() / weight.sum(), logits.argmax(-1), right

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from data import LABELS, PATCHES
 from decoder import answer_loss, embed, run
-from language import Language, summary, tally
+from language import Language, family_weights, summary, tally
 from packs import Batch, Store, all_batches, batches, collate
 from runs import Run, optimisers
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
     net = Joint(recipe["seed"])
     net.load_state_dict(torch.load(run_.folder / "align.pt", weights_only=True)["net"])
     steps = groups(net, options)
-    source = batches(store, options["batch"], rng)
+    source, weights = batches(store, options["batch"], rng), family_weights(store, options)
 
     def step(number: int) -> dict[str, float]:
         done = number / options["steps"]
@@ -109,7 +109,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
             hidden, pooled = net.see(store.pictures(scenes.ravel()), last=last)
             tokens = net.projector(hidden[:, 1:])
             states, taught = run(net.language.decoder, sequence(net, batch, tokens), batch, done < options["anneal"])
-            answer, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch)
+            answer, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch, weights)
             dense, hits = dense_loss(net.vision.dense(hidden[:, 1:]), labels, torch.arange(PATCHES)[None].repeat(len(labels), 1))
             loss = answer + options["dense"] * dense
             if last:

@@ -37,7 +37,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
     rng = np.random.default_rng([recipe["seed"], 1])
     net = Language(recipe["seed"])
     steps = optimisers(net, options)
-    source = batches(store, options["batch"], rng)
+    source, weights = batches(store, options["batch"], rng), family_weights(store, options)
 
     def step(number: int) -> dict[str, float]:
         items = next(source)
@@ -48,7 +48,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
             patches = net.patches(labels, batch.chosen)
             noise = options["noise"] * patches.detach().pow(2).mean().sqrt() * torch.rand(len(patches), 1, 1)
             hidden, taught = run(net.decoder, embed(net.decoder, batch, patches + noise * torch.randn_like(patches)), batch, True)
-            answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch)
+            answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch, weights)
         share = options["attention"] * max(0.0, 1 - number / (options["anneal"] * options["steps"]))
         loss = answer + share * sum(taught.values())
         loss.backward()
@@ -57,6 +57,12 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
 
     run_.loop("language", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
     return net
+
+
+def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
+    """(questions,) weight of every question in the loss."""
+    by_family = torch.tensor([options["family_weight"].get(name, 1.0) for name in FAMILIES])
+    return by_family[torch.from_numpy(store.families)]
 
 
 @torch.no_grad()
