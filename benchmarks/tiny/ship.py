@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 import yaml
+from card import card, provenance
+from evaluate import report
 from joint import Joint
 from safetensors.torch import save_file
 
 from vlmprune.benchmarks.shapes.model import ROPE_THETA, build_processor
 from vlmprune.benchmarks.tiny import SUMS
+
+HERE = Path(__file__).parent
 
 
 def export(net: Joint, out: Path) -> Any:
@@ -72,10 +76,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", default="joint")
+    parser.add_argument("--limit", type=int, help="Test questions to score; default all.")
     options = parser.parse_args()
-    net = Joint(yaml.safe_load(Path(__file__).with_name("recipe.yaml").read_text())["seed"])
+    net = Joint(yaml.safe_load((HERE / "recipe.yaml").read_text())["seed"])
     net.load_state_dict(torch.load(options.folder / f"{options.stage}.pt", weights_only=True)["net"])
     export(net, options.out)
+    measured = {split: report(options.out, split, options.limit if split == "test" else None) for split in ("dev", "test")}
+    notes = (options.folder / "notes.txt").read_text().splitlines() if (options.folder / "notes.txt").exists() else []
+    found = provenance(options.folder, HERE / "recipe.yaml", measured, notes)
+    (options.out / "provenance.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / "card.md").write_text(card(found, (HERE / "card_template.md").read_text()))
     seal(options.out)
 
 
