@@ -58,7 +58,7 @@ def regression(tokens: Tensor, right: Tensor, labels: Tensor) -> Tensor:
 def align(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
     options = recipe["align"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 3])
+    rng = run_.generator("align", recipe["seed"])
     net = Joint(recipe["seed"])
     net.start(run_)
     net.language.requires_grad_(False)
@@ -93,7 +93,7 @@ def groups(net: Joint, options: dict[str, Any]) -> list[torch.optim.Optimizer]:
 def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
     options = recipe["joint"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 4])
+    rng = run_.generator("joint", recipe["seed"])
     net = Joint(recipe["seed"])
     net.load_state_dict(torch.load(run_.folder / "align.pt", weights_only=True)["net"])
     steps = groups(net, options)

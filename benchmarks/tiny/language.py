@@ -10,8 +10,8 @@ import torch
 from data import PATCHES
 from decoder import Symbols, answer_loss, embed, initialise, run
 from packs import NO_LOSS, Store, all_batches, batches, collate
-from runs import Run, optimisers
-from torch import Tensor, nn
+from runs import Run, optimisers, rank
+from torch import Tensor, distributed, nn
 
 from vlmprune.benchmarks.shapes.model import build_model
 from vlmprune.benchmarks.shapes.questions import FAMILIES
@@ -34,7 +34,7 @@ class Language(nn.Module):
 def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Language:
     options = recipe["language"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 1])
+    rng = run_.generator("language", recipe["seed"])
     net = Language(recipe["seed"])
     steps = optimisers(net, options)
     source, weights = batches(store, options["batch"], rng), family_weights(store, options)
@@ -89,5 +89,8 @@ def tally(store: Store, batch: Any, good: Tensor, wrong: np.ndarray, total: np.n
 
 
 def summary(wrong: np.ndarray, total: np.ndarray) -> dict[str, float]:
+    if rank()[1] > 1:
+        for counts in (wrong, total):
+            distributed.all_reduce(torch.from_numpy(counts))
     rates = 1 - wrong / np.maximum(total, 1)
     return {"mean": float(rates[total > 0].mean()), **{name: float(r) for name, r in zip(FAMILIES, rates, strict=True)}}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import ADJECTIVE, ANSWER, FIRST, LABELS, LAST, LOOK, MAX_THINGS, NOUN, PATCHES, PICTURE, WORD, WORDS_OF
+from runs import rank
 from torch import Tensor
 
 from vlmprune.benchmarks.shapes.model import BOS, EOS, IMAGE, PAD
@@ -177,9 +178,9 @@ def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float =
 
 
 def all_batches(store: Store, size: int, limit: int | None = None):
-    """The first ``limit`` items once each."""
+    """The first ``limit`` items once each, shared out over ranks."""
     for two in (False, True):
-        part = np.flatnonzero(store.two[:limit] == two)
+        part = np.flatnonzero(store.two[:limit] == two)[rank()[0] :: rank()[1]]
         part = part[np.argsort(store.text_length[part], kind="stable")]
         yield from (part[i : i + size] for i in range(0, len(part), size))
 

@@ -115,7 +115,7 @@ def windows(labels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarr
 def train(recipe: dict[str, Any], run: Run, store: Store, dev: Store) -> Vision:
     options = recipe["vision"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 2])
+    rng = run.generator("vision", recipe["seed"])
     net = Vision(recipe["seed"])
     steps = optimisers(net, options)
 
