@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from data import LABELS, PATCHES
 from decoder import answer_loss, embed, run
-from language import Language, family_weights, summary, tally
+from language import Language, family_weights, summary, tally, weighted
 from packs import Batch, Store, all_batches, batches, collate
 from runs import Run, optimisers
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
     rng = run_.generator("joint", recipe["seed"])
     net = Joint(recipe["seed"])
     net.load_state_dict(torch.load(run_.folder / "align.pt", weights_only=True)["net"])
+    # both may have gone on since they were aligned
+    net.language.load_state_dict(torch.load(run_.folder / "language.pt", weights_only=True)["net"])
     steps = groups(net, options)
     source, weights = batches(store, options["batch"], rng), family_weights(store, options)
 
@@ -118,7 +120,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
             if fade:
                 aim = net.language.symbols(net.language.decoder.embed_tokens.weight, labels).detach()
                 loss = loss + fade * options["regression"] * regression(tokens, aim, labels)
-                loss = loss + fade * options["attention"] * sum(taught.values())
+                loss = loss + fade * options["attention"] * weighted(taught, options)
         loss.backward()
         good = float((said == right).float().mean())
         return {"loss": float(answer.detach()), "hit": good, "dense": float(dense.detach()), **hits}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import PATCHES
+from data import LOOK, PATCHES
 from decoder import Symbols, answer_loss, embed, initialise, run
 from packs import NO_LOSS, Store, all_batches, batches, collate
 from runs import Run, optimisers, rank
@@ -50,13 +50,18 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
             hidden, taught = run(net.decoder, embed(net.decoder, batch, patches + noise * torch.randn_like(patches)), batch, True)
             answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch, weights)
         share = options["attention"] * max(0.0, 1 - number / (options["anneal"] * options["steps"]))
-        loss = answer + share * sum(taught.values())
+        loss = answer + share * weighted(taught, options)
         loss.backward()
         return {"loss": float(answer.detach()), "hit": float((said == right).float().mean()),
                 **{f"a{key}": float(value.detach()) for key, value in taught.items()}}
 
     run_.loop("language", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
     return net
+
+
+def weighted(taught: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    """Sum of the losses of taught attention."""
+    return sum(loss * (options["look"] if key.endswith(f".{LOOK}") else 1.0) for key, loss in taught.items())
 
 
 def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
