@@ -226,6 +226,9 @@ def test_arguments_are_checked_before_anything_runs(change: dict[str, Any], mess
         evaluate(model, processor, SAMPLES, ["fastervml@9"], Odd())
     with pytest.raises(EvaluationError, match=r"model\.eval"):
         evaluate(tiny_bundle("llava")[0].train(), processor, SAMPLES, ["dense"], Odd())
+    processor.chat_template = None
+    with pytest.raises(EvaluationError, match="LlavaProcessor has no chat template"):
+        evaluate(model, processor, SAMPLES, ["dense"], Odd())
 
 
 def test_samples_and_tasks_that_are_wrong_are_named() -> None:

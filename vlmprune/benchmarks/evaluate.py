@@ -63,6 +63,8 @@ def evaluate(
             raise EvaluationError(f"{name}={value!r}; expected an int >= 1")
     if model.training:
         raise EvaluationError("the model is in training mode, where dropout changes answers; call model.eval()")
+    if not getattr(processor, "chat_template", None):
+        raise EvaluationError(f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template")
     sessions = [prune(model, text, positions=positions, strict=strict) for text in texts]
     return _run(model, processor, samples, sessions, task, batch_size, max_new_tokens, share)
 
