@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vlmprune
+from vlmprune.core.pictures import Picture, Tiles
 from vlmprune.core.shelf import Shelf, run_encoder
 from vlmprune.errors import InvariantError
 from vlmprune.models.base import feature_list
@@ -20,11 +21,13 @@ FAMILIES = ("llava", "llava_next", "vipllava")
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values, or all values of two mappings, are equal; functions are not compared."""
+    """Whether two values are equal in all that they hold; functions are not compared."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, Picture | Tiles):
+        return same(vars(one), vars(other))
     return callable(one) or one == other
 
 
@@ -43,7 +46,7 @@ def test_every_session_is_served_what_it_would_have_seen(family: str) -> None:
         assert [k.keep_idx.tolist() for k in session.last.keep] == [k.keep_idx.tolist() for k in last.keep]
         _, (alone,) = run_encoder(session.adapter, shelf.modality, inputs, [session.capture])
         for one, picture in zip(shelved, alone, strict=True):
-            assert same(vars(one.seen[session.capture.key]), vars(picture))
+            assert same(one.seen[session.capture.key], picture)
 
 
 def test_served_features_come_as_the_encoder_returns_them() -> None:
