@@ -103,7 +103,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
 
     def step(number: int) -> dict[str, float]:
         done = number / options["steps"]
-        batch = collate(store, next(source), PATCHES, rng)
+        batch = collate(store, next(source), int(options["tokens"][number % len(options["tokens"])]), rng)
         scenes = batch.scenes.numpy()
         labels = torch.from_numpy(store.labels[scenes.ravel()])
         last = number % 2 == 0
@@ -130,8 +130,9 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
 
 
 def sequence(net: Joint, batch: Batch, tokens: Tensor) -> Tensor:
-    """``tokens`` (B * images, PATCHES, D) -> (B, P + T, D)."""
-    return embed(net.language.decoder, batch, tokens.reshape(len(batch.ids), -1, tokens.shape[-1]))
+    """``tokens`` (B * images, PATCHES, D) -> (B, P + T, D), with the patches that the batch shows."""
+    shown = batch.chosen.flatten(0, 1)[..., None].expand(-1, -1, tokens.shape[-1])  # (B * images, N, D)
+    return embed(net.language.decoder, batch, tokens.gather(1, shown).reshape(len(batch.ids), -1, tokens.shape[-1]))
 
 
 @torch.no_grad()
