@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,11 @@ class VisionCapture:
             )
         if "cls_attention" in self.needs and not self.cls:
             raise UnsupportedError(f"{type(tower).__name__} has no [CLS] token: use cls='mean', e.g. fastervlm(cls='mean')")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Captures of one tower with the same key record the same."""
+        return (frozenset(self.needs), self.layer, *self.layers)
 
     def install(self) -> None:
         """Register the hooks."""

@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,11 +25,12 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from ..spec import Budget
-from .base import Method
+from .base import Method, by_stage
 from .cache import cache_in, state_of
 from .call import Call
 from .entrance import Entrance
 from .inside import InsideHost
+from .pictures import Picture
 from .report import Report
 from .reweight import ReweightHost
 
@@ -65,15 +66,19 @@ class _Encode(_Wrapper):
         session = self.session
         if not session.enabled:
             return self.original(*args, **kwargs)
+        if session.serve is not None:
+            return self._hand_over(*session.serve(self.modality))
         arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
         arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))  # 4.57 names pixels of clips otherwise
         session.adapter.check(arguments, self.modality)
         with session.capture.recording() as record:
             output = self.original(*args, **kwargs)
-        pictures = session.adapter.pictures(self.modality, output, arguments, record.take())
+        return self._hand_over(output, session.adapter.pictures(self.modality, output, arguments, record.take()))
+
+    def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:
         if hasattr(output, "pooler_output"):
             setattr(output, MARK, pictures)
-        call = session.call
+        call = self.session.call
         if call is not None:
             call.pictures[self.modality.name] = pictures
             call.report.fire("encode")
@@ -110,6 +115,7 @@ class Session:
         self.enabled = True
         self.attached = False
         self.last: Report | None = None
+        self.serve: Callable[[Any], tuple[Any, list[Picture]]] | None = None  # pictures encoded earlier, set by a shelf
         self.reference = weakref.ref(self)
         self.depth = adapter.language_model.config.num_hidden_layers
         self.before = slots.get("before_lm")
@@ -279,19 +285,6 @@ class Session:
         if not call.pictures:
             report.note = "no images in this call" if self.enabled else "disabled"
         self.last = report
-
-
-def by_stage(plans: Sequence[tuple[Method, Budget | None]]) -> dict[str, tuple[Method, Budget | None]]:
-    """One method per slot."""
-    slots: dict[str, tuple[Method, Budget | None]] = {}
-    for method, budget in plans:
-        if method.stage in slots:
-            raise UnsupportedError(
-                f"{slots[method.stage][0].name} and {method.name} both act at stage {method.stage!r}; "
-                "combine methods of different stages, such as 'var+fastervlm@128'"
-            )
-        slots[method.stage] = (method, budget)
-    return slots
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
