@@ -22,16 +22,16 @@ from ..core.shelf import Shelf
 from ..errors import EvaluationError, UnsupportedError
 from ..spec import Spec, parse
 from .batch import Batch, EncodeOnce
-from .objects import on_object
 from .record import Record
+from .sample import Sample, Task
 
 
 def evaluate(
     model: Any,
     processor: Any,
-    samples: Sequence[Any],
+    samples: Sequence[Sample],
     specs: Sequence[str | Spec],
-    task: Any,
+    task: Task,
     *,
     batch_size: int = 32,
     max_new_tokens: int = 16,
@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         model, processor: as loaded, the model in eval mode; it is left as it was, also when the iterator is dropped half-way.
-        samples: ``Sample`` objects of ``task``; questions about the same image next to each other are answered fastest.
+        samples: of ``task``; questions about the same images are encoded once where they stand within two batches of each other.
         specs: what to compare, ``"dense"`` among them if wanted; distinct.
         task: gives ``score(sample, answer)``.
         positions, strict: as in :func:`vlmprune.prune`.
@@ -66,7 +66,14 @@ def evaluate(
 
 
 def _run(
-    model: Any, processor: Any, samples: Sequence[Any], sessions: Sequence[Session], task: Any, size: int, words: int, share: bool
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    sessions: Sequence[Session],
+    task: Task,
+    size: int,
+    words: int,
+    share: bool,
 ) -> Iterator[Record]:
     once = EncodeOnce(Shelf(sessions), processor, 2 * size) if share else None
     remaining = iter(samples)
@@ -90,7 +97,7 @@ def _answer(
     processor: Any,
     batch: Batch,
     session: Session,
-    task: Any,
+    task: Task,
     words: int,
     served: AbstractContextManager[None],
     encoding: str,
@@ -114,7 +121,7 @@ def _answer(
     firings = sum(report.firings.values())
     shares = {"encode": spent, "choosing": report.seconds, "first_token": clock.first, "total": clock.total}
     found = []
-    for sample, answer, pictures in zip(batch.samples, answers, batch.pictures, strict=True):
+    for sample, answer, pictures, asked in zip(batch.samples, answers, batch.pictures, batch.asked, strict=True):
         score = task.score(sample, answer.strip())
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise EvaluationError(f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1")
@@ -133,7 +140,7 @@ def _answer(
                 realised_tokens=sum(report.realised_tokens[p] for p in pictures),
                 layer_tokens=sum(layers) / len(layers) if layers else 0.0,
                 firings=firings if pictures else 0,
-                on_object=on_object(sample, maps),
+                on_object=asked.share(maps),
                 positions=session.positions,
                 encoding=encoding if pictures else "none",
                 seconds={name: value / rows for name, value in shares.items()},

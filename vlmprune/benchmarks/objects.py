@@ -9,32 +9,40 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..core.keepmap import KeepMap
+from ..core.keepmap import KeepMap, ScoreMap
 from ..errors import EvaluationError
 
 COVERED = 0.1  # share of a patch that the object must cover for the patch to count as lying on it
 
 
-def on_object(sample: Any, maps: Sequence[KeepMap]) -> float | None:
-    """Share of the kept tokens of all images of a sample that lie on the object asked about; None where there is none."""
-    masks = sample.object_masks()
-    if not maps or masks is None or all(mask is None for mask in masks):
-        return None
-    if len(masks) != len(maps):
-        raise EvaluationError(f"{sample.id}: {len(masks)} object masks for {len(maps)} images; expected one (or None) per image")
-    kept = sum(map(len, maps))
-    hits = sum(int(patches_on(mask, one)[one.keep_idx].sum()) for mask, one in zip(masks, maps, strict=True) if mask is not None)
-    return hits / kept if kept else None
+class Asked:
+    """The objects that one sample asks about; patches of each layout are worked out once, for all specs."""
+
+    def __init__(self, sample: Any, images: int) -> None:
+        self._masks = [np.asarray(mask, dtype=bool) for mask in sample.object_masks()]
+        if len(self._masks) != images:
+            raise EvaluationError(
+                f"{sample.id}: {len(self._masks)} object masks for {images} images; expected one for each, empty where nothing is"
+            )
+        self._patches: dict[tuple, np.ndarray] = {}
+
+    def share(self, maps: Sequence[KeepMap]) -> float | None:
+        """Share of the kept tokens of all images that lie on the objects; None where nothing is asked about, or was kept."""
+        kept = sum(map(len, maps))
+        if not kept or not any(mask.any() for mask in self._masks):
+            return None
+        return sum(int(self.patches(image, one)[one.keep_idx].sum()) for image, one in enumerate(maps)) / kept
+
+    def patches(self, image: int, where: KeepMap | ScoreMap) -> np.ndarray:
+        """(N,) bool, patches of one image that the objects cover enough."""
+        key = (image, where.grids, where.view)
+        if key not in self._patches:
+            self._patches[key] = covered_share(self._masks[image], where.boxes, where.view) >= COVERED
+        return self._patches[key]
 
 
-def patches_on(mask: Any, where: KeepMap) -> np.ndarray:
-    """(N,) bool, the patches of a map that the mask (height, width) covers enough."""
-    return covered_share(mask, where.boxes, where.view) >= COVERED
-
-
-def covered_share(mask: Any, boxes: Tensor, view: str) -> np.ndarray:
+def covered_share(mask: np.ndarray, boxes: Tensor, view: str) -> np.ndarray:
     """(N,) share of every box that is covered by the mask (height, width); boxes in [0, 1] of the view."""
-    mask = np.asarray(mask, dtype=bool)
     if mask.ndim != 2:
         raise EvaluationError(f"an object mask has shape {mask.shape}; expected (height, width)")
     if view == "center":

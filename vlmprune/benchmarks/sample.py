@@ -81,7 +81,7 @@ class Task(Protocol):
 
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
-_NUMBERS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])}
+_NUMBERS = dict(zip(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"), "0123456789", strict=True))
 
 
 def normalise(answer: str, *, compact: bool = False) -> str:

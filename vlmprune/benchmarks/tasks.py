@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any
 
 from ..errors import EvaluationError, did_you_mean
+from .sample import Task
 
 GROUP = "vlmprune.tasks"
-_BUILTIN = {"shapes": "vlmprune.benchmarks.shapes:task"}  # name -> function without arguments that returns the task
+_BUILTIN = {"shapes": "vlmprune.benchmarks.shapes:shapes"}  # name -> function without arguments that returns the task
 
 
 @cache
@@ -23,7 +23,7 @@ def list_tasks() -> list[str]:
     return sorted({*_BUILTIN, *_entry_points()})
 
 
-def get_task(name: str) -> Any:
+def get_task(name: str) -> Task:
     """The task of this name."""
     if name not in list_tasks():
         near = did_you_mean(str(name).lower(), list_tasks())

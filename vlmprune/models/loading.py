@@ -6,7 +6,7 @@ What cannot be pruned is refused before any weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +69,12 @@ def check_device(device: str) -> None:
         raise VlmPruneError(f"device {device!r} cannot be used ({reason}); expected cpu, cuda, cuda:1 or mps") from error
 
 
-def prompt(processor: Any, question: str, images: int = 1, history: Sequence[tuple[str, str]] = ()) -> str:
-    """Text of a question about images: the chat template of the processor, or the LLaVA-1.5 prompt where it has none.
-
-    ``history`` holds earlier turns, (question, answer); the images stand before the first question.
-    """
-    questions = [*(asked for asked, _ in history), question]
-    answers = [answer for _, answer in history]
+def prompt(processor: Any, question: str) -> str:
+    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where it has none."""
     if getattr(processor, "chat_template", None):
-        turns = []
-        for number, asked in enumerate(questions):
-            shown = [{"type": "image"}] * (0 if number else images)
-            turns.append({"role": "user", "content": [*shown, {"type": "text", "text": asked}]})
-            if number < len(answers):
-                turns.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
-        return processor.apply_chat_template(turns, add_generation_prompt=True)
-    token = getattr(processor, "image_token", "<image>")
-    text = f"{token}\n" * images
-    for asked, answer in history:
-        text += f"{asked} ASSISTANT: {answer}</s>USER: "
-    return f"USER: {text}{question} ASSISTANT:"
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
 
 
 def encode(model: Any, processor: Any, image: Any, question: str) -> Any:

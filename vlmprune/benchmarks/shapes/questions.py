@@ -205,7 +205,7 @@ def _text(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Que
     sign = scenes[0].things[i]
     digits = set(sign.text) <= set(DIGITS)
     text = f"what number is on the {sign.color} {SIGN} ?" if digits else f"what does the {sign.color} {SIGN} say ?"
-    return Question("text", "text", text, " ".join(sign.text), (Mention(6 if digits else 4, ((0, i),)),))
+    return Question("text", "text", text, " ".join(sign.text.lower()), (Mention(6 if digits else 4, ((0, i),)),))
 
 
 def _second_turn(name: str, text: str) -> Callable[[Sequence[Scene], np.random.Generator, str], Question | None]:
