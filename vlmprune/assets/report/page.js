@@ -59,7 +59,8 @@
   }
 
   const form = document.querySelector(".filters");
-  form.addEventListener("input", filter);
+  form.addEventListener("input", filter); // while typing
+  form.addEventListener("change", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter)); // after the fields have gone back
   filter();

@@ -77,8 +77,9 @@ def _stale(run: Run, row: dict[str, Any]) -> Iterator[str]:
     twice = [each for each, count in Counter(sample["id"] for sample in samples).items() if count > 1]
     if twice:
         yield f"{name}: the journal {cell} has sample {twice[0]!r} twice; delete the journal and run that row again"
+    if row["n"] > len(samples):  # families outside the headline are answered and not counted
+        yield f"{name}: results.json counts {row['n']} samples, its journal has {len(samples)}; run the leaderboard again"
     counted = {
-        "n": len(samples),
         "failed": sum(sample.get("error") is not None for sample in samples),
         "empty": sum(sample.get("error") is None and not sample["answer"].strip() for sample in samples),
         "firings": sum(sample["firings"] for sample in samples),
@@ -89,17 +90,20 @@ def _stale(run: Run, row: dict[str, Any]) -> Iterator[str]:
 
 
 def _incomparable(run: Run, cells: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows of one model and task whose recipes differ in more than the spec."""
-    first: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+    """Rows of one model and task whose recipes differ in more than the spec, or that answered other questions."""
+    first: dict[tuple[str, str], tuple[str, dict[str, Any], set[str]]] = {}
     for row in cells:
         try:
             recipe = run.recipe(row.get("fingerprint") or "")
+            ids = {sample["id"] for sample in run.journal(row["fingerprint"])}
         except EvaluationError:  # told above
             continue
-        known, other = first.setdefault((row["model"], row["task"]), (row["spec"], recipe))
+        known, other, others = first.setdefault((row["model"], row["task"]), (row["spec"], recipe, ids))
         differ = sorted(key for key in {*recipe, *other} - set(FREE) if recipe.get(key) != other.get(key))
         if differ:
             yield (
                 f"{row_name(row)} has a fingerprint that differs from that of {known!r} in {differ}: they are not comparable; "
                 "run both again with the same settings"
             )
+        elif ids != others:
+            yield f"{row_name(row)} answered {len(ids)} questions, {known!r} {len(others)}, not the same ones; run the leaderboard again"

@@ -34,7 +34,7 @@ def page(run: Run, *, gallery: int = 36) -> str:
         # only this script may run: what a model answers could not, even if it were not escaped
         script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), style=_asset("page.css"),
         run=run, rows=_views(rows), columns=columns(rows), settings=_settings(rows), summary=sentences(rows),
-        heat=_heat(rows, run.results.get("headline") or {}), charts=_charts(rows), flips=shown, gallery_notes=notes,
+        heat=_heat(rows, run.results.get("headline") or []), charts=_charts(rows), flips=shown, gallery_notes=notes,
         speed=speed, speed_columns=SPEED_COLUMNS, speed_notes=speed_notes(run.speed),
         facts=_facts(run), cells=_cells(rows), ratio=ratio, nothing=NOTHING,
     )  # fmt: skip
@@ -77,15 +77,15 @@ def _charts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [chart for chart in drawn if chart["panels"]]
 
 
-def _heat(rows: list[dict[str, Any]], headline: dict[str, Any]) -> list[dict[str, Any]]:
+def _heat(rows: list[dict[str, Any]], headline: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per model and task: what each row retains of the dense accuracy in each family."""
     maps = []
-    excluded = headline.get("excluded") or {}
+    left_out = {setting(entry): entry["excluded"] for entry in headline}
     for where in dict.fromkeys(map(setting, rows)):
         dense = next((row for row in rows if setting(row) == where and row["spec"] == "dense"), None)
         if dense is None:
             continue
-        families = list(dense["families"])
+        families, excluded = list(dense["families"]), left_out.get(where, {})
         lines = []
         for row in rows:
             if setting(row) != where or row is dense:
@@ -95,8 +95,7 @@ def _heat(rows: list[dict[str, Any]], headline: dict[str, Any]) -> list[dict[str
             cells = [{"kept": k, "worst": k is not None and k == lowest, "strength": _strength(k), "out": family in excluded}
                      for k, family in zip(kept, families, strict=True)]  # fmt: skip
             lines.append({"row": row, "cells": cells, "tags": _tags(row, rows)})
-        maps.append({"model": where[0], "task": where[1], "families": families, "dense": dense, "lines": lines, "excluded": {
-            family: reason for family, reason in excluded.items() if family in families}})  # fmt: skip
+        maps.append({"model": where[0], "task": where[1], "families": families, "dense": dense, "lines": lines, "excluded": excluded})
     return maps
 
 

@@ -46,7 +46,7 @@ def _budgets(rows: list[Row]) -> list[str]:
         if pool is not None and methods:
             above = sum(row["ci"][0] > pool["accuracy"] for row in methods)
             parts.append(f"{above or 'none'} {'lie' if above > 1 else 'lies'} clearly above pooling ({ratio(pool['accuracy'])} %)")
-        parts.append(f"{best['spec']} stands alone at the top ({ratio(best['accuracy'])} %)" if best else "no row is ahead by more than its interval")
+        parts.append(f"{best['spec']} stands alone at the top ({ratio(best['accuracy'])} %)" if best else "no clear winner")
         said.append(f"keep {keep}: " + ", ".join(parts) + ".")
     return said
 

@@ -61,7 +61,7 @@ def _paired(row: Row, name: str) -> str:
 
 def _worst(row: Row) -> str:
     worst = row.get("worst")
-    return f"{worst['family']} {ratio(worst['accuracy'])}, kept {ratio(worst['retained'], 0)} %" if worst else NOTHING
+    return f"{worst['family']} {ratio(worst['retained'], 0)}" if worst and row["spec"] != "dense" else NOTHING
 
 
 def _tokens(row: Row) -> str:
@@ -77,7 +77,7 @@ def _accuracy(row: Row) -> str:
 
 def _hard(row: Row) -> str:
     hard = row.get("hard")
-    return f"{ratio(hard['accuracy'])} (n = {hard['n']})" if hard else NOTHING
+    return f"{ratio(hard['accuracy'])} of {hard['n']}" if hard else NOTHING
 
 
 def _flips(row: Row) -> str:
@@ -101,12 +101,12 @@ COLUMNS = (
            lambda r: ratio(part(r, "groups", "general"))),
     Column("text", "text, %", "accuracy on questions that need reading", lambda r: part(r, "groups", "text"),
            lambda r: ratio(part(r, "groups", "text"))),
-    Column("worst", "worst family", "the family that lost most, and what is left of its dense accuracy",
-           lambda r: part(r, "worst", "retained"), _worst),
+    Column("worst", "worst family, % left", "the family that lost most, and what is left of its dense accuracy",
+           lambda r: None if r["spec"] == "dense" else part(r, "worst", "retained"), _worst),
     Column("hard", "hard slice, %", "accuracy on the questions that pooling to the same budget gets wrong",
            lambda r: part(r, "hard", "accuracy"), _hard),
     Column("flips", "lost / won", "answers that were right without pruning and are wrong now, and the reverse",
-           lambda r: part(r, "flips", "lost"), _flips),
+           lambda r: None if r["spec"] == "dense" else part(r, "flips", "lost"), _flips),
     Column("agreement", "same answer, %", "share of questions answered as the dense model does", lambda r: r.get("agreement"),
            lambda r: ratio(r.get("agreement"))),
     Column("on_object", "on object, %", "share of the kept tokens that lie on what is asked about", lambda r: r.get("on_object"),
