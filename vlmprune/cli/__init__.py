@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import catalogue, new, run, validate, verify
+from . import catalogue, leaderboard, new, run, validate, verify
 from .screen import complain
 
 __all__ = ["app", "main"]
@@ -59,6 +59,7 @@ def _root(
 app.command("list")(catalogue.list_methods)
 app.command("show")(catalogue.show)
 app.command("run")(run.run)
+app.command("leaderboard")(leaderboard.leaderboard)
 app.command("verify")(verify.verify)
 app.command("validate")(validate.validate)
 app.command("new")(new.new)
