@@ -56,8 +56,8 @@ def show(found: dict[str, Any], screen: Console) -> None:
 
 def _table(rows: list[Row]) -> Table:
     made = table("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
-    for column in made.columns[1:-1]:
-        column.justify, column.no_wrap = "right", True
+    for column in made.columns[1:]:
+        column.justify, column.no_wrap = "left" if column.header == "worst family" else "right", True
     keep = rows[0]["keep"]
     for row in rows:
         if is_seed(row, rows):
@@ -76,27 +76,27 @@ def _cells(row: Row) -> list[str]:
     band = row["band"]
     versus = NOTHING
     if band:
-        versus = f"seeds {ratio(band['low'], 0)}-{ratio(band['high'], 0)}"
+        versus = f"{ratio(band['low'], 0)}-{ratio(band['high'], 0)}"
     elif against:
         versus = f"{signed(against['difference'])} {MARKS[side(against)]}"
     return [
         row["spec"],
         count(row["realised_tokens"]),
         f"{ratio(row['accuracy'])} [{ratio(low, 0)}, {ratio(high, 0)}]",
-        NOTHING if dense else f"{ratio(row['retained'], 0)} %",
+        NOTHING if dense else ratio(row["retained"], 0),
         versus,
         NOTHING if dense or not flips else f"{flips['lost']}/{flips['won']}",
         ratio(row["groups"].get("text"), 0),
         ratio(hard["accuracy"], 0) if hard else NOTHING,
-        NOTHING if dense else f"{worst['family']} {ratio(worst['retained'], 0)} %",
+        NOTHING if dense else f"{worst['family']} {ratio(worst['retained'], 0)}",
     ]
 
 
 def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
     """What the numbers are, and what such a table cannot show."""
     reach = max((row["mdd"] for row in rows if row["mdd"]), default=None)
-    said = f"{rows[0]['n']} questions, 95 % intervals over pictures; left: of the dense accuracy; arrows: beyond chance; "
-    said += "text: reading; hard: what pool gets wrong; worst family: what is left of it."
+    said = f"{rows[0]['n']} questions, in brackets 95 % intervals over pictures. left: % of the dense accuracy; vs random: points, arrows "
+    said += "where beyond chance, lowest and highest seed for random itself; hard: what pool gets wrong; worst family: % left of it."
     if reach is not None:
         said += f" Differences to dense below {100 * reach:.1f} points cannot be seen."
     if not headline["families"]:

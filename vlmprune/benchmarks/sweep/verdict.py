@@ -12,15 +12,22 @@ LEVEL = 0.05
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """About the rows of one model on one task; every spec that was compared with random is in it, once per budget."""
+    """About the rows of one model on one task; every spec that was compared with random is in it."""
     sides: dict[str, dict[str, list[str]]] = {"better": {}, "no different": {}, "worse": {}}
+    everywhere: dict[str, int] = {}
     for row in rows:
         if row["vs_random"] and not is_seed(row, rows):
-            sides[side(row["vs_random"])].setdefault(series(row["spec"]), []).append(row["keep"])
-    texts = [f"{name}: {_listed(found)}" for name, found in sides.items() if found]
+            method = series(row["spec"])
+            sides[side(row["vs_random"])].setdefault(method, []).append(row["keep"])
+            everywhere[method] = everywhere.get(method, 0) + 1
+    texts = []
+    for name, found in sides.items():
+        named = [m if len(at) == everywhere[m] else f"{m} ({', '.join(at)})" for m, at in found.items()]
+        texts += [f"{name}: {', '.join(named)}"] if named else []
     if not texts:
         return "No row has random tokens of its own budget to be compared with."
-    return f"Against random tokens (paired, Holm-corrected p < {LEVEL}) - {'; '.join(texts)}."
+    tail = "" if all(len(at) == everywhere[m] for found in sides.values() for m, at in found.items()) else " In brackets: only there."
+    return f"Against random tokens (paired, Holm-corrected p < {LEVEL}), {'; '.join(texts)}.{tail}"
 
 
 def side(against: dict[str, Any]) -> str:
@@ -30,6 +37,3 @@ def side(against: dict[str, Any]) -> str:
         return "no different"
     return "better" if low > 0 else "worse"
 
-
-def _listed(found: dict[str, list[str]]) -> str:
-    return ", ".join(f"{method} at {' and '.join(budgets)}" for method, budgets in found.items())
