@@ -8,6 +8,7 @@ merging text and picture.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -36,6 +37,8 @@ class FreeSide:
     def __init__(self, session: Any, call: Callable[[], Tensor]) -> None:
         self.session, self.model = session, session.adapter.model
         self.lm: nn.Module = session.adapter.language_model
+        known = inspect.signature(self.lm.layers[0].forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
         self.cuts: dict[int, tuple[Tensor, Tensor]] = {}
         given: dict[str, Any] = {}
         self._given = given
@@ -64,14 +67,12 @@ class FreeSide:
         return logits
 
     def _whole(self) -> Tensor:
-        cache = DynamicCache(config=self.lm.config)
-        return self.lm(
-            inputs_embeds=self.embeds, position_ids=self.positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return self.lm(inputs_embeds=self.embeds, position_ids=self.positions, use_cache=True).last_hidden_state
 
     def _layers(self) -> Tensor:
         """A plain loop over the layers, whose cuts are given; without a mask attention is causal."""
-        hidden, cache, positions = self.embeds, DynamicCache(config=self.lm.config), self.positions
+        hidden, positions = self.embeds, self.positions
+        cache = {self.cache_name: DynamicCache(config=self.lm.config)}
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
@@ -80,7 +81,7 @@ class FreeSide:
                 rows, positions = self.cuts[index]
                 hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
                 angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
-            output = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache, use_cache=True)
+            output = layer(hidden, attention_mask=mask, position_embeddings=angles, use_cache=True, **cache)
             hidden = output[0] if isinstance(output, tuple) else output
         return self.lm.norm(hidden)
 
