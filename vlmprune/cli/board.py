@@ -14,6 +14,7 @@ from ..benchmarks.sweep.verdict import side, verdict
 from .screen import plain, stderr, table
 
 Row = dict[str, Any]
+HEADINGS = ("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
 MARKS = {"better": "\N{UPWARDS ARROW}", "worse": "\N{DOWNWARDS ARROW}", "no different": " "}
 
 
@@ -55,7 +56,7 @@ def show(found: dict[str, Any], screen: Console) -> None:
 
 
 def _table(rows: list[Row]) -> Table:
-    made = table("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
+    made = table(*HEADINGS, padding=(0, 0, 0, 1))
     for column in made.columns[1:]:
         column.justify, column.no_wrap = "left" if column.header == "worst family" else "right", True
     keep = rows[0]["keep"]
@@ -95,8 +96,9 @@ def _cells(row: Row) -> list[str]:
 def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
     """What the numbers are, and what such a table cannot show."""
     reach = max((row["mdd"] for row in rows if row["mdd"]), default=None)
-    said = f"{rows[0]['n']} questions, in brackets 95 % intervals over pictures. left: % of the dense accuracy; vs random: points, arrows "
-    said += "where beyond chance, lowest and highest seed for random itself; hard: what pool gets wrong; worst family: % left of it."
+    said = f"{rows[0]['n']} questions; in brackets 95 % intervals, over pictures; left: % of the dense accuracy; vs random: "
+    said += "points, arrows where beyond chance, the range of its seeds for random itself; hard: % of what pool gets wrong; "
+    said += "worst family: % left of it."
     if reach is not None:
         said += f" Differences to dense below {100 * reach:.1f} points cannot be seen."
     if not headline["families"]:

@@ -68,7 +68,7 @@ def leaderboard(
     folder, settings = Path(out), settings or Settings()
     refuse_other_format(folder)
     specs = with_baselines(config.specs, config.seeds)
-    plans = [(setting, [identity.recipe(setting, spec) for spec in specs]) for setting in _settings(config, settings)]
+    plans = [(setting, [identity.recipe(setting, spec) for spec in specs]) for setting in planned(config, settings)]
     with locked(folder):
         _write_run(folder, config, settings)
         rows, headline, failed = [], [], []
@@ -90,7 +90,7 @@ def leaderboard(
     return found
 
 
-def _settings(config: Config, settings: Settings) -> list[Setting]:
+def planned(config: Config, settings: Settings) -> list[Setting]:
     """All models on all tasks; whatever is wrong with any of them is said before the first answer."""
     versions = tuple(identity.versions().items())
     tasks = [get_task(name) for name in config.tasks]

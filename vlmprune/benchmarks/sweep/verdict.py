@@ -20,13 +20,14 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
             method = series(row["spec"])
             sides[side(row["vs_random"])].setdefault(method, []).append(row["keep"])
             everywhere[method] = everywhere.get(method, 0) + 1
-    texts = []
+    texts, split = [], False
     for name, found in sides.items():
         named = [m if len(at) == everywhere[m] else f"{m} ({', '.join(at)})" for m, at in found.items()]
+        split |= any(len(at) < everywhere[m] for m, at in found.items())
         texts += [f"{name}: {', '.join(named)}"] if named else []
     if not texts:
         return "No row has random tokens of its own budget to be compared with."
-    tail = "" if all(len(at) == everywhere[m] for found in sides.values() for m, at in found.items()) else " In brackets: only there."
+    tail = " In brackets: the budgets where that holds." if split else ""
     return f"Against random tokens (paired, Holm-corrected p < {LEVEL}), {'; '.join(texts)}.{tail}"
 
 
