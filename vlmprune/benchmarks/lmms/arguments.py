@@ -74,7 +74,8 @@ _BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
 def _typed(name: str, text: str) -> Any:
     if name not in _TYPES:
-        hint = " Write the budget into the spec: prune=fastervlm@64." if name in ("keep", "method") else did_you_mean(name, _TYPES)
+        budget = name in ("keep", "method")
+        hint = " Write the budget into the spec: prune=fastervlm@64." if budget else did_you_mean(name, _TYPES)
         raise SpecError(f"model argument {name!r} is unknown; expected one of {sorted(_TYPES)}.{hint}")
     kind = _TYPES[name]
     if kind == "bool":

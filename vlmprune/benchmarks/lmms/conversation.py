@@ -52,8 +52,21 @@ def _part(name: str, part: Mapping[str, Any], made: Conversation) -> dict[str, s
     shown = {"image": made.images, "video": made.clips}.get(name)
     if shown is None:
         raise UnsupportedError(f"a task shows {name!r}; images and video work here")
-    shown.append(part["url"])
+    shown.append(part if _cuts(part) else part["url"])
     return {"type": name}
+
+
+def until(text: str, stops: str | Iterable[str] | None) -> str:
+    """Cut at the first stop string. White space stops nothing: lmms-eval adds it where tasks ask for no stop."""
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        if stop.strip():
+            text = text.split(stop)[0]
+    return text
+
+
+def _cuts(part: Mapping[str, Any]) -> list[str]:
+    """Keys that ask for a part of a clip only."""
+    return [key for key in ("video_start", "video_end", "start_time", "end_time") if part.get(key) is not None]
 
 
 def kind(visual: Any) -> str:
@@ -81,13 +94,12 @@ def picture(image: Any, mean: Sequence[float] | None = None) -> Image.Image:
 def frames(clip: Any, most: int) -> np.ndarray:
     """(T, H, W, 3) uint8, at most ``most`` frames at equal distances; from a file, or from frames that are at hand."""
     if isinstance(clip, Mapping):
-        cut = sorted({"video_start", "video_end", "start_time", "end_time"} & {key for key in clip if clip[key] is not None})
-        if cut:
-            raise UnsupportedError(f"a task shows a part of a clip ({', '.join(cut)}); whole clips work here")
+        if _cuts(clip):
+            raise UnsupportedError(f"a task shows a part of a clip ({', '.join(_cuts(clip))}); whole clips work here")
         clip = clip.get("url") or clip.get("path") or clip.get("video")
     if isinstance(clip, str | Path):
         if not Path(clip).is_file():
-            raise EvaluationError(f"the clip {Path(clip).name!r} is not where its task says it is; fetch the videos of the data set")
+            raise EvaluationError(f"the clip {Path(clip).name!r} is not where its task says; fetch the videos of the data set")
         from lmms_eval.models.model_utils.load_video import read_video
 
         return read_video(str(clip), num_frm=most)
