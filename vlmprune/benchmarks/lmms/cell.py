@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ...errors import EvaluationError
@@ -45,8 +46,9 @@ def run_cell(
     expected = min(limit or len(task.lmms.eval_docs), len(task.lmms.eval_docs) - offset)
     if len(rows) != expected:
         raise EvaluationError(f"lmms-eval gave {len(rows)} sample rows of {task.name}; expected {expected}")
-    metrics = {key.removesuffix(",none"): value for key, value in found["results"][name].items() if isinstance(value, float)}
-    return Cell(records(rows, task), metrics)
+    official = task.lmms.aggregation()
+    metrics = {key.split(",")[0]: value for key, value in found["results"][name].items() if key.split(",")[0] in official}
+    return Cell(records(rows, task), {key: float(value) for key, value in metrics.items() if isinstance(value, Real)})
 
 
 def records(rows: Sequence[Mapping[str, Any]], task: LmmsTask) -> list[Record]:
