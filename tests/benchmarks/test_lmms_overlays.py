@@ -94,7 +94,7 @@ def test_pope_counts_the_answers(tmp_path):
     task = overlay("pope_yes", tmp_path, features, rows)
     answers = ["yes", "Yes", "yes", "no"]
     samples = task.samples()
-    assert task.official(samples, answers) == pytest.approx({"accuracy": 0.75, "f1": 0.8, "yes": 0.75})
+    assert task.official(samples, answers) == pytest.approx({"accuracy": 0.75, "f1": 0.8, "yes_ratio": 0.75})
     assert [task.score(sample, answer) for sample, answer in zip(samples, answers, strict=True)] == [1, 0, 1, 1]
     assert task.families == ("popular", "random") and dict(task.blind) == {"popular": 0.5, "random": 0.5}
 

@@ -105,18 +105,14 @@ def _answer(
     pictures = sum(map(len, batch.pictures))
     options = {"max_new_tokens": words, "do_sample": False, "num_beams": 1}
     made = generate(model, session, batch.inputs, pictures=pictures, named=batch.named, served=served, **options)
-    report = made.report
     answers = processor.batch_decode(made.ids, skip_special_tokens=True)
     rows = len(batch.samples)
-    firings = sum(report.firings.values())
-    shares = {"encode": spent, "choosing": report.seconds, "first_token": made.first, "total": made.total}
     found = []
     for sample, answer, shown, asked in zip(batch.samples, answers, batch.pictures, batch.asked, strict=True):
         score = task.score(sample, answer.strip())
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise EvaluationError(f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1")
-        layers = [sum(layer) for layer in zip(*(report.layer_tokens[p] for p in shown), strict=True)]
-        maps = tuple(report.keep[p] for p in shown)
+        maps = tuple(made.report.keep[p] for p in shown)
         found.append(
             Record(
                 spec=session.spec,
@@ -126,16 +122,12 @@ def _answer(
                 group=sample.group,
                 answer=answer.strip(),
                 score=float(score),
-                dense_tokens=sum(report.dense_tokens[p] for p in shown),
-                realised_tokens=sum(report.realised_tokens[p] for p in shown),
-                layer_tokens=sum(layers) / len(layers) if layers else 0.0,
-                firings=firings if shown else 0,
+                **made.counts(shown),
                 on_object=asked.share(maps),
                 positions=session.positions,
                 encoding=encoding if shown else "none",
-                seconds={name: value / rows for name, value in shares.items()},
+                seconds={"encode": spent / rows, **made.seconds(rows)},
                 batch=rows,
-                peak_memory=made.peak,
                 keep=maps,
             )
         )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,6 +25,23 @@ class Generation(NamedTuple):
     first: float
     total: float
     peak: int | None
+
+    def counts(self, pictures: Sequence[int]) -> dict[str, Any]:
+        """Fields of a Record for a row that shows these pictures of the call."""
+        report = self.report
+        layers = [sum(layer) for layer in zip(*(report.layer_tokens[p] for p in pictures), strict=True)]
+        return {
+            "dense_tokens": sum(report.dense_tokens[p] for p in pictures),
+            "realised_tokens": sum(report.realised_tokens[p] for p in pictures),
+            "layer_tokens": sum(layers) / len(layers) if layers else 0.0,
+            "firings": sum(report.firings.values()) if pictures else 0,
+            "peak_memory": self.peak,
+        }
+
+    def seconds(self, rows: int) -> dict[str, float]:
+        """Shares of one of ``rows`` rows that were answered together."""
+        whole = {"choosing": self.report.seconds, "first_token": self.first, "total": self.total}
+        return {name: value / rows for name, value in whole.items()}
 
 
 def generate(

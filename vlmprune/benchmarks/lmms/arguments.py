@@ -47,7 +47,9 @@ class Arguments:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prune", str(parse(self.prune)))
+        spec = parse(self.prune)
+        spec.build(require_budget=True)  # what is wrong with it is said before a model is read
+        object.__setattr__(self, "prune", str(spec))
         for name in ("batch_size", "max_new_tokens", "max_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:

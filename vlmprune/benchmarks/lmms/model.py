@@ -128,20 +128,13 @@ class VlmPrune(lmms):
         for row, question in enumerate(batch):
             seen = [*range(image, image := image + len(images[row]))]
             seen += range(clip, clip := clip + len(question.conversation.clips))
-            report = made.report
-            layers = [sum(layer) for layer in zip(*(report.layer_tokens[p] for p in seen), strict=True)]
-            shares = {"choosing": report.seconds, "first_token": made.first, "total": made.total}
             pruning = {
                 "spec": self.session.spec,
                 "positions": self.session.positions,
                 "pictures": len(seen),
-                "dense_tokens": sum(report.dense_tokens[p] for p in seen),
-                "realised_tokens": sum(report.realised_tokens[p] for p in seen),
-                "layer_tokens": sum(layers) / len(layers) if layers else 0.0,
-                "firings": sum(report.firings.values()) if seen else 0,
-                "seconds": {name: value / len(batch) for name, value in shares.items()},
+                **made.counts(seen),
+                "seconds": made.seconds(len(batch)),
                 "batch": len(batch),
-                "peak_memory": made.peak,
             }
             counts = Counts(int(inputs["attention_mask"][row].sum()), self._length(made.ids[row]), pruning=pruning)
             answers.append(GenerationResult(until(said[row], question.settings.get("until")), counts))

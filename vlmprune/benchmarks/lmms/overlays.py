@@ -54,7 +54,7 @@ def pope(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     from lmms_eval.tasks.pope.utils import pope_process_results
 
     row = pope_process_results(doc, results)["pope_accuracy"]
-    return {"accuracy": row, "f1": row, "yes": float(row["prediction"] == "yes")}
+    return {"accuracy": row, "f1": row, "yes_ratio": float(row["prediction"] == "yes")}
 
 
 @cache
