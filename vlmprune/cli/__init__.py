@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import catalogue, leaderboard, new, run, validate, verify
+from . import catalogue, leaderboard, lmms, new, run, validate, verify
 from .screen import complain
 
 __all__ = ["app", "main"]
@@ -63,6 +63,7 @@ app.command("leaderboard")(leaderboard.leaderboard)
 app.command("verify")(verify.verify)
 app.command("validate")(validate.validate)
 app.command("new")(new.new)
+app.command("lmms-tasks")(lmms.lmms_tasks)
 
 
 def main() -> None:
