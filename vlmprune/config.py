@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmarks.published import Published
-from .benchmarks.tasks import list_tasks
+from .benchmarks.tasks import LMMS, list_tasks
 from .core.base import one_of
 from .errors import SpecError, did_you_mean
 from .registry import get
@@ -18,7 +18,6 @@ from .yamlfile import read
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEEDS = (0, 1, 2)
-LMMS = "lmms:"  # tasks of lmms-eval: which there are is known only where it is installed
 WANTED = {"out": "the path of a folder", "split": "the name of a split, such as test", "published": "the path of a YAML file"}
 
 
@@ -123,6 +122,7 @@ def _check_seeds(seeds: tuple[int, ...]) -> None:
 
 
 def _check_tasks(names: tuple[str, ...]) -> None:
+    # which tasks lmms-eval has is known only where it is installed
     for name in names:
         if name not in list_tasks() and not name.startswith(LMMS):
             near = did_you_mean(name.lower(), list_tasks())

@@ -25,7 +25,9 @@ FLAGS = (
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """Two models, two budgets; never written to."""
-    return simulate(tmp_path_factory.mktemp("runs") / "run", samples=80, budgets=(36, 9), models=("model-a", "model-b"), resamples=200)
+    return simulate(
+        tmp_path_factory.mktemp("runs") / "run", samples=80, budgets=(36, 9), models=("model-a", "model-b"), resamples=200
+    )
 
 
 @pytest.fixture

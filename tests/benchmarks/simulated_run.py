@@ -32,8 +32,14 @@ NOTE = "SIMULATED: every answer and time on this page was drawn at random to tes
 
 
 def simulate(
-    folder: Path, *, samples: int = 300, budgets: tuple[int, ...] = (72, 36, 18, 9), models: tuple[str, ...] = ("simulated-vlm",),
-    speed: bool = True, resamples: int = 2000, **changes: Any,
+    folder: Path,
+    *,
+    samples: int = 300,
+    budgets: tuple[int, ...] = (72, 36, 18, 9),
+    models: tuple[str, ...] = ("simulated-vlm",),
+    speed: bool = True,
+    resamples: int = 2000,
+    **changes: Any,
 ) -> Path:
     """Write a run; ``changes`` replace keys of the row of fastervlm at the first budget, to break it."""
     (folder / "cells").mkdir(parents=True)
@@ -52,12 +58,16 @@ def simulate(
         if row["spec"] == f"fastervlm@{budgets[0]}":
             row |= changes
     provenance = {
-        "note": NOTE, "versions": {"vlmprune": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "python": "3.11"}, "commit": "0" * 7,
+        "note": NOTE, "versions": {"vlmprune": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "python": "3.11"},
+        "commit": "0" * 7,
         "command": f"vlmprune leaderboard --specs {EVIL}", "hardware": "none", "date": "2026-01-01T00:00:00+00:00",
-        "model": {model: {"weights": "simulated", "licence": "none"} for model in models}, "licence": "Apache-2.0", "calibration": "none",
+        "model": {model: {"weights": "simulated", "licence": "none"} for model in models}, "licence": "Apache-2.0",
+        "calibration": "none",
     }  # fmt: skip
     card = [row for model in models for row in _speed(model, budgets)] if speed else []
-    write(folder / "results.json", {"format": FORMAT, "provenance": provenance, "rows": rows, "headline": headline, "speed": card})
+    write(
+        folder / "results.json", {"format": FORMAT, "provenance": provenance, "rows": rows, "headline": headline, "speed": card}
+    )
     write(folder / "run.json", {"format": FORMAT, "version": "0.1.0", "created": provenance["date"], "config": {}, "command": ""})
     return folder
 
@@ -83,8 +93,10 @@ class _Simulation:
         general, text, gaze = QUALITY.get(method, (1.0, 1.0, 0.0))
         strain = np.log2(TOKENS / (budget or TOKENS)) / 2  # 1 at a quarter of the tokens
         recipe = {
-            "model": self.model, "weights": "simulated", "spec": spec, "task": self.task.name, "task_fingerprint": self.task.fingerprint,
-            "split": "test", "limit": self.limit, "generation": {"max_new_tokens": 8}, "seeds": [seed], "versions": {"torch": "2.13.0"},
+            "model": self.model, "weights": "simulated", "spec": spec, "task": self.task.name,
+            "task_fingerprint": self.task.fingerprint,
+            "split": "test", "limit": self.limit, "generation": {"max_new_tokens": 8}, "seeds": [seed],
+            "versions": {"torch": "2.13.0"},
         }  # fmt: skip
         cell = self.cells[spec] = cell_id(recipe)
         write(self.folder / "cells" / f"{cell}.json", recipe)
@@ -116,7 +128,14 @@ class _Simulation:
         } | ({"keep": keep} if i < 40 and budget else {})  # fmt: skip
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "model": self.model, "task": self.task.name, "failed": 0, "fingerprint": self.cells.get(row["spec"]), "paper": None}
+        return {
+            **row,
+            "model": self.model,
+            "task": self.task.name,
+            "failed": 0,
+            "fingerprint": self.cells.get(row["spec"]),
+            "paper": None,
+        }
 
 
 def _patches(mask: np.ndarray) -> np.ndarray:
@@ -129,10 +148,13 @@ def _speed(model: str, budgets: tuple[int, ...]) -> list[dict[str, Any]]:
     for spec, tokens in [("dense", TOKENS), *((f"fastervlm@{budget}", budget) for budget in budgets)]:
         first, total = 0.01 + tokens / 4e3, 0.05 + tokens / 2e3
         rows.append({
-            "spec": spec, "model": model, "batch": 1, "answer_tokens": 32, "choosing_s": 0.001, "first_token_s": first, "total_s": total,
+            "spec": spec, "model": model, "batch": 1, "answer_tokens": 32, "choosing_s": 0.001, "first_token_s": first,
+            "total_s": total,
             "tokens_per_layer": [tokens] * 4, "flops": 1e9 * tokens, "peak_bytes": 1 << 24, "versus_dense": 0.046 / first,
-            "versus_dense_total": 0.122 / total, "versus_free_k": 1.05, "device": "none (simulated)", "dtype": "float32", "attention": "sdpa",
-            "p20": {"first_token_s": first * 0.97, "total_s": total * 0.97}, "p80": {"first_token_s": first * 1.04, "total_s": total * 1.04},
+            "versus_dense_total": 0.122 / total, "versus_free_k": 1.05, "device": "none (simulated)", "dtype": "float32",
+            "attention": "sdpa",
+            "p20": {"first_token_s": first * 0.97, "total_s": total * 0.97}, "p80": {"first_token_s": first * 1.04,
+            "total_s": total * 1.04},
         })  # fmt: skip
     return rows
 

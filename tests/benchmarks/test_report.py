@@ -119,12 +119,12 @@ def test_a_torn_last_line_is_passed_over_and_a_broken_one_is_not(broken_run):
 @pytest.mark.parametrize("name", ["run.json", "results.json"])
 def test_a_run_of_another_version_is_refused(broken_run, name):
     write(broken_run / name, json.loads((broken_run / name).read_text()) | {"format": 99})
-    with pytest.raises(EvaluationError, match="format 99.*reads format 1"):
+    with pytest.raises(EvaluationError, match=r"format 99.*reads format 1"):
         write_report(broken_run)
 
 
 def test_what_is_no_run_is_told(tmp_path):
-    with pytest.raises(EvaluationError, match="holds no run.json"):
+    with pytest.raises(EvaluationError, match=r"holds no run\.json"):
         write_report(tmp_path)
     with pytest.raises(EvaluationError, match="is no folder"):
         write_report(tmp_path / "nothing")
@@ -237,7 +237,8 @@ def test_speed_of_its_own_file_wins(broken_run):
 def candidate(spec, low, high, **more):
     middle = (low + high) / 2
     method, _, keep = spec.partition("@")
-    return {"spec": spec, "model": "m", "task": "t", "method": method, "keep": keep or None, "accuracy": middle, "ci": [low, high],
+    return {"spec": spec, "model": "m", "task": "t", "method": method, "keep": keep or None, "accuracy": middle, "ci": [low,
+    high],
             "realised_tokens": 36.0, "band": None, **more}  # fmt: skip
 
 
@@ -250,14 +251,17 @@ def test_best_needs_an_interval_above_all_others():
     assert not is_best(candidate("dense", 0.9, 1.0), rows)
 
 
-@pytest.mark.parametrize(("p", "difference", "badge"), [(0.04, 0.1, "beats random"), (0.04, -0.1, "below random"), (0.06, 0.1, None)])
+@pytest.mark.parametrize(
+    ("p", "difference", "badge"), [(0.04, 0.1, "beats random"), (0.04, -0.1, "below random"), (0.06, 0.1, None)]
+)
 def test_a_badge_needs_a_corrected_p_value(p, difference, badge):
     row = candidate("a@36", 0.5, 0.6, vs_random={"difference": difference, "ci": [0, 1], "p": 0.01, "p_holm": p})
     assert [text for _, text in badges(row, [row])] == ([badge] if badge else [])
 
 
 @pytest.mark.parametrize(
-    ("spec", "name"), [("a@36", "a"), ("debias+fastv(layer=2)@0.25/crop", "debias+fastv(layer=2)"), ("var+a@9", "var+a"), ("dense", "dense")]
+    ("spec", "name"),
+    [("a@36", "a"), ("debias+fastv(layer=2)@0.25/crop", "debias+fastv(layer=2)"), ("var+a@9", "var+a"), ("dense", "dense")],
 )
 def test_a_curve_is_a_spec_without_its_budget(spec, name):
     assert series(spec) == name

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a leaderboard run, as it is read: what was asked for, one journal per cell, and the results computed from them.
 
-    run.json           what the run is: format, version, command, config
-    cells/ID.json      recipe of one cell: everything that can change an answer; ID is its hash
-    cells/ID.jsonl     journal of the cell, one sample per line, append-only
-    results.json       rows computed from the journals
-    speed.json         what ``vlmprune bench --out`` measured; optional
+run.json           what the run is: format, version, command, config
+cells/ID.json      recipe of one cell: everything that can change an answer; ID is its hash
+cells/ID.jsonl     journal of the cell, one sample per line, append-only
+results.json       rows computed from the journals
+speed.json         what ``vlmprune bench --out`` measured; optional
 """
 
 from __future__ import annotations

@@ -72,8 +72,9 @@ def _tokens(row: dict[str, Any]) -> float:
 def _axes(frame: Frame, tokens: list[float]) -> str:
     low, high = frame.scores
     parts = []
-    for tick in (low + (high - low) * i / 4 for i in range(5)):
-        y = frame.y(tick)
+    step = 0.1 if high - low < 0.55 else 0.2
+    for tick in (low + step * i for i in range(round((high - low) / step) + 1)):
+        y = frame.y(min(tick, high))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{ratio(tick, 0)}</text>')
     last = -math.inf
@@ -82,7 +83,9 @@ def _axes(frame: Frame, tokens: list[float]) -> str:
         if x - last > 24:  # labels would touch
             parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 13}" text-anchor="middle">{count(value)}</text>')
             last = x
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">tokens per question, log scale</text>')
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">tokens per question, log scale</text>'
+    )
     return "".join(parts)
 
 
@@ -106,7 +109,9 @@ def _curve(frame: Frame, rows: list[dict[str, Any]]) -> str:
         x, low, high = frame.x(_tokens(row)), *map(frame.y, row["ci"])
         says = f"{row['spec']}: {ratio(row['accuracy'])} % {interval(row['ci'])} at {count(_tokens(row))} tokens"
         parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{frame.y(row["accuracy"]):.1f}" r="3.5"><title>{escape(says)}</title></circle>')
+        parts.append(
+            f'<circle class="dot" cx="{x:.1f}" cy="{frame.y(row["accuracy"]):.1f}" r="3.5"><title>{escape(says)}</title></circle>'
+        )
     return "".join(parts)
 
 

@@ -51,7 +51,7 @@ def _problems(run: Run) -> Iterator[str]:
 def _unbelievable(row: dict[str, Any]) -> Iterator[str]:
     name = row_name(row)
     if row["failed"]:
-        yield f"{name}: {row['failed']} of {row['n']} generations failed; see \"error\" in its journal, repair that, run again"
+        yield f'{name}: {row["failed"]} of {row["n"]} generations failed; see "error" in its journal, repair that, run again'
     if row["empty"]:
         yield f"{name}: {row['empty']} of {row['n']} answers are empty; a model that says nothing was not measured: look why"
     if not row["firings"] and row["spec"] != "dense":
@@ -106,4 +106,5 @@ def _incomparable(run: Run, cells: list[dict[str, Any]]) -> Iterator[str]:
                 "run both again with the same settings"
             )
         elif ids != others:
-            yield f"{row_name(row)} answered {len(ids)} questions, {known!r} {len(others)}, not the same ones; run the leaderboard again"
+            counts = f"answered {len(ids)} questions, {known!r} {len(others)}"
+            yield f"{row_name(row)} {counts}, not the same ones; run the leaderboard again"

@@ -11,10 +11,12 @@ from typing import Any
 from ..rundir import Run
 from .table import badges, columns, is_seed, ordered, setting
 
-_PLAIN = ("spec", "model", "task", "method", "keep", "n", "accuracy", "realised_tokens", "layer_tokens", "dense_tokens", "retained",
+_PLAIN = ("spec", "model", "task", "method", "keep", "n", "accuracy", "realised_tokens", "layer_tokens", "dense_tokens",
+          "retained",
           "agreement", "mdd", "on_object", "firings", "failed", "empty", "calibrated", "paper", "fingerprint")  # fmt: skip
 _NESTED = {
-    "vs_dense": ("difference", "p", "p_holm"), "vs_random": ("difference", "p", "p_holm"), "worst": ("family", "accuracy", "retained"),
+    "vs_dense": ("difference", "p", "p_holm"), "vs_random": ("difference", "p", "p_holm"), "worst": ("family", "accuracy",
+    "retained"),
     "flips": ("lost", "won"), "hard": ("n", "accuracy"), "band": ("low", "high"), "groups": ("general", "text"),
 }  # fmt: skip
 

@@ -104,7 +104,9 @@ def _drawn(images: list[Any], kept: list[dict[str, Any]], name: str) -> Iterator
     from ...core.keepmap import KeepMap
 
     if len(images) != len(kept):
-        raise EvaluationError(f"{name} shows {len(images)} images, its journal has kept patches of {len(kept)}; run the row again")
+        raise EvaluationError(
+            f"{name} shows {len(images)} images, its journal has kept patches of {len(kept)}; run the row again"
+        )
     for image, keep in zip(images, kept, strict=True):
         factor = -(-SMALLEST // min(image.size))
         large = image.resize((image.width * factor, image.height * factor), resample=0)

@@ -91,11 +91,15 @@ def _heat(rows: list[dict[str, Any]], headline: list[dict[str, Any]]) -> list[di
             if setting(row) != where or row is dense:
                 continue
             kept = [_kept(row, dense, family) for family in families]
-            lowest = min((k for k, family in zip(kept, families, strict=True) if k is not None and family not in excluded), default=None)
+            lowest = min(
+                (k for k, family in zip(kept, families, strict=True) if k is not None and family not in excluded), default=None
+            )
             cells = [{"kept": k, "worst": k is not None and k == lowest, "strength": _strength(k), "out": family in excluded}
                      for k, family in zip(kept, families, strict=True)]  # fmt: skip
             lines.append({"row": row, "cells": cells, "tags": _tags(row, rows)})
-        maps.append({"model": where[0], "task": where[1], "families": families, "dense": dense, "lines": lines, "excluded": excluded})
+        maps.append(
+            {"model": where[0], "task": where[1], "families": families, "dense": dense, "lines": lines, "excluded": excluded}
+        )
     return maps
 
 
@@ -117,7 +121,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_flat(inner)}" if not isinstance(inner, dict) else f"{key} ({_flat(inner)})" for key, inner in value.items())
+        return ", ".join(
+            f"{key}: {_flat(inner)}" if not isinstance(inner, dict) else f"{key} ({_flat(inner)})" for key, inner in value.items()
+        )
     return ", ".join(map(_flat, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -90,7 +90,8 @@ def speed_rows(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _conditions(row: Row) -> str:
-    parts = [str(row.get("label") or row["model"]), f"batch {row['batch']}", f"{row['answer_tokens']} answer tokens", row["device"],
+    parts = [str(row.get("label") or row["model"]), f"batch {row['batch']}", f"{row['answer_tokens']} answer tokens",
+    row["device"],
              row["dtype"], f"attention: {row['attention']}"]  # fmt: skip
     return ", ".join(parts + ([f"{row['threads']} threads"] if row.get("threads") else []))
 

@@ -42,17 +42,25 @@ def _budgets(rows: list[Row]) -> list[str]:
         pool = next((row for row in of if row["method"] == "pool"), None)
         parts = []
         if tested:
-            parts.append(f"{len(better) or 'none'} of {len(tested)} methods {'beat' if len(better) > 1 else 'beats'} random tokens")
+            parts.append(
+                f"{len(better) or 'none'} of {len(tested)} methods {'beat' if len(better) > 1 else 'beats'} random tokens"
+            )
         if pool is not None and methods:
             above = sum(row["ci"][0] > pool["accuracy"] for row in methods)
-            parts.append(f"{above or 'none'} {'lie' if above > 1 else 'lies'} clearly above pooling ({ratio(pool['accuracy'])} %)")
+            parts.append(
+                f"{above or 'none'} {'lie' if above > 1 else 'lies'} clearly above pooling ({ratio(pool['accuracy'])} %)"
+            )
         parts.append(f"{best['spec']} stands alone at the top ({ratio(best['accuracy'])} %)" if best else "no clear winner")
         said.append(f"keep {keep}: " + ", ".join(parts) + ".")
     return said
 
 
 def _worst(rows: list[Row]) -> list[str]:
-    candidates = [row for row in rows if row.get("worst") and row["worst"].get("retained") is not None and row["method"] not in ("dense", *BASELINES)]
+    candidates = [
+        row
+        for row in rows
+        if row.get("worst") and row["worst"].get("retained") is not None and row["method"] not in ("dense", *BASELINES)
+    ]
     if not candidates:
         return []
     row = min(candidates, key=lambda row: row["worst"]["retained"])

@@ -87,7 +87,8 @@ def _flips(row: Row) -> str:
 
 COLUMNS = (
     Column("spec", "method", "spec as it is given to vlmprune", lambda r: r["spec"], lambda r: r["spec"]),
-    Column("tokens", "tokens", "visual tokens read per question, realised; in brackets the mean over the decoder layers, where it differs",
+    Column("tokens", "tokens",
+    "visual tokens read per question, realised; in brackets the mean over the decoder layers, where it differs",
            lambda r: r.get("layer_tokens") or r["realised_tokens"], _tokens),
     Column("accuracy", "accuracy, %", "with its 95 % interval, clustered by picture; for random also lowest and highest seed",
            lambda r: r["accuracy"], _accuracy),
@@ -111,7 +112,8 @@ COLUMNS = (
            lambda r: ratio(r.get("agreement"))),
     Column("on_object", "on object, %", "share of the kept tokens that lie on what is asked about", lambda r: r.get("on_object"),
            lambda r: ratio(r.get("on_object"))),
-    Column("paper", "paper, %", "what the paper publishes for this row", lambda r: r.get("paper"), lambda r: ratio(r.get("paper"))),
+    Column("paper", "paper, %", "what the paper publishes for this row", lambda r: r.get("paper"),
+    lambda r: ratio(r.get("paper"))),
 )  # fmt: skip
 OPTIONAL = ("vs_random", "general", "text", "hard", "on_object", "paper")  # left out where no row has them
 

@@ -16,7 +16,8 @@ from .export import as_csv, as_json, as_markdown
 from .page import page
 
 FORMATS: dict[str, tuple[str, Callable[[Run], str]]] = {
-    "html": ("report.html", page), "csv": ("report.csv", as_csv), "json": ("report.json", as_json), "md": ("report.md", as_markdown),
+    "html": ("report.html", page), "csv": ("report.csv", as_csv), "json": ("report.json", as_json), "md": ("report.md",
+    as_markdown),
 }  # fmt: skip
 
 

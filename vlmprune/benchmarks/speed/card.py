@@ -32,13 +32,21 @@ from .timing import Entry, median, race, ratios, spread
 from .workload import Workload
 
 DENSE = "dense"
-SAME = ("model", "spec", "batch", "answer_tokens", "text_tokens", "device", "dtype")  # a newer row replaces one that is equal in these
+SAME = (
+    "model",
+    "spec",
+    "batch",
+    "answer_tokens",
+    "text_tokens",
+    "device",
+    "dtype",
+)  # a newer row replaces one that is equal in these
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How often things are timed: rounds to the first token, rounds of whole answers, and rounds before them that do not count."""
+    """How often things are timed: rounds to the first token, rounds of whole answers, rounds before each that do not count."""
 
     rounds: int = 9
     answers: int = 3
@@ -47,7 +55,12 @@ class Effort:
 
 @torch.inference_mode()
 def measure(
-    workload: Workload, specs: Iterable[str], *, answer_tokens: int = 32, effort: Effort | None = None, tell: Tell = lambda text: None
+    workload: Workload,
+    specs: Iterable[str],
+    *,
+    answer_tokens: int = 32,
+    effort: Effort | None = None,
+    tell: Tell = lambda text: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows of the dense model and of every spec that it supports, and the others with the reason.
 
@@ -130,7 +143,12 @@ def _first_tokens(
     for spec, (session, side) in sessions.items():
         entries[spec] = (session, lambda session=session: attached(session))
         entries[f"free {spec}"] = (None, lambda side=side: free(side))
-    times = race(entries, effort.rounds, warmup=effort.warmup, on_round=_counter(workload, "first tokens", effort.rounds + effort.warmup, tell))
+    times = race(
+        entries,
+        effort.rounds,
+        warmup=effort.warmup,
+        on_round=_counter(workload, "first tokens", effort.rounds + effort.warmup, tell),
+    )
     for values in choosing.values():
         del values[: effort.warmup]
     return times
@@ -162,8 +180,14 @@ def _counted(workload: Workload) -> tuple[int, int]:
 
 
 def _row(
-    spec: str, first: dict[str, list[float]], whole: dict[str, list[float]], choosing: dict[str, list[float]], difference: float | None,
-    common: dict[str, Any], tokens: Sequence[float], counts: tuple[int, int],
+    spec: str,
+    first: dict[str, list[float]],
+    whole: dict[str, list[float]],
+    choosing: dict[str, list[float]],
+    difference: float | None,
+    common: dict[str, Any],
+    tokens: Sequence[float],
+    counts: tuple[int, int],
 ) -> dict[str, Any]:
     lists = {"first_token_s": first[spec], "total_s": whole[spec]}
     lists["versus_dense"] = ratios(first[DENSE], first[spec])
@@ -174,7 +198,8 @@ def _row(
         lists["ideal_versus_dense"] = ratios(first[DENSE], first[f"free {spec}"])
     spreads = {name: spread(values) for name, values in lists.items()}
     return {
-        "spec": spec, **common, "choosing_s": None, "versus_free_k": None, **{name: median(values) for name, values in lists.items()},
+        "spec": spec, **common, "choosing_s": None, "versus_free_k": None, **{name: median(values) for name,
+        values in lists.items()},
         "p20": {name: low for name, (low, _) in spreads.items()}, "p80": {name: high for name, (_, high) in spreads.items()},
         "tokens_per_layer": list(tokens), "flops": counts[0], "peak_bytes": counts[1], "logits_difference": difference,
     }  # fmt: skip

@@ -21,6 +21,11 @@ from transformers import DynamicCache
 from ...errors import InvariantError
 
 
+def cache_name(module: nn.Module) -> str:
+    """The keyword that takes the KV cache; transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
 class FreeSide:
     """The language model on what one attached call left of its input.
 
@@ -37,8 +42,6 @@ class FreeSide:
     def __init__(self, session: Any, call: Callable[[], Tensor]) -> None:
         self.session, self.model = session, session.adapter.model
         self.lm: nn.Module = session.adapter.language_model
-        known = inspect.signature(self.lm.layers[0].forward).parameters
-        self.cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
         self.cuts: dict[int, tuple[Tensor, Tensor]] = {}
         given: dict[str, Any] = {}
         self._given = given
@@ -72,7 +75,7 @@ class FreeSide:
     def _layers(self) -> Tensor:
         """A plain loop over the layers, whose cuts are given; without a mask attention is causal."""
         hidden, positions = self.embeds, self.positions
-        cache = {self.cache_name: DynamicCache(config=self.lm.config)}
+        cache = {cache_name(self.lm.layers[0]): DynamicCache(config=self.lm.config)}
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)

@@ -21,9 +21,17 @@ from ...core.base import one_of
 from ...errors import SpecError, UnsupportedError
 from ...models import families
 
-_CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+_CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 _LLAMA_7B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32,
     "vocab_size": 32064, "max_position_embeddings": 8192,
 }  # fmt: skip
 _QWEN_VISION = {
@@ -34,7 +42,8 @@ _QWEN_7B = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
     "vocab_size": 152064, "max_position_embeddings": 32768, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }  # fmt: skip
-_SCALED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "depth", "num_heads",
+_SCALED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "depth",
+           "num_heads",
            "out_hidden_size")  # fmt: skip
 
 
@@ -89,7 +98,9 @@ def config_of(name: str, scale: int = 1) -> Any:
     if shape.family == "qwen2_5_vl":
         return transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **shape.fields)
     make = getattr(transformers, _CONFIGS[shape.family])
-    return make(vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), **shape.fields)
+    return make(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), **shape.fields
+    )
 
 
 def build(name: str, device: str, dtype: torch.dtype, scale: int = 1) -> nn.Module:
@@ -144,7 +155,10 @@ def _pixels(shape: Shape, config: Any, batch: int, random: torch.Generator) -> d
     if shape.family == "llava":
         return {"pixel_values": torch.randn(batch, 3, side, side, generator=random)}
     tiles = 1 + (height // side) * (width // side)
-    return {"pixel_values": torch.randn(batch, tiles, 3, side, side, generator=random), "image_sizes": torch.tensor([shape.image] * batch)}
+    return {
+        "pixel_values": torch.randn(batch, tiles, 3, side, side, generator=random),
+        "image_sizes": torch.tensor([shape.image] * batch),
+    }
 
 
 def _placeholders(shape: Shape, config: Any) -> int:

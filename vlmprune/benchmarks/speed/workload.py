@@ -72,13 +72,24 @@ class Workload:
     def flops(self, call: Any) -> int:
         """Operations of the matrix products and convolutions of a call, a multiplication and an addition each."""
         # fused attention is not counted on every device; the plain one is, and does the same products
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             call()
         return counter.get_total_flops()
 
 
 def make_workload(
-    name: str, *, batch: int = 1, text: int = 60, device: str = "cpu", dtype: str = "auto", scale: int | None = None,
+    name: str,
+    *,
+    batch: int = 1,
+    text: int = 60,
+    device: str = "cpu",
+    dtype: str = "auto",
+    scale: int | None = None,
     trust_remote_code: bool = False,
 ) -> Workload:
     """A workload from the name of a shape (see ``shapes.SHAPES``), ``"tiny"``, a folder or an HF id.
@@ -101,7 +112,7 @@ def make_workload(
     model = build(name, device, number, scale)
     label = name if scale == 1 else f"{name} at 1/{scale} scale"
     note = f"{label}: random weights in the shape of {SHAPES[name].like}" + (
-        f", width and depth of tower and decoder divided by {scale}; token counts, head size and vocabulary are real. Its times say "
-        "nothing about the real model, its ratios roughly." if scale > 1 else "."
+        f", width and depth of tower and decoder divided by {scale}; token counts, head size and vocabulary are real. Its times "
+        "say nothing about the real model, its ratios roughly." if scale > 1 else "."
     )  # fmt: skip
     return Workload(label, model, inputs_of(name, model, batch, text), adapter_for(model), note)

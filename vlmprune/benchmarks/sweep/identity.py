@@ -15,21 +15,23 @@ from ...errors import EvaluationError
 from ...models.loading import TINY
 from ...registry import get
 from ...spec import parse
+from ..tasks import LMMS
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
 # what decides an answer; reports and statistics may change without asking again
 _CODE = ("core", "methods", "models", "kernels", "api.py", "spec.py", "benchmarks/batch.py", "benchmarks/evaluate.py",
-         "benchmarks/generation.py", "benchmarks/sample.py", "benchmarks/sweep/work.py")  # fmt: skip
+         "benchmarks/generation.py", "benchmarks/lmms", "benchmarks/sample.py", "benchmarks/sweep/work.py")  # fmt: skip
 _WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a model folder: weights, configs, tokenizer, templates
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Versions of what answers pass through, and a digest of the package's own code on that way."""
+def versions(task: str) -> tuple[tuple[str, str], ...]:
+    """Versions of what answers to a task pass through, and a digest of the package's own code on that way."""
     files = [file for name in _CODE for file in _sources(_ROOT / name)]
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"vlmprune": __version__, **found, "code": _digest(files, _ROOT)}
+    packages = (*PACKAGES, "lmms_eval") if task.startswith(LMMS) else PACKAGES
+    found = {name: metadata.version(name) for name in packages}
+    return tuple({"vlmprune": __version__, **found, "code": _digest(files, _ROOT)}.items())
 
 
 def _sources(path: Path) -> list[Path]:

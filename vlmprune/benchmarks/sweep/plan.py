@@ -16,7 +16,7 @@ from ..summary import DENSE, budget_of
 
 METHODS = ("fastervlm", "visionzip", "divprune", "holov", "zooprune", "fastv")
 BUDGETS = (48, 32, 16)  # of 144: a third, two ninths and a ninth, the shares of 192, 128 and 64 of 576
-QUESTIONS, QUICK_QUESTIONS = 1000, 200
+QUESTIONS, QUICK_QUESTIONS = 1000, 300
 ANSWER = 16  # tokens of an answer, where neither config nor task says
 
 
@@ -89,6 +89,13 @@ def load_samples(task: Task, split: str, limit: int | None) -> list[Sample]:
 def answer_length(wanted: int | None, task: Task) -> int:
     """Tokens of an answer: what the config says, else the task, else ``ANSWER``."""
     return wanted or getattr(task, "max_new_tokens", None) or ANSWER
+
+
+def portions(task: Task, samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """The shards of a task; tasks with clips are cut in their own order, as lmms-eval runs them."""
+    if getattr(task, "video", False):
+        return [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return shards(samples, size)
 
 
 def shards(samples: Sequence[Sample], size: int) -> list[list[Sample]]:

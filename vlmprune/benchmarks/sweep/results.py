@@ -18,7 +18,7 @@ from ..rundir import Run
 from ..speed.conditions import conditions, device_name
 from ..summary import DENSE, summarise
 from ..tasks import get_task
-from .plan import Setting
+from .plan import Setting, load_samples
 
 
 def rows_of(
@@ -27,14 +27,29 @@ def rows_of(
     """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell."""
     run = Run(folder)
     records = [Record.read(line) for cell in cells.values() for line in run.journal(cell)]
-    found = summarise(records, get_task(setting.task).blind)
+    task = get_task(setting.task)
+    found = summarise(records, task.blind)
+    official = _official(task, setting, records)
     named = {"model": setting.model, "task": setting.task}
     rows = []
     for row in found["rows"]:
         spec = row["spec"]
         paper = config.published.find(spec, setting.task) if config.published else None
         rows.append({**named, **row, "failed": 0, "fingerprint": cells.get(spec), "paper": paper})
+        if spec in official:
+            rows[-1]["official"] = official[spec]
     return rows, {**named, **found["headline"]}
+
+
+def _official(task: Any, setting: Setting, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Per spec the task's own numbers (F1, sums over categories, ...), where it has such."""
+    if not hasattr(task, "official"):
+        return {}
+    answers: dict[str, dict[str, str]] = {}
+    for record in records:
+        answers.setdefault(record.spec, {})[record.id] = record.answer
+    samples = load_samples(task, setting.split, setting.limit)
+    return {spec: task.official(samples, [mine[sample.id] for sample in samples]) for spec, mine in answers.items()}
 
 
 def complete(cells: Mapping[str, str]) -> bool:

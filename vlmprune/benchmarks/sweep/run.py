@@ -18,7 +18,7 @@ from ..tasks import get_task
 from . import identity, results
 from .engines import Engine, Local
 from .journal import Journal, locked, refuse_other_format, replace_json
-from .plan import Setting, answer_length, load_samples, shards, with_baselines
+from .plan import Setting, answer_length, load_samples, portions, with_baselines
 from .work import Failure, Job
 
 
@@ -92,7 +92,6 @@ def leaderboard(
 
 def planned(config: Config, settings: Settings) -> list[Setting]:
     """All models on all tasks; whatever is wrong with any of them is said before the first answer."""
-    versions = tuple(identity.versions().items())
     tasks = [get_task(name) for name in config.tasks]
     if isinstance(settings.engine, Local):
         check_device(settings.device)
@@ -100,7 +99,7 @@ def planned(config: Config, settings: Settings) -> list[Setting]:
         Setting(
             model=model, weights=identity.weights(model), task=name, task_fingerprint=task.fingerprint, split=config.split,
             limit=config.limit, batch_size=config.batch_size, max_new_tokens=answer_length(config.max_new_tokens, task),
-            device=settings.device, dtype=config.dtype, versions=versions, trust_remote_code=settings.trust_remote_code,
+            device=settings.device, dtype=config.dtype, versions=identity.versions(name), trust_remote_code=settings.trust_remote_code,
         )
         for model in config.models
         for name, task in zip(config.tasks, tasks, strict=True)
@@ -119,14 +118,14 @@ def _answer(
     folder: Path, setting: Setting, recipes: Sequence[Mapping[str, Any]], engine: Engine, progress: Progress
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Answer what is missing; returns the cells that are whole, by spec, and why the others are not."""
-    samples = load_samples(get_task(setting.task), setting.split, setting.limit)
-    portions = shards(samples, setting.batch_size)
+    task = get_task(setting.task)
+    samples = load_samples(task, setting.split, setting.limit)
     journals = {recipe["spec"]: Journal(folder, recipe) for recipe in recipes}
     _check_known(setting, {sample.id for sample in samples}, journals.values())
     total, done = len(samples) * len(journals), sum(len(journal.ids) for journal in journals.values())
     progress.begin(f"{setting.model} on {setting.task}", total, done)
     jobs = []
-    for number, portion in enumerate(portions):
+    for number, portion in enumerate(portions(task, samples, setting.batch_size)):
         lacking = tuple(spec for spec, journal in journals.items() if any(sample.id not in journal.ids for sample in portion))
         if lacking:
             jobs.append(Job(number, lacking))

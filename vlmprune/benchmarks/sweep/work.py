@@ -16,7 +16,7 @@ from ..record import Record
 from ..sample import Sample, Task
 from ..tasks import get_task
 from . import identity
-from .plan import Setting, load_samples, shards
+from .plan import Setting, load_samples, portions
 
 DRAWN = 40  # samples at the start of a task whose kept patches are journalled, for galleries of flips
 
@@ -52,7 +52,8 @@ class Bench:
         self.setting = setting
         self.task: Task = get_task(setting.task)
         self.samples = load_samples(self.task, setting.split, setting.limit)
-        self.shards: list[list[Sample]] = shards(self.samples, setting.batch_size)
+        self.clips = getattr(self.task, "video", False)
+        self.shards: list[list[Sample]] = portions(self.task, self.samples, setting.batch_size)
         self.drawn = {sample.id for sample in self.samples[:DRAWN]}
         _check_same(setting, self.task)
         self.model, self.processor = load_model(setting.model, setting.device, setting.dtype, setting.trust_remote_code)
@@ -72,6 +73,8 @@ class Bench:
 
     def _answer(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
         """One call of evaluate; returns the number of the spec that failed, counted from 1, or 0."""
+        if self.clips:
+            return (yield from self._answer_clips(job, specs))
         rows, size = self.shards[job.shard], self.setting.batch_size
         sizes = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
         records = evaluate(
@@ -84,6 +87,21 @@ class Bench:
                 except EvaluationError as error:
                     yield Failure(spec, str(error))
                     return number
+        return 0
+
+    def _answer_clips(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
+        """The same by lmms-eval, which reads clips; its portions follow each other in the order of the documents."""
+        from ..lmms.cell import run_cell
+
+        offset, size = sum(map(len, self.shards[: job.shard])), len(self.shards[job.shard])
+        options = {"batch_size": self.setting.batch_size, "max_new_tokens": self.setting.max_new_tokens}
+        for number, spec in enumerate(specs, 1):
+            try:
+                cell = run_cell(self.model, self.processor, spec, self.task, offset=offset, limit=size, **options)
+            except VlmPruneError as error:
+                yield Failure(spec, str(error))
+                return number
+            yield Lines(spec, list(map(self._line, cell.records)))
         return 0
 
     def _line(self, record: Record) -> dict[str, Any]:
@@ -104,7 +122,7 @@ def bench(setting: Setting) -> Bench:
 
 def _check_same(setting: Setting, task: Task) -> None:
     """A worker on another machine must hold the same code, data and weights as the driver, or its answers are of another cell."""
-    versions, weights = tuple(identity.versions().items()), identity.weights(setting.model)
+    versions, weights = identity.versions(setting.task), identity.weights(setting.model)
     here = {"versions": versions, "task_fingerprint": task.fingerprint, "weights": weights}
     for key, value in here.items():
         wanted = getattr(setting, key)
