@@ -137,7 +137,8 @@ def test_the_quick_config_is_there_and_runs_built_in_methods():
 
 
 def test_the_published_protocols_are_there():
-    budgets = {"llava-1.5-7b": ["192", "128", "64"], "llava-1.5-13b": ["192", "128", "64"], "llava-next-7b": ["640", "320", "160"]}
+    plain, tiled = ["192", "128", "64"], ["640", "320", "160"]
+    budgets = {"llava-1.5-7b": plain, "llava-1.5-13b": plain, "llava-next-7b": tiled}
     for name, expected in budgets.items():
         config = load(FOLDER / f"{name}.yaml")
         found = dict.fromkeys(budget_of(str(spec)) for spec in config.specs)
