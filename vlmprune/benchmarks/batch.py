@@ -78,8 +78,11 @@ class EncodeOnce:
         return shelved
 
 
-def model_inputs(processor: Any, model: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
-    """What ``model.generate`` takes: left-padded, on its device and in its dtype."""
+def model_inputs(
+    processor: Any, model: Any, texts: list[str], images: list[list[Any]], clips: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """What ``model.generate`` takes: left-padded, on its device and in its dtype. ``clips`` of all texts, in order."""
     shown = [row for row in images if row] or None  # families that pack by sample want no entry for rows without images
-    made = processor(text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt")
+    videos = {"videos": list(clips)} if clips else {}
+    made = processor(text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt", **videos)
     return dict(made.to(model.device, model.dtype))

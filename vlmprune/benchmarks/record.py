@@ -58,10 +58,11 @@ class Record:
         return not self.answer
 
     def line(self, keep: bool = False) -> dict[str, Any]:
-        """Plain values for a journal; ``keep`` adds the kept patches per image."""
+        """Plain values for a journal; ``keep`` adds the kept patches per image, with all that drawing them takes."""
         values = {name: value for name, value in vars(self).items() if name != "keep"}
         values["seconds"] = dict(self.seconds)
-        return values | ({"keep": [one.keep_idx.tolist() for one in self.keep]} if keep else {})
+        maps = [{"keep_idx": one.keep_idx.tolist(), "grids": one.grids, "view": one.view} for one in self.keep]
+        return values | ({"keep": maps} if keep else {})
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Record:
