@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install vlmprune[eval]")
 
@@ -27,6 +29,7 @@ from vlmprune.benchmarks.lmms.cell import run_cell
 from vlmprune.benchmarks.lmms.loading import write_tasks
 from vlmprune.benchmarks.lmms.model import VlmPrune, VlmPruneSimple
 from vlmprune.benchmarks.tasks import get_task
+from vlmprune.cli import app
 from vlmprune.errors import EvaluationError, UnsupportedError
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.tiny import tiny_bundle
@@ -185,6 +188,21 @@ def test_what_does_not_generate_is_refused():
         VlmPrune(model, processor, Arguments())
 
 
+def test_settings_of_a_task_become_those_of_generate():
+    model, processor = tiny_bundle("llava")
+    lm = VlmPrune(model, processor, Arguments(max_new_tokens=16))
+    assert lm._options({"until": ["x"], "image_aspect_ratio": "original", "top_p": 1.0, "do_sample": False}) == {
+        "max_new_tokens": 16, "num_beams": 1, "do_sample": False,
+    }  # fmt: skip
+    assert lm._options({"max_new_tokens": 8, "temperature": 0.5, "top_p": 0.9, "num_beams": 2}) == {
+        "max_new_tokens": 8, "num_beams": 2, "do_sample": True, "temperature": 0.5, "top_p": 0.9,
+    }  # fmt: skip
+    ids = torch.tensor([3, 5, 0, 5])
+    assert lm._length(ids) == 4  # the tiny model knows no end
+    model.generation_config.eos_token_id = [7, 5]
+    assert (lm._length(ids), lm._length(ids[:1])) == (2, 1)
+
+
 # --- one benchmark, three ways ----------------------------------------------------------------------------------------------
 
 
@@ -225,6 +243,13 @@ def test_pictures_that_are_equal_make_a_cluster(mixed, shapes):
 def test_the_registry_knows_both_classes():
     assert get_model("vlmprune").__name__ == "VlmPrune"
     assert get_model("vlmprune", force_simple=True).__name__ == "VlmPruneSimple"
+
+
+def test_the_folder_of_tasks_is_written_from_the_command_line(tmp_path):
+    done = CliRunner().invoke(app, ["lmms-tasks", str(tmp_path / "new"), "--limit", "10"])
+    assert done.exit_code == 0, done.output
+    assert "textvqa_val_ocr" in done.output
+    assert len(get_task(f"lmms:{tmp_path / 'new' / 'shapes.yaml'}").samples()) == 10
 
 
 def test_the_command_line_of_lmms_eval(tasks, tmp_path):
