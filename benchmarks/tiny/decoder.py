@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from data import ANSWER, CLASSES, LABELS, LOOK, NOUN, WORD
+from data import ADJECTIVE, ANSWER, CLASSES, FIRST, LABELS, LAST, LOOK, NOUN, PICTURE, WORD, WORDS_OF
 from packs import NO_LOSS, Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,15 @@ from vlmprune.benchmarks.shapes.model import GRID, IMAGE
 from vlmprune.benchmarks.shapes.vocabulary import PLURALS
 
 # layer -> [(kind of target, heads that are taught)]
-TAUGHT = {1: [(NOUN, (0, 1)), (ANSWER, (2, 3))], 4: [(LOOK, (0, 1))]}
+TAUGHT = {
+    0: [(ADJECTIVE, (0, 1)), (WORDS_OF, (2, 3)), (PICTURE, (2, 3))],
+    1: [(NOUN, (0, 1)), (ANSWER, (2, 3))],
+    2: [(FIRST, (0, 1)), (LAST, (2, 3))],
+    # counting needs an even spread: errors of many heads average out
+    3: [(LOOK, (0, 1, 2, 3))],
+    4: [(LOOK, (0, 1, 2, 3))],
+    5: [(LOOK, (0, 1, 2, 3))],
+}
 
 
 class Symbols(nn.Module):
@@ -108,28 +116,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int, ...]]]):
     """Per kind: minus the log of the attention mass on what is meant; where things are counted, cross-entropy to equal shares."""
     rows = torch.arange(len(q), device=q.device)[:, None]
-    columns = batch.aim[..., 0]
-    allowed = batch.mask[rows, 0, columns]  # (B, E, P + T)
-    width = batch.goal.shape[-1]
     for kind, heads in kinds:
-        heads = list(heads)
-        logits = torch.einsum("behd,bhld->behl", q[:, heads].transpose(1, 2)[rows, columns], k[:, heads]).float()
-        logits = logits / math.sqrt(q.shape[-1])
-        shares = logits.masked_fill(~allowed[:, :, None], float("-inf")).log_softmax(-1)[..., :width]
-        goal = batch.goal[:, :, None]
-        mass = -shares.masked_fill(~goal, float("-inf")).logsumexp(-1)  # (B, E, heads)
+        real = (batch.aim[..., 1] == kind) & (batch.aim[..., 3] > 0)  # (B, E)
+        most = int(real.sum(1).max())
+        if most == 0:
+            continue
+        real, pick = real.int().topk(most, dim=1)  # (B, M)
+        columns, goal, heads = batch.aim[..., 0][rows, pick], batch.goal[rows, pick][:, :, None], list(heads)
+        logits = torch.einsum("bmhd,bhld->bmhl", q[:, heads].transpose(1, 2)[rows, columns], k[:, heads]).float()
+        allowed = batch.mask[rows, 0, columns][:, :, None]  # (B, M, 1, P + T)
+        shares = (logits / math.sqrt(q.shape[-1])).masked_fill(~allowed, float("-inf")).log_softmax(-1)
+        loss = -shares.masked_fill(~goal, float("-inf")).logsumexp(-1)  # (B, M, heads)
         if kind == LOOK:
             spread = -(shares.masked_fill(~goal, 0).sum(-1) / goal.sum(-1)) - goal.sum(-1).log()
-            counted = batch.counted[:, :, None]
-            mass = torch.where(counted, spread, mass)
-        real = (batch.aim[..., 1] == kind) & (batch.aim[..., 3] > 0)
-        yield kind, mass[real].mean() if real.any() else mass.sum() * 0
+            loss = torch.where(batch.counted[rows, pick][:, :, None], spread, loss)
+        yield kind, loss[real > 0].mean()
 
 
-def answer_loss(hidden: Tensor, words: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss over answer tokens; what was predicted and what is right at them."""
+def answer_loss(
+    hidden: Tensor, words: Tensor, batch: Batch, weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss over answer tokens, ``weights`` (questions,) apart; what was predicted and what is right at them."""
     width = len(batch.prefix)
     where = batch.answers != NO_LOSS
     logits = F.linear(hidden[:, width:][where], words).float()
     right = batch.answers[where]
-    return F.cross_entropy(logits, right), logits.argmax(-1), right
+    loss = F.cross_entropy(logits, right, reduction="none")
+    weight = torch.ones_like(loss) if weights is None else weights[batch.question[where]]
+    return (loss * weight).sum() / weight.sum(), logits.argmax(-1), right

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import PATCHES
+from data import LOOK, PATCHES
 from decoder import Symbols, answer_loss, embed, initialise, run
 from packs import NO_LOSS, Store, all_batches, batches, collate
-from runs import Run, optimisers
-from torch import Tensor, nn
+from runs import Run, optimisers, rank
+from torch import Tensor, distributed, nn
 
 from vlmprune.benchmarks.shapes.model import build_model
 from vlmprune.benchmarks.shapes.questions import FAMILIES
@@ -34,10 +34,10 @@ class Language(nn.Module):
 def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Language:
     options = recipe["language"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 1])
+    rng = run_.generator("language", recipe["seed"])
     net = Language(recipe["seed"])
     steps = optimisers(net, options)
-    source = batches(store, options["batch"], rng)
+    source, weights = batches(store, options["batch"], rng), family_weights(store, options)
 
     def step(number: int) -> dict[str, float]:
         items = next(source)
@@ -48,15 +48,26 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
             patches = net.patches(labels, batch.chosen)
             noise = options["noise"] * patches.detach().pow(2).mean().sqrt() * torch.rand(len(patches), 1, 1)
             hidden, taught = run(net.decoder, embed(net.decoder, batch, patches + noise * torch.randn_like(patches)), batch, True)
-            answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch)
+            answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch, weights)
         share = options["attention"] * max(0.0, 1 - number / (options["anneal"] * options["steps"]))
-        loss = answer + share * sum(taught.values())
+        loss = answer + share * weighted(taught, options)
         loss.backward()
         return {"loss": float(answer.detach()), "hit": float((said == right).float().mean()),
                 **{f"a{key}": float(value.detach()) for key, value in taught.items()}}
 
     run_.loop("language", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
     return net
+
+
+def weighted(taught: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    """Sum of the losses of taught attention."""
+    return sum(loss * (options["look"] if key.endswith(f".{LOOK}") else 1.0) for key, loss in taught.items())
+
+
+def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
+    """(questions,) weight of every question in the loss."""
+    by_family = torch.tensor([options["family_weight"].get(name, 1.0) for name in FAMILIES])
+    return by_family[torch.from_numpy(store.families)]
 
 
 @torch.no_grad()
@@ -83,5 +94,8 @@ def tally(store: Store, batch: Any, good: Tensor, wrong: np.ndarray, total: np.n
 
 
 def summary(wrong: np.ndarray, total: np.ndarray) -> dict[str, float]:
+    if rank()[1] > 1:
+        for counts in (wrong, total):
+            distributed.all_reduce(torch.from_numpy(counts))
     rates = 1 - wrong / np.maximum(total, 1)
     return {"mean": float(rates[total > 0].mean()), **{name: float(r) for name, r in zip(FAMILIES, rates, strict=True)}}

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import LABELS, LOOK, MAX_THINGS, PATCHES, WORD
+from data import ADJECTIVE, ANSWER, FIRST, LABELS, LAST, LOOK, MAX_THINGS, NOUN, PATCHES, PICTURE, WORD, WORDS_OF
+from runs import rank
 from torch import Tensor
 
 from vlmprune.benchmarks.shapes.model import BOS, EOS, IMAGE, PAD
-from vlmprune.benchmarks.shapes.vocabulary import ORDER
+from vlmprune.benchmarks.shapes.vocabulary import COLORS, ORDER
 
 CENTRE, OWNER, INDEX = LABELS.index("centre"), LABELS.index("owner"), LABELS.index("index")
 NO_LOSS = -100
+COLOR_IDS, ORDER_IDS = ({WORD[word] for word in words} for words in (COLORS, ORDER))
+TAUGHT_PATCHES = 8  # per picture, where there are two
 
 
 class Store:
@@ -61,7 +64,7 @@ class Batch:
     answers: Tensor  # (B, T) next token where it counts, else NO_LOSS
     question: Tensor  # (B, T) number of the question in the store, or -1
     aim: Tensor  # (B, E, 4): column, kind, how many things are meant, whether it is a target at all
-    goal: Tensor  # (B, E, P) columns of the prefix that are looked for
+    goal: Tensor  # (B, E, P + T) columns that are looked for
     counted: Tensor  # (B, E) bool: attention is to be spread over things, one more share for the first token
 
     def to(self, device: torch.device) -> Batch:
@@ -87,6 +90,7 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     block, offset, question = (np.full((size, length), -1) for _ in range(3))
     aims: list[list[tuple[int, int, int, int]]] = []
     bits: list[list[tuple[int, int]]] = []
+    goals: list[tuple[int, int, list[int]]] = []  # (row, target, columns) where words are looked for
     for row, item in enumerate(items):
         at = 0
         aims.append([])
@@ -97,20 +101,33 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
             ids[row, at : at + n], block[row, at : at + n], offset[row, at : at + n] = words, q, np.arange(n)
             answers[row, at + first : at + n - 1] = words[first + 1 :]
             question[row, at : at + n] = q
-            for position, kind, meant, index in store.targets[store.target_start[q] : store.target_start[q + 1]]:
-                aims[-1].append((width + at + position, kind, int(meant).bit_count(), 1))
-                bits[-1].append((int(meant), int(index)))
+            targets = store.targets[store.target_start[q] : store.target_start[q + 1]].tolist()
+            for position, kind, meant, index in targets:
+                aims[-1].append((width + at + position, kind, meant.bit_count(), 1))
+                bits[-1].append((meant, index))
+            for position, kind, columns in word_targets(words.tolist(), targets):
+                goals.append((row, len(aims[-1]), [width + at + column for column in columns]))
+                aims[-1].append((width + at + position, kind, 0, 1))
+                bits[-1].append((0, 0))
             at += n
+        for image in range(images if images > 1 else 0):
+            first = 3 + image * (tokens + 1)
+            for column in rng.choice(tokens, TAUGHT_PATCHES, replace=False) + first:
+                goals.append((row, len(aims[-1]), [first - 1]))
+                aims[-1].append((int(column), PICTURE, 0, 1))
+                bits[-1].append((0, 0))
     most = max(map(len, aims))
     aim = np.array([rows + [(0, 0, 0, 0)] * (most - len(rows)) for rows in aims])
     meant = np.array([rows + [(0, 0)] * (most - len(rows)) for rows in bits])
-    goal = np.zeros((size, most, width), bool)
+    goal = np.zeros((size, most, width + length), bool)
     flat = owner.reshape(size, 1, -1)
     hit = (flat > 0) & ((meant[:, :, :1] >> np.maximum(flat - 1, 0)) & 1 > 0)
     index, look = meant[:, :, 1:], (aim[:, :, 1] == LOOK)[:, :, None]
     hit &= (index == 0) | (kept[..., INDEX].reshape(size, 1, -1) == index)
     hit &= ~look | (index > 0) | (kept[..., CENTRE].reshape(size, 1, -1) > 0)  # things to count are looked at in their centres
     goal[:, :, where] = hit
+    for row, target, columns in goals:
+        goal[row, target, columns] = True
     count = (look[..., 0]) & (index[..., 0] == 0)
     goal[:, :, 0] |= count | ~goal.any(-1)  # the first token is where nothing is: a sink, and the one more of a count
     return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in {
@@ -118,6 +135,23 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
         "positions": np.concatenate([np.tile(np.arange(width), (size, 1)), width + np.maximum(offset, 0)], 1),
         "mask": block_mask(width, block), "aim": aim, "goal": goal, "counted": count,
     }.items()})
+
+
+def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, int, list[int]]]:
+    """Which words of its question a noun or an answer looks at: (position, kind, positions looked for)."""
+    found, content, nouns = [], [], [position for position, kind, _, _ in targets if kind == NOUN]
+    for position, kind, _, _ in targets:
+        if kind == NOUN:
+            content.append(position)
+            if words[position - 1] in COLOR_IDS:
+                content.append(position - 1)
+                found.append((position, ADJECTIVE, [position - 1]))
+            if words[2] in ORDER_IDS:  # in the second image , ...
+                content.append(2)
+                found.append((position, WORDS_OF, [2]))
+    for position in [position for position, kind, _, _ in targets if kind == ANSWER]:
+        found += [(position, WORDS_OF, content), (position, FIRST, nouns[:1]), (position, LAST, nouns[-1:])]
+    return found
 
 
 def block_mask(width: int, block: np.ndarray) -> np.ndarray:
@@ -144,9 +178,9 @@ def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float =
 
 
 def all_batches(store: Store, size: int, limit: int | None = None):
-    """The first ``limit`` items once each."""
+    """The first ``limit`` items once each, shared out over ranks."""
     for two in (False, True):
-        part = np.flatnonzero(store.two[:limit] == two)
+        part = np.flatnonzero(store.two[:limit] == two)[rank()[0] :: rank()[1]]
         part = part[np.argsort(store.text_length[part], kind="stable")]
         yield from (part[i : i + size] for i in range(0, len(part), size))
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 def optimisers(net: nn.Module, options: dict[str, Any]) -> list[torch.optim.Optimizer]:
@@ -23,11 +24,28 @@ def optimisers(net: nn.Module, options: dict[str, Any]) -> list[torch.optim.Opti
             (matrices if inner and options.get("muon") else rest).append(weight)
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.98), weight_decay=0.01)]
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=options["muon"], weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=4))
+        rules = {"weight_decay": 0.02, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4}
+        found.append(torch.optim.Muon(matrices, lr=options["muon"], **rules))
     for optimiser in found:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
     return found
+
+
+def rank() -> tuple[int, int]:
+    """``(rank, world)``: (0, 1) without torchrun."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def average_gradients(net: nn.Module) -> None:
+    """Mean over ranks, in one message; every rank must have a gradient for the same parameters."""
+    if rank()[1] > 1:
+        grads = [weight.grad for weight in net.parameters() if weight.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        distributed.all_reduce(flat)
+        flat /= rank()[1]
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
 
 class Run:
@@ -40,6 +58,12 @@ class Run:
     def log(self, **row: Any) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def generator(self, stage: str, seed: int) -> np.random.Generator:
+        """Random numbers of a stage: others on every rank, and others after a resume."""
+        path = self.folder / f"{stage}.pt"
+        step = torch.load(path, weights_only=True)["step"] if path.exists() else 0
+        return np.random.default_rng([seed, sum(stage.encode()), rank()[0], step])
 
     def loop(
         self, stage: str, net: nn.Module, steps: list[torch.optim.Optimizer], step: Callable[[int], dict[str, float]],
@@ -64,24 +88,29 @@ class Run:
                     group["lr"] = group["peak"] * scale
             for key, value in step(number).items():
                 means[key] = value if key not in means else 0.95 * means[key] + 0.05 * value
+            average_gradients(net)
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             for optimiser in steps:
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
             done = number + 1
-            if done % options["report"] == 0:
+            first_rank = rank()[0] == 0
+            if done % options["report"] == 0 and first_rank:
                 figures = " ".join(f"{key} {value:.3f}" for key, value in means.items())
-                print(f"{stage} {done}/{total} cpu {spent + time.process_time() - begin:.0f} wall {time.perf_counter() - wall:.0f} "
-                      f"{figures}", flush=True)
+                cpu, waited = spent + time.process_time() - begin, time.perf_counter() - wall
+                print(f"{stage} {done}/{total} cpu {cpu:.0f} wall {waited:.0f} {figures}", flush=True)
             if done % options["save"] == 0 or done == total:
                 net.eval()
                 scores = evaluate()
                 net.train()
+                if not first_rank:
+                    continue
                 cpu = spent + time.process_time() - begin
                 print(f"{stage} {done} DEV " + " ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
-                self.log(stage=stage, step=done, cpu_seconds=round(cpu), train=means, dev=scores, time=time.strftime("%H:%M:%S"))
-                half = path.with_suffix(".part")
-                torch.save({"net": net.state_dict(), "optimisers": [o.state_dict() for o in steps], "step": done, "cpu": cpu}, half)
+                waited = time.perf_counter() - wall
+                self.log(stage=stage, step=done, cpu_seconds=round(cpu), wall_seconds=round(waited), train=means, dev=scores)
+                half, states = path.with_suffix(".part"), [optimiser.state_dict() for optimiser in steps]
+                torch.save({"net": net.state_dict(), "optimisers": states, "step": done, "cpu": cpu}, half)
                 half.rename(path)
 
 

@@ -68,7 +68,7 @@ def plain(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def dense_loss(logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """``logits`` (n, N, sum of classes), ``labels`` (n, N, labels), ``places`` (n, N) patch numbers. Also foreground accuracies."""
+    """``logits`` (n, N, sum of classes), ``labels`` (n, N, labels), ``places`` (n, N) numbers; with foreground accuracies."""
     total, hits = logits.new_zeros(()), {}
     for name, part in zip(DENSE, logits.float().split(list(DENSE.values()), -1), strict=True):
         if name in ("row", "column"):
@@ -115,7 +115,7 @@ def windows(labels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarr
 def train(recipe: dict[str, Any], run: Run, store: Store, dev: Store) -> Vision:
     options = recipe["vision"]
     torch.manual_seed(recipe["seed"])
-    rng = np.random.default_rng([recipe["seed"], 2])
+    rng = run.generator("vision", recipe["seed"])
     net = Vision(recipe["seed"])
     steps = optimisers(net, options)
 

@@ -39,6 +39,8 @@ def evaluate(
 ) -> Iterator[Record]:
     """Answer every sample under every spec, greedily: batch after batch, and in each batch spec after spec.
 
+    Samples with equally many images are answered together, fewest first, since padding costs time; else they keep their order.
+
     Args:
         model, processor: as loaded, the model in eval mode; it is left as it was, also when the iterator is dropped half-way.
         samples: of ``task``; questions about the same images are encoded once where they stand within two batches of each other.
@@ -59,6 +61,8 @@ def evaluate(
             raise EvaluationError(f"{name}={value!r}; expected an int >= 1")
     if model.training:
         raise EvaluationError("the model is in training mode, where dropout changes answers; call model.eval()")
+    if not getattr(processor, "chat_template", None):
+        raise EvaluationError(f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template")
     sessions = [prune(model, text, positions=positions, strict=strict) for text in texts]
     return _run(model, processor, samples, sessions, task, batch_size, max_new_tokens, share)
 
@@ -74,7 +78,7 @@ def _run(
     share: bool,
 ) -> Iterator[Record]:
     once = EncodeOnce(Shelf(sessions), processor, 2 * size) if share else None
-    remaining = iter(samples)
+    remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
         batch = Batch.make(rows, processor, model)
         shelved, encoding, spent = None, "each", 0.0

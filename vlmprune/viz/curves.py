@@ -73,17 +73,18 @@ def _panel(axis: Any, rows: list[Row], value: Callable[[Row], Any], across: str)
 
 def _styles(labels: list[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
-    others = [label for label in labels if label not in BASELINES]
+    bases = list(dict.fromkeys(label.split("+")[-1] for label in labels if label not in BASELINES))
     for label in sorted(labels, key=lambda label: label not in BASELINES):
         if label in BASELINES:
             colour, line = BASELINES[label]
             styles[label] = {"color": colour, "linestyle": line, "linewidth": 2}
             continue
-        number = others.index(label)
+        number = bases.index(label.split("+")[-1])  # a wrapper looks like what it wraps, dashed
         styles[label] = {
             "color": COLOURS[number % len(COLOURS)],
             "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": "-" if number < len(COLOURS) else (0, (5, 1.5)),
+            "linestyle": "--" if "+" in label else "-",
+            "markerfacecolor": "white" if "+" in label else COLOURS[number % len(COLOURS)],
             "linewidth": 1.5,
             "markersize": 6,
         }
