@@ -262,7 +262,7 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     found = list(tmp_path.rglob("*_samples_shapes.jsonl"))
-    assert len(found) == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(found) == 1 and done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in found[0].read_text().splitlines()]
     counts = [row["token_counts"][0] for row in rows]
     assert [one["spec"] for one in counts] == ["random(seed=1)@9"] * 4
