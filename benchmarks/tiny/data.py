@@ -27,7 +27,10 @@ PATCHES = GRID * GRID
 MAX_THINGS = 16
 KIND_SHARE = {"common": 0.26, "count": 0.18, "text": 0.32, "needle": 0.24}
 TWO_IMAGES = 0.14
-NOUN, ANSWER, LOOK = 0, 1, 2  # kinds of attention targets
+# kinds of attention targets: a noun to its things, an answer to the things asked about, an answer to the next character or to
+# everything to be counted; a noun to its adjective, an answer to nouns and adjectives, a patch to the word before its picture,
+# an answer to the first and to the last noun
+NOUN, ANSWER, LOOK, ADJECTIVE, WORDS_OF, PICTURE, FIRST, LAST = range(8)
 SINGLE = [t for t in TEMPLATES if t.images == 1]
 DOUBLE = [t for t in TEMPLATES if t.images == 2]
 WEIGHTS = {  # by kind of scene: how often each family is tried

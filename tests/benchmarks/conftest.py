@@ -11,6 +11,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 from simulated_run import simulate
+from sweep_tools import sweep
+
+from vlmprune.testing.tiny import tiny_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -50,3 +53,26 @@ def browser(tmp_path_factory):
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
     yield made
     made.quit()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A random model of 36 tokens per picture, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model, processor = tiny_bundle("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _finished(small_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps") / "run"
+    sweep(small_model, folder)
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path, _finished):
+    """A copy of a finished sweep that a test may change."""
+    return Path(shutil.copytree(_finished, tmp_path / "finished"))

@@ -135,9 +135,9 @@ def test_a_family_that_returns_more_than_features_encodes_for_each_spec_and_says
     assert {r.encoding for r in records} == {"each", "none"}
 
 
-def test_batches_follow_each_other_and_specs_within_them() -> None:
+def test_batches_follow_each_other_and_specs_within_them_fewest_images_first() -> None:
     records = run(*tiny_bundle("llava"), ["dense", "random@9"], batch_size=4)
-    first, second = [s.id for s in SAMPLES[:4]], [s.id for s in SAMPLES[4:]]
+    first, second = ["s3", "s0", "s1", "s2"], ["s5", "s4", "s6"]
     assert [r.id for r in records] == first * 2 + second * 2
     assert [r.spec for r in records] == ["dense"] * 4 + ["random@9"] * 4 + ["dense"] * 3 + ["random@9"] * 3
 
@@ -192,7 +192,7 @@ def test_a_failed_generation_is_an_error_not_an_empty_answer(monkeypatch: pytest
     run(model, processor, ["dense"])
     before = snapshot(model)
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: 1 / 0)
-    with pytest.raises(EvaluationError, match=r"uniform@9: generation failed on the 7 samples 's0' to 's6': ZeroDivisionError"):
+    with pytest.raises(EvaluationError, match=r"uniform@9: generation failed on the 7 samples 's3' to 's6': ZeroDivisionError"):
         run(model, processor, ["uniform@9"])
     monkeypatch.undo()
     assert snapshot(model) == before
@@ -227,6 +227,9 @@ def test_arguments_are_checked_before_anything_runs(change: dict[str, Any], mess
         evaluate(model, processor, SAMPLES, ["fastervml@9"], Odd())
     with pytest.raises(EvaluationError, match=r"model\.eval"):
         evaluate(tiny_bundle("llava")[0].train(), processor, SAMPLES, ["dense"], Odd())
+    processor.chat_template = None
+    with pytest.raises(EvaluationError, match="LlavaProcessor has no chat template"):
+        evaluate(model, processor, SAMPLES, ["dense"], Odd())
 
 
 def test_samples_and_tasks_that_are_wrong_are_named() -> None:
@@ -245,7 +248,7 @@ def test_samples_and_tasks_that_are_wrong_are_named() -> None:
         def score(self, sample: Sample, answer: str) -> int:
             return 100
 
-    with pytest.raises(EvaluationError, match="s0: the task gave the score 100"):
+    with pytest.raises(EvaluationError, match="s3: the task gave the score 100"):
         list(evaluate(model, processor, SAMPLES, ["dense"], Percent()))
 
 

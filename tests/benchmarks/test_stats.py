@@ -85,7 +85,7 @@ def test_the_detectable_difference_is_detected_four_times_out_of_five() -> None:
         gaps = rng.choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.8, 0.1])
         reach = stats.detectable(np.sqrt(0.2 / 200))
         found += stats.swap_test(gaps[:, None] + reach, 400, seed)[0] <= 0.05
-    assert 0.74 <= found / runs <= 0.86
+    assert 0.7 <= found / runs <= 0.86  # a swap test is a little weaker than the formula: its null contains the shift
 
 
 @pytest.mark.parametrize(("score", "edge"), [(1.0, "high"), (0.0, "low")])

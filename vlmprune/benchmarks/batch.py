@@ -42,7 +42,7 @@ class Batch:
             if len(images[-1]) != len(sample.images):
                 given = f"names {len(sample.images)} images and loads {len(images[-1])}"
                 raise EvaluationError(f"{sample.id} {given}; expected one for each name")
-            asked.append(Asked(sample, len(sample.images)))
+            asked.append(Asked(sample.id, sample.object_masks(), len(sample.images)))
             texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
             pictures.append(range(start, start := start + len(images[-1])))
         return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
@@ -78,8 +78,11 @@ class EncodeOnce:
         return shelved
 
 
-def model_inputs(processor: Any, model: Any, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
-    """What ``model.generate`` takes: left-padded, on its device and in its dtype."""
+def model_inputs(
+    processor: Any, model: Any, texts: list[str], images: list[list[Any]], clips: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """What ``model.generate`` takes: left-padded, on its device and in its dtype. ``clips`` of all texts, in order."""
     shown = [row for row in images if row] or None  # families that pack by sample want no entry for rows without images
-    made = processor(text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt")
+    videos = {"videos": list(clips)} if clips else {}
+    made = processor(text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt", **videos)
     return dict(made.to(model.device, model.dtype))

@@ -16,14 +16,13 @@ COVERED = 0.1  # share of a patch that the object must cover for the patch to co
 
 
 class Asked:
-    """The objects that one sample asks about; patches of each layout are worked out once, for all specs."""
+    """The objects that one sample asks about, as a mask (H, W) per image; patches are found once for all specs."""
 
-    def __init__(self, sample: Any, images: int) -> None:
-        self._masks = [np.asarray(mask, dtype=bool) for mask in sample.object_masks()]
+    def __init__(self, name: str, masks: Sequence[Any], images: int) -> None:
+        self._masks = [np.asarray(mask, dtype=bool) for mask in masks]
         if len(self._masks) != images:
-            raise EvaluationError(
-                f"{sample.id}: {len(self._masks)} object masks for {images} images; expected one for each, empty where nothing is"
-            )
+            given = f"{len(self._masks)} object masks for {images} images"
+            raise EvaluationError(f"{name}: {given}; expected one for each, empty where nothing is asked about")
         self._patches: dict[tuple, np.ndarray] = {}
 
     def share(self, maps: Sequence[KeepMap]) -> float | None:

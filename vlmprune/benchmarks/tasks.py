@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name: the built-in benchmark, and entry points of other packages; each is loaded when it is asked for."""
+"""Tasks by name: the built-in benchmark, tasks of lmms-eval ("lmms:gqa"), and entry points of other packages.
+
+Each is loaded when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from ..errors import EvaluationError, did_you_mean
 from .sample import Task
 
 GROUP = "vlmprune.tasks"
+LMMS = "lmms:"
 _BUILTIN = {"shapes": "vlmprune.benchmarks.shapes:shapes"}  # name -> function without arguments that returns the task
 
 
@@ -24,10 +28,14 @@ def list_tasks() -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """The task of this name."""
+    """The task of this name; "lmms:" and a name or a YAML file is a task of lmms-eval."""
+    if name.startswith(LMMS):
+        from .lmms.task import LmmsTask
+
+        return LmmsTask(name.removeprefix(LMMS))
     if name not in list_tasks():
         near = did_you_mean(str(name).lower(), list_tasks())
-        raise EvaluationError(f"task {name!r} is unknown; expected one of {list_tasks()}.{near}")
+        raise EvaluationError(f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}")
     if name in _BUILTIN:
         module, _, attribute = _BUILTIN[name].partition(":")
         return getattr(import_module(module), attribute)()

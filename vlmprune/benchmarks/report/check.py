@@ -11,7 +11,7 @@ from ...errors import EvaluationError
 from ..rundir import Run, cell_id
 
 NEEDED = ("spec", "model", "task", "n", "accuracy", "ci", "families", "realised_tokens", "failed", "empty", "firings")
-FREE = ("spec", "seeds")  # all that the recipes of comparable rows may differ in
+FREE = ("spec", "seeds", "plugins")  # all that the recipes of comparable rows may differ in
 
 
 def check(run: Run) -> None:

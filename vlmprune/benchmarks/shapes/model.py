@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .scene import CANVAS
 from .vocabulary import SPECIAL, WORDS
 
 PATCH = 12
+ROPE_THETA = 1e6
 GRID = CANVAS // PATCH  # patches along each side
 PAD, BOS, EOS, UNKNOWN, IMAGE = (WORDS.index(word) for word in SPECIAL)
 VISION: dict[str, int] = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -34,7 +36,7 @@ def build_model(seed: int = 0) -> Any:
     """An untrained LlavaForConditionalGeneration; the global random state is neither read nor changed."""
     vision = transformers.CLIPVisionConfig(**VISION, image_size=CANVAS, patch_size=PATCH, hidden_act="quick_gelu")
     text = transformers.LlamaConfig(
-        **TEXT, vocab_size=len(WORDS), max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        **TEXT, vocab_size=len(WORDS), max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True, **_rope(),
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
     )
     config = transformers.LlavaConfig(
@@ -46,6 +48,13 @@ def build_model(seed: int = 0) -> Any:
         model = transformers.LlavaForConditionalGeneration(config)
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     return model.eval()
+
+
+def _rope() -> dict[str, Any]:
+    """Angles so slow that contents compare alike near and far; transformers 5 keeps them in a field of another name."""
+    if "rope_parameters" in inspect.signature(transformers.LlamaConfig).parameters:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}}
+    return {"rope_theta": ROPE_THETA}
 
 
 def build_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -104,7 +104,8 @@ def _text(rng: np.random.Generator) -> list[Wanted]:
 
 def _needle(rng: np.random.Generator) -> list[Wanted]:
     shapes, colors = list(rng.permutation(SHAPES)), list(rng.permutation(list(COLORS)))
-    big = rng.choice(("medium", "large"), size=int(rng.integers(3, 6)), p=(0.5, 0.5))
+    # large things take the eye, and the tokens, of whoever does not know the question
+    big = rng.choice(("medium", "large"), size=int(rng.integers(4, 7)), p=(0.35, 0.65))
     crowd = [(str(rng.choice(shapes[1:4])), str(rng.choice(colors[1:4])), str(size), "") for size in _largest_first(big)]
     return [(shapes[0], colors[0], "small", ""), *crowd]
 
