@@ -48,9 +48,10 @@ def adapter_for(model: Any) -> Adapter:
             f"model type {model_type!r} is not supported; "
             f"families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}"
         )
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), "language_model"):
+    module, name = _ADAPTERS[model_type].split(":")
+    adapter = getattr(import_module(f".{module}", __name__), name)
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
         )
-    module, name = _ADAPTERS[model_type].split(":")
-    return getattr(import_module(f".{module}", __name__), name)(model)
+    return adapter(model)
