@@ -126,7 +126,8 @@ class VisionCapture:
 
     def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if (record := self._record()) is not None:
-            record.found["encoder_features"], record.found["tile_features"] = args[0], output
+            given = {"encoder_features": args[0], "tile_features": output}
+            record.found |= {name: value for name, value in given.items() if name in self.needs}
 
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -15,7 +15,15 @@ _ADAPTERS = {
     "llava": "llava:LlavaAdapter",
     "vipllava": "llava:VipLlavaAdapter",
     "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_next_video": "llava_video:LlavaNextVideoAdapter",
     "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+    "video_llava": "llava_video:VideoLlavaAdapter",
+    "internvl": "internvl:InternVLAdapter",
+    "qwen2_vl": "qwen_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "qwen_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": "qwen_vl:Qwen3VLAdapter",
+    "idefics3": "idefics3:Idefics3Adapter",
+    "smolvlm": "idefics3:SmolVLMAdapter",
 }
 
 

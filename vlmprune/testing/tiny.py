@@ -26,11 +26,10 @@ from .processors import (
     PAD_ID,
     SPECIAL_IDS,
     family_prefix,
-    known,
     tiny_processor,
     tower_of,
 )
-from .tiny_configs import TEXTS, model_class, tiny_config
+from .tiny_configs import model_class, text_of, tiny_config
 from .tiny_pictures import FRAMES, layout_of, words
 
 __all__ = ["FAMILIES", "VARIANTS", "picture", "tiny_bundle", "tiny_inputs", "tiny_model", "tiny_processor", "tiny_row"]
@@ -48,6 +47,14 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("llava_onevision", "siglip", "qwen2"),
     ("llava_onevision", "clip", "llama"),
     ("vipllava", "clip", "llama"),
+    ("llava_next_video", "clip", "llama"),
+    ("video_llava", "clip", "llama"),
+    ("internvl", "own", "qwen2"),
+    ("qwen2_vl", "own", "own"),
+    ("qwen2_5_vl", "own", "own"),
+    ("qwen3_vl", "own", "own"),
+    ("idefics3", "own", "llama"),
+    ("smolvlm", "own", "llama"),
 )
 LAYERS = 4  # decoder layers
 
@@ -70,7 +77,7 @@ def tiny_model(
     Generation never stops early (no end-of-text id is set) and never yields a special id.
     """
     tower = tower_of(family, tower)
-    text = known("text", text or ("qwen2" if family == "llava_onevision" else "llama"), tuple(TEXTS))
+    text = text_of(family, text)
     config = tiny_config(family, tower, text, layers, text_overrides)
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are overwritten below
         model = model_class(family)(config)
@@ -148,9 +155,9 @@ def _enliven(model: Any, seed: int) -> None:
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             draw = torch.randn(weight.shape, generator=random)
-            if isinstance(module, nn.Linear | nn.Conv2d) and name == "weight":
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
                 # queries and keys are larger still, so that softmax is peaked and order and masks show in the logits
-                draw *= (2.0 if path.endswith(("q_proj", "k_proj")) else 1.0) / math.sqrt(weight[0].numel())
+                draw *= (2.0 if path.endswith(("q_proj", "k_proj", "qkv")) else 1.0) / math.sqrt(weight[0].numel())
             elif "Norm" in type(module).__name__ and name == "weight":
                 draw = 1 + 0.1 * draw
             elif name == "bias":

@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import transformers
 
 from ..errors import UnsupportedError
-from .processors import BOS_ID, IMAGE_ID, IMAGE_SIZE, PAD_ID, PATCH_SIZE, PINPOINTS, VIDEO_ID, VOCABULARY, family_prefix
+from .processors import (
+    BOS_ID,
+    EOS_ID,
+    IMAGE_ID,
+    IMAGE_SIZE,
+    OWN_TOWER,
+    PAD_ID,
+    PATCH_SIZE,
+    PINPOINTS,
+    VIDEO_ID,
+    VOCABULARY,
+    family_prefix,
+    known,
+)
+from .tiny_pictures import MERGE
 
 TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -19,12 +34,20 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def text_of(family: str, text: str | None) -> str:
+    """Check a language model, or give the one that the released models of the family have."""
+    if family in _QWEN:
+        return known("text", text or "own", ("own",))
+    return known("text", text or ("qwen2" if family in ("llava_onevision", "internvl") else "llama"), tuple(TEXTS))
+
+
 def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
     """The config of a whole model."""
-    return model_class(family, "Config")(
-        vision_config=_vision_config(tower), text_config=_text_config(text, layers, overrides),
-        image_token_index=IMAGE_ID, **_family_fields(family, tower),
-    )
+    config = model_class(family, "Config")
+    if family in _QWEN:
+        return config(**_qwen(family, layers, overrides))
+    vision = _OWN_VISION[family]() if family in OWN_TOWER else _vision_config(tower)
+    return config(vision_config=vision, text_config=_text_config(text, layers, overrides), **_family_fields(family, tower))
 
 
 def model_class(family: str, suffix: str = "ForConditionalGeneration") -> Any:
@@ -61,15 +84,66 @@ def _text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
 
 
 def _family_fields(family: str, tower: str) -> dict[str, Any]:
+    if family in ("idefics3", "smolvlm"):
+        return {"image_token_id": IMAGE_ID, "scale_factor": MERGE, "pad_token_id": PAD_ID}
+    if family == "internvl":
+        return {"image_token_id": IMAGE_ID, "downsample_ratio": 1 / MERGE}
+    fields: dict[str, Any] = {"image_token_index": IMAGE_ID}
     if family == "vipllava":
         plural = "vision_feature_layers"  # what older transformers call it
-        return {plural if plural in inspect.signature(transformers.VipLlavaConfig).parameters else plural[:-1]: [-2, -3, 1]}
-    fields: dict[str, Any] = {
-        "vision_feature_layer": -1 if family == "llava_onevision" else -2,
-        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
-    }
+        names = inspect.signature(transformers.VipLlavaConfig).parameters
+        return fields | {plural if plural in names else plural[:-1]: [-2, -3, 1]}
+    fields["vision_feature_layer"] = -1 if family == "llava_onevision" else -2
+    fields["vision_feature_select_strategy"] = "default" if tower == "clip" else "full"
     if family in PINPOINTS:
         fields["image_grid_pinpoints"] = PINPOINTS[family]
+    if family in ("llava_onevision", "llava_next_video", "video_llava"):
+        fields["video_token_index"] = VIDEO_ID
     if family == "llava_onevision":
-        fields |= {"video_token_index": VIDEO_ID, "vision_aspect_ratio": "anyres_max_9"}
+        fields["vision_aspect_ratio"] = "anyres_max_9"
     return fields
+
+
+def _internvl_vision() -> Any:
+    side = IMAGE_SIZE * MERGE
+    return transformers.InternVLVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=[side, side],
+        patch_size=[PATCH_SIZE, PATCH_SIZE], use_qk_norm=True, norm_type="rms_norm",
+    )
+
+
+def _idefics_vision(prefix: str) -> Any:
+    return getattr(transformers, prefix + "VisionConfig")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        image_size=IMAGE_SIZE * MERGE, patch_size=PATCH_SIZE,
+    )
+
+
+_OWN_VISION: dict[str, Callable[[], Any]] = {
+    "internvl": _internvl_vision,
+    "idefics3": lambda: _idefics_vision("Idefics3"),
+    "smolvlm": lambda: _idefics_vision("SmolVLM"),
+}
+
+# what differs between the towers; every second block of 2.5 attends to the whole picture, the others inside 2 x 2 tokens
+_QWEN: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 4 * PATCH_SIZE,
+                   "fullatt_block_indexes": [1, 3]},
+    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_position_embeddings": 144,
+                 "deepstack_visual_indexes": [0, 1, 2]},
+}
+
+
+def _qwen(family: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    vision = {"depth": 4, "num_heads": 4, "patch_size": PATCH_SIZE, "spatial_merge_size": MERGE, "temporal_patch_size": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
+    text = text_fields(layers) | {key: rope} | overrides
+    if family == "qwen3_vl":
+        text["head_dim"] = 16
+        rope["mrope_interleaved"] = True
+    return {
+        "vision_config": vision | _QWEN[family], "text_config": text, "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID,
+        "vision_start_token_id": BOS_ID, "vision_end_token_id": EOS_ID,
+    }

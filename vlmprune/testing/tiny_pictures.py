@@ -179,6 +179,14 @@ LAYOUTS: dict[str, Layout] = {
     "llava_next": Tiled("llava_next"),
     "llava_onevision": Tiled("llava_onevision", video=(math.ceil(GRID / 2) ** 2, 1)),
     "vipllava": Layout("vipllava"),
+    "llava_next_video": Tiled("llava_next_video", video=((GRID // 2) ** 2, 0)),
+    "video_llava": Layout("video_llava", video=(GRID**2 + 1, 0)),
+    "internvl": Layout("internvl", MERGE),
+    "qwen2_vl": Packed("qwen2_vl"),
+    "qwen2_5_vl": Packed("qwen2_5_vl"),
+    "qwen3_vl": Packed("qwen3_vl", clip_frames=True),
+    "idefics3": Nested("idefics3", MERGE),
+    "smolvlm": Nested("smolvlm", MERGE),
 }
 
 
