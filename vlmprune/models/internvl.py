@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: patches are shuffled, four or so to a token, before the projector."""
+"""InternVL: patches are shuffled, four to a token as released, before the projector."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..core.capture import VisionCapture
+from ..errors import UnsupportedError
 from .base import Adapter, Modality
 
 
@@ -25,6 +27,14 @@ class InternVLAdapter(Adapter):
     def side(self) -> int:
         vision = self.config.vision_config
         return vision.image_size[0] // vision.patch_size[0]
+
+    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+        if "cls_features" in needs:
+            raise UnsupportedError(
+                "the projector of internvl reads four shuffled patches at once, so a [CLS] token cannot pass it: "
+                "use cls='mean', e.g. visionzip(cls='mean')"
+            )
+        return super().capture(needs, layer)
 
     def _shrunk(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, cols = (round(n * self.config.downsample_ratio) for n in grid)

@@ -40,6 +40,9 @@ class Qwen2VLAdapter(Adapter):
         """Patches along each side of a token."""
         return self.vision_tower.spatial_merge_size
 
+    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+        return super().capture([name for name in needs if name != "tile_features"], layer)  # it has no tiles
+
     def _projector(self) -> nn.Module:
         return self.vision_tower.merger
 

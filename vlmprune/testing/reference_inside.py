@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.base import Merged, Method, Stage
+from ..core.cache import cache_in
 from ..core.select import choose
 from ..core.tokens import VisualTokens
 from .reference import Kept, language_model
@@ -171,7 +172,7 @@ def masked(
         if stage is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         first = 0 if cache is None else int(cache.get_seq_length(index))
         mask = kwargs["attention_mask"].clone()  # (B, 1, q, slots)
         prompt.setdefault("length", hidden.shape[1])
