@@ -23,6 +23,7 @@ _ADAPTERS = {
     "qwen2_5_vl": "qwen_vl:Qwen2_5VLAdapter",
     "qwen3_vl": "qwen_vl:Qwen3VLAdapter",
     "idefics3": "idefics3:Idefics3Adapter",
+    "fast_vlm": "fast_vlm:FastVlmAdapter",
     "smolvlm": "idefics3:SmolVLMAdapter",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import ATTENTION_NEEDS, VisionCapture
+from ..core.capture import VisionCapture
 from ..core.pictures import Picture
 from ..errors import CaptureError, UnsupportedError
 from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
@@ -108,7 +108,7 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
     def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
         capture = super().capture(needs, layer)
         full, count = sorted(self.vision_tower.fullatt_block_indexes), len(self.vision_tower.blocks)
-        if set(needs) & set(ATTENTION_NEEDS) and capture.layer not in full:
+        if "received_attention" in needs and capture.layer not in full:
             raise UnsupportedError(
                 f"block {capture.layer} of this tower attends inside windows, whose scores cannot be compared; "
                 f"use one of layer={[index - count for index in full]}"

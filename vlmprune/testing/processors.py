@@ -34,10 +34,11 @@ FAMILY_PREFIX = {
     "llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "vipllava": "VipLlava",
     "llava_next_video": "LlavaNextVideo", "video_llava": "VideoLlava", "internvl": "InternVL", "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
+    "fast_vlm": "FastVlm",
 }
 _TOWERS = ("clip", "siglip")
 # families that have one tower, of their own
-OWN_TOWER = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"}
+OWN_TOWER = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "fast_vlm"}
 
 # line breaks inside expressions: jinja as transformers sets it up swallows one after a block
 _TEMPLATE = (

@@ -88,7 +88,7 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
 
 
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:
-    """Per row the columns of patches, newline embeddings left out."""
+    """Per row the columns of patches, newline and [CLS] embeddings left out."""
     config = model.config
     tokens = [config.image_token_id] + ([config.video_token_id] if getattr(config, "video_token_id", None) is not None else [])
     newline = getattr(model.model, "image_newline", None)
@@ -97,6 +97,10 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
         columns = [c for c in range(len(ids)) if int(ids[c]) in tokens]
         if newline is not None:
             columns = [c for c in columns if not torch.equal(row[c], newline.detach().to(row.dtype))]
+        if config.model_type == "video_llava":  # a [CLS] in front of every frame
+            frames = [c for c in columns if int(ids[c]) == config.video_token_id]
+            first = set(frames[:: (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1])
+            columns = [c for c in columns if c not in first]
         rows.append(columns)
     return rows
 

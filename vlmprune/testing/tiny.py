@@ -53,6 +53,7 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("qwen2_vl", "own", "own"),
     ("qwen2_5_vl", "own", "own"),
     ("qwen3_vl", "own", "own"),
+    ("fast_vlm", "own", "qwen2"),
     ("idefics3", "own", "llama"),
     ("smolvlm", "own", "llama"),
 )

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
+from transformers.utils import is_timm_available
 
 from ..errors import UnsupportedError
 from .processors import (
     BOS_ID,
     EOS_ID,
+    GRID,
     IMAGE_ID,
     IMAGE_SIZE,
     OWN_TOWER,
@@ -38,7 +40,7 @@ def text_of(family: str, text: str | None) -> str:
     """Check a language model, or give the one that the released models of the family have."""
     if family in _QWEN:
         return known("text", text or "own", ("own",))
-    return known("text", text or ("qwen2" if family in ("llava_onevision", "internvl") else "llama"), tuple(TEXTS))
+    return known("text", text or ("qwen2" if family in ("llava_onevision", "internvl", "fast_vlm") else "llama"), tuple(TEXTS))
 
 
 def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
@@ -86,6 +88,8 @@ def _text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
 def _family_fields(family: str, tower: str) -> dict[str, Any]:
     if family in ("idefics3", "smolvlm"):
         return {"image_token_id": IMAGE_ID, "scale_factor": MERGE, "pad_token_id": PAD_ID}
+    if family == "fast_vlm":
+        return {"image_token_index": IMAGE_ID, "image_seq_length": GRID**2}
     if family == "internvl":
         return {"image_token_id": IMAGE_ID, "downsample_ratio": 1 / MERGE}
     fields: dict[str, Any] = {"image_token_index": IMAGE_ID}
@@ -119,8 +123,16 @@ def _idefics_vision(prefix: str) -> Any:
     )
 
 
+def _fastvit() -> Any:
+    if not is_timm_available():
+        raise UnsupportedError('fast_vlm needs timm and torchvision: pip install "vlmprune[timm]"')
+    args = {"layers": [1, 1, 1, 2], "embed_dims": [8, 8, 16, 64], "inference_mode": True}  # two heads, 32 pixels to a token
+    return transformers.TimmWrapperConfig(architecture="fastvit_mci0", model_args=args, hidden_size=128, do_pooling=True)
+
+
 _OWN_VISION: dict[str, Callable[[], Any]] = {
     "internvl": _internvl_vision,
+    "fast_vlm": _fastvit,
     "idefics3": lambda: _idefics_vision("Idefics3"),
     "smolvlm": lambda: _idefics_vision("SmolVLM"),
 }

@@ -26,9 +26,11 @@ class Layout:
     sizes: tuple[Size, ...] = ((IMAGE_SIZE, IMAGE_SIZE),)  # of pictures 0, 1, 2, ... of a batch
     video: tuple[int, int] | None = None  # (placeholders per frame, placeholders after the last one)
 
-    def __init__(self, family: str, merge: int = 1, video: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, family: str, merge: int = 1, video: tuple[int, int] | None = None, patch_size: int = PATCH_SIZE
+    ) -> None:
         self.family, self.merge, self.video = family, merge, video
-        self.pixels = IMAGE_SIZE * merge
+        self.pixels = GRID * patch_size * merge
 
     @property
     def patches(self) -> int:
@@ -185,6 +187,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2_vl": Packed("qwen2_vl"),
     "qwen2_5_vl": Packed("qwen2_5_vl"),
     "qwen3_vl": Packed("qwen3_vl", clip_frames=True),
+    "fast_vlm": Layout("fast_vlm", patch_size=32),
     "idefics3": Nested("idefics3", MERGE),
     "smolvlm": Nested("smolvlm", MERGE),
 }
