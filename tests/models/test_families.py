@@ -22,6 +22,7 @@ from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.reference import dense_rows, greedy, kept_by_hand
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
+from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -30,10 +31,9 @@ WITH_CLIPS = {"llava_next_video": 9, "video_llava": 36, "qwen2_vl": 36, "qwen2_5
 
 
 def available(family: str) -> Any:
-    try:
-        return shared_model(family, None, None)
-    except UnsupportedError as error:
-        pytest.skip(str(error))
+    if missing(family):
+        pytest.skip(missing(family))
+    return shared_model(family, None, None)
 
 
 # --- which patch stands behind which token ----------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ _ADAPTERS = {
     "fast_vlm": "fast_vlm:FastVlmAdapter",
     "smolvlm": "idefics3:SmolVLMAdapter",
 }
+# families that are known and cannot be cut, and why
+_REFUSED = {
+    "paligemma": "image tokens of its prefix attend both ways, in masks that are made before the language model",
+    "gemma3": "image tokens attend both ways, in masks that are made before the language model",
+    "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
+    "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
+}
 
 
 def families() -> list[str]:
@@ -51,6 +58,11 @@ def adapter_for(model: Any) -> Adapter:
         raise UnsupportedError(
             f"{type(model).__name__} (model type {model_type!r}) has no vision tower; "
             f"supported families: {families()}"
+        )
+    if model_type in _REFUSED:
+        raise UnsupportedError(
+            f"model type {model_type!r} is not supported: {_REFUSED[model_type]}. Run it dense, choose tokens of tensors of your "
+            f"own with vlmprune.select, or use one of {families()}"
         )
     if model_type not in _ADAPTERS:
         raise UnsupportedError(

@@ -144,6 +144,9 @@ _PROCESSORS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 }
 
 
+PROCESSED = tuple(_PROCESSORS)  # families that have a tiny processor
+
+
 def _image_processor(prefix: str, **sizes: Any) -> Any:
     # where a class named ...Pil exists, the plain name needs torchvision; elsewhere the plain name is the Pillow one
     name = prefix + "ImageProcessor"

@@ -52,13 +52,22 @@ def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict
     return config(vision_config=vision, text_config=_text_config(text, layers, overrides), **_family_fields(family, tower))
 
 
+def missing(family: str) -> str | None:
+    """Why a family has no tiny model here: this transformers does not know it, or timm is not installed."""
+    name = family_prefix(family) + "ForConditionalGeneration"
+    if not hasattr(transformers, name):
+        return f"transformers {transformers.__version__} has no {name}; install a newer one"
+    if family == "fast_vlm" and not is_timm_available():
+        return 'fast_vlm needs timm and torchvision; install "vlmprune[timm]"'
+    return None
+
+
 def model_class(family: str, suffix: str = "ForConditionalGeneration") -> Any:
-    """A class of a family, or a clear error where this transformers has none."""
-    name = family_prefix(family) + suffix
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise UnsupportedError(f"transformers {transformers.__version__} has no {name}; install a newer one")
-    return found
+    """A class of a family, or a clear error where it cannot be had."""
+    reason = missing(family)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return getattr(transformers, family_prefix(family) + suffix)
 
 
 def _vision_config(tower: str) -> Any:
@@ -124,8 +133,6 @@ def _idefics_vision(prefix: str) -> Any:
 
 
 def _fastvit() -> Any:
-    if not is_timm_available():
-        raise UnsupportedError('fast_vlm needs timm and torchvision: pip install "vlmprune[timm]"')
     args = {"layers": [1, 1, 1, 2], "embed_dims": [8, 8, 16, 64], "inference_mode": True}  # two heads, 32 pixels to a token
     return transformers.TimmWrapperConfig(architecture="fastvit_mci0", model_args=args, hidden_size=128, do_pooling=True)
 
