@@ -265,7 +265,7 @@ def test_tokenizer_loses_nothing(text):
     assert max(ids) < len(tokenizer) == len(BYTES) + len(SPECIAL_IDS) == tiny_model().config.text_config.vocab_size
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "vipllava", *(["llava_onevision"] if is_torchvision_available() else [])])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "vipllava"] + ["llava_onevision"] * is_torchvision_available())
 def test_models_and_processors_survive_saving(family, tmp_path):
     for part in (bundle := tiny_bundle(family)):
         part.save_pretrained(tmp_path)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -24,6 +26,11 @@ from vlmprune.testing.reference import dense_rows, greedy, kept_by_hand
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
+
+_spec = importlib.util.spec_from_file_location("live_bytes", Path(__file__).parents[2] / "benchmarks" / "live_bytes.py")
+_live_bytes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_live_bytes)
+memory_profile = _live_bytes.memory_profile
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MERGING = ("internvl", *QWEN, "idefics3", "smolvlm")
@@ -176,6 +183,22 @@ def test_a_budget_over_the_whole_prompt_is_shared_by_frames_and_images(family: s
     assert sum(run.last.realised_tokens) == 20 == sum(map(len, run.last.keep))
     frames = [one for one in run.last.keep if one.frame is not None]
     assert [one.total for one in frames] == [WITH_CLIPS[family]] * FRAMES
+
+
+def peak_bytes(family: str, frames: int) -> int:
+    """Of a forward that keeps 64 tokens of a clip; weights and pixels not counted."""
+    model, inputs = available(family), tiny_inputs(family, images=(0,), video=True, frames=frames)
+    with vlmprune.prune(model, "fastervlm(cls=mean)@64") as run:
+        peak = max(memory_profile(lambda: model(**inputs), model))
+    assert run.last.realised_tokens == [64] and run.last.dense_tokens == [frames * WITH_CLIPS[family]]
+    return peak
+
+
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen2_vl"])
+def test_memory_grows_linearly_in_frames(family: str) -> None:
+    peaks = {frames: peak_bytes(family, frames) for frames in (16, 32, 64)}
+    assert peaks[64] - peaks[32] < 1.2 * 2 * (peaks[32] - peaks[16]), peaks
+    assert peaks[64] < 8e9
 
 
 # --- places in pictures, and features stacked after layers -------------------------------------------------------------------

@@ -68,7 +68,7 @@ def _list_families(as_json: bool) -> None:
         others = ", ".join(name for name in cannot if name != "video")
         shown.add_row(Text(family, style="bold"), count, clips, others or "-", ", ".join(unknown) or "-")
     stdout().print(shown)
-    stdout().print("Everything else works: batches, beams, caches, training; --json has every method and the reasons.", style="dim")
+    stdout().print("All else works: batches, beams, caches, training; --json has every method and the reasons.", style="dim")
 
 
 def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vlmprune list`.")], as_json: Json = False) -> None:

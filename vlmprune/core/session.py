@@ -61,6 +61,12 @@ class Session:
                 f"positions={positions!r} has no meaning for {adapter.model_type}, whose tokens have places in a picture and not "
                 f"in a sequence; use positions={adapter.positions[0]!r}, its default"
             )
+        shards = getattr(adapter.model, "_tp_size", None) or 1
+        if shards > 1 and set(slots) - {"before_lm"}:
+            raise UnsupportedError(
+                f"{spec!r} reads attention heads of the language model, which tensor parallel spreads over {shards} processes: "
+                "each would keep other tokens; prune before the language model, e.g. with 'fastervlm@64'"
+            )
         self.adapter, self.spec, self.strict, self.override = adapter, spec, strict, positions
         self.method, self.budget = next(slots[stage] for stage in ("before_lm", "inside_lm", "attention") if stage in slots)
         self.enabled = True
