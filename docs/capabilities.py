@@ -3,6 +3,7 @@
 
     python docs/capabilities.py                      all of it, a few minutes
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
+    python docs/capabilities.py --slow               torch.compile as well
 
 Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not hide one.
 """
@@ -26,17 +27,19 @@ DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what every family can do.")
     parser.add_argument("--family", action="append", choices=families(), help="only this one; may be repeated")
-    chosen = parser.parse_args().family or families()
+    parser.add_argument("--slow", action="store_true", help="measure what takes tens of seconds too, such as torch.compile")
+    arguments = parser.parse_args()
+    chosen = arguments.family or families()
     torch.set_num_threads(1)
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
     for family in chosen:
         known[family] = {
             "measured_with": {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"},
-            "capabilities": {name: measure(family, capability=name) for name in CAPABILITIES},
+            "capabilities": {name: measure(family, capability=name, slow=arguments.slow) for name in CAPABILITIES},
             "methods": {name: measure(family, method=name) for name in method_names()},
         }
+        write({name: known[name] for name in families() if name in known})
         print(family, "done", flush=True)
-    write({name: known[name] for name in families() if name in known})
 
 
 def write(rows: dict[str, dict]) -> None:

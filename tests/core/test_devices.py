@@ -19,7 +19,8 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 accelerate = pytest.importorskip("accelerate")
 SPECS = ("fastervlm(cls=mean)@9", "visionzip(cls=mean)@9", "fastv@9", TINY_OPTIONS["var"])
-PARTS = ("vision_tower", "multi_modal_projector", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb")
+TEXT = ("embed_tokens", "norm", "rotary_emb")
+PARTS = ("vision_tower", "multi_modal_projector", *(f"language_model.{part}" for part in TEXT))
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,8 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
 
-_spec = importlib.util.spec_from_file_location("live_bytes", Path(__file__).parents[2] / "benchmarks" / "live_bytes.py")
-_live_bytes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_live_bytes)
-memory_profile = _live_bytes.memory_profile
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from live_bytes import memory_profile
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MERGING = ("internvl", *QWEN, "idefics3", "smolvlm")

@@ -116,6 +116,7 @@ CAPABILITIES: dict[str, Callable[[Subject], None]] = {
     "compile": compiled,
     "device_map": device_map,
 }
+SLOW = {"compile"}  # tens of seconds each
 
 
 def method_names() -> list[str]:
@@ -130,8 +131,10 @@ def runs(subject: Subject) -> None:
     (edit_equals_eager_twin if subject.method.stage == "attention" else cut_equals_hand_built)(subject)
 
 
-def measure(family: str, capability: str | None = None, method: str | None = None) -> str:
+def measure(family: str, capability: str | None = None, method: str | None = None, slow: bool = False) -> str:
     """One cell: "yes", "no: what works instead", "not measured: why"; a failure raises."""
+    if capability in SLOW and not slow:
+        return "not measured: slow, python docs/capabilities.py --slow does"
     check = runs if capability is None else CAPABILITIES[capability]
     subject = Subject(SPEC if method is None else default_spec(method), family)
     try:
