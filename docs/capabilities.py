@@ -65,10 +65,10 @@ def page(rows: dict[str, dict]) -> str:
 def mark(cell: str, notes: list[str]) -> str:
     if cell == "yes":
         return "yes"
-    word, _, reason = cell.partition(": ")
+    word, _, reason = cell.partition(", " if cell.startswith("yes") else ": ")
     if reason not in notes:
         notes.append(reason)
-    return f"{'no' if word == 'no' else '-'} ({notes.index(reason) + 1})"
+    return f"{'-' if word == 'not measured' else word} ({notes.index(reason) + 1})"
 
 
 if __name__ == "__main__":

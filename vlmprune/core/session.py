@@ -32,7 +32,7 @@ from .entrance import Entrance
 from .inside import InsideHost
 from .report import Report
 from .reweight import ReweightHost
-from .wrappers import MARK, Encode, KeepMask2D, Stacked, Wrapper
+from .wrappers import Encode, KeepMask2D, Stacked, Wrapper, riders
 
 # generate looks these up on the model; the second exists on a few families of transformers 4.57
 MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
@@ -202,7 +202,7 @@ class Session:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
             if encoded is None or not self.enabled:
                 continue
-            pictures = getattr(encoded, MARK, None)
+            pictures = riders(encoded)
             if pictures is None:
                 raise CaptureError(
                     f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached "

@@ -5,13 +5,39 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .pictures import Picture
 
-MARK = "_vlmprune_pictures"  # attribute that pictures ride on
+MARK = "_vlmprune_pictures"  # attribute and item that pictures ride on
+
+
+class Riders:
+    """The pictures of an encoder's output; neither a list, which generate would repeat for beams, nor anything with tensors."""
+
+    def __init__(self, pictures: list[Picture]) -> None:
+        self.pictures = pictures
+
+    def __deepcopy__(self, memo: dict) -> Riders:
+        return self
+
+
+def ride(output: Any, pictures: list[Picture]) -> None:
+    """Let pictures travel with an encoder's output, also where accelerate rebuilds it item by item."""
+    if isinstance(output, MutableMapping):
+        output[MARK] = Riders(pictures)
+    else:
+        setattr(output, MARK, Riders(pictures))
+
+
+def riders(output: Any) -> list[Picture] | None:
+    """The pictures that travel with an encoder's output, None where there are none."""
+    found = getattr(output, MARK, None)
+    return None if found is None else found.pictures
 
 
 class Wrapper:
@@ -49,7 +75,7 @@ class Encode(Wrapper):
             output = self.original(*args, **kwargs)
         pictures = session.adapter.pictures(self.modality, output, arguments, record.take())
         if hasattr(output, "pooler_output"):
-            setattr(output, MARK, pictures)
+            ride(output, pictures)
         call = session.call
         if call is not None:
             call.pictures[self.modality.name] = pictures

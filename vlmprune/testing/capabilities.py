@@ -81,6 +81,10 @@ def device_map(subject: Subject) -> None:
     with subject.prune():
         want = generate(subject.model, inputs, max_new_tokens=3)
     model = cpu_offload(subject.fresh_model(), execution_device="cpu")
+    try:
+        generate(model, inputs, max_new_tokens=1)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(f"transformers cannot offload this family, also without pruning ({error})") from error
     with prune(model, subject.spec):
         got = generate(model, inputs, max_new_tokens=3)
     expect(torch.equal(got, want), f"offloaded {got.tolist()}, whole {want.tolist()}")
@@ -116,6 +120,7 @@ CAPABILITIES: dict[str, Callable[[Subject], None]] = {
     "compile": compiled,
     "device_map": device_map,
 }
+OPTIONS = {"cls='mean'": "cls=mean", "estimator='zo'": "estimator=zo"}  # what a refusal says, and the option in a spec
 SLOW = {"compile"}  # tens of seconds each
 
 
@@ -132,20 +137,33 @@ def runs(subject: Subject) -> None:
 
 
 def measure(family: str, capability: str | None = None, method: str | None = None, slow: bool = False) -> str:
-    """One cell: "yes", "no: what works instead", "not measured: why"; a failure raises."""
+    """One cell: "yes", "yes, as ...", "no: what works instead", "not measured: why"; a failure raises.
+
+    A method that a family refuses is measured with the option that the refusal names.
+    """
     if capability in SLOW and not slow:
         return "not measured: slow, python docs/capabilities.py --slow does"
     check = runs if capability is None else CAPABILITIES[capability]
-    subject = Subject(SPEC if method is None else default_spec(method), family)
+    return _cell(Subject(SPEC if method is None else default_spec(method), family), capability, check, method)
+
+
+def _cell(subject: Subject, name: str | None, check: Callable[[Subject], None], method: str | None) -> str:
     try:
-        result = run_check(capability or "runs", check, subject)
+        result = run_check(name or "runs", check, subject)
     except LookupError as error:
         return str(error)
-    if result.status == "unsupported":
-        return "not measured: " + result.detail if "install" in result.detail else "no: " + result.detail
     if result.status == "fail":
-        raise AssertionError(f"{family}, {capability or method}: {result.detail}")
-    return "yes"
+        raise AssertionError(f"{subject.family}, {name or subject.spec}: {result.detail}")
+    if result.status == "pass":
+        return "yes"
+    if "install" in result.detail:
+        return "not measured: " + result.detail
+    option = next((text for hint, text in OPTIONS.items() if hint in result.detail), None)
+    if method is not None and option is not None:
+        again = f"{method}+fastervlm({option})" if get(method).wraps else f"{method}({option})"
+        found = _cell(Subject(default_spec(again), subject.family), name, check, None)
+        return f"yes, as {again}" if found == "yes" else found
+    return "no: " + result.detail
 
 
 def table() -> dict[str, Any]:
