@@ -15,7 +15,23 @@ _ADAPTERS = {
     "llava": "llava:LlavaAdapter",
     "vipllava": "llava:VipLlavaAdapter",
     "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_next_video": "llava_video:LlavaNextVideoAdapter",
     "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+    "video_llava": "llava_video:VideoLlavaAdapter",
+    "internvl": "internvl:InternVLAdapter",
+    "qwen2_vl": "qwen_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "qwen_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": "qwen_vl:Qwen3VLAdapter",
+    "idefics3": "idefics3:Idefics3Adapter",
+    "fast_vlm": "fast_vlm:FastVlmAdapter",
+    "smolvlm": "idefics3:SmolVLMAdapter",
+}
+# families that are known and cannot be cut, and why
+_REFUSED = {
+    "paligemma": "image tokens of its prefix attend both ways, in masks that are made before the language model",
+    "gemma3": "image tokens attend both ways, in masks that are made before the language model",
+    "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
+    "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
 }
 
 
@@ -43,14 +59,20 @@ def adapter_for(model: Any) -> Adapter:
             f"{type(model).__name__} (model type {model_type!r}) has no vision tower; "
             f"supported families: {families()}"
         )
+    if model_type in _REFUSED:
+        raise UnsupportedError(
+            f"model type {model_type!r} is not supported: {_REFUSED[model_type]}. Run it dense, choose tokens of tensors of your "
+            f"own with vlmprune.select, or use one of {families()}"
+        )
     if model_type not in _ADAPTERS:
         raise UnsupportedError(
             f"model type {model_type!r} is not supported; "
             f"families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}"
         )
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), "language_model"):
+    module, name = _ADAPTERS[model_type].split(":")
+    adapter = getattr(import_module(f".{module}", __name__), name)
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
         )
-    module, name = _ADAPTERS[model_type].split(":")
-    return getattr(import_module(f".{module}", __name__), name)(model)
+    return adapter(model)
