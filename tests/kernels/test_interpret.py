@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlmprune.kernels import reference
-from vlmprune.testing.kernel_cases import CASES, KernelCase, check, compare, tensors
+from vlmprune.testing.kernel_cases import CASES
+from vlmprune.testing.kernel_check import KernelCase, check, compare, tensors
 
 pytestmark = [
     pytest.mark.interpret,

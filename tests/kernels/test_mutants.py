@@ -15,7 +15,8 @@ import torch
 
 import vlmprune
 from vlmprune.errors import InvariantError
-from vlmprune.testing.kernel_cases import CASES, check
+from vlmprune.testing.kernel_cases import CASES
+from vlmprune.testing.kernel_check import check
 
 pytestmark = [
     pytest.mark.interpret,
