@@ -224,7 +224,7 @@ def test_a_folder_of_other_things_is_refused(small_model, tmp_path):
 class Absent:
     """A task whose data is not there."""
 
-    name, fingerprint, families, groups, blind = "absent", "0", (), {}, {}  # noqa: RUF012
+    name, fingerprint, families, groups, blind = "absent", "0", (), {}, {}
 
     def samples(self, split: str = "test", limit: int | None = None) -> Any:
         raise ConnectionError("Couldn't reach the hub: offline mode is on")
