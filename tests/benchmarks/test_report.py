@@ -263,6 +263,20 @@ def test_one_budget_and_no_speed_still_make_a_page(tmp_path):
     assert "Nothing was timed in this run" in page and page.count("<svg") == 8
 
 
+def test_a_real_run_has_no_note_and_may_lack_what_is_optional(broken_run):
+    def change(results):
+        results["provenance"] = {}
+        del results["headline"], results["speed"]
+        for row in results["rows"]:
+            for key in ("groups", "worst", "hard", "mdd", "vs_random", "on_object", "agreement", "flips", "paper"):
+                row.pop(key, None)
+
+    edit(broken_run, change)
+    assert "banner" not in write_report(broken_run).read_text().partition("<body>")[2]
+    for form in ("csv", "json", "md"):
+        assert write_report(broken_run, form).stat().st_size > 1000
+
+
 def test_speed_of_its_own_file_wins(broken_run):
     write(broken_run / "speed.json", {"rows": Run.open(broken_run).speed[:1], "conditions": {}})
     assert len(Run.open(broken_run).speed) == 1

@@ -34,7 +34,8 @@ def page(run: Run, *, gallery: int = 36) -> str:
     return environment.get_template("page.html").render(
         # only this script may run: what a model answers could not, even if it were not escaped
         script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), style=_asset("page.css"),
-        run=run, rows=_views(rows), columns=columns(rows), settings=_settings(rows), summary=sentences(rows),
+        note=run.provenance.get("note"), date=run.provenance.get("date"),
+        rows=_views(rows), columns=columns(rows), settings=_settings(rows), summary=sentences(rows),
         heat=_heat(rows, run.results.get("headline") or []), charts=_charts(rows), flips=shown, gallery_notes=notes,
         speed=speed, speed_columns=SPEED_COLUMNS, speed_notes=speed_notes(run.speed),
         failed=run.results.get("failed") or [],
