@@ -39,7 +39,7 @@ def joined(first: Inputs, answer: Tensor, second: Inputs) -> Inputs:
 def second_turn(model: Any, first: Inputs, answer: Tensor, second: Inputs, cache: Any) -> Tensor:
     """(B, n) answer to the second prompt on the kept cache: all ids, but the pixels of the new images only."""
     return generate(model, second | {name: joined(first, answer, second)[name] for name in ("input_ids", "attention_mask")},
-                    past_key_values=cache, max_new_tokens=NEW)  # fmt: skip
+                    cache=cache, max_new_tokens=NEW)  # fmt: skip
 
 
 def skip_unless_plain_model_can(model: Any, first: Inputs, second: Inputs) -> None:

@@ -113,7 +113,7 @@ def test_beams_static_caches_and_second_turns(model, version):
         ids = torch.cat([first.sequences, torch.full((2, 4), 7)], dim=1)
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 7, dtype=torch.long)], dim=1)
         held = copy.deepcopy(first.past_key_values)
-        again = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        again = generate(model, {"input_ids": ids, "attention_mask": mask}, cache=first.past_key_values)
         alone = [held_row(held, ids, mask, model, i) for i in range(2)]
     assert [row.tolist() for row in again] == alone
 
@@ -123,7 +123,7 @@ def held_row(held, ids, mask, model, row):
     cache = copy.deepcopy(held)
     cache.reorder_cache(torch.tensor([row, row]))
     turn = {"input_ids": ids[[row, row]], "attention_mask": mask[[row, row]]}
-    return generate(model, turn, past_key_values=cache)[0].tolist()
+    return generate(model, turn, cache=cache)[0].tolist()
 
 
 @pytest.mark.parametrize("version", READ)

@@ -14,6 +14,7 @@ layers, so cropping rejected draft tokens needs no bookkeeping.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,12 @@ class CutCacheMixin:
     def reset(self) -> None:
         super().reset()
         self._vlmprune_state = None
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The KV cache among keyword arguments or outputs; transformers 5.24 calls it ``cache``, and takes the older name too."""
+    found = values.get("cache")
+    return values.get("past_key_values") if found is None else found
 
 
 def state_of(cache: Any) -> CacheState | None:

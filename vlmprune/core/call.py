@@ -111,10 +111,6 @@ class Call:
                 mask = mask.gather(1, compaction.index) & compaction.valid
         return mask
 
-    def cache_of(self, kwargs: dict[str, Any]) -> Any:
-        """The cache that a decoder layer is given; the language model may have made it itself."""
-        return kwargs.get("past_key_values")
-
     def expand(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """(B, n, D) back to the full length; ``layer`` is the one whose output this is (None: the last)."""
         for start, compaction in reversed(self.compactions):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError, UnsupportedError
-from .cache import CacheState, Group, adopt, held_length, state_of
+from .cache import CacheState, Group, adopt, cache_in, held_length, state_of
 from .call import Call, Placed, assign
 from .compaction import Compaction
 from .cutting import Cut, cut_pictures, keep_maps
@@ -32,7 +32,7 @@ class Entrance:
     def enter(self, call: Call, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """New keyword arguments for the language model, or None to leave the call alone."""
         call.entered = True
-        cache = call.cache = kwargs.get("past_key_values")
+        cache = call.cache = cache_in(kwargs)
         state = state_of(cache)
         if state is not None:
             state.inside = True
@@ -163,7 +163,7 @@ class Entrance:
             output.hidden_states = tuple(
                 call.expand(hidden, None if number == last else number - 1) for number, hidden in enumerate(output.hidden_states)
             )
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         cache = call.cache if cache is None else cache
         first = call.frames[0]
         if cache is not None and int(cache.get_seq_length(0)) == first.width:

@@ -72,7 +72,7 @@ class Frame:
             "config": config,
             "inputs_embeds" if "inputs_embeds" in known else "input_embeds": hidden,  # renamed in transformers 5
             "attention_mask": None if self.maskless else self.valid,  # a static cache still needs one, for its empty slots
-            "past_key_values": None if cache is None else LayerView(cache, layer),
+            "cache" if "cache" in known else "past_key_values": None if cache is None else LayerView(cache, layer),
             "position_ids": None,
         }
         if "cache_position" in known and known["cache_position"].default is inspect.Parameter.empty:

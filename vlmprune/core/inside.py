@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InvariantError, UnsupportedError
 from .base import Merged
+from .cache import cache_in
 from .call import Call
 from .compaction import Compaction
 from .cutting import Cut, keep_maps
@@ -147,7 +148,7 @@ class InsideHost:
             return None
         language_model = self.session.adapter.language_model
         kwargs = dict(kwargs)
-        kwargs["attention_mask"] = frame.mask(language_model.config, index, hidden, call.cache_of(kwargs))
+        kwargs["attention_mask"] = frame.mask(language_model.config, index, hidden, cache_in(kwargs))
         kwargs["position_embeddings"] = tuple(angle.to(hidden.device) for angle in frame.angles(language_model, hidden))
         kwargs["position_ids"] = None  # rotary angles are made already; FlashAttention would take gaps for packed sequences
         if "cache_position" in kwargs:
@@ -159,7 +160,7 @@ class InsideHost:
     def _given(
         self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], runs: bool = False
     ) -> LayerInput:
-        frame, cache = call.frame(index), call.cache_of(kwargs)
+        frame, cache = call.frame(index), cache_in(kwargs)
         made = kwargs["position_embeddings"] if frame.start == 0 else None
         cos, sin = made or frame.angles(self.session.adapter.language_model, hidden)
         return LayerInput(module, index, hidden, cos, sin, frame.valid, cache, updated=runs and cache is not None)

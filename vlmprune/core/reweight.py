@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Method
+from .cache import cache_in
 from .call import Call
 from .rows import LayerInput
 
@@ -61,7 +62,7 @@ class ReweightHost:
         if call is None or not call.frames or not self.session.enabled:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = call.cache_of(kwargs)
+        cache = cache_in(kwargs)
         frame = call.frame(index)
         cos, sin = kwargs["position_embeddings"]
         call.given = LayerInput(module, index, hidden, cos, sin, frame.valid.to(hidden.device), cache, updated=cache is not None)

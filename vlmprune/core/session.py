@@ -26,7 +26,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from ..spec import Budget
 from .base import Method, by_stage
-from .cache import state_of
+from .cache import cache_in, state_of
 from .call import Call
 from .entrance import Entrance
 from .inside import InsideHost
@@ -229,7 +229,7 @@ class Session:
         if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
             names = inspect.signature(module.forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         continues = cache is not None and int(cache.get_seq_length()) > 0
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids  # the model itself refuses a call without either

@@ -96,7 +96,7 @@ def second_turn(subject: Subject) -> None:
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             copied = copy.deepcopy(cache)
-            answers = [generate(subject.model, turn, past_key_values=c) for c in (cache, copied)]
+            answers = [generate(subject.model, turn, cache=c) for c in (cache, copied)]
         expect(torch.equal(*answers), "a deep-copied cache answers differently")
         if subject.method.kind() == "merge":
             continue
@@ -122,7 +122,7 @@ def detached_cache_is_refused(subject: Subject) -> None:
     try:
         with torch.no_grad():
             ids = torch.cat([first.sequences, first.sequences[:, -1:]], 1)
-            subject.model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=2)
+            generate(subject.model, {"input_ids": ids}, cache=first.past_key_values, max_new_tokens=2)
     except InvariantError as error:
         expect("detached" in str(error), f"unclear error: {error}")
         return

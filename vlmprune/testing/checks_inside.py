@@ -139,7 +139,7 @@ def second_turn_equals_twin(subject: Subject) -> None:
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             copied = copy.deepcopy(cache)
-            answers = [generate(subject.model, turn, past_key_values=c)[0].tolist() for c in (cache, copied)]
+            answers = [generate(subject.model, turn, cache=c)[0].tolist() for c in (cache, copied)]
         expect(answers[0] == answers[1], "a deep-copied cache answers differently")
         twin = twins(subject, inputs, counts, positions)[0]
         want = twin.greedy(5, given=ids[0, inputs["input_ids"].shape[1] :].tolist())

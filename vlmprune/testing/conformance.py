@@ -7,6 +7,7 @@ Each check raises AssertionError with what differed; UnsupportedError counts as 
 
 from __future__ import annotations
 
+import inspect
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -105,9 +106,11 @@ def shared_model(family: str, tower: str | None, text: str | None) -> Any:
     return tiny_model(family, tower, text)
 
 
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """(B, new) new ids, greedy unless told otherwise."""
+def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options: Any) -> Tensor:
+    """(B, new) new ids, greedy unless told otherwise, on a kept KV cache where one is given."""
     options = {"max_new_tokens": 5, "do_sample": False, **options}
+    if cache is not None:  # renamed in transformers 5.24
+        options["cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"] = cache
     with torch.no_grad():
         ids = model.generate(**inputs, **options)
     return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.base import Merged, Method, Stage
+from ..core.cache import cache_in
 from ..core.select import choose
 from ..core.tokens import VisualTokens
 
@@ -163,7 +164,7 @@ def masked(twin: Twin) -> Iterator[Any]:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         dropped = torch.tensor(sorted(set(range(twin.embeds.shape[1])) - set(twin.kept[stage])), dtype=torch.long)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         first = 0 if cache is None else int(cache.get_seq_length(index))
         if first == 0 and index in twin.merged:
             at, rows = twin.merged[index]
