@@ -110,7 +110,8 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             hidden, pooled = net.see(store.pictures(scenes.ravel()), last=last)
             tokens = net.projector(hidden[:, 1:])
-            states, taught = run(net.language.decoder, sequence(net, batch, tokens), batch, done < options["anneal"])
+            teach, embeds = done < options["anneal"], sequence(net, batch, tokens)
+            states, taught = run(net.language.decoder, embeds, batch, teach, net.language.places)
             answer, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch, weights)
             dense, hits = dense_loss(net.vision.dense(hidden[:, 1:]), labels, torch.arange(PATCHES)[None].repeat(len(labels), 1))
             loss = answer + options["dense"] * dense
