@@ -197,10 +197,12 @@ def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float =
         for two in (False, True):
             step = max(1, round(size * cost_two)) if two else size
             part = order[store.two[order] == two]
-            for start in range(0, len(part) - step * 8 + 1, step * 8):  # sort by length within pools of eight batches
+            for start in range(0, len(part), step * 8):  # sort by length within pools of eight batches
                 pool = part[start : start + step * 8]
                 pool = pool[np.argsort(store.text_length[pool], kind="stable")]
-                todo += [pool[i : i + step] for i in range(0, len(pool), step)]
+                todo += [pool[i : i + step] for i in range(0, len(pool) - step + 1, step)]
+        if not todo:
+            raise ValueError(f"{len(store)} items are too few for batches of {size}; make more with data.py")
         yield from (todo[i] for i in rng.permutation(len(todo)))
 
 

@@ -25,7 +25,7 @@ from lmms_eval.tasks import TaskManager
 
 from vlmprune.benchmarks.evaluate import evaluate
 from vlmprune.benchmarks.lmms.arguments import Arguments
-from vlmprune.benchmarks.lmms.cell import run_cell
+from vlmprune.benchmarks.lmms.cell import records, run_cell
 from vlmprune.benchmarks.lmms.loading import write_tasks
 from vlmprune.benchmarks.lmms.model import VlmPrune, VlmPruneSimple
 from vlmprune.benchmarks.tasks import get_task
@@ -157,16 +157,16 @@ def test_a_failing_generation_ends_the_run(mixed, monkeypatch):
 
 def test_every_row_counts_what_pruning_did(mixed):
     model, processor = tiny_bundle("llava")
-    records = run_cell(model, processor, "fastervlm@9", mixed, batch_size=3).records
+    rows = run_cell(model, processor, "fastervlm@9", mixed, batch_size=3).records
     pictures = [1, 1, 0, 1, 2, 1]
-    assert [r.dense_tokens for r in records] == [36 * n for n in pictures]
-    assert [r.realised_tokens for r in records] == [9 * n for n in pictures]
-    assert [r.layer_tokens for r in records] == [9.0 * n for n in pictures]
-    assert [r.firings > 0 for r in records] == [n > 0 for n in pictures]
-    assert [r.encoding for r in records] == ["each" if n else "none" for n in pictures]
-    assert all(0 < r.seconds["first_token"] <= r.seconds["total"] for r in records)
-    assert {r.peak_memory for r in records} == {None}  # the CPU
-    assert len({r.cluster for r in records}) == 6 and all(r.answer for r in records)
+    assert [r.dense_tokens for r in rows] == [36 * n for n in pictures]
+    assert [r.realised_tokens for r in rows] == [9 * n for n in pictures]
+    assert [r.layer_tokens for r in rows] == [9.0 * n for n in pictures]
+    assert [r.firings > 0 for r in rows] == [n > 0 for n in pictures]
+    assert [r.encoding for r in rows] == ["each" if n else "none" for n in pictures]
+    assert all(0 < r.seconds["first_token"] <= r.seconds["total"] for r in rows)
+    assert {r.peak_memory for r in rows} == {None}  # the CPU
+    assert len({r.cluster for r in rows}) == 6 and all(r.answer for r in rows)
 
 
 def test_hooks_that_see_nothing_end_the_run(mixed, monkeypatch):
@@ -267,5 +267,7 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     counts = [row["token_counts"][0] for row in rows]
     assert [one["spec"] for one in counts] == ["random(seed=1)@9"] * 4
     assert [(one["dense_tokens"], one["realised_tokens"], one["output_tokens"]) for one in counts] == [(36, 9, 4)] * 4
+    read = records(rows, get_task(f"lmms:{tasks / 'shapes.yaml'}"))
+    assert [(r.id, r.realised_tokens, bool(r.answer)) for r in read] == [(f"shapes-{i}", 9, True) for i in range(4)]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
     assert 0 <= results["results"]["shapes"]["accuracy,none"] <= 1

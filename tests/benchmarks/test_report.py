@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import html.parser
 import io
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 from simulated_run import EVIL, simulate, write
 
 from vlmprune.benchmarks.report import FORMATS, write_report
 from vlmprune.benchmarks.report.charts import panels
+from vlmprune.benchmarks.report.gallery import _drawn
 from vlmprune.benchmarks.report.table import badges, is_best, series
 from vlmprune.benchmarks.rundir import Run, cell_id
 from vlmprune.errors import EvaluationError, SpecError
@@ -176,10 +180,43 @@ def test_text_of_models_is_escaped_in_every_format_that_renders_it(text):
 
 def test_sections_say_what_they_should(text):
     page = text["html"]
-    for words in ("SIMULATED", "Hardest hit", "of the ideal", "firings", "fastv(layer=2)@9", "3 seeds", "Apache-2.0"):
+    for words in ("SIMULATED", "Hardest hit", "gainst the ideal", "firings", "fastv(layer=2)@9", "3 seeds", "Apache-2.0"):
         assert words in page
     assert page.count("<svg") == 2 * 8  # a panel for every method of both models
     assert page.count("data:image/jpeg") >= page.count("<article") > 20
+
+
+def test_tiles_stand_side_by_side_and_what_no_token_covers_is_striped():
+    image = Image.new("RGB", (60, 40), (200, 30, 30))  # wider than the model's view
+    kept = [{"keep_idx": [0, 9], "grids": [[2, 2], [2, 4]], "view": "center"}]
+    (uri,) = _drawn([image], kept, "sample")
+    drawn = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+    scale = drawn.height // 40
+    assert drawn.height >= 288 and drawn.width > 2 * 60 * scale  # two panels and a gap
+    red, green, _ = drawn.getpixel((12 * scale, 2 * scale))  # inside the first kept patch
+    assert red > 150 and green < 80
+    beside = np.asarray(drawn)[:, : 5 * scale].astype(int)  # left of the centred square: no picture, two greys
+    assert (abs(beside[..., 0] - beside[..., 1]) < 25).mean() > 0.9 and beside[..., 0].std() > 5
+
+
+def test_kept_patches_of_another_number_of_pictures_are_refused():
+    with pytest.raises(EvaluationError, match="shows 1 images, its journal has kept patches of 2"):
+        list(_drawn([Image.new("RGB", (8, 8))], [{}, {}], "sample"))
+
+
+def test_cells_without_an_answer_are_named_on_the_page(broken_run):
+    error = {"spec": "mine@9", "model": "model-a", "task": "shapes", "error": "<b>out of memory</b>"}
+    edit(broken_run, lambda results: results.update(failed=[error]))
+    page = write_report(broken_run).read_text()
+    assert "Not in this report: mine@9 on shapes with model-a" in page and "&lt;b&gt;out of memory" in page
+
+
+def test_questions_that_changed_since_are_not_drawn(broken_run, monkeypatch):
+    from vlmprune.benchmarks.shapes import ShapesTask
+
+    monkeypatch.setattr(ShapesTask, "fingerprint", "another")
+    page = write_report(broken_run).read_text()
+    assert "its questions are not those of the run any more" in page and "data:image/jpeg" not in page and "<article" in page
 
 
 def test_csv_holds_every_row_and_number(text, run_folder):
@@ -224,6 +261,20 @@ def test_one_budget_and_no_speed_still_make_a_page(tmp_path):
     folder = simulate(tmp_path / "run", samples=20, budgets=(18,), speed=False, resamples=100)
     page = write_report(folder).read_text()
     assert "Nothing was timed in this run" in page and page.count("<svg") == 8
+
+
+def test_a_real_run_has_no_note_and_may_lack_what_is_optional(broken_run):
+    def change(results):
+        results["provenance"] = {}
+        del results["headline"], results["speed"]
+        for row in results["rows"]:
+            for key in ("groups", "worst", "hard", "mdd", "vs_random", "on_object", "agreement", "flips", "paper"):
+                row.pop(key, None)
+
+    edit(broken_run, change)
+    assert "banner" not in write_report(broken_run).read_text().partition("<body>")[2]
+    for form in ("csv", "json", "md"):
+        assert write_report(broken_run, form).stat().st_size > 1000
 
 
 def test_speed_of_its_own_file_wins(broken_run):

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return self.results["rows"]
+        return self.results.get("rows") or []
 
     @property
     def provenance(self) -> dict[str, Any]:

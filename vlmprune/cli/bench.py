@@ -125,9 +125,7 @@ def _show_card(rows: list[dict[str, Any]], start: dict[str, Any], missing: dict[
         screen.print(shown)
     for note in speed_notes(rows):
         screen.print(plain(note), style="yellow")
-    screen.print(
-        plain("Medians over interleaved rounds, [20 %, 80 %]; 'of the ideal' compares with the same tokens handed over for free.")
-    )
+    screen.print("Medians over interleaved rounds; 'against the ideal' compares with the same tokens handed over for free.")
     for name, reason in missing.items():
         screen.print(plain(f"Not measured: {name}: {reason}."), style="dim")
     screen.print(

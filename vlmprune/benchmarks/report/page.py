@@ -8,7 +8,8 @@ import hashlib
 from importlib.resources import files
 from typing import Any
 
-from ...errors import UnsupportedError
+from ...errors import SpecError, UnsupportedError
+from ...registry import method_info
 from ..rundir import Run
 from .charts import panels
 from .gallery import flips
@@ -33,9 +34,12 @@ def page(run: Run, *, gallery: int = 36) -> str:
     return environment.get_template("page.html").render(
         # only this script may run: what a model answers could not, even if it were not escaped
         script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), style=_asset("page.css"),
-        run=run, rows=_views(rows), columns=columns(rows), settings=_settings(rows), summary=sentences(rows),
+        note=run.provenance.get("note"), date=run.provenance.get("date"),
+        rows=_views(rows), columns=columns(rows), settings=_settings(rows), summary=sentences(rows),
         heat=_heat(rows, run.results.get("headline") or []), charts=_charts(rows), flips=shown, gallery_notes=notes,
         speed=speed, speed_columns=SPEED_COLUMNS, speed_notes=speed_notes(run.speed),
+        failed=run.results.get("failed") or [],
+        methods=_methods(rows),
         facts=_facts(run), cells=_cells(rows), ratio=ratio, nothing=NOTHING,
     )  # fmt: skip
 
@@ -117,6 +121,21 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """Provenance as pairs of text, nested values flattened."""
     known = {**{key: run.info.get(key) for key in ("version", "created", "command", "config")}, **run.provenance}
     return [(key, _flat(value)) for key, value in known.items() if key != "note" and value not in (None, "", {}, [])]
+
+
+def _methods(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Where each method comes from, and whether constants fitted on data are in it."""
+    found = []
+    for name in dict.fromkeys(name for row in rows for name in row["method"].split("+")):
+        try:
+            info = method_info(name)
+        except SpecError:
+            found.append((name, "a plug-in that is not installed here"))
+            continue
+        read = f"code read for facts: {info.licence}" if info.licence else "no other code was read"
+        parts = [info.paper or "no paper", read, "calibrated on data" if info.calibrated else "not calibrated"]
+        found.append((name, ", ".join([*parts, *["reads the question"] * info.query_aware])))
+    return found
 
 
 def _flat(value: Any) -> str:

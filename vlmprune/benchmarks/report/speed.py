@@ -67,7 +67,7 @@ SPEED_COLUMNS = (
            lambda r: r.get("first_token_s"), lambda r: _spread(r, "first_token_s")),
     Column("versus_dense", "first token, speed-up", "dense divided by this, within a round", lambda r: r.get("versus_dense"),
            lambda r: times(r.get("versus_dense"))),
-    Column("versus_free_k", "of the ideal", "this divided by a model that is handed the same tokens for free; 1.00 is perfect",
+    Column("versus_free_k", "against the ideal", "this divided by the time of a model handed the same tokens; 1.00 is perfect",
            lambda r: r.get("versus_free_k"), lambda r: times(r.get("versus_free_k"))),
     Column("total_s", "whole answer", "generate() of the stated answer length; median, [20 %, 80 %]", lambda r: r.get("total_s"),
            lambda r: _spread(r, "total_s")),
