@@ -26,63 +26,21 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 import vlmprune
+from vlmprune.benchmarks.speed.conditions import conditions
+from vlmprune.benchmarks.speed.timing import Entry, race, ratios, spread
 from vlmprune.errors import UnsupportedError, VlmPruneError
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
 from llava_shape import SIZES, TEXT, Prompt, build
-from tax import _count, conditions, race, save, spread
-
-
-class InsidePrompt(Prompt):
-    """A prompt whose free side has its cuts inside the language model."""
-
-    cuts: dict[int, tuple[Tensor, Tensor]]  # layer -> (n,) rows of its input that stay and (1, n) their positions
-
-    def prepare(self, session: Any) -> Tensor:
-        """Encode and run once attached, take over the cuts that were made; returns the logits."""
-        self.cuts, layers = {}, self.model.model.language_model.layers
-        with session:
-            hooks = [layer.register_forward_pre_hook(partial(self._note, session, i)) for i, layer in enumerate(layers)]
-            try:
-                self.encoded = self.encode()
-                logits = self.merged()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        table, ids = self.model.get_input_embeddings(), self.ids["input_ids"]
-        rows = self.encoded.pooler_output[0][None]
-        self.embeds = torch.cat([table(ids[:, : TEXT[0]]), rows, table(ids[:, -TEXT[1] :])], dim=1)
-        return logits
-
-    def _note(self, session: Any, index: int, module: nn.Module, args: tuple) -> None:
-        for start, compaction in session.call.compactions:
-            if start == index:
-                self.cuts[index] = (compaction.index[0].clone(), session.call.frame(index).position_ids.clone())
-
-    def given(self) -> Tensor:
-        """First token of the loop whose cuts cost nothing; without a mask attention is causal."""
-        lm = self.model.model.language_model
-        hidden, cache = self.embeds, DynamicCache(config=lm.config)
-        angles = lm.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
-        for index, layer in enumerate(lm.layers):
-            if index in self.cuts:
-                kept, positions = self.cuts[index]
-                hidden = hidden.index_select(1, kept)
-                angles = lm.rotary_emb(hidden, positions)
-            hidden = layer(hidden, attention_mask=None, position_embeddings=angles, past_key_values=cache, use_cache=True)
-        logits = self.model.lm_head(lm.norm(hidden)[:, -1])
-        logits.argmax(dim=-1).item()  # waits for the device
-        return logits
+from tax import _count, save
 
 
 class Watch:
@@ -124,20 +82,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise UnsupportedError(
             f"{session.spec!r} is not one method that acts inside the language model; tax.py measures the others"
         )
-    prompt = InsidePrompt(model, size)
-    attached = prompt.prepare(session)
-    entries = {"dense": (False, prompt.merged), "attached": (True, prompt.merged)}
+    prompt = Prompt(model, size)
+    prompt.prepare(session)
+    entries: dict[str, Entry] = {"dense": (None, prompt.merged), "attached": (session, prompt.merged)}
     report = {"tokens_per_layer": session.last.tokens_per_layer}
     if session.inside is not None:
-        entries["ideal"] = (False, prompt.given)
-        ratios = {"tax": ("attached", "ideal"), "speedup": ("dense", "attached"), "ideal_speedup": ("dense", "ideal")}
-        report["logits_difference"] = (prompt.given() - attached).abs().max().item()
+        entries["ideal"] = (None, prompt.given)
+        sides = {"tax": ("attached", "ideal"), "speedup": ("dense", "attached"), "ideal_speedup": ("dense", "ideal")}
+        report["logits_difference"] = prompt.difference()
     else:
-        ratios = {"overhead": ("attached", "dense")}
-        report["logits_change"] = (prompt.merged() - attached).abs().max().item()
+        sides = {"overhead": ("attached", "dense")}
+        report["logits_change"] = (prompt.merged() - prompt.free.logits).abs().max().item()
         report["edited_share"] = edited_share(session, prompt)
-    seconds = race(session, entries, options.repeats, options)
-    lists = {name: [a / b for a, b in zip(seconds[x], seconds[y], strict=True)] for name, (x, y) in ratios.items()}
+    seconds = race(entries, options.repeats, warmup=options.warmup, clock=options.clock)
+    lists = {name: ratios(seconds[x], seconds[y]) for name, (x, y) in sides.items()}
     if "overhead" in lists:
         lists["overhead"] = [ratio - 1 for ratio in lists["overhead"]]
     return {

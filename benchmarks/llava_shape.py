@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from vlmprune.benchmarks.speed.free import FreeSide
+from vlmprune.benchmarks.speed.shapes import random_model
 from vlmprune.errors import InvariantError
 
 IMAGE_ID = 3
@@ -42,7 +44,6 @@ SIZES = {
 }
 
 
-@torch.inference_mode(False)
 def build(size: Size, device: str, dtype: torch.dtype, *, shallow: bool = False) -> nn.Module:
     """A random LLaVA; ``shallow`` has all that capture watches (attention of one block, projector) and little else."""
     vision = transformers.CLIPVisionConfig(
@@ -56,8 +57,7 @@ def build(size: Size, device: str, dtype: torch.dtype, *, shallow: bool = False)
     )  # fmt: skip
     layer = -1 if shallow else -2
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=layer)
-    torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config).to(device, dtype).eval()
+    return random_model(config, device, dtype)
 
 
 class Prompt:
@@ -72,27 +72,25 @@ class Prompt:
         self.ids = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.pixels = torch.randn(1, 3, size.image, size.image, generator=random).to(weight.device, weight.dtype)
         self.encoded: Any = None
-        self.free: dict[str, Tensor] = {}
+        self.free: FreeSide
 
-    def prepare(self, session: Any, tokens: int) -> tuple[int, float | None]:
-        """Encode and prune once, and set up the free side; gives k and how far apart the logits of the two sides are.
+    def prepare(self, session: Any) -> int:
+        """Encode and run once attached, and set up the free side on what was kept; gives the visual tokens kept."""
 
-        Merged rows have no twin among the projected features: the free side gets any k of them, and no comparison is made.
-        """
-        with session:
+        def call() -> Tensor:
             self.encoded = self.encode()
-            logits = self.merged()
-            report = session.last
-        kept, text = sum(report.realised_tokens) or tokens, sum(TEXT)
-        if report.keep and report.sequence != (tokens + text, kept + text) and kept < tokens:
+            return self.merged()
+
+        self.free, report = FreeSide(session, call), session.last
+        tokens, text = sum(report.dense_tokens), sum(TEXT)
+        kept = sum(report.realised_tokens) or tokens
+        if session.before and report.keep and report.sequence != (tokens + text, kept + text) and kept < tokens:
             raise InvariantError(f"{session.spec} made a sequence of {report.sequence}; expected {tokens + text, kept + text}")
-        merges = session.method.kind() == "merge"
-        index = torch.arange(kept) if merges or not report.keep else report.keep[0].keep_idx
-        table, ids = self.model.get_input_embeddings(), self.ids["input_ids"]
-        rows = self.encoded.pooler_output[0][index.to(ids.device)][None]
-        embeds = torch.cat([table(ids[:, : TEXT[0]]), rows, table(ids[:, -TEXT[1] :])], dim=1)
-        self.free = {"inputs_embeds": embeds, "position_ids": torch.arange(embeds.shape[1], device=ids.device)[None]}
-        return kept, None if merges else (self.given() - logits).abs().max().item()
+        return kept
+
+    def difference(self) -> float:
+        """How far apart the logits of the attached and of the free side are."""
+        return (self.given() - self.free.logits).abs().max().item()
 
     def encode(self) -> Any:
         return self.model.model.get_image_features(pixel_values=self.pixels, return_dict=True)
@@ -106,7 +104,7 @@ class Prompt:
         return self.first_token(**self.ids, mm_encoder_outputs={"image": self.encoded})
 
     def given(self) -> Tensor:
-        return self.first_token(**self.free)
+        return self.free.first_token()
 
     def from_pixels(self) -> Tensor:
         return self.first_token(**self.ids, pixel_values=self.pixels)

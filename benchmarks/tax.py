@@ -10,7 +10,7 @@ Timed in rounds, in rotating order; reported are medians, and for ratios the med
 
 * dense: 576 encoded tokens, nothing attached.
 * pruned: 576 encoded tokens, method attached: merge with the text, score, select, cut, language model, first token.
-* free: the embeddings of text and kept tokens are given; nothing is left but the language model and the first token.
+* free: the embeddings of text and kept (or merged) tokens are given; nothing is left but the language model and the first token.
 
 The headline leaves the vision tower out of all three: pictures are encoded beforehand and passed as ``mm_encoder_outputs``.
 But capture (what a method reads while the tower runs, and the description of the pictures) would then be missed. It is
@@ -28,18 +28,13 @@ On the CPU live tensors are counted, so scratch memory inside kernels is not see
 from __future__ import annotations
 
 import argparse
-import gc
 import inspect
 import json
 import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,39 +44,15 @@ import transformers
 from torch import nn
 
 import vlmprune
+from vlmprune.benchmarks.speed.conditions import conditions
+from vlmprune.benchmarks.speed.memory import memory_profile
+from vlmprune.benchmarks.speed.timing import Entry, race, ratios, spread
 from vlmprune.errors import UnsupportedError, VlmPruneError
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
-from live_bytes import memory_profile
 from llava_shape import SIZES, TEXT, Prompt, build
 
-Entries = dict[str, tuple[bool, Callable[[], Any]]]  # name -> (attached, call)
 SIDES = ("dense", "pruned", "free")
-
-
-def race(session: Any, entries: Entries, repeats: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every entry in every round; the order rotates, so that none is favoured."""
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    names = list(entries)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(options.warmup + repeats):
-        gc.collect()
-        gc.disable()
-        try:
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                attached, call = entries[name]
-                with session if attached else nullcontext():
-                    sync()
-                    started = clock()
-                    call()
-                    sync()
-                    taken = clock() - started
-                if number >= options.warmup:
-                    seconds[name].append(taken)
-        finally:
-            gc.enable()
-    return seconds
 
 
 def capture_memory(session: Any, encode: Callable[[], Any], root: nn.Module, device: str) -> tuple[int, int]:
@@ -103,22 +74,23 @@ def time_all(session: Any, watcher: Any, prompt: Prompt, tower: Prompt, options:
         prompt.merged()
         scores.append(session.last.seconds)
 
-    encodes = race(watcher, {"bare": (False, tower.encode), "watched": (True, tower.encode)}, options.capture_repeats, options)
-    encoded = {"dense": (False, prompt.merged), "pruned": (True, pruned), "free": (False, prompt.given)}
-    lists = race(session, encoded, options.repeats, options)
-    pixels = {
-        "dense_with_vision": (False, prompt.from_pixels),
-        "pruned_with_vision": (True, prompt.from_pixels),
-        "free_with_vision": (False, prompt.given_from_pixels),
+    how = {"warmup": options.warmup, "clock": options.clock}
+    encodes = race({"bare": (None, tower.encode), "watched": (watcher, tower.encode)}, options.capture_repeats, **how)
+    encoded: dict[str, Entry] = {"dense": (None, prompt.merged), "pruned": (session, pruned), "free": (None, prompt.given)}
+    lists = race(encoded, options.repeats, **how)
+    pixels: dict[str, Entry] = {
+        "dense_with_vision": (None, prompt.from_pixels),
+        "pruned_with_vision": (session, prompt.from_pixels),
+        "free_with_vision": (None, prompt.given_from_pixels),
     }
-    lists |= race(session, pixels, options.vision_repeats, options)
+    lists |= race(pixels, options.vision_repeats, **how)
     lists["score_seconds"] = scores[options.warmup :]
     lists["capture_seconds"] = [watched - bare for watched, bare in zip(encodes["watched"], encodes["bare"], strict=True)]
     capture = median(lists["capture_seconds"])
     lists["pruned"] = [taken + capture for taken in lists["pruned"]]
     for end in ("", "_with_vision"):
         for name, above, below in (("tax", "pruned", "free"), ("speedup", "dense", "pruned"), ("ideal_speedup", "dense", "free")):
-            lists[name + end] = [a / b for a, b in zip(lists[above + end], lists[below + end], strict=True)]
+            lists[name + end] = ratios(lists[above + end], lists[below + end])
     return lists
 
 
@@ -131,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise UnsupportedError(f"transformers {transformers.__version__} takes no mm_encoder_outputs; use 5.20 or newer")
     session, watcher = (vlmprune.prune(m, options.prune, keep=options.keep) for m in (model, shallow))
     prompt = Prompt(model, size)
-    kept, difference = prompt.prepare(session, size.tokens)
+    kept = prompt.prepare(session)
     lists = time_all(session, watcher, prompt, Prompt(shallow, size), options)
     peak, held = capture_memory(session, prompt.encode, model.model, options.device)
     sides = [side + end for end in ("", "_with_vision") for side in SIDES]
@@ -144,47 +116,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tax_of_fastest": min(lists["pruned"]) / min(lists["free"]),
         "peak_extra_bytes": peak,
         "held_extra_bytes": held,
-        "logits_difference": difference,
+        "logits_difference": prompt.difference(),
         "shape": {"tokens": size.tokens, "text_tokens": sum(TEXT), **asdict(size)},
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         **{name: getattr(options, name) for name in ("dtype", "clock", "repeats", "vision_repeats", "capture_repeats", "warmup")},
     }
-
-
-def spread(values: list[float]) -> list[float]:
-    """20th and 80th percentile."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-
-
-def conditions() -> dict[str, Any]:
-    """Versions, machine and date."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return {
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "vlmprune": vlmprune.__version__,
-            "python": platform.python_version(),
-        },
-        "processor": f"{len(names)} x {names[0]}" if names else platform.machine(),
-        "load_before": os.getloadavg()[0],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """Commit of the package, with "-dirty" when its files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(vlmprune.__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("-dirty" if status else "")
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:

@@ -1,67 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the README's picture: one image, four methods, the same budget.
+"""Draw the README's picture: one image of the benchmark, four methods, the same budget, and what the model answers.
 
     python docs/gallery.py docs/gallery.png
+    python docs/gallery.py needle.png --sample needle-7 --keep 9 --methods random pool fastervlm fastv
 
-The model has the geometry of LLaVA-1.5 (24 x 24 patches) and random weights, so where the [CLS] token looks means nothing; how
-the methods spread their budget is real.
+Model and question are those that ship with the package. Methods inside the language model are drawn after their last cut.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import vlmprune
-from vlmprune.testing.picture import picture
+from vlmprune.benchmarks.evaluate import evaluate
+from vlmprune.benchmarks.record import Record
+from vlmprune.benchmarks.tasks import get_task
+from vlmprune.models.loading import load
 
-METHODS = ("random", "uniform", "divprune", "fastervlm")
-KEEP, SIDE, PATCH, GAP, TITLE = 64, 24, 14, 12, 34
-
-
-def model() -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's visual geometry at a small width, random weights."""
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIDE * PATCH,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=64
-    )
-    torch.manual_seed(0)
-    made = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
-    with torch.no_grad():  # fan-in scaled weights: differences between patches survive the tower
-        for name, weight in made.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=weight[0].numel() ** -0.5 * (2.0 if "_proj" in name else 1.0))
-    return made.eval()
+METHODS = ("random", "divprune", "fastervlm", "fastv")
+SIZE, GAP, HEAD, FOOT = 432, 14, 40, 34  # SIZE: three pixels for each one of the benchmark, so that patches stay sharp
 
 
-def main(path: str) -> None:
-    image = picture(size=(SIDE * PATCH, SIDE * PATCH))
-    pixels = (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, *image.size, 3).permute(0, 3, 1, 2) / 127.5 - 1
-    )
-    ids = torch.tensor([[1] + [63] * SIDE * SIDE + [2, 3]])
-    lava = model()
-    width = len(METHODS) * (image.width + GAP) - GAP
-    sheet = Image.new("RGB", (width, image.height + TITLE), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, method in enumerate(METHODS):
-        with vlmprune.prune(lava, f"{method}@{KEEP}") as run, torch.no_grad():
-            lava(input_ids=ids, pixel_values=pixels)
-        left = number * (image.width + GAP)
-        sheet.paste(run.last.keep[0].draw(image), (left, TITLE))
-        pen.text((left + 4, 6), f"{method}@{KEEP}", fill="black", font=ImageFont.load_default(20))
-    sheet.save(path)
+def panel(image: Image.Image, record: Record) -> Image.Image:
+    """The picture with its kept patches, the spec above and the answer below."""
+    sheet = Image.new("RGB", (SIZE, HEAD + SIZE + FOOT), "white")
+    sheet.paste(record.keep[0].draw(image.resize((SIZE, SIZE), Image.Resampling.NEAREST)), (0, HEAD))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    pen.text((2, 8), record.spec, fill="black", font=font)
+    right = record.score == 1
+    text = f"{record.answer or 'no answer'} ({'right' if right else 'wrong'})"
+    pen.text((2, HEAD + SIZE + 6), text, fill="#007050" if right else "#B03000", font=font)
+    return sheet
+
+
+def gallery(bundle: tuple[Any, Any], sample: Any, specs: list[str]) -> Image.Image:
+    """One panel per spec under the question."""
+    records = evaluate(*bundle, [sample], specs, get_task("shapes"))
+    panels = [panel(sample.load_images()[0], record) for record in records]
+    sheet = Image.new("RGB", (len(panels) * (SIZE + GAP) - GAP, HEAD + panels[0].height), "white")
+    ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(24))
+    for number, one in enumerate(panels):
+        sheet.paste(one, (number * (SIZE + GAP), HEAD))
+    return sheet
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--sample", default="needle-0", help="family-number in the test split")
+    parser.add_argument("--keep", type=int, default=18)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    options = parser.parse_args(words)
+    family, _, number = options.sample.rpartition("-")
+    sample = get_task("shapes").sample("test", family, int(number))
+    gallery(load(options.model), sample, [f"{method}@{options.keep}" for method in options.methods]).save(options.path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

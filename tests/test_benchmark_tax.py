@@ -16,7 +16,8 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import tax
-from live_bytes import memory_profile
+
+from vlmprune.benchmarks.speed.memory import memory_profile
 
 MIB = 2**20
 TINY = ("--size", "tiny", "--repeats", "1", "--warmup", "1", "--threads", "1")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from .core.keepmap import Replay, ScoreMap
 from .core.pictures import make_units, stack_units
 from .core.select import choose
 from .core.session import Session
+from .core.shelf import run_encoder
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
 from .models import Adapter, adapter_for
@@ -123,16 +123,8 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
     for modality in adapter.modalities:
         if inputs.get(modality.pixels) is None:
             continue
-        encode = getattr(adapter.inner, modality.encode)
-        names = list(inspect.signature(encode).parameters)
-        # transformers 4.57 names the pixels of clips otherwise and has no defaults there
-        given = {**{name: getattr(adapter.config, name, None) for name in names}, **inputs, names[0]: inputs[modality.pixels]}
-        arguments = {name: given[name] for name in names if given[name] is not None}
-        adapter.check(arguments, modality)
         capture = adapter.capture(built.needs, getattr(built, "layer", None))
-        with torch.no_grad(), capture as record:
-            output = encode(**arguments)
-        pictures = adapter.pictures(modality, output, {**arguments, modality.pixels: inputs[modality.pixels]}, record.take())
+        _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
         for number, unit in enumerate(units):
             with torch.no_grad():

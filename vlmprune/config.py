@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .benchmarks.published import Published
+from .benchmarks.tasks import LMMS, list_tasks
+from .core.base import one_of
 from .errors import SpecError, did_you_mean
-from .spec import Spec, parse
+from .registry import get
+from .spec import Budget, Spec, parse
+from .yamlfile import read
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SEEDS = (0, 1, 2)
+WANTED = {"out": "the path of a folder", "split": "the name of a split, such as test", "published": "the path of a YAML file"}
 
 
 @dataclass(frozen=True)
@@ -20,22 +27,33 @@ class Config:
 
     Args:
         models: ``"tiny"``, HF ids or folders.
-        specs: what to run on each model, budgets included.
+        specs: what to run on each model; all have the budget they need.
         tasks: what to answer.
-        seeds: of seeded methods and resampling.
+        seeds: of ``random``, which is always compared with: at least three, since one draw proves nothing.
         out: folder for the results.
+        split, limit: samples of each task; None is all of them.
+        batch_size: questions answered together; a part of what is compared, since padding can change an answer.
+        max_new_tokens: longest answer; None is what the task wants.
+        dtype: of the weights; "auto" is what the checkpoint says.
+        published: numbers to show beside ours.
     """
 
     models: tuple[str, ...]
     specs: tuple[Spec, ...]
-    tasks: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    tasks: tuple[str, ...] = ("shapes",)
+    seeds: tuple[int, ...] = SEEDS
     out: str | None = None
+    split: str = "test"
+    limit: int | None = None
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    dtype: str = "auto"
+    published: Published | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, values: Any) -> Config:
-        """Check plain values, as YAML has them."""
-        known = [field.name for field in fields(cls)]
+    def of(cls, values: Any, folder: Path | None = None) -> Config:
+        """Check plain values, as YAML has them; ``keep`` lists budgets for the specs without one. Paths start at ``folder``."""
+        known = [*(field.name for field in fields(cls)), "keep"]
         if not isinstance(values, dict):
             raise SpecError(f"a config is a mapping, got {type(values).__name__}; expected the keys {known}")
         for key in values:
@@ -44,56 +62,96 @@ class Config:
         for key in ("models", "specs"):
             if key not in values:
                 raise SpecError(f"the key {key!r} is missing; expected a list: {key}: [...]")
-        texts = _list("specs", values["specs"], str)
-        specs = tuple(map(parse, texts))
-        for spec in specs:
-            spec.build(require_budget=True)
-        _distinct("specs", specs)
-        out = values.get("out")
-        if out is not None and not (isinstance(out, str) and out):
-            raise SpecError(f"out={out!r}; expected the path of a folder")
-        return cls(
-            models=_list("models", values["models"], str),
-            specs=specs,
-            tasks=_list("tasks", values["tasks"], str) if "tasks" in values else (),
-            seeds=_list("seeds", values["seeds"], int) if "seeds" in values else (0,),
-            out=out,
-        )
+        given: dict[str, Any] = {"specs": _specs(values["specs"], values.get("keep"))}
+        for key, kind in (("models", str), ("tasks", str), ("seeds", int)):
+            if key in values:
+                given[key] = _list(key, values[key], kind)
+        _check_seeds(given.get("seeds", SEEDS))
+        _check_tasks(given.get("tasks", ()))
+        for key in ("out", "split"):
+            if values.get(key) is not None:
+                given[key] = _text(key, values[key])
+        for key in ("limit", "batch_size", "max_new_tokens"):
+            if values.get(key) is not None:
+                given[key] = _count(key, values[key])
+        if "dtype" in values:
+            one_of("dtype", values["dtype"], DTYPES)
+            given["dtype"] = values["dtype"]
+        if values.get("published") is not None:
+            given["published"] = Published.load((folder or Path()) / _text("published", values["published"]))
+        return cls(**given)
+
+    def plain(self) -> dict[str, Any]:
+        """Values that ``of`` reads again, but for the published numbers, which are named."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return values | {"specs": list(map(str, self.specs)), "published": self.published and self.published.name}
 
 
 def load(path: str | PathLike[str]) -> Config:
     """Read a YAML file; errors begin with its path."""
-    try:
-        return Config.of(yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader))
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not readable as YAML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read ({error}); expected a YAML file") from error
-    except SpecError as error:
-        raise SpecError(f"{path}: {error}") from error
+    return read(path, lambda values: Config.of(values, Path(path).parent))
 
 
-def _list(key: str, value: Any, kind: type) -> tuple[Any, ...]:
+def _specs(value: Any, keep: Any) -> tuple[Spec, ...]:
+    """Specs as written, and those that lack a budget once for each of ``keep``."""
+    budgets = [] if keep is None else [_budget(one) for one in _list("keep", keep, None)]
+    found: list[Spec] = []
+    spread = 0
+    for text in _list("specs", value, str):
+        spec = parse(text)
+        takes = any(get(part.name).budgeted for part in spec.parts) and not any(part.budget for part in spec.parts)
+        spread += takes
+        found += [spec.with_keep(budget) for budget in budgets] if takes and budgets else [spec]
+    if budgets and not spread:
+        raise SpecError(f"keep={keep!r} meets no spec without a budget; leave it out, or write specs without '@'")
+    for spec in found:
+        spec.build(require_budget=True)
+    _distinct("specs", found)
+    return tuple(found)
+
+
+def _budget(value: Any) -> Budget:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise SpecError(f"keep holds {value!r}; expected budgets such as 64, 0.25 or 64/crop")
+    return Budget.of(value)
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    if len(seeds) < len(SEEDS) or min(seeds) < 0:
+        raise SpecError(f"seeds={list(seeds)}; expected at least {len(SEEDS)} that are not negative: random gets a band of them")
+
+
+def _check_tasks(names: tuple[str, ...]) -> None:
+    # which tasks lmms-eval has is known only where it is installed
+    for name in names:
+        if name not in list_tasks() and not name.startswith(LMMS):
+            near = did_you_mean(name.lower(), list_tasks())
+            raise SpecError(f"task {name!r} is unknown; expected one of {list_tasks()}, or {LMMS}NAME of lmms-eval.{near}")
+
+
+def _list(key: str, value: Any, kind: type | None) -> tuple[Any, ...]:
     if not isinstance(value, list) or not value:
         raise SpecError(f"{key}={value!r}; expected a list with at least one entry: {key}: [...]")
     for item in value:
-        if type(item) is not kind or item == "":
+        if kind and (type(item) is not kind or item == ""):
             raise SpecError(f"{key} holds {item!r}, a {type(item).__name__}; expected {kind.__name__} (quote what is text)")
     _distinct(key, value)
     return tuple(value)
+
+
+def _text(key: str, value: Any) -> str:
+    if not (isinstance(value, str) and value):
+        raise SpecError(f"{key}={value!r}; expected {WANTED[key]}")
+    return value
+
+
+def _count(key: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise SpecError(f"{key}={value!r}; expected an int >= 1")
+    return value
 
 
 def _distinct(key: str, values: Any) -> None:
     twice = [str(value) for number, value in enumerate(values) if value in values[:number]]
     if twice:
         raise SpecError(f"{key} lists {twice[0]!r} twice; list it once")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if len(set(map(str, keys))) < len(keys):
-            raise yaml.constructor.ConstructorError(None, None, f"a key is given twice among {keys}", node.start_mark)
-        return super().construct_mapping(node, deep)

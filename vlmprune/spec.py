@@ -202,19 +202,19 @@ def parse(text: str | Spec) -> Spec:
         return text
     if not isinstance(text, str):
         raise SpecError(f"a spec is text, got {text!r} of type {type(text).__name__}; expected {GRAMMAR}")
-    spec = Spec(tuple(map(_parse_part, _split(text))))
+    spec = Spec(tuple(map(_parse_part, split(text))))
     spec.build()
     return spec
 
 
-def _split(text: str) -> list[str]:
-    """Cut at each '+' that is outside parentheses and quotes."""
+def split(text: str, at: str = "+") -> list[str]:
+    """Cut at each ``at`` that is outside parentheses and quotes: ``split("random(seed=1)@9,pool@9", ",")`` are two specs."""
     depth, pieces = 0, [""]
     for token in _TOKEN.findall(text):
         depth += (token == "(") - (token == ")")
         if depth < 0:
             break
-        if token == "+" and not depth:
+        if token == at and not depth:
             pieces.append("")
         else:
             pieces[-1] += token

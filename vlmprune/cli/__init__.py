@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import catalogue, new, run, validate, verify
+from . import bench, catalogue, leaderboard, lmms, new, report, run, validate, verify
 from .screen import complain
 
 __all__ = ["app", "main"]
@@ -59,9 +59,14 @@ def _root(
 app.command("list")(catalogue.list_methods)
 app.command("show")(catalogue.show)
 app.command("run")(run.run)
+app.command("leaderboard")(leaderboard.leaderboard)
+app.command("report")(report.report)
+app.command("bench")(bench.bench)
+app.command("plan")(bench.plan)
 app.command("verify")(verify.verify)
 app.command("validate")(validate.validate)
 app.command("new")(new.new)
+app.command("lmms-tasks")(lmms.lmms_tasks)
 
 
 def main() -> None:

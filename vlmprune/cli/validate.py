@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ def validate(
         except VlmPruneError as error:  # the other files are still worth checking
             wrong.append(error)
     if as_json:
-        print_json({file: asdict(config) | {"specs": list(map(str, config.specs))} for file, config in found.items()})
+        print_json({file: config.plain() for file, config in found.items()})
     for file, config in {} if as_json else found.items():
         stdout().print(plain(f"{file}: valid"), style="green", soft_wrap=True)
         rows = table("", "", show_header=False)

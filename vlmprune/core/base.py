@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import SpecError, did_you_mean
+from ..errors import SpecError, UnsupportedError, did_you_mean
 from .tokens import VisualTokens
 
 NEEDS = (
@@ -147,6 +147,19 @@ def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
     layer = ("layer",) if hasattr(inner, "layer") else ()  # of the tower, which is captured
     for name in {*_AS_INNER, *_VERBS_OF_INNER, *layer} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
+
+
+def by_stage(plans: Sequence[tuple[Method, Any]]) -> dict[str, tuple[Method, Any]]:
+    """One method with its budget per slot."""
+    slots: dict[str, tuple[Method, Any]] = {}
+    for method, budget in plans:
+        if method.stage in slots:
+            raise UnsupportedError(
+                f"{slots[method.stage][0].name} and {method.name} both act at stage {method.stage!r}; "
+                "combine methods of different stages, such as 'var+fastervlm@128'"
+            )
+        slots[method.stage] = (method, budget)
+    return slots
 
 
 def one_of(option: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,11 @@ class VisionCapture:
         self.readers: list[AttentionReader] = []
         if set(self.needs) & set(ATTENTION_NEEDS):
             self.readers = [AttentionReader(attention_of(blocks[self.layer])) for blocks in self.blocks]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Captures of one tower with the same key record the same."""
+        return (frozenset(self.needs), self.layer, *self.layers)
 
     def install(self) -> None:
         """Register the hooks."""

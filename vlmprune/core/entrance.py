@@ -126,7 +126,7 @@ class Entrance:
         report.keep = keep_maps(pictures, cuts, report.method)
         report.dense_tokens = [picture.count for picture in pictures]
         report.realised_tokens = [p.count if cut is None else cut.realised for p, cut in zip(pictures, cuts, strict=True)]
-        report.tokens_per_layer = [sum(report.realised_tokens) / len(pictures)] * session.depth
+        report.layer_tokens = [[count] * session.depth for count in report.realised_tokens]
 
     def _placeholders(self, call: Call, embeds: Tensor, modality: Any) -> Tensor:
         token = self.session.adapter.token_id(modality)

@@ -271,10 +271,9 @@ class InsideHost:
         for span in call.units.spans:
             if span.report is None:
                 continue
-            report.realised_tokens[span.report] = span.columns.shape[0]
+            left = report.realised_tokens[span.report] = span.columns.shape[0]
+            report.layer_tokens[span.report][index:] = [left] * (self.session.depth - index)
         shown = [span for span in call.units.spans if span.report is not None]
-        mean = sum(report.realised_tokens) / len(report.realised_tokens)
-        report.tokens_per_layer = [*report.tokens_per_layer[:index], *[mean] * (self.session.depth - index)]
         pictures = [picture for placed in call.placed for picture in placed.pictures]
         left = {span.report: span.ids[span.ids >= 0].sort().values for span in shown}
         cuts = [Cut(torch.empty(0), left[number], picture.grids) for number, picture in enumerate(pictures)]

@@ -17,7 +17,7 @@ class Report:
         keep: one KeepMap per image, one per frame of a clip; expanded beams are listed once.
         dense_tokens: visual tokens per image (or clip) without pruning, newline and [CLS] slots not counted.
         realised_tokens: visual tokens per image that the language model read.
-        tokens_per_layer: mean visual tokens per image in each decoder layer.
+        layer_tokens: visual tokens of every image in each decoder layer.
         sequence: (dense, realised) padded length of the sequence that the decoder layers read.
         firings: how often each hook did its work in this call: encode, enter, exit.
         seconds: host seconds in score + select + reassemble; on an accelerator launches only, not their completion.
@@ -28,12 +28,17 @@ class Report:
     keep: list[KeepMap] = field(default_factory=list)
     dense_tokens: list[int] = field(default_factory=list)
     realised_tokens: list[int] = field(default_factory=list)
-    tokens_per_layer: list[float] = field(default_factory=list)
+    layer_tokens: list[list[int]] = field(default_factory=list)
     sequence: tuple[int, int] = (0, 0)
     firings: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     decode_steps: int = 0
     note: str = ""
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Mean visual tokens per image in each decoder layer."""
+        return [sum(layer) / len(layer) for layer in zip(*self.layer_tokens, strict=True)]
 
     @property
     def pruned(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,11 +25,12 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from ..spec import Budget
-from .base import Method
+from .base import Method, by_stage
 from .cache import cache_in, state_of
 from .call import Call
 from .entrance import Entrance
 from .inside import InsideHost
+from .pictures import Picture
 from .report import Report
 from .reweight import ReweightHost
 from .wrappers import Encode, KeepMask2D, Stacked, Wrapper, riders
@@ -72,6 +73,7 @@ class Session:
         self.enabled = True
         self.attached = False
         self.last: Report | None = None
+        self.serve: Callable[[Any], tuple[Any, list[Picture]]] | None = None  # pictures encoded earlier, set by a shelf
         self.reference = weakref.ref(self)
         self.depth = adapter.language_model.config.num_hidden_layers
         self.before = slots.get("before_lm")
@@ -245,19 +247,6 @@ class Session:
         if not call.pictures:
             report.note = "no images in this call" if self.enabled else "disabled"
         self.last = report
-
-
-def by_stage(plans: Sequence[tuple[Method, Budget | None]]) -> dict[str, tuple[Method, Budget | None]]:
-    """One method per slot."""
-    slots: dict[str, tuple[Method, Budget | None]] = {}
-    for method, budget in plans:
-        if method.stage in slots:
-            raise UnsupportedError(
-                f"{slots[method.stage][0].name} and {method.name} both act at stage {method.stage!r}; "
-                "combine methods of different stages, such as 'var+fastervlm@128'"
-            )
-        slots[method.stage] = (method, budget)
-    return slots
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

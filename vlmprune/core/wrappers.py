@@ -68,15 +68,19 @@ class Encode(Wrapper):
         # Qwen3-VL encodes a clip by way of the wrapped method for images: that call is the clip's
         if not session.enabled or session.capture.is_recording:
             return self.original(*args, **kwargs)
+        if session.serve is not None:
+            return self._hand_over(*session.serve(self.modality))
         arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
         arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))  # 4.57 names pixels of clips otherwise
         session.adapter.check(arguments, self.modality)
         with session.capture.recording() as record:
             output = self.original(*args, **kwargs)
-        pictures = session.adapter.pictures(self.modality, output, arguments, record.take())
+        return self._hand_over(output, session.adapter.pictures(self.modality, output, arguments, record.take()))
+
+    def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:
         if hasattr(output, "pooler_output"):
             ride(output, pictures)
-        call = session.call
+        call = self.session.call
         if call is not None:
             call.pictures[self.modality.name] = pictures
             call.report.fire("encode")

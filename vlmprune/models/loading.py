@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..config import DTYPES
 from ..core.base import one_of
 from ..errors import UnsupportedError, VlmPruneError, did_you_mean
 from . import families
 
 TINY = "tiny"
 TINY_NOTE = "tiny is a random model: its answers mean nothing, the token counts and times are real"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -43,14 +43,14 @@ def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code:
 
     if not name:
         raise VlmPruneError(f"the model name is empty; expected {TINY!r}, a folder or an HF id")
-    config = _read(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config = read_pretrained(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     if config.model_type not in families():
         near = did_you_mean(config.model_type, families())
         raise UnsupportedError(f"{name!r} is a {config.model_type!r} model; families with an adapter: {families()}.{near}")
-    processor = _read(name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code)
+    processor = read_pretrained(name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code)
     if getattr(processor, "patch_size", 0) is None:
         raise UnsupportedError(f"the processor of {name!r} has no patch_size; set it in processor_config.json")
-    model, info = _read(
+    model, info = read_pretrained(
         name, "weights", AutoModelForImageTextToText.from_pretrained, config=config, dtype=dtype,
         use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
     )
@@ -82,7 +82,7 @@ def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
     return processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device, model.dtype)
 
 
-def _read(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
+def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
     """Call one from_pretrained; what can be wrong with a name or a folder becomes one clear error."""
     path = Path(name).expanduser()
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a call from one module to the next, on CPU and CUDA."""
+"""Memory of a call, in total and from one module to the next, on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ class LiveBytes(TorchDispatchMode):
     def take(self) -> int:
         peak, self.peak = self.peak, self.live
         return peak
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that a call holds beyond what was there before; on the CPU scratch memory inside kernels is not seen."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.inference_mode(False), torch.no_grad(), LiveBytes() as live:  # not inference mode: see memory_profile
+        call()
+    return live.peak
 
 
 def memory_profile(call: Callable[[], Any], root: nn.Module, device: str = "cpu") -> list[int]:

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy curves: what to run so that every method appears at every budget, and the points that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..api import prune, score
+from ..core.base import Method
+from ..errors import EvaluationError, SpecError, UnsupportedError
+from ..registry import get, list_methods, option_fields
+from ..spec import parse
+from . import stats
+from .batch import model_inputs
+from .objects import Asked
+from .record import Record
+from .sample import Sample
+from .stats import Table
+from .summary import DENSE, seedless, summarise
+
+KEEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+BASES = ("fastervlm", "fastv")  # what wrappers are put around: one method before the language model, one inside
+# schedules that start early, for budgets that the default one cannot meet
+EARLY = {"pyramiddrop": "pyramiddrop(layers=(1,2,3))"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a budget: one spec, or several that differ in their seed."""
+
+    label: str
+    keep: float
+    specs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The spec of the row in a summary."""
+        return self.specs[0] if len(self.specs) == 1 else seedless(self.specs[0])
+
+
+def plan(
+    model: Any, keeps: Sequence[float] = KEEPS, seeds: Sequence[int] = (0, 1, 2), methods: Sequence[str] | None = None
+) -> tuple[list[Point], dict[str, str]]:
+    """Points for this model, the dense one first, and what is left out and why.
+
+    Keeping all tokens is the dense model for every method (a conformance check holds that), so 1.0 is one point.
+    """
+    points, skipped = [Point(DENSE, 1.0, (DENSE,))], {}
+    for label in _labels(list_methods() if methods is None else methods):
+        for keep in sorted({float(keep) for keep in keeps if keep < 1}, reverse=True):
+            reason = ""
+            for text in (label, EARLY.get(label)):
+                specs = _seeded(f"{text}@{keep}", seeds) if text else ()
+                try:
+                    for spec in specs:
+                        prune(model, spec)
+                except (SpecError, UnsupportedError) as error:
+                    reason = reason or str(error)
+                    continue
+                if specs:
+                    points.append(Point(label, keep, specs))
+                    break
+            else:
+                skipped[f"{label}@{keep}"] = reason
+    return points, skipped
+
+
+def _labels(names: Sequence[str]) -> Iterator[str]:
+    """What stands before the budget: wrappers and re-weighting methods need another method to cut."""
+    for name in names:
+        cls = get(name)
+        if name == DENSE:
+            continue
+        if cls.wraps:
+            yield from (f"{name}+{base}" for base in BASES)
+        elif not cls.budgeted:
+            yield f"{name}+{BASES[0]}"
+        else:
+            yield name
+
+
+def _seeded(spec: str, seeds: Sequence[int]) -> tuple[str, ...]:
+    parsed = parse(spec)
+    if not any(option.name == "seed" for option in option_fields(get(parsed.parts[0].name))):
+        return (str(parsed),)
+    name, _, budget = spec.partition("@")
+    return tuple(str(parse(f"{name}(seed={seed})@{budget}")) for seed in seeds)
+
+
+def curves(
+    records: Iterable[Record], points: Sequence[Point], blind: Mapping[str, float], *, resamples: int = stats.RESAMPLES
+) -> dict[str, Any]:
+    """Rows, one per point, with an interval for each group and family; the headline families; and what can be said at 12.5 %."""
+    held = list(records)
+    table = Table.of(held)
+    summary = summarise(held, blind, resamples=resamples)
+    summaries = {row["spec"]: row for row in summary["rows"]}
+    for point in points:
+        if len(point.specs) > 1:
+            table = table.merged(point.name, point.specs)
+    slices = _slices(table, summary["headline"]["families"])
+    found = {key: stats.accuracy(part, resamples) for key, part in slices.items()}
+    rows = []
+    for point in points:
+        row = {"label": point.label, "share": point.keep, "query_aware": query_aware(point.label), **summaries[point.name]}
+        row["layer_share"] = row["layer_tokens"] / row["dense_tokens"] if row["dense_tokens"] else 1.0
+        row["accuracies"] = {"all": {}, "groups": {}, "families": {}}
+        for (kind, name), estimates in found.items():
+            one = estimates[point.name]
+            row["accuracies"][kind][name] = [one.value, one.low, one.high]
+        rows.append(row)
+    return {"rows": rows, "headline": summary["headline"], "at": verdict(slices, points, resamples)}
+
+
+def _slices(table: Table, inside: Sequence[str]) -> dict[tuple[str, str], Table]:
+    """The headline families together and by group, and every family alone."""
+    names = list(dict.fromkeys(table.families.tolist()))
+    whole = table.where(np.isin(table.families, inside or names))
+    slices = {("all", "all"): whole}
+    slices |= {("groups", group): whole.where(whole.groups == group) for group in dict.fromkeys(whole.groups.tolist())}
+    return slices | {("families", family): table.where(table.families == family) for family in names}
+
+
+def query_aware(label: str) -> bool:
+    """Whether the method, or what it is put around, looks at the question to choose tokens."""
+    return any(get(part.name).query_aware for part in parse(label).parts if not get(part.name).wraps)
+
+
+def verdict(
+    slices: Mapping[tuple[str, str], Table], points: Sequence[Point], resamples: int = stats.RESAMPLES, keep: float = 0.125
+) -> dict[str, Any]:
+    """At one budget: the best method against random, what pooling costs per family, and needles with and without the question."""
+    here = {point.label: point.name for point in points if point.keep == keep}
+    chosen = {label: name for label, name in here.items() if label not in ("random", "uniform", "pool")}
+    found: dict[str, Any] = {"keep": keep}
+    if not chosen or "random" not in here:
+        return found
+    whole = slices["all", "all"]
+    best = max(chosen, key=lambda label: whole.of_spec(chosen[label]).mean())
+    found["best"] = {"label": best, **_gap(whole, chosen[best], here["random"], resamples)}
+    learnt = {name: part for (kind, name), part in slices.items() if kind == "families" and name in whole.families}
+    if "pool" in here:
+        losses = {name: _gap(part, here["pool"], DENSE, resamples) for name, part in learnt.items()}
+        found["pool"] = dict(sorted(losses.items(), key=lambda item: item[1]["difference"]))
+    aware, blind = ([label for label in chosen if query_aware(label) is wanted] for wanted in (True, False))
+    if "needle" in learnt and aware and blind:
+        needle = learnt["needle"]
+        a, b = (max(some, key=lambda label: needle.of_spec(chosen[label]).mean()) for some in (aware, blind))
+        found["needle"] = {"query_aware": a, "other": b, **_gap(needle, chosen[a], chosen[b], resamples)}
+    return found
+
+
+def _gap(table: Table, spec: str, reference: str, resamples: int) -> dict[str, Any]:
+    one = stats.differences(table, reference, [spec], resamples=resamples)[spec]
+    return {"difference": one.value, "ci": [one.low, one.high], "p": one.p}
+
+
+def saliency(
+    model: Any, processor: Any, samples: Sequence[Sample], objects: Any, method: str | Method = "fastervlm", batch_size: int = 32
+) -> dict[str, Any]:
+    """Area under the ROC curve of a method's scores against objects: 1 where every object patch outranks all others.
+
+    Args:
+        objects: gives the (H, W) masks of a sample, one per image; images without objects, or full of them, say nothing.
+    """
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(samples), batch_size):
+        rows = [sample for sample in samples[start : start + batch_size] if sample.images]
+        if not rows:
+            continue
+        texts = [processor.apply_chat_template(sample.messages(), add_generation_prompt=True) for sample in rows]
+        maps = iter(score(model, model_inputs(processor, model, texts, [sample.load_images() for sample in rows]), method))
+        for sample in rows:
+            asked = Asked(sample.id, objects(sample), len(sample.images))
+            for image in range(len(sample.images)):
+                one = next(maps)
+                on = asked.patches(image, one)
+                if on.any() and not on.all():
+                    found.setdefault(sample.images[image], []).append(auc(one.scores.numpy(), on))
+    if not found:
+        raise EvaluationError(f"none of {len(samples)} samples shows an object; saliency needs masks")
+    values = np.array([np.mean(some) for some in found.values()])  # one per image
+    drawn = values[np.random.default_rng(0).integers(len(values), size=(stats.RESAMPLES // 10, len(values)))].mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"auc": float(values.mean()), "ci": [float(low), float(high)], "images": len(values)}
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive outranks a negative, ties counted half."""
+    _, code, count = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (count.cumsum() - (count - 1) / 2)[code]
+    ones = int(positive.sum())
+    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * (len(scores) - ones)))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed card: per spec what choosing costs, how soon the first token and the whole answer are there, and what is the ideal.
+
+* first token: pixels in, first token on the host. The vision tower and everything a method does are inside.
+* whole answer: ``generate`` of a stated number of tokens.
+* choosing: score, select and cut, as the session clocks it on the host; what is read while the tower runs is in the first token.
+* dense: nothing attached, with the attention back end that is fastest for it here; the same one is used for all.
+* free k: tower, then the language model on the very tokens that the method keeps (``free.FreeSide``).
+
+Everything is timed in interleaved rounds. Times are medians with the 20th and 80th percentile; ratios are medians of the ratios
+within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from ...api import prune
+from ...errors import SpecError, UnsupportedError
+from .conditions import conditions, device_name
+from .free import FreeSide
+from .memory import peak_bytes
+from .timing import Entry, median, race, ratios, spread
+from .workload import Workload
+
+DENSE = "dense"
+SAME = (
+    "model",
+    "spec",
+    "batch",
+    "answer_tokens",
+    "text_tokens",
+    "device",
+    "dtype",
+)  # a newer row replaces one that is equal in these
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often things are timed: rounds to the first token, rounds of whole answers, rounds before each that do not count."""
+
+    rounds: int = 9
+    answers: int = 3
+    warmup: int = 1
+
+
+@torch.inference_mode()
+def measure(
+    workload: Workload,
+    specs: Iterable[str],
+    *,
+    answer_tokens: int = 32,
+    effort: Effort | None = None,
+    tell: Tell = lambda text: None,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows of the dense model and of every spec that it supports, and the others with the reason.
+
+    Args:
+        tell: called with what is being done.
+    """
+    effort = effort or Effort()
+    tell(f"{workload.name}: finding the fastest attention")
+    attention, tried = best_attention(workload, rounds=min(3, effort.rounds))
+    sessions, left_out = {}, []
+    for text in dict.fromkeys(specs):
+        if text == DENSE:
+            continue
+        try:
+            session = prune(workload.model, text)
+            sessions[session.spec] = (session, FreeSide(session, workload.first_token))
+        except UnsupportedError as error:
+            left_out.append({"model": workload.name, "spec": text, "reason": str(error)})
+    choosing: dict[str, list[float]] = {spec: [] for spec in sessions}
+    first = _first_tokens(workload, sessions, choosing, effort, tell)
+    whole = _answers(workload, sessions, answer_tokens, effort, tell)
+    tell(f"{workload.name}: counting operations and memory")
+    common = {
+        "model": workload.name, "batch": workload.batch, "answer_tokens": answer_tokens, "text_tokens": workload.text_tokens,
+        "device": device_name(workload.device), "dtype": str(workload.model.dtype).removeprefix("torch."), "attention": attention,
+        "attention_tried_s": tried, "threads": torch.get_num_threads() if workload.device.type == "cpu" else None,
+        "rounds": effort.rounds, "answer_rounds": effort.answers, "note": workload.note,
+    }  # fmt: skip
+    tokens = [_dense_tokens(workload)] * len(workload.adapter.language_model.layers)
+    rows = [_row(DENSE, first, whole, {}, None, common, tokens, _counted(workload))]
+    for spec, (session, free) in sessions.items():
+        with session:
+            counts = _counted(workload)
+        layers = session.last.tokens_per_layer
+        difference = float((free.first_token() - free.logits).abs().max())
+        rows.append(_row(spec, first, whole, choosing, difference, common, layers, counts))
+    return rows, left_out
+
+
+def best_attention(workload: Workload, rounds: int) -> tuple[str, dict[str, float]]:
+    """The back end with which the dense first token is there soonest, left switched on, and the times of all that run here."""
+    names = ["sdpa", "eager"]
+    if workload.device.type == "cuda" and is_flash_attn_2_available() and workload.model.dtype != torch.float32:
+        names.append("flash_attention_2")
+    calls: dict[str, Entry] = {name: (_Attention(workload.model, name), workload.first_token) for name in names}
+    times = {name: median(values) for name, values in race(calls, rounds, warmup=1).items()}
+    best = min(times, key=times.__getitem__)
+    workload.model.set_attn_implementation(best)
+    return best, times
+
+
+class _Attention:
+    """Switches the back end of a model for a while."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        self.model.set_attn_implementation(self.before)
+
+
+def _first_tokens(
+    workload: Workload, sessions: dict[str, tuple[Any, FreeSide]], choosing: dict[str, list[float]], effort: Effort, tell: Tell
+) -> dict[str, list[float]]:
+    """Seconds to the first token of every side, round by round; ``choosing`` takes what the sessions clock."""
+
+    def attached(session: Any) -> None:
+        workload.first_token()
+        choosing[session.spec].append(session.last.seconds)
+
+    def free(side: FreeSide) -> None:
+        workload.encode()
+        side.first_token()
+
+    entries: dict[str, Entry] = {DENSE: (None, workload.first_token)}
+    for spec, (session, side) in sessions.items():
+        entries[spec] = (session, lambda session=session: attached(session))
+        entries[f"free {spec}"] = (None, lambda side=side: free(side))
+    times = race(
+        entries,
+        effort.rounds,
+        warmup=effort.warmup,
+        on_round=_counter(workload, "first tokens", effort.rounds + effort.warmup, tell),
+    )
+    for values in choosing.values():
+        del values[: effort.warmup]
+    return times
+
+
+def _answers(
+    workload: Workload, sessions: dict[str, tuple[Any, FreeSide]], tokens: int, effort: Effort, tell: Tell
+) -> dict[str, list[float]]:
+    entries: dict[str, Entry] = {DENSE: (None, lambda: workload.answer(tokens))}
+    entries |= {spec: (session, lambda: workload.answer(tokens)) for spec, (session, _) in sessions.items()}
+    counter = _counter(workload, f"answers of {tokens} tokens", effort.answers + effort.warmup, tell)
+    return race(entries, effort.answers, warmup=effort.warmup, on_round=counter)
+
+
+def _counter(workload: Workload, what: str, rounds: int, tell: Tell) -> Callable[[], None]:
+    done = iter(range(1, rounds + 1))
+    tell(f"{workload.name}: {what}")
+    return lambda: tell(f"{workload.name}: {what}, round {next(done)} of {rounds}")
+
+
+def _dense_tokens(workload: Workload) -> float:
+    with prune(workload.model, DENSE) as session:
+        workload.first_token()
+    return sum(session.last.dense_tokens) / len(session.last.dense_tokens)
+
+
+def _counted(workload: Workload) -> tuple[int, int]:
+    return workload.flops(workload.first_token), peak_bytes(workload.first_token, workload.device)
+
+
+def _row(
+    spec: str,
+    first: dict[str, list[float]],
+    whole: dict[str, list[float]],
+    choosing: dict[str, list[float]],
+    difference: float | None,
+    common: dict[str, Any],
+    tokens: Sequence[float],
+    counts: tuple[int, int],
+) -> dict[str, Any]:
+    lists = {"first_token_s": first[spec], "total_s": whole[spec]}
+    lists["versus_dense"] = ratios(first[DENSE], first[spec])
+    lists["versus_dense_total"] = ratios(whole[DENSE], whole[spec])
+    if spec != DENSE:
+        lists |= {"choosing_s": choosing[spec], "free_k_s": first[f"free {spec}"]}
+        lists["versus_free_k"] = ratios(first[spec], first[f"free {spec}"])
+        lists["ideal_versus_dense"] = ratios(first[DENSE], first[f"free {spec}"])
+    spreads = {name: spread(values) for name, values in lists.items()}
+    return {
+        "spec": spec, **common, "choosing_s": None, "versus_free_k": None, **{name: median(values) for name,
+        values in lists.items()},
+        "p20": {name: low for name, (low, _) in spreads.items()}, "p80": {name: high for name, (_, high) in spreads.items()},
+        "tokens_per_layer": list(tokens), "flops": counts[0], "peak_bytes": counts[1], "logits_difference": difference,
+    }  # fmt: skip
+
+
+def save(rows: Sequence[dict[str, Any]], place: Path) -> Path:
+    """Add rows to speed.json in a run folder, or to a .json file of one's own; older rows of the same conditions are replaced."""
+    path = place if place.suffix == ".json" else place / "speed.json"
+    if not path.parent.is_dir():
+        raise SpecError(f"--out {str(place)!r}: the folder {str(path.parent)!r} does not exist; make it first")
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"--out: {path} is there and holds no speed card ({error}); choose another file") from error
+    new = [{key: row.get(key) for key in SAME} for row in rows]
+    kept = [old for old in known if {key: old.get(key) for key in SAME} not in new]
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps({"rows": [*kept, *rows], "conditions": conditions()}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: models x specs x tasks, one journal per cell, killed and resumed at any moment. ``leaderboard`` runs one."""
+
+from .run import Settings, leaderboard
+
+__all__ = ["Settings", "leaderboard"]

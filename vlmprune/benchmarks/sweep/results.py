@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From journals to rows: everything is computed anew from the samples on disk."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import Config
+from ...models.loading import TINY
+from ..record import Record
+from ..rundir import Run
+from ..speed.conditions import conditions, device_name
+from ..summary import DENSE, summarise
+from ..tasks import get_task
+from .plan import Setting, load_samples
+
+
+def rows_of(
+    folder: Path, setting: Setting, cells: Mapping[str, str], config: Config
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell."""
+    run = Run(folder)
+    records = [Record.read(line) for cell in cells.values() for line in run.journal(cell)]
+    task = get_task(setting.task)
+    found = summarise(records, task.blind)
+    official = _official(task, setting, records)
+    named = {"model": setting.model, "task": setting.task}
+    rows = []
+    for row in found["rows"]:
+        spec = row["spec"]
+        paper = config.published.find(spec, setting.task) if config.published else None
+        rows.append({**named, **row, "failed": 0, "fingerprint": cells.get(spec), "paper": paper})
+        if spec in official:
+            rows[-1]["official"] = official[spec]
+    return rows, {**named, **found["headline"]}
+
+
+def _official(task: Any, setting: Setting, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Per spec the task's own numbers (F1, sums over categories, ...), where it has such."""
+    if not hasattr(task, "official"):
+        return {}
+    answers: dict[str, dict[str, str]] = {}
+    for record in records:
+        answers.setdefault(record.spec, {})[record.id] = record.answer
+    samples = load_samples(task, setting.split, setting.limit)
+    return {spec: task.official(samples, [mine[sample.id] for sample in samples]) for spec, mine in answers.items()}
+
+
+def complete(cells: Mapping[str, str]) -> bool:
+    """Whether there is something to compare with."""
+    return DENSE in cells and len(cells) > 1
+
+
+def provenance(settings: Sequence[Setting], device: str, command: str) -> dict[str, Any]:
+    """Under which conditions the answers of a run were made."""
+    found = conditions()
+    accelerator = device_name(torch.device(device)) if device != "cpu" else None
+    return {
+        "versions": found["versions"] | dict(settings[0].versions),
+        "commit": found["commit"],
+        "command": command,
+        "hardware": {"processor": found["processor"], "accelerator": accelerator, "system": platform.platform()},
+        "model": {setting.model: {"weights": setting.weights, "licence": licence(setting.model)} for setting in settings},
+        "date": found["date"],
+    }
+
+
+def licence(model: str) -> str:
+    """What the model card says, where there is one at hand."""
+    if model == TINY:
+        return "Apache-2.0"
+    card = Path(model).expanduser() / "README.md"
+    if card.is_file():
+        stated = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"))
+        if stated:
+            return stated[1]
+    return "see the model card"

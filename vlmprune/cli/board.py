@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a leaderboard looks on a terminal of 100 columns, and how its progress does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..benchmarks.report.table import NOTHING, count, is_seed, ordered, ratio, setting, signed
+from ..benchmarks.sweep.verdict import side, verdict
+from .screen import plain, stderr, table
+
+Row = dict[str, Any]
+HEADINGS = ("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
+MARKS = {"better": "\N{UPWARDS ARROW}", "worse": "\N{DOWNWARDS ARROW}", "no different": " "}
+
+
+class Bars:
+    """One bar per model and task, on stderr, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.shown = Progress(
+            TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=stderr(), expand=True,
+        )  # fmt: skip
+        self._bar: Any = None
+
+    def __enter__(self) -> Bars:
+        self.shown.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shown.stop()
+
+    def begin(self, what: str, total: int, done: int) -> None:
+        self._bar = self.shown.add_task(plain(what).plain, total=total, completed=done)
+
+    def advance(self, answers: int) -> None:
+        self.shown.advance(self._bar, answers)
+
+
+def show(found: dict[str, Any], screen: Console) -> None:
+    """All tables of a run, each with one sentence under it."""
+    rows = found["rows"]
+    for where in dict.fromkeys(map(setting, rows)):
+        mine = ordered([row for row in rows if setting(row) == where])
+        screen.print(plain(f"{where[0]} on {where[1]}"), style="bold")
+        screen.print(_table(mine))
+        screen.print(plain(_conditions(mine, next(one for one in found["headline"] if setting(one) == where))), style="dim")
+        screen.print(plain(verdict(mine)))
+    for lost in found["failed"]:
+        screen.print(plain(f"no row for {lost['spec']} ({lost['model']}, {lost['task']}): {lost['error']}"), style="red")
+
+
+def _table(rows: list[Row]) -> Table:
+    made = table(*HEADINGS, padding=(0, 0, 0, 1))
+    for column in made.columns[1:]:
+        column.justify, column.no_wrap = "left" if column.header == "worst family" else "right", True
+    keep = rows[0]["keep"]
+    for row in rows:
+        if is_seed(row, rows):
+            continue
+        if row["keep"] != keep:
+            made.add_section()
+            keep = row["keep"]
+        made.add_row(*map(plain, _cells(row)), style="dim" if row["method"] in ("random", "uniform", "pool") else None)
+    return made
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row["ci"]
+    against, flips, hard, worst = row["vs_random"], row["flips"], row["hard"], row["worst"]
+    dense = row["spec"] == "dense"
+    band = row["band"]
+    versus = NOTHING
+    if band:
+        versus = f"{ratio(band['low'], 0)}-{ratio(band['high'], 0)}"
+    elif against:
+        versus = f"{signed(against['difference'])} {MARKS[side(against)]}"
+    return [
+        row["spec"],
+        count(row["realised_tokens"]),
+        f"{ratio(row['accuracy'])} [{ratio(low, 0)}, {ratio(high, 0)}]",
+        NOTHING if dense else ratio(row["retained"], 0),
+        versus,
+        NOTHING if dense or not flips else f"{flips['lost']}/{flips['won']}",
+        ratio(row["groups"].get("text"), 0),
+        ratio(hard["accuracy"], 0) if hard else NOTHING,
+        NOTHING if dense else f"{worst['family']} {ratio(worst['retained'], 0)}",
+    ]
+
+
+def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
+    """What the numbers are, and what such a table cannot show."""
+    reach = max((row["mdd"] for row in rows if row["mdd"]), default=None)
+    said = f"{rows[0]['n']} questions; in brackets 95 % intervals, over pictures; left: % of the dense accuracy; vs random: "
+    said += "points, arrows where beyond chance, the range of its seeds for random itself; hard: % of what pool gets wrong; "
+    said += "worst family: % left of it."
+    if reach is not None:
+        said += f" Differences to dense below {100 * reach:.1f} points cannot be seen."
+    if not headline["families"]:
+        said += " The dense model has learnt none of the families, so these accuracies mean nothing."
+    elif headline["excluded"]:
+        said += f" Not counted, since the dense model has not learnt them: {', '.join(headline['excluded'])}."
+    return said
