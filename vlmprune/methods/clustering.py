@@ -22,8 +22,7 @@ def density_peaks(x: Tensor, clusters: int) -> Peaks:
     # without matrix products: those lose the digits of small distances, and a token's distance to itself must be 0
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5  # (B, n, n)
     density = (-distance.sort(dim=-1).values[..., :clusters].square().mean(dim=-1)).exp()  # (B, n)
-    # with two nearest ones, tokens nearest to each other are equally dense, but for rounding
-    denser = density[:, None, :] > density[:, :, None] * (1 + 1e-5)
+    denser = density[:, None, :] > density[:, :, None]
     farthest = distance.amax(dim=(1, 2), keepdim=True)
     prominence = density * torch.where(denser, distance, farthest).amin(dim=-1)
     centres = prominence.sort(dim=-1, descending=True, stable=True).indices[:, :clusters]

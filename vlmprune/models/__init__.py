@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -26,6 +28,8 @@ _ADAPTERS = {
     "fast_vlm": "fast_vlm:FastVlmAdapter",
     "smolvlm": "idefics3:SmolVLMAdapter",
 }
+# families that were never tried where generate does not encode pictures by itself, which is before transformers 5.20
+_RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
 # families that are known and cannot be cut, and why
 _REFUSED = {
     "paligemma": "image tokens of its prefix attend both ways, in masks that are made before the language model",
@@ -75,4 +79,12 @@ def adapter_for(model: Any) -> Adapter:
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
         )
+    if too_old(model_type, type(model)):
+        here = version("transformers")
+        raise UnsupportedError(f"{model_type} is supported from transformers 5.20 on; this is {here}, install a newer one")
     return adapter(model)
+
+
+def too_old(model_type: str, model_class: type) -> bool:
+    """Whether the class of a model is of a transformers version that its family was not tried with."""
+    return model_type in _RECENT and "mm_encoder_outputs" not in signature(model_class.forward).parameters

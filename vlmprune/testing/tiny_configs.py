@@ -11,6 +11,7 @@ import transformers
 from transformers.utils import is_timm_available
 
 from ..errors import UnsupportedError
+from ..models import too_old
 from .processors import (
     BOS_ID,
     EOS_ID,
@@ -57,6 +58,8 @@ def missing(family: str) -> str | None:
     name = family_prefix(family) + "ForConditionalGeneration"
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}; install a newer one"
+    if too_old(family, getattr(transformers, name)):
+        return f"{family} is supported from transformers 5.20 on; install a newer one than {transformers.__version__}"
     if family == "fast_vlm" and not is_timm_available():
         return 'fast_vlm needs timm and torchvision; install "vlmprune[timm]"'
     return None

@@ -168,7 +168,8 @@ class Nested(Layout):
     def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
         pixels = torch.zeros(len(images), max(images), 3, self.pixels, self.pixels)
         for row, count in enumerate(images):
-            pixels[row, :count] = torch.randn(count, 3, self.pixels, self.pixels, generator=random)
+            for number in range(count):
+                pixels[row, number] = torch.randn(self.pixels, self.pixels, 3, generator=random).permute(2, 0, 1)
         return {"pixel_values": pixels} if sizes else {}
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
