@@ -36,6 +36,7 @@ def export(net: Joint, out: Path) -> Any:
     # the names of the released LLaVA checkpoints: every version of transformers maps them to its own
     tensors = {released(name): weight.half().contiguous() for name, weight in model.model.named_parameters()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     processor.save_pretrained(out)
     # before version 5 the image processor has a file of its own
     processor.image_processor.save_pretrained(out)
