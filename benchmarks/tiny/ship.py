@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT [--stage joint]``.
+"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT [--stage polish]``.
 
 Weights are stored in half precision and load in float32, as config.json says; what is measured is what comes back from disk.
 """
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", default="joint")
+    parser.add_argument("--stage", default="polish")
     parser.add_argument("--limit", type=int, help="Test questions to score; default all.")
     options = parser.parse_args()
     net = Joint(yaml.safe_load((HERE / "recipe.yaml").read_text())["seed"])
