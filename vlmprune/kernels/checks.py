@@ -42,8 +42,11 @@ def rows(name: str, xs: object, lead: tuple[int, ...], like: Tensor) -> None:
     """A list of tensors whose shapes begin with ``lead``."""
     if not isinstance(xs, list | tuple):
         raise InvariantError(f"{name} is {described(xs)}; expected a list of tensors: write [x] for one")
+    rank, device = len(lead), like.device
     for at, x in enumerate(xs):
-        if not isinstance(x, Tensor) or x.ndim < len(lead):
+        if isinstance(x, Tensor) and x.shape[:rank] == lead and x.device == device:
+            continue
+        if not isinstance(x, Tensor) or x.ndim < rank:
             raise InvariantError(f"{name}[{at}] is {described(x)}; expected a tensor of shape {_pattern(lead, len(lead) + 1)}")
         if x.device != like.device:
             raise InvariantError(f"{name}[{at}] is on {x.device}, and the other tensors are on {like.device}; move it there")

@@ -41,17 +41,17 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(batch, 0, dtype=torch.int32)
     # the k-th largest value, found without sorting; NaN where the row holds one, since torch ranks NaN highest
-    limits = scores.topk(k, sorted=False).values.amin(-1).tolist()
-    idx = np.empty((batch, k), np.int32)
-    for b, (row, limit) in enumerate(zip(scores.numpy(), limits, strict=True)):
-        idx[b] = _at_least(row, limit, k) if limit == limit else reference.topk_select(scores[b : b + 1], k)[0].numpy()
+    limits = scores.topk(k, sorted=False).values.numpy().min(axis=1)
+    idx, rows = np.empty((batch, k), np.int32), scores.numpy()
+    for b in range(batch):
+        limit = limits[b]
+        idx[b] = _at_least(rows[b], limit, k) if limit == limit else reference.topk_select(scores[b : b + 1], k)[0].numpy()
     return torch.from_numpy(idx)
 
 
-def _at_least(row: np.ndarray, limit: float, k: int) -> np.ndarray:
+def _at_least(row: np.ndarray, limit: np.float32, k: int) -> np.ndarray:
     """The k indices of values above the limit, or equal to it from the left."""
-    limit = np.float32(limit)
-    found = np.flatnonzero(row >= limit)
+    (found,) = (row >= limit).nonzero()
     if len(found) == k:
         return found
     keep = row > limit
