@@ -189,10 +189,19 @@ def block_mask(width: int, block: np.ndarray) -> np.ndarray:
     return whole[:, None]
 
 
-def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5):
-    """Endless batches of items of equal kind and similar length, in random order."""
+def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5, favour: int | None = None):
+    """Endless batches of items of equal kind and similar length, in random order.
+
+    With ``favour``, the number of a family, two of three items have at least three questions of it.
+    """
+    rich = np.zeros(len(store), bool)
+    if favour is not None:
+        item = np.repeat(np.arange(len(store)), np.diff(store.question_start))
+        rich = np.bincount(item[store.families == favour], minlength=len(store)) >= 3
     while True:
         order = rng.permutation(len(store))
+        if rich.any():
+            order = rng.permutation(np.concatenate([order[rich[order]], order[~rich[order]][: rich.sum() // 2]]))
         todo = []
         for two in (False, True):
             step = max(1, round(size * cost_two)) if two else size
