@@ -115,6 +115,7 @@ def recipe(setting: Any, spec: str) -> dict[str, Any]:
         "limit": setting.limit,
         "generation": {
             "max_new_tokens": setting.max_new_tokens, "batch_size": setting.batch_size, "decoding": "greedy",
+            "positions": setting.positions,
             "device": setting.device.partition(":")[0], "dtype": setting.dtype,
         },
         "seeds": seeds,
