@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT [--stage joint]``.
+"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT [--stage polish]``.
 
 Weights are stored in half precision and load in float32, as config.json says; what is measured is what comes back from disk.
 """
@@ -36,6 +36,7 @@ def export(net: Joint, out: Path) -> Any:
     # the names of the released LLaVA checkpoints: every version of transformers maps them to its own
     tensors = {released(name): weight.half().contiguous() for name, weight in model.model.named_parameters()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     processor.save_pretrained(out)
     # before version 5 the image processor has a file of its own
     processor.image_processor.save_pretrained(out)
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", default="joint")
+    parser.add_argument("--stage", default="polish")
     parser.add_argument("--limit", type=int, help="Test questions to score; default all.")
     options = parser.parse_args()
     net = Joint(yaml.safe_load((HERE / "recipe.yaml").read_text())["seed"])
