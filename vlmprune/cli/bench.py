@@ -147,9 +147,10 @@ def _show_plan(found: dict[str, Any]) -> None:
         plain(f"{'Prune with ' + found['spec'] if prune else 'Do not prune'}: {found['model']}, {what}"),
         style="bold green" if prune else "bold yellow",
     )
+    change = f"{abs(gain):.1%} {'saved' if gain > 0 else 'lost'}"
     screen.print(
         plain(
-            f"expected {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {abs(gain):.1%} {'saved' if gain > 0 else 'lost'}; "
+            f"expected {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {change}; "
             f"it pays from {least:.1%} on" + (", which is how wrong the cost model was" if least > found["worth"] else "")
         )
     )

@@ -56,8 +56,8 @@ def _spread(row: Row, key: str) -> str:
     value = row.get(key)
     if value is None or low is None or high is None:
         return seconds(value)
-    factor = 1 if value >= 1 else 1e3  # the ends in the unit of the median, which is named once
-    return f"{seconds(value)} [{low * factor:.3g}, {high * factor:.3g}]"
+    factor, digits = (1, 2) if value >= 1 else (1e3, 0 if value >= 0.1 else 1)  # in the unit of the median, which is named once
+    return f"{seconds(value)} [{low * factor:.{digits}f}, {high * factor:.{digits}f}]"
 
 
 SPEED_COLUMNS = (
