@@ -2,7 +2,7 @@
 # ruff: noqa: E501
 """Break the core on purpose and see that the conformance checks notice.
 
-    python tests/mutants.py            # all mutants, about two minutes
+    python tests/mutants.py            # all mutants, about five minutes
     python tests/mutants.py NAME ...   # some
 
 Each mutant is one replaced line in a copy of the package; it is *killed* when a check that passes on the real package does not. Where a
@@ -34,8 +34,8 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("inverted sort", "core/select.py", "torch.sort(0.0 - scores.float()", "torch.sort(scores.float()"),
-    Mutant("unsorted output", "core/select.py", "return order[:, :k].sort(dim=-1).values", "return order[:, :k]", tests="tests/core/test_select.py"),
+    Mutant("inverted sort", "core/select.py", "dispatch.topk_select(scores, k)", "dispatch.topk_select(-scores, k)"),
+    Mutant("unsorted output", "core/select.py", "topk_select(scores, k).long()", "topk_select(scores, k).long().flip(1)", tests="tests/core/test_select.py"),
     Mutant("off by one in the slots", "core/cutting.py", "keep[patches[kept[-1]]] = True", "keep[(patches[kept[-1]] + 1) % picture.length] = True"),
     Mutant("newlines dropped", "core/cutting.py", "keep = torch.ones(picture.length, dtype=torch.bool)\n    keep[patches]", "keep = torch.zeros(picture.length, dtype=torch.bool)\n    keep[patches]", family="llava_next"),
     Mutant("positions not compacted", "core/compaction.py", 'if policy == "compact":', "if False:"),
@@ -69,6 +69,25 @@ MUTANTS = [
     Mutant("sinks of every row", "core/reweight.py", "marked[rows]", "marked[rows * 0]", tests="tests/core/test_reweight.py"),
     Mutant("sinks forgotten when decoding", "core/entrance.py", "call.marks_before = state.marks", "pass", tests="tests/core/test_reweight.py"),
     Mutant("gradient cut off", "core/entrance.py", "return compaction.sequence(embeds)", "return compaction.sequence(embeds.detach())"),
+    Mutant("the right one of equals", "kernels/cpu.py", "np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]", "np.flatnonzero(row == limit)[np.count_nonzero(keep) - k :]", tests="tests/kernels/test_select.py"),
+    Mutant("ties ignored", "kernels/cpu.py", "keep[np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]] = True", "keep[np.flatnonzero(row == limit)] = True", tests="tests/kernels/test_select.py"),
+    Mutant("NaN above all", "kernels/cpu.py", "if limit == limit else reference", "if True else reference", tests="tests/kernels/test_select.py"),
+    Mutant("budget not clamped on the CPU", "kernels/cpu.py", "if k >= n:", "if k == n:", tests="tests/kernels/test_ops.py"),
+    Mutant("two zeros", "kernels/reference.py", "torch.sort(0.0 - scores.float()", "torch.sort(scores.float().view(torch.int32) ^ ((scores.float().view(torch.int32) >> 31) & 0x7FFFFFFF) ^ -1", tests="tests/kernels/test_select.py"),
+    Mutant("reference takes the right one of equals", "kernels/reference.py", "torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices", "(scores.shape[-1] - 1 - torch.sort(0.0 - scores.float().flip(-1), dim=-1, stable=True).indices)", tests="tests/kernels/test_select.py"),
+    Mutant("NaN above all in the reference", "kernels/reference.py", "torch.sort(0.0 - scores.float()", "torch.sort(-torch.where(scores.isnan(), torch.inf, scores).float()", tests="tests/kernels/test_select.py"),
+    Mutant("rows behind from the full budget", "kernels/reference.py", "last + (pre + n)", "last + (pre + n - 1)", tests="tests/kernels/test_select.py"),
+    Mutant("budget not clamped for rows behind", "kernels/ops.py", "pre + idx.shape[1] + post", "pre + k + post", tests="tests/kernels/test_ops.py"),
+    Mutant("rows of the first sample", "kernels/eager.py", "torch.arange(idx.shape[0], device=idx.device)[:, None] * n", "0 * n", tests="tests/kernels/test_select.py"),
+    Mutant("repeated rows overwrite", "kernels/eager.py", "place = full.index_copy_ if ordered else full.index_add_", "place = full.index_copy_", tests="tests/kernels/test_select.py"),
+    Mutant("indices not looked at", "kernels/checks.py", "if low < 0 or high >= n:", "if False:", tests="tests/kernels/test_bad_input.py"),
+    Mutant("a token picked twice", "kernels/cpu_greedy.py", "        apart[token] = -np.inf  # and a minimum keeps it there\n", "", tests="tests/kernels/test_greedy.py"),
+    Mutant("nearest to itself", "kernels/cpu_greedy.py", "        part[number, start + number] = -np.inf\n", "", tests="tests/kernels/test_greedy.py"),
+    Mutant("blocks of pairs compared one way", "kernels/cpu_greedy.py", "            np.maximum(found[theirs], sim.max(axis=0), out=found[theirs])\n", "", tests="tests/kernels/test_greedy.py"),
+    Mutant("NaN picked first", "kernels/cpu_greedy.py", "numbers = free[~np.isnan(value[free])]", "numbers = free", tests="tests/kernels/test_greedy.py"),
+    Mutant("noise of a residual picked", "kernels/reference.py", "RESIDUAL = 1e-5", "RESIDUAL = 0.0", tests="tests/kernels/test_greedy.py"),
+    Mutant("gradient of another row", "kernels/ops.py", "rows = reference.with_ends(idx, *ctx.ends)", "rows = reference.with_ends(idx.flip(0), *ctx.ends)", tests="tests/kernels/test_ops.py"),
+    Mutant("log-sum-exp of the cut row", "kernels/eager.py", "logits.softmax(-1) if lse is None", "logits[..., v0:].softmax(-1) if lse is None", tests="tests/kernels/test_scores.py"),
 ]  # fmt: skip
 
 

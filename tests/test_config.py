@@ -7,17 +7,37 @@ from pathlib import Path
 
 import pytest
 
+from vlmprune.benchmarks.published import Published
+from vlmprune.benchmarks.summary import budget_of
 from vlmprune.config import Config, load
 from vlmprune.errors import SpecError
 from vlmprune.registry import list_methods
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+PUBLISHED = sorted((FOLDER / "published").glob("*.yaml"))
 WHOLE = """
 models: [tiny, llava-hf/llava-1.5-7b-hf]
-specs: [dense, fastervlm@64, "random(seed=3)@0.25/crop"]
-tasks: [gqa]
-seeds: [0, 7]
+specs: [dense, fastervlm@64, "random(seed=3)@0.25/crop", holov, debias+fastv]
+keep: [64, 0.5/crop]
+tasks: [shapes, "lmms:gqa"]
+seeds: [0, 7, 8]
 out: runs/first
+split: dev
+limit: 50
+batch_size: 4
+max_new_tokens: 8
+dtype: bfloat16
+published: numbers.yaml
+"""
+
+
+NUMBERS = """
+about: three tests
+columns: {gqa: "lmms:gqa", mme: null}
+entries:
+  - {spec: holov@64, source: "arXiv:2510.02912", values: {gqa: 55.3, mme: 1715}, average: 95.8}
+  - {spec: holov@64, source: a later table, values: {gqa: 50.0}}
 """
 
 
@@ -32,15 +52,27 @@ def write(tmp_path):
 
 
 def test_every_key_arrives(write):
+    (write("").parent / "numbers.yaml").write_text(NUMBERS)
     config = load(write(WHOLE))
     assert config.models == ("tiny", "llava-hf/llava-1.5-7b-hf")
-    assert [str(spec) for spec in config.specs] == ["dense", "fastervlm@64", "random(seed=3)@0.25/crop"]
-    assert (config.tasks, config.seeds, config.out) == (("gqa",), (0, 7), "runs/first")
+    assert [str(spec) for spec in config.specs] == [
+        "dense", "fastervlm@64", "random(seed=3)@0.25/crop",
+        "holov@64", "holov@0.5/crop", "debias+fastv@64", "debias+fastv@0.5/crop",
+    ]  # fmt: skip
+    assert (config.tasks, config.seeds, config.out) == (("shapes", "lmms:gqa"), (0, 7, 8), "runs/first")
+    assert (config.split, config.limit, config.batch_size, config.max_new_tokens) == ("dev", 50, 4, 8)
+    assert config.dtype == "bfloat16" and config.published.find("holov@64", "lmms:gqa") == pytest.approx(0.553)
 
 
 def test_what_may_be_left_out_has_a_default(write):
     config = load(write("models: [tiny]\nspecs: [dense]\n"))
-    assert (config.tasks, config.seeds, config.out) == ((), (0,), None)
+    assert (config.tasks, config.seeds, config.out) == (("shapes",), (0, 1, 2), None)
+    assert (config.split, config.limit, config.batch_size, config.max_new_tokens) == ("test", None, 32, None)
+
+
+def test_plain_values_are_read_again_as_the_same_config(write):
+    config = load(write("models: [tiny]\nspecs: [fastervlm, dense]\nkeep: [9, 0.5]\nlimit: 3\n"))
+    assert Config.of(config.plain()) == config
 
 
 @pytest.mark.parametrize(
@@ -63,6 +95,16 @@ def test_what_may_be_left_out_has_a_default(write):
         ("models: [tiny]\nspecs: [dense]\nseeds: [true]", "seeds holds True, a bool; expected int"),
         ("models: [tiny]\nspecs: [dense]\nseeds: null", "seeds=None; expected a list"),
         ("models: [tiny]\nspecs: [dense]\nout: 3", "out=3; expected the path of a folder"),
+        ("models: [tiny]\nspecs: [dense]\nseeds: [0, 1]", "expected at least 3 that are not negative"),
+        ("models: [tiny]\nspecs: [dense]\nkeep: [9]", "keep=\\[9\\] meets no spec without a budget"),
+        ("models: [tiny]\nspecs: [holov]\nkeep: [true]", "keep holds True; expected budgets"),
+        ("models: [tiny]\nspecs: [holov]\nkeep: [1.5]", "keep=1.5 is no budget"),
+        ("models: [tiny]\nspecs: [holov, holov@9]\nkeep: [9]", "specs lists 'holov@9' twice"),
+        ("models: [tiny]\nspecs: [dense]\ntasks: [shaeps]", "task 'shaeps' is unknown.*Did you mean 'shapes'"),
+        ("models: [tiny]\nspecs: [dense]\nlimit: 0", "limit=0; expected an int >= 1"),
+        ("models: [tiny]\nspecs: [dense]\nbatch_size: 2.0", "batch_size=2.0; expected an int >= 1"),
+        ("models: [tiny]\nspecs: [dense]\ndtype: float61", "Did you mean 'float16'"),
+        ("models: [tiny]\nspecs: [dense]\npublished: none.yaml", "none.yaml: cannot be read"),
         ("models: [tiny]\nmodels: [other]\nspecs: [dense]", "a key is given twice"),
         ("models: [tiny\nspecs: [dense]", "not readable as YAML"),
         ("models: !!python/object/apply:os.getcwd []", "not readable as YAML"),
@@ -92,3 +134,47 @@ def test_the_configs_of_the_repository_are_valid(path):
 def test_the_quick_config_is_there_and_runs_built_in_methods():
     quick = next(path for path in CONFIGS if path.name == "quick.yaml")
     assert {part.name for spec in load(quick).specs for part in spec.parts} <= set(list_methods())
+
+
+def test_the_published_protocols_are_there():
+    plain, tiled = ["192", "128", "64"], ["640", "320", "160"]
+    budgets = {"llava-1.5-7b": plain, "llava-1.5-13b": plain, "llava-next-7b": tiled}
+    for name, expected in budgets.items():
+        config = load(FOLDER / f"{name}.yaml")
+        found = dict.fromkeys(budget_of(str(spec)) for spec in config.specs)
+        assert [keep for keep in found if "/" not in keep] == expected
+        assert len(config.tasks) == 9 and config.published.name == f"{name}.yaml"
+    assert len(load(FOLDER / "video-llava-7b.yaml").tasks) == 3
+
+
+# --- published numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_numbers_have_a_source_and_a_config_that_shows_them(path):
+    found = Published.load(path)
+    assert found.entries and all(entry["source"] for entry in found.entries)
+    assert any((config := load(one)).published and config.published.name == path.name for one in CONFIGS)
+
+
+def test_a_number_is_found_only_where_it_can_be_compared(write):
+    found = Published.load(write(NUMBERS))
+    assert found.find("holov@64", "lmms:gqa") == pytest.approx(0.553)  # the first entry
+    assert found.find("holov@64", "lmms:mme") is None and found.find("holov@32", "lmms:gqa") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("about: three tests", "abuot: x", "expected a mapping with the keys"),
+        ("source: a later table, ", "", "expected spec, source, and values or average"),
+        ("gqa: 50.0", "gqqa: 50.0", r"\['gqqa'\] are no columns"),
+        ("gqa: 50.0", "gqa: high", "has the value 'high'; expected a number as printed"),
+        ("holov@64, source: a", "holov @ 64, source: a", "is written 'holov@64'"),
+        ("holov@64, source: a", "hollow@64, source: a", "Did you mean 'holov'"),
+    ],
+)
+def test_what_is_wrong_with_published_numbers_is_named(write, old, new, message):
+    assert old in NUMBERS
+    with pytest.raises(SpecError, match=message):
+        Published.load(write(NUMBERS.replace(old, new)))

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "vlmprune"
 CORE_WORDS = {"topk", "attention_mask", "position_ids"}
 FORBIDDEN = {
     "vlmprune.core": [f"vlmprune.{name}" for name in ("methods", "models", "testing", "cli", "benchmarks")],
+    "vlmprune.kernels": [f"vlmprune.{name}" for name in ("core", "methods", "models", "testing", "cli", "api", "benchmarks")],
     "vlmprune.methods": ["vlmprune.models", *(f"vlmprune.core.{name}" for name in ("session", "entrance", "capture"))],
 }
 
@@ -76,6 +77,21 @@ def trespasses(layer, edges):
     )
 
 
+# the one door to the kernels; their files are free to move
+DOOR = {"vlmprune.kernels", "vlmprune.kernels.dispatch"}
+
+
+def past_the_door(edges):
+    """Imports of a file of the kernels from outside."""
+    return sorted(
+        f"{module} imports {name}"
+        for module, names in edges.items()
+        if not inside(module, "vlmprune.kernels")
+        for name in names
+        if inside(name, "vlmprune.kernels") and name not in DOOR
+    )
+
+
 def cycle(edges):
     try:
         TopologicalSorter(edges).prepare()
@@ -96,6 +112,10 @@ def test_a_layer_imports_nothing_above_it(layer):
     assert trespasses(layer, graph(deep=True)) == []
 
 
+def test_only_dispatch_leads_to_the_kernels():
+    assert past_the_door(graph(deep=True)) == []
+
+
 def test_no_modules_import_each_other():
     assert cycle(graph(deep=False)) == []
 
@@ -107,6 +127,7 @@ def test_a_method_holds_only_its_formula(name):
 
 def test_the_graph_is_that_of_the_package():
     assert "vlmprune.core.tokens" in graph(deep=False)["vlmprune.core.base"]
+    assert "vlmprune.kernels.dispatch" in graph(deep=True)["vlmprune.core.select"]
     assert {"vlmprune.core.base", "vlmprune.registry"} <= graph(deep=True)["vlmprune.methods.baselines"]
 
 
@@ -133,6 +154,11 @@ KNOWN = {"vlmprune", "vlmprune.a", "vlmprune.core", "vlmprune.core.b", "vlmprune
 def test_imports_are_read_from_the_source(code, shallow, deep):
     assert imports(code, "vlmprune.core.c", False, KNOWN, deep=False) == shallow
     assert imports(code, "vlmprune.core.c", False, KNOWN, deep=True) == deep
+
+
+def test_side_doors_are_found():
+    edges = {"vlmprune.core.b": {*DOOR, "vlmprune.kernels.cpu"}, "vlmprune.kernels.ops": {"vlmprune.kernels.cpu"}}
+    assert past_the_door(edges) == ["vlmprune.core.b imports vlmprune.kernels.cpu"]
 
 
 def test_trespasses_and_cycles_are_found():

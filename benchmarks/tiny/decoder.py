@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from data import ADJECTIVE, ANSWER, CLASSES, FIRST, LABELS, LAST, LOOK, NOUN, PICTURE, WORD, WORDS_OF
@@ -88,12 +89,32 @@ def embed(language: nn.Module, batch: Batch, patches: Tensor) -> Tensor:
     return torch.cat([prefix, language.embed_tokens(batch.ids).to(patches.dtype)], 1)
 
 
-def run(language: nn.Module, hidden: Tensor, batch: Batch, teach: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states (B, P + T, D) after the last norm, and the losses of taught attention."""
+class Places(nn.Module):
+    """Throw-away heads: a noun knows where its thing is, an answer where the first and the last thing are."""
+
+    LAYERS: ClassVar = {2: NOUN, 3: ANSWER}  # read before these layers
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(width, 2), nn.Linear(width, 4)])
+
+    def loss(self, hidden: Tensor, batch: Batch, kind: int) -> Tensor:
+        real = batch.placed & (batch.aim[..., 1] == kind)
+        rows, targets = real.nonzero(as_tuple=True)
+        said = self.heads[0 if kind == NOUN else 1](hidden[rows, batch.aim[rows, targets, 0]]).float()
+        return 4 * (said - batch.place[rows, targets, : said.shape[-1]]).pow(2).mean() if len(rows) else said.sum()
+
+
+def run(
+    language: nn.Module, hidden: Tensor, batch: Batch, teach: bool, places: Places | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states (B, P + T, D) after the last norm, and the losses of taught attention and places."""
     cos, sin = language.rotary_emb(hidden, batch.positions)
     cos, sin = cos[:, None], sin[:, None]
     losses: dict[str, Tensor] = {}
     for number, layer in enumerate(language.layers):
+        if teach and places is not None and number in places.LAYERS:
+            losses[f"place{number}"] = places.loss(hidden, batch, places.LAYERS[number])
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)
         q, k, v = (proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)

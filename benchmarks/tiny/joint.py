@@ -90,16 +90,19 @@ def groups(net: Joint, options: dict[str, Any]) -> list[torch.optim.Optimizer]:
     return found
 
 
-def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
-    options = recipe["joint"]
+def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store, stage: str = "joint") -> Joint:
+    """The joint stage, or "polish": more of it, with more scenes of the family that lags behind."""
+    options = recipe[stage]
     torch.manual_seed(recipe["seed"])
-    rng = run_.generator("joint", recipe["seed"])
+    rng = run_.generator(stage, recipe["seed"])
     net = Joint(recipe["seed"])
-    net.load_state_dict(torch.load(run_.folder / "align.pt", weights_only=True)["net"])
-    # both may have gone on since they were aligned
-    net.language.load_state_dict(torch.load(run_.folder / "language.pt", weights_only=True)["net"])
-    steps = groups(net, options)
-    source, weights = batches(store, options["batch"], rng), family_weights(store, options)
+    before = {"joint": "align", "polish": "joint"}[stage]
+    net.load_state_dict(torch.load(run_.folder / f"{before}.pt", weights_only=True)["net"])
+    if stage == "joint":  # it may have gone on since it was aligned
+        net.language.load_state_dict(torch.load(run_.folder / "language.pt", weights_only=True)["net"])
+    steps, weights = groups(net, options), family_weights(store, options)
+    favour = FAMILIES.index(options["favour"]) if "favour" in options else None
+    source = batches(store, options["batch"], rng, favour=favour)
 
     def step(number: int) -> dict[str, float]:
         done = number / options["steps"]
@@ -110,7 +113,8 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             hidden, pooled = net.see(store.pictures(scenes.ravel()), last=last)
             tokens = net.projector(hidden[:, 1:])
-            states, taught = run(net.language.decoder, sequence(net, batch, tokens), batch, done < options["anneal"])
+            teach, embeds = done < options["anneal"], sequence(net, batch, tokens)
+            states, taught = run(net.language.decoder, embeds, batch, teach, net.language.places)
             answer, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch, weights)
             dense, hits = dense_loss(net.vision.dense(hidden[:, 1:]), labels, torch.arange(PATCHES)[None].repeat(len(labels), 1))
             loss = answer + options["dense"] * dense
@@ -125,7 +129,7 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
         good = float((said == right).float().mean())
         return {"loss": float(answer.detach()), "hit": good, "dense": float(dense.detach()), **hits}
 
-    run_.loop("joint", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
+    run_.loop(stage, net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
     return net
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import LOOK, PATCHES
-from decoder import Symbols, answer_loss, embed, initialise, run
+from data import LOOK, PATCHES, WORD
+from decoder import Places, Symbols, answer_loss, embed, initialise, run
 from packs import NO_LOSS, Store, all_batches, batches, collate
 from runs import Run, optimisers, rank
 from torch import Tensor, distributed, nn
@@ -23,6 +23,7 @@ class Language(nn.Module):
         self.decoder = build_model(seed).model.language_model
         initialise(self.decoder, seed)
         self.symbols = Symbols(self.decoder.config.hidden_size)
+        self.places = Places(self.decoder.config.hidden_size)
 
     def patches(self, labels: Tensor, chosen: Tensor) -> Tensor:
         """(B, images, PATCHES, labels), (B, images, N) -> (B, images * N, D)."""
@@ -47,7 +48,8 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             patches = net.patches(labels, batch.chosen)
             noise = options["noise"] * patches.detach().pow(2).mean().sqrt() * torch.rand(len(patches), 1, 1)
-            hidden, taught = run(net.decoder, embed(net.decoder, batch, patches + noise * torch.randn_like(patches)), batch, True)
+            embeds = embed(net.decoder, batch, patches + noise * torch.randn_like(patches))
+            hidden, taught = run(net.decoder, embeds, batch, True, net.places)
             answer, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch, weights)
         share = options["attention"] * max(0.0, 1 - number / (options["anneal"] * options["steps"]))
         loss = answer + share * weighted(taught, options)
@@ -65,9 +67,12 @@ def weighted(taught: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
 
 
 def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
-    """(questions,) weight of every question in the loss."""
-    by_family = torch.tensor([options["family_weight"].get(name, 1.0) for name in FAMILIES])
-    return by_family[torch.from_numpy(store.families)]
+    """(questions,) weight of every question in the loss; high counts are rarer in training scenes than in the benchmark."""
+    weights = np.array([options["family_weight"].get(name, 1.0) for name in FAMILIES])[store.families]
+    answers = store.ids[store.id_start[:-1] + store.firsts + 1]
+    for word, factor in options["count_weight"].items():
+        weights[(store.families == FAMILIES.index("count")) & (answers == WORD[word])] *= factor
+    return torch.from_numpy(weights).float()
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from data import ADJECTIVE, ANSWER, FIRST, LABELS, LAST, LOOK, MAX_THINGS, NOUN,
 from runs import rank
 from torch import Tensor
 
-from vlmprune.benchmarks.shapes.model import BOS, EOS, IMAGE, PAD
+from vlmprune.benchmarks.shapes.model import BOS, EOS, GRID, IMAGE, PAD
 from vlmprune.benchmarks.shapes.vocabulary import COLORS, ORDER
 
 CENTRE, OWNER, INDEX = LABELS.index("centre"), LABELS.index("owner"), LABELS.index("index")
 NO_LOSS = -100
 COLOR_IDS, ORDER_IDS = ({WORD[word] for word in words} for words in (COLORS, ORDER))
+RELATION_IDS = {WORD[word] for word in ("left", "right", "above", "below", "larger", "smaller")}
 TAUGHT_PATCHES = 8  # per picture, where there are two
 
 
@@ -65,6 +66,8 @@ class Batch:
     question: Tensor  # (B, T) number of the question in the store, or -1
     aim: Tensor  # (B, E, 4): column, kind, how many things are meant, whether it is a target at all
     goal: Tensor  # (B, E, P + T) columns that are looked for
+    place: Tensor  # (B, E, 4) row and column of the one thing a noun means, or of the first and the last thing of an answer
+    placed: Tensor  # (B, E) bool: whether there are such things
     counted: Tensor  # (B, E) bool: attention is to be spread over things, one more share for the first token
 
     def to(self, device: torch.device) -> Batch:
@@ -90,6 +93,8 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     block, offset, question = (np.full((size, length), -1) for _ in range(3))
     aims: list[list[tuple[int, int, int, int]]] = []
     bits: list[list[tuple[int, int]]] = []
+    nouns: list[list[int]] = [[] for _ in items]
+    answered: list[list[tuple[int, int, int]]] = [[] for _ in items]  # (target of an answer, of its first noun, of its last)
     goals: list[tuple[int, int, list[int]]] = []  # (row, target, columns) where words are looked for
     for row, item in enumerate(items):
         at = 0
@@ -101,8 +106,11 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
             ids[row, at : at + n], block[row, at : at + n], offset[row, at : at + n] = words, q, np.arange(n)
             answers[row, at + first : at + n - 1] = words[first + 1 :]
             question[row, at : at + n] = q
+            nouns[row] = []
             targets = store.targets[store.target_start[q] : store.target_start[q + 1]].tolist()
             for position, kind, meant, index in targets:
+                nouns[row] += [len(aims[-1])] if kind == NOUN else []
+                answered[row] += [(len(aims[-1]), nouns[row][0], nouns[row][-1])] if kind == ANSWER else []
                 aims[-1].append((width + at + position, kind, meant.bit_count(), 1))
                 bits[-1].append((meant, index))
             for position, kind, columns in word_targets(words.tolist(), targets):
@@ -126,6 +134,7 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     hit &= (index == 0) | (kept[..., INDEX].reshape(size, 1, -1) == index)
     hit &= ~look | (index > 0) | (kept[..., CENTRE].reshape(size, 1, -1) > 0)  # things to count are looked at in their centres
     goal[:, :, where] = hit
+    place, placed = places(hit, chosen, aim, answered)
     for row, target, columns in goals:
         goal[row, target, columns] = True
     count = (look[..., 0]) & (index[..., 0] == 0)
@@ -133,8 +142,25 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in {
         "scenes": scenes, "chosen": chosen, "prefix": np.array(prefix), "ids": ids, "answers": answers, "question": question,
         "positions": np.concatenate([np.tile(np.arange(width), (size, 1)), width + np.maximum(offset, 0)], 1),
-        "mask": block_mask(width, block), "aim": aim, "goal": goal, "counted": count,
+        "mask": block_mask(width, block), "aim": aim, "goal": goal, "counted": count, "place": place, "placed": placed,
     }.items()})
+
+
+def places(
+    hit: np.ndarray, chosen: np.ndarray, aim: np.ndarray, answered: list[list[tuple[int, int, int]]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, E, 4) rows and columns in [-1, 1], and (B, E) where they are known; ``hit`` (B, E, images * N) is what is meant."""
+    flat = chosen.reshape(len(chosen), -1)
+    where = np.stack([flat // GRID, flat % GRID], -1) / ((GRID - 1) / 2) - 1  # (B, images * N, 2)
+    shown = hit.sum(-1)
+    mean = np.einsum("ben,bnc->bec", hit.astype(np.float32), where.astype(np.float32)) / np.maximum(shown, 1)[..., None]
+    place = np.concatenate([mean, mean], -1)
+    placed = (aim[..., 1] == NOUN) & (aim[..., 2] == 1) & (aim[..., 3] > 0) & (shown > 0)
+    for row, found in enumerate(answered):
+        for target, first, last in found:
+            place[row, target] = np.concatenate([mean[row, first], mean[row, last]])
+            placed[row, target] = placed[row, first] and placed[row, last]
+    return place, placed
 
 
 def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, int, list[int]]]:
@@ -149,6 +175,7 @@ def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, 
             if words[2] in ORDER_IDS:  # in the second image , ...
                 content.append(2)
                 found.append((position, WORDS_OF, [2]))
+    content += [position for position, word in enumerate(words) if word in RELATION_IDS]
     for position in [position for position, kind, _, _ in targets if kind == ANSWER]:
         found += [(position, WORDS_OF, content), (position, FIRST, nouns[:1]), (position, LAST, nouns[-1:])]
     return found
@@ -162,18 +189,29 @@ def block_mask(width: int, block: np.ndarray) -> np.ndarray:
     return whole[:, None]
 
 
-def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5):
-    """Endless batches of items of equal kind and similar length, in random order."""
+def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5, favour: int | None = None):
+    """Endless batches of items of equal kind and similar length, in random order.
+
+    With ``favour``, the number of a family, two of three items have at least three questions of it.
+    """
+    rich = np.zeros(len(store), bool)
+    if favour is not None:
+        item = np.repeat(np.arange(len(store)), np.diff(store.question_start))
+        rich = np.bincount(item[store.families == favour], minlength=len(store)) >= 3
     while True:
         order = rng.permutation(len(store))
+        if rich.any():
+            order = rng.permutation(np.concatenate([order[rich[order]], order[~rich[order]][: rich.sum() // 2]]))
         todo = []
         for two in (False, True):
             step = max(1, round(size * cost_two)) if two else size
             part = order[store.two[order] == two]
-            for start in range(0, len(part) - step * 8 + 1, step * 8):  # sort by length within pools of eight batches
+            for start in range(0, len(part), step * 8):  # sort by length within pools of eight batches
                 pool = part[start : start + step * 8]
                 pool = pool[np.argsort(store.text_length[pool], kind="stable")]
-                todo += [pool[i : i + step] for i in range(0, len(pool), step)]
+                todo += [pool[i : i + step] for i in range(0, len(pool) - step + 1, step)]
+        if not todo:
+            raise ValueError(f"{len(store)} items are too few for batches of {size}; make more with data.py")
         yield from (todo[i] for i in rng.permutation(len(todo)))
 
 

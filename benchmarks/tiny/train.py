@@ -16,7 +16,7 @@ from packs import Store
 from runs import Run
 from torch import distributed
 
-STAGES = ("language", "vision", "align", "joint")
+STAGES = ("language", "vision", "align", "joint", "polish")
 
 
 def main() -> None:
@@ -40,10 +40,14 @@ def main() -> None:
             import vision
 
             vision.train(recipe, run, store, dev)
-        if stage in ("align", "joint"):
+        if stage in ("joint", "polish"):
             import joint
 
-            {"align": joint.align, "joint": joint.train}[stage](recipe, run, store, dev)
+            joint.train(recipe, run, store, dev, stage)
+        if stage == "align":
+            import joint
+
+            joint.align(recipe, run, store, dev)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install vlmprune[eval]")
 
@@ -23,10 +25,11 @@ from lmms_eval.tasks import TaskManager
 
 from vlmprune.benchmarks.evaluate import evaluate
 from vlmprune.benchmarks.lmms.arguments import Arguments
-from vlmprune.benchmarks.lmms.cell import run_cell
+from vlmprune.benchmarks.lmms.cell import records, run_cell
 from vlmprune.benchmarks.lmms.loading import write_tasks
 from vlmprune.benchmarks.lmms.model import VlmPrune, VlmPruneSimple
 from vlmprune.benchmarks.tasks import get_task
+from vlmprune.cli import app
 from vlmprune.errors import EvaluationError, UnsupportedError
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.tiny import tiny_bundle
@@ -87,8 +90,8 @@ def mixed(tasks):
 
 
 def said(records):
-    """All of a record that must not depend on how it was computed."""
-    return [(r.id, r.answer, r.score, r.dense_tokens, r.realised_tokens, r.layer_tokens) for r in records]
+    """All of a record that must not depend on how it was computed, by sample."""
+    return {r.id: (r.answer, r.score, r.dense_tokens, r.realised_tokens, r.layer_tokens, r.family, r.group) for r in records}
 
 
 # --- gates ------------------------------------------------------------------------------------------------------------------
@@ -154,16 +157,16 @@ def test_a_failing_generation_ends_the_run(mixed, monkeypatch):
 
 def test_every_row_counts_what_pruning_did(mixed):
     model, processor = tiny_bundle("llava")
-    records = run_cell(model, processor, "fastervlm@9", mixed, batch_size=3).records
+    rows = run_cell(model, processor, "fastervlm@9", mixed, batch_size=3).records
     pictures = [1, 1, 0, 1, 2, 1]
-    assert [r.dense_tokens for r in records] == [36 * n for n in pictures]
-    assert [r.realised_tokens for r in records] == [9 * n for n in pictures]
-    assert [r.layer_tokens for r in records] == [9.0 * n for n in pictures]
-    assert [r.firings > 0 for r in records] == [n > 0 for n in pictures]
-    assert [r.encoding for r in records] == ["each" if n else "none" for n in pictures]
-    assert all(0 < r.seconds["first_token"] <= r.seconds["total"] for r in records)
-    assert {r.peak_memory for r in records} == {None}  # the CPU
-    assert len({r.cluster for r in records}) == 6 and all(r.answer for r in records)
+    assert [r.dense_tokens for r in rows] == [36 * n for n in pictures]
+    assert [r.realised_tokens for r in rows] == [9 * n for n in pictures]
+    assert [r.layer_tokens for r in rows] == [9.0 * n for n in pictures]
+    assert [r.firings > 0 for r in rows] == [n > 0 for n in pictures]
+    assert [r.encoding for r in rows] == ["each" if n else "none" for n in pictures]
+    assert all(0 < r.seconds["first_token"] <= r.seconds["total"] for r in rows)
+    assert {r.peak_memory for r in rows} == {None}  # the CPU
+    assert len({r.cluster for r in rows}) == 6 and all(r.answer for r in rows)
 
 
 def test_hooks_that_see_nothing_end_the_run(mixed, monkeypatch):
@@ -185,6 +188,21 @@ def test_what_does_not_generate_is_refused():
         VlmPrune(model, processor, Arguments())
 
 
+def test_settings_of_a_task_become_those_of_generate():
+    model, processor = tiny_bundle("llava")
+    lm = VlmPrune(model, processor, Arguments(max_new_tokens=16))
+    assert lm._options({"until": ["x"], "image_aspect_ratio": "original", "top_p": 1.0, "do_sample": False}) == {
+        "max_new_tokens": 16, "num_beams": 1, "do_sample": False,
+    }  # fmt: skip
+    assert lm._options({"max_new_tokens": 8, "temperature": 0.5, "top_p": 0.9, "num_beams": 2}) == {
+        "max_new_tokens": 8, "num_beams": 2, "do_sample": True, "temperature": 0.5, "top_p": 0.9,
+    }  # fmt: skip
+    ids = torch.tensor([3, 5, 0, 5])
+    assert lm._length(ids) == 4  # the tiny model knows no end
+    model.generation_config.eos_token_id = [7, 5]
+    assert (lm._length(ids), lm._length(ids[:1])) == (2, 1)
+
+
 # --- one benchmark, three ways ----------------------------------------------------------------------------------------------
 
 
@@ -195,13 +213,12 @@ def test_lmms_eval_and_evaluate_agree_on_every_sample(shapes):
     cell = run_cell(model, processor, spec, shapes, batch_size=4)
     samples = shapes.samples(limit=limit)
     theirs = list(evaluate(model, processor, samples, [spec], shapes, max_new_tokens=shapes.max_new_tokens, batch_size=5))
-    own = list(evaluate(model, processor, ours.samples(limit=limit), [spec], ours, max_new_tokens=16, batch_size=5))
+    own = said(evaluate(model, processor, ours.samples(limit=limit), [spec], ours, max_new_tokens=16, batch_size=5))
     assert said(cell.records) == said(theirs)
-    assert [row[1:] for row in said(theirs)] == [row[1:] for row in said(own)]
-    assert [(r.family, r.group) for r in theirs] == [(r.family, r.group) for r in own]
-    official = shapes.official(samples, [record.answer for record in theirs])
-    assert official == pytest.approx(cell.metrics)
-    assert cell.metrics["accuracy"] == pytest.approx(np.mean([record.score for record in own]))
+    assert list(said(cell.records).values()) == [own[sample.id] for sample in ours.samples(limit=limit)]
+    answers = {record.id: record.answer for record in theirs}
+    assert shapes.official(samples, [answers[sample.id] for sample in samples]) == pytest.approx(cell.metrics)
+    assert cell.metrics["accuracy"] == pytest.approx(np.mean([record.score for record in theirs]))
 
 
 def test_right_answers_score_one(shapes):
@@ -227,6 +244,13 @@ def test_the_registry_knows_both_classes():
     assert get_model("vlmprune", force_simple=True).__name__ == "VlmPruneSimple"
 
 
+def test_the_folder_of_tasks_is_written_from_the_command_line(tmp_path):
+    done = CliRunner().invoke(app, ["lmms-tasks", str(tmp_path / "new"), "--limit", "10"])
+    assert done.exit_code == 0, done.output
+    assert "textvqa_val_ocr" in done.output
+    assert len(get_task(f"lmms:{tmp_path / 'new' / 'shapes.yaml'}").samples()) == 10
+
+
 def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     """Unmodified: the command finds the model by its entry point, and writes what pruning did into every sample row."""
     arguments = {
@@ -238,10 +262,12 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     found = list(tmp_path.rglob("*_samples_shapes.jsonl"))
-    assert len(found) == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(found) == 1 and done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in found[0].read_text().splitlines()]
     counts = [row["token_counts"][0] for row in rows]
     assert [one["spec"] for one in counts] == ["random(seed=1)@9"] * 4
     assert [(one["dense_tokens"], one["realised_tokens"], one["output_tokens"]) for one in counts] == [(36, 9, 4)] * 4
+    read = records(rows, get_task(f"lmms:{tasks / 'shapes.yaml'}"))
+    assert [(r.id, r.realised_tokens, bool(r.answer)) for r in read] == [(f"shapes-{i}", 9, True) for i in range(4)]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
     assert 0 <= results["results"]["shapes"]["accuracy,none"] <= 1

@@ -17,8 +17,9 @@ from datasets import Image as Picture
 
 import vlmprune.benchmarks.lmms.loading as loading
 import vlmprune.benchmarks.lmms.overlays as overlays
-from vlmprune.benchmarks.lmms.arguments import Arguments
+from vlmprune.benchmarks.batch import model_inputs
 from vlmprune.benchmarks.lmms.cell import run_cell
+from vlmprune.benchmarks.lmms.conversation import picture
 from vlmprune.benchmarks.tasks import get_task
 from vlmprune.errors import EvaluationError, UnsupportedError
 from vlmprune.testing.tiny import tiny_bundle
@@ -238,7 +239,10 @@ def test_a_clip_for_a_model_without_video_is_refused(clips):
 
 def test_pictures_are_padded_where_asked(clips):
     model, processor = tiny_bundle("llava")
-    from vlmprune.benchmarks.lmms.model import VlmPrune
-
-    asked = VlmPrune(model, processor, Arguments(image_pad=True))
-    assert asked._mean == processor.image_processor.image_mean
+    padded, plain = (
+        run_cell(model, processor, "dense", clips, offset=1, limit=1, image_pad=pad).records[0].answer for pad in (True, False)
+    )
+    text = processor.apply_chat_template(clips.conversation(1).messages, add_generation_prompt=True)
+    inputs = model_inputs(processor, model, [text], [[picture(IMAGE, processor.image_processor.image_mean)]])
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert padded == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() != plain

@@ -105,7 +105,8 @@ def test_a_second_run_answers_nothing_and_says_the_same(small_model, finished, w
 
 def test_only_what_is_missing_is_answered(small_model, finished, watched):
     whole = journals(finished)
-    path = next(p for p in (finished / "cells").glob("*.json") if json.loads(p.read_text())["spec"] == "pool@9").with_suffix(".jsonl")
+    recipes = (finished / "cells").glob("*.json")
+    path = next(path for path in recipes if json.loads(path.read_text())["spec"] == "pool@9").with_suffix(".jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3] + lines[4:]) + lines[3][:20])  # one is gone, and another is torn
     sweep(small_model, finished)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError
-from vlmprune.methods import divprune
 from vlmprune.methods.divprune import DivPrune, greedy_maxmin
 
 
@@ -41,14 +40,6 @@ def test_picks_and_distances_follow_the_definition(k):
         picks, expected = transcription(x[row].double().numpy(), k)
         assert order[row].tolist() == picks
         np.testing.assert_allclose(distance[row].numpy(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_distance_matrix_may_be_cut_into_chunks(monkeypatch):
-    whole = greedy_maxmin(features(), 9)
-    monkeypatch.setattr(divprune, "_CHUNK", 7)
-    chunked = greedy_maxmin(features(), 9)
-    assert torch.equal(whole[0], chunked[0])
-    torch.testing.assert_close(whole[1], chunked[1])
 
 
 def test_far_tokens_win_over_a_cluster():

@@ -30,9 +30,7 @@ def list_tasks() -> list[str]:
 def get_task(name: str) -> Task:
     """The task of this name; "lmms:" and a name or a YAML file is a task of lmms-eval."""
     if name.startswith(LMMS):
-        from .lmms.task import LmmsTask
-
-        return LmmsTask(name.removeprefix(LMMS))
+        return _lmms(name.removeprefix(LMMS))
     if name not in list_tasks():
         near = did_you_mean(str(name).lower(), list_tasks())
         raise EvaluationError(f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}")
@@ -44,3 +42,10 @@ def get_task(name: str) -> Task:
         return point.load()()
     except (ImportError, AttributeError) as error:
         raise EvaluationError(f"task {name!r}: its entry point {point.value!r} does not load: {error}") from error
+
+
+@cache  # its data are read once
+def _lmms(name: str) -> Task:
+    from .lmms.task import LmmsTask
+
+    return LmmsTask(name)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.base import one_of
 from ..errors import SpecError
 from .screen import Json, plain, print_json, stderr, stdout
 
@@ -83,6 +82,7 @@ def _folder(config: Path | None, quick: bool) -> str:
 
 def _engine(name: str, address: str | None, device: str, cpus: float, gpus: float | None) -> Engine:
     from ..benchmarks.sweep.engines import Local, Ray
+    from ..core.base import one_of
 
     one_of("--engine", name, ("local", "ray"))
     if name == "ray":

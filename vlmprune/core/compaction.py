@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import dispatch
+
 
 class Compaction:
     """Index maps of one cut.
@@ -37,10 +39,7 @@ class Compaction:
 
     def sequence(self, rows: Tensor) -> Tensor:
         """(B, L, D) -> (B, N, D)."""
-        index = self.index.to(rows.device)
-        if rows.shape[0] == 1:
-            return rows.index_select(1, index[0])
-        return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], index]
+        return dispatch.gather_rows([rows], self.index.to(rows.device))[0]
 
     def positions(self, position_ids: Tensor, policy: str) -> Tensor:
         """(..., B or 1, L) -> (..., B, N): original positions of the kept tokens, or re-counted ones ("compact")."""
@@ -54,6 +53,4 @@ class Compaction:
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every parent column takes the last kept row at or before it."""
         source = (self.kept.cumsum(dim=1) - 1 + (self.width - self.count)[:, None]).clamp_min(0).to(rows.device)  # (B, L)
-        if rows.shape[0] == 1:
-            return rows.index_select(1, source[0])
-        return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], source]
+        return dispatch.gather_rows([rows], source)[0]

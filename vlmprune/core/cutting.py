@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError, UnsupportedError
+from ..kernels import dispatch
 from ..spec import Budget
 from .base import Merged, Method
 from .keepmap import KeepMap
@@ -176,7 +177,7 @@ def _cut_tiles(picture: Picture, method: Method, budget: Budget, projector: Call
         slots, rows = result.slots.cpu(), result.features
     else:
         slots = result.cpu()
-        rows = tensors["features"].gather(1, result[..., None].expand(-1, -1, tensors["features"].shape[-1]))
+        (rows,) = dispatch.gather_rows([tensors["features"]], result, ordered=True)
     context = result.context if isinstance(result, Merged) else None
     order = pack_tiles(slots, tiles.layout, side[0], None if context is None else ~context.cpu())
     if order.shape[0] > picture.length:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, UnsupportedError
+from ..kernels import dispatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,12 @@ class LayerInput:
 
     def normed(self, rows: Tensor | None = None) -> Tensor:
         """(B, R or q, D) input of the projections."""
-        hidden = self.hidden if rows is None else self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        hidden = self.hidden if rows is None else dispatch.gather_rows([self.hidden], rows)[0]
         return self.layer.input_layernorm(hidden)
 
     def queries(self, rows: Tensor) -> Tensor:
         """(B, H, R, d) rotated queries of the rows (B, R), which count from the first token fed."""
-        index = rows[..., None].expand(-1, -1, self.cos.shape[-1])
-        cos, sin = (angle.expand(rows.shape[0], -1, -1).gather(1, index) for angle in (self.cos, self.sin))
+        cos, sin = dispatch.gather_rows([angle.expand(rows.shape[0], -1, -1) for angle in (self.cos, self.sin)], rows)
         return rotate(self._heads("q", self.normed(rows)), cos, sin)
 
     def keys(self) -> Tensor:

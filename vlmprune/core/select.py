@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError
+from ..kernels import dispatch
 from .base import Merged, Method
 from .tokens import VisualTokens
 
@@ -17,9 +18,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """(B, k) int64 ascending indices of the k highest scores (B, N) in float32; the lower index wins ties, NaN ranks lowest."""
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise InvariantError(f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k <= N")
-    # a stable ascending sort of 0 - s: lower index first, NaN last, and both zeros are the same zero
-    order = torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices
-    return order[:, :k].sort(dim=-1).values
+    return dispatch.topk_select(scores, k).long()
 
 
 def rest_of(keep_idx: Tensor, n: int) -> Tensor:

@@ -20,9 +20,8 @@ from torch import Tensor
 from ..core.base import Method
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError
+from ..kernels import dispatch
 from ..registry import register
-
-_CHUNK = 512  # rows of the distance matrix held at a time
 
 
 @torch.no_grad()
@@ -35,36 +34,14 @@ def greedy_maxmin(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         order (B, k) int64 in the order of picking, and distance (B, k) of each pick to the nearest earlier one; for the first
-        pick, to its nearest neighbour among all tokens.
+        pick, which is the token whose nearest neighbour is farthest, to that neighbour.
     """
-    batch, n = features.shape[:2]
+    n = features.shape[1]
     if not 1 <= k <= n:
         raise InvariantError(f"cannot pick {k} of features of shape {tuple(features.shape)}; expected (B, N, D) and 1 <= k <= N")
     unit = torch.nn.functional.normalize(features.float(), dim=-1)  # a zero vector stays zero: distance 1 to all
-    nearest = _nearest_neighbour(unit)  # the first pick is the token whose nearest neighbour is farthest
-    order = torch.empty(batch, k, dtype=torch.int64, device=features.device)
-    distance = torch.empty(batch, k, device=features.device)
-    for step in range(k):
-        pick = nearest.argmax(-1, keepdim=True)  # (B, 1), the lowest index of equals
-        order[:, step], distance[:, step] = pick[:, 0], nearest.gather(1, pick)[:, 0]
-        chosen = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[-1]))  # (B, 1, D)
-        to_pick = 1 - (unit @ chosen.transpose(1, 2))[..., 0]  # (B, N)
-        nearest = to_pick if step == 0 else torch.minimum(nearest, to_pick)
-        nearest.scatter_(1, pick, -torch.inf)  # a running minimum keeps it there
-    return order, distance
-
-
-def _nearest_neighbour(unit: Tensor) -> Tensor:
-    """(B, N) cosine distance of every token to its nearest other token."""
-    n = unit.shape[1]
-    if n == 1:
-        return torch.ones(unit.shape[:2], device=unit.device)
-    found = []
-    for start in range(0, n, _CHUNK):
-        cosine = unit[:, start : start + _CHUNK] @ unit.transpose(1, 2)  # (B, chunk, N)
-        cosine.diagonal(start, dim1=1, dim2=2).fill_(-torch.inf)
-        found.append(1 - cosine.amax(-1))
-    return torch.cat(found, dim=1)
+    order, distance = dispatch.greedy_maxmin_features(unit, k, first="nn")
+    return order.long(), distance
 
 
 @register("divprune")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..kernels import dispatch
 
 Map = Callable[[Tensor], Tensor]
 
@@ -263,7 +264,7 @@ def _kernel(layers: TwoLayers) -> Tensor:
 def _frobenius(layers: TwoLayers, kernel: Tensor, x: Tensor) -> Tensor:
     """(n,) for tokens (n, C)."""
     width, slope = x.shape[-1], layers.slope(x)
-    squared = ((slope @ kernel) * slope).sum(-1)
+    squared = dispatch.zoo_sensitivity(slope[None], kernel)[0]
     if layers.gain is not None:
         z, power = layers.standardised(x)
         along = layers.second.linear(slope * layers.first.linear(z * layers.gain))

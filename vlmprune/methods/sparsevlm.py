@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.base import Merged, Method, Stage, one_of
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
+from ..kernels import dispatch
 from ..registry import register
 from .clustering import cluster_means, density_peaks
 
@@ -171,7 +172,7 @@ def kept_of(n: int, rows: int) -> int:
 def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None = None, *, recycles: bool = True) -> Merged:
     """The ``kept`` tokens of features (B, N, D) that lead a ranking, in their order, then clusters of the others' best scores."""
     ranking = scores if ranking is None else ranking  # (B, N); the lower index wins ties
-    keep = ranking.sort(dim=-1, descending=True, stable=True).indices[:, :kept].sort(dim=-1).values
+    keep = dispatch.topk_select(ranking, kept).long()
     rows = _rows(features, keep)
     if not recycles:
         return Merged(rows, keep)
@@ -212,4 +213,4 @@ def rank_budget(attention: Tensor, scale: float, bias: float = 0.0) -> tuple[int
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return dispatch.gather_rows([x], index)[0]

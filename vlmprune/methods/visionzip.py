@@ -21,6 +21,7 @@ from ..core.base import Merged, Method, one_of
 from ..core.select import rest_of, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError, UnsupportedError
+from ..kernels import dispatch
 from ..registry import register
 from .fastervlm import check_tower_options
 
@@ -139,4 +140,4 @@ class VisionZip(Method):
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return dispatch.gather_rows([x], index)[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.base import Method, one_of
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError, SpecError
+from ..kernels import dispatch
 from ..registry import register
 from .sensitivity import closed_form, directional, finite_difference, unit_directions
 
@@ -46,25 +47,15 @@ def hybrid_greedy(weight: Tensor, features: Tensor, k: int) -> tuple[Tensor, Ten
     Returns:
         order (B, k) int64 in the order of picking, and what each pick was worth (B, k).
     """
-    batch, n = weight.shape
+    n = weight.shape[1]
     if features.shape[:2] != weight.shape or not 1 <= k <= n:
         shapes = f"{tuple(weight.shape)} and {tuple(features.shape)}"
         raise InvariantError(
             f"cannot pick {k} by weights and features of shapes {shapes}; expected (B, N), (B, N, D) and 1 <= k <= N"
         )
     unit = torch.nn.functional.normalize(features.to(weight.dtype), dim=-1)  # a zero vector stays zero: distance 1 to all
-    order = torch.empty(batch, k, dtype=torch.int64, device=weight.device)
-    worth = torch.empty(batch, k, dtype=weight.dtype, device=weight.device)
-    taken = torch.zeros_like(weight, dtype=torch.bool)
-    nearest, value = torch.full_like(weight, -1), weight  # largest cosine to a pick
-    for step in range(k):
-        pick = value.argmax(-1, keepdim=True)  # (B, 1), the lowest index of equals
-        order[:, step], worth[:, step] = pick[:, 0], value.gather(1, pick)[:, 0]
-        chosen = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[-1]))  # (B, 1, D)
-        nearest = torch.maximum(nearest, (unit @ chosen.transpose(1, 2))[..., 0])
-        taken.scatter_(1, pick, True)
-        value = (weight * (1 - nearest)).masked_fill(taken, -torch.inf)
-    return order, worth
+    order, worth = dispatch.greedy_maxmin_features(unit, k, weight, first="argmax")
+    return order.long(), worth
 
 
 @register("zooprune")
@@ -123,9 +114,10 @@ class ZOOPrune(Method):
         return scaled(self.sensitivity(tokens))
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        sensitivity = self.sensitivity(tokens)
-        order, worth = hybrid_greedy(scaled(sensitivity), tokens.need("features"), k)
-        if not bool(torch.isfinite(sensitivity).all() & torch.isfinite(worth).all()):
+        sensitivity, features = self.sensitivity(tokens), tokens.need("features")
+        order, worth = hybrid_greedy(scaled(sensitivity), features, k)
+        # a token without a number ranks last: the picks alone would not show it
+        if not bool(torch.isfinite(sensitivity).all() & torch.isfinite(features).all() & torch.isfinite(worth).all()):
             raise InvariantError(
                 f"{self.name}: sensitivities or distances are not finite. Check the features for NaN and overflow"
             )

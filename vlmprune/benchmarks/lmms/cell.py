@@ -52,12 +52,14 @@ def run_cell(
 
 
 def records(rows: Sequence[Mapping[str, Any]], task: LmmsTask) -> list[Record]:
-    """From the sample rows of lmms-eval, of a run of the plug-in."""
+    """From the sample rows of a run of the plug-in: as lmms-eval returns them, or as it writes them with --log_samples."""
     return [_record(row, task) for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 
 def _record(row: Mapping[str, Any], task: LmmsTask) -> Record:
-    number, answer, seen = row["doc_id"], row["resps"][0][0], row["token_counts"][0]
+    number, answer, seen = row["doc_id"], row.get("resps", row["filtered_resps"]), row["token_counts"][0]
+    while isinstance(answer, list):  # of requests and repeats, of which there is one; a log has the text alone
+        answer = answer[0]
     if not seen or "realised_tokens" not in seen:
         raise EvaluationError(f"{task.name} document {number} has no counts of tokens; expected a row that the plug-in answered, "
                               "without a response cache")  # fmt: skip

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
@@ -67,7 +67,8 @@ class LmmsTask:
         settings = self.lmms.config.generation_kwargs or {}
         self.max_new_tokens = int(settings.get("max_new_tokens") or 1024)
         self.split = self.lmms.config.test_split or self.lmms.config.validation_split
-        self.conversation = lru_cache(maxsize=64)(self._conversation)
+        self.conversation = lru_cache(maxsize=64)(self._conversation)  # holds pictures
+        self.sample = cache(self._sample)
 
     # documents ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class LmmsTask:
             raise SpecError(f"limit={limit} samples of {self.name}; expected 1 to {whole}, or None for all")
         return [self.sample(number) for number in range(limit or whole)]
 
-    def sample(self, number: int) -> LmmsSample:
+    def _sample(self, number: int) -> LmmsSample:
         conversation, family = self._conversation(number), self._categories[number]
         stem = f"{self.name.removeprefix('lmms:')}-{number}"
         images = tuple(_key(image) for image in conversation.images)

@@ -16,7 +16,7 @@ from ..summary import DENSE, budget_of
 
 METHODS = ("fastervlm", "visionzip", "divprune", "holov", "zooprune", "fastv")
 BUDGETS = (48, 32, 16)  # of 144: a third, two ninths and a ninth, the shares of 192, 128 and 64 of 576
-QUESTIONS, QUICK_QUESTIONS = 1000, 300
+QUESTIONS, QUICK_QUESTIONS = 1000, 400
 ANSWER = 16  # tokens of an answer, where neither config nor task says
 
 

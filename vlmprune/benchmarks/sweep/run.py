@@ -99,7 +99,8 @@ def planned(config: Config, settings: Settings) -> list[Setting]:
         Setting(
             model=model, weights=identity.weights(model), task=name, task_fingerprint=task.fingerprint, split=config.split,
             limit=config.limit, batch_size=config.batch_size, max_new_tokens=answer_length(config.max_new_tokens, task),
-            device=settings.device, dtype=config.dtype, versions=identity.versions(name), trust_remote_code=settings.trust_remote_code,
+            device=settings.device, dtype=config.dtype, versions=identity.versions(name),
+            trust_remote_code=settings.trust_remote_code,
         )
         for model in config.models
         for name, task in zip(config.tasks, tasks, strict=True)

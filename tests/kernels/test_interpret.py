@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels in the interpreter, on the CPU, against what they mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlmprune.kernels import reference
+from vlmprune.testing.kernel_cases import CASES, KernelCase, check, compare, tensors
+
+pytestmark = [
+    pytest.mark.interpret,
+    # the interpreter computes lanes that are masked off as well
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from vlmprune.kernels import triton_ops
+
+    return triton_ops
+
+
+def cases(*names):
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.slow) for case in CASES if not names or case.op in names
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_kernel_means_what_the_reference_says(case, ops, guarded):
+    check(case, ops)
+
+
+@pytest.mark.parametrize("case", cases("greedy_maxmin", "greedy_dpp"))
+def test_a_launch_per_pick_makes_the_same_picks(case, ops, monkeypatch, guarded):
+    from vlmprune.kernels import triton_choice
+
+    monkeypatch.setattr(triton_choice, "MAX_BLOCK", 0)
+    check(case, ops)
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, math.inf, -math.inf, math.nan, 3e38, -3e38]) | st.floats(width=32)
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+
+@few
+@given(values=st.lists(VALUES, min_size=1, max_size=40), k=st.integers(0, 45))
+def test_any_scores_are_ranked_as_by_the_reference(values, k, ops):
+    scores = torch.tensor([values])
+    assert torch.equal(ops.topk_select(scores, k), reference.topk_select(scores, k))
+
+
+@few
+@given(data=st.data(), pre=st.integers(0, 20), n=st.integers(0, 40), post=st.integers(0, 20), k=st.integers(0, 45))
+def test_any_ends_are_kept(data, pre, n, post, k, ops):
+    width = data.draw(st.integers(1, 40))
+    scores = torch.randint(0, 4, (1, n)).float()
+    xs = [torch.randn(1, pre + n + post, width), torch.arange(pre + n + post)[None]]
+    form = data.draw(st.sampled_from(["fused", "two"]))
+    expected = tensors(reference.prune(scores, k, xs, pre, post))
+    compare(KernelCase("prune", "drawn", tuple), expected, tensors(ops.prune(scores, k, xs, pre, post, form)))
+
+
+@few
+@given(data=st.data(), n=st.integers(1, 40))
+def test_unprune_undoes_gather(data, n, ops):
+    idx = torch.tensor([sorted(data.draw(st.sets(st.integers(0, n - 1))))]).view(1, -1).int()
+    x = torch.randn(1, n, data.draw(st.integers(1, 20)))
+    kept = torch.zeros(1, n, 1).index_fill_(1, idx[0].long(), 1)
+    assert torch.equal(ops.unprune(ops.gather_rows([x], idx)[0], idx, n), x * kept)
+
+
+def test_rows_may_lie_more_than_two_gigabytes_apart(ops):
+    # memory that is never written costs nothing: four rows, 2**31 bytes apart
+    store = torch.empty(3 * 2**31 + 64, dtype=torch.int8)
+    x = store.as_strided((1, 4, 16), (4 * 2**31, 2**31, 1))
+    x.copy_(torch.arange(64).view(1, 4, 16))
+    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    for form in ("fused", "two"):
+        idx, (y,) = ops.prune(scores, 2, [x], form=form)
+        assert idx.tolist() == [[1, 3]] and torch.equal(y, x[:, [1, 3]])
+    assert torch.equal(ops.gather_rows([x], torch.tensor([[3, 0]]).int())[0], x[:, [3, 0]])
+    assert torch.equal(ops.unprune(x, torch.tensor([[0, 2, 3, 5]]).int(), 6)[:, [0, 2, 3, 5]], x)
+
+
+def test_many_segments_run_fused_or_apart(ops):
+    from vlmprune.kernels import triton_rows
+
+    assert triton_rows.fused_rows(1, 576) == 16
+    assert triton_rows.fused_rows(16, 2880) == 32
+    assert triton_rows.fused_rows(64, 2880) is None
+
+
+def test_no_tensor_is_left_out(ops):
+    # a row of each dtype that torch can hold and a kernel cannot load by name
+    x = torch.arange(24, dtype=torch.float64).view(1, 6, 4)
+    xs = [x, x.to(torch.complex64), x.to(torch.float8_e4m3fn), x.to(torch.uint8), x > 3, x.to(torch.int16), x.half()]
+    idx = torch.tensor([[4, 1]]).int()
+    for got, want in zip(ops.gather_rows(xs, idx), xs, strict=True):
+        rows = torch.stack([want[:, 4], want[:, 1]], dim=1)
+        assert got.dtype == want.dtype and torch.equal(got.view(torch.uint8), rows.view(torch.uint8))
+
+
+def test_a_type_that_is_too_wide_is_refused(ops):
+    from vlmprune.errors import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match="view_as_real"):
+        ops.gather_rows([torch.zeros(1, 4, 2, dtype=torch.complex128)], torch.zeros(1, 1).int())

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection, gathering, greedy choice and attention rows: one door, ``dispatch``, to the fastest implementation that is there.
+
+``with vlmprune.kernels.use("reference"):`` forces one; every function takes ``backend=`` as well. Names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "attn_row_scores",
+    "gather_rows",
+    "greedy_dpp",
+    "greedy_dpp_features",
+    "greedy_maxmin",
+    "greedy_maxmin_features",
+    "prune",
+    "prune_varlen",
+    "topk_select",
+    "topk_select_varlen",
+    "unprune",
+    "use",
+    "zoo_sensitivity",
+]
+
+if TYPE_CHECKING:
+    from .dispatch import (
+        attn_row_scores,
+        gather_rows,
+        greedy_dpp,
+        greedy_dpp_features,
+        greedy_maxmin,
+        greedy_maxmin_features,
+        prune,
+        prune_varlen,
+        topk_select,
+        topk_select_varlen,
+        unprune,
+        use,
+        zoo_sensitivity,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".dispatch", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input of the kernels, refused by name: ranks, shapes, dtypes, devices, budgets, indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError, SpecError, did_you_mean
+
+
+def described(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def tensor(name: str, value: object, ranks: tuple[int, ...], expected: str, like: Tensor | None = None) -> None:
+    """A real tensor of one of the ranks, on the device of ``like``."""
+    if not isinstance(value, Tensor) or value.ndim not in ranks or value.is_complex():
+        raise InvariantError(f"{name} is {described(value)}; expected {expected}")
+    if like is not None and value.device != like.device:
+        raise InvariantError(f"{name} is on {value.device}, and the other tensors are on {like.device}; move it there")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape[: len(expected)]) != tuple(expected):
+        raise InvariantError(f"{name} is {described(value)}; expected a shape of {_pattern(expected, value.ndim)}")
+
+
+def _pattern(expected: tuple[int, ...], rank: int) -> str:
+    return f"({', '.join([str(size) for size in expected] + ['*'] * (rank > len(expected)))})"
+
+
+def count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
+        raise InvariantError(f"{name}={value!r}; expected an integer from 0 on")
+
+
+def rows(name: str, xs: object, lead: tuple[int, ...], like: Tensor) -> None:
+    """A list of tensors whose shapes begin with ``lead``."""
+    if not isinstance(xs, list | tuple):
+        raise InvariantError(f"{name} is {described(xs)}; expected a list of tensors: write [x] for one")
+    for at, x in enumerate(xs):
+        if not isinstance(x, Tensor) or x.ndim < len(lead):
+            raise InvariantError(f"{name}[{at}] is {described(x)}; expected a tensor of shape {_pattern(lead, len(lead) + 1)}")
+        if x.device != like.device:
+            raise InvariantError(f"{name}[{at}] is on {x.device}, and the other tensors are on {like.device}; move it there")
+        shape(f"{name}[{at}]", x, lead)
+
+
+def integers(name: str, value: object, rank: int, expected: str, like: Tensor) -> None:
+    tensor(name, value, (rank,), expected, like)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise InvariantError(f"{name} is {described(value)}; expected int32 or int64, {expected}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise InvariantError(f"{name} is {described(value)}; expected floating point numbers")
+
+
+def choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpecError(f"{name}={value!r}; expected one of {', '.join(known)}.{did_you_mean(str(value), known)}")
+
+
+def _unseen(x: Tensor) -> bool:
+    """Whether the numbers of a tensor cannot be looked at without waiting, or are not there yet."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu"
+
+
+def inside(idx: Tensor, n: int) -> None:
+    """Indices of the CPU lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for it."""
+    if _unseen(idx) or idx.numel() == 0:
+        return
+    low, high = (int(edge) for edge in idx.aminmax())
+    if low < 0 or high >= n:
+        raise InvariantError(f"idx reaches from {low} to {high}; expected rows in 0..{n - 1}")
+
+
+def segments(total: int, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> None:
+    """Segments of packed scores fit together. On a GPU only their number is looked at."""
+    if cu_n.shape != cu_k.shape or cu_n.shape[0] != k.shape[0] + 1:
+        shapes = f"{tuple(cu_n.shape)}, {tuple(k.shape)} and {tuple(cu_k.shape)}"
+        raise InvariantError(f"cu_n, k and cu_k have shapes {shapes}; expected (S+1,), (S,) and (S+1,)")
+    if _unseen(cu_n):
+        return
+    _edges("cu_n", cu_n.tolist(), total)
+    sizes = [end - start for start, end in pairwise(cu_n.tolist())]
+    if max(sizes, default=0) > max_n:
+        raise InvariantError(f"max_n={max_n}, but a segment has {max(sizes)} tokens; expected the largest of them")
+    most = k.tolist()
+    if min(most, default=0) < 0:
+        raise InvariantError(f"k holds {min(most)}; expected numbers of tokens from 0 on")
+    _edges("cu_k", cu_k.tolist(), total_k)
+    kept = [end - start for start, end in pairwise(cu_k.tolist())]
+    wanted = [min(size, each) for size, each in zip(sizes, most, strict=True)]
+    if kept != wanted:
+        raise InvariantError(f"cu_k makes room for {kept} tokens; expected {wanted}: k, or all of a smaller segment")
+
+
+def _edges(name: str, edges: Sequence[int], total: int) -> None:
+    if edges[0] != 0 or edges[-1] != total or any(end < start for start, end in pairwise(edges)):
+        raise InvariantError(f"{name} is {list(edges)}; expected ascending numbers from 0 to {total}")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for the CPU: the choices that measured best on one thread, each exactly what ``reference`` says.
+
+NumPy takes the small steps, because a call of it costs a fraction of a call of torch. Greedy choices: see ``cpu_greedy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .cpu_greedy import greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
+from .eager import attn_row_scores, gather_rows, unprune, zoo_sensitivity
+
+__all__ = [
+    "attn_row_scores",
+    "gather_rows",
+    "greedy_dpp",
+    "greedy_dpp_features",
+    "greedy_maxmin",
+    "greedy_maxmin_features",
+    "prune",
+    "prune_varlen",
+    "topk_select",
+    "topk_select_varlen",
+    "unprune",
+    "zoo_sensitivity",
+]
+
+
+def topk_select(scores: Tensor, k: int) -> Tensor:
+    scores = reference.added(scores.detach()).float()  # (B, N)
+    batch, n = scores.shape
+    if k >= n:
+        return torch.arange(n, dtype=torch.int32).expand(batch, n).contiguous()
+    if k == 0:
+        return torch.empty(batch, 0, dtype=torch.int32)
+    # the k-th largest value, found without sorting; NaN where the row holds one, since torch ranks NaN highest
+    limits = scores.topk(k, sorted=False).values.amin(-1).tolist()
+    idx = np.empty((batch, k), np.int32)
+    for b, (row, limit) in enumerate(zip(scores.numpy(), limits, strict=True)):
+        idx[b] = _at_least(row, limit, k) if limit == limit else reference.topk_select(scores[b : b + 1], k)[0].numpy()
+    return torch.from_numpy(idx)
+
+
+def _at_least(row: np.ndarray, limit: float, k: int) -> np.ndarray:
+    """The k indices of values above the limit, or equal to it from the left."""
+    limit = np.float32(limit)
+    found = np.flatnonzero(row >= limit)
+    if len(found) == k:
+        return found
+    keep = row > limit
+    keep[np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]] = True
+    return np.flatnonzero(keep)
+
+
+def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> Tensor:
+    idx = torch.empty(total_k, dtype=torch.int32)
+    sources, places = pairwise(cu_n.tolist()), pairwise(cu_k.tolist())
+    for (start, end), (to, behind), most in zip(sources, places, k.tolist(), strict=True):
+        if behind > to:
+            idx[to:behind] = topk_select(scores[None, start:end], most)[0]
+    return idx
+
+
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
+    idx = topk_select(scores, k)
+    rows = reference.with_ends(idx, scores.shape[-1], pre, post) if pre or post else idx
+    return idx, gather_rows(xs, rows)
+
+
+def prune_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
+    rows = reference.packed_rows(idx, cu_n, cu_k, total_k)
+    return idx, [x.index_select(0, rows) for x in xs]

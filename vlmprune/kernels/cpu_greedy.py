@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy choices on the CPU: a running state per token, four or five NumPy calls per pick.
+
+From features, the similarities of few tokens are computed once as a matrix. Those of many are computed row by row where they
+are needed, in memory that grows with N only. The limit is on N alone, so that a longer walk begins as a shorter one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .reference import RESIDUAL
+
+GRAM = 4096  # tokens up to which all similarities are held: 64 MB
+_BLOCK = 1024  # tokens on a side of the blocks in which nearest neighbours of many are searched
+_ROWS = 64  # rows of a matrix in which nearest neighbours are searched at a time, so that they stay in the cache
+
+Pick = tuple[int, float]
+
+
+def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+    def walk(b: int, k: int) -> Iterator[Pick]:
+        matrix = sim[b].detach().numpy()
+        return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _row(weight, b), first, len(matrix), k)
+
+    return _each(sim, k, walk)
+
+
+def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+    def walk(b: int, k: int) -> Iterator[Pick]:
+        rows = np.ascontiguousarray(features[b].detach().numpy())
+        n = len(rows)
+        if n <= GRAM:
+            matrix = rows @ rows.T  # NumPy sees that this is symmetric and computes half of it
+            return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _row(weight, b), first, n, k)
+        return _maxmin(lambda j: rows @ rows[j], lambda: _nearest_of_many(rows), _row(weight, b), first, n, k)
+
+    return _each(features, k, walk)
+
+
+def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _each(sim, k, lambda b, k: _dpp(*_cholesky(sim[b].detach().numpy(), _row(relevance, b), k), k))
+
+
+def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def walk(b: int, k: int) -> Iterator[Pick]:
+        rows, r = np.ascontiguousarray(features[b].detach().numpy()), _row(relevance, b)
+        return _dpp(*(_cholesky(rows @ rows.T, r, k) if len(rows) <= GRAM else _gram_schmidt(rows, r, k)), k)
+
+    return _each(features, k, walk)
+
+
+def _row(values: Tensor | None, b: int) -> np.ndarray | None:
+    return None if values is None else values[b].detach().numpy()
+
+
+def _each(like: Tensor, k: int, walk: Callable[[int, int], Iterator[Pick]]) -> tuple[Tensor, Tensor]:
+    """Order and worth (B, k) of a walk per sample."""
+    batch, k = like.shape[0], min(k, like.shape[1])
+    order, worth = torch.empty(batch, k, dtype=torch.int32), torch.empty(batch, k, dtype=like.dtype)
+    for b in range(batch):
+        with np.errstate(all="ignore"):  # NaN and overflow have their place in the ranking
+            picks = list(walk(b, k))
+        order[b] = torch.tensor([token for token, _ in picks], dtype=torch.int32)
+        worth[b] = torch.tensor([value for _, value in picks], dtype=like.dtype)
+    return order, worth
+
+
+def _best(value: np.ndarray, taken: np.ndarray) -> int:
+    """The token of the largest value that is not taken. Taken ones hold -inf, or NaN."""
+    token = int(value.argmax())
+    top = value[token]
+    if top - top == 0:  # finite: all others are smaller, and none is NaN
+        return token
+    free = np.flatnonzero(~taken)
+    numbers = free[~np.isnan(value[free])]
+    return int(numbers[value[numbers].argmax()] if len(numbers) else free[0])
+
+
+# max-min ------------------------------------------------------------------------------------------------------------------
+
+
+def _maxmin(
+    row: Callable[[int], np.ndarray], nearest: Callable[[], np.ndarray], weight: np.ndarray | None, first: str, n: int, k: int
+) -> Iterator[Pick]:
+    """``row`` gives the similarities of a pick, ``nearest`` those of all tokens to their nearest neighbours."""
+    taken = np.zeros(n, bool)
+    if first == "nn":
+        value = 1 - nearest()
+        value = value if weight is None else weight * value
+    else:
+        value = np.ones(n, np.float32) if weight is None else weight
+    weight = None if weight is None else weight.copy()
+    step = apart = None  # distance to the last pick, and to the nearest pick
+    for _ in range(k):
+        token = _best(value, taken)
+        yield token, value[token]
+        taken[token] = True
+        step = np.subtract(1, row(token), out=step)
+        apart = step.copy() if apart is None else np.minimum(apart, step, out=apart)
+        apart[token] = -np.inf  # and a minimum keeps it there
+        if weight is None:
+            value = apart
+        else:
+            weight[token] = 1  # 0 * inf would be NaN
+            value = weight * apart
+
+
+def _nearest(matrix: np.ndarray) -> np.ndarray:
+    n = len(matrix)
+    if n <= 1:
+        return np.zeros(n, matrix.dtype)
+    found = np.empty(n, matrix.dtype)
+    for start in range(0, n, _ROWS):
+        part = matrix[start : start + _ROWS].copy()
+        number = np.arange(len(part))
+        part[number, start + number] = -np.inf
+        part.max(axis=1, out=found[start : start + _ROWS])
+    return found
+
+
+def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
+    """Every pair of tokens is compared once, block by block."""
+    n = len(rows)
+    if n == 1:
+        return np.zeros(1, rows.dtype)
+    found = np.full(n, -np.inf, rows.dtype)
+    for start in range(0, n, _BLOCK):
+        mine = slice(start, start + _BLOCK)
+        for other in range(start, n, _BLOCK):
+            theirs = slice(other, other + _BLOCK)
+            sim = rows[mine] @ rows[theirs].T
+            if other == start:
+                np.fill_diagonal(sim, -np.inf)
+            np.maximum(found[mine], sim.max(axis=1), out=found[mine])
+            np.maximum(found[theirs], sim.max(axis=0), out=found[theirs])
+    return found
+
+
+# determinantal point process ----------------------------------------------------------------------------------------------
+
+Part = Callable[[int, np.ndarray], np.ndarray]
+
+
+def _dpp(residual: np.ndarray, part: Part, k: int) -> Iterator[Pick]:
+    """``part`` gives of all tokens the part that a pick explains; its square leaves the residual."""
+    taken = np.zeros(len(residual), bool)
+    floor = RESIDUAL * np.maximum(residual, 0)
+    residual[residual <= floor] = 0
+    for _ in range(k):
+        token = _best(residual, taken)
+        left = residual[token]
+        yield token, left
+        taken[token] = True
+        if left > 0:
+            explained = part(token, residual)
+            residual -= explained * explained
+            residual[residual <= floor] = 0
+        residual[taken] = -np.inf
+
+
+def _cholesky(sim: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, Part]:
+    rows, filled = np.empty((k, len(sim)), sim.dtype), 0
+
+    def part(token: int, residual: np.ndarray) -> np.ndarray:
+        nonlocal filled
+        before = rows[:filled]
+        line = relevance[token] * sim[token] * relevance
+        rows[filled] = (line - before[:, token] @ before) / np.sqrt(residual[token])
+        filled += 1
+        return rows[filled - 1]
+
+    return relevance * sim.diagonal() * relevance, part
+
+
+def _gram_schmidt(features: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, Part]:
+    """The same without a matrix: the part of a token along the new direction of a pick is its entry of the Cholesky row."""
+    basis, filled = np.empty((min(k, features.shape[1]), features.shape[1]), features.dtype), 0
+
+    def part(token: int, residual: np.ndarray) -> np.ndarray:
+        nonlocal filled
+        if filled == len(basis):  # as many directions as dimensions explain everything
+            return np.sqrt(residual)
+        before, direction = basis[:filled], features[token].copy()
+        for _ in range(2):  # once leaves rounding errors that grow with every pick
+            direction -= (before @ direction) @ before
+        basis[filled] = direction / np.linalg.norm(direction)
+        filled += 1
+        return relevance * (features @ basis[filled - 1])
+
+    return relevance * np.einsum("nd,nd->n", features, features) * relevance, part

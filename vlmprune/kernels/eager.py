@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels in plain torch without host syncs, on any device: for accelerators where Triton is missing or not faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import greedy_dpp, greedy_maxmin, topk_select, topk_select_varlen
+
+__all__ = [
+    "attn_row_scores",
+    "gather_rows",
+    "greedy_dpp",
+    "greedy_dpp_features",
+    "greedy_maxmin",
+    "greedy_maxmin_features",
+    "prune",
+    "prune_varlen",
+    "topk_select",
+    "topk_select_varlen",
+    "unprune",
+    "zoo_sensitivity",
+]
+
+_KEYS = 1024  # keys cast to float32 at a time: bounds the extra memory in half precision
+_CHUNK = 512  # rows of similarities held at a time
+
+
+# rows ---------------------------------------------------------------------------------------------------------------------
+
+
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
+    idx = topk_select(scores, k)
+    return idx, gather_rows(xs, reference.with_ends(idx, scores.shape[-1], pre, post))
+
+
+def prune_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
+    rows = reference.packed_rows(idx, cu_n, cu_k, total_k)
+    return idx, [x.index_select(0, rows) for x in xs]
+
+
+def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
+    # index_select copies whole rows; gather and advanced indexing take 6 to 30 times as long on the CPU
+    if idx.shape[0] == 1:  # needs no copy of a part of a longer sequence
+        return [x[0].index_select(0, idx[0])[None] for x in xs]
+    return [_flat(x).index_select(0, _numbered(idx, x.shape[1])).unflatten(0, idx.shape) for x in xs]
+
+
+def unprune(g: Tensor, idx: Tensor, n: int, ordered: bool = False) -> Tensor:
+    full = g.new_zeros(g.shape[0] * n, *g.shape[2:])
+    place = full.index_copy_ if ordered else full.index_add_
+    return place(0, _numbered(idx, n), _flat(g)).unflatten(0, (g.shape[0], n))
+
+
+def _numbered(idx: Tensor, n: int) -> Tensor:
+    """(B * K) int64 rows of a flattened (B, n, *) for idx (B, K)."""
+    return (idx + torch.arange(idx.shape[0], device=idx.device)[:, None] * n).flatten()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+# greedy choice, in memory that grows with N only ---------------------------------------------------------------------------
+
+
+def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+    taken = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
+    if first == "nn":
+        value = reference.worth_of(_nearest(features), weight)
+    else:
+        value = features.new_ones(taken.shape) if weight is None else weight
+    order, worth, best = [], [], None
+    for _ in range(min(k, features.shape[1])):
+        pick = reference.best_of(value, taken)
+        order.append(pick)
+        worth.append(value.gather(1, pick))
+        row = _similar(features, _at(features, pick))
+        best = row if best is None else torch.maximum(best, row)
+        taken = taken.scatter(1, pick, True)
+        value = reference.worth_of(best, weight)
+    return reference.joined(order, taken).int(), reference.joined(worth, value)
+
+
+def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Gram-Schmidt: the part of a token along the new direction q of a pick is its entry of the Cholesky row."""
+    k = min(k, features.shape[1])
+    residual = relevance * features.square().sum(-1) * relevance
+    floor = reference.RESIDUAL * residual.clamp_min(0)
+    residual = torch.where(residual <= floor, 0, residual)
+    taken = torch.zeros_like(residual, dtype=torch.bool)
+    basis = features.new_zeros(features.shape[0], min(k, features.shape[2]), features.shape[2])
+    order, gain = [], []
+    for step in range(k):
+        pick = reference.best_of(residual, taken)
+        left = residual.gather(1, pick)
+        order.append(pick)
+        gain.append(left)
+        taken = taken.scatter(1, pick, True)
+        if step == basis.shape[1]:
+            residual = torch.where(residual.isnan(), residual, 0)  # D directions span everything
+        if step >= basis.shape[1]:
+            continue
+        q = _at(features, pick)  # (B, D)
+        for _ in range(2):  # once leaves rounding errors that grow with every pick
+            q = q - _similar(basis.transpose(1, 2), _similar(basis, q))
+        q = torch.where(left > 0, torch.nn.functional.normalize(q, dim=-1), 0)
+        basis[:, step] = q
+        residual = residual - (relevance * _similar(features, q)).square()
+        residual = torch.where(residual <= floor, 0, residual)
+    return reference.joined(order, taken).int(), reference.joined(gain, residual)
+
+
+def _at(features: Tensor, pick: Tensor) -> Tensor:
+    """(B, D) rows of features (B, N, D) at pick (B, 1)."""
+    return features.gather(1, pick[..., None].expand(-1, -1, features.shape[-1]))[:, 0]
+
+
+def _similar(features: Tensor, row: Tensor) -> Tensor:
+    """(B, N) inner products of features (B, N, D) with row (B, D)."""
+    return (features @ row[..., None])[..., 0]
+
+
+def _nearest(features: Tensor) -> Tensor:
+    """(B, N) similarity of every token to its most similar other one."""
+    n = features.shape[1]
+    if n <= 1:
+        return features.new_zeros(features.shape[:2])
+    found = []
+    for start in range(0, n, _CHUNK):
+        sim = features[:, start : start + _CHUNK] @ features.transpose(1, 2)  # (B, chunk, N)
+        sim.diagonal(start, dim1=1, dim2=2).fill_(-torch.inf)
+        found.append(sim.amax(-1))
+    return torch.cat(found, dim=1)
+
+
+# scores -------------------------------------------------------------------------------------------------------------------
+
+
+def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
+    if lse is not None:
+        k, v0 = k[:, :, v0 : v0 + nv], 0  # the other columns are in the log-sum-exp already
+    groups = q.shape[1] // k.shape[1]
+    folded = (q.float() * scale).unflatten(1, (-1, groups))  # (B, Hk, G, d)
+    logits = torch.cat([folded @ part.float().transpose(2, 3) for part in k.split(_KEYS, dim=2)], dim=-1).flatten(1, 2)
+    weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
+    return weights[..., v0 : v0 + nv].mean(1)[None]
+
+
+def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
+    return torch.linalg.vecdot(slope @ kernel, slope)

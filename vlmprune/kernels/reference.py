@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel means, in plain torch: slow, clear, on any device. All other implementations are tested against this.
+
+Ranking: the lower index wins ties, NaN ranks lowest, both zeros are the same zero. Indices are int32, those of a
+selection ascend. A budget above the number of tokens takes them all. Inputs are validated by ``dispatch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+RESIDUAL = 1e-5  # of its start, where the residual of a token is rounding noise: it counts as 0
+
+
+# selection and rows -------------------------------------------------------------------------------------------------------
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """(..., N) int64 indices from the highest score to the lowest."""
+    # a stable ascending sort of 0 - s: lower index first, NaN last, and no negative zero
+    return torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices
+
+
+def added(scores: Tensor) -> Tensor:
+    """Scores (B, N), or partial scores (R, B, N) added in their order."""
+    if scores.ndim == 2:
+        return scores
+    total = scores[0].float()
+    for part in scores[1:]:
+        total = total + part.float()
+    return total
+
+
+def topk_select(scores: Tensor, k: int) -> Tensor:
+    """(B, min(k, N)) ascending indices of the highest of scores (B, N), or of partial scores (R, B, N) added up."""
+    return ranked(added(scores))[:, :k].sort(dim=-1).values.int()
+
+
+def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> Tensor:
+    """``topk_select`` of the segments cu_n[s] : cu_n[s+1] of packed scores (T,), k[s] of each; indices count from their start."""
+    edges = cu_n.tolist()
+    segments = [scores[start:end] for start, end in pairwise(edges)]
+    picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]
+    return torch.cat([scores.new_empty(0, dtype=torch.int32), *picks])
+
+
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """Select, and keep these rows of xs (B, pre+N+post, *) with the first ``pre`` and the last ``post`` of them.
+
+    Returns:
+        idx (B, k) from ``topk_select``, and one (B, pre+k+post, *) for each of xs.
+    """
+    idx = topk_select(scores, k)
+    return idx, gather_rows(xs, with_ends(idx, scores.shape[-1], pre, post))
+
+
+def with_ends(idx: Tensor, n: int, pre: int, post: int) -> Tensor:
+    """(B, pre+k+post) rows that ``prune`` keeps, for its idx (B, k)."""
+    first, last = (torch.arange(size, device=idx.device, dtype=idx.dtype).expand(idx.shape[0], -1) for size in (pre, post))
+    return torch.cat([first, idx + pre, last + (pre + n)], dim=1)
+
+
+def prune_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """``topk_select_varlen``, and these rows of packed xs (T, *)."""
+    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
+    rows = packed_rows(idx, cu_n, cu_k, total_k)
+    return idx, [x[rows] for x in xs]
+
+
+def packed_rows(idx: Tensor, cu_n: Tensor, cu_k: Tensor, total_k: int) -> Tensor:
+    """(total_k,) int64 rows of a packed tensor for indices within segments."""
+    starts = torch.repeat_interleave(cu_n[:-1].long(), cu_k.diff().long(), output_size=total_k)
+    return starts + idx
+
+
+def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
+    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K), in any order."""
+    batch = torch.arange(idx.shape[0], device=idx.device)[:, None]
+    return [x[batch, idx.long()].contiguous() for x in xs]
+
+
+def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
+    """(B, n, *) with the rows of g (B, K, *) at idx (B, K) and zeros elsewhere; rows of one place add up."""
+    full = g.new_zeros(g.shape[0], n, *g.shape[2:])
+    batch = torch.arange(idx.shape[0], device=idx.device)[:, None].expand_as(idx)
+    return full.index_put((batch, idx.long()), g, accumulate=True)
+
+
+# greedy choice ------------------------------------------------------------------------------------------------------------
+
+
+def best_of(value: Tensor, taken: Tensor) -> Tensor:
+    """(B, 1) token of the largest value (B, N) that is not taken; NaN after all numbers, taken ones never."""
+    low = torch.where(value.isnan(), -torch.inf, value)
+    rank = torch.where(taken, 0, torch.where(value.isnan(), 1, 2))
+    top = torch.where(rank == rank.amax(-1, keepdim=True), 1, 0).bool()  # tokens, or NaN if no others are left
+    highest = torch.where(top, low, -torch.inf).amax(-1, keepdim=True)
+    return (top & (low == highest)).int().argmax(-1, keepdim=True)
+
+
+def nearest(sim: Tensor) -> Tensor:
+    """(B, N) similarity of every token to its most similar other one; 0 for a token that is alone."""
+    if sim.shape[-1] <= 1:
+        return sim.new_zeros(sim.shape[:-1])
+    itself = torch.eye(sim.shape[-1], dtype=torch.bool, device=sim.device)
+    return sim.masked_fill(itself, -torch.inf).amax(-1)
+
+
+def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+    """k times the token of the largest weight * (1 - its largest similarity to the tokens picked before).
+
+    Args:
+        sim: (B, N, N); row j holds what the pick j is compared with.
+        k: number of picks; at most N are made.
+        weight: (B, N), default all ones.
+        first: for the first pick, "nn" compares every token with all others, "argmax" takes the largest weight.
+
+    Returns:
+        order (B, k) int32 in the order of picking, and what each pick was worth (B, k).
+    """
+    taken = torch.zeros(sim.shape[:2], dtype=torch.bool, device=sim.device)
+    value = worth_of(nearest(sim), weight) if first == "nn" else sim.new_ones(sim.shape[:2]) if weight is None else weight
+    order, worth, best = [], [], None
+    for _ in range(min(k, sim.shape[-1])):
+        pick = best_of(value, taken)
+        order.append(pick)
+        worth.append(value.gather(1, pick))
+        row = sim.gather(1, pick[..., None].expand(-1, -1, sim.shape[-1]))[:, 0]
+        best = row if best is None else torch.maximum(best, row)
+        taken = taken.scatter(1, pick, True)
+        value = worth_of(best, weight)
+    return joined(order, taken).int(), joined(worth, value)
+
+
+def worth_of(best: Tensor, weight: Tensor | None) -> Tensor:
+    return 1 - best if weight is None else weight * (1 - best)
+
+
+def joined(columns: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like[:, :0], *columns], dim=1)
+
+
+def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+    """``greedy_maxmin`` by the cosine of features (B, N, D), rows of unit length."""
+    return greedy_maxmin(features @ features.transpose(1, 2), k, weight, first)
+
+
+def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Greedy MAP of the determinantal point process L_ij = r_i * sim_ij * r_j, by an incremental Cholesky decomposition.
+
+    Args:
+        sim: (B, N, N).
+        relevance: (B, N), r.
+        k: number of picks; at most N are made.
+
+    Returns:
+        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B, k): 0 where the
+        tokens picked before span all others.
+    """
+    kernel = relevance[..., None] * sim * relevance[:, None]
+    residual = kernel.diagonal(dim1=1, dim2=2)
+    floor = RESIDUAL * residual.clamp_min(0)
+    residual = torch.where(residual <= floor, 0, residual)
+    taken = torch.zeros_like(residual, dtype=torch.bool)
+    rows = kernel.new_zeros(kernel.shape[0], 0, kernel.shape[-1])  # (B, picks, N) of the decomposition
+    order, gain = [], []
+    for _ in range(min(k, sim.shape[-1])):
+        pick = best_of(residual, taken)
+        left = residual.gather(1, pick)  # (B, 1)
+        order.append(pick)
+        gain.append(left)
+        taken = taken.scatter(1, pick, True)
+        at = pick[..., None]
+        line = kernel.gather(1, at.expand(-1, -1, kernel.shape[-1]))[:, 0]
+        explained = (rows.gather(2, at.expand(-1, rows.shape[1], -1)) * rows).sum(1)
+        row = torch.where(left > 0, (line - explained) / left.sqrt(), 0)
+        rows = torch.cat([rows, row[:, None]], dim=1)
+        residual = residual - row.square()
+        residual = torch.where(residual <= floor, 0, residual)
+    return joined(order, taken).int(), joined(gain, residual)
+
+
+def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``greedy_dpp`` by the inner products of features (B, N, D)."""
+    return greedy_dpp(features @ features.transpose(1, 2), relevance, k)
+
+
+# scores -------------------------------------------------------------------------------------------------------------------
+
+
+def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
+    """(1, B, nv) attention of one query to the keys v0 .. v0+nv-1, softmaxed over all keys, mean over heads, in float32.
+
+    Args:
+        q: (B, H, d).
+        k: (B, Hk, S, d); H / Hk query heads in a row share a key head.
+        lse: (B, H) log-sum-exp of the whole row, where it is known.
+        v0, nv: first column and number of columns.
+        scale: of the logits.
+    """
+    keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, d)
+    logits = (keys @ q.float()[..., None])[..., 0] * scale  # (B, H, S)
+    weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
+    return weights[..., v0 : v0 + nv].mean(1)[None]
+
+
+def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
+    """(B, N) g^T K g of slopes g (B, N, H) and a matrix K (H, H)."""
+    return ((slope @ kernel) * slope).sum(-1)
