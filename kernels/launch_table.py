@@ -75,7 +75,7 @@ CASES = [
     Case("maxmin N=9000, by steps", lambda: ops.greedy_maxmin(empty(1, 9000, 9000), 1, None, "argmax")),
     *(Case(f"maxmin by features N={n} D={d}", maxmin_steps(n, d), n == 100_000) for n, d in ((576, 4096), (2880, 4096), (100_000, 256), (300_000, 256))),
     *(Case(f"dpp N={n} k={k}", lambda n=n, k=k: ops.greedy_dpp(empty(1, n, n), empty(1, n), k), n == 576) for n, k in (
-        (196, 64), (576, 64), (2000, 24), (2880, 16), (8192, 4),
+        (196, 64), (576, 64), (2000, 24), (4096, 12),
     )),
     Case("dpp N=2880, by steps", lambda: ops.greedy_dpp(empty(1, 2880, 2880), empty(1, 2880), 20)),
     *(Case(f"dpp by features N={n} D={d}", lambda n=n, d=d: ops.greedy_dpp_features(empty(1, n, d), empty(1, n), 1), n == 100_000) for n, d in (

@@ -30,7 +30,7 @@ class Mutant:
     new: str
     spec: str = "fastervlm@9"
     family: str = "llava"
-    tests: str = ""  # a test file to run instead of the checks
+    tests: str = ""  # a test file, or a test of it, to run instead of the checks
 
 
 MUTANTS = [
@@ -72,12 +72,12 @@ MUTANTS = [
     Mutant("the right one of equals", "kernels/cpu.py", "np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]", "np.flatnonzero(row == limit)[np.count_nonzero(keep) - k :]", tests="tests/kernels/test_select.py"),
     Mutant("ties ignored", "kernels/cpu.py", "keep[np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]] = True", "keep[np.flatnonzero(row == limit)] = True", tests="tests/kernels/test_select.py"),
     Mutant("NaN above all", "kernels/cpu.py", "if limit == limit else reference", "if True else reference", tests="tests/kernels/test_select.py"),
-    Mutant("budget not clamped on the CPU", "kernels/cpu.py", "if k >= n:", "if k == n:", tests="tests/kernels/test_ops.py"),
+    Mutant("budget not clamped on the CPU", "kernels/cpu.py", "if k >= n:", "if k == n:", tests="tests/kernels/test_ops.py::test_a_budget_above_the_number_of_tokens_takes_them_all"),
     Mutant("two zeros", "kernels/reference.py", "torch.sort(0.0 - scores.float()", "torch.sort(scores.float().view(torch.int32) ^ ((scores.float().view(torch.int32) >> 31) & 0x7FFFFFFF) ^ -1", tests="tests/kernels/test_select.py"),
     Mutant("reference takes the right one of equals", "kernels/reference.py", "torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices", "(scores.shape[-1] - 1 - torch.sort(0.0 - scores.float().flip(-1), dim=-1, stable=True).indices)", tests="tests/kernels/test_select.py"),
     Mutant("NaN above all in the reference", "kernels/reference.py", "torch.sort(0.0 - scores.float()", "torch.sort(-torch.where(scores.isnan(), torch.inf, scores).float()", tests="tests/kernels/test_select.py"),
     Mutant("rows behind from the full budget", "kernels/reference.py", "last + (pre + n)", "last + (pre + n - 1)", tests="tests/kernels/test_select.py"),
-    Mutant("budget not clamped for rows behind", "kernels/ops.py", "pre + idx.shape[1] + post", "pre + k + post", tests="tests/kernels/test_ops.py"),
+    Mutant("budget not clamped for rows behind", "kernels/ops.py", "pre + idx.shape[1] + post", "pre + k + post", tests="tests/kernels/test_ops.py::test_a_budget_above_the_number_of_tokens_takes_them_all"),
     Mutant("rows of the first sample", "kernels/eager.py", "torch.arange(idx.shape[0], device=idx.device)[:, None] * n", "0 * n", tests="tests/kernels/test_select.py"),
     Mutant("repeated rows overwrite", "kernels/eager.py", "place = full.index_copy_ if ordered else full.index_add_", "place = full.index_copy_", tests="tests/kernels/test_select.py"),
     Mutant("indices not looked at", "kernels/checks.py", "if low < 0 or high >= n:", "if False:", tests="tests/kernels/test_bad_input.py"),
@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant("blocks of pairs compared one way", "kernels/cpu_greedy.py", "            np.maximum(found[theirs], sim.max(axis=0), out=found[theirs])\n", "", tests="tests/kernels/test_greedy.py"),
     Mutant("NaN picked first", "kernels/cpu_greedy.py", "numbers = free[~np.isnan(value[free])]", "numbers = free", tests="tests/kernels/test_greedy.py"),
     Mutant("noise of a residual picked", "kernels/reference.py", "RESIDUAL = 1e-5", "RESIDUAL = 0.0", tests="tests/kernels/test_greedy.py"),
-    Mutant("gradient of another row", "kernels/ops.py", "rows = reference.with_ends(idx, *ctx.ends)", "rows = reference.with_ends(idx.flip(0), *ctx.ends)", tests="tests/kernels/test_ops.py"),
+    Mutant("gradient of another row", "kernels/ops.py", "rows = reference.with_ends(idx, *ctx.ends)", "rows = reference.with_ends(idx.flip(0), *ctx.ends)", tests="tests/kernels/test_ops.py::test_gradients_that_are_not_contiguous"),
     Mutant("log-sum-exp of the cut row", "kernels/eager.py", "logits.softmax(-1) if lse is None", "logits[..., v0:].softmax(-1) if lse is None", tests="tests/kernels/test_scores.py"),
 ]  # fmt: skip
 

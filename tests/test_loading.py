@@ -17,7 +17,7 @@ from transformers.utils import is_torchvision_available
 import vlmprune
 from vlmprune.errors import SpecError, UnsupportedError, VlmPruneError
 from vlmprune.models.loading import encode, load, prompt
-from vlmprune.testing.tiny import FAMILIES, picture, tiny_bundle
+from vlmprune.testing.tiny import picture, tiny_bundle
 
 SPEC = {"llava_onevision": "fastervlm(cls=mean)@0.25"}  # its tower has no [CLS]
 
@@ -50,7 +50,7 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "vipllava"])
 def test_a_saved_model_answers_the_same_dense_and_pruned(family, tmp_path):
     model, processor = save(family, tmp_path)
     again, its_processor = load(str(tmp_path))
@@ -119,8 +119,8 @@ def test_an_empty_folder_is_named(tmp_path):
 def test_an_unsupported_family_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    with pytest.raises(UnsupportedError, match=r"'qwen2_vl' model; families with an adapter: .*'llava'"):
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "florence2"}))
+    with pytest.raises(UnsupportedError, match=r"'florence2' model; families with an adapter: .*'llava'"):
         load(str(folder))
 
 

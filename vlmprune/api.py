@@ -19,6 +19,7 @@ from .core.shelf import run_encoder
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
 from .models import Adapter, adapter_for
+from .models.bare import is_tower, tower_tensors
 from .spec import Budget, Spec, parse
 
 POSITIONS = ("compact", "original")
@@ -95,7 +96,10 @@ def resolve_all(
 
 
 def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
-    """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame."""
+    """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame.
+
+    ``model`` may be a bare ViT of timm as well, with pixels (B, 3, H, W) as ``inputs``.
+    """
     built, _, text = resolve(method, need_keep=False)
     if built.stage != "before_lm":
         raise UnsupportedError(
@@ -105,6 +109,10 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
         raise UnsupportedError(
             f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)"
         )
+    if is_tower(model):
+        tensors, grid = tower_tensors(model, inputs, built)
+        rows = finite_scores(built, VisualTokens(**tensors, grids=(grid,))).float().cpu()
+        return [ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number) for number, row in enumerate(rows)]
     adapter = adapter_for(model)
     built.check_model(adapter.config)
     if not isinstance(inputs, Mapping):
@@ -152,13 +160,16 @@ def finite_scores(method: Method, tokens: VisualTokens) -> Tensor:
     return scores
 
 
-def select(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, **tensors: Any) -> Tensor:
-    """Choose tokens from plain tensors, no model needed: ``keep_idx`` (B, K) int64, ascending.
+def select(
+    method: str | Spec | Method, keep: Any = None, *, grid: Any = None, tower: Any = None, pixels: Any = None, **tensors: Any
+) -> Tensor:
+    """Choose tokens from plain tensors, or of a bare ViT of timm: ``keep_idx`` (B, K) int64, ascending.
 
     Args:
         method: spec or method object.
         keep: budget, unless the spec has one.
         grid: (rows, cols) of the tokens, or a tuple of several blocks.
+        tower, pixels: a ViT of timm and what it shall look at (B, 3, H, W), in place of ``grid`` and ``tensors``.
         tensors: fields of VisualTokens, e.g. ``features=(B, N, D)``, ``cls_attention=(B, H, N)``.
 
     Example:
@@ -167,6 +178,10 @@ def select(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
         tensor([[1, 3]])
     """
     built, budget, _ = resolve(method, keep)
+    if tower is not None:
+        if tensors or grid is not None:
+            raise SpecError(f"a tower and {sorted(tensors) or 'grid'} were given; give a tower with its pixels, or tensors")
+        tensors, grid = tower_tensors(tower, pixels, built)
     known = ["grid" if name == "grids" else name for name in VisualTokens.__dataclass_fields__ if name != "size"]
     for name in tensors:
         if name not in known:

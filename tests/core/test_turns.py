@@ -64,7 +64,7 @@ def test_a_new_image_in_turn_two_is_cut_too(family: str, positions: str) -> None
         dropped = sum(one.total - len(one) for one in maps)
         assert cache.get_seq_length() - cache.get_seq_length(0) == dropped
     dialogue = kept_by_hand(model, joined(first, answer, second), maps, positions)[0]
-    assert got[0].tolist() == greedy(model, dialogue, NEW, positions)
+    assert got[0].tolist() == greedy(model, dialogue, NEW)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -79,7 +79,7 @@ def test_a_ragged_batch_takes_new_images_in_turn_two(positions: str) -> None:
         got = second_turn(model, first, answer, second, cache)
         maps = [maps[0], *run.last.keep]
     for row, kept in enumerate(kept_by_hand(model, joined(first, answer, second), maps, positions)):
-        assert got[row].tolist() == greedy(model, kept, NEW, positions)
+        assert got[row].tolist() == greedy(model, kept, NEW)
 
 
 def test_a_prefix_cached_dense_is_continued_with_a_cut_image() -> None:
@@ -91,7 +91,7 @@ def test_a_prefix_cached_dense_is_continued_with_a_cut_image() -> None:
         got = second_turn(model, first, answer, second, cache)
         maps = [KeepMap(torch.arange(36), 36, ((6, 6),)), *run.last.keep]
     dialogue = kept_by_hand(model, joined(first, answer, second), maps, "compact")[0]
-    assert got[0].tolist() == greedy(model, dialogue, NEW, "compact")
+    assert got[0].tolist() == greedy(model, dialogue, NEW)
 
 
 @pytest.mark.parametrize("images", [(1,), (1, 0)])

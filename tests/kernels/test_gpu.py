@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vlmprune.kernels import reference
-from vlmprune.testing.kernel_cases import CASES, check, compare, tensors, to
+from vlmprune.testing.kernel_cases import CASES
+from vlmprune.testing.kernel_check import check, compare, tensors, to
 
 pytestmark = pytest.mark.gpu
 REPEATS = 100

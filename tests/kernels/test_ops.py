@@ -6,10 +6,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -55,6 +57,18 @@ def test_the_op_does_what_the_door_does(name):
     args = cases()[name]
     expected, found = getattr(dispatch, name)(*args), getattr(torch.ops.vlmprune, name)(*args)
     torch.testing.assert_close(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), rtol=0, atol=0)
+
+
+def test_a_budget_above_the_number_of_tokens_takes_them_all():
+    x = drawn(2, 12, 4)
+    for scores, rows in ((SCORES, x), (FakeTensorMode().from_tensor(SCORES), None)):
+        rows = scores.new_empty(2, 12, 4) if rows is None else rows
+        with getattr(scores, "fake_mode", nullcontext()):
+            idx, (y,) = torch.ops.vlmprune.prune(scores, 99, [rows], 1, 2)
+            assert torch.ops.vlmprune.topk_select(scores, 99).shape == idx.shape == (2, 9)
+            assert torch.ops.vlmprune.greedy_maxmin_features(rows, 99, None, "nn")[0].shape == (2, 12)
+        assert y.shape == (2, 12, 4)
+    assert torch.equal(torch.ops.vlmprune.prune(SCORES, 99, [x], 1, 2)[1][0], x)
 
 
 def test_importing_the_package_registers_nothing():

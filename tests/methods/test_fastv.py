@@ -105,6 +105,7 @@ def test_the_kept_tokens_stay_those_of_the_prompt_while_decoding():
         ids = generate(subject.model, inputs, max_new_tokens=8)[0].tolist()
         assert run.last.decode_steps == 7 and run.last.realised_tokens == [9]
     twin = twins(subject, inputs, [36], "original")[0]
-    with masked(twin) as model:
+    twin.logits()
+    with masked(twin.model, twin.kept, twin.merged) as model:
         assert generate(model, inputs, max_new_tokens=8)[0].tolist() == ids
     assert twin.greedy(8, again=True) != ids

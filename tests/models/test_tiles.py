@@ -65,8 +65,8 @@ def check_rows(model: Any, inputs: dict[str, Tensor], spec: str, visual: Tensor)
             hook.remove()
     assert seen[0][0].shape == want.shape
     torch.testing.assert_close(seen[0][0], want, rtol=0, atol=2e-5)
-    kept = Kept(want[None], torch.arange(len(want))[None], inputs["input_ids"].shape[1])
-    assert ids.tolist() == greedy(model, kept, len(ids), "compact")
+    kept = Kept(want[None], torch.arange(len(want))[None])
+    assert ids.tolist() == greedy(model, kept, len(ids))
     assert run.last.realised_tokens == [len(visual)]
     return run.last
 

@@ -22,9 +22,7 @@ def list_methods(
 ) -> None:
     """List the methods, those of installed plug-ins included."""
     if families:
-        from ..models import families as known
-
-        print_json(known()) if as_json else typer.echo("\n".join(known()))
+        _list_families(as_json)
         return
     from .. import registry
 
@@ -51,6 +49,26 @@ def list_methods(
         complain(problem)
     if broken:
         raise typer.Exit(2)
+
+
+def _list_families(as_json: bool) -> None:
+    """What every family can do, as it was measured."""
+    from ..testing.capabilities import table as measured
+
+    rows = measured()["families"]
+    if as_json:
+        print_json(rows)
+        return
+    shown = table("family", "methods", "video", "cannot", "not measured")
+    for family, row in rows.items():
+        methods, able = row["methods"], row["capabilities"]
+        cannot, unknown = ([name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured"))
+        count = f"{sum(cell.startswith('yes') for cell in methods.values())} of {len(methods)}"
+        clips = "yes" if able["video"] == "yes" else "as images"
+        others = ", ".join(name for name in cannot if name != "video")
+        shown.add_row(Text(family, style="bold"), count, clips, others or "-", ", ".join(unknown) or "-")
+    stdout().print(shown)
+    stdout().print("All else works: batches, beams, caches, training; --json has every method and the reasons.", style="dim")
 
 
 def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vlmprune list`.")], as_json: Json = False) -> None:

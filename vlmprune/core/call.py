@@ -76,6 +76,7 @@ class Call:
     given: Any = None  # what the layer that runs now was given, for re-weighting
     marks: dict[int, Any] = field(default_factory=dict)  # per layer, slots that a re-weighting method marked
     marks_before: dict[int, Any] = field(default_factory=dict)  # the same from earlier calls
+    stacked: int = 0  # layers after which features were added to hidden states (DeepStack)
     units: Any = None  # tokens that cuts inside the language model still choose from
 
     def frame(self, layer: int) -> Frame:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read what a method needs from a vision tower that keeps its own fast attention.
 
-One query row of one block is enough for [CLS] attention, so the outputs of that block's q_proj and k_proj are watched and
-the row is recomputed: no eager attention, no attention map, nothing changed on the tower. Hooks are installed once and
+One query row of one block is enough for [CLS] attention, so that block's projections are watched (see :mod:`.tower`) and the row
+is recomputed: no eager attention, no attention map, nothing changed on the tower. Hooks are installed once and
 write to a thread-local record, so that concurrent calls do not see each other.
 """
 
@@ -11,31 +11,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, UnsupportedError
+from .tower import AttentionReader, attention_of, find_blocks, has_cls, prefix_length
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 ATTENTION_NEEDS = ("cls_attention", "received_attention", "keys")
 PROJECTOR_NEEDS = ("encoder_features", "tile_features")
-
-
-def find_blocks(tower: nn.Module) -> nn.ModuleList:
-    """The transformer blocks of a tower, found by structure since attribute paths moved between transformers versions."""
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")]
-    if not lists:
-        raise UnsupportedError(
-            f"no attention blocks found in vision tower {type(tower).__name__}; supported are CLIP and SigLIP towers"
-        )
-    return max(lists, key=len)
-
-
-def has_cls(tower: nn.Module) -> bool:
-    """Whether the tower puts a [CLS] token in front of its patches."""
-    return any(hasattr(module, "class_embedding") for module in tower.modules())
 
 
 def block_index(layer: int, count: int) -> int:
@@ -49,10 +36,10 @@ def block_index(layer: int, count: int) -> int:
 
 
 class VisionCapture:
-    """Watches one vision tower.
+    """Watches one vision tower, or several of the same shape.
 
     Args:
-        tower: the vision module; blocks need ``self_attn`` with ``q_proj``, ``k_proj`` and ``num_heads``.
+        tower: the vision module, or several; see :mod:`.tower` for the forms of attention that can be read.
         needs: any of cls_attention, received_attention, keys, cls_features; with a projector also encoder_features (what
             it is given) and tile_features (what it returns).
         layers: indices into ``hidden_states`` that the model takes its features from (for cls_features).
@@ -62,7 +49,7 @@ class VisionCapture:
 
     def __init__(
         self,
-        tower: nn.Module,
+        tower: nn.Module | Sequence[nn.Module],
         needs: Sequence[str],
         layers: Sequence[int],
         layer: int | None = None,
@@ -70,20 +57,23 @@ class VisionCapture:
     ) -> None:
         self.needs = tuple(needs)
         self.projector = projector
-        self.blocks = find_blocks(tower)
-        self.cls = has_cls(tower)
-        self.layers = [block_index(index, len(self.blocks)) for index in layers]
-        self.layer = self.layers[0] if layer is None else block_index(layer, len(self.blocks))
+        self.towers = [tower] if isinstance(tower, nn.Module) else list(tower)
+        self.cls, self.prefix = has_cls(self.towers[0]), prefix_length(self.towers[0])
         self._local = threading.local()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        attention = self.blocks[self.layer].self_attn
-        missing = [name for name in ("q_proj", "k_proj", "num_heads") if not hasattr(attention, name)]
-        if missing and set(self.needs) & set(ATTENTION_NEEDS):
-            raise UnsupportedError(
-                f"{type(attention).__name__} has no {missing}; attention can be read from CLIP and SigLIP towers only"
-            )
+        # towers without blocks that can be read still serve methods that need nothing of them
+        self.blocks = [find_blocks(one) for one in self.towers] if set(self.needs) & {*ATTENTION_NEEDS, "cls_features"} else []
         if "cls_attention" in self.needs and not self.cls:
-            raise UnsupportedError(f"{type(tower).__name__} has no [CLS] token: use cls='mean', e.g. fastervlm(cls='mean')")
+            raise UnsupportedError(
+                f"{type(self.towers[0]).__name__} has no [CLS] token: use cls='mean', e.g. fastervlm(cls='mean')"
+            )
+        self.layers = [block_index(index, len(self.blocks[0])) for index in layers] if self.blocks else []
+        self.layer = 0
+        if self.blocks:
+            self.layer = self.layers[0] if layer is None else block_index(layer, len(self.blocks[0]))
+        self.readers: list[AttentionReader] = []
+        if set(self.needs) & set(ATTENTION_NEEDS):
+            self.readers = [AttentionReader(attention_of(blocks[self.layer])) for blocks in self.blocks]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -94,13 +84,12 @@ class VisionCapture:
         """Register the hooks."""
         if self._handles:
             raise CaptureError("this capture is installed already")
-        if set(self.needs) & set(ATTENTION_NEEDS):
-            attention = self.blocks[self.layer].self_attn
-            self._handles.append(attention.q_proj.register_forward_hook(self._on_queries))
-            self._handles.append(attention.k_proj.register_forward_hook(self._on_keys))
+        for reader in self.readers:
+            self._handles += reader.install(self._local, partial(self._on_attention, reader))
         if "cls_features" in self.needs and self.cls:
-            for index in sorted(set(self.layers)):
-                self._handles.append(self.blocks[index].register_forward_hook(self._on_block(index)))
+            for blocks in self.blocks:
+                for index in sorted(set(self.layers)):
+                    self._handles.append(blocks[index].register_forward_hook(self._on_block(index)))
         if set(self.needs) & set(PROJECTOR_NEEDS) and self.projector is not None:
             self._handles.append(self.projector.register_forward_hook(self._on_projector))
 
@@ -129,20 +118,22 @@ class VisionCapture:
         self.remove()
         self._scope.__exit__(*error)
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether this thread is inside a ``recording`` block."""
+        return self._record() is not None
+
     def _record(self) -> Record | None:
         return getattr(self._local, "record", None)
 
-    def _on_queries(self, module: nn.Module, args: object, output: Tensor) -> None:
+    def _on_attention(self, reader: AttentionReader, queries: Tensor, keys: Tensor) -> None:
         if (record := self._record()) is not None:
-            record.attend(queries=output.detach())
-
-    def _on_keys(self, module: nn.Module, args: object, output: Tensor) -> None:
-        if (record := self._record()) is not None:
-            record.attend(keys=output.detach())
+            record.attend(reader, queries, keys)
 
     def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if (record := self._record()) is not None:
-            record.found["encoder_features"], record.found["tile_features"] = args[0], output
+            given = {"encoder_features": args[0], "tile_features": output}
+            record.found |= {name: value for name, value in given.items() if name in self.needs}
 
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -166,28 +157,25 @@ class Record:
         self.grad = torch.is_grad_enabled()
         self.rows: dict[int, Tensor] = {}
         self.found: dict[str, Tensor] = {}
-        self._half: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Tensor]] = {}  # one entry per run of the block, or per segment of a packed sequence
 
-    def attend(self, **half: Tensor) -> None:
-        self._half.update(half)
-        if len(self._half) < 2:
-            return
-        queries, keys = self._half.pop("queries"), self._half.pop("keys")  # (T, S, C) each
-        attention = self.capture.blocks[self.capture.layer].self_attn
-        heads = attention.num_heads
-        scale = getattr(attention, "scale", (queries.shape[-1] // heads) ** -0.5)
-        first, needs = int(self.capture.cls), self.capture.needs
-        with torch.no_grad():
-            if "cls_attention" in needs:
-                self.found["cls_attention"] = row_attention(queries[:, 0], keys, heads, scale)[..., 1:]
-            if "received_attention" in needs:
-                self.found["received_attention"] = received_attention(queries, keys, heads, scale)[:, first:]
-            if "keys" in needs:
-                self.found["keys"] = keys.unflatten(-1, (heads, -1)).float().mean(2)[:, first:]
+    def attend(self, reader: AttentionReader, queries: Tensor, keys: Tensor) -> None:
+        """Take what is needed from queries and keys (T, S, H, d)."""
+        scale, first, needs = reader.scale(queries.shape[-1]), self.capture.prefix, self.capture.needs
+        if "cls_attention" in needs:
+            row = row_attention(queries[:, 0].flatten(1), keys.flatten(2), reader.heads, scale)
+            self._parts.setdefault("cls_attention", []).append(row[..., first:])
+        if "received_attention" in needs:
+            received = received_attention(queries, keys, scale)[:, first:]
+            self._parts.setdefault("received_attention", []).append(received)
+        if "keys" in needs:
+            self._parts.setdefault("keys", []).append(keys.float().mean(2)[:, first:])
 
     def take(self) -> dict[str, Tensor]:
         """The captured tensors, one entry per need; raises when the tower did not run."""
         found = dict(self.found)
+        for name, parts in self._parts.items():  # segments of one packed sequence follow each other
+            found[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if "cls_features" in self.capture.needs and self.capture.cls and len(self.rows) == len(set(self.capture.layers)):
             found["cls_features"] = torch.cat([self.rows[index] for index in self.capture.layers], dim=-1)  # (T, 1, C)
         expected = [
@@ -215,11 +203,14 @@ def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tens
     return logits.softmax(dim=1).transpose(1, 2)
 
 
-def received_attention(queries: Tensor, keys: Tensor, heads: int, scale: float, rows: int = 16) -> Tensor:
-    """Attention received by each token (T, S), mean over queries and heads, in float32; never holds an S x S map."""
-    keys = keys.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).float()  # (T, H, d, S)
+def received_attention(queries: Tensor, keys: Tensor, scale: float, rows: int = 16) -> Tensor:
+    """Attention received by each token (T, S) of queries and keys (T, S, H, d), mean over queries and heads, in float32.
+
+    Never holds an S x S map.
+    """
+    keys = keys.permute(0, 2, 3, 1).float()  # (T, H, d, S)
     total = torch.zeros(keys.shape[0], keys.shape[-1], device=keys.device)
     for chunk in queries.split(rows, dim=1):
-        chunk = chunk.unflatten(-1, (heads, -1)).transpose(1, 2).float() * scale  # (T, H, rows, d)
+        chunk = chunk.transpose(1, 2).float() * scale  # (T, H, rows, d)
         total += (chunk @ keys).softmax(dim=-1).sum(dim=(1, 2))
-    return total / (heads * queries.shape[1])
+    return total / (queries.shape[1] * queries.shape[2])

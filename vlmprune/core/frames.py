@@ -22,7 +22,7 @@ class Frame:
         start: first layer of the group.
         past: (B, P) bool, validity of the slots held before this call.
         fed: (B, n) bool, validity of the slots fed in this call.
-        position_ids: (B or 1, n).
+        position_ids: (B or 1, n); (3 or 4, B, n) where tokens have places in a picture (M-RoPE), four with their numbers first.
         lost: (B,) tokens compacted away so far in this group, past turns included.
         maskless: the mask may stay None: everything is valid and one token is fed.
     """
@@ -55,7 +55,8 @@ class Frame:
     def angles(self, language_model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin of this frame, made once."""
         if self._angles is None:
-            self._angles = language_model.rotary_emb(hidden, self.position_ids)
+            places = self.position_ids[1:] if self.position_ids.shape[:-2] == (4,) else self.position_ids
+            self._angles = language_model.rotary_emb(hidden, places)
         return self._angles
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:

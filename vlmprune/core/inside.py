@@ -230,15 +230,15 @@ class InsideHost:
         row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
         past = attention.shape[-1] - hidden.shape[1]
         picked = attention[row].gather(3, (at + past)[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
-        frame = call.frame(source.index)
-        numbers = frame.position_ids.expand(hidden.shape[0], -1)[row]
+        places, language_model = call.frame(source.index).position_ids, self.session.adapter.language_model
+        numbers = places.expand(hidden.shape[0], -1)[row] if places.ndim == 2 else None  # M-RoPE knows no single position
         return VisualTokens(
             features=hidden[row[:, None], at],
             text_attention=picked,
             query_mask=given[row],
-            query_positions=numbers.gather(1, rows[row]),
-            positions=numbers.gather(1, at),
-            rotary_frequencies=getattr(self.session.adapter.language_model.rotary_emb, "inv_freq", None),
+            query_positions=None if numbers is None else numbers.gather(1, rows[row]),
+            positions=None if numbers is None else numbers.gather(1, at),
+            rotary_frequencies=None if numbers is None else getattr(language_model.rotary_emb, "inv_freq", None),
             grids=spans[0].blocks,
             ordinal=torch.tensor([span.ordinal for span in spans]),
             stage=self.layers.index(index),

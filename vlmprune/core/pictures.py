@@ -146,4 +146,8 @@ def _slice(picture: Picture, name: str, index: Tensor, crop: int | None) -> Tens
     value = picture.tensors[name]
     if name == "cls_features":
         return value if crop is None else value[crop : crop + 1]
-    return value if index.shape[0] == value.shape[0] else value[index.to(value.device)]
+    if index.shape[0] == picture.count:
+        return value
+    if value.shape[0] != picture.count:  # r encoder patches behind every token
+        return value.unflatten(0, (picture.count, -1))[index.to(value.device)].flatten(0, 1)
+    return value[index.to(value.device)]

@@ -82,10 +82,12 @@ class ReweightHost:
             edited = self.method.reweight(attention, marks.marked & given.valid, marks.visual & given.valid)
             change = torch.where(real[:, None, :, None], edited - attention, 0.0)
         moved = given.weigh(change)  # (B, R, H * d)
-        projected = nn.functional.linear(
-            moved.to(module.o_proj.weight.dtype), module.o_proj.weight
-        )  # its bias is in the output already
         states = output[0] if isinstance(output, tuple) else output
+        moved = moved.to(states.dtype)
+        # through the module, which may be an adapter or have its weights elsewhere; a bias is in the output already
+        projected = module.o_proj(moved)
+        if getattr(module.o_proj, "bias", None) is not None:
+            projected = projected - module.o_proj(torch.zeros_like(moved[:1, :1]))
         states = states.clone()
         batch = torch.arange(states.shape[0], device=states.device)[:, None]
         states.index_put_((batch.expand_as(rows), rows), projected.to(states.dtype), accumulate=True)

@@ -6,6 +6,7 @@
                                     transformers may encode long before it calls forward
       inner.forward                 opens and closes the call record (also after an exception)
         language_model              entrance: cut, masks, positions; exit: full length again, cache bookkeeping
+          _deepstack_process    wrapped where there is one: features that are added after a layer follow the cuts
     model.create_masks_for_generate wrapped: static caches keep the 2-D mask, so that masks are made in the cut frame
 
 Call state is thread-local and dies with the call; after ``detach`` the model is exactly what it was.
@@ -13,7 +14,6 @@ Call state is thread-local and dies with the call; after ``detach`` the model is
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import weakref
@@ -33,63 +33,10 @@ from .inside import InsideHost
 from .pictures import Picture
 from .report import Report
 from .reweight import ReweightHost
+from .wrappers import Encode, KeepMask2D, Stacked, Wrapper, riders
 
-MARK = "_vlmprune_pictures"  # attribute that pictures ride on
 # generate looks these up on the model; the second exists on a few families of transformers 4.57
 MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
-
-
-class _Wrapper:
-    """A bound method replaced on one instance; refuses to be copied with its model."""
-
-    def __init__(self, session: Session, original: Any) -> None:
-        functools.update_wrapper(self, original)  # generate inspects the signature
-        self.session, self.original = session, original
-
-    def __deepcopy__(self, memo: dict) -> None:
-        raise UnsupportedError(
-            "a model cannot be copied while pruning is attached: the copy would still use the original; detach first"
-        )
-
-    def __reduce__(self) -> None:
-        raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
-
-
-class _Encode(_Wrapper):
-    """Wraps get_image_features or get_video_features."""
-
-    def __init__(self, session: Session, original: Any, modality: Any) -> None:
-        super().__init__(session, original)
-        self.modality = modality
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session = self.session
-        if not session.enabled:
-            return self.original(*args, **kwargs)
-        if session.serve is not None:
-            return self._hand_over(*session.serve(self.modality))
-        arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
-        arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))  # 4.57 names pixels of clips otherwise
-        session.adapter.check(arguments, self.modality)
-        with session.capture.recording() as record:
-            output = self.original(*args, **kwargs)
-        return self._hand_over(output, session.adapter.pictures(self.modality, output, arguments, record.take()))
-
-    def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:
-        if hasattr(output, "pooler_output"):
-            setattr(output, MARK, pictures)
-        call = self.session.call
-        if call is not None:
-            call.pictures[self.modality.name] = pictures
-            call.report.fire("encode")
-        return output
-
-
-class _KeepMask2D(_Wrapper):
-    """Wraps what makes 4-D masks for static caches: they are made inside the language model, where the cut frame is known."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]
 
 
 class Session:
@@ -110,6 +57,17 @@ class Session:
         strict: bool = False,
     ) -> None:
         slots = by_stage(plans)
+        if positions is not None and positions not in adapter.positions:
+            raise UnsupportedError(
+                f"positions={positions!r} has no meaning for {adapter.model_type}, whose tokens have places in a picture and not "
+                f"in a sequence; use positions={adapter.positions[0]!r}, its default"
+            )
+        shards = getattr(adapter.model, "_tp_size", None) or 1
+        if shards > 1 and set(slots) - {"before_lm"}:
+            raise UnsupportedError(
+                f"{spec!r} reads attention heads of the language model, which tensor parallel spreads over {shards} processes: "
+                "each would keep other tokens; prune before the language model, e.g. with 'fastervlm@64'"
+            )
         self.adapter, self.spec, self.strict, self.override = adapter, spec, strict, positions
         self.method, self.budget = next(slots[stage] for stage in ("before_lm", "inside_lm", "attention") if stage in slots)
         self.enabled = True
@@ -145,8 +103,9 @@ class Session:
         return self.policy(self.method)
 
     def policy(self, method: Method) -> str:
-        """Position policy of a method in this session."""
-        return self.override or method.positions
+        """Position policy of a method in this session; a family that knows one only imposes it."""
+        allowed = self.adapter.positions
+        return self.override or (method.positions if method.positions in allowed else allowed[0])
 
     @property
     def call(self) -> Call | None:
@@ -160,15 +119,18 @@ class Session:
         inner, model = self.adapter.inner, self.adapter.model
         for modality in self.adapter.modalities:
             other = inner.__dict__.get(modality.encode)
-            if isinstance(other, _Wrapper):
+            if isinstance(other, Wrapper):
                 raise InvariantError(f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first")
         try:
             for modality in self.adapter.modalities:
-                self._wrap(inner, modality.encode, _Encode(self, getattr(inner, modality.encode), modality))
+                self._wrap(inner, modality.encode, Encode(self, getattr(inner, modality.encode), modality))
             for name in MASK_MAKERS:
                 if name == MASK_MAKERS[0] or hasattr(model, name):
-                    self._wrap(model, name, _KeepMask2D(self, getattr(model, name, create_masks_for_generate)))
+                    self._wrap(model, name, KeepMask2D(self, getattr(model, name, create_masks_for_generate)))
             language_model = self.adapter.language_model
+            if self.adapter.deepstack is not None:
+                name = self.adapter.deepstack
+                self._wrap(language_model, name, Stacked(self, getattr(language_model, name)))
             self._handles = [
                 inner.register_forward_pre_hook(self._open, with_kwargs=True),
                 inner.register_forward_hook(self._close, always_call=True),
@@ -190,7 +152,7 @@ class Session:
         self.attached = True
         return self
 
-    def _wrap(self, module: nn.Module, name: str, wrapper: _Wrapper) -> None:
+    def _wrap(self, module: nn.Module, name: str, wrapper: Wrapper) -> None:
         if name in module.__dict__:
             raise InvariantError(
                 f"{type(module).__name__}.{name} is replaced on the instance already; undo that before attaching"
@@ -242,7 +204,7 @@ class Session:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
             if encoded is None or not self.enabled:
                 continue
-            pictures = getattr(encoded, MARK, None)
+            pictures = riders(encoded)
             if pictures is None:
                 raise CaptureError(
                     f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached "

@@ -50,15 +50,14 @@ def forced(backend: str | None) -> str:
 def implementation(name: str, like: Tensor, backend: str | None, ordered: bool = False) -> Callable[..., Any]:
     """The function that does ``name`` to validated arguments such as ``like``."""
     wanted = forced(backend)
-    obstacle = "" if wanted in ("reference", "torch") else _obstacle(name, like, ordered)
-    if wanted == "triton" and obstacle:
+    if wanted == "triton" and (obstacle := _obstacle(name, like, ordered)):
         raise UnsupportedError(f"backend 'triton' cannot do {name}: {obstacle}. Use backend 'torch', or name none")
     if wanted == "reference" or like.numel() == 0:  # a kernel needs something to do
         return getattr(reference, name)
     # not measured on a GPU yet: by the estimates, Triton is ahead wherever it can run
-    if wanted == "triton" or (not wanted and not obstacle and like.device.type == "cuda"):
+    if wanted == "triton" or (not wanted and like.is_cuda and not _obstacle(name, like, ordered)):
         return _launcher(name, like, wanted)
-    found = getattr(cpu if like.device.type == "cpu" else eager, name)
+    found = getattr(cpu if like.is_cpu else eager, name)
     return partial(found, ordered=ordered) if name == "unprune" else found
 
 

@@ -36,6 +36,7 @@ __all__ = [
 
 _RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
+_PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in their place
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
@@ -264,15 +265,18 @@ def _run(
     ordered: bool = False,
 ) -> Any:
     """Straight to the implementation, or through ``torch.ops`` where something looks on: a compiler, autograd, a fake mode."""
-    compiling = torch.compiler.is_compiling()
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    if not compiling and not recorded and all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors):
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    recorded = grad and any([x.requires_grad for x in differentiable])
+    if not compiling and not recorded and all([x is None or type(x) in _PLAIN for x in tensors]):
         if name in ("gather_rows", "unprune"):
             n = args[2] if name == "unprune" else args[0][0].shape[1]
             checks.inside(args[1], n)
         like = args[0][0] if name == "gather_rows" else args[0]
-        with torch.no_grad():
-            return implementation(name, like, backend, ordered)(*args)
+        run = implementation(name, like, backend, ordered)
+        if not (grad and any([x is not None and x.requires_grad for x in tensors])):
+            return run(*args)
+        with torch.no_grad():  # entering it takes as long as a small kernel
+            return run(*args)
     from . import ops
 
     # what use() says is read when a compiled function runs; a gradient runs elsewhere, so that it is told

@@ -12,6 +12,8 @@ from .triton_launch import MAX_BLOCK, block_of, launch, launch_steps, next_power
 from .triton_steps import dpp_step_kernel, maxmin_step_kernel
 
 _HISTORY = 200 * 1024  # bytes of a decomposition that one program reads over and over; a longer one is worth a launch per pick
+_DPP_BLOCK = 4096  # tokens that one program holds with rows of the decomposition; more spill
+_DPP_ROWS = 8
 _PROGRAMS = 1024  # per batch entry of a step: each reads what all of them left
 _SIMILARITIES = 2**25  # held at a time, to find nearest neighbours by features
 _TILE = 4096
@@ -120,12 +122,12 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch, n = sim.shape[:2]
     k = min(k, n)
     sim = _rows_contiguous(sim)
-    if n > MAX_BLOCK or 4 * k * n > _HISTORY:
+    if n > min(_DPP_BLOCK, MAX_BLOCK) or 4 * k * n > _HISTORY:
         return _dpp_steps(sim, relevance, k, features=False)
     order, gain = _outputs(sim, k)
     block = block_of(n)
     history = torch.empty(batch, k, block, dtype=torch.float32, device=sim.device)
-    shape = (n, k, sim.stride(0), sim.stride(1), RESIDUAL, block, 8 if block <= 4096 else 4)
+    shape = (n, k, sim.stride(0), sim.stride(1), RESIDUAL, block, _DPP_ROWS)
     launch(
         dpp_kernel, batch, sim, relevance.contiguous(), history, order, gain, *shape, num_warps=min(16, 2 * warps(block))
     )  # fmt: skip

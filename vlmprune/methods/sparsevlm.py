@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.base import Merged, Method, Stage, one_of
 from ..core.tokens import VisualTokens
-from ..errors import SpecError
+from ..errors import SpecError, UnsupportedError
 from ..kernels import dispatch
 from ..registry import register
 from .clustering import cluster_means, density_peaks
@@ -92,6 +92,14 @@ class SparseVLM(Method):
                 n = kept + (cluster_count(n - kept) if self.recycles else 0)
             found.append(Stage(layer + 1, n, source=layer))
         return tuple(found)
+
+    def check_model(self, config: Any) -> None:
+        rope = getattr(getattr(config, "text_config", None), "rope_parameters", None) or {}
+        if self.version == "plus" and "mrope_section" in rope:
+            raise UnsupportedError(
+                f"sparsevlm(version=plus) divides by a bias of positions in a sequence, but tokens of {config.model_type} have "
+                "places in a picture: use sparsevlm(version=v1.5)"
+            )
 
     def raters(self, text: Tensor, visual: Tensor) -> Tensor:
         affinity = rater_affinity(text, visual)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,25 @@ _ADAPTERS = {
     "llava": "llava:LlavaAdapter",
     "vipllava": "llava:VipLlavaAdapter",
     "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_next_video": "llava_video:LlavaNextVideoAdapter",
     "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+    "video_llava": "llava_video:VideoLlavaAdapter",
+    "internvl": "internvl:InternVLAdapter",
+    "qwen2_vl": "qwen_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "qwen_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": "qwen_vl:Qwen3VLAdapter",
+    "idefics3": "idefics3:Idefics3Adapter",
+    "fast_vlm": "fast_vlm:FastVlmAdapter",
+    "smolvlm": "idefics3:SmolVLMAdapter",
+}
+# families that were never tried where generate does not encode pictures by itself, which is before transformers 5.20
+_RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
+# families that are known and cannot be cut, and why
+_REFUSED = {
+    "paligemma": "image tokens of its prefix attend both ways, in masks that are made before the language model",
+    "gemma3": "image tokens attend both ways, in masks that are made before the language model",
+    "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
+    "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
 }
 
 
@@ -43,14 +63,28 @@ def adapter_for(model: Any) -> Adapter:
             f"{type(model).__name__} (model type {model_type!r}) has no vision tower; "
             f"supported families: {families()}"
         )
+    if model_type in _REFUSED:
+        raise UnsupportedError(
+            f"model type {model_type!r} is not supported: {_REFUSED[model_type]}. Run it dense, choose tokens of tensors of your "
+            f"own with vlmprune.select, or use one of {families()}"
+        )
     if model_type not in _ADAPTERS:
         raise UnsupportedError(
             f"model type {model_type!r} is not supported; "
             f"families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}"
         )
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), "language_model"):
+    module, name = _ADAPTERS[model_type].split(":")
+    adapter = getattr(import_module(f".{module}", __name__), name)
+    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
         )
-    module, name = _ADAPTERS[model_type].split(":")
-    return getattr(import_module(f".{module}", __name__), name)(model)
+    if too_old(model_type, type(model)):
+        here = version("transformers")
+        raise UnsupportedError(f"{model_type} is supported from transformers 5.20 on; this is {here}, install a newer one")
+    return adapter(model)
+
+
+def too_old(model_type: str, model_class: type) -> bool:
+    """Whether the class of a model is of a transformers version that its family was not tried with."""
+    return model_type in _RECENT and "mm_encoder_outputs" not in signature(model_class.forward).parameters

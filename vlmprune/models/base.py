@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import VisionCapture, has_cls
+from ..core.capture import PROJECTOR_NEEDS, VisionCapture
 from ..core.pictures import Picture, Tiles
+from ..core.tower import has_cls
 from ..errors import CaptureError, UnsupportedError
-
-TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 @dataclass(frozen=True)
@@ -32,26 +31,40 @@ class Modality:
     token: str  # config attribute with the placeholder id
 
 
+IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
+VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
+
+
 class Adapter:
     """Base of all adapters: LLaVA-like models with one vision tower, a token-wise projector and a language model."""
 
     model_type: ClassVar[str] = ""
-    modalities: ClassVar[tuple[Modality, ...]] = (Modality("image", "get_image_features", "pixel_values", "image_token_id"),)
+    modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
     view: ClassVar[str] = "center"  # how the usual processor maps the picture to the model's view
+    # attributes of the inner model
+    text: ClassVar[str] = "language_model"
+    tower: ClassVar[str] = "vision_tower"
+    connector: ClassVar[str] = "multi_modal_projector"
+    towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")  # model types that it may have
+    # what position ids may be after a cut; the first is taken where a method wants another one
+    positions: ClassVar[tuple[str, ...]] = ("compact", "original")
+    deepstack: ClassVar[str | None] = None  # method of the language model that adds features to hidden states after a layer
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.inner: nn.Module = model.model
-        self.language_model: nn.Module = self.inner.language_model
-        self.vision_tower: nn.Module = self.inner.vision_tower
-        self.projector: nn.Module = self.inner.multi_modal_projector
+        self.language_model: nn.Module = getattr(self.inner, self.text)
+        self.vision_tower: nn.Module = getattr(self.inner, self.tower)
+        self.projector: nn.Module = self._projector()
         vision = model.config.vision_config
-        if vision.model_type not in TOWERS:
+        if vision.model_type not in self.towers:
             raise UnsupportedError(
-                f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are {list(TOWERS)}"
+                f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are {list(self.towers)}"
             )
-        self.side = vision.image_size // vision.patch_size
         self.cls = has_cls(self.vision_tower)
+
+    def _projector(self) -> nn.Module:
+        return getattr(self.inner, self.connector)
 
     @property
     def config(self) -> Any:
@@ -63,6 +76,12 @@ class Adapter:
         layer = self.config.vision_feature_layer
         return [layer] if isinstance(layer, int) else list(layer)
 
+    @property
+    def side(self) -> int:
+        """Patches along each side of a crop."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
     def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
         """A capture for this model's tower and projector."""
         return VisionCapture(self.vision_tower, needs, self.layers, layer, self.projector)
@@ -72,25 +91,38 @@ class Adapter:
 
     # what a family may override -------------------------------------------------------------------------------------
 
+    def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """(length, D) features of every picture, in order."""
+        return feature_list(output)
+
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
-        """How many crops (tower inputs) each picture has, in order; they sum to ``total``."""
+        """How many crops (tower inputs) each picture has, in order."""
         return [1] * total
 
-    def pack(
-        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
-    ) -> list[Tensor]:
-        """Per picture (crops, n, channels) -> (length, channels) through the model's own geometry, NaN for newlines.
+    def grid(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """(rows, cols) of patches in every crop of a picture."""
+        return self.side, self.side
 
-        ``numbers`` are the positions of the pictures in the call, to look up their sizes.
-        """
-        return [picture[0] for picture in crops]
+    def divide(
+        self, modality: Modality, value: Tensor, counts: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """What was captured of all pictures (T, n, channels) as one (crops, n, channels) per picture."""
+        return value.split(list(counts))
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        """(crops, n, channels) of a picture -> (length, channels) through the model's own geometry, NaN for newlines."""
+        return crops[0]
+
+    def projects_tokens(self, modality: Modality) -> bool:
+        """Whether the projector comes after that geometry or is part of it, so that what it reads needs no packing."""
+        return False
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """(across, down) detail crops of a tiled picture."""
         raise UnsupportedError(f"{self.model_type} has no tiles")
 
-    def grids(self, modality: Modality, special: Tensor, crops: int) -> tuple[tuple[int, int], ...]:
-        """Rectangular blocks of the patches; ``special`` (length,) marks slots that are not patches."""
+    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Rectangular blocks of tokens; ``special`` (length,) marks slots that are not patches, ``grid`` is that of a crop."""
         return tile_grids(special, self.side)
 
     # what the core calls --------------------------------------------------------------------------------------------
@@ -98,13 +130,7 @@ class Adapter:
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
-        if pixels is not None and (not isinstance(pixels, Tensor) or pixels.ndim < 4):
-            given = f"has shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"is a {type(pixels).__name__}"
-            raise CaptureError(f"{modality.pixels} {given}; expected (images, [crops,] channels, height, width) as processed")
-        if pixels is not None and pixels.numel() == 0:
-            raise CaptureError(
-                f"{modality.pixels} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
-            )
+        check_pixels(modality.pixels, pixels, 4, "(images, [crops,] channels, height, width)")
         for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLLaVA has the plural before transformers 5
             layer, held = arguments.get(name), getattr(self.config, name, None)
             if layer is not None and layer != held:
@@ -113,67 +139,74 @@ class Adapter:
     def pictures(
         self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
     ) -> list[Picture]:
-        """Describe every picture of one encoder call; ``found`` holds captured tensors (crops, n, channels)."""
-        features = feature_list(output)
+        """Describe every picture of one encoder call; ``found`` holds captured tensors (T, n, channels), T crops."""
         found = dict(found)
-        cls_features = found.pop("cls_features", None)  # (T, 1, C)
-        tile_features = found.pop("tile_features", None)  # (T, n, D)
         if "cls_attention" in found:
             found["cls_attention"] = found["cls_attention"].transpose(1, 2)  # (T, n, H)
         if "received_attention" in found:
             found["received_attention"] = found["received_attention"][..., None]
-        n = self.side * self.side
-        extra = {}  # quantities read at the projector may still have their [CLS] row
-        for name, value in found.items():
-            extra[name] = value[:, value.shape[1] - n :]
-        counts = self.crops(modality, arguments, len(features))
-        channels = torch.cat([value.float() for value in extra.values()], dim=-1) if extra else None
-        if channels is not None and not bool(channels.isfinite().all()):  # NaN would be taken for a newline below
-            bad = sorted(name for name, value in extra.items() if not bool(value.isfinite().all()))
+        if found and not bool(torch.stack([value.isfinite().all() for value in found.values()]).all()):  # NaN marks newlines
+            bad = sorted(name for name, value in found.items() if not bool(value.isfinite().all()))
             raise CaptureError(f"{modality.pixels} gave {bad}, not finite; check the pixels, and the tower for overflow")
+        features = self.features(modality, output, arguments)
+        counts = self.crops(modality, arguments, len(features))
+        parts = {name: self.divide(modality, value, counts, arguments) for name, value in found.items()}
         pictures = []
-        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        for number, (start, count) in enumerate(zip(starts, counts, strict=False)):
-            pick = slice(start, start + count)
-            pack = partial(self._pack_one, modality, number, count, arguments, features[number])
-            packed = pack(torch.zeros(count, n, 1) if channels is None else channels[pick])  # (length, channels)
-            special = packed[:, 0].isnan()
-            patches = (~special).nonzero()[:, 0]
-            tensors = {}
-            widths = [value.shape[-1] for value in extra.values()]
-            if channels is not None:
-                for name, value in zip(extra, packed[patches].split(widths, dim=-1), strict=True):
-                    tensors[name] = value.to(extra[name].dtype)
-            if cls_features is not None:
-                tensors["cls_features"] = cls_features[pick, 0]
-            tiles = None
-            if tile_features is not None and count > 1 and modality.name == "image":
-                raw = {name: value[pick] for name, value in extra.items()}
-                raw["features"] = tile_features[pick][:, -n:]
-                if cls_features is not None:
-                    raw["cls_features"] = cls_features[pick]
-                tiles = Tiles(raw, (self.side, self.side), self.layout(number, arguments))
-            grids = self.grids(modality, special, count)
-            pictures.append(
-                Picture(
-                    length=features[number].shape[0],
-                    patches=patches,
-                    features=features[number],
-                    grids=grids,
-                    tensors=tensors,
-                    crops=partial(_crop_of, pack, patches, count, n),
-                    tiles=tiles,
-                    frames=modality.name == "video",
-                    view=self.view,
-                )
-            )
+        for number, count in enumerate(counts):
+            own = {name: part[number] for name, part in parts.items()}
+            pictures.append(self._picture(modality, number, features[number], count, own, arguments))
         return pictures
+
+    def _picture(
+        self,
+        modality: Modality,
+        number: int,
+        features: Tensor,
+        count: int,
+        found: dict[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> Picture:
+        """One picture of ``count`` crops; ``found`` holds (count, n, channels) of it."""
+        grid = self.grid(modality, number, arguments)
+        n = grid[0] * grid[1]
+        pack = partial(self._pack_one, modality, number, count, arguments, features)
+        cls_features, tile_features = found.pop("cls_features", None), found.pop("tile_features", None)
+        tensors: dict[str, Tensor] = {}
+        if self.projects_tokens(modality):
+            tensors = {name: found.pop(name).flatten(0, 1) for name in PROJECTOR_NEEDS if name in found}
+        raw = {name: value[:, value.shape[1] - n :] for name, value in found.items()}  # [CLS] rows may stand in front
+        channels = torch.cat([value.float() for value in raw.values()], dim=-1) if raw else None
+        packed = pack(torch.zeros(count, n, 1) if channels is None else channels)  # (length, channels)
+        special = packed[:, 0].isnan()
+        patches = (~special).nonzero()[:, 0]
+        if raw:
+            carried = packed[patches].split([value.shape[-1] for value in raw.values()], dim=-1)
+            tensors |= {name: value.to(raw[name].dtype) for name, value in zip(raw, carried, strict=True)}
+        tiles = None
+        if tile_features is not None and count > 1 and modality.name == "image":
+            whole = raw | {"features": tile_features[:, -n:]}
+            if cls_features is not None:
+                whole["cls_features"] = cls_features
+            tiles = Tiles(whole, grid, self.layout(number, arguments))
+        if cls_features is not None:
+            tensors["cls_features"] = cls_features[:, 0]
+        return Picture(
+            length=features.shape[0],
+            patches=patches,
+            features=features,
+            grids=self.grids(modality, special, count, grid),
+            tensors=tensors,
+            crops=partial(_crop_of, pack, patches, count, n),
+            tiles=tiles,
+            frames=modality.name == "video",
+            view=self.view,
+        )
 
     def _pack_one(
         self, modality: Modality, number: int, count: int, arguments: Mapping[str, Any], features: Tensor, channels: Tensor
     ) -> Tensor:
         """Pack one picture's channels and check them against its features; a [CLS] token that the model reads is NaN too."""
-        packed = self.pack(modality, [channels], [number], arguments)[0]
+        packed = self.pack(modality, channels, number, arguments)
         if packed.shape[0] == features.shape[0] - 1 and self.cls and count == 1:
             packed = torch.cat([packed.new_full((1, packed.shape[1]), torch.nan), packed])
         if packed.shape[0] != features.shape[0]:
@@ -182,6 +215,17 @@ class Adapter:
                 f"this {self.model_type} lays its tokens out in a way that is not supported"
             )
         return packed
+
+
+def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
+    """Refuse pixels of the wrong form; None is no pixels."""
+    if pixels is None:
+        return
+    if not isinstance(pixels, Tensor) or pixels.ndim < axes:
+        given = f"has shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"is a {type(pixels).__name__}"
+        raise CaptureError(f"{name} {given}; expected {expected} as processed")
+    if pixels.numel() == 0:
+        raise CaptureError(f"{name} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch")
 
 
 def _crop_of(pack: Callable[[Tensor], Tensor], patches: Tensor, count: int, n: int) -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,12 +46,10 @@ class LlavaNextAdapter(Adapter):
             for s in arguments["image_sizes"]
         ]
 
-    def pack(
-        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
-    ) -> list[Tensor]:
-        sizes = [arguments["image_sizes"][number] for number in numbers]
-        newline = torch.full(crops[0].shape[-1:], torch.nan, device=crops[0].device)
-        return self.inner.pack_image_features(list(crops), sizes, image_newline=newline, **self._options(arguments))[0]
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        newline = torch.full(crops.shape[-1:], torch.nan, device=crops.device)
+        size = [arguments["image_sizes"][number]]
+        return self.inner.pack_image_features([crops], size, image_newline=newline, **self._options(arguments))[0][0]
 
     def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.pictures import Picture
 from ..errors import CaptureError
-from .base import Modality
+from .base import IMAGE, VIDEO, Modality
 from .llava_next import LlavaNextAdapter
 
 
@@ -20,10 +20,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     """LlavaOnevisionForConditionalGeneration: images and video. Several images of one prompt are one crop each."""
 
     model_type = "llava_onevision"
-    modalities = (
-        Modality("image", "get_image_features", "pixel_values", "image_token_id"),
-        Modality("video", "get_video_features", "pixel_values_videos", "video_token_id"),
-    )
+    modalities = (IMAGE, VIDEO)
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         super().check(arguments, modality)
@@ -42,13 +39,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
 
-    def pack(
-        self, modality: Modality, crops: Sequence[Tensor], numbers: Sequence[int], arguments: Mapping[str, Any]
-    ) -> list[Tensor]:
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if modality.name != "video":
-            return super().pack(modality, crops, numbers, arguments)
-        pooled = [self.inner.apply_pooling(clip).flatten(0, 1) for clip in crops]  # (frames * n', channels)
-        return [torch.cat([clip, clip.new_full((1, clip.shape[1]), torch.nan)]) for clip in pooled]
+            return super().pack(modality, crops, number, arguments)
+        pooled = self.inner.apply_pooling(crops).flatten(0, 1)  # (frames * n', channels)
+        return torch.cat([pooled, pooled.new_full((1, pooled.shape[1]), torch.nan)])
 
     def pictures(
         self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
@@ -58,8 +53,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             output = torch.cat([output, newline.expand(output.shape[0], 1, -1)], dim=1)
         return super().pictures(modality, output, arguments, found)
 
-    def grids(self, modality: Modality, special: Tensor, crops: int) -> tuple[tuple[int, int], ...]:
+    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         if modality.name != "video":
-            return super().grids(modality, special, crops)
+            return super().grids(modality, special, crops, grid)
         side = math.ceil(self.side / 2)
         return ((side, side),) * crops

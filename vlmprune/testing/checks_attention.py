@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..api import prune
 from .conformance import RAGGED, Subject, expect, generate
-from .reference import kept_by_hand, merged_embeddings
+from .reference import dense_rows, kept_by_hand, language_model
 from .reference_attention import AttentionTwin, visual_columns
 
 
@@ -15,14 +13,14 @@ def edit_equals_eager_twin(subject: Subject) -> None:
     """Greedy answers of a ragged batch equal those of an eager model whose maps are edited, token by token."""
     model, inputs = subject.fresh_model(), subject.inputs(RAGGED)
     model.set_attn_implementation("eager")
-    embeds = merged_embeddings(model, inputs)
-    method = subject.method.prepare(model.model.language_model)
+    rows = dense_rows(model, inputs)
+    method = subject.method.prepare(language_model(model))
     with subject.prune() as run:
         ids = generate(subject.model, inputs)
         expect(not run.last.pruned and sum(run.last.dense_tokens) > 0, f"nothing may be cut: {run.last}")
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
-        twin = AttentionTwin(model, method, embeds[row : row + 1, mask], visual, torch.arange(int(mask.sum()))[None])
+        twin = AttentionTwin(model, method, rows[row], visual)
         want = twin.greedy(ids.shape[1])
         expect(ids[row].tolist() == want, f"row {row}: answer {ids[row].tolist()}, twin {want}")
 
@@ -31,15 +29,15 @@ def composes_with_a_cut(subject: Subject) -> None:
     """Beside a cut before the language model the edit works on the kept sequence."""
     model, inputs = subject.fresh_model(), subject.inputs((1,))
     model.set_attn_implementation("eager")
-    method = subject.method.prepare(model.model.language_model)
+    method = subject.method.prepare(language_model(model))
     with prune(subject.model, f"{subject.spec}+uniform@9") as run:
         ids = generate(subject.model, inputs)[0].tolist()
     expect(run.last.realised_tokens == [9], f"{run.last.realised_tokens} tokens kept, expected [9]")
     plain = visual_columns(model, inputs["input_ids"][0])
-    kept = kept_by_hand(model, inputs, run.last.keep, "compact")[0]
+    kept = kept_by_hand(model, inputs, run.last.keep, run.policy(run.before[0]))[0]
     first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
     visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
-    want = AttentionTwin(model, method, kept.embeds, visual, kept.positions).greedy(len(ids))
+    want = AttentionTwin(model, method, kept, visual).greedy(len(ids))
     expect(ids == want, f"answer {ids}, twin {want}")
 
 

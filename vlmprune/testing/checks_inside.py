@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from .conformance import RAGGED, Subject, close, expect, generate, shared_model
-from .reference import merged_embeddings, placeholder_columns
+from .reference import dense_rows, language_model, merged_embeddings, placeholder_columns
 from .reference_inside import Twin, masked, slides
 from .tiny import tiny_row
-
-POLICIES = ("compact", "original")
 
 
 @lru_cache(maxsize=16)
@@ -34,7 +32,7 @@ def eager_model(family: str, tower: str | None, text: str | None) -> Any:
 def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], policy: str) -> list[Twin]:
     """One twin per row; ``counts`` are the patches of the pictures in the order in which they stand in the batch."""
     model = eager_model(subject.family, subject.tower, subject.text)
-    embeds = merged_embeddings(model, inputs)
+    embeds, rows = merged_embeddings(model, inputs), dense_rows(model, inputs)
     patches = placeholder_columns(model, inputs["input_ids"], embeds)
     pending, found = list(counts), []
     for row, mask in enumerate(inputs["attention_mask"].bool()):
@@ -47,14 +45,14 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
         image = (inputs["input_ids"][row, mask] == model.config.image_token_id).nonzero()[:, 0].tolist()
         length = int(mask.sum())
         text = list(range(image[-1] + 1, length)) if image else []
-        found.append(Twin(model, subject.method, subject.budget, policy, embeds[row : row + 1, mask], pictures, text))
+        found.append(Twin(model, subject.method, subject.budget, policy, rows[row], pictures, text))
     return found
 
 
 def cut_equals_twin(subject: Subject) -> None:
     """Every row of a ragged batch answers as the twin does, and alone has its logits; both position policies."""
     inputs = subject.inputs(RAGGED)
-    for positions in POLICIES:
+    for positions in subject.policies:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             counts = run.last.dense_tokens
@@ -91,7 +89,7 @@ def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -
     with subject.prune() as run, torch.no_grad():
         subject.model(**inputs)
     twin = twins(subject, inputs, run.last.dense_tokens, run.positions)[0]
-    config = subject.model.model.language_model.config
+    config = language_model(subject.model).config
     sliding = any(slides(config, layer) for layer in range(run.depth))
     for mode, options in modes.items():
         if sliding and not (mode in ("greedy", "static cache") or "use_cache" in options):
@@ -104,7 +102,8 @@ def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -
         elif sliding:
             want = torch.tensor([twin.greedy(got.shape[1])])
         else:
-            with masked(twin) as model:
+            twin.logits()
+            with masked(twin.model, twin.kept, twin.merged, twin.policy) as model:
                 torch.manual_seed(0)
                 want = generate(model, inputs, **options)
         expect(torch.equal(got, want), f"{mode}: {got.tolist()}, expected {want.tolist()}")
@@ -123,7 +122,7 @@ def drafts_are_no_prompt(subject: Subject) -> None:
 
 def second_turn_equals_twin(subject: Subject) -> None:
     """A second question on the kept cache, and on a deep copy, equals recomputing the dialogue with the first turn's cut."""
-    for positions in POLICIES:
+    for positions in subject.policies:
         inputs = subject.inputs((1,))
         question = subject.inputs((0,), seed=5)["input_ids"]
         with subject.prune(positions=positions) as run, torch.no_grad():
@@ -152,7 +151,7 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
         lengths = {inputs["input_ids"].shape[1]}
-        track = subject.model.model.language_model.layers[-1].register_forward_pre_hook(
+        track = language_model(subject.model).layers[-1].register_forward_pre_hook(
             lambda module, args, kwargs, lengths=lengths: lengths.add((args[0] if args else kwargs["hidden_states"]).shape[1]),
             with_kwargs=True,
         )
@@ -163,7 +162,7 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
             track.remove()
             if run is not None:
                 run.detach()
-        lengths.discard(subject.model.model.language_model.layers[0].self_attn.head_dim)  # those are queries, keys and values
+        lengths.discard(language_model(subject.model).layers[0].self_attn.head_dim)  # those are queries, keys and values
         found[attached] = [s for s in seen.shapes if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths]
     new = len(found[True]) - len(found[False])
     expect(new <= 0, f"attached, {new} more maps of the sequence are made: {set(found[True])}")

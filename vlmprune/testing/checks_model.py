@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
@@ -12,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..api import prune
 from ..errors import InvariantError, UnsupportedError
+from ..models import adapter_for
 from .checks_inside import no_map_of_the_sequence
 from .conformance import RAGGED, Subject, close, expect, generate
-from .processors import GRID
+from .tiny_pictures import layout_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
 
@@ -49,7 +51,8 @@ def nothing_stays(subject: Subject) -> None:
         raise Boom
 
     run = subject.prune(model).attach()
-    for place in (model.model.language_model.layers[1], model.model.vision_tower):
+    adapter = adapter_for(model)
+    for place in (adapter.language_model.layers[1], adapter.vision_tower):
         bomb = place.register_forward_pre_hook(explode)
         try:
             generate(model, inputs)
@@ -119,8 +122,8 @@ def training_works(subject: Subject) -> None:
         output.loss.backward()
     expect(output.logits.shape[:2] == inputs["input_ids"].shape, "logits are not of the full length")
     expect(bool(output.loss.isfinite()), f"loss is {output.loss}")
-    for part in ("language_model", "multi_modal_projector"):
-        grads = [p.grad for p in getattr(model.model, part).parameters() if p.grad is not None]
+    for part in ("language_model", "projector"):
+        grads = [p.grad for p in getattr(adapter_for(model), part).parameters() if p.grad is not None]
         expect(bool(grads) and any(float(g.abs().sum()) > 0 for g in grads), f"no gradient reaches {part}")
 
 
@@ -145,7 +148,7 @@ def no_attention_map(subject: Subject) -> None:
         return no_map_of_the_sequence(subject, _Shapes)
     inputs = subject.inputs((1,))
     model = subject.model
-    names = {"pixel_values", "image_sizes", "batch_num_images"} & set(inputs)
+    names, n = set(inspect.signature(model.model.get_image_features).parameters) & set(inputs), layout_of(subject.family).patches
     shapes = {}
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
@@ -155,9 +158,7 @@ def no_attention_map(subject: Subject) -> None:
         finally:
             if run is not None:
                 run.detach()
-        shapes[attached] = [
-            s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= GRID * GRID and max(s[-2:]) <= GRID * GRID + 1
-        ]
+        shapes[attached] = [s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= n and max(s[-2:]) <= n + 1]
     new = len(shapes[True]) - len(shapes[False])
     expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
     return None

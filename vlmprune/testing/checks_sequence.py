@@ -10,7 +10,7 @@ from ..api import prune, score
 from ..core.keepmap import KeepMap
 from .checks_inside import counts_follow_the_schedule, cut_equals_twin
 from .conformance import RAGGED, Subject, close, expect, generate
-from .reference import Kept, entered, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
+from .reference import dense_rows, entered, greedy, kept_by_hand, language_model, logits_of, placeholder_columns, read_rows
 from .tiny import tiny_row
 
 
@@ -38,7 +38,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
     if subject.method.kind() == "merge":
         return merged_rows_are_read(subject)
     inputs = subject.inputs(RAGGED)
-    for positions in ("compact", "original"):
+    for positions in subject.policies:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             maps = run.last.keep
@@ -46,7 +46,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
                 subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
             ]
         for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
-            want = greedy(subject.model, kept, ids.shape[1], positions)
+            want = greedy(subject.model, kept, ids.shape[1])
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
             close(rows[i], logits_of(subject.model, kept)[-1], f"{positions} row {i} logits")
     return None
@@ -58,13 +58,14 @@ def merged_rows_are_read(subject: Subject) -> None:
     model.set_attn_implementation("eager")
     for images in ((1,), (2,)):
         inputs = subject.inputs(images)
-        dense = merged_embeddings(model, inputs)[0]
+        whole = dense_rows(model, inputs)[0]
+        dense = whole.embeds[0]
         patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
         others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
         with prune(model, subject.spec) as run:
             ids = generate(model, inputs)[0]
             rows = entered(model, inputs)[0]
-            report = run.last
+            report, kept = run.last, read_rows(model, inputs, whole)[0]
         visual = sum(report.realised_tokens)
         expect(
             len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids,
@@ -77,8 +78,7 @@ def merged_rows_are_read(subject: Subject) -> None:
             any(not any(torch.equal(row, old) for old in dense) for row in rows),
             "no row was merged: all stand in the dense sequence",
         )
-        kept = Kept(rows[None], torch.arange(len(rows))[None], len(dense))
-        want = greedy(model, kept, len(ids), "compact")
+        want = greedy(model, kept, len(ids))
         expect(ids.tolist() == want, f"answer {ids.tolist()}, by hand {want}")
 
 
@@ -131,7 +131,8 @@ def batch_row_equals_alone(subject: Subject) -> None:
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same batch with its padding on the right."""
     order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
-    return {**inputs, **{key: inputs[key].gather(1, order) for key in ("input_ids", "attention_mask")}}
+    shape = inputs["input_ids"].shape
+    return {key: value.gather(1, order) if value.shape == shape else value for key, value in inputs.items()}
 
 
 def numbered(inputs: dict[str, Tensor]) -> Tensor:
@@ -180,10 +181,10 @@ def text_only_is_untouched(subject: Subject) -> None:
     embeds = subject.model.get_input_embeddings()(inputs["input_ids"]).detach()
     with torch.no_grad():
         dense = subject.model(**inputs).logits
-        alone = subject.model.model.language_model(inputs_embeds=embeds).last_hidden_state
+        alone = language_model(subject.model)(inputs_embeds=embeds).last_hidden_state
         with subject.prune() as run:
             subject.model(**subject.inputs((1, 1)))
-            inside = subject.model.model.language_model(inputs_embeds=embeds).last_hidden_state
+            inside = language_model(subject.model)(inputs_embeds=embeds).last_hidden_state
             logits = subject.model(**inputs).logits
     expect(torch.equal(logits, dense), "a text-only call changed")
     expect(torch.equal(inside, alone), "the language model called by itself changed")

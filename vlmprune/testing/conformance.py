@@ -21,6 +21,7 @@ from torch import Tensor
 from ..api import prune, resolve
 from ..core.session import Session
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
+from ..models import adapter_for
 from ..registry import get, list_methods
 from ..spec import Budget, parse
 from .processors import GRID
@@ -78,6 +79,11 @@ class Subject:
     @property
     def method(self) -> Any:
         return resolve(self.spec, need_keep=False)[0]
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Position policies that the family knows."""
+        return adapter_for(self.model).positions
 
     @property
     def budget(self) -> Budget | None:

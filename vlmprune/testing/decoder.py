@@ -70,6 +70,8 @@ class GivenPictures(nn.Module):
 class _Nothing:
     """A capture for a model without a vision tower."""
 
+    is_recording = False
+
     def install(self) -> None:
         pass
 
@@ -83,6 +85,8 @@ class _Nothing:
 class _Adapter:
     modalities: ClassVar[tuple[Modality, ...]] = (Modality("image", "get_image_features", "pixel_values", ""),)
     projector = staticmethod(lambda rows: rows)
+    positions: ClassVar[tuple[str, ...]] = ("compact", "original")
+    deepstack = None
 
     def __init__(self, model: GivenPictures) -> None:
         self.model = self.inner = model

@@ -6,6 +6,8 @@ The tokenizer knows one id per byte, so it encodes any text; image processors ar
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -16,6 +18,7 @@ from ..errors import UnsupportedError, did_you_mean
 
 IMAGE_SIZE, PATCH_SIZE, GRID = 84, 14, 6  # pixels of a crop, of a patch; patches along each side of a crop
 PINPOINTS = {
+    "llava_next_video": [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]],
     "llava_next": [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]],
     # every grid of tiles, as in the released models; 4 x 4 exceeds anyres_max_9, so the model scales its features down
     "llava_onevision": [[84 * rows, 84 * cols] for rows in range(1, 5) for cols in range(1, 5)],
@@ -27,8 +30,15 @@ VOCABULARY = ["<pad>", *BYTES, "<s>", "</s>", "<image>", "<video>"]
 PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID = (VOCABULARY.index(token) for token in ("<pad>", "<s>", "</s>", "<image>", "<video>"))
 SPECIAL_IDS = (PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID)
 
-FAMILY_PREFIX = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "vipllava": "VipLlava"}
+FAMILY_PREFIX = {
+    "llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "vipllava": "VipLlava",
+    "llava_next_video": "LlavaNextVideo", "video_llava": "VideoLlava", "internvl": "InternVL", "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
+    "fast_vlm": "FastVlm",
+}
 _TOWERS = ("clip", "siglip")
+# families that have one tower, of their own
+OWN_TOWER = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "fast_vlm"}
 
 # line breaks inside expressions: jinja as transformers sets it up swallows one after a block
 _TEMPLATE = (
@@ -47,14 +57,19 @@ def family_prefix(family: str) -> str:
 
 def tower_of(family: str, tower: str | None) -> str:
     """Check a vision tower, or give the one that the released models of the family have."""
+    if family in OWN_TOWER:
+        return known("tower", tower or "own", ("own",))
     tower = known("tower", tower or ("siglip" if family == "llava_onevision" else "clip"), _TOWERS)
-    if family == "vipllava" and tower != "clip":
-        raise UnsupportedError(f"vipllava with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'")
+    if family in ("vipllava", "video_llava") and tower != "clip":
+        raise UnsupportedError(f"{family} with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'")
     return tower
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte-level tokenizer without merges that starts every text with ``<s>`` and pads on the left."""
+def tiny_tokenizer(**names: str) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level tokenizer without merges that starts every text with ``<s>`` and pads on the left.
+
+    ``names`` gives special tokens the attributes that a processor reads, such as ``image_token="<image>"``.
+    """
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -63,32 +78,73 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
         model_max_length=8192, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
+        **({"extra_special_tokens": names} if names else {}),
     )
 
 
 def tiny_processor(family: str = "llava", tower: str | None = None) -> Any:
     """The HF processor of a family, sized for ``tiny_model(family, tower)``.
 
-    Without torchvision transformers has no video processor: llava_onevision then takes pictures and text only (and cannot be
-    saved); ``tiny_inputs("llava_onevision", video=True)`` builds the video tensors by hand.
+    Without torchvision transformers has no video processors: families with clips then take pictures and text only (and cannot be
+    saved); ``tiny_inputs(family, video=True)`` builds the tensors of clips by hand.
     """
     prefix, tower = family_prefix(family), tower_of(family, tower)
-    strategy, cls_tokens = ("default", 1) if tower == "clip" else ("full", 0)
-    common: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "chat_template": _TEMPLATE}
-    common["vision_feature_select_strategy"] = strategy
-    square, edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, {"shortest_edge": IMAGE_SIZE}
-    if family == "llava_onevision":
-        images = _image_processor(prefix, size=square, image_grid_pinpoints=PINPOINTS[family])
-        common |= {"num_image_tokens": GRID * GRID + cls_tokens, "vision_aspect_ratio": "anyres_max_9"}
-        return _onevision(image_processor=images, **common)
-    if family == "llava_next":
-        images = _image_processor(prefix, size=edge, crop_size=square, image_grid_pinpoints=PINPOINTS[family])
-    elif tower == "clip":
-        images = _image_processor("CLIP", size=edge, crop_size=square)
+    if family not in _PROCESSORS:
+        raise UnsupportedError(f"no tiny processor of {family}; build tensors with tiny_inputs, or use one of {[*_PROCESSORS]}")
+    arguments = _PROCESSORS[family](prefix, tower)
+    kind = getattr(transformers, _PROCESSOR_OF.get(family, prefix) + "Processor")
+    return _build(kind, prefix, {"chat_template": _TEMPLATE, "tokenizer": tiny_tokenizer(), **arguments})
+
+
+_SQUARE, _EDGE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, {"shortest_edge": IMAGE_SIZE}
+_PROCESSOR_OF = {"vipllava": "Llava"}
+
+
+def _llava(prefix: str, tower: str) -> dict[str, Any]:
+    clip = tower == "clip"
+    if prefix.startswith("LlavaNext"):
+        images = _image_processor("LlavaNext", size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_next"])
+    elif prefix == "VideoLlava":
+        images = _image_processor(prefix, size=_EDGE, crop_size=_SQUARE)
     else:
-        images = _image_processor("Siglip", size=square)
-    kind = getattr(transformers, ("Llava" if family == "vipllava" else prefix) + "Processor")
-    return kind(image_processor=images, patch_size=PATCH_SIZE, num_additional_image_tokens=cls_tokens, **common)
+        images = _image_processor("CLIP", size=_EDGE, crop_size=_SQUARE) if clip else _image_processor("Siglip", size=_SQUARE)
+    return {
+        "image_processor": images, "patch_size": PATCH_SIZE, "num_additional_image_tokens": int(clip),
+        "vision_feature_select_strategy": "default" if clip else "full",
+    }
+
+
+def _onevision(prefix: str, tower: str) -> dict[str, Any]:
+    return {
+        "image_processor": _image_processor(prefix, size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_onevision"]),
+        "num_image_tokens": GRID * GRID + (tower == "clip"), "vision_aspect_ratio": "anyres_max_9",
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+    }
+
+
+def _internvl(prefix: str, tower: str) -> dict[str, Any]:
+    side = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
+    images = _image_processor("GotOcr2", size=side, crop_to_patches=True, min_patches=1, max_patches=3)
+    tokens = {"start_image_token": "<s>", "end_image_token": "</s>", "context_image_token": "<image>", "video_token": "<video>"}
+    return {"image_processor": images, "image_seq_length": GRID * GRID, "tokenizer": tiny_tokenizer(**tokens)}
+
+
+def _qwen(prefix: str, tower: str) -> dict[str, Any]:
+    area = (2 * IMAGE_SIZE) ** 2  # of pixels: pictures of all shapes give about GRID x GRID tokens
+    images = _image_processor(
+        "Qwen2VL", size={"shortest_edge": area // 2, "longest_edge": area + area // 9}, patch_size=PATCH_SIZE, merge_size=2
+    )
+    tokens = {"image_token": "<image>", "video_token": "<video>", "vision_start_token": "<s>", "vision_end_token": "</s>"}
+    return {"image_processor": images, "tokenizer": tiny_tokenizer(**tokens)}
+
+
+_PROCESSORS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "llava": _llava, "vipllava": _llava, "llava_next": _llava, "llava_next_video": _llava, "video_llava": _llava,
+    "llava_onevision": _onevision, "internvl": _internvl, "qwen2_vl": _qwen, "qwen2_5_vl": _qwen, "qwen3_vl": _qwen,
+}
+
+
+PROCESSED = tuple(_PROCESSORS)  # families that have a tiny processor
 
 
 def _image_processor(prefix: str, **sizes: Any) -> Any:
@@ -97,12 +153,16 @@ def _image_processor(prefix: str, **sizes: Any) -> Any:
     return (getattr(transformers, name + "Pil", None) or getattr(transformers, name))(**sizes)
 
 
-def _onevision(**arguments: Any) -> Any:
+def _build(kind: Any, prefix: str, arguments: dict[str, Any]) -> Any:
+    """A processor; one for pictures and text only where it would need a video processor and torchvision is missing."""
+    if "video_processor" not in inspect.signature(kind.__init__).parameters:
+        return kind(**arguments)
     if is_torchvision_available():
-        video = transformers.LlavaOnevisionVideoProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-        return transformers.LlavaOnevisionProcessor(video_processor=video, **arguments)
+        size = {} if prefix.startswith("Qwen") else {"size": _SQUARE}
+        name = {"Qwen2_5_VL": "Qwen2VL"}.get(prefix, prefix) + "VideoProcessor"
+        return kind(video_processor=getattr(transformers, name)(**size), **arguments)
 
-    class PicturesOnly(transformers.LlavaOnevisionProcessor):
+    class PicturesOnly(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor" and argument is None:
                 return type(None)

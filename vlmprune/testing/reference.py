@@ -9,29 +9,52 @@ the whole sequence for every token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.keepmap import KeepMap
+from ..models import adapter_for
 
 
 @dataclass
 class Kept:
-    """One sample without padding: (1, n, D) embeddings and (1, n) positions of what is kept, and the full length."""
+    """One sample without padding: (1, n, D) embeddings, (1, n) or (3, 1, n) positions, and what is added after early layers.
+
+    ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack).
+    """
 
     embeds: Tensor
     positions: Tensor
-    full: int
+    stacked: list[Tensor] = field(default_factory=list)
+
+    def grown(self, rows: Tensor) -> Kept:
+        """With (1, t, D) rows of text behind it."""
+        numbers = self.positions[..., -1:] + 1 + torch.arange(rows.shape[1])
+        stacked = [torch.cat([one, torch.zeros_like(rows[0])]) for one in self.stacked]
+        return Kept(torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked)
+
+    def columns(self, keep: Tensor) -> Kept:
+        """Only the columns of a mask or of indices (n,)."""
+        return Kept(self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked])
+
+    def recounted(self) -> Kept:
+        """At positions 0, 1, 2, ..."""
+        return replace(self, positions=torch.arange(self.embeds.shape[1])[None])
 
 
-def merged_embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """(B, L, D) what the language model is given in a dense run."""
-    seen: list[Tensor] = []
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].detach().clone()), with_kwargs=True
+def language_model(model: Any) -> nn.Module:
+    """The decoder of a tiny model."""
+    return adapter_for(model).language_model
+
+
+def language_model_call(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the language model is given in one forward."""
+    seen: list[dict[str, Any]] = []
+    handle = language_model(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
     )
     try:
         with torch.no_grad():
@@ -41,8 +64,31 @@ def merged_embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return seen[0]
 
 
+def merged_embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, L, D) what the language model is given in a dense run."""
+    return language_model_call(model, inputs)["inputs_embeds"].detach().clone()
+
+
+def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
+    """Every row of a batch, whole and without its padding, at the positions that generate gives it."""
+    call = language_model_call(model, inputs)
+    embeds, places = call["inputs_embeds"].detach().clone(), call.get("position_ids")
+    stacked = []
+    for features in call.get("deepstack_visual_embeds") or []:
+        full = torch.zeros_like(embeds)
+        full[call["visual_pos_masks"]] = features.detach()
+        stacked.append(full)
+    rows = []
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        numbers = torch.arange(int(mask.sum()))[None]
+        if places is not None and places.ndim == 3:  # places in pictures, which the model knows
+            numbers = places[-3:, row : row + 1, mask]
+        rows.append(Kept(embeds[row : row + 1, mask], numbers, [one[row, mask] for one in stacked]))
+    return rows
+
+
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:
-    """Per row the columns of patches, newline embeddings left out."""
+    """Per row the columns of patches, newline and [CLS] embeddings left out."""
     config = model.config
     tokens = [config.image_token_id] + ([config.video_token_id] if getattr(config, "video_token_id", None) is not None else [])
     newline = getattr(model.model, "image_newline", None)
@@ -51,6 +97,10 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
         columns = [c for c in range(len(ids)) if int(ids[c]) in tokens]
         if newline is not None:
             columns = [c for c in columns if not torch.equal(row[c], newline.detach().to(row.dtype))]
+        if config.model_type == "video_llava":  # a [CLS] in front of every frame
+            frames = [c for c in columns if int(ids[c]) == config.video_token_id]
+            first = set(frames[:: (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1])
+            columns = [c for c in columns if c not in first]
         rows.append(columns)
     return rows
 
@@ -64,7 +114,7 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
     columns = placeholder_columns(model, inputs["input_ids"], embeds)
     kept: list[Kept] = []
     pending = list(maps)
-    for row, mask in enumerate(inputs["attention_mask"].bool()):
+    for row, (mask, dense) in enumerate(zip(inputs["attention_mask"].bool(), dense_rows(model, inputs), strict=True)):
         keep = mask.clone()
         start = 0
         while start < len(columns[row]):
@@ -73,8 +123,8 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
             keep[block] = False
             keep[[block[i] for i in one.keep_idx.tolist()]] = True
             start += one.total
-        numbers = (mask.long().cumsum(0) - 1)[keep] if positions == "original" else torch.arange(int(keep.sum()))
-        kept.append(Kept(embeds[row : row + 1, keep], numbers[None], int(mask.sum())))
+        chosen = dense.columns(keep[mask])
+        kept.append(chosen if positions == "original" else chosen.recounted())
     if pending:
         raise ValueError(f"{len(pending)} KeepMaps are left over: they do not describe this batch")
     return kept
@@ -82,31 +132,34 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
 
 def logits_of(model: Any, kept: Kept) -> Tensor:
     """(n, V) logits of the kept sequence."""
+    extra: dict[str, Any] = {}
+    if kept.stacked:
+        extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
+        extra["deepstack_visual_embeds"] = kept.stacked
     with torch.no_grad():
-        output = model.model.language_model(
+        output = language_model(model)(
             inputs_embeds=kept.embeds,
             attention_mask=torch.ones(
                 kept.embeds.shape[:2], dtype=torch.long
             ),  # gaps in positions would read as packed sequences
             position_ids=kept.positions,
             use_cache=False,
+            **extra,
         )
         return model.lm_head(output.last_hidden_state)[0]
 
 
-def greedy(model: Any, kept: Kept, new_tokens: int, positions: str) -> list[int]:
+def greedy(model: Any, kept: Kept, new_tokens: int) -> list[int]:
     """Greedy answer, the whole sequence recomputed for every token."""
     ids: list[int] = []
     embed = model.get_input_embeddings()
     banned = model.generation_config.suppress_tokens or []
-    for step in range(new_tokens):
+    for _ in range(new_tokens):
         logits = logits_of(model, kept)[-1]
         logits[banned] = -torch.inf
         ids.append(int(logits.argmax()))
-        number = kept.full + step if positions == "original" else int(kept.positions[0, -1]) + 1
         with torch.no_grad():
-            row = embed(torch.tensor([[ids[-1]]]))
-        kept = Kept(torch.cat([kept.embeds, row], 1), torch.cat([kept.positions, torch.tensor([[number]])], 1), kept.full)
+            kept = kept.grown(embed(torch.tensor([[ids[-1]]])))
     return ids
 
 
@@ -122,7 +175,7 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
         hidden = args[0] if args else kwargs["hidden_states"]
         seen.append((hidden.detach().clone(), kwargs.get("attention_mask")))
 
-    handle = model.model.language_model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = language_model(model).layers[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
             model(**inputs, **options)
@@ -133,3 +186,25 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
         return list(hidden)
     last = mask[:, 0, -1]  # (B, n) what the last token may read
     return [row[allowed == 0] if allowed.is_floating_point() else row[allowed] for row, allowed in zip(hidden, last, strict=True)]
+
+
+def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:
+    """What the language model reads of a batch of one while a method is attached, merged rows included.
+
+    Positions count from 0; where tokens have places in pictures they are those of ``dense`` at the columns that are read, which
+    are given as well.
+    """
+    seen: list[dict[str, Any]] = []
+    handle = language_model(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    finally:
+        handle.remove()
+    rows = seen[0]["inputs_embeds"].detach().clone()
+    if dense.positions.ndim == 2:
+        return Kept(rows, torch.arange(rows.shape[1])[None]), None
+    columns = seen[0]["position_ids"][0, 0]  # generate puts the number of every token before its places
+    return replace(dense.columns(columns), embeds=rows), columns.tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.base import Method
+from .reference import Kept, language_model
 
 
 def visual_columns(model: Any, ids: Tensor) -> Tensor:
@@ -19,18 +20,18 @@ def visual_columns(model: Any, ids: Tensor) -> Tensor:
 class AttentionTwin:
     """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model."""
 
-    def __init__(self, model: Any, method: Method, embeds: Tensor, visual: Sequence[bool], positions: Tensor) -> None:
-        self.model, self.method, self.embeds, self.positions = model, method, embeds, positions
+    def __init__(self, model: Any, method: Method, kept: Kept, visual: Sequence[bool]) -> None:
+        self.model, self.method, self.kept = model, method, kept
         self.visual = torch.tensor(visual)
-        self.prompt = embeds.shape[1]
+        self.prompt = kept.embeds.shape[1]
         self.edited = 0
 
     def logits(self, new: Tensor | None) -> Tensor:
-        lm = self.model.model.language_model
-        hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
+        lm = language_model(self.model)
+        kept = self.kept if new is None else self.kept.grown(new)
+        hidden = kept.embeds
         n = hidden.shape[1]
-        extra = torch.arange(n - self.prompt)[None] + self.positions[:, -1:] + 1
-        angles = lm.rotary_emb(hidden, torch.cat([self.positions, extra], 1))
+        angles = lm.rotary_emb(hidden, kept.positions)
         mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
         visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
         first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
@@ -51,6 +52,8 @@ class AttentionTwin:
                 out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
             hidden = hidden + out
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if index < len(kept.stacked):
+                hidden = hidden + kept.stacked[index]
         return self.model.lm_head(lm.norm(hidden))[0]
 
     def greedy(self, count: int) -> list[int]:

@@ -19,17 +19,18 @@ from ..core.base import Merged, Method, Stage
 from ..core.cache import cache_in
 from ..core.select import choose
 from ..core.tokens import VisualTokens
+from .reference import Kept, language_model
 
 
 @dataclass
 class Twin:
-    """One sample: (1, L, D) embeddings at 0..L-1, columns of every picture's patches, text columns after the last one."""
+    """One sample of L columns, columns of every picture's patches, text columns after the last one."""
 
     model: Any
     method: Method
     budget: Any
     policy: str
-    embeds: Tensor
+    dense: Kept
     pictures: list[list[int]]
     text: list[int]
     kept: dict[int, list[int]] = field(default_factory=dict)  # layer -> prompt columns that it and later layers read
@@ -37,7 +38,11 @@ class Twin:
 
     @property
     def language_model(self) -> Any:
-        return self.model.model.language_model
+        return language_model(self.model)
+
+    @property
+    def embeds(self) -> Tensor:
+        return self.dense.embeds
 
     def stages(self, count: int) -> tuple[Stage, ...]:
         """Cuts of a picture of ``count`` tokens."""
@@ -48,8 +53,9 @@ class Twin:
         """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the first call."""
         choosing = not self.kept
         length = self.embeds.shape[1]
-        hidden = self.embeds if new is None else torch.cat([self.embeds, new], 1)
-        columns, numbers = list(range(hidden.shape[1])), torch.arange(hidden.shape[1])
+        whole = self.dense if new is None else self.dense.grown(new)
+        hidden, numbers = whole.embeds, whole.positions[..., 0, :]  # (L,) or (3, L)
+        columns = list(range(hidden.shape[1]))
         spans, maps = [list(picture) for picture in self.pictures], torch.empty(0)
         cuts = {stage.layer: (number, stage) for number, stage in enumerate(self.stages(len(spans[0]) if spans else 1))}
         for index in range(len(self.language_model.layers)):
@@ -63,8 +69,10 @@ class Twin:
                     hidden = hidden.index_copy(1, torch.tensor([columns.index(c) for c in at]), rows[None])
                 where = [i for i, c in enumerate(columns) if c in set(self.kept[index]) or c >= length]
                 hidden, columns = hidden[:, where], [columns[i] for i in where]
-                numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[where]
+                numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[..., where]
             hidden, maps = self._attend(index, hidden, numbers)
+            if index < len(whole.stacked):
+                hidden = hidden + whole.stacked[index][columns]
         return self.model.lm_head(self.language_model.norm(hidden))[0]
 
     def _raters(self) -> list[int]:
@@ -91,9 +99,9 @@ class Twin:
                 features=hidden[:, at],
                 text_attention=maps[:, :, queries][..., at],  # (1, H, R, N)
                 query_mask=torch.ones(1, len(queries), dtype=torch.bool),
-                query_positions=numbers[None, queries],
-                positions=numbers[None, at],
-                rotary_frequencies=self.language_model.rotary_emb.inv_freq,
+                query_positions=numbers[None, queries] if numbers.ndim == 1 else None,
+                positions=numbers[None, at] if numbers.ndim == 1 else None,
+                rotary_frequencies=self.language_model.rotary_emb.inv_freq if numbers.ndim == 1 else None,
                 stage=number,
             )
             result = choose(self.method, tokens, keep)
@@ -119,7 +127,7 @@ class Twin:
         if slides(config, index):
             seen &= at[None, :] > at[:, None] - config.sliding_window
         mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        angles = self.language_model.rotary_emb(hidden, numbers[None])
+        angles = self.language_model.rotary_emb(hidden, numbers[..., None, :])
         maps = layer.self_attn(hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask)[1]
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), maps
@@ -138,9 +146,9 @@ class Twin:
         for _ in range(new_tokens):
             new = self.model.get_input_embeddings()(torch.tensor([ids])).detach() if ids else None
             if again:
-                whole = self.embeds if new is None else torch.cat([self.embeds, new], 1)
-                text = [*self.text, *range(self.embeds.shape[1], whole.shape[1])]
-                logits = replace(self, embeds=whole, text=text, kept={}, merged={}).logits()[-1]
+                whole = self.dense if new is None else self.dense.grown(new)
+                text = [*self.text, *range(self.embeds.shape[1], whole.embeds.shape[1])]
+                logits = replace(self, dense=whole, text=text, kept={}, merged={}).logits()[-1]
             else:
                 logits = self.logits(new)[-1]
             logits[banned] = -torch.inf
@@ -149,44 +157,42 @@ class Twin:
 
 
 @contextmanager
-def masked(twin: Twin) -> Iterator[Any]:
-    """The twin's model with its cuts by masks: no token is removed, later layers do not see the dropped ones.
+def masked(
+    model: Any, kept: dict[int, list[int]], merged: dict[int, tuple[list[int], Tensor]], policy: str = "original"
+) -> Iterator[Any]:
+    """A dense eager model with cuts by masks: no token is removed, layers do not see what was dropped before them.
 
-    For batches of the twin's own row (repeated for beams) in every mode of generate with a cache. Windows would count dropped
-    tokens, so the layers must not slide.
+    For batches of one prompt (repeated for beams) in every mode of generate with a cache; ``kept`` and ``merged`` are those of
+    a Twin. Windows would count dropped tokens, so the layers must not slide.
     """
-    twin.logits()
-    language_model = twin.language_model
+    decoder = language_model(model)
 
     def hook(index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        stage = max((layer for layer in twin.kept if layer <= index), default=None)
+        stage = max((layer for layer in kept if layer <= index), default=None)
         if stage is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        dropped = torch.tensor(sorted(set(range(twin.embeds.shape[1])) - set(twin.kept[stage])), dtype=torch.long)
         cache = cache_in(kwargs)
         first = 0 if cache is None else int(cache.get_seq_length(index))
-        if first == 0 and index in twin.merged:
-            at, rows = twin.merged[index]
-            hidden = hidden.index_copy(1, torch.tensor(at), rows.expand(hidden.shape[0], -1, -1))
-        columns = torch.arange(first, first + hidden.shape[1])
-        if twin.policy == "compact":
-            columns = columns - (dropped[:, None] < columns).sum(0)
         mask = kwargs["attention_mask"].clone()  # (B, 1, q, slots)
+        prompt.setdefault("length", hidden.shape[1])
+        dropped = torch.tensor(sorted(set(range(prompt["length"])) - set(kept[stage])), dtype=torch.long)
+        if first == 0 and index in merged:
+            at, rows = merged[index]
+            hidden = hidden.index_copy(1, torch.tensor(at), rows.expand(hidden.shape[0], -1, -1))
         mask[..., dropped] = torch.finfo(mask.dtype).min
-        angles = language_model.rotary_emb(hidden, columns[None])
-        return (hidden, *args[1:]), {
-            **{name: value for name, value in kwargs.items() if name != "hidden_states"},
-            "attention_mask": mask,
-            "position_embeddings": angles,
-        }
+        changed = {name: value for name, value in kwargs.items() if name != "hidden_states"} | {"attention_mask": mask}
+        if policy == "compact":
+            columns = torch.arange(first, first + hidden.shape[1])
+            changed["position_embeddings"] = decoder.rotary_emb(hidden, (columns - (dropped[:, None] < columns).sum(0))[None])
+        return (hidden, *args[1:]), changed
 
+    prompt: dict[str, int] = {}
     handles = [
-        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
-        for index, layer in enumerate(language_model.layers)
+        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(decoder.layers)
     ]
     try:
-        yield twin.model
+        yield model
     finally:
         for handle in handles:
             handle.remove()

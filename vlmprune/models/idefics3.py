@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Idefics3 and SmolVLM: tiles are pictures of their own, with text between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from .base import Adapter, Modality, check_pixels, feature_list
+from .internvl import shuffled_mean
+
+
+class Idefics3Adapter(Adapter):
+    """Idefics3ForConditionalGeneration.
+
+    The tiles of an image and its overview are pictures of their own: the model itself knows no more of them.
+    """
+
+    model_type = "idefics3"
+    towers = ("idefics3_vision", "smolvlm_vision")
+    text, tower, connector = "text_model", "vision_model", "connector"
+    view = "stretch"
+
+    @property
+    def layers(self) -> list[int]:
+        return [-1]
+
+    def _projector(self) -> torch.nn.Module:
+        return self.inner.connector.modality_projection  # what comes after the shuffle
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        check_pixels(modality.pixels, arguments.get(modality.pixels), 5, "(rows, pictures, channels, height, width)")
+        mask = arguments.get("pixel_attention_mask")
+        if mask is None or not self._reads_attention:
+            return
+        pixels = mask.bool().flatten(2)
+        if bool((pixels.any(dim=2) != pixels.all(dim=2)).any()):
+            raise UnsupportedError(
+                "pixel_attention_mask masks a part of a picture, which attention scores do not follow yet; "
+                "process pictures with image splitting, or use a method without attention, e.g. 'divprune@32'"
+            )
+
+    _reads_attention = False
+
+    def capture(self, needs: Any, layer: int | None) -> Any:
+        capture = super().capture(needs, layer)
+        self._reads_attention = bool(capture.readers)
+        return capture
+
+    def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """One entry per picture; the model has one per row of the batch."""
+        return list(torch.cat(feature_list(output)).split(self.inner.image_seq_len))
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
+
+    def _shuffle(self, channels: Tensor) -> Tensor:
+        return self.inner.connector.pixel_shuffle(channels.flatten(1, 2), self.config.scale_factor)
+
+    def projects_tokens(self, modality: Modality) -> bool:
+        return True
+
+    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        rows, cols = (n // self.config.scale_factor for n in grid)
+        return ((rows, cols),)
+
+
+class SmolVLMAdapter(Idefics3Adapter):
+    """SmolVLMForConditionalGeneration; the frames of a clip are pictures of their own as well."""
+
+    model_type = "smolvlm"

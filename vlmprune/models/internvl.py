@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL: patches are shuffled, four to a token as released, before the projector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..core.capture import VisionCapture
+from ..errors import UnsupportedError
+from .base import Adapter, Modality
+
+
+class InternVLAdapter(Adapter):
+    """InternVLForConditionalGeneration.
+
+    Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of them.
+    """
+
+    model_type = "internvl"
+    towers = ("internvl_vision",)
+    view = "stretch"
+
+    @property
+    def side(self) -> int:
+        vision = self.config.vision_config
+        return vision.image_size[0] // vision.patch_size[0]
+
+    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+        if "cls_features" in needs:
+            raise UnsupportedError(
+                "the projector of internvl reads four shuffled patches at once, so a [CLS] token cannot pass it: "
+                "use cls='mean', e.g. visionzip(cls='mean')"
+            )
+        return super().capture(needs, layer)
+
+    def _shrunk(self, grid: tuple[int, int]) -> tuple[int, int]:
+        rows, cols = (round(n * self.config.downsample_ratio) for n in grid)
+        return rows, cols
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
+
+    def _shuffle(self, channels: Tensor) -> Tensor:
+        return self.inner.pixel_shuffle(channels, scale_factor=self.config.downsample_ratio).flatten(1, 2)
+
+    def projects_tokens(self, modality: Modality) -> bool:
+        return True
+
+    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        return (self._shrunk(grid),)
+
+
+def shuffled_mean(patches: Tensor, grid: tuple[int, int], shuffle: Any) -> Tensor:
+    """(n, channels) of patches -> (N, channels), the mean over the patches that a model's own ``shuffle`` puts into a token.
+
+    ``shuffle`` maps (crops, rows, cols, 1) to (crops, N, r); every channel goes as a crop of its own.
+    """
+    return shuffle(patches.T.unflatten(1, grid)[..., None]).mean(dim=-1).T

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size in one packed sequence, patches merged to tokens by the projector.
+
+Tokens have places in their picture (M-RoPE), which a cut leaves as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.capture import VisionCapture
+from ..core.pictures import Picture
+from ..errors import CaptureError, UnsupportedError
+from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
+
+GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+class Qwen2VLAdapter(Adapter):
+    """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid stands for two frames of the clip."""
+
+    model_type = "qwen2_vl"
+    modalities = (IMAGE, VIDEO)
+    towers = ("qwen2_vl", "qwen2_vl_vision")
+    tower = "visual"
+    positions = ("original",)
+    view = "stretch"
+
+    @property
+    def layers(self) -> list[int]:
+        return [-1]
+
+    @property
+    def merge(self) -> int:
+        """Patches along each side of a token."""
+        return self.vision_tower.spatial_merge_size
+
+    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+        return super().capture([name for name in needs if name != "tile_features"], layer)  # it has no tiles
+
+    def _projector(self) -> nn.Module:
+        return self.vision_tower.merger
+
+    def _thw(self, modality: Modality, arguments: Mapping[str, Any]) -> list[list[int]]:
+        """(frames, rows, cols) of patches of every picture."""
+        return torch.as_tensor(arguments[GRIDS[modality.name]]).tolist()
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        pixels, name = arguments.get(modality.pixels), GRIDS[modality.name]
+        check_pixels(modality.pixels, pixels, 2, "(patches, values)")
+        if pixels is None:
+            return
+        if arguments.get(name) is None:
+            raise CaptureError(f"{name} is missing; pass it as the processor returns it: frames, rows, columns of every picture")
+        grid = torch.as_tensor(arguments[name])
+        if grid.ndim != 2 or grid.shape[1] != 3 or int(grid.prod(dim=1).sum()) != pixels.shape[0]:
+            given = f"{grid.tolist()} for {modality.pixels} of shape {tuple(pixels.shape)}"
+            raise CaptureError(f"{name}={given}; expected (frames, rows, columns) whose products sum to the patches")
+
+    def pictures(
+        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
+    ) -> list[Picture]:
+        name = GRIDS[modality.name]  # read many times, so it comes to the CPU once
+        return super().pictures(modality, output, {**arguments, name: torch.as_tensor(arguments[name]).cpu()}, found)
+
+    def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
+        return [frames for frames, _, _ in self._thw(modality, arguments)]
+
+    def grid(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        _, rows, cols = self._thw(modality, arguments)[number]
+        return rows, cols
+
+    def divide(
+        self, modality: Modality, value: Tensor, counts: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        grids = self._thw(modality, arguments)
+        packed = self.in_order(value.flatten(0, -2), modality, arguments)  # (S, channels)
+        lengths = [frames * rows * cols for frames, rows, cols in grids]
+        return [part.unflatten(0, (frames, -1)) for part, (frames, _, _) in zip(packed.split(lengths), grids, strict=True)]
+
+    def in_order(self, packed: Tensor, modality: Modality, arguments: Mapping[str, Any]) -> Tensor:
+        """(S, channels) of all patches in the order of the pixels, where the tower works in another."""
+        return packed
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        # the patches of a token follow each other, which is how the merger finds them
+        return crops.unflatten(1, (-1, self.merge**2)).mean(dim=2).flatten(0, 1)
+
+    def projects_tokens(self, modality: Modality) -> bool:
+        return True
+
+    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        rows, cols = (n // self.merge for n in grid)
+        return ((rows, cols),) * crops
+
+
+class Qwen2_5VLAdapter(Qwen2VLAdapter):
+    """Qwen2_5_VLForConditionalGeneration: the tower sorts patches by window, and most of its blocks attend inside windows."""
+
+    model_type = "qwen2_5_vl"
+    towers = ("qwen2_5_vl", "qwen2_5_vl_vision")
+
+    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+        capture = super().capture(needs, layer)
+        full, count = sorted(self.vision_tower.fullatt_block_indexes), len(self.vision_tower.blocks)
+        if "received_attention" in needs and capture.layer not in full:
+            raise UnsupportedError(
+                f"block {capture.layer} of this tower attends inside windows, whose scores cannot be compared; "
+                f"use one of layer={[index - count for index in full]}"
+            )
+        return capture
+
+    def in_order(self, packed: Tensor, modality: Modality, arguments: Mapping[str, Any]) -> Tensor:
+        tower, grid = self.vision_tower, torch.as_tensor(arguments[GRIDS[modality.name]])
+        module = sys.modules[type(tower).__module__]
+        if hasattr(tower, "get_window_index"):  # transformers before 5
+            windows = tower.get_window_index(grid)[0]
+        else:
+            windows = module.get_vision_window_index(
+                grid, spatial_merge_size=self.merge, window_size=tower.window_size, patch_size=tower.patch_size
+            )[0]
+        cells = packed.unflatten(0, (-1, self.merge**2))
+        return cells[torch.argsort(windows.to(cells.device))].flatten(0, 1)
+
+
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """Qwen3VLForConditionalGeneration: features of early tower layers are added after the first decoder layers (DeepStack).
+
+    A row that a merging method makes is given those of the token whose place it takes.
+    """
+
+    model_type = "qwen3_vl"
+    towers = ("qwen3_vl", "qwen3_vl_vision")
+    deepstack = "_deepstack_process"

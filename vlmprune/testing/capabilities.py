@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family can do, as data: measured by conformance checks on tiny models, kept in ``assets/capabilities.json``.
+
+``python docs/capabilities.py`` measures and writes it; ``vlmprune list --families`` shows it; a test fails when it is stale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from ..api import prune
+from ..errors import UnsupportedError
+from ..models import families
+from ..registry import get, list_methods
+from .checks_generation import MODES, batched_modes_agree, hand_written_loop, second_turn
+from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
+from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
+from .conformance import RAGGED, Subject, default_spec, expect, generate, run_check
+from .tiny import tiny_inputs
+from .tiny_pictures import layout_of
+
+ASSET = "capabilities.json"
+SPEC = "fastervlm(cls=mean)@9"  # what the capabilities of a family are measured with; every tower can give it
+
+
+def batch(subject: Subject) -> None:
+    """Rows of different lengths answer as they do alone."""
+    batch_row_equals_alone(subject)
+
+
+def several_images(subject: Subject) -> None:
+    """A prompt with three images."""
+    inputs = subject.inputs((3,))
+    with subject.prune() as run:
+        generate(subject.model, inputs, max_new_tokens=2)
+    expect(run.last.realised_tokens == [9, 9, 9], f"{run.last.realised_tokens} tokens of three images")
+
+
+def video(subject: Subject) -> None:
+    """A clip beside an image."""
+    if layout_of(subject.family).video is None:
+        raise UnsupportedError(f"{subject.family} has no clips of its own; give it frames as images")
+    inputs = tiny_inputs(subject.family, images=(1, 0), video=True)
+    with subject.prune() as run:
+        generate(subject.model, inputs, max_new_tokens=2)
+    expect(run.last.realised_tokens == [9, 9, 9], f"{run.last.realised_tokens} tokens of an image and two clips")
+
+
+def _mode(name: str) -> Callable[[Subject], None]:
+    def check(subject: Subject) -> None:
+        inputs = subject.inputs((1,))
+        with subject.prune():
+            greedy = generate(subject.model, inputs)
+            got = generate(subject.model, inputs, **MODES[name])
+        expect(torch.equal(got, greedy), f"{name}: {got.tolist()}, a dynamic cache gives {greedy.tolist()}")
+
+    return check
+
+
+def compiled(subject: Subject) -> None:
+    """torch.compile of the whole model: the same answer, with graph breaks (no faster)."""
+    model, inputs = subject.fresh_model(), subject.inputs((1,))
+    with subject.prune(model), torch.no_grad():
+        want = model(**inputs).logits[0, -1]
+        got = torch.compile(model, backend="eager")(**inputs).logits[0, -1]
+    expect(torch.allclose(got, want, atol=1e-4), f"differs by {float((got - want).abs().max()):.1e}")
+
+
+def device_map(subject: Subject) -> None:
+    """Weights offloaded by accelerate, loaded module by module."""
+    try:
+        from accelerate import cpu_offload
+    except ImportError as error:
+        raise UnsupportedError("accelerate is not here: pip install accelerate") from error
+    inputs = subject.inputs((1,))
+    with subject.prune():
+        want = generate(subject.model, inputs, max_new_tokens=3)
+    model = cpu_offload(subject.fresh_model(), execution_device="cpu")
+    try:
+        generate(model, inputs, max_new_tokens=1)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(f"transformers cannot offload this family, also without pruning ({error})") from error
+    with prune(model, subject.spec):
+        got = generate(model, inputs, max_new_tokens=3)
+    expect(torch.equal(got, want), f"offloaded {got.tolist()}, whole {want.tolist()}")
+
+
+def flash(subject: Subject) -> None:
+    """FlashAttention needs a GPU."""
+    if not torch.cuda.is_available():
+        raise LookupError("not measured: no GPU was here")
+    model = subject.fresh_model(dtype=torch.bfloat16).cuda()
+    inputs = {name: value.cuda() for name, value in subject.inputs(RAGGED).items()}
+    answers = []
+    for implementation in ("sdpa", "flash_attention_2"):
+        model.set_attn_implementation(implementation)
+        with prune(model, subject.spec):
+            answers.append(generate(model, inputs, max_new_tokens=2))
+    expect(torch.equal(*answers), f"sdpa and flash answer differently: {[one.tolist() for one in answers]}")
+
+
+CAPABILITIES: dict[str, Callable[[Subject], None]] = {
+    "batch": batch,
+    "several images": several_images,
+    "video": video,
+    "eager, sdpa": attention_back_ends_agree,
+    "flash": flash,
+    "static cache": _mode("static cache"),
+    "no cache": _mode("no cache"),
+    "beams": batched_modes_agree,
+    "second turn": second_turn,
+    "hand-written loop": hand_written_loop,
+    "training": training_works,
+    "threads": threads_do_not_meet,
+    "compile": compiled,
+    "device_map": device_map,
+}
+OPTIONS = {"cls='mean'": "cls=mean", "estimator='zo'": "estimator=zo"}  # what a refusal says, and the option in a spec
+SLOW = {"compile"}  # tens of seconds each
+
+
+def method_names() -> list[str]:
+    """The built-in methods."""
+    return [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+
+
+def runs(subject: Subject) -> None:
+    """A method on a family: equal to its reference, or the edit it makes equal to its eager twin."""
+    from .checks_attention import edit_equals_eager_twin
+
+    (edit_equals_eager_twin if subject.method.stage == "attention" else cut_equals_hand_built)(subject)
+
+
+def measure(family: str, capability: str | None = None, method: str | None = None, slow: bool = False) -> str:
+    """One cell: "yes", "yes, as ...", "no: what works instead", "not measured: why"; a failure raises.
+
+    A method that a family refuses is measured with the option that the refusal names.
+    """
+    if capability in SLOW and not slow:
+        return "not measured: slow, python docs/capabilities.py --slow does"
+    check = runs if capability is None else CAPABILITIES[capability]
+    return _cell(Subject(SPEC if method is None else default_spec(method), family), capability, check, method)
+
+
+def _cell(subject: Subject, name: str | None, check: Callable[[Subject], None], method: str | None) -> str:
+    try:
+        result = run_check(name or "runs", check, subject)
+    except LookupError as error:
+        return str(error)
+    if result.status == "fail":
+        raise AssertionError(f"{subject.family}, {name or subject.spec}: {result.detail}")
+    if result.status == "pass":
+        return "yes"
+    if "install" in result.detail:
+        return "not measured: " + result.detail
+    option = next((text for hint, text in OPTIONS.items() if hint in result.detail), None)
+    if method is not None and option is not None:
+        again = f"{method}+fastervlm({option})" if get(method).wraps else f"{method}({option})"
+        found = _cell(Subject(default_spec(again), subject.family), name, check, None)
+        return f"yes, as {again}" if found == "yes" else found
+    return "no: " + result.detail
+
+
+def table() -> dict[str, Any]:
+    """What was measured and shipped."""
+    return json.loads(files("vlmprune").joinpath("assets", ASSET).read_text(encoding="utf-8"))
+
+
+def stale(found: dict[str, Any]) -> list[str]:
+    """What a table lacks or has too much, in words."""
+    wrong = [f"family {name}" for name in sorted(set(families()) ^ set(found["families"]))]
+    for name, row in found["families"].items():
+        wrong += [f"{name}: capability {one}" for one in sorted(set(CAPABILITIES) ^ set(row["capabilities"]))]
+        wrong += [f"{name}: method {one}" for one in sorted(set(method_names()) ^ set(row["methods"]))]
+    return wrong

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each family makes of pictures: placeholder ids in the prompt and tensors beside it, built without a processor.
+
+One ``Layout`` per way of laying pictures out; ``layout_of(family)`` gives the one of a family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.image_processing_utils import select_best_resolution
+
+from .processors import BOS_ID, GRID, IMAGE_ID, IMAGE_SIZE, PATCH_SIZE, PINPOINTS, VIDEO_ID
+
+FRAMES = 3  # of a clip
+MERGE = 2  # patches along each side of a token, where a family merges them
+Size = tuple[int, int]
+
+
+class Layout:
+    """Every picture is one square crop of GRID x GRID tokens, each made of ``merge`` x ``merge`` patches."""
+
+    sizes: tuple[Size, ...] = ((IMAGE_SIZE, IMAGE_SIZE),)  # of pictures 0, 1, 2, ... of a batch
+    video: tuple[int, int] | None = None  # (placeholders per frame, placeholders after the last one)
+
+    def __init__(
+        self, family: str, merge: int = 1, video: tuple[int, int] | None = None, patch_size: int = PATCH_SIZE
+    ) -> None:
+        self.family, self.merge, self.video = family, merge, video
+        self.pixels = GRID * patch_size * merge
+
+    @property
+    def patches(self) -> int:
+        """What the tower reads of the first picture of a batch, or of each of its crops."""
+        return (GRID * self.merge) ** 2
+
+    def block(self, size: Size, alone: bool) -> list[int]:
+        """Ids that stand in the prompt for one picture; ``alone`` in its row or not."""
+        return [IMAGE_ID] * GRID**2
+
+    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+        """Tensors of all pictures of a batch, ``images`` of them in every row."""
+        pixels = [torch.randn(1, 3, self.pixels, self.pixels, generator=random) for _ in sizes]
+        return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        """The tensors of ``count`` pictures from number ``first`` on, as a row of them alone has them."""
+        return {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
+
+    def clip(self, frames: int) -> list[int]:
+        """Ids that stand in the prompt for one clip."""
+        return [VIDEO_ID] * (self.video[0] * frames + self.video[1])
+
+    def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
+        """Tensors of one clip per row."""
+        return {"pixel_values_videos": torch.randn(rows, frames, 3, self.pixels, self.pixels, generator=random)}
+
+    def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return {"pixel_values_videos": inputs["pixel_values_videos"][i : i + 1]}
+
+    def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        """Tensors of the shape of the ids (B, L) that the family wants as well."""
+        return {}
+
+
+class Tiled(Layout):
+    """LLaVA-NeXT and its children: an overview and tiles, un-padded, with newlines; OneVision scales big ones down."""
+
+    sizes = ((100, 190), (190, 100), (168, 160), (70, 250), (84, 84))
+
+    @property
+    def one(self) -> bool:
+        """Whether several pictures of a row are shown as their overviews only."""
+        return self.family == "llava_onevision"
+
+    def tiles(self, sizes: Sequence[Size], images: Sequence[int]) -> list[int]:
+        """Crops that each picture is cut into, the overview included."""
+        alone = [count == 1 for count in images for _ in range(count)]
+        points = PINPOINTS[self.family]
+        whole = [math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), points)) + 1 for s in sizes]
+        return [n if single or not self.one else 1 for n, single in zip(whole, alone, strict=True)]
+
+    def block(self, size: Size, alone: bool) -> list[int]:
+        if self.one and not alone:
+            return [IMAGE_ID] * (GRID**2 + 1)  # one newline
+        height, width = size
+        rows, cols = (side // PATCH_SIZE for side in select_best_resolution(tuple(size), PINPOINTS[self.family]))
+        if width * rows > cols * height:  # the image is flatter than its canvas: bands above and below were padding
+            rows -= (rows - height * cols // width) // 2 * 2
+        else:
+            cols -= (cols - width * rows // height) // 2 * 2
+        ratio = math.sqrt(rows * cols / (9 * GRID**2))
+        if self.one and ratio > 1.1:
+            rows, cols = int(rows // ratio), int(cols // ratio)
+        return [IMAGE_ID] * (GRID**2 + rows * (cols + 1))
+
+    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+        pixels = [torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=random) for n in self.tiles(sizes, images)]
+        if not pixels:
+            return {}
+        found = {"pixel_values": nn.utils.rnn.pad_sequence(pixels, batch_first=True), "image_sizes": torch.tensor(sizes)}
+        if self.one:
+            found["batch_num_images"] = torch.tensor([n for n in images if n])  # no entry for rows without images
+        return found
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        if not count:
+            return {}
+        sizes, pixels = (inputs[key][first : first + count] for key in ("image_sizes", "pixel_values"))
+        found = {"image_sizes": sizes, "pixel_values": pixels[:, : max(self.tiles(sizes.tolist(), [count]))]}
+        return found | ({"batch_num_images": torch.tensor([count])} if self.one else {})
+
+
+class Packed(Layout):
+    """Qwen: all patches of all pictures in one sequence, block by block of ``merge`` x ``merge``, and their grids."""
+
+    sizes = ((168, 168), (112, 280), (280, 112))
+    channels = 3 * 2 * PATCH_SIZE**2  # two frames per patch
+
+    def __init__(self, family: str, clip_frames: bool = False) -> None:
+        super().__init__(family, MERGE, (GRID**2, 0))
+        self.clip_frames = clip_frames  # the frames of a clip stand apart, a time before each
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        rows, cols = (side // PATCH_SIZE for side in size)
+        return rows, cols
+
+    def block(self, size: Size, alone: bool) -> list[int]:
+        return [BOS_ID] + [IMAGE_ID] * (math.prod(self.grid(size)) // MERGE**2)
+
+    def _packed(self, grids: Sequence[Sequence[int]], random: torch.Generator, kind: str) -> dict[str, Tensor]:
+        pixels = torch.randn(sum(map(math.prod, grids)), self.channels, generator=random)
+        name, of = ("pixel_values", "image") if kind == "image" else ("pixel_values_videos", "video")
+        return {name: pixels, f"{of}_grid_thw": torch.tensor(grids)}
+
+    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+        return self._packed([(1, *self.grid(size)) for size in sizes], random, "image") if sizes else {}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        return self._slice(inputs, first, count, "pixel_values", "image_grid_thw") if count else {}
+
+    def _slice(self, inputs: dict[str, Tensor], first: int, count: int, pixels: str, grid: str) -> dict[str, Tensor]:
+        lengths = inputs[grid].prod(dim=1).tolist()
+        own = slice(sum(lengths[:first]), sum(lengths[: first + count]))
+        return {pixels: inputs[pixels][own], grid: inputs[grid][first : first + count]}
+
+    def clip(self, frames: int) -> list[int]:
+        if not self.clip_frames:
+            return [BOS_ID] + [VIDEO_ID] * (GRID**2 * frames)
+        return [i for frame in range(frames) for i in [frame + 1, BOS_ID, *[VIDEO_ID] * GRID**2]]
+
+    def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
+        return self._packed([(frames, GRID * MERGE, GRID * MERGE)] * rows, random, "video")
+
+    def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return self._slice(inputs, i, 1, "pixel_values_videos", "video_grid_thw")
+
+    def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
+
+
+class Nested(Layout):
+    """Idefics3 and SmolVLM: (rows, most pictures of a row, 3, H, W), filled up with pictures of zeros."""
+
+    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+        pixels = torch.zeros(len(images), max(images), 3, self.pixels, self.pixels)
+        for row, count in enumerate(images):
+            for number in range(count):
+                pixels[row, number] = torch.randn(self.pixels, self.pixels, 3, generator=random).permute(2, 0, 1)
+        return {"pixel_values": pixels} if sizes else {}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        real = inputs["pixel_values"].flatten(2).any(dim=2).flatten().nonzero()[:, 0]
+        return {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]} if count else {}
+
+
+LAYOUTS: dict[str, Layout] = {
+    "llava": Layout("llava"),
+    "llava_next": Tiled("llava_next"),
+    "llava_onevision": Tiled("llava_onevision", video=(math.ceil(GRID / 2) ** 2, 1)),
+    "vipllava": Layout("vipllava"),
+    "llava_next_video": Tiled("llava_next_video", video=((GRID // 2) ** 2, 0)),
+    "video_llava": Layout("video_llava", video=(GRID**2 + 1, 0)),
+    "internvl": Layout("internvl", MERGE),
+    "qwen2_vl": Packed("qwen2_vl"),
+    "qwen2_5_vl": Packed("qwen2_5_vl"),
+    "qwen3_vl": Packed("qwen3_vl", clip_frames=True),
+    "fast_vlm": Layout("fast_vlm", patch_size=32),
+    "idefics3": Nested("idefics3", MERGE),
+    "smolvlm": Nested("smolvlm", MERGE),
+}
+
+
+def layout_of(family: str) -> Layout:
+    return LAYOUTS[family]
+
+
+def words(count: int, random: torch.Generator) -> list[int]:
+    """Random ids of bytes."""
+    return torch.randint(1, BOS_ID, (count,), generator=random).tolist()
+
+
