@@ -16,7 +16,8 @@ from .screen import plain, stderr, table
 
 Row = dict[str, Any]
 HEADINGS = ("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
-SPARE = ("hard", "lost/won", "worst family", "text", "tokens", "left", "vs random")  # in the order in which a narrow screen loses them
+# in the order in which a narrow screen loses them
+SPARE = ("hard", "lost/won", "worst family", "text", "tokens", "left", "vs random")
 MARKS = {"better": "\N{UPWARDS ARROW}", "worse": "\N{DOWNWARDS ARROW}", "no different": " "}
 
 
