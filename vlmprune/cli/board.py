@@ -112,12 +112,12 @@ def _cells(row: Row) -> list[str]:
 
 def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
     """What the numbers are, and what such a table cannot show."""
-    reach = max((row["mdd"] for row in rows if row["mdd"]), default=None)
+    reach = sorted(row["mdd"] for row in rows if row["mdd"])
     said = f"{rows[0]['n']} questions; in brackets 95 % intervals, over pictures; left: % of the dense accuracy; vs random: "
     said += "points, arrows where beyond chance, the range of its seeds for random itself; hard: % of what pool gets wrong; "
     said += "worst family: % left of it."
-    if reach is not None:
-        said += f" Differences to dense below {100 * reach:.1f} points cannot be seen."
+    if reach:
+        said += f" Smallest difference to dense that would be found: {100 * reach[0]:.1f} to {100 * reach[-1]:.1f} points, by row."
     if not headline["families"]:
         said += " The dense model has learnt none of the families, so these accuracies mean nothing."
     elif headline["excluded"]:
