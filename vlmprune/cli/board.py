@@ -117,7 +117,7 @@ def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
     said += "points, arrows where beyond chance, the range of its seeds for random itself; hard: % of what pool gets wrong; "
     said += "worst family: % left of it."
     if reach:
-        said += f" Smallest difference to dense that would be found: {100 * reach[0]:.1f} to {100 * reach[-1]:.1f} points, by row."
+        said += f" Smallest difference to dense that is found: {100 * reach[0]:.1f} to {100 * reach[-1]:.1f} points, by row."
     if not headline["families"]:
         said += " The dense model has learnt none of the families, so these accuracies mean nothing."
     elif headline["excluded"]:
