@@ -24,7 +24,7 @@ from vlmprune.testing.conformance import CheckResult
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "numpy", "yaml", "PIL", "triton")
-NOTE = "tiny is a random model: its answers mean nothing, the token counts and times are real"
+NOTE = "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean nothing"
 
 
 def cli(*words, code=0, columns=100):
@@ -119,17 +119,17 @@ def test_show_says_what_a_method_is_and_its_example_parses(method):
 def test_run_needs_no_arguments():
     text = cli("run", "--max-new-tokens", 3).stdout
     assert "tiny: What is in the picture?" in text
-    assert "9 (25.0% of 36)" in text and "9 in layers 0-3" in text and "36 in layers 0-3" in text
+    assert "36 (25.0% of 144)" in text and "36 in layers 0-7" in text and "144 in layers 0-7" in text
     assert "dense" in text and "fastervlm@0.25" in text and "after a warm-up" in text
     assert NOTE in " ".join(text.split())
 
 
 def test_run_as_json_holds_counts_times_and_answers():
     found = json.loads(cli("run", "--json", "--max-new-tokens", 3, "--prune", "uniform@12").stdout)
-    assert found["visual_tokens"] == {"dense": [36], "pruned": [12]}
-    assert found["sequence"]["dense"] - found["sequence"]["pruned"] == 24
-    assert found["tokens_per_layer"] == [12.0] * 4
-    assert found["new_tokens"] == {"dense": 3, "pruned": 3}
+    assert found["visual_tokens"] == {"dense": [144], "pruned": [12]}
+    assert found["sequence"]["dense"] - found["sequence"]["pruned"] == 132
+    assert found["tokens_per_layer"] == [12.0] * 8
+    assert all(1 <= tokens <= 3 for tokens in found["new_tokens"].values())
     for side in ("dense", "pruned"):
         assert 0 < found["seconds"][side]["first_token"] <= found["seconds"][side]["total"]
     assert 0 < found["seconds"]["pruned"]["choosing"] < found["seconds"]["pruned"]["first_token"]
@@ -139,13 +139,13 @@ def test_run_as_json_holds_counts_times_and_answers():
 def test_keeping_all_answers_as_the_dense_model():
     found = json.loads(cli("run", "--json", "--max-new-tokens", 8, "--prune", "fastervlm@1.0").stdout)
     assert found["answer"] == found["dense_answer"]
-    assert found["visual_tokens"] == {"dense": [36], "pruned": [36]}
+    assert found["visual_tokens"] == {"dense": [144], "pruned": [144]}
 
 
 def test_without_dense_there_is_one_column():
     found = json.loads(cli("run", "--json", "--no-dense", "--max-new-tokens", 2, "--prune", "dense").stdout)
     assert found["dense_answer"] is found["seconds"]["dense"] is None
-    assert found["visual_tokens"]["pruned"] == [36]
+    assert found["visual_tokens"]["pruned"] == [144]
 
 
 def test_run_takes_a_picture_a_question_and_a_folder(tmp_path):

@@ -28,6 +28,7 @@ limit: 50
 batch_size: 4
 max_new_tokens: 8
 dtype: bfloat16
+positions: original
 published: numbers.yaml
 """
 
@@ -61,7 +62,8 @@ def test_every_key_arrives(write):
     ]  # fmt: skip
     assert (config.tasks, config.seeds, config.out) == (("shapes", "lmms:gqa"), (0, 7, 8), "runs/first")
     assert (config.split, config.limit, config.batch_size, config.max_new_tokens) == ("dev", 50, 4, 8)
-    assert config.dtype == "bfloat16" and config.published.find("holov@64", "lmms:gqa") == pytest.approx(0.553)
+    assert (config.dtype, config.positions) == ("bfloat16", "original")
+    assert config.published.find("holov@64", "lmms:gqa") == pytest.approx(0.553)
 
 
 def test_what_may_be_left_out_has_a_default(write):

@@ -17,6 +17,7 @@ from .spec import Budget, Spec, parse
 from .yamlfile import read
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+POSITIONS = ("compact", "original")
 SEEDS = (0, 1, 2)
 WANTED = {"out": "the path of a folder", "split": "the name of a split, such as test", "published": "the path of a YAML file"}
 
@@ -34,6 +35,7 @@ class Config:
         split, limit: samples of each task; None is all of them.
         batch_size: questions answered together; a part of what is compared, since padding can change an answer.
         max_new_tokens: longest answer; None is what the task wants.
+        positions: position ids after a cut, "compact" or "original"; None is what each method declares.
         dtype: of the weights; "auto" is what the checkpoint says.
         published: numbers to show beside ours.
     """
@@ -47,6 +49,7 @@ class Config:
     limit: int | None = None
     batch_size: int = 32
     max_new_tokens: int | None = None
+    positions: str | None = None
     dtype: str = "auto"
     published: Published | None = field(default=None, repr=False)
 
@@ -74,9 +77,10 @@ class Config:
         for key in ("limit", "batch_size", "max_new_tokens"):
             if values.get(key) is not None:
                 given[key] = _count(key, values[key])
-        if "dtype" in values:
-            one_of("dtype", values["dtype"], DTYPES)
-            given["dtype"] = values["dtype"]
+        for key, allowed in (("dtype", DTYPES), ("positions", POSITIONS)):
+            if values.get(key) is not None:
+                one_of(key, values[key], allowed)
+                given[key] = values[key]
         if values.get("published") is not None:
             given["published"] = Published.load((folder or Path()) / _text("published", values["published"]))
         return cls(**given)

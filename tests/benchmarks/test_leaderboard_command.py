@@ -37,7 +37,7 @@ def test_a_table_a_sentence_and_where_the_samples_are(run):
     lines = result.stdout.splitlines()
     assert max(map(len, lines[:-1])) <= COLUMNS  # the last names the folder, to be copied
     for spec in ("dense", "random@9", "uniform@9", "pool@9", "fastervlm@9"):
-        assert sum(spec in line.split() for line in lines) == 1, spec
+        assert sum(line.split()[:1] == [spec] for line in lines) == 1, spec
     text = " ".join(lines)
     assert "Against random tokens" in text and f"vlmprune report {folder}" in text
     rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -107,6 +107,17 @@ def test_all_rows_of_a_large_run_stand_on_one_line_of_100_columns(run_folder):
     for spec in ("fastv(layer=2)@36", "zooprune@9", "random@36"):
         assert sum(line.split()[:1] == [spec] for line in lines) == 2  # two models
     assert not any("seed=" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [120, 100, 80, 60, 40])
+def test_a_narrow_screen_loses_columns_and_no_spec(run_folder, width):
+    screen = Console(width=width, record=True, file=io.StringIO())
+    board.show(json.loads((run_folder / "results.json").read_text()) | {"failed": []}, screen)
+    lines = screen.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(line.split()[:1] == ["fastv(layer=2)@36"] for line in lines) == 2
+    heading = next(line for line in lines if line.split()[:1] == ["spec"])
+    assert "accuracy" in heading and ("worst family" in heading) == (width >= 80) and ("hard" in heading) == (width >= 100)
 
 
 def row(spec, difference=None, half=0.1, p=0.01):

@@ -132,7 +132,9 @@ def test_the_tower_sees_every_image_of_a_portion_once(small_model, tmp_path):
     assert sum(seen) == len(images)
 
 
-CHANGES = [{"batch_size": 4}, {"max_new_tokens": 3}, {"limit": 10}, {"split": "dev"}, {"dtype": "bfloat16"}]
+CHANGES = [
+    {"batch_size": 4}, {"max_new_tokens": 3}, {"limit": 10}, {"split": "dev"}, {"dtype": "bfloat16"}, {"positions": "original"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)

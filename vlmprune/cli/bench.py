@@ -120,6 +120,7 @@ def _show_card(rows: list[dict[str, Any]], start: dict[str, Any], missing: dict[
     for group in speed_rows(rows):
         screen.print(plain(group["title"]), style="bold")
         shown = table(*(column.title for column in SPEED_COLUMNS))
+        shown.columns[0].no_wrap = True
         for row in group["rows"]:
             shown.add_row(*(plain(column.text(row)) for column in SPEED_COLUMNS))
         screen.print(shown)
@@ -146,9 +147,10 @@ def _show_plan(found: dict[str, Any]) -> None:
         plain(f"{'Prune with ' + found['spec'] if prune else 'Do not prune'}: {found['model']}, {what}"),
         style="bold green" if prune else "bold yellow",
     )
+    change = f"{abs(gain):.1%} {'saved' if gain > 0 else 'lost'}"
     screen.print(
         plain(
-            f"expected {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {gain:+.1%} saved; "
+            f"expected {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {change}; "
             f"it pays from {least:.1%} on" + (", which is how wrong the cost model was" if least > found["worth"] else "")
         )
     )

@@ -27,6 +27,7 @@ def leaderboard(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; the same again goes on where it was.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions answered together.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Position ids: compact or original; else the method's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Ray cluster, or 'auto'; without it, one is started.")] = None,
@@ -43,7 +44,7 @@ def leaderboard(
     from ..benchmarks.sweep import leaderboard as sweep
     from . import board
 
-    wanted = _config(config, specs, quick, {"limit": limit, "batch_size": batch_size})
+    wanted = _config(config, specs, quick, {"limit": limit, "batch_size": batch_size, "positions": positions})
     folder = out or Path(wanted.out or _folder(config, quick))
     settings = Settings(device, _engine(engine, address, device, task_cpus, task_gpus), trust_remote_code, _command())
     bars: Any = board.Bars() if not as_json or sys.stderr.isatty() else nullcontext()
@@ -64,8 +65,12 @@ def leaderboard(
 
 def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str, Any]) -> Config:
     from ..benchmarks.sweep.plan import QUICK_QUESTIONS, default_config
-    from ..config import Config, load
+    from ..config import POSITIONS, Config, load
+    from ..core.base import one_of
     from ..spec import split
+
+    if changes.get("positions") is not None:
+        one_of("--positions", changes["positions"], POSITIONS)
 
     config = default_config(quick) if path is None else load(path)
     if path is not None and quick:

@@ -19,14 +19,14 @@ from ..errors import UnsupportedError, VlmPruneError, did_you_mean
 from . import families
 
 TINY = "tiny"
-TINY_NOTE = "tiny is a random model: its answers mean nothing, the token counts and times are real"
+TINY_NOTE = "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean nothing"
 
 
 def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """``(model, processor)``, the model in eval mode.
 
     Args:
-        name: ``"tiny"``, a folder written by ``save_pretrained``, or an HF id.
+        name: ``"tiny"``, the trained model of the package, a folder written by ``save_pretrained``, or an HF id.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: one of ``DTYPES``; "auto" is what the checkpoint says.
         trust_remote_code: run Python code that comes with the checkpoint. No supported family needs it.
@@ -34,10 +34,9 @@ def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code:
     one_of("dtype", dtype, DTYPES)
     check_device(device)
     if name == TINY:
-        from ..testing.tiny import tiny_bundle
+        from ..benchmarks.tiny import load_tiny
 
-        model, processor = tiny_bundle()
-        return model.to(device=device, dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype)), processor
+        return load_tiny(device, torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -53,7 +53,11 @@ def layers(tokens: Sequence[float] | None) -> str:
 
 def _spread(row: Row, key: str) -> str:
     low, high = ((row.get(name) or {}).get(key) for name in ("p20", "p80"))
-    return seconds(row.get(key)) + (f" [{seconds(low)}, {seconds(high)}]" if low is not None and high is not None else "")
+    value = row.get(key)
+    if value is None or low is None or high is None:
+        return seconds(value)
+    factor, digits = (1, 2) if value >= 1 else (1e3, 0 if value >= 0.1 else 1)  # in the unit of the median, which is named once
+    return f"{seconds(value)} [{low * factor:.{digits}f}, {high * factor:.{digits}f}]"
 
 
 SPEED_COLUMNS = (

@@ -59,6 +59,7 @@ class Setting:
     limit: int | None
     batch_size: int
     max_new_tokens: int
+    positions: str | None
     device: str
     dtype: str
     versions: tuple[tuple[str, str], ...]

@@ -15,21 +15,25 @@ from ...config import Config
 from ...models.loading import TINY
 from ..record import Record
 from ..rundir import Run
+from ..sample import Sample
 from ..speed.conditions import conditions, device_name
 from ..summary import DENSE, summarise
 from ..tasks import get_task
-from .plan import Setting, load_samples
+from .plan import Setting
 
 
 def rows_of(
-    folder: Path, setting: Setting, cells: Mapping[str, str], config: Config
+    folder: Path, setting: Setting, samples: Sequence[Sample], cells: Mapping[str, str], config: Config
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell."""
     run = Run(folder)
-    records = [Record.read(line) for cell in cells.values() for line in run.journal(cell)]
+    records = []
+    for cell in cells.values():  # in the order of the task, whoever answered first: sums of floats depend on it
+        lines = {line["id"]: line for line in run.journal(cell)}
+        records += [Record.read(lines[sample.id]) for sample in samples]
     task = get_task(setting.task)
     found = summarise(records, task.blind)
-    official = _official(task, setting, records)
+    official = _official(task, samples, records)
     named = {"model": setting.model, "task": setting.task}
     rows = []
     for row in found["rows"]:
@@ -41,14 +45,13 @@ def rows_of(
     return rows, {**named, **found["headline"]}
 
 
-def _official(task: Any, setting: Setting, records: Sequence[Record]) -> dict[str, dict[str, float]]:
+def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Per spec the task's own numbers (F1, sums over categories, ...), where it has such."""
     if not hasattr(task, "official"):
         return {}
     answers: dict[str, dict[str, str]] = {}
     for record in records:
         answers.setdefault(record.spec, {})[record.id] = record.answer
-    samples = load_samples(task, setting.split, setting.limit)
     return {spec: task.official(samples, [mine[sample.id] for sample in samples]) for spec, mine in answers.items()}
 
 

@@ -14,6 +14,7 @@ from ...config import Config
 from ...errors import EvaluationError
 from ...models.loading import check_device
 from ..rundir import FORMAT, read_object
+from ..sample import Sample
 from ..tasks import get_task
 from . import identity, results
 from .engines import Engine, Local
@@ -74,11 +75,14 @@ def leaderboard(
         rows, headline, failed = [], [], []
         found: dict[str, Any] = {}
         for setting, recipes in plans:
-            cells, failures = _answer(folder, setting, recipes, settings.engine, progress or Silent())
+            task = get_task(setting.task)
+            samples = load_samples(task, setting.split, setting.limit)
+            shards = portions(task, samples, setting.batch_size)
+            cells, failures = _answer(folder, setting, recipes, shards, settings.engine, progress or Silent())
             where = {"model": setting.model, "task": setting.task}
             failed += [{"spec": spec, **where, "error": error} for spec, error in failures.items()]
             if results.complete(cells):
-                more, one = results.rows_of(folder, setting, cells, config)
+                more, one = results.rows_of(folder, setting, samples, cells, config)
                 rows += more
                 headline.append(one)
             known = results.provenance([setting for setting, _ in plans], settings.device, settings.command)
@@ -99,7 +103,7 @@ def planned(config: Config, settings: Settings) -> list[Setting]:
         Setting(
             model=model, weights=identity.weights(model), task=name, task_fingerprint=task.fingerprint, split=config.split,
             limit=config.limit, batch_size=config.batch_size, max_new_tokens=answer_length(config.max_new_tokens, task),
-            device=settings.device, dtype=config.dtype, versions=identity.versions(name),
+            positions=config.positions, device=settings.device, dtype=config.dtype, versions=identity.versions(name),
             trust_remote_code=settings.trust_remote_code,
         )
         for model in config.models
@@ -116,17 +120,21 @@ def _write_run(folder: Path, config: Config, settings: Settings) -> None:
 
 
 def _answer(
-    folder: Path, setting: Setting, recipes: Sequence[Mapping[str, Any]], engine: Engine, progress: Progress
+    folder: Path,
+    setting: Setting,
+    recipes: Sequence[Mapping[str, Any]],
+    shards: Sequence[Sequence[Sample]],
+    engine: Engine,
+    progress: Progress,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Answer what is missing; returns the cells that are whole, by spec, and why the others are not."""
-    task = get_task(setting.task)
-    samples = load_samples(task, setting.split, setting.limit)
+    ids = {sample.id for shard in shards for sample in shard}
     journals = {recipe["spec"]: Journal(folder, recipe) for recipe in recipes}
-    _check_known(setting, {sample.id for sample in samples}, journals.values())
-    total, done = len(samples) * len(journals), sum(len(journal.ids) for journal in journals.values())
+    _check_known(setting, ids, journals.values())
+    total, done = len(ids) * len(journals), sum(len(journal.ids) for journal in journals.values())
     progress.begin(f"{setting.model} on {setting.task}", total, done)
     jobs = []
-    for number, portion in enumerate(portions(task, samples, setting.batch_size)):
+    for number, portion in enumerate(shards):
         lacking = tuple(spec for spec, journal in journals.items() if any(sample.id not in journal.ids for sample in portion))
         if lacking:
             jobs.append(Job(number, lacking))
@@ -136,7 +144,7 @@ def _answer(
             failed.setdefault(given.spec, given.error)
         else:
             progress.advance(journals[given.spec].append(given.lines))
-    whole = {spec: journal.cell for spec, journal in journals.items() if len(journal.ids) == len(samples)}
+    whole = {spec: journal.cell for spec, journal in journals.items() if len(journal.ids) == len(ids)}
     lost = [spec for spec in journals if spec not in whole and spec not in failed]
     if lost:
         raise EvaluationError(f"the engine ended, but {lost} did not answer everything; run the same command again")

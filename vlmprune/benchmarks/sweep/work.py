@@ -63,7 +63,7 @@ class Bench:
         specs = []
         for spec in job.specs:
             try:
-                prune(self.model, spec)
+                prune(self.model, spec, positions=self.setting.positions)
                 specs.append(spec)
             except VlmPruneError as error:
                 yield Failure(spec, str(error))
@@ -78,8 +78,9 @@ class Bench:
         rows, size = self.shards[job.shard], self.setting.batch_size
         sizes = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
         records = evaluate(
-            self.model, self.processor, rows, specs, self.task, batch_size=size, max_new_tokens=self.setting.max_new_tokens
-        )
+            self.model, self.processor, rows, specs, self.task,
+            batch_size=size, max_new_tokens=self.setting.max_new_tokens, positions=self.setting.positions,
+        )  # fmt: skip
         for rows_of_batch in sizes:
             for number, spec in enumerate(specs, 1):
                 try:
@@ -94,7 +95,8 @@ class Bench:
         from ..lmms.cell import run_cell
 
         offset, size = sum(map(len, self.shards[: job.shard])), len(self.shards[job.shard])
-        options = {"batch_size": self.setting.batch_size, "max_new_tokens": self.setting.max_new_tokens}
+        names = ("batch_size", "max_new_tokens", "positions")
+        options = {name: getattr(self.setting, name) for name in names}
         for number, spec in enumerate(specs, 1):
             try:
                 cell = run_cell(self.model, self.processor, spec, self.task, offset=offset, limit=size, **options)
