@@ -14,6 +14,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install vlmprune[e
 
 from datasets import Dataset, Features, List, Value
 from datasets import Image as Picture
+from sweep_tools import journals, sweep
 
 import vlmprune.benchmarks.lmms.loading as loading
 import vlmprune.benchmarks.lmms.overlays as overlays
@@ -229,6 +230,21 @@ def test_clips_are_read_pruned_and_counted(clips):
     assert len({r.cluster for r in batch}) == 3 and all(r.firings > 0 for r in batch)
     with pytest.raises(UnsupportedError, match="run_cell"):
         clips.samples()[0].load_images()
+
+
+def test_a_sweep_gives_clips_to_lmms_eval(clips, tmp_path, monkeypatch):
+    model, processor = tiny_bundle("llava_onevision")
+    model.save_pretrained(tmp_path / "model")
+    processor.video_processor = FramesInNumpy()
+    monkeypatch.setattr("vlmprune.benchmarks.sweep.work.load_model", lambda *name: (model, processor))
+    assert clips.video
+    task, spec = f"lmms:{tmp_path / 'clips.yaml'}", "uniform@9"
+    results = sweep(tmp_path / "model", tmp_path / "out", specs=[spec], tasks=[task], limit=3, batch_size=2, max_new_tokens=5)
+    assert results["failed"] == []
+    (row,) = [row for row in results["rows"] if row["spec"] == spec]
+    direct = run_cell(model, processor, spec, clips, batch_size=2, max_new_tokens=5).records
+    assert {name: line["answer"] for name, line in journals(tmp_path / "out")[spec].items()} == {r.id: r.answer for r in direct}
+    assert row["n"] == 3 and row["realised_tokens"] == 9
 
 
 def test_a_clip_for_a_model_without_video_is_refused(clips):

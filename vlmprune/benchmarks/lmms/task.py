@@ -75,6 +75,11 @@ class LmmsTask:
     def _conversation(self, number: int) -> Conversation:
         return from_messages(self.lmms.doc_to_messages(self.lmms.eval_docs[number]))
 
+    @cached_property
+    def video(self) -> bool:
+        """Whether documents show clips, which lmms-eval has to read itself; asked of the first one."""
+        return bool(self._conversation(0).clips)
+
     def _plain(self, number: int) -> dict[str, Any]:
         """A document without its pictures, unless scoring wants them; a copy, as some tasks change it while they score."""
         return copy.deepcopy(self.lmms.eval_docs_no_media[number])
