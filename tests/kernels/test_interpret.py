@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,56 @@ def test_a_launch_per_pick_makes_the_same_picks(case, ops, monkeypatch, guarded)
 
     monkeypatch.setattr(triton_choice, "MAX_BLOCK", 0)
     check(case, ops)
+
+
+MANY_COLUMNS = [param for param in cases("prune", "gather_rows", "unprune") if "many columns" in param.id or "700" in param.id]
+
+
+@pytest.mark.parametrize("case", MANY_COLUMNS)
+def test_a_program_may_take_several_tiles_of_columns(case, ops, monkeypatch, guarded):
+    from vlmprune.kernels import triton_rows
+
+    monkeypatch.setattr(triton_rows, "_BUSY", 1)
+    check(case, ops)
+
+
+DOORS = {
+    "topk_select": "ties-33-16",
+    "topk_select_varlen": "ragged-ties",
+    "prune": "ends-ties",
+    "prune_varlen": "ragged",
+    "gather_rows": "2-33-9-16",
+    "unprune": "2-33-9-16",
+    "greedy_maxmin": "21-7-nn",
+    "greedy_maxmin_features": "21-7-nn",
+    "greedy_dpp": "21-7",
+    "greedy_dpp_features": "21-7",
+    "attn_row_scores": "tower-float32",
+    "zoo_sensitivity": "13-40",
+}
+
+
+@pytest.mark.parametrize(("op", "name"), DOORS.items())
+def test_the_door_leads_to_triton(op, name, ops, monkeypatch):
+    from vlmprune.kernels import dispatch
+
+    called, launcher = [], getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *args, **kwargs: called.append(op) or launcher(*args, **kwargs))
+    (case,) = [case for case in CASES if (case.op, case.name) == (op, name)]
+    with dispatch.use("triton"):
+        check(replace(case, options={"ordered": True} if op == "unprune" else {}), dispatch)
+    assert called == [op] and set(DOORS) == {case.op for case in CASES}
+
+
+def test_gradients_of_pruned_rows_go_back_through_triton(ops):
+    from vlmprune.kernels import dispatch
+
+    x = torch.randn(2, 12, 5, requires_grad=True)
+    with dispatch.use("triton"):
+        idx, (y,) = dispatch.prune(torch.randn(2, 9), 4, [x], 1, 2)
+        y.square().sum().backward()
+    kept = reference.with_ends(idx, 9, 1, 2).long()[..., None]
+    assert torch.equal(x.grad, torch.zeros_like(x).scatter(1, kept.expand(-1, -1, 5), 2 * y.detach()))
 
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, math.inf, -math.inf, math.nan, 3e38, -3e38]) | st.floats(width=32)

@@ -18,16 +18,18 @@ _PROGRAMS = 132
 
 
 @triton.jit
-def logits_of(q, k, head, at, valid, group, q_stride, k_stride, scale,
-              GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+def logits_of(
+    q, k, head, at, valid, group, q_head, k_row, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
     """(GROUP, keys) logits of the query heads that share the key head ``k`` points at, of the keys ``at`` (int64)."""
     width = tl.arange(0, WIDTH)
     mine = tl.arange(0, GROUP)
     query = tl.load(
-        q + (head * group + mine)[:, None] * q_stride + width[None, :],
+        q + (head * group + mine)[:, None] * (q_head * UNIT) + width[None, :],
         mask=(mine < group)[:, None] & (width < D)[None, :], other=0.0,
     )  # fmt: skip
-    key = tl.load(k + at[:, None] * k_stride + width[None, :], mask=valid[:, None] & (width < D)[None, :], other=0.0)
+    key = tl.load(k + at[:, None] * (k_row * UNIT) + width[None, :], mask=valid[:, None] & (width < D)[None, :], other=0.0)
     if UP:
         query = query.to(tl.float32)
         key = key.to(tl.float32)
@@ -37,7 +39,7 @@ def logits_of(q, k, head, at, valid, group, q_stride, k_stride, scale,
 @triton.jit(do_not_specialize=["v0", "nv", "heads", "group", "splits", "blocks"])
 def attn_row_kernel(
     q, k, lse, out, v0, nv, heads, group, splits, blocks, scale, share, q_batch, q_head, k_batch, k_head, k_row,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UP: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """``heads``: key heads of a program. Partial scores (splits, B, nv)."""
     b = (tl.program_id(0) // (splits * blocks)).to(tl.int64)
@@ -45,16 +47,16 @@ def attn_row_kernel(
     key = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
     valid = key < nv
     at = (v0 + key).to(tl.int64)
-    q += b * q_batch
-    k += b * k_batch + split.to(tl.int64) * heads * k_head
+    q += b * (q_batch * UNIT)
+    k += b * (k_batch * UNIT) + split.to(tl.int64) * heads * (k_head * UNIT)
     lse += b * splits * heads * group
     mine = tl.arange(0, GROUP)
     total = tl.zeros([KEYS], tl.float32)
     for head in range(split * heads, split * heads + heads):
-        logits = logits_of(q, k, head, at, valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UP)
+        logits = logits_of(q, k, head, at, valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UNIT, UP)
         norm = tl.load(lse + head * group + mine, mask=mine < group, other=float("inf")).to(tl.float32)
         total += tl.sum(tl.exp(logits - norm[:, None]), 0)
-        k += k_head
+        k += k_head * UNIT
     batch = tl.num_programs(0) // (splits * blocks)
     tl.store(out + (split * batch + b) * nv + key, total * share, mask=valid)
 
@@ -62,7 +64,7 @@ def attn_row_kernel(
 @triton.jit(do_not_specialize=["v0", "nv", "keys", "heads", "group", "blocks"])
 def attn_logits_kernel(
     q, k, logits, most, total, v0, nv, keys, heads, group, blocks, scale, q_batch, q_head, k_batch, k_head, k_row,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UP: tl.constexpr,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Logits (B, H, nv) of the columns asked for; maximum and sum of exponentials (B, H, blocks) of all columns."""
     b = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
@@ -70,10 +72,9 @@ def attn_logits_kernel(
     block = tl.program_id(0) % blocks
     key = block * KEYS + tl.arange(0, KEYS)
     valid = key < keys
-    k += b * k_batch + head.to(tl.int64) * k_head
-    found = logits_of(
-        q + b * q_batch, k, head, key.to(tl.int64), valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UP
-    )  # fmt: skip
+    q += b * (q_batch * UNIT)
+    k += b * (k_batch * UNIT) + head.to(tl.int64) * (k_head * UNIT)
+    found = logits_of(q, k, head, key.to(tl.int64), valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UNIT, UP)
     found = tl.where(valid[None, :], found, -float("inf"))
     mine = tl.arange(0, GROUP)
     row = (b * heads + head) * group + mine
@@ -133,9 +134,12 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     key_heads, keys = k.shape[1:3]
     group = heads // key_heads
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2)
+    # Triton knows strides to be multiples of 16 or of nothing; heads of 72 numbers, say, want accesses of 8 all the same
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    strides = tuple(stride // unit for stride in strides)
     # the interpreter takes the bits of half precision for integers in tl.dot
     up = q.dtype != k.dtype or (q.dtype != torch.float32 and q.device.type == "cpu" and triton.knobs.runtime.interpret)
-    shape = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), up
+    shape = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), unit, up
     new = {"dtype": torch.float32, "device": q.device}
     columns = -(-nv // _KEYS)
     if lse is not None:

@@ -16,7 +16,7 @@ _DPP_BLOCK = 4096  # tokens that one program holds with rows of the decompositio
 _DPP_ROWS = 8
 _PROGRAMS = 1024  # per batch entry of a step: each reads what all of them left
 _SIMILARITIES = 2**25  # held at a time, to find nearest neighbours by features
-_TILE = 4096
+_TILE = 2048  # numbers of a tile of rows in registers
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .triton_launch import MAX_BLOCK, PROGRAMS, SLICE, TILE, block_of, launch, n
 from .triton_topk import parts_of, select
 
 _TENSORS = 4  # of one launch
+_BUSY = 132  # programs that keep a GPU busy
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _PLAIN = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,12 +53,13 @@ class Rows:
 
     def tiles(self, rows: int) -> list[int]:
         """Columns of a tile of ``rows`` rows, per tensor."""
-        widths = [min(next_power_of_2(x.shape[-1]), TILE // (rows * x.element_size())) for x in self.flat]
+        tile = TILE if self.count <= 2 else TILE // 2  # registers
+        widths = [min(next_power_of_2(x.shape[-1]), tile // (rows * x.element_size())) for x in self.flat]
         return widths + widths[:1] * (_TENSORS - len(widths))
 
     def split(self, segments: int, blocks: int, kept: int, rows: int) -> int:
         """Programs that share the columns of a block of rows, for slices of about SLICE bytes."""
-        wanted = max(132, min(segments * kept * self.bytes // SLICE, PROGRAMS))
+        wanted = max(_BUSY, min(segments * kept * self.bytes // SLICE, PROGRAMS))
         tiles = max(-(-x.shape[-1] // tile) for x, tile in zip(self.flat, self.tiles(rows), strict=False))
         return max(1, min(tiles, wanted // max(segments * blocks, 1)))
 
