@@ -104,7 +104,8 @@ def test_generation_never_stops_early_and_never_yields_a_special_id(family):
     sampled = new_ids(model, inputs, 40, do_sample=True, temperature=3.0)
     for ids in (greedy, sampled):
         assert ids.shape == (2, 40) and not torch.isin(ids, torch.tensor(SPECIAL_IDS)).any()
-    assert not torch.isin(logits(model, inputs).argmax(-1), torch.tensor(SPECIAL_IDS)).any()
+    real = inputs["attention_mask"].bool()
+    assert not torch.isin(logits(model, inputs).argmax(-1)[real], torch.tensor(SPECIAL_IDS)).any()
 
 
 def test_options_reach_the_model():
@@ -200,6 +201,8 @@ PROMPTS = {
 def test_processor_fits_the_model(family, tower, kind):
     model, processor = tiny_bundle(family, tower=tower)
     texts, sizes = PROMPTS[kind]
+    if "mm_token_type_ids" in tiny_inputs(family):  # released prompts of these families have a mark between two images
+        texts = [text.replace("><", "> <") for text in texts]
     images = [[picture(i, size) for i, size in enumerate(row)] for row in sizes]
     # several images per text must be nested for llava_onevision, which counts them; the others take a flat list too
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmprune
+from vlmprune.benchmarks.speed.memory import memory_profile
 from vlmprune.core.base import Method
 from vlmprune.core.keepmap import KeepMap
 from vlmprune.core.tokens import VisualTokens
@@ -26,9 +25,6 @@ from vlmprune.testing.reference import dense_rows, greedy, kept_by_hand
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from live_bytes import memory_profile
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MERGING = ("internvl", *QWEN, "idefics3", "smolvlm")
