@@ -64,7 +64,8 @@ REPLAY = vlmprune.KeepMap([1, 4], 36, ((6, 6),)).replay
 ATTACHING = {"prune": vlmprune.prune, "attach": vlmprune.attach}
 TAKING = ATTACHING | {"score": lambda found, method: vlmprune.score(found, inputs(), method)}
 thing = st.none() | st.text(string.ascii_letters, max_size=8) | st.integers() | st.binary(max_size=4) | st.just({})
-wrong_family = misspelt(families())
+# qwen2_vl and qwen3_vl are equally near to a misspelling of either
+wrong_family = misspelt([name for name in families() if not name.startswith("qwen")])
 wrong_model = st.deferred(lambda: st.sampled_from(sorted(wrong_models())))
 verbs, taking = st.sampled_from(sorted(ATTACHING)), st.sampled_from(sorted(TAKING))
 layer = st.integers(5, 2**63 - 1) | st.integers(-(2**63) + 1, -5) | st.just(0)

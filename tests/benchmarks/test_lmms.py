@@ -266,7 +266,8 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     rows = [json.loads(line) for line in found[0].read_text().splitlines()]
     counts = [row["token_counts"][0] for row in rows]
     assert [one["spec"] for one in counts] == ["random(seed=1)@9"] * 4
-    assert [(one["dense_tokens"], one["realised_tokens"], one["output_tokens"]) for one in counts] == [(36, 9, 4)] * 4
+    assert [(one["dense_tokens"], one["realised_tokens"]) for one in counts] == [(144, 9)] * 4
+    assert all(1 <= one["output_tokens"] <= 4 for one in counts)  # the model stops by itself
     read = records(rows, get_task(f"lmms:{tasks / 'shapes.yaml'}"))
     assert [(r.id, r.realised_tokens, bool(r.answer)) for r in read] == [(f"shapes-{i}", 9, True) for i in range(4)]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())

@@ -83,8 +83,8 @@ def test_rows_hold_what_was_measured_with_its_conditions(card):
         assert row["batch"] == 2 and row["answer_tokens"] == 3 and row["device"] == "cpu" and row["dtype"] == "float32"
         assert row["first_token_s"] > 0 and row["total_s"] > 0 and row["attention"] in row["attention_tried_s"]
         assert row["p20"]["total_s"] <= row["total_s"] <= row["p80"]["total_s"]
-    assert dense["tokens_per_layer"] == [36.0] * 4 and dense["versus_dense"] == 1.0 and dense["versus_free_k"] is None
-    assert before["tokens_per_layer"] == [9.0] * 4 and inside["tokens_per_layer"] == [36.0, 36.0, *inside["tokens_per_layer"][2:]]
+    assert dense["tokens_per_layer"] == [144.0] * 8 and dense["versus_dense"] == 1.0 and dense["versus_free_k"] is None
+    assert before["tokens_per_layer"] == [9.0] * 8 and inside["tokens_per_layer"] == [144.0] * 2 + [72.0] * 6
     assert before["flops"] < inside["flops"] < dense["flops"]
     assert before["peak_bytes"] < dense["peak_bytes"]
     for row in (before, inside):
@@ -269,8 +269,8 @@ def test_more_of_the_method_never_looks_better():
 def test_a_plan_is_whole_and_says_what_it_rests_on():
     found = plan(make_workload("tiny"), "fastervlm@9", answer_tokens=4, worth=1.0, effort=ONCE)
     assert found["advice"] == "do not prune"  # nothing saves all of the time
-    assert found["case"] == {"visual_tokens": 36, "text_tokens": 42, "batch": 1, "answer_tokens": 4}
-    assert len(found["measured"]) == 6 and found["costs"]["shares"] == (0.25,) * 4
+    assert found["case"] == {"visual_tokens": 144, "text_tokens": 9, "batch": 1, "answer_tokens": 4}
+    assert len(found["measured"]) == 6 and found["costs"]["shares"] == (0.125,) * 8
     assert found["ranges"] == dict.fromkeys(LIMITS)
     assert found["threshold"] >= 1.0 and found["check"]["error"] >= 0
     json.dumps(found)

@@ -11,7 +11,7 @@ import torch
 import vlmprune
 from vlmprune.methods.sinks import find_sink_dims, save_recipe
 from vlmprune.testing.conformance import generate
-from vlmprune.testing.reference import kept_by_hand, merged_embeddings
+from vlmprune.testing.reference import Kept, kept_by_hand, merged_embeddings
 from vlmprune.testing.reference_attention import AttentionTwin, visual_columns
 from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
 
@@ -40,7 +40,7 @@ def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
     edited = 0
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
-        twin = AttentionTwin(eager, method, embeds[row : row + 1, mask], visual, torch.arange(int(mask.sum()))[None])
+        twin = AttentionTwin(eager, method, Kept(embeds[row : row + 1, mask], torch.arange(int(mask.sum()))[None]), visual)
         assert ids[row].tolist() == twin.greedy(5), f"row {row}"
         edited += twin.edited
     assert edited > 50, "hardly any head was edited: the comparison says nothing"
@@ -77,7 +77,7 @@ def test_it_composes_with_a_cut_before_the_language_model() -> None:
     first = int(columns.nonzero()[0])
     visual = [first <= i < first + 9 for i in range(kept.embeds.shape[1])]
     method = vlmprune.parse(SPEC).build()[0].method
-    assert ids == AttentionTwin(eager, method, kept.embeds, visual, kept.positions).greedy(5)
+    assert ids == AttentionTwin(eager, method, kept, visual).greedy(5)
     assert run.last.realised_tokens == [9]
 
 
