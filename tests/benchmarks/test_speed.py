@@ -270,7 +270,7 @@ def test_a_plan_is_whole_and_says_what_it_rests_on():
     found = plan(make_workload("tiny"), "fastervlm@9", answer_tokens=4, worth=1.0, effort=ONCE)
     assert found["advice"] == "do not prune"  # nothing saves all of the time
     assert found["case"] == {"visual_tokens": 144, "text_tokens": 9, "batch": 1, "answer_tokens": 4}
-    assert len(found["measured"]) == 6 and found["costs"]["shares"] == (0.125,) * 8
+    assert len(found["measured"]) == 6 and found["costs"]["shares"] == (0.0625,) * 8
     assert found["ranges"] == dict.fromkeys(LIMITS)
     assert found["threshold"] >= 1.0 and found["check"]["error"] >= 0
     json.dumps(found)
