@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant("step: leavings of one launch only", "triton_steps", "at = ((step - 1) & 1) *", "at = (step & 1) *", "greedy_maxmin_features"),
     Mutant("step: picked again", "triton_steps", "tl.store(taken + at, gone.to(tl.int8), mask=valid)\n            leave(keys, tokens, step, worth_of", "leave(keys, tokens, step, worth_of", "greedy_maxmin_features"),
     Mutant("step: history a row short", "triton_steps", "valid, step - 1, history_stride", "valid, step - 17, history_stride", "greedy_dpp_features", "21"),
-    Mutant("head of another group", "triton_attention", "(head * group + mine)[:, None] * q_stride", "(head + mine)[:, None] * q_stride", "attn_row_scores", "groups-float32"),
+    Mutant("head of another group", "triton_attention", "(head * group + mine)[:, None] * (q_head", "(head + mine)[:, None] * (q_head", "attn_row_scores", "groups-float32"),
     Mutant("softmax of the columns asked for", "triton_attention", "valid = key < keys", "valid = key < v0 + nv", "attn_row_scores", "wide-float32"),
     Mutant("sum instead of mean", "triton_attention", "total * share", "total", "attn_row_scores", "groups-float32-lse"),
     Mutant("rows of the matrix not weighed", "triton_attention", "total += left * tl.load(y +", "total += tl.load(y +", "zoo_sensitivity"),

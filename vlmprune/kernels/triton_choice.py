@@ -128,9 +128,8 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     block = block_of(n)
     history = torch.empty(batch, k, block, dtype=torch.float32, device=sim.device)
     shape = (n, k, sim.stride(0), sim.stride(1), RESIDUAL, block, _DPP_ROWS)
-    launch(
-        dpp_kernel, batch, sim, relevance.contiguous(), history, order, gain, *shape, num_warps=min(16, 2 * warps(block))
-    )  # fmt: skip
+    args = (sim, relevance.contiguous(), history, order, gain, *shape)
+    launch(dpp_kernel, batch, *args, num_warps=8 if block < _DPP_BLOCK else 16)
     return order, gain
 
 

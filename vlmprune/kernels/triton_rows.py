@@ -51,17 +51,17 @@ class Rows:
         self.count = len(xs)
         self.bytes = sum(x.shape[-1] * x.element_size() for x in self.flat)
 
-    def tiles(self, rows: int) -> list[int]:
+    def tiles(self, rows: int, warps: int) -> list[int]:
         """Columns of a tile of ``rows`` rows, per tensor."""
-        tile = TILE if self.count <= 2 else TILE // 2  # registers
+        tile = TILE if self.count <= 2 or warps > 8 else TILE // 2  # registers; 16 bytes for each thread at least
         widths = [min(next_power_of_2(x.shape[-1]), tile // (rows * x.element_size())) for x in self.flat]
         return widths + widths[:1] * (_TENSORS - len(widths))
 
-    def split(self, segments: int, blocks: int, kept: int, rows: int) -> int:
+    def split(self, segments: int, blocks: int, kept: int, tiles: list[int]) -> int:
         """Programs that share the columns of a block of rows, for slices of about SLICE bytes."""
         wanted = max(_BUSY, min(segments * kept * self.bytes // SLICE, PROGRAMS))
-        tiles = max(-(-x.shape[-1] // tile) for x, tile in zip(self.flat, self.tiles(rows), strict=False))
-        return max(1, min(tiles, wanted // max(segments * blocks, 1)))
+        most = max(-(-x.shape[-1] // tile) for x, tile in zip(self.flat, tiles, strict=False))
+        return max(1, min(most, wanted // max(segments * blocks, 1)))
 
 
 def fused_rows(segments: int, rows: int) -> int | None:
@@ -122,8 +122,9 @@ def run(parts, idx, segments, sizes, extra, groups, varlen: bool, form: Form) ->
     blocks = -(-(max_n + sum(extra)) // rows)
     scores, number, stride = parts
     for group in groups:
-        split = group.split(count, blocks, max_k + sum(extra), rows)
-        shape = (n, k, *extra, number, stride, blocks, split, block, rows, *group.tiles(rows), group.count, varlen)
+        tiles = group.tiles(rows, warps(block))
+        split = group.split(count, blocks, max_k + sum(extra), tiles)
+        shape = (n, k, *extra, number, stride, blocks, split, block, rows, *tiles, group.count, varlen)
         launch(
             prune_kernel, count * blocks * split, scores, idx, *segments, *group.args, *shape, num_warps=warps(block)
         )  # fmt: skip
@@ -133,8 +134,9 @@ def gather(idx, segments, sizes, extra, group: Rows, varlen: bool) -> None:
     count, n, k, max_k = sizes
     rows = max_k + sum(extra)
     blocks = -(-rows // _GATHER_ROWS)
-    split = group.split(count, blocks, rows, _GATHER_ROWS)
-    shape = (n, k, *extra, blocks, split, _GATHER_ROWS, *group.tiles(_GATHER_ROWS), group.count, varlen)
+    tiles = group.tiles(_GATHER_ROWS, 4)
+    split = group.split(count, blocks, rows, tiles)
+    shape = (n, k, *extra, blocks, split, _GATHER_ROWS, *tiles, group.count, varlen)
     launch(gather_kernel, count * blocks * split, idx, *segments, *group.args, *shape, num_warps=4)
 
 
@@ -155,7 +157,8 @@ def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
     y = torch.empty(batch, n, *g.shape[2:], dtype=g.dtype, device=g.device)
     for group in batches([g], [y], False):
         blocks = -(-n // _GATHER_ROWS)
-        split = group.split(batch, blocks, n, _GATHER_ROWS)
-        shape = (n, k, k.bit_length(), blocks, split, _GATHER_ROWS, group.tiles(_GATHER_ROWS)[0])
+        tiles = group.tiles(_GATHER_ROWS, 4)
+        split = group.split(batch, blocks, n, tiles)
+        shape = (n, k, k.bit_length(), blocks, split, _GATHER_ROWS, tiles[0])
         launch(unprune_kernel, batch * blocks * split, idx, *group.args[:5], *shape, num_warps=4)
     return y
