@@ -14,31 +14,21 @@ import transformers
 from torch import Tensor, nn
 
 import vlmprune
-from vlmprune.core.keepmap import KeepMap
 from vlmprune.errors import UnsupportedError
 from vlmprune.models import adapter_for, families
 from vlmprune.testing.conformance import generate, shared_model
-from vlmprune.testing.reference import greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
+from vlmprune.testing.reference import by_row, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 
 FRAMES, PER_FRAME = 3, 9
 
 
-def by_row(maps: Sequence[KeepMap], images: Sequence[int]) -> list[KeepMap]:
-    """Maps of a report (all images, then all frames) in the order in which rows read them: images, then the clip of that row."""
-    stills, frames = ([one for one in maps if (one.frame is None) == still] for still in (True, False))
-    ordered = []
-    for row, count in enumerate(images):
-        ordered += [stills.pop(0) for _ in range(count)] + frames[row * FRAMES : (row + 1) * FRAMES]
-    return ordered
-
-
 def check_by_hand(model: Any, inputs: dict[str, Tensor], spec: str, images: Sequence[int], positions: str = "compact") -> Any:
     """Every row answers as the language model does on hand-built embeddings; returns the report."""
     with vlmprune.prune(model, spec, positions=positions) as run:
         ids = generate(model, inputs, max_new_tokens=4)
-    for row, kept in enumerate(kept_by_hand(model, inputs, by_row(run.last.keep, images), positions)):
+    for row, kept in enumerate(kept_by_hand(model, inputs, by_row(run.last.keep, images, FRAMES), positions)):
         assert ids[row].tolist() == greedy(model, kept, 4), f"row {row}"
     return run.last
 

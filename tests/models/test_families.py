@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 import vlmprune
 from vlmprune.benchmarks.speed.memory import memory_profile
 from vlmprune.core.base import Method
-from vlmprune.core.keepmap import KeepMap
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.core.tower import find_blocks
 from vlmprune.errors import CaptureError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
-from vlmprune.testing.reference import dense_rows, greedy, kept_by_hand
+from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
@@ -147,15 +145,6 @@ def slow_received(adapter: Any, pixels: Tensor, grid: Tensor) -> Tensor:
 # --- clips --------------------------------------------------------------------------------------------------------------------
 
 
-def by_row(maps: Sequence[KeepMap], images: Sequence[int]) -> list[KeepMap]:
-    """Maps of a report (all images, then all frames) in the order in which rows read them: images, then the clip of that row."""
-    stills, frames = ([one for one in maps if (one.frame is None) == still] for still in (True, False))
-    ordered = []
-    for row, count in enumerate(images):
-        ordered += [stills.pop(0) for _ in range(count)] + frames[row * FRAMES : (row + 1) * FRAMES]
-    return ordered
-
-
 @pytest.mark.parametrize(("spec", "clip"), [("random@4/crop", 4 * FRAMES), ("fastervlm(cls=mean)@7", 7)])
 @pytest.mark.parametrize("family", WITH_CLIPS)
 def test_clips_beside_images_equal_hand_built(family: str, spec: str, clip: int) -> None:
@@ -165,7 +154,7 @@ def test_clips_beside_images_equal_hand_built(family: str, spec: str, clip: int)
         ids = generate(model, inputs, max_new_tokens=3)
     assert run.last.dense_tokens[1:] == [FRAMES * WITH_CLIPS[family]] * 2
     assert run.last.realised_tokens[1:] == [clip] * 2
-    for row, kept in enumerate(kept_by_hand(model, inputs, by_row(run.last.keep, images), positions)):
+    for row, kept in enumerate(kept_by_hand(model, inputs, by_row(run.last.keep, images, FRAMES), positions)):
         assert ids[row].tolist() == greedy(model, kept, 3), f"row {row}"
 
 

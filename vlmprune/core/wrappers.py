@@ -8,6 +8,7 @@ import inspect
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
@@ -63,6 +64,7 @@ class Encode(Wrapper):
         super().__init__(session, original)
         self.modality = modality
 
+    @torch.compiler.disable  # hooks that record cannot be traced; transformers has loaded the compiler already
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         # Qwen3-VL encodes a clip by way of the wrapped method for images: that call is the clip's

@@ -130,6 +130,15 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
     return kept
 
 
+def by_row(maps: Sequence[KeepMap], images: Sequence[int], frames: int) -> list[KeepMap]:
+    """Maps of a report (all images, then all frames) in the order in which rows read them: images, then the clip of that row."""
+    stills, moving = ([one for one in maps if (one.frame is None) == still] for still in (True, False))
+    ordered = []
+    for row, count in enumerate(images):
+        ordered += [stills.pop(0) for _ in range(count)] + moving[row * frames : (row + 1) * frames]
+    return ordered
+
+
 def logits_of(model: Any, kept: Kept) -> Tensor:
     """(n, V) logits of the kept sequence."""
     extra: dict[str, Any] = {}
