@@ -17,16 +17,13 @@ SCRIPT = Path(__file__).parents[2] / "kernels" / "compile_gate.py"
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):
     """The script that writes the published table, with a cache of its own: nothing compiled earlier may hide a failure."""
-    import triton
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         spec = importlib.util.spec_from_file_location("compile_gate", SCRIPT)
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, "compile_gate", module)
         spec.loader.exec_module(module)
-        yield module
-    triton.runtime.driver.reset_active()
+        yield module  # the stub driver stays: this process compiles and does nothing else
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", pytest.param("sm_80", marks=pytest.mark.slow)])
