@@ -8,6 +8,7 @@ import json
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from vlmprune.benchmarks.report import write_report
 
@@ -110,7 +111,7 @@ def test_filters_narrow_all_parts_together(opened):
         shown = [item for item in opened.find_elements(By.CSS_SELECTOR, selector) if item.is_displayed()]
         assert {item.get_attribute("data-spec") for item in shown} <= {"fastervlm@9"}
     opened.find_element(By.CSS_SELECTOR, "button[type=reset]").click()
-    assert visible(opened) == whole
+    WebDriverWait(opened, 20).until(lambda page: visible(page) == whole)  # the fields go back first, the rows a moment later
 
 
 def test_single_seeds_are_shown_on_demand(opened):
