@@ -19,7 +19,7 @@ from .render import mask, render
 from .scene import CANVAS, Scene, sample_scene
 from .vocabulary import DIGITS, LETTERS, SIGN_LENGTH
 
-VERSION = 2  # of everything that decides what a sample is
+VERSION = 3  # of everything that decides what a sample is
 SEEDS = {"train": 101, "dev": 202, "test": 303}
 PER_FAMILY = {"train": 2000, "dev": 100, "test": 480}
 _TRIES = 1000

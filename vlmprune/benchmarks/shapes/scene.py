@@ -104,10 +104,14 @@ def _text(rng: np.random.Generator) -> list[Wanted]:
 
 def _needle(rng: np.random.Generator) -> list[Wanted]:
     shapes, colors = list(rng.permutation(SHAPES)), list(rng.permutation(list(COLORS)))
-    # large things take the eye, and the tokens, of whoever does not know the question
-    big = rng.choice(("medium", "large"), size=int(rng.integers(4, 7)), p=(0.35, 0.65))
-    crowd = [(str(rng.choice(shapes[1:4])), str(rng.choice(colors[1:4])), str(size), "") for size in _largest_first(big)]
-    return [(shapes[0], colors[0], "small", ""), *crowd]
+    # a crowd of equals, more than a small budget can hold: only the question tells which of them matters. The needle has a shape
+    # or a colour of its own, not both, or it would be the odd one out
+    unique = int(rng.random() < 0.5)
+    pairs = [(shape, color) for shape in shapes[unique:] for color in colors[1 - unique :]]
+    chosen = rng.permutation(len(pairs))[: int(rng.integers(24, 32))]
+    sizes = _largest_first(rng.choice(("small", "medium"), size=len(chosen), p=(0.9, 0.1)))
+    crowd = [(str(pairs[pair][0]), str(pairs[pair][1]), str(size), "") for pair, size in zip(chosen, sizes, strict=True)]
+    return [(str(shapes[0]), str(colors[0]), "small", ""), *crowd]
 
 
 def _largest_first(sizes: np.ndarray) -> list[str]:
