@@ -18,7 +18,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from itertools import chain, cycle
@@ -30,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmprune.benchmarks.speed.conditions import processors
+from vlmprune.benchmarks.speed.timing import CLOCKS
 from vlmprune.kernels import dispatch
 
 SETS = 8  # of inputs that take turns
 LEAST = 2e-3  # seconds of a round
 OURS = "vlmprune"
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 class Case(NamedTuple):
@@ -224,11 +224,8 @@ def ratio(taken: dict[str, list[float]], name: str) -> float:
 
 
 def conditions(clock: str) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": next(iter(processors()), platform.machine()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "numpy": np.__version__,

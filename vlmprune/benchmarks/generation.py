@@ -63,7 +63,7 @@ def generate(
         served: a context that answers for the vision encoder.
         options: of ``model.generate``.
     """
-    clock = _Clock(model.device)
+    clock = Clock(model.device)
     session.last = None
     try:
         with session, served or nullcontext():
@@ -90,8 +90,8 @@ def _check_firings(session: Session, pictures: int, named: str) -> None:
         raise EvaluationError(f"{session.spec}: nothing was cut on {named}, firings were {report.firings}")
 
 
-class _Clock(StoppingCriteria):
-    """Stops nothing; notes when the first token was there."""
+class Clock(StoppingCriteria):
+    """Stops nothing; a stopping criterion that notes when the first token was there, and the last."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -87,23 +86,14 @@ def run(
 
 def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
     """One greedy call of generate, with its clock."""
-    import torch
+    from ..benchmarks.generation import Clock
 
-    def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter()
-
-    ticks = [now()]
-
-    def tick(ids: Any, scores: Any, **_: Any) -> Any:
-        if len(ticks) == 1:
-            ticks.append(now())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[tick])
-    end, new = now(), ids[0, inputs["input_ids"].shape[1] :]
-    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), ticks[1] - ticks[0], end - ticks[0])
+    clock = Clock(model.device)
+    clock.start()
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[clock])
+    clock.stop()
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), clock.first, clock.total)
 
 
 def _spec(text: str) -> Any:

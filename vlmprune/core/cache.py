@@ -14,7 +14,7 @@ layers, so cropping rejected draft tokens needs no bookkeeping.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,8 +115,13 @@ class CutCacheMixin:
         self._vlmprune_state = None
 
 
+def cache_name(known: Container[str]) -> str:
+    """The keyword that takes the KV cache, among the parameters of a function; transformers 5.24 renamed it."""
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def cache_in(values: Mapping[str, Any]) -> Any:
-    """The KV cache among keyword arguments or outputs; transformers 5.24 calls it ``cache``, and takes the older name too."""
+    """The KV cache among keyword arguments or outputs, under either name."""
     found = values.get("cache")
     return values.get("past_key_values") if found is None else found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
+from .cache import cache_name
 from .compaction import Compaction
 
 
@@ -73,7 +74,7 @@ class Frame:
             "config": config,
             "inputs_embeds" if "inputs_embeds" in known else "input_embeds": hidden,  # renamed in transformers 5
             "attention_mask": None if self.maskless else self.valid,  # a static cache still needs one, for its empty slots
-            "cache" if "cache" in known else "past_key_values": None if cache is None else LayerView(cache, layer),
+            cache_name(known): None if cache is None else LayerView(cache, layer),
             "position_ids": None,
         }
         if "cache_position" in known and known["cache_position"].default is inspect.Parameter.empty:

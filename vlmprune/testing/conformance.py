@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..api import prune, resolve
+from ..core.cache import cache_name
 from ..core.session import Session
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
 from ..models import adapter_for
@@ -115,8 +116,8 @@ def shared_model(family: str, tower: str | None, text: str | None) -> Any:
 def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options: Any) -> Tensor:
     """(B, new) new ids, greedy unless told otherwise, on a kept KV cache where one is given."""
     options = {"max_new_tokens": 5, "do_sample": False, **options}
-    if cache is not None:  # renamed in transformers 5.24
-        options["cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"] = cache
+    if cache is not None:
+        options[cache_name(inspect.signature(model.forward).parameters)] = cache
     with torch.no_grad():
         ids = model.generate(**inputs, **options)
     return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids

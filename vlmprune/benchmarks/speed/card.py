@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ...errors import SpecError, UnsupportedError
 from .conditions import conditions, device_name
 from .free import FreeSide
 from .memory import peak_bytes
-from .timing import Entry, median, race, ratios, spread
+from .timing import Entry, race, ratios, spread
 from .workload import Workload
 
 DENSE = "dense"

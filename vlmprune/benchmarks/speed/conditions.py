@@ -18,9 +18,7 @@ from ... import __version__
 
 def conditions() -> dict[str, Any]:
     """Versions, machine and date."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    names = processors()
     return {
         "versions": {
             "torch": torch.__version__,
@@ -33,6 +31,13 @@ def conditions() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def processors() -> list[str]:
+    """Model name of every processor, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
 
 
 def commit() -> str | None:

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ...core.cache import cache_name
 from ...errors import InvariantError
-
-
-def cache_name(module: nn.Module) -> str:
-    """The keyword that takes the KV cache; transformers 5.24 renamed it."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+from ...kernels import dispatch
 
 
 class FreeSide:
@@ -75,14 +72,14 @@ class FreeSide:
     def _layers(self) -> Tensor:
         """A plain loop over the layers, whose cuts are given; without a mask attention is causal."""
         hidden, positions = self.embeds, self.positions
-        cache = {cache_name(self.lm.layers[0]): DynamicCache(config=self.lm.config)}
+        cache = {cache_name(inspect.signature(self.lm.layers[0].forward).parameters): DynamicCache(config=self.lm.config)}
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
         for index, layer in enumerate(self.lm.layers):
             if index in self.cuts:
                 rows, positions = self.cuts[index]
-                hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+                (hidden,) = dispatch.gather_rows([hidden], rows)
                 angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
             output = layer(hidden, attention_mask=mask, position_embeddings=angles, use_cache=True, **cache)
             hidden = output[0] if isinstance(output, tuple) else output

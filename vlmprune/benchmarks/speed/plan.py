@@ -15,9 +15,11 @@ saves more than ``worth``, and more than the model was wrong there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,11 +27,11 @@ import torch
 from torch import Tensor
 
 from ...api import prune
-from ...core.cache import cache_in
+from ...core.cache import cache_in, cache_name
 from .card import Effort, Tell, best_attention
 from .conditions import device_name
-from .free import FreeSide, cache_name
-from .timing import Entry, median, race
+from .free import FreeSide
+from .timing import Entry, race
 from .workload import Workload
 
 LIMITS = {"visual_tokens": 16384, "text_tokens": 8192, "answer_tokens": 4096, "batch": 64}
@@ -212,7 +214,7 @@ class _Decoder:
     def step(self) -> None:
         if self.cache is None:
             self.prefill()
-        given = {cache_name(self.lm): self.cache}
+        given = {cache_name(inspect.signature(self.lm.forward).parameters): self.cache}
         self._token(self.lm(inputs_embeds=self.embeds[:, -1:], use_cache=True, **given).last_hidden_state)
 
     def _token(self, hidden: Tensor) -> None:

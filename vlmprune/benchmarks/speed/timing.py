@@ -7,7 +7,6 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from statistics import median
 from typing import Any
 
 import torch
@@ -58,6 +57,3 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def spread(values: Sequence[float]) -> list[float]:
     """20th and 80th percentile."""
     return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-
-
-__all__ = ["CLOCKS", "Entry", "median", "race", "ratios", "spread"]
