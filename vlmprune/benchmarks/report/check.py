@@ -5,13 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import EvaluationError
 from ..rundir import Run, cell_id
 
 NEEDED = ("spec", "model", "task", "n", "accuracy", "ci", "families", "realised_tokens", "failed", "empty", "firings")
 FREE = ("spec", "seeds", "plugins")  # all that the recipes of comparable rows may differ in
+
+
+class _Answered(NamedTuple):
+    """What a row was asked, and how."""
+
+    spec: str
+    recipe: dict[str, Any]
+    ids: set[str]
 
 
 def check(run: Run) -> None:
@@ -43,9 +51,22 @@ def _problems(run: Run) -> Iterator[str]:
         if count > 1:
             yield f"{spec!r} on {task!r} with {model!r} stands there {count} times; expected once"
     cells = [row for row in whole if row.get("band") is None]
+    first: dict[tuple[str, str], _Answered] = {}
+    unlike = []
     for row in cells:
-        yield from _stale(run, row)
-    yield from _incomparable(run, cells)
+        name, cell = row_name(row), row.get("fingerprint")
+        if not cell:
+            yield f"{name} names no cell, so its samples cannot be found; run the leaderboard again"
+            continue
+        try:
+            recipe, samples = run.recipe(cell), run.journal(cell)
+        except EvaluationError as error:
+            yield f"{name}: {error}"
+            continue
+        yield from _stale(row, recipe, samples)
+        answered = _Answered(row["spec"], recipe, {sample["id"] for sample in samples})
+        unlike += _incomparable(name, first.setdefault((row["model"], row["task"]), answered), answered)
+    yield from unlike
 
 
 def _unbelievable(row: dict[str, Any]) -> Iterator[str]:
@@ -58,17 +79,9 @@ def _unbelievable(row: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: no hook fired, so nothing shows that it pruned; run `vlmprune verify` on the spec and the row again"
 
 
-def _stale(run: Run, row: dict[str, Any]) -> Iterator[str]:
+def _stale(row: dict[str, Any], recipe: dict[str, Any], samples: list[dict[str, Any]]) -> Iterator[str]:
     """Whether a row says what its journal says."""
-    name, cell = row_name(row), row.get("fingerprint")
-    if not cell:
-        yield f"{name} names no cell, so its samples cannot be found; run the leaderboard again"
-        return
-    try:
-        recipe, samples = run.recipe(cell), run.journal(cell)
-    except EvaluationError as error:
-        yield f"{name}: {error}"
-        return
+    name, cell = row_name(row), row["fingerprint"]
     if cell_id(recipe) != cell:
         yield f"{name}: the recipe in cells/{cell}.json has the fingerprint {cell_id(recipe)}; it was edited: run that row again"
     wrong = [key for key in ("spec", "model", "task") if recipe.get(key) != row[key]]
@@ -89,22 +102,14 @@ def _stale(run: Run, row: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: results.json says {', '.join(stale)}; it is stale: run the leaderboard again"
 
 
-def _incomparable(run: Run, cells: list[dict[str, Any]]) -> Iterator[str]:
-    """Rows of one model and task whose recipes differ in more than the spec, or that answered other questions."""
-    first: dict[tuple[str, str], tuple[str, dict[str, Any], set[str]]] = {}
-    for row in cells:
-        try:
-            recipe = run.recipe(row.get("fingerprint") or "")
-            ids = {sample["id"] for sample in run.journal(row["fingerprint"])}
-        except EvaluationError:  # told above
-            continue
-        known, other, others = first.setdefault((row["model"], row["task"]), (row["spec"], recipe, ids))
-        differ = sorted(key for key in {*recipe, *other} - set(FREE) if recipe.get(key) != other.get(key))
-        if differ:
-            yield (
-                f"{row_name(row)} has a fingerprint that differs from that of {known!r} in {differ}: they are not comparable; "
-                "run both again with the same settings"
-            )
-        elif ids != others:
-            counts = f"answered {len(ids)} questions, {known!r} {len(others)}"
-            yield f"{row_name(row)} {counts}, not the same ones; run the leaderboard again"
+def _incomparable(name: str, known: _Answered, other: _Answered) -> Iterator[str]:
+    """Whether a row differs in more than its spec from the first of its model and task, or answered other questions."""
+    differ = sorted(key for key in {*other.recipe, *known.recipe} - set(FREE) if other.recipe.get(key) != known.recipe.get(key))
+    if differ:
+        yield (
+            f"{name} has a fingerprint that differs from that of {known.spec!r} in {differ}: they are not comparable; "
+            "run both again with the same settings"
+        )
+    elif other.ids != known.ids:
+        counts = f"answered {len(other.ids)} questions, {known.spec!r} {len(known.ids)}"
+        yield f"{name} {counts}, not the same ones; run the leaderboard again"
