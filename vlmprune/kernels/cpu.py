@@ -17,21 +17,6 @@ from . import reference
 from .cpu_greedy import greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
 from .eager import attn_row_scores, gather_rows, unprune, zoo_sensitivity
 
-__all__ = [
-    "attn_row_scores",
-    "gather_rows",
-    "greedy_dpp",
-    "greedy_dpp_features",
-    "greedy_maxmin",
-    "greedy_maxmin_features",
-    "prune",
-    "prune_varlen",
-    "topk_select",
-    "topk_select_varlen",
-    "unprune",
-    "zoo_sensitivity",
-]
-
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
     scores = reference.added(scores.detach()).float()  # (B, N)

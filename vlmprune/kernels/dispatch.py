@@ -17,23 +17,6 @@ from ..errors import InvariantError
 from . import checks
 from .backends import BACKENDS, forced, implementation, use
 
-__all__ = [
-    "BACKENDS",
-    "attn_row_scores",
-    "gather_rows",
-    "greedy_dpp",
-    "greedy_dpp_features",
-    "greedy_maxmin",
-    "greedy_maxmin_features",
-    "prune",
-    "prune_varlen",
-    "topk_select",
-    "topk_select_varlen",
-    "unprune",
-    "use",
-    "zoo_sensitivity",
-]
-
 _RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
 _PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in their place

@@ -11,21 +11,6 @@ from torch import Tensor
 from . import reference
 from .reference import greedy_dpp, greedy_maxmin, topk_select, topk_select_varlen
 
-__all__ = [
-    "attn_row_scores",
-    "gather_rows",
-    "greedy_dpp",
-    "greedy_dpp_features",
-    "greedy_maxmin",
-    "greedy_maxmin_features",
-    "prune",
-    "prune_varlen",
-    "topk_select",
-    "topk_select_varlen",
-    "unprune",
-    "zoo_sensitivity",
-]
-
 _KEYS = 1024  # keys cast to float32 at a time: bounds the extra memory in half precision
 _CHUNK = 512  # rows of similarities held at a time
 

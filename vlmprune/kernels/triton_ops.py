@@ -7,18 +7,3 @@ from .triton_attention import attn_row_scores, zoo_sensitivity
 from .triton_choice import greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
 from .triton_rows import gather_rows, prune, prune_varlen, unprune
 from .triton_topk import topk_select, topk_select_varlen
-
-__all__ = [
-    "attn_row_scores",
-    "gather_rows",
-    "greedy_dpp",
-    "greedy_dpp_features",
-    "greedy_maxmin",
-    "greedy_maxmin_features",
-    "prune",
-    "prune_varlen",
-    "topk_select",
-    "topk_select_varlen",
-    "unprune",
-    "zoo_sensitivity",
-]
