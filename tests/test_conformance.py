@@ -11,15 +11,14 @@ from vlmprune.core.inside import InsideHost
 from vlmprune.core.rows import LayerInput
 from vlmprune.registry import get, list_methods
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
-from vlmprune.testing.tiny import FAMILIES, VARIANTS
+from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
 
 METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
 OPTIONS = ["fastervlm(cls=mean)@9", "visionzip(cls=mean)@12", "visionzip(contextual=2,combine=mean)@12", "random(seed=3)@0.3",
            "fastervlm@4/crop", "random@5/crop", "random@20/total", "divprune@20/total", "pool@5/crop",
            "fastv(layer=1)@0.4", "fastv(layer=3)@50", "pyramiddrop(layers=[1,3])@0.4"]  # fmt: skip
-FIRST = ("llava", "llava_next", "llava_onevision", "vipllava")  # between them they have every kind of tower and decoder
-YOUNGER = [family for family in FAMILIES if family not in FIRST]
-QUICK = [Subject(default_spec(method), family) for method in METHODS for family in FIRST]
+YOUNGER = [family for family in FAMILIES if family not in LLAVA_FAMILIES]
+QUICK = [Subject(default_spec(method), family) for method in METHODS for family in LLAVA_FAMILIES]
 # the others run a method of each kind by default, the first of these with all checks, and all methods with -m slow
 ALL_CHECKS = "fastervlm(cls=mean)@0.25"
 SOME_CHECKS = {

@@ -17,7 +17,7 @@ from transformers.utils import is_torchvision_available
 import vlmprune
 from vlmprune.errors import SpecError, UnsupportedError, VlmPruneError
 from vlmprune.models.loading import encode, load, prompt
-from vlmprune.testing.tiny import picture, tiny_bundle
+from vlmprune.testing.tiny import LLAVA_FAMILIES, picture, tiny_bundle
 
 SPEC = {"llava_onevision": "fastervlm(cls=mean)@0.25"}  # its tower has no [CLS]
 
@@ -50,7 +50,7 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "vipllava"])
+@pytest.mark.parametrize("family", LLAVA_FAMILIES)
 def test_a_saved_model_answers_the_same_dense_and_pruned(family, tmp_path):
     model, processor = save(family, tmp_path)
     again, its_processor = load(str(tmp_path))

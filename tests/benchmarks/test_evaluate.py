@@ -24,7 +24,7 @@ from vlmprune.errors import EvaluationError, SpecError
 from vlmprune.registry import get, list_methods
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.conformance import default_spec
-from vlmprune.testing.tiny import tiny_bundle
+from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_bundle
 
 METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
 WORDS = 4
@@ -100,7 +100,7 @@ def test_served_images_give_what_generate_gives_one_by_one(family: str) -> None:
             assert record.encoding == ("shared" if sample.images else "none")
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "vipllava"])
+@pytest.mark.parametrize("family", LLAVA_FAMILIES)
 def test_sharing_changes_nothing(family: str) -> None:
     model, processor = tiny_bundle(family)
     specs = ["dense", "uniform@9", "divprune@5/crop", "pool@9", "fastv@9"]

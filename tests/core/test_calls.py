@@ -14,10 +14,10 @@ import vlmprune
 from vlmprune.errors import CaptureError, InvariantError, UnsupportedError, VlmPruneError
 from vlmprune.testing.conformance import RAGGED, generate, shared_model
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
-from vlmprune.testing.tiny import tiny_inputs, tiny_model
+from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_inputs, tiny_model
 
 # the others place tokens by their ids, or have a tower of another make: their conformance is a matter of test_conformance.py
-FROM_EMBEDDINGS = ("llava", "llava_next", "llava_onevision", "vipllava")
+FROM_EMBEDDINGS = LLAVA_FAMILIES
 
 
 def square(inputs: dict[str, Tensor]) -> Tensor:

@@ -13,16 +13,15 @@ from vlmprune.methods.sinks import find_sink_dims, save_recipe
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import Kept, kept_by_hand, merged_embeddings
 from vlmprune.testing.reference_attention import AttentionTwin, visual_columns
-from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
+from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_inputs, tiny_model, tiny_row
 
 # on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough that not all are
 OPTIONS = "dims=[7,21],tau=2.0,max_sink_portion=0.6,min_visual_mass=0.1,first_layer=1"
 SPEC = f"var({OPTIONS})"
 EAGER_TO_EDIT = "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
-FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAVA_FAMILIES)
 def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
     images = (1, 2, 0, 1)
     model, eager, inputs = tiny_model(family), tiny_model(family), tiny_inputs(family, images=images)

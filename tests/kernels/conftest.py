@@ -31,7 +31,7 @@ def reason_to_skip(item) -> str | None:
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if reason := reason_to_skip(item):
+        if reason := reason_to_skip(item):  # a process decides at its start for one of the three ways
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

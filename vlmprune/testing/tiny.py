@@ -32,9 +32,12 @@ from .processors import (
 from .tiny_configs import model_class, text_of, tiny_config
 from .tiny_pictures import FRAMES, layout_of, words
 
-__all__ = ["FAMILIES", "VARIANTS", "picture", "tiny_bundle", "tiny_inputs", "tiny_model", "tiny_processor", "tiny_row"]
+__all__ = ["FAMILIES", "LLAVA_FAMILIES", "VARIANTS", "picture", "tiny_bundle", "tiny_inputs", "tiny_model", "tiny_processor",
+           "tiny_row"]  # fmt: skip
 
 FAMILIES: tuple[str, ...] = tuple(FAMILY_PREFIX)
+# the first to be supported, on all transformers versions; between them they have every kind of geometry
+LLAVA_FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
 VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("llava", "clip", "llama"),
     ("llava", "clip", "mistral"),
