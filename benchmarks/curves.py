@@ -30,13 +30,11 @@ from vlmprune.benchmarks.evaluate import evaluate
 from vlmprune.benchmarks.record import Record
 from vlmprune.benchmarks.sample import Sample
 from vlmprune.benchmarks.shapes.render import mask
+from vlmprune.benchmarks.speed.conditions import conditions
 from vlmprune.benchmarks.tasks import get_task
 from vlmprune.errors import EvaluationError, VlmPruneError
 from vlmprune.models.loading import load
 from vlmprune.viz.curves import draw_curves
-
-sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
-from tax import conditions
 
 
 class Journal:
