@@ -45,19 +45,24 @@ class Journal:
         self.held: dict[tuple[str, str], Record] = {}
 
     def __enter__(self) -> Journal:
-        text = self.path.read_text(encoding="utf-8") if self.path and self.path.exists() else ""
-        head, *lines = text[: text.rfind("\n") + 1].splitlines() or [json.dumps(self.stamp)]  # a killed run leaves half a line
+        path = self.path or Path(os.devnull)
+        data = path.read_bytes() if self.path and path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # a killed run leaves half a line
+        head, *lines = whole.decode().splitlines() or [json.dumps(self.stamp)]
         if json.loads(head) != self.stamp:
             raise EvaluationError(f"{self.path} holds {head}, this run is {json.dumps(self.stamp)}; name another file")
-        self.file = (self.path or Path(os.devnull)).open("w", encoding="utf-8")
-        self.file.write(head + "\n")
-        for line in lines:
-            self.add(Record.read(json.loads(line)))
+        self.held = {(record.spec, record.id): record for record in (Record.read(json.loads(line)) for line in lines)}
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
+        self.file = path.open("a", encoding="utf-8")  # what stands there is never written again
+        if not whole:
+            self.file.write(head + "\n")
         return self
 
     def add(self, record: Record) -> None:
+        if (record.spec, record.id) not in self.held:
+            self.file.write(json.dumps(record.line()) + "\n")
         self.held[record.spec, record.id] = record
-        self.file.write(json.dumps(record.line()) + "\n")
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
