@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line options of the test suite."""
+"""Command line options of the test suite, and torchvision where its compiled part cannot be loaded."""
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 
 def pytest_addoption(parser):
@@ -15,3 +19,24 @@ def pytest_addoption(parser):
         help="run the golden vectors under DIR/<method>/index.json instead of tests/golden/data; "
         "write --golden-dir=DIR where no test path is given, or pytest takes DIR for one",
     )
+
+
+def _import_torchvision() -> None:
+    """The wheels of torchvision are built for CUDA. Beside a CPU torch only its Python part loads, and that minds, though no
+    test needs the two operators that it misses; declared, they may stay without a kernel."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _import_torchvision.kept = operators  # a library takes its operators along when it is collected
+        import torchvision  # noqa: F401
+
+
+if find_spec("torchvision") is not None:
+    _import_torchvision()

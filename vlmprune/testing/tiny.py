@@ -160,8 +160,10 @@ def _enliven(model: Any, seed: int) -> None:
         for name, weight in module.named_parameters(recurse=False):
             draw = torch.randn(weight.shape, generator=random)
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
-                # queries and keys are larger still, so that softmax is peaked and order and masks show in the logits
-                draw *= (2.0 if path.endswith(("q_proj", "k_proj", "qkv")) else 1.0) / math.sqrt(weight[0].numel())
+                # queries and keys are larger still, so that softmax is peaked and order and masks show in the logits; the many
+                # convolutions of a timm tower a little, or they would average the picture away
+                gain = 2.0 if path.endswith(("q_proj", "k_proj", "qkv")) else 1.3 if "timm_model" in path else 1.0
+                draw *= gain / math.sqrt(weight[0].numel())
             elif "Norm" in type(module).__name__ and name == "weight":
                 draw = 1 + 0.1 * draw
             elif name == "bias":
