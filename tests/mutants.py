@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant("newlines dropped", "core/cutting.py", "keep = torch.ones(picture.length, dtype=torch.bool)\n    keep[patches]", "keep = torch.zeros(picture.length, dtype=torch.bool)\n    keep[patches]", family="llava_next"),
     Mutant("positions not compacted", "core/compaction.py", 'if policy == "compact":', "if False:"),
     Mutant("positions always compacted", "core/compaction.py", 'if policy == "compact":', "if True:"),
-    Mutant("decode positions forget the cut", "core/entrance.py", "frames.append(Frame(group.start, past, mask[:, seen:], position_ids - lost[:, None], lost, maskless))", "frames.append(Frame(group.start, past, mask[:, seen:], position_ids, lost, maskless))"),
+    Mutant("decode positions forget the cut", "core/entrance.py", "frames.append(Frame(group.start, past, mask[:, seen:], position_ids - lost[:, None], lost, maskless, types))", "frames.append(Frame(group.start, past, mask[:, seen:], position_ids, lost, maskless, types))"),
     Mutant("mask left in the seen frame", "core/entrance.py", "past = torch.cat([group.held.to(mask.device), mask[:, state.seen : seen]], dim=1)", "past = mask[:, : held_length(call.cache)]"),
     Mutant("dead slots not masked", "core/frames.py", "return Frame(start, self.past, compaction.valid,", "return Frame(start, self.past, torch.ones_like(compaction.valid),"),
     Mutant("cache tells held as seen", "core/cache.py", "return held + state.seen - state.groups[0].held.shape[1]", "return held"),

@@ -40,9 +40,11 @@ def name_of(subject: Subject) -> str:
 
 
 # what a family may answer instead of passing: the nearest thing that works, which it must name, and the families that may say so
-NO_CLS = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "fast_vlm", "internvl"}
+NO_CLS = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "fast_vlm", "internvl", "paligemma",
+          "gemma3"}  # fmt: skip
 MERGERS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
-REFUSALS = {"cls='mean'": NO_CLS, "estimator='zo'": {*MERGERS, "idefics3", "smolvlm"}, "become": MERGERS}
+REFUSALS = {"cls='mean'": NO_CLS, "estimator='zo'": {*MERGERS, "idefics3", "smolvlm", "paligemma", "gemma3"}, "become": MERGERS,
+            "eager attention only": {"paligemma"}}  # fmt: skip
 
 
 def may_refuse(subject: Subject, detail: str) -> bool:
@@ -109,9 +111,9 @@ def rank_by_the_first_word(self, call, hidden, original=InsideHost._find_raters)
     call.units.raters = call.units.raters.roll(-1, dims=1)
 
 
-def recount_positions(self, language_model, hidden, original=Frame.angles):
+def recount_positions(self, language_model, layer, hidden, original=Frame.angles):
     self.position_ids = torch.arange(hidden.shape[1])[None] if self.start else self.position_ids
-    return original(self, language_model, hidden)
+    return original(self, language_model, layer, hidden)
 
 
 def make_no_mask(self, config, kind, layer, hidden, cache):

@@ -57,9 +57,9 @@ def test_fed_tokens_take_the_slots_after_those_held():
 def test_angles_are_made_once_and_anew_after_a_cut():
     model = LlamaModel(LlamaConfig(**SIZES))
     hidden, whole = torch.zeros(1, 5, 8), frame()
-    cos, sin = whole.angles(model, hidden)
-    assert whole.angles(model, hidden)[0] is cos
-    cut = whole.cut(Compaction(bits("10011"), whole.fed), "original").angles(model, hidden)
+    cos, sin = whole.angles(model, 0, hidden)
+    assert whole.angles(model, 0, hidden)[0] is cos
+    cut = whole.cut(Compaction(bits("10011"), whole.fed), "original").angles(model, 0, hidden)
     torch.testing.assert_close(cut, (cos[:, [0, 3, 4]], sin[:, [0, 3, 4]]))
 
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import DynamicCache
 
 from vlmprune.core.rows import LayerInput, rotate
-from vlmprune.errors import CaptureError, UnsupportedError
+from vlmprune.errors import UnsupportedError
 
 TEXTS = {
     "llama": ("Llama", {}),
@@ -113,7 +113,7 @@ def test_slots_that_a_sliding_window_forgot_are_an_error():
     given = LayerInput(
         model.layers[0], 0, torch.randn(1, 2, 32), torch.ones(1, 2, 8), torch.zeros(1, 2, 8), torch.ones(1, 11).bool(), cache
     )
-    with pytest.raises(CaptureError, match=r"layer 0 holds \d of the 9 earlier slots \(a sliding window forgets them\)"):
+    with pytest.raises(UnsupportedError, match=r"layer 0 holds \d of the 9 earlier slots \(a sliding window forgets them\)"):
         given.attention(torch.tensor([[1]]))
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import pytest
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 import vlmprune
 from vlmprune.benchmarks.speed.memory import memory_profile
 from vlmprune.core.base import Method
+from vlmprune.core.cache import cache_name
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.core.tower import find_blocks
 from vlmprune.errors import CaptureError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
-from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand
+from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand, logits_of
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import FRAMES, layout_of
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-MERGING = ("internvl", *QWEN, "idefics3", "smolvlm")
+MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3")
+TYPED = ("paligemma", "gemma3")
 WITH_CLIPS = {"llava_next_video": 9, "video_llava": 36, "qwen2_vl": 36, "qwen2_5_vl": 36, "qwen3_vl": 36}  # tokens per frame
 
 
@@ -220,6 +223,64 @@ def test_a_cut_between_stacked_layers_equals_its_twin(layer: int) -> None:
     cut_equals_twin(Subject(f"fastv(layer={layer})@9", "qwen3_vl"))
 
 
+# --- tokens that attend both ways ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TYPED)
+def test_attending_both_ways_matters(family: str) -> None:
+    """The references of the other checks would not notice a causal mask if it hardly changed the logits."""
+    model, inputs = available(family), tiny_inputs(family, images=(1,))
+    kept = dense_rows(model, inputs)[0]
+    causal = replace(kept, blocks=torch.full_like(kept.blocks, -1))
+    assert (logits_of(model, kept)[-1] - logits_of(model, causal)[-1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("text", ["gemma", "gemma2"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_an_answer_behind_the_prompt_stays_causal(text: str, positions: str) -> None:
+    """As in training: PaliGemma's prompt attends both ways, the answer behind it to what comes before it."""
+    available("paligemma")
+    model, inputs = shared_model("paligemma", None, text), tiny_inputs("paligemma", images=(1,), text_len=6)
+    inputs["token_type_ids"][0, -6:] = 1
+    with vlmprune.prune(model, "uniform@9", positions=positions) as run, torch.no_grad():
+        logits = model(**inputs).logits[0, -7:]
+    (kept,) = kept_by_hand(model, inputs, run.last.keep, positions)
+    assert kept.blocks.tolist() == [0] * (kept.embeds.shape[1] - 6) + [-1] * 6
+    torch.testing.assert_close(logits, logits_of(model, kept)[-7:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["gemma3", "gemma3_sliding"])
+def test_the_window_bounds_what_an_image_sees_of_itself(text: str) -> None:
+    """With a window of 8 a kept token sees later ones of its image, and earlier ones that are near."""
+    available("gemma3")
+    model, inputs = shared_model("gemma3", None, text), tiny_inputs("gemma3", images=(2,), text_len=3)
+    with vlmprune.prune(model, "uniform@12", positions="original") as run, torch.no_grad():
+        logits = model(**inputs).logits[0, -3:]
+    (kept,) = kept_by_hand(model, inputs, run.last.keep, "original")
+    assert kept.blocks[kept.blocks >= 0].tolist() == [0] * 12 + [1] * 12
+    torch.testing.assert_close(logits, logits_of(model, kept)[-3:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", TYPED)
+def test_a_cache_cut_in_one_turn_takes_an_image_in_the_next(family: str) -> None:
+    """The first image's tokens are held, the second one's attend both ways among themselves only."""
+    model, first = available(family), tiny_inputs(family, images=(1,), seed=1)
+    second = tiny_inputs(family, images=(1,), seed=2)
+    with vlmprune.prune(model, "uniform@9", positions="original") as run, torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        maps = run.last.keep
+        given = {**second, "attention_mask": torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1])}
+        logits = model(**given, **{cache_name(signature(model.forward).parameters): cache}).logits[0, -1]
+        maps = [*maps, *run.last.keep]
+    both = {name: torch.cat([first[name], second[name]], dim=0 if name == "pixel_values" else 1) for name in first}
+    (kept,) = kept_by_hand(model, both, maps, "original")
+    late = kept.positions[0] - kept.positions[0, 0] >= first["input_ids"].shape[1]
+    # the second prompt is a block of its own, the first does not see it
+    blocks = torch.where(late & (kept.blocks >= 0), kept.blocks + 1, kept.blocks) if family == "paligemma" else kept.blocks
+    assert len(maps) == 2 and 0 < int(late.sum()) < len(late)
+    torch.testing.assert_close(logits, logits_of(model, replace(kept, blocks=blocks))[-1], atol=1e-4, rtol=1e-4)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +291,7 @@ def test_a_cut_between_stacked_layers_equals_its_twin(layer: int) -> None:
         ("qwen2_vl", "fastervlm@9", "cls='mean'"),
         ("qwen2_5_vl", "fastervlm(cls=mean,layer=-2)@9", "layer=[-3, -1]"),
         ("smolvlm", "fastervlm@9", "cls='mean'"),
+        ("paligemma", "fastervlm@9", "cls='mean'"),
     ],
 )
 def test_what_a_tower_cannot_give_is_refused_when_attached(family: str, spec: str, hint: str) -> None:
@@ -244,6 +306,7 @@ def test_what_a_tower_cannot_give_is_refused_when_attached(family: str, spec: st
     [
         ("qwen2_vl", "zooprune@9", "estimator='zo'"),
         ("idefics3", "zooprune@9", "estimator='zo'"),
+        ("gemma3", "zooprune@9", "estimator='zo'"),
         ("qwen3_vl", "visionzip(cls=mean)@9", "become"),
         ("qwen2_vl", "sparsevlm(version=plus)@0.5", "v1.5"),
     ],

@@ -69,6 +69,8 @@ class Call:
     placed: list[Placed] = field(default_factory=list)
     entered: bool = False
     cache: Any = None
+    mask: Any = None  # attention mask and token types as given, where the model makes its masks of them too early
+    types: Tensor | None = None
     frames: list[Frame] = field(default_factory=list)  # one per group of layers, by first layer
     compactions: list[tuple[int, Compaction]] = field(default_factory=list)  # (layer, cut at its input), in order
     seen: int = 0  # tokens of the conversation before this call
@@ -87,7 +89,7 @@ class Call:
         """Record a cut at the input of ``layer``: it opens a frame there and shortens all later ones."""
         if not any(frame.start == layer for frame in self.frames):
             at = next((i for i, frame in enumerate(self.frames) if frame.start > layer), len(self.frames))
-            self.frames.insert(at, replace(self.frame(layer), start=layer, _masks={}, _angles=None))
+            self.frames.insert(at, replace(self.frame(layer), start=layer, _masks={}, _angles={}))
         self.frames = [frame.cut(compaction, policy) if frame.start >= layer else frame for frame in self.frames]
         self.compactions.append((layer, compaction))
 

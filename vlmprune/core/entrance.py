@@ -19,7 +19,7 @@ from .cache import CacheState, Group, adopt, cache_in, held_length, state_of
 from .call import Call, Placed, assign
 from .compaction import Compaction
 from .cutting import Cut, cut_pictures, keep_maps
-from .frames import Frame
+from .frames import Frame, TokenTypes
 from .pictures import Picture
 
 
@@ -55,7 +55,7 @@ class Entrance:
         frame = call.frames[0]
         kwargs = {**kwargs, "inputs_embeds": embeds, "position_ids": frame.position_ids}
         # a cut sequence needs its mask spelled out: gaps in positions would read as packed sequences
-        kwargs["attention_mask"] = None if frame.maskless else frame.valid.long()
+        kwargs["attention_mask"] = frame.mask_of_all(self.session.adapter.language_model.config, embeds, cache)
         if "cache_position" in kwargs:  # transformers < 5.4 counts slots with it
             kwargs["cache_position"] = frame.cache_position()
         return kwargs
@@ -66,7 +66,8 @@ class Entrance:
         held = held_length(call.cache)
         call.fed = fed
         call.seen = seen = held if state is None else held + state.seen - state.groups[0].held.shape[1]
-        mask = kwargs.get("attention_mask")
+        typed = self.session.adapter.text_type is not None
+        mask = call.mask if typed else kwargs.get("attention_mask")
         maskless = mask is None and fed == 1 and state is not None and state.all_valid
         if mask is None:
             mask = torch.ones(batch, seen + fed, dtype=torch.bool, device=embeds.device)
@@ -87,15 +88,24 @@ class Entrance:
             position_ids = torch.arange(seen, seen + fed, device=embeds.device)[None]
         if position_ids.shape[-1] != fed or position_ids.shape[-2:-1] not in ((1,), (batch,)):
             raise InvariantError(f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, fed)}, as fed")
+        types = self._types(call, fed) if typed and call.placed else None
         if state is None:
             none = torch.zeros(batch, dtype=torch.long, device=embeds.device)
-            return [Frame(0, mask[:, :held], mask[:, seen:], position_ids, none)]
+            return [Frame(0, mask[:, :held], mask[:, seen:], position_ids, none, types=types)]
         frames = []
         for group in state.groups:
             past = torch.cat([group.held.to(mask.device), mask[:, state.seen : seen]], dim=1)
             lost = group.lost.to(position_ids.device)
-            frames.append(Frame(group.start, past, mask[:, seen:], position_ids - lost[:, None], lost, maskless))
+            frames.append(Frame(group.start, past, mask[:, seen:], position_ids - lost[:, None], lost, maskless, types))
         return frames
+
+    def _types(self, call: Call, fed: int) -> TokenTypes | None:
+        """Types of the fed tokens; families give those of the whole conversation or of what is fed."""
+        if call.types is None:
+            return None
+        model, text = self.session.adapter.model, self.session.adapter.text_type
+        # the class's own: on the instance a session's wrapper stands in its place
+        return TokenTypes(call.types[:, -fed:], text, type(model).create_masks_for_generate, model.config)
 
     def _place(self, call: Call, embeds: Tensor) -> None:
         """Find where the pictures of this call stand, and choose what stays of them before the language model."""

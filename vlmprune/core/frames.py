@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Frame:
         position_ids: (B or 1, n); (3 or 4, B, n) where tokens have places in a picture (M-RoPE), four with their numbers first.
         lost: (B,) tokens compacted away so far in this group, past turns included.
         maskless: the mask may stay None: everything is valid and one token is fed.
+        types: what each fed token is, where the model lets some tokens attend both ways and makes its masks by that.
     """
 
     start: int
@@ -34,8 +36,9 @@ class Frame:
     position_ids: Tensor
     lost: Tensor
     maskless: bool = False
+    types: TokenTypes | None = None
     _masks: dict[str, Any] = field(default_factory=dict)
-    _angles: tuple[Tensor, Tensor] | None = None
+    _angles: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def valid(self) -> Tensor:
@@ -51,14 +54,16 @@ class Frame:
         """This frame after a cut, for the layers from ``start`` on."""
         lost = self.lost + compaction.lost.to(self.lost.device) if policy == "compact" else self.lost
         start = self.start if start is None else start
-        return Frame(start, self.past, compaction.valid, compaction.positions(self.position_ids, policy), lost)
+        types = None if self.types is None else self.types.cut(compaction)
+        return Frame(start, self.past, compaction.valid, compaction.positions(self.position_ids, policy), lost, types=types)
 
-    def angles(self, language_model: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin of this frame, made once."""
-        if self._angles is None:
+    def angles(self, language_model: nn.Module, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of this frame for a layer, made once per kind of layer."""
+        kind = angle_kind(language_model, layer)
+        if kind not in self._angles:
             places = self.position_ids[1:] if self.position_ids.shape[:-2] == (4,) else self.position_ids
-            self._angles = language_model.rotary_emb(hidden, places)
-        return self._angles
+            self._angles[kind] = language_model.rotary_emb(hidden, places, *(() if kind is None else (kind,)))
+        return self._angles[kind]
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
@@ -67,7 +72,25 @@ class Frame:
             self._masks[kind] = self._make_mask(config, kind, layer, hidden, cache)
         return self._masks[kind]
 
+    def typed_mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
+        """The mask of a layer where tokens have types, None where it is causal."""
+        return None if self.types is None else self.mask(config, layer, hidden, cache)
+
+    def mask_of_all(self, config: Any, hidden: Tensor, cache: Any) -> Any:
+        """What the language model itself is handed: the 2-D mask, or one 4-D mask per kind of layer where tokens have types."""
+        if self.maskless:
+            return None
+        if self.types is None:
+            return self.valid.long()
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return self.mask(config, 0, hidden, cache)
+        return {kind: self.mask(config, kinds.index(kind), hidden, cache) for kind in set(kinds)}
+
     def _make_mask(self, config: Any, kind: str, layer: int, hidden: Tensor, cache: Any) -> Any:
+        if self.types is not None:
+            made = self.types.masks(hidden, self.valid, None if cache is None else LayerView(cache, layer))
+            return made[kind] if isinstance(made, dict) else made
         make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
         known = inspect.signature(make).parameters
         arguments = {
@@ -87,6 +110,40 @@ class Frame:
         return torch.arange(held, held + self.fed.shape[1], device=self.fed.device)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenTypes:
+    """What each fed token is (B, n), for models that make their masks by that before the language model.
+
+    Args:
+        fed: (B, n) token types.
+        text: the type of tokens that attend to earlier ones only, as everything held from before does.
+        make: the model's own function from tokens and types to masks.
+        config: of the whole model.
+    """
+
+    fed: Tensor
+    text: int
+    make: Callable[..., Any]
+    config: Any
+
+    def cut(self, compaction: Compaction) -> TokenTypes:
+        kept = self.fed.gather(1, compaction.index.to(self.fed.device))
+        return replace(self, fed=kept.masked_fill(~compaction.valid.to(kept.device), self.text))
+
+    def masks(self, hidden: Tensor, valid: Tensor, cache: Any) -> Any:
+        """A mask, or one per kind of layer, for the fed tokens over all (B, P + n) slots."""
+        past = self.fed.new_full((valid.shape[0], valid.shape[1] - self.fed.shape[1]), self.text)
+        return self.make(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=valid,
+            position_ids=None,
+            token_type_ids=torch.cat([past, self.fed], dim=1),
+            is_first_iteration=True,
+            **{cache_name(inspect.signature(self.make).parameters): cache},
+        )
+
+
 class LayerView:
     """A cache that answers for one layer whatever layer it is asked about: mask builders ask about the first one."""
 
@@ -104,6 +161,18 @@ class LayerView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+def angle_kind(language_model: nn.Module, layer: int) -> str | None:
+    """The kind of a layer where each kind has rotary angles of its own (Gemma3), else None."""
+    known = inspect.signature(language_model.rotary_emb.forward).parameters
+    return language_model.config.layer_types[layer] if "layer_type" in known else None
+
+
+def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:
+    """(d / 2,) frequencies of the rotary angles of a layer, None where they are kept elsewhere."""
+    kind = angle_kind(language_model, layer)
+    return getattr(language_model.rotary_emb, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
 
 
 def layer_kind(config: Any, layer: int) -> str:

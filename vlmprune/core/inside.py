@@ -22,6 +22,7 @@ from .cache import cache_in
 from .call import Call
 from .compaction import Compaction
 from .cutting import Cut, keep_maps
+from .frames import rotary_frequencies
 from .rows import LayerInput
 from .select import choose
 from .tokens import VisualTokens
@@ -62,9 +63,7 @@ class InsideHost:
         self.session, self.method, self.budget = session, method, budget
         if budget is not None and budget.scope != "image":
             raise UnsupportedError(f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'")
-        count = getattr(
-            budget, "keep", 1.0
-        )  # any count will do where layers are asked for, but a number to keep must fit into it
+        count = getattr(budget, "keep", 1.0)  # any count will do to ask for layers, but a number to keep must fit into it
         stages = method.stages(session.depth, budget, count if isinstance(count, int) else 576)
         self.sources = {stage.layer: stage.source for stage in stages}
         self.layers = list(self.sources)
@@ -149,7 +148,7 @@ class InsideHost:
         language_model = self.session.adapter.language_model
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = frame.mask(language_model.config, index, hidden, cache_in(kwargs))
-        kwargs["position_embeddings"] = tuple(angle.to(hidden.device) for angle in frame.angles(language_model, hidden))
+        kwargs["position_embeddings"] = tuple(angle.to(hidden.device) for angle in frame.angles(language_model, index, hidden))
         kwargs["position_ids"] = None  # rotary angles are made already; FlashAttention would take gaps for packed sequences
         if "cache_position" in kwargs:
             kwargs["cache_position"] = frame.cache_position()
@@ -162,8 +161,9 @@ class InsideHost:
     ) -> LayerInput:
         frame, cache = call.frame(index), cache_in(kwargs)
         made = kwargs["position_embeddings"] if frame.start == 0 else None
-        cos, sin = made or frame.angles(self.session.adapter.language_model, hidden)
-        return LayerInput(module, index, hidden, cos, sin, frame.valid, cache, updated=runs and cache is not None)
+        cos, sin = made or frame.angles(self.session.adapter.language_model, index, hidden)
+        mask = frame.typed_mask(self.session.adapter.language_model.config, index, hidden, cache)
+        return LayerInput(module, index, hidden, cos, sin, frame.valid, cache, updated=runs and cache is not None, mask=mask)
 
     def _find_raters(self, call: Call, hidden: Tensor) -> None:
         """Query columns: the method's raters, or the last token of the prompt."""
@@ -194,7 +194,7 @@ class InsideHost:
             rows, given = _padded(inside.raters)
             attention = source.attention(rows)  # (B, H, R, S)
         keep = torch.ones_like(frame.fed)
-        hidden, changed = hidden, False
+        changed = False
         groups: dict[tuple, list[Span]] = defaultdict(list)
         for span in inside.spans:
             stage = next(s for s in self.method.stages(self.session.depth, self.budget, span.count) if s.layer == index)
@@ -238,7 +238,7 @@ class InsideHost:
             query_mask=given[row],
             query_positions=None if numbers is None else numbers.gather(1, rows[row]),
             positions=None if numbers is None else numbers.gather(1, at),
-            rotary_frequencies=None if numbers is None else getattr(language_model.rotary_emb, "inv_freq", None),
+            rotary_frequencies=None if numbers is None else rotary_frequencies(language_model, source.index),
             grids=spans[0].blocks,
             ordinal=torch.tensor([span.ordinal for span in spans]),
             stage=self.layers.index(index),

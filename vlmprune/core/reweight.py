@@ -65,7 +65,9 @@ class ReweightHost:
         cache = cache_in(kwargs)
         frame = call.frame(index)
         cos, sin = kwargs["position_embeddings"]
-        call.given = LayerInput(module, index, hidden, cos, sin, frame.valid.to(hidden.device), cache, updated=cache is not None)
+        mask = frame.typed_mask(self.session.adapter.language_model.config, index, hidden, cache)
+        valid = frame.valid.to(hidden.device)
+        call.given = LayerInput(module, index, hidden, cos, sin, valid, cache, updated=cache is not None, mask=mask)
 
     def _after(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
         call: Call | None = self.session.call

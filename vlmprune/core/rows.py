@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError, UnsupportedError
+from ..errors import UnsupportedError
 from ..kernels import dispatch
 
 
@@ -30,6 +30,7 @@ class LayerInput:
         valid: (B, P + q) bool, slots that are tokens.
         cache: the KV cache, or None.
         updated: the layer's attention has run, so that the cache holds what was fed as well.
+        mask: (B, 1, q, S or more) the layer's own mask, where it lets some tokens see later ones; None: causal.
     """
 
     layer: nn.Module
@@ -40,6 +41,7 @@ class LayerInput:
     valid: Tensor
     cache: Any = None
     updated: bool = False
+    mask: Tensor | None = None
 
     @property
     def past(self) -> int:
@@ -102,9 +104,10 @@ class LayerInput:
     def _cached(self, kind: str) -> Tensor:
         held = getattr(self.cache.layers[self.index], kind, None)
         if held is None or held.shape[2] < self.past:
-            raise CaptureError(
+            raise UnsupportedError(
                 f"layer {self.index} holds {0 if held is None else held.shape[2]} of the {self.past} earlier slots "
-                "(a sliding window forgets them); its attention rows cannot be recomputed in a later turn"
+                "(a sliding window forgets them), so its attention rows cannot be recomputed after the prompt; use shorter prompts, "
+                "or a method that reads no attention of the language model, e.g. 'fastervlm@64'"
             )
         return held[:, :, : self.past]
 
@@ -121,6 +124,10 @@ class LayerInput:
 
     def visible(self, rows: Tensor) -> Tensor:
         """(B, R, S) bool: slots that a row may attend to."""
+        if self.mask is not None:
+            allowed = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+            allowed = allowed[:, 0, :, : self.valid.shape[1]].expand(rows.shape[0], -1, -1)
+            return allowed.gather(1, rows[..., None].expand(-1, -1, allowed.shape[-1]))
         at = (rows + self.past)[..., None]  # (B, R, 1)
         slots = torch.arange(self.valid.shape[1], device=rows.device)
         seen = (slots <= at) & self.valid[:, None]

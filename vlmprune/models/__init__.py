@@ -27,13 +27,13 @@ _ADAPTERS = {
     "idefics3": "idefics3:Idefics3Adapter",
     "fast_vlm": "fast_vlm:FastVlmAdapter",
     "smolvlm": "idefics3:SmolVLMAdapter",
+    "paligemma": "gemma:PaliGemmaAdapter",
+    "gemma3": "gemma:Gemma3Adapter",
 }
 # families that were never tried where generate does not encode pictures by itself, which is before transformers 5.20
 _RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
 # families that are known and cannot be cut, and why
 _REFUSED = {
-    "paligemma": "image tokens of its prefix attend both ways, in masks that are made before the language model",
-    "gemma3": "image tokens attend both ways, in masks that are made before the language model",
     "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
     "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
 }

@@ -48,6 +48,8 @@ class Adapter:
     towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")  # model types that it may have
     # what position ids may be after a cut; the first is taken where a method wants another one
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
+    # type (token_type_ids) of tokens that see earlier ones only, where others see later ones too; None: all are like that
+    text_type: ClassVar[int | None] = None
     deepstack: ClassVar[str | None] = None  # method of the language model that adds features to hidden states after a layer
 
     def __init__(self, model: nn.Module) -> None:

@@ -86,7 +86,7 @@ class _Adapter:
     modalities: ClassVar[tuple[Modality, ...]] = (Modality("image", "get_image_features", "pixel_values", ""),)
     projector = staticmethod(lambda rows: rows)
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
-    deepstack = None
+    deepstack = text_type = None
 
     def __init__(self, model: GivenPictures) -> None:
         self.model = self.inner = model

@@ -34,7 +34,7 @@ FAMILY_PREFIX = {
     "llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "vipllava": "VipLlava",
     "llava_next_video": "LlavaNextVideo", "video_llava": "VideoLlava", "internvl": "InternVL", "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
-    "fast_vlm": "FastVlm",
+    "fast_vlm": "FastVlm", "paligemma": "PaliGemma", "gemma3": "Gemma3",
 }
 _TOWERS = ("clip", "siglip")
 # families that have one tower, of their own
@@ -59,6 +59,8 @@ def tower_of(family: str, tower: str | None) -> str:
     """Check a vision tower, or give the one that the released models of the family have."""
     if family in OWN_TOWER:
         return known("tower", tower or "own", ("own",))
+    if family in ("paligemma", "gemma3"):
+        return known("tower", tower or "siglip", ("siglip",))
     tower = known("tower", tower or ("siglip" if family == "llava_onevision" else "clip"), _TOWERS)
     if family in ("vipllava", "video_llava") and tower != "clip":
         raise UnsupportedError(f"{family} with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'")

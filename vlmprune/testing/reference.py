@@ -17,32 +17,37 @@ from torch import Tensor, nn
 
 from ..core.keepmap import KeepMap
 from ..models import adapter_for
+from .reference_masks import blocks_of, mask_by_hand
 
 
 @dataclass
 class Kept:
     """One sample without padding: (1, n, D) embeddings, (1, n) or (3, 1, n) positions, and what is added after early layers.
 
-    ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack).
+    ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack). ``blocks`` (n,) numbers the sets of tokens
+    that attend to each other both ways, -1 for tokens that are in none.
     """
 
     embeds: Tensor
     positions: Tensor
     stacked: list[Tensor] = field(default_factory=list)
+    blocks: Tensor | None = None
 
     def grown(self, rows: Tensor) -> Kept:
         """With (1, t, D) rows of text behind it."""
         numbers = self.positions[..., -1:] + 1 + torch.arange(rows.shape[1])
         stacked = [torch.cat([one, torch.zeros_like(rows[0])]) for one in self.stacked]
-        return Kept(torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked)
+        blocks = None if self.blocks is None else nn.functional.pad(self.blocks, (0, rows.shape[1]), value=-1)
+        return Kept(torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked, blocks)
 
     def columns(self, keep: Tensor) -> Kept:
         """Only the columns of a mask or of indices (n,)."""
-        return Kept(self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked])
+        blocks = None if self.blocks is None else self.blocks[keep]
+        return Kept(self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked], blocks)
 
     def recounted(self) -> Kept:
-        """At positions 0, 1, 2, ..."""
-        return replace(self, positions=torch.arange(self.embeds.shape[1])[None])
+        """At positions without gaps."""
+        return replace(self, positions=self.positions[:, :1] + torch.arange(self.embeds.shape[1])[None])
 
 
 def language_model(model: Any) -> nn.Module:
@@ -80,10 +85,13 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
         stacked.append(full)
     rows = []
     for row, mask in enumerate(inputs["attention_mask"].bool()):
-        numbers = torch.arange(int(mask.sum()))[None]
+        numbers = torch.arange(int(mask.sum()))[None] + (model.config.model_type == "paligemma")  # which counts from 1
         if places is not None and places.ndim == 3:  # places in pictures, which the model knows
             numbers = places[-3:, row : row + 1, mask]
-        rows.append(Kept(embeds[row : row + 1, mask], numbers, [one[row, mask] for one in stacked]))
+        blocks = None
+        if "token_type_ids" in inputs:
+            blocks = blocks_of(model.config.model_type, inputs["token_type_ids"][row, mask])
+        rows.append(Kept(embeds[row : row + 1, mask], numbers, [one[row, mask] for one in stacked], blocks))
     return rows
 
 
@@ -141,16 +149,19 @@ def by_row(maps: Sequence[KeepMap], images: Sequence[int], frames: int) -> list[
 
 def logits_of(model: Any, kept: Kept) -> Tensor:
     """(n, V) logits of the kept sequence."""
-    extra: dict[str, Any] = {}
+    length = kept.embeds.shape[1]
+    # spelled out: gaps in positions would read as packed sequences
+    extra: dict[str, Any] = {"attention_mask": torch.ones(1, length, dtype=torch.long)}
+    if kept.blocks is not None:
+        kinds = getattr(language_model(model).config, "layer_types", None)
+        masks = {kind: mask_by_hand(model.config, i, length, kept.blocks) for i, kind in enumerate(kinds or ["all"])}
+        extra["attention_mask"] = masks if kinds else masks["all"]
     if kept.stacked:
         extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
         extra["deepstack_visual_embeds"] = kept.stacked
     with torch.no_grad():
         output = language_model(model)(
             inputs_embeds=kept.embeds,
-            attention_mask=torch.ones(
-                kept.embeds.shape[:2], dtype=torch.long
-            ),  # gaps in positions would read as packed sequences
             position_ids=kept.positions,
             use_cache=False,
             **extra,
@@ -193,15 +204,15 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
     hidden, mask = seen[0]
     if mask is None:
         return list(hidden)
-    last = mask[:, 0, -1]  # (B, n) what the last token may read
-    return [row[allowed == 0] if allowed.is_floating_point() else row[allowed] for row, allowed in zip(hidden, last, strict=True)]
+    read = (mask == 0 if mask.is_floating_point() else mask)[:, 0].any(dim=1)  # (B, n) what some token may read
+    return [row[allowed] for row, allowed in zip(hidden, read, strict=True)]
 
 
 def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:
     """What the language model reads of a batch of one while a method is attached, merged rows included.
 
-    Positions count from 0; where tokens have places in pictures they are those of ``dense`` at the columns that are read, which
-    are given as well.
+    Positions count on; where tokens have places in pictures, or attend both ways, they are those of ``dense`` at the columns that
+    are read, which are given as well.
     """
     seen: list[dict[str, Any]] = []
     handle = language_model(model).register_forward_pre_hook(
@@ -213,7 +224,10 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
     finally:
         handle.remove()
     rows = seen[0]["inputs_embeds"].detach().clone()
-    if dense.positions.ndim == 2:
+    if dense.positions.ndim == 2 and dense.blocks is None:
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
+    if dense.blocks is not None:
+        columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
+        return replace(dense.columns(columns), embeds=rows), columns.tolist()
     columns = seen[0]["position_ids"][0, 0]  # generate puts the number of every token before its places
     return replace(dense.columns(columns), embeds=rows), columns.tolist()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.base import Method
 from .reference import Kept, language_model
+from .reference_masks import angles_by_hand, mask_by_hand
 
 
 def visual_columns(model: Any, ids: Tensor) -> Tensor:
@@ -31,14 +32,14 @@ class AttentionTwin:
         kept = self.kept if new is None else self.kept.grown(new)
         hidden = kept.embeds
         n = hidden.shape[1]
-        angles = lm.rotary_emb(hidden, kept.positions)
-        mask = torch.zeros(1, 1, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), torch.finfo(torch.float32).min)
         visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
         first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
         layers = self.method.acts_on(len(lm.layers))
         for index, layer in enumerate(lm.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
+            angles = angles_by_hand(lm, index, hidden, kept.positions)
+            mask = mask_by_hand(self.model.config, index, n, kept.blocks)
             out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[:2]
             if index in layers and self.visual.any():
                 marked = self.method.mark(hidden, lm)[0]
@@ -50,8 +51,10 @@ class AttentionTwin:
                 values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
                 new_maps = torch.cat([maps[:, :, :first_text], edited], dim=2)
                 out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
-            hidden = hidden + out
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            handle = attention.register_forward_hook(lambda module, args, output, out=out: (out, *output[1:]))
+            hidden = layer(hidden, position_embeddings=angles, attention_mask=mask)
+            handle.remove()
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index < len(kept.stacked):
                 hidden = hidden + kept.stacked[index]
         return self.model.lm_head(lm.norm(hidden))[0]

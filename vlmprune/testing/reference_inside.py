@@ -20,6 +20,7 @@ from ..core.cache import cache_in
 from ..core.select import choose
 from ..core.tokens import VisualTokens
 from .reference import Kept, language_model
+from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Twin:
         choosing = not self.kept
         length = self.embeds.shape[1]
         whole = self.dense if new is None else self.dense.grown(new)
-        hidden, numbers = whole.embeds, whole.positions[..., 0, :]  # (L,) or (3, L)
+        hidden, numbers, blocks = whole.embeds, whole.positions[..., 0, :], whole.blocks  # positions (L,) or (3, L)
         columns = list(range(hidden.shape[1]))
         spans, maps = [list(picture) for picture in self.pictures], torch.empty(0)
         cuts = {stage.layer: (number, stage) for number, stage in enumerate(self.stages(len(spans[0]) if spans else 1))}
@@ -62,7 +63,7 @@ class Twin:
             if index in cuts and spans:
                 number, stage = cuts[index]
                 if choosing:
-                    maps = self._attend(index, hidden, numbers)[1] if stage.source == index else maps
+                    maps = self._attend(index, hidden, numbers, blocks)[1] if stage.source == index else maps
                     spans = self._cut(index, number, spans, columns, numbers, hidden, maps)
                 if index in self.merged:
                     at, rows = self.merged[index]
@@ -70,7 +71,8 @@ class Twin:
                 where = [i for i, c in enumerate(columns) if c in set(self.kept[index]) or c >= length]
                 hidden, columns = hidden[:, where], [columns[i] for i in where]
                 numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[..., where]
-            hidden, maps = self._attend(index, hidden, numbers)
+                blocks = None if blocks is None else blocks[where]
+            hidden, maps = self._attend(index, hidden, numbers, blocks)
             if index < len(whole.stacked):
                 hidden = hidden + whole.stacked[index][columns]
         return self.model.lm_head(self.language_model.norm(hidden))[0]
@@ -88,6 +90,7 @@ class Twin:
     ) -> list[list[int]]:
         """Choose at one layer: the columns that stay of every picture; remembers what is kept and merged."""
         queries = [columns.index(c) for c in self._raters()]
+        source = self.stages(len(self.pictures[0]))[number].source
         left, places, rows = [], [], []
         for picture, span in zip(self.pictures, spans, strict=True):
             keep = self.stages(len(picture))[number].keep
@@ -101,7 +104,7 @@ class Twin:
                 query_mask=torch.ones(1, len(queries), dtype=torch.bool),
                 query_positions=numbers[None, queries] if numbers.ndim == 1 else None,
                 positions=numbers[None, at] if numbers.ndim == 1 else None,
-                rotary_frequencies=self.language_model.rotary_emb.inv_freq if numbers.ndim == 1 else None,
+                rotary_frequencies=frequencies(self.language_model, source) if numbers.ndim == 1 else None,
                 stage=number,
             )
             result = choose(self.method, tokens, keep)
@@ -119,15 +122,11 @@ class Twin:
             self.merged[index] = (places, torch.cat(rows))
         return left
 
-    def _attend(self, index: int, hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, index: int, hidden: Tensor, numbers: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output (1, n, D) and attention maps (1, H, n, n) of a layer."""
-        layer, config = self.language_model.layers[index], self.language_model.config
-        at = torch.arange(hidden.shape[1])
-        seen = at[None, :] <= at[:, None]
-        if slides(config, index):
-            seen &= at[None, :] > at[:, None] - config.sliding_window
-        mask = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        angles = self.language_model.rotary_emb(hidden, numbers[..., None, :])
+        layer = self.language_model.layers[index]
+        mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
+        angles = angles_by_hand(self.language_model, index, hidden, numbers[..., None, :])
         maps = layer.self_attn(hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask)[1]
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), maps
@@ -184,7 +183,8 @@ def masked(
         changed = {name: value for name, value in kwargs.items() if name != "hidden_states"} | {"attention_mask": mask}
         if policy == "compact":
             columns = torch.arange(first, first + hidden.shape[1])
-            changed["position_embeddings"] = decoder.rotary_emb(hidden, (columns - (dropped[:, None] < columns).sum(0))[None])
+            places = (columns - (dropped[:, None] < columns).sum(0))[None]
+            changed["position_embeddings"] = angles_by_hand(decoder, index, hidden, places)
         return (hidden, *args[1:]), changed
 
     prompt: dict[str, int] = {}
@@ -197,8 +197,3 @@ def masked(
         for handle in handles:
             handle.remove()
 
-
-def slides(config: Any, layer: int) -> bool:
-    """Whether a layer attends to a sliding window."""
-    kinds = getattr(config, "layer_types", None)
-    return getattr(config, "sliding_window", None) is not None if kinds is None else kinds[layer] == "sliding_attention"

@@ -59,6 +59,10 @@ VARIANTS: tuple[tuple[str, str, str], ...] = (
     ("fast_vlm", "own", "qwen2"),
     ("idefics3", "own", "llama"),
     ("smolvlm", "own", "llama"),
+    ("paligemma", "siglip", "gemma"),
+    ("paligemma", "siglip", "gemma2"),
+    ("gemma3", "siglip", "gemma3"),
+    ("gemma3", "siglip", "gemma3_sliding"),
 )
 LAYERS = 4  # decoder layers
 
@@ -165,7 +169,11 @@ def _enliven(model: Any, seed: int) -> None:
                 gain = 2.0 if path.endswith(("q_proj", "k_proj", "qkv")) else 1.3 if "timm_model" in path else 1.0
                 draw *= gain / math.sqrt(weight[0].numel())
             elif "Norm" in type(module).__name__ and name == "weight":
-                draw = 1 + 0.1 * draw
+                draw = 0.1 * draw + (0 if "Gemma" in type(module).__name__ else 1)  # Gemma's norms add 1 themselves
+            elif "ScaledWordEmbedding" in type(module).__name__:
+                draw /= module.scalar_embed_scale  # so that words are as large as image tokens
+            elif name == "mm_input_projection_weight":  # Gemma 3's projector, which is no Linear
+                draw /= math.sqrt(weight.shape[0])
             elif name == "bias":
                 draw *= 0.1
             weight.copy_(draw)  # embeddings, [CLS] and the image newline keep std 1

@@ -35,12 +35,24 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_sliding": ("Mistral", {"sliding_window": 8}),
     "qwen2": ("Qwen2", {}),
 }
+_GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
+_KINDS = ["sliding_attention", "full_attention"]
+# the languages of families that attend both ways; their windows are wider than any test unless told otherwise
+_GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("Gemma3Text", _GEMMA),
+    "gemma3_sliding": ("Gemma3Text", {**_GEMMA, "sliding_window": 8}),
+}
+_TEXTS_OF = {"paligemma": ("gemma", "gemma2"), "gemma3": ("gemma3", "gemma3_sliding")}
 
 
 def text_of(family: str, text: str | None) -> str:
     """Check a language model, or give the one that the released models of the family have."""
     if family in _QWEN:
         return known("text", text or "own", ("own",))
+    if family in _TEXTS_OF:
+        return known("text", text or _TEXTS_OF[family][0], _TEXTS_OF[family])
     return known("text", text or ("qwen2" if family in ("llava_onevision", "internvl", "fast_vlm") else "llama"), tuple(TEXTS))
 
 
@@ -49,7 +61,7 @@ def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict
     config = model_class(family, "Config")
     if family in _QWEN:
         return config(**_qwen(family, layers, overrides))
-    vision = _OWN_VISION[family]() if family in OWN_TOWER else _vision_config(tower)
+    vision = _OWN_VISION[family]() if family in OWN_TOWER else _vision_config(tower, MERGE if family == "gemma3" else 1)
     return config(vision_config=vision, text_config=_text_config(text, layers, overrides), **_family_fields(family, tower))
 
 
@@ -73,10 +85,10 @@ def model_class(family: str, suffix: str = "ForConditionalGeneration") -> Any:
     return getattr(transformers, family_prefix(family) + suffix)
 
 
-def _vision_config(tower: str) -> Any:
+def _vision_config(tower: str, merge: int) -> Any:
     fields: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE,
+        "image_size": IMAGE_SIZE * merge, "patch_size": PATCH_SIZE,
     }
     if tower == "siglip":
         return transformers.SiglipVisionConfig(**fields, vision_use_head=False)
@@ -93,7 +105,9 @@ def text_fields(layers: int) -> dict[str, Any]:
 
 
 def _text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
-    prefix, special = TEXTS[text]
+    prefix, special = (TEXTS | _GEMMA_TEXTS)[text]
+    if prefix in ("Gemma2", "Gemma3Text"):
+        special = {**special, "layer_types": [_KINDS[i % 2] for i in range(layers)]}
     return getattr(transformers, prefix + "Config")(**text_fields(layers) | special | overrides)
 
 
@@ -102,6 +116,10 @@ def _family_fields(family: str, tower: str) -> dict[str, Any]:
         return {"image_token_id": IMAGE_ID, "scale_factor": MERGE, "pad_token_id": PAD_ID}
     if family == "fast_vlm":
         return {"image_token_index": IMAGE_ID, "image_seq_length": GRID**2}
+    if family == "paligemma":
+        return {"image_token_index": IMAGE_ID, "projection_dim": 64, "tie_word_embeddings": False}
+    if family == "gemma3":
+        return {"image_token_index": IMAGE_ID, "mm_tokens_per_image": GRID**2, "tie_word_embeddings": False}
     if family == "internvl":
         return {"image_token_id": IMAGE_ID, "downsample_ratio": 1 / MERGE}
     fields: dict[str, Any] = {"image_token_index": IMAGE_ID}

@@ -162,6 +162,13 @@ class Packed(Layout):
         return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
 
 
+class Typed(Layout):
+    """PaliGemma and Gemma 3: tokens have types, by which some attend both ways: a whole prompt, or the tokens of one image."""
+
+    def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"token_type_ids": torch.zeros_like(ids) if self.family == "paligemma" else (ids == IMAGE_ID).long()}
+
+
 class Nested(Layout):
     """Idefics3 and SmolVLM: (rows, most pictures of a row, 3, H, W), filled up with pictures of zeros."""
 
@@ -191,6 +198,8 @@ LAYOUTS: dict[str, Layout] = {
     "fast_vlm": Layout("fast_vlm", patch_size=32),
     "idefics3": Nested("idefics3", MERGE),
     "smolvlm": Nested("smolvlm", MERGE),
+    "paligemma": Typed("paligemma"),
+    "gemma3": Typed("gemma3", MERGE),
 }
 
 
