@@ -17,7 +17,7 @@ from .checks_inside import (
     with_any_cache,
 )
 from .conformance import Subject, expect, generate
-from .reference import dense_rows, greedy, kept_by_hand, read_rows
+from .reference import dense_rows, greedy, kept_by_hand, legible, read_rows
 from .reference_inside import masked
 from .reference_masks import any_window
 from .tiny import tiny_row
@@ -41,8 +41,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
         return every_mode_equals_twin(subject, MODES)
     inputs = subject.inputs((1,))
     dense = dense_rows(subject.model, inputs)[0]
-    # columns can be told only from positions as they were
-    places = {} if dense.blocks is None else {"positions": "original"}
+    places = legible(dense)
     with subject.prune(**places):
         kept, columns = read_rows(subject.model, inputs, dense)
     narrow = any_window(subject.model, inputs["input_ids"].shape[1] + 5)

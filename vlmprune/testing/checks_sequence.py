@@ -10,7 +10,17 @@ from ..api import prune, score
 from ..core.keepmap import KeepMap
 from .checks_inside import counts_follow_the_schedule, cut_equals_twin
 from .conformance import RAGGED, Subject, close, expect, generate
-from .reference import dense_rows, entered, greedy, kept_by_hand, language_model, logits_of, placeholder_columns, read_rows
+from .reference import (
+    dense_rows,
+    entered,
+    greedy,
+    kept_by_hand,
+    language_model,
+    legible,
+    logits_of,
+    placeholder_columns,
+    read_rows,
+)
 from .tiny import tiny_row
 
 
@@ -62,7 +72,7 @@ def merged_rows_are_read(subject: Subject) -> None:
         dense = whole.embeds[0]
         patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
         others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
-        with prune(model, subject.spec) as run:
+        with prune(model, subject.spec, **legible(whole)) as run:
             ids = generate(model, inputs)[0]
             rows = entered(model, inputs)[0]
             report, kept = run.last, read_rows(model, inputs, whole)[0]

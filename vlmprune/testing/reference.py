@@ -208,6 +208,11 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
     return [row[allowed] for row, allowed in zip(hidden, read, strict=True)]
 
 
+def legible(dense: Kept) -> dict[str, str]:
+    """Options of a session whose columns ``read_rows`` can tell, from positions as they were."""
+    return {} if dense.blocks is None else {"positions": "original"}
+
+
 def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:
     """What the language model reads of a batch of one while a method is attached, merged rows included.
 
