@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what every family can do and write it down, as data and as a table.
 
-    python docs/capabilities.py                      all of it, a few minutes
+    python docs/capabilities.py                      all of it, half an hour of one core
+    python docs/capabilities.py --jobs 4             the same with four families at a time
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
-    python docs/capabilities.py --slow               torch.compile as well
 
 Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not hide one.
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from vlmprune.models import families
-from vlmprune.testing.capabilities import ASSET, CAPABILITIES, SPEC, measure, method_names
+from vlmprune.testing.capabilities import ASSET, CAPABILITIES, OF_METHODS, SPEC, cell, measure, method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities.md"
@@ -27,19 +31,25 @@ DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what every family can do.")
     parser.add_argument("--family", action="append", choices=families(), help="only this one; may be repeated")
-    parser.add_argument("--slow", action="store_true", help="measure what takes tens of seconds too, such as torch.compile")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     arguments = parser.parse_args()
-    chosen = arguments.family or families()
-    torch.set_num_threads(1)
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
-    for family in chosen:
-        known[family] = {
-            "measured_with": {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"},
-            "capabilities": {name: measure(family, capability=name, slow=arguments.slow) for name in CAPABILITIES},
-            "methods": {name: measure(family, method=name) for name in method_names()},
-        }
-        write({name: known[name] for name in families() if name in known})
-        print(family, "done", flush=True)
+    chosen = arguments.family or families()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for family, row in zip(chosen, pool.map(measured, chosen), strict=True):
+            known[family] = row
+            write({name: known[name] for name in families() if name in known})
+            print(family, "done", flush=True)
+
+
+def measured(family: str) -> dict[str, Any]:
+    """Everything of one family."""
+    torch.set_num_threads(1)
+    return {
+        "measured_with": {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"},
+        "capabilities": {name: cell(family, capability=name) for name in CAPABILITIES},
+        "methods": {name: measure(family, name) for name in method_names()},
+    }
 
 
 def write(rows: dict[str, dict]) -> None:
@@ -53,22 +63,45 @@ def page(rows: dict[str, dict]) -> str:
     notes: list[str] = []
     text = "# What every family can do\n\n"
     text += "Made by `docs/capabilities.py` from conformance checks on tiny random models; not edited by hand.\n"
-    text += f"Capabilities are measured with `{SPEC}`, methods with `vlmprune verify METHOD` as their default spec.\n"
-    for kind in ("capabilities", "methods"):
-        names = list(next(iter(rows.values()))[kind])
-        text += f"\n## {kind.capitalize()}\n\n| family | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n"
-        for family, row in rows.items():
-            text += f"| `{family}` | {' | '.join(mark(row[kind][name], notes) for name in names)} |\n"
+    text += f"\n## Families\n\nMeasured with `{SPEC}`.\n\n"
+    text += grid(rows, lambda row: {name: mark(one, notes) for name, one in row["capabilities"].items()})
+    text += "\n## Methods\n\nEach with its default options and a quarter of the tokens, or the least that its schedule allows. "
+    text += f"A yes covers {', '.join(OF_METHODS)} as far as the family has them;\nexceptions are noted. "
+    text += "`vlmprune list --families --json` has every cell of families x methods x capabilities.\n\n"
+    text += grid(rows, lambda row: {name: method_mark(name, row, notes) for name in row["methods"]})
     return text + "\n" + "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)) + "\n"
 
 
-def mark(cell: str, notes: list[str]) -> str:
-    if cell == "yes":
+def grid(rows: dict[str, dict], cells: Callable[[dict], dict[str, str]]) -> str:
+    names = list(cells(next(iter(rows.values()))))
+    text = f"| family | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n"
+    return text + "".join(f"| `{family}` | {' | '.join(cells(row).values())} |\n" for family, row in rows.items())
+
+
+def mark(found: str, notes: list[str]) -> str:
+    if found == "yes":
         return "yes"
-    word, _, reason = cell.partition(", " if cell.startswith("yes") else ": ")
-    if reason not in notes:
-        notes.append(reason)
-    return f"{'-' if word == 'not measured' else word} ({notes.index(reason) + 1})"
+    word, _, reason = found.partition(": ")
+    return f"{'-' if word == 'not measured' else word} ({noted(reason, notes)})"
+
+
+def noted(note: str, notes: list[str]) -> int:
+    """The number of a note, which is added where it is new."""
+    if note not in notes:
+        notes.append(note)
+    return notes.index(note) + 1
+
+
+def method_mark(name: str, row: dict, notes: list[str]) -> str:
+    """A method on a family: whether it runs, as what, and where it can do less than the family."""
+    found = row["methods"][name]
+    if found["runs"] != "yes":
+        return mark(found["runs"], notes)
+    option = found["spec"].rpartition("@")[0]
+    numbers = [noted(f"as {option}", notes)] if "cls=mean" in option or "estimator=zo" in option else []
+    less = {one: found[one] for one in OF_METHODS if found[one].split(":")[0] != row["capabilities"][one].split(":")[0]}
+    numbers += [noted(f"{one}: {reason}", notes) for one, reason in less.items()]
+    return f"yes ({', '.join(map(str, numbers))})" if numbers else "yes"
 
 
 if __name__ == "__main__":

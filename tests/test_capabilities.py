@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 
 from vlmprune.cli import app
 from vlmprune.models import families
-from vlmprune.testing.capabilities import CAPABILITIES, measure, method_names, stale, table
+from vlmprune.testing.capabilities import CAPABILITIES, OF_METHODS, SPEC, cell, method_names, stale, table
 
 ROOT = Path(__file__).parents[1]
-CELLS = [(family, "capability", name) for family in families() for name in CAPABILITIES]
-CELLS += [(family, "method", name) for family in families() for name in method_names()]
-# one cell of every row anew in each default run, always the same ones
-FEW = [(f, kind, names[crc32(f.encode()) % len(names)]) for f in families() for kind, names in (("method", method_names()),)]
+METHODS = method_names()
+CELLS = [(family, None, name) for family in families() for name in CAPABILITIES]
+CELLS += [(family, method, name) for family in families() for method in METHODS for name in (None, *OF_METHODS)]
+# in each default run one method of every family runs anew, and one thing that another can do; always the same ones
+FEW = [(f, METHODS[crc32(f.encode()) % len(METHODS)], None) for f in families()]
+FEW += [(f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], OF_METHODS[crc32(f.encode()) % len(OF_METHODS)]) for f in families()]
 
 
 def test_the_table_has_every_family_method_and_capability() -> None:
@@ -31,18 +33,24 @@ def test_a_table_that_lacks_something_is_stale() -> None:
     found = copy.deepcopy(table())
     row = found["families"].pop("llava")
     del row["methods"]["fastv"], found["families"]["vipllava"]["capabilities"]["beams"]
-    assert stale(found) == ["family llava", "vipllava: capability beams"]
+    del found["families"]["vipllava"]["methods"]["var"]["batch"], found["families"]["vipllava"]["methods"]["pool"]
+    assert stale(found) == ["family llava", "vipllava: capability beams", "vipllava: method pool", "vipllava: var: batch"]
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "name"), [*FEW, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS if cell not in FEW)]
+    ("family", "method", "capability"), [*FEW, *(pytest.param(*one, marks=pytest.mark.slow) for one in CELLS if one not in FEW)]
 )
-def test_the_table_says_what_is_measured_again(family: str, kind: str, name: str) -> None:
-    known = table()["families"][family][{"capability": "capabilities", "method": "methods"}[kind]][name]
-    again = measure(family, **{kind: name})
-    if again.startswith("not measured") or known.startswith("not measured"):
-        pytest.skip(again if again.startswith("not measured") else known)
-    assert again.split(":")[0] == known.split(":")[0], f"run python docs/capabilities.py --family {family}"
+def test_the_table_says_what_is_measured_again(family: str, method: str | None, capability: str | None) -> None:
+    row = table()["families"][family]
+    known = row["capabilities"] if method is None else row["methods"][method]
+    spec, name = (SPEC, capability) if method is None else (known["spec"], capability or "runs")
+    if name not in known:
+        pytest.skip(known["runs"])
+    again = cell(family, spec, capability)
+    for one in (again, known[name]):
+        if one.startswith("not measured"):
+            pytest.skip(one)
+    assert again.split(":")[0] == known[name].split(":")[0], f"run python docs/capabilities.py --family {family}"
 
 
 def test_the_page_is_the_data() -> None:

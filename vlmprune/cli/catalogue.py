@@ -63,7 +63,7 @@ def _list_families(as_json: bool) -> None:
     for family, row in rows.items():
         methods, able = row["methods"], row["capabilities"]
         cannot, unknown = ([name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured"))
-        count = f"{sum(cell.startswith('yes') for cell in methods.values())} of {len(methods)}"
+        count = f"{sum(cells['runs'] == 'yes' for cells in methods.values())} of {len(methods)}"
         clips = "yes" if able["video"] == "yes" else "as images"
         others = ", ".join(name for name in cannot if name != "video")
         shown.add_row(Text(family, style="bold"), count, clips, others or "-", ", ".join(unknown) or "-")
