@@ -69,11 +69,15 @@ def check_device(device: str) -> None:
 
 
 def prompt(processor: Any, question: str) -> str:
-    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where it has none."""
+    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where it has none.
+
+    PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
+    """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+    image = getattr(processor, "image_token", "<image>")
+    return f"{image}{question}" if type(processor).__name__ == "PaliGemmaProcessor" else f"USER: {image}\n{question} ASSISTANT:"
 
 
 def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
