@@ -35,7 +35,7 @@ def _import_torchvision() -> None:
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _import_torchvision.kept = operators  # a library takes its operators along when it is collected
-        import torchvision  # noqa: F401
+        import torchvision
 
 
 if find_spec("torchvision") is not None:

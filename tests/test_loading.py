@@ -90,6 +90,11 @@ def test_without_a_template_the_prompt_is_that_of_llava():
     assert answer(model, processor).shape[0] == 1
 
 
+def test_a_processor_of_tasks_is_given_the_task_alone():
+    paligemma = type("PaliGemmaProcessor", (), {"image_token": "<image>"})()
+    assert prompt(paligemma, "answer en What is it?") == "<image>answer en What is it?"
+
+
 # --- what cannot be loaded --------------------------------------------------------------------------------------------------
 
 

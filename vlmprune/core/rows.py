@@ -106,8 +106,8 @@ class LayerInput:
         if held is None or held.shape[2] < self.past:
             raise UnsupportedError(
                 f"layer {self.index} holds {0 if held is None else held.shape[2]} of the {self.past} earlier slots "
-                "(a sliding window forgets them), so its attention rows cannot be recomputed after the prompt; use shorter prompts, "
-                "or a method that reads no attention of the language model, e.g. 'fastervlm@64'"
+                "(a sliding window forgets them), so its attention rows cannot be recomputed after the prompt; "
+                "use shorter prompts, or a method that reads no attention of the language model, e.g. 'fastervlm@64'"
             )
         return held[:, :, : self.past]
 

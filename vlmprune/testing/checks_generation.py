@@ -50,7 +50,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
         torch.manual_seed(0)
         if columns is None:
             want = generate(subject.model, plain, **options)
-        elif not narrow:  # generate cannot be told places in pictures or token types: the reference reads all and masks what is cut
+        elif not narrow:  # generate cannot be told places in pictures or token types: the reference masks what is cut
             model = eager_model(subject.family, subject.tower, subject.text)
             with masked(model, {0: columns}, {0: (columns, kept.embeds[0])}):
                 want = generate(model, inputs, **with_any_cache(options))

@@ -55,5 +55,5 @@ def angles_by_hand(language_model: nn.Module, layer: int, hidden: Tensor, positi
 
 def frequencies(language_model: nn.Module, layer: int) -> Tensor:
     """(d / 2,) frequencies of those angles."""
-    rotary = language_model.rotary_emb
-    return rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{language_model.config.layer_types[layer]}_inv_freq")
+    rotary, kinds = language_model.rotary_emb, getattr(language_model.config, "layer_types", None)
+    return rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[layer]}_inv_freq")
