@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def _import_torchvision() -> None:
     """The wheels of torchvision are built for CUDA. Beside a CPU torch only its Python part loads, and that minds, though no
     test needs the two operators that it misses; declared, they may stay without a kernel."""
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
@@ -35,7 +36,7 @@ def _import_torchvision() -> None:
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _import_torchvision.kept = operators  # a library takes its operators along when it is collected
-        import torchvision
+        import_module("torchvision")
 
 
 if find_spec("torchvision") is not None:
