@@ -28,6 +28,8 @@ SOME_CHECKS = {
 }
 SAMPLE = [(Subject(ALL_CHECKS, family), check) for family in YOUNGER for check in all_checks()]
 SAMPLE += [(Subject(spec, family), check) for family in YOUNGER for spec, checks in SOME_CHECKS.items() for check in checks]
+# words in the middle of a prompt that attends both ways look ahead when they rank
+SAMPLE += [(Subject(default_spec("sparsevlm"), "paligemma"), "cut_equals_hand_built")]
 MORE = [
     *(Subject(spec, family) for spec in OPTIONS for family in ("llava", "llava_next", "llava_onevision")),
     *(Subject(default_spec(method), family) for method in METHODS for family in YOUNGER),

@@ -127,8 +127,7 @@ class TokenTypes:
     config: Any
 
     def cut(self, compaction: Compaction) -> TokenTypes:
-        kept = self.fed.gather(1, compaction.index.to(self.fed.device))
-        return replace(self, fed=kept.masked_fill(~compaction.valid.to(kept.device), self.text))
+        return replace(self, fed=self.fed.gather(1, compaction.index.to(self.fed.device)))
 
     def masks(self, hidden: Tensor, valid: Tensor, cache: Any) -> Any:
         """A mask, or one per kind of layer, for the fed tokens over all (B, P + n) slots."""

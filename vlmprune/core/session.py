@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
@@ -200,10 +199,8 @@ class Session:
         call = Call(ids, embeds, Report(self.spec), continues, tail, fed=0 if given is None else given.shape[1])
         self._local.call = call
         if self.adapter.text_type is not None:
+            # what the model makes of them before its language model is for the uncut sequence: the entrance replaces it
             call.mask, call.types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
-            if state_of(cache) is not None:
-                # masks made here would be of the sequence before the cut; a 4-D one is passed on as it is, to be replaced
-                kwargs = {**kwargs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "token_type_ids": None}
         for modality in self.adapter.modalities:
             if self.enabled and kwargs.get(modality.pixels) is not None:
                 self.adapter.check(kwargs, modality)  # some families skip empty pixels and leave the placeholders as they are
