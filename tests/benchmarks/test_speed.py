@@ -22,6 +22,7 @@ from vlmprune.cli import app
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
+from vlmprune.testing.tiny_configs import missing
 
 ONCE = Effort(rounds=1, answers=1, warmup=0)
 
@@ -60,6 +61,17 @@ def test_a_batch_is_handed_over_row_by_row(tiny):
     with torch.inference_mode():
         free = FreeSide(prune(tiny.model, "fastv(layer=1)@0.5"), tiny.first_token)
         assert torch.allclose(free.first_token(), free.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in ("paligemma", "gemma3") if missing(family) is None])
+def test_tokens_that_attend_both_ways_are_handed_over_with_their_mask(family):
+    model, inputs = tiny_model(family), tiny_inputs(family)
+    workload = Workload(family, model, inputs, adapter_for(model))
+    with torch.inference_mode():
+        free = FreeSide(prune(model, "uniform@9"), workload.first_token)
+        assert free.mask is not None and torch.allclose(free.first_token(), free.logits, atol=1e-5)
+        with pytest.raises(UnsupportedError, match="divprune@64"):
+            FreeSide(prune(model, "fastv(layer=2)@0.5"), workload.first_token)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------------

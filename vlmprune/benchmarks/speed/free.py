@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...core.cache import cache_name
-from ...errors import InvariantError
+from ...errors import InvariantError, UnsupportedError
 from ...kernels import dispatch
 
 
@@ -32,7 +32,7 @@ class FreeSide:
 
     Attributes:
         logits: what ``call`` returned.
-        embeds, positions: (B, L, D) and position ids that the language model was given.
+        embeds, positions, mask: (B, L, D), position ids and, unless it is causal, the mask that the language model was given.
         cuts: layer -> (B, n) rows of its input that stay, and their position ids.
     """
 
@@ -51,6 +51,13 @@ class FreeSide:
         if "inputs_embeds" not in given:
             raise InvariantError(f"{type(self.lm).__name__} was not given inputs_embeds while {session.spec!r} was attached")
         self.embeds, self.positions = given["inputs_embeds"], given.get("position_ids")
+        typed = session.adapter.text_type is not None
+        if typed and self.cuts:
+            raise UnsupportedError(
+                f"cuts inside {session.adapter.model_type}, whose tokens attend both ways, cannot be replayed for free; "
+                "measure a method that cuts before the language model, e.g. 'divprune@64'"
+            )
+        self.mask = given.get("attention_mask") if typed else None  # others are causal, and need none
         self._given = {}
 
     def _note(self, index: int, module: nn.Module, args: tuple) -> None:
@@ -67,7 +74,8 @@ class FreeSide:
         return logits
 
     def _whole(self) -> Tensor:
-        return self.lm(inputs_embeds=self.embeds, position_ids=self.positions, use_cache=True).last_hidden_state
+        given = {"inputs_embeds": self.embeds, "position_ids": self.positions, "attention_mask": self.mask}
+        return self.lm(**given, use_cache=True).last_hidden_state
 
     def _layers(self) -> Tensor:
         """A plain loop over the layers, whose cuts are given; without a mask attention is causal."""
