@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlmprune
+from vlmprune.benchmarks.shapes import shapes
 from vlmprune.cli import app
 from vlmprune.errors import SpecError
 from vlmprune.models import families
@@ -118,10 +119,22 @@ def test_show_says_what_a_method_is_and_its_example_parses(method):
 
 def test_run_needs_no_arguments():
     text = cli("run", "--max-new-tokens", 3).stdout
-    assert "tiny: What is in the picture?" in text
+    sign = shapes().sample("test", "text", 0)
+    assert f"tiny: {sign.question}" in text and f"the right answer is {sign.answers[0]}" in text
     assert "36 (25.0% of 144)" in text and "36 in layers 0-7" in text and "144 in layers 0-7" in text
     assert "dense" in text and "fastervlm@0.25" in text and "after a warm-up" in text
-    assert NOTE in " ".join(text.split())
+    assert NOTE not in " ".join(text.split())  # the picture is one that it knows
+
+
+def test_run_without_arguments_answers_right():
+    found = json.loads(cli("run", "--json").stdout)
+    assert found["answer"].replace(" ", "") == found["dense_answer"].replace(" ", "") == found["expected"]
+
+
+def test_about_a_picture_of_yours_tiny_says_that_it_knows_nothing(tmp_path):
+    tiny.picture(1, (190, 100)).save(tmp_path / "scene.png")
+    found = json.loads(cli("run", tmp_path / "scene.png", "--json", "--no-dense", "--max-new-tokens", 1).stdout)
+    assert found["note"] == NOTE and found["expected"] is None and found["question"] == "What is in the picture?"
 
 
 def test_run_as_json_holds_counts_times_and_answers():
@@ -133,7 +146,6 @@ def test_run_as_json_holds_counts_times_and_answers():
     for side in ("dense", "pruned"):
         assert 0 < found["seconds"][side]["first_token"] <= found["seconds"][side]["total"]
     assert 0 < found["seconds"]["pruned"]["choosing"] < found["seconds"]["pruned"]["first_token"]
-    assert found["note"] == NOTE
 
 
 def test_keeping_all_answers_as_the_dense_model():
@@ -162,7 +174,7 @@ def test_run_takes_a_picture_a_question_and_a_folder(tmp_path):
 def test_draw_writes_the_picture_with_the_kept_patches(tmp_path):
     out = tmp_path / "kept.png"
     assert f"Wrote {out}" in cli("run", "--draw", out, "--max-new-tokens", 1, "--no-dense").stdout
-    drawn, picture = Image.open(out).convert("RGB"), tiny.picture()
+    drawn, picture = Image.open(out).convert("RGB"), shapes().sample("test", "text", 0).load_images()[0]
     assert drawn.size == picture.size
     same = (np.asarray(drawn) == np.asarray(picture)).all(-1).mean()
     assert 0.2 < same < 0.26  # a quarter is kept, less the outline

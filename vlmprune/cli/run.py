@@ -28,8 +28,8 @@ class Answer(NamedTuple):
 
 
 def run(
-    image: Annotated[str | None, typer.Argument(help="Picture file; without it, a picture that the package draws.")] = None,
-    question: Annotated[str, typer.Argument(help="What to ask.")] = QUESTION,
+    image: Annotated[str | None, typer.Argument(help="Picture file; without it, one that the package draws.")] = None,
+    question: Annotated[str, typer.Argument(help="What to ask; without a picture, 'tiny' is asked what it can know.")] = QUESTION,
     model: Annotated[str, typer.Option(help="'tiny', a folder, or an HF id.")] = "tiny",
     prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
     draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
@@ -41,13 +41,15 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture with pruned visual tokens, beside the dense answer."""
-    spec, picture = _spec(prune), _picture(image)
+    spec, picture, expected = _spec(prune), _picture(image), None
     if draw is not None:
         _check_draw(draw, spec)
 
     from ..api import prune as attach_while
     from ..models.loading import TINY, TINY_NOTE, encode, load
 
+    if image is None and model == TINY:
+        picture, question, expected = _example()
     with stderr().status(f"loading {model}"):
         loaded, processor = load(model, device, dtype, trust_remote_code)
     inputs = encode(loaded, processor, picture, question)
@@ -72,14 +74,14 @@ def run(
                 f"{'after a warm-up' if warm else 'without a warm-up, pruned first'}; preparing the picture is not counted")
     found = {
         "model": model, "prune": str(spec), "image": image, "question": question,
-        "answer": pruned.text, "dense_answer": whole and whole.text,
+        "answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected,
         "visual_tokens": {"dense": report.dense_tokens, "pruned": report.realised_tokens},
         "sequence": dict(zip(("dense", "pruned"), report.sequence, strict=True)),
         "tokens_per_layer": report.tokens_per_layer,
         "new_tokens": {"dense": whole and whole.tokens, "pruned": pruned.tokens},
         "seconds": {"dense": whole and {"first_token": whole.first, "total": whole.total},
                     "pruned": {"first_token": pruned.first, "total": pruned.total, "choosing": report.seconds}},
-        "measured": measured, "draw": draw and str(draw), "note": TINY_NOTE if model == TINY else None,
+        "measured": measured, "draw": draw and str(draw), "note": TINY_NOTE if model == TINY and expected is None else None,
     }
     print_json(found) if as_json else _show(found)
 
@@ -114,6 +116,14 @@ def _picture(path: str | None) -> Any:
     from ..viz.overlay import open_picture
 
     return open_picture(path)
+
+
+def _example() -> tuple[Any, str, str]:
+    """A picture of the synthetic benchmark, what is asked about it, and the right answer: a sign to read."""
+    from ..benchmarks.shapes import shapes
+
+    sample = shapes().sample("test", "text", 0)
+    return sample.load_images()[0], sample.question, sample.answers[0]
 
 
 def _check_draw(path: Path, spec: Any) -> None:
@@ -157,6 +167,8 @@ def _show(found: dict[str, Any]) -> None:
     row("total", lambda side: _seconds(found["seconds"][side]["total"]))
     screen = stdout()
     screen.print(plain(f"{found['model']}: {found['question']}"), style="bold")
+    if found["expected"] is not None:
+        screen.print(plain(f"A question of the synthetic benchmark; the right answer is {found['expected']}."))
     screen.print(rows)
     screen.print(plain(f"Times: {found['measured']}."), style="dim")
     if found["note"]:
