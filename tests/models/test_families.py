@@ -18,7 +18,7 @@ from vlmprune.core.base import Method
 from vlmprune.core.cache import cache_name
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.core.tower import find_blocks
-from vlmprune.errors import CaptureError, UnsupportedError
+from vlmprune.errors import CaptureError, InvariantError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand, logits_of
@@ -259,6 +259,15 @@ def test_the_window_bounds_what_an_image_sees_of_itself(text: str) -> None:
     (kept,) = kept_by_hand(model, inputs, run.last.keep, "original")
     assert kept.blocks[kept.blocks >= 0].tolist() == [0] * 12 + [1] * 12
     torch.testing.assert_close(logits, logits_of(model, kept)[-3:], atol=1e-4, rtol=1e-4)
+
+
+def test_types_that_are_too_few_are_refused() -> None:
+    """They would be read as those of other tokens."""
+    model, inputs = available("gemma3"), tiny_inputs("gemma3")
+    inputs["token_type_ids"] = inputs["token_type_ids"][:, 3:]
+    with vlmprune.prune(model, "uniform@9"), torch.no_grad():
+        with pytest.raises(InvariantError, match=r"token_type_ids has shape \(1, 44\).*each of 47"):
+            model(**inputs)
 
 
 @pytest.mark.parametrize("family", TYPED)

@@ -103,6 +103,8 @@ class Entrance:
         """Types of the fed tokens; families give those of the whole conversation or of what is fed."""
         if call.types is None:
             return None
+        if call.types.ndim != 2 or call.types.shape[1] < fed:
+            raise InvariantError(f"token_type_ids has shape {tuple(call.types.shape)}; expected a type for each of {fed} tokens")
         model, text = self.session.adapter.model, self.session.adapter.text_type
         # the class's own: on the instance a session's wrapper stands in its place
         return TokenTypes(call.types[:, -fed:], text, type(model).create_masks_for_generate, model.config)
