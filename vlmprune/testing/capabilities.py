@@ -103,6 +103,7 @@ def device_map(subject: Subject) -> None:
     inputs, model = subject.inputs((1,)), subject.fresh_model()
     adapter = adapter_for(model)
     parts = [name for name, _ in model.model.named_children() if name != adapter.text]
+    parts += [name for name, _ in model.model.named_parameters(recurse=False)]  # such as an image newline
     text = [f"{adapter.text}.{name}" for name, _ in adapter.language_model.named_children() if name != "layers"]
     places = {f"model.{name}": "cpu" for name in (*parts, *text)} | {"lm_head": "cpu"}
     for i in range(len(adapter.language_model.layers)):
