@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pictures import Picture
 from ..errors import CaptureError
 from .base import IMAGE, VIDEO, Modality
 from .llava_next import LlavaNextAdapter
@@ -45,13 +44,13 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         pooled = self.inner.apply_pooling(crops).flatten(0, 1)  # (frames * n', channels)
         return torch.cat([pooled, pooled.new_full((1, pooled.shape[1]), torch.nan)])
 
-    def pictures(
-        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
-    ) -> list[Picture]:
-        if modality.name == "video" and isinstance(output, Tensor):  # transformers 4.57 appends the newline later
-            newline = self.inner.image_newline.to(output.device, output.dtype)
-            output = torch.cat([output, newline.expand(output.shape[0], 1, -1)], dim=1)
-        return super().pictures(modality, output, arguments, found)
+    def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        found = super().features(modality, output, arguments)
+        if modality.name == "video":  # before transformers 5.20 the newline is appended later
+            newline, frames = self.inner.image_newline, arguments["pixel_values_videos"].shape[1]
+            patches = frames * math.ceil(self.side / 2) ** 2
+            found = [one if len(one) > patches else torch.cat([one, newline[None].to(one)]) for one in found]
+        return found
 
     def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         if modality.name != "video":
