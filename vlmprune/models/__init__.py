@@ -81,10 +81,11 @@ def adapter_for(model: Any) -> Adapter:
         )
     if too_old(model_type, type(model)):
         here = version("transformers")
-        raise UnsupportedError(f"{model_type} is supported from transformers 5.20 on; this is {here}, install a newer one")
+        raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
     return adapter(model)
 
 
 def too_old(model_type: str, model_class: type) -> bool:
     """Whether the class of a model is of a transformers version that its family was not tried with."""
-    return model_type in _RECENT and "mm_encoder_outputs" not in signature(model_class.forward).parameters
+    known = signature(model_class.forward).parameters  # Video-LLaVA has called its pixels so since transformers 5.23
+    return model_type in _RECENT and not {"mm_encoder_outputs", "pixel_values"} <= set(known)

@@ -71,7 +71,7 @@ def missing(family: str) -> str | None:
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}; install a newer one"
     if too_old(family, getattr(transformers, name)):
-        return f"{family} is supported from transformers 5.20 on; install a newer one than {transformers.__version__}"
+        return f"{family} needs a newer transformers than {transformers.__version__}; install the newest"
     if family == "fast_vlm" and not is_timm_available():
         return 'fast_vlm needs timm and torchvision; install "vlmprune[timm]"'
     return None
