@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("types of other tokens", "core/frames.py", "self.fed.gather(1, compaction.index.to(self.fed.device))", "self.fed[:, : compaction.width]", spec="fastervlm(cls=mean)@9", family="gemma3"),
     Mutant("causal after a cut", "core/entrance.py", "self._types(call, fed) if typed and call.placed else None", "None", spec="fastervlm(cls=mean)@9", family="paligemma"),
     Mutant("recomputed rows look back only", "core/rows.py", "if self.mask is not None:", "if False:", spec="sparsevlm@0.25", family="paligemma"),
-    Mutant("angles of another kind of layer", "core/frames.py", "language_model.config.layer_types[layer] if", "language_model.config.layer_types[-1] if", spec="fastv(layer=1)@9", family="gemma3"),
+    Mutant("angles of another kind of layer", "core/frames.py", "language_model.config.layer_types[layer] if _turns", "language_model.config.layer_types[-1] if _turns", spec="fastv(layer=1)@9", family="gemma3"),
     Mutant("gradient cut off", "core/entrance.py", "return compaction.sequence(embeds)", "return compaction.sequence(embeds.detach())"),
     Mutant("the right one of equals", "kernels/cpu.py", "np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]", "np.flatnonzero(row == limit)[np.count_nonzero(keep) - k :]", tests="tests/kernels/test_select.py"),
     Mutant("ties ignored", "kernels/cpu.py", "keep[np.flatnonzero(row == limit)[: k - np.count_nonzero(keep)]] = True", "keep[np.flatnonzero(row == limit)] = True", tests="tests/kernels/test_select.py"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -164,8 +165,12 @@ class LayerView:
 
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma3), else None."""
-    known = inspect.signature(language_model.rotary_emb.forward).parameters
-    return language_model.config.layer_types[layer] if "layer_type" in known else None
+    return language_model.config.layer_types[layer] if _turns_by_kind(type(language_model.rotary_emb)) else None
+
+
+@lru_cache  # every layer asks at every decode step
+def _turns_by_kind(rotary: type) -> bool:
+    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:

@@ -75,7 +75,7 @@ class Adapter:
     @property
     def layers(self) -> list[int]:
         """Indices of the hidden states that the model takes its features from."""
-        layer = self.config.vision_feature_layer
+        layer = getattr(self.config, "vision_feature_layer", -1)
         return [layer] if isinstance(layer, int) else list(layer)
 
     @property

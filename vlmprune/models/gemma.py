@@ -24,10 +24,6 @@ class PaliGemmaAdapter(Adapter):
     view = "stretch"
     text_type = 1  # the answer; pictures and question are 0
 
-    @property
-    def layers(self) -> list[int]:
-        return [-1]
-
 
 class AfterPooling(nn.Module):
     """What Gemma 3's projector does after it has averaged patches: (..., C) tokens to (..., D), each by itself."""
@@ -50,10 +46,6 @@ class Gemma3Adapter(Adapter):
     towers = ("siglip_vision_model",)
     view = "stretch"
     text_type = 0  # image tokens are 1
-
-    @property
-    def layers(self) -> list[int]:
-        return [-1]
 
     def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
         # the projector as a whole reads patches, its norm reads averaged tokens

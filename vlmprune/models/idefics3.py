@@ -25,10 +25,6 @@ class Idefics3Adapter(Adapter):
     text, tower, connector = "text_model", "vision_model", "connector"
     view = "stretch"
 
-    @property
-    def layers(self) -> list[int]:
-        return [-1]
-
     def _projector(self) -> torch.nn.Module:
         return self.inner.connector.modality_projection  # what comes after the shuffle
 

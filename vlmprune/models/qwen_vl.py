@@ -32,10 +32,6 @@ class Qwen2VLAdapter(Adapter):
     view = "stretch"
 
     @property
-    def layers(self) -> list[int]:
-        return [-1]
-
-    @property
     def merge(self) -> int:
         """Patches along each side of a token."""
         return self.vision_tower.spatial_merge_size

@@ -196,4 +196,3 @@ def masked(
     finally:
         for handle in handles:
             handle.remove()
-
