@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vlmprune.core.attention_tap import AttentionCall
 from vlmprune.core.frames import Frame
 from vlmprune.core.inside import InsideHost
-from vlmprune.core.rows import LayerInput
 from vlmprune.registry import get, list_methods
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
 from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
@@ -122,9 +122,9 @@ def make_no_mask(self, config, kind, layer, hidden, cache):
     return None
 
 
-def attend_from_everywhere(self, rows, original=LayerInput.attention):
-    every = torch.arange(self.hidden.shape[1])[None].expand(self.hidden.shape[0], -1)
-    return original(self, every).gather(2, rows[:, None, :, None].expand(-1, 4, -1, self.valid.shape[1]))
+def attend_from_everywhere(self, rows, original=AttentionCall.attention):
+    every = torch.arange(self.queries.shape[2])[None].expand(self.queries.shape[0], -1)
+    return original(self, every).gather(2, rows[:, None, :, None].expand(-1, 4, -1, self.keys.shape[2]))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def attend_from_everywhere(self, rows, original=LayerInput.attention):
         (InsideHost, "_find_raters", rank_by_the_first_word, "cut_equals_hand_built"),
         (Frame, "angles", recount_positions, "cut_equals_hand_built"),
         (Frame, "_make_mask", make_no_mask, "every_mode_equals_kept_embeddings"),
-        (LayerInput, "attention", attend_from_everywhere, "no_attention_map"),
+        (AttentionCall, "attention", attend_from_everywhere, "no_attention_map"),
     ],
 )
 def test_a_broken_cut_inside_the_language_model_fails_conformance(monkeypatch, owner, name, mistake, caught_by) -> None:

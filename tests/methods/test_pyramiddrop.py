@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import vlmprune
 from vlmprune.core.base import Stage
-from vlmprune.core.rows import LayerInput
+from vlmprune.core.attention_tap import AttentionTap, find_attention, probe
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
@@ -118,7 +118,10 @@ def test_ranking_is_one_row_of_the_next_layer_on_the_uncut_sequence():
     layer, hidden, first, n = model.layers[0], torch.randn(1, 12, 16), 3, 6
     cos, sin = model.rotary_emb(hidden, torch.arange(12)[None])
     with torch.no_grad():
-        given = LayerInput(layer, 0, hidden, cos, sin, torch.ones(1, 12, dtype=torch.bool))
+        tap = AttentionTap(find_attention(layer), lambda call, output: None)
+        tap.install()
+        given = probe(layer, hidden, {"position_embeddings": (cos, sin), "attention_mask": None}, None, 0)
+        tap.remove()
         attention = given.attention(torch.tensor([[11]]))
         tokens = VisualTokens(text_attention=attention[..., first : first + n])
         x = hidden[0].double().numpy()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
+from ..errors import UnsupportedError
 from .cache import cache_name
 from .compaction import Compaction
 
@@ -39,7 +40,7 @@ class Frame:
     maskless: bool = False
     types: TokenTypes | None = None
     _masks: dict[str, Any] = field(default_factory=dict)
-    _angles: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _angles: dict[str | None, Any] = field(default_factory=dict)
 
     @property
     def valid(self) -> Tensor:
@@ -58,13 +59,24 @@ class Frame:
         types = None if self.types is None else self.types.cut(compaction)
         return Frame(start, self.past, compaction.valid, compaction.positions(self.position_ids, policy), lost, types=types)
 
-    def angles(self, language_model: nn.Module, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin of this frame for a layer, made once per kind of layer."""
+    @property
+    def plain_positions(self) -> Tensor | None:
+        """(B or 1, n) position numbers, None where tokens have places in a picture only."""
+        if self.position_ids.ndim == 2:
+            return self.position_ids
+        return self.position_ids[0] if self.position_ids.shape[0] == 4 else None
+
+    def angles(self, language_model: nn.Module, layer: int, hidden: Tensor) -> Any:
+        """What the model's rotary module gives a layer of this frame: cos and sin, or one complex tensor (Llama 4).
+
+        Made once per kind of layer.
+        """
         kind = angle_kind(language_model, layer)
         if kind not in self._angles:
             places = self.position_ids[1:] if self.position_ids.shape[:-2] == (4,) else self.position_ids
             self._angles[kind] = language_model.rotary_emb(hidden, places, *(() if kind is None else (kind,)))
-        return self._angles[kind]
+        made = self._angles[kind]
+        return made.to(hidden.device) if isinstance(made, Tensor) else tuple(angle.to(hidden.device) for angle in made)
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
@@ -163,9 +175,26 @@ class LayerView:
         return getattr(self._cache, name)
 
 
+def uses_flash(config: Any) -> bool:
+    """Whether a language model runs on FlashAttention, which reads gaps in position ids as packed sequences."""
+    return "flash" in str(config._attn_implementation)
+
+
+def check_kinds(config: Any, layers: Iterable[int], method: str) -> None:
+    """Refuse cuts before layers whose masks cannot be made again."""
+    for layer in layers:
+        kind = layer_kind(config, layer)
+        if not callable(LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind)):
+            raise UnsupportedError(
+                f"{method} cuts inside the language model, but layer {layer} of this {config.model_type} is of kind {kind!r}, whose "
+                "mask cannot be made again after a cut; prune before the language model, e.g. with 'fastervlm@64'"
+            )
+
+
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma3), else None."""
-    return language_model.config.layer_types[layer] if _turns_by_kind(type(language_model.rotary_emb)) else None
+    rotary = getattr(language_model, "rotary_emb", None)  # some hybrids do not rotate at all
+    return language_model.config.layer_types[layer] if rotary is not None and _turns_by_kind(type(rotary)) else None
 
 
 @lru_cache  # every layer asks at every decode step
@@ -174,9 +203,10 @@ def _turns_by_kind(rotary: type) -> bool:
 
 
 def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:
-    """(d / 2,) frequencies of the rotary angles of a layer, None where they are kept elsewhere."""
+    """(d / 2,) frequencies of the rotary angles of a layer, None where there are none or they are kept elsewhere."""
     kind = angle_kind(language_model, layer)
-    return getattr(language_model.rotary_emb, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
+    rotary = getattr(language_model, "rotary_emb", None)
+    return getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
 
 
 def layer_kind(config: Any, layer: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvariantError, UnsupportedError
+from .attention_tap import AttentionCall, over_slots, probe, tap
 from .base import Merged
-from .cache import cache_in
+from .cache import cache_in, cache_name
 from .call import Call
 from .compaction import Compaction
 from .cutting import Cut, keep_maps
-from .frames import rotary_frequencies
-from .rows import LayerInput
+from .frames import check_kinds, rotary_frequencies, uses_flash
 from .select import choose
 from .tokens import VisualTokens
 
@@ -53,7 +53,17 @@ class Inside:
     spans: list[Span]
     text: Tensor  # (B, n) bool, columns after the last picture of each row
     raters: Tensor | None = None  # (B, n) bool, chosen query columns
-    saved: LayerInput | None = None
+    ranked: Ranked | None = None  # rows for the next cut
+    done: set[int] = field(default_factory=set)  # layers whose cut was made or found unnecessary
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Attention rows of one layer for the query columns (B, R), of which some only fill up, over all its slots: (B, H, R, S)."""
+
+    rows: Tensor
+    real: Tensor
+    attention: Tensor
 
 
 class InsideHost:
@@ -67,6 +77,7 @@ class InsideHost:
         stages = method.stages(session.depth, budget, count if isinstance(count, int) else 576)
         self.sources = {stage.layer: stage.source for stage in stages}
         self.layers = list(self.sources)
+        check_kinds(session.adapter.language_model.config, range(min(self.layers, default=session.depth), session.depth), method.name)
         self._refuse_checkpointing()
 
     def _refuse_checkpointing(self) -> None:
@@ -87,11 +98,19 @@ class InsideHost:
         self.method.check_unit(count)
 
     def hooks(self) -> list[Any]:
-        """Pre-hooks on all decoder layers."""
+        """Pre-hooks on all decoder layers, and taps on the attention that ranks."""
         layers = self.session.adapter.language_model.layers
-        return [
+        found: list[Any] = [
             layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True) for index, layer in enumerate(layers)
         ]
+        try:
+            for index in sorted(set(self.sources.values())):
+                found.append(tap(layers[index], index, self.method.name, partial(self._attended, index)))
+        except BaseException:
+            for handle in found:
+                handle.remove()
+            raise
+        return found
 
     def begin(self, call: Call, embeds: Tensor) -> None:
         """Find the spans in the sequence that enters the first layer (B, n, D)."""
@@ -132,38 +151,57 @@ class InsideHost:
         if call is None or not call.frames:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         inside: Inside | None = call.units
         if inside is not None:
             if index == 0:
                 self._find_raters(call, hidden)
             if index in self.sources:
-                own = self.sources[index] == index
-                source = self._given(call, index, module, hidden, kwargs) if own else inside.saved
-                hidden = self._stage(call, index, hidden, source)
-            if self.sources.get(index + 1) == index:  # for the next layer's cut; this layer will have filled its cache by then
-                inside.saved = self._given(call, index, module, hidden, kwargs, runs=True)
-        frame = call.frame(index)
-        if frame.start == 0:
+                if self.sources[index] == index:
+                    inside.ranked = self._probe(call, index, module, hidden, kwargs)
+                hidden = self._stage(call, index, hidden)
+        if call.frame(index).start == 0:
             return None
-        language_model = self.session.adapter.language_model
+        return (hidden, *args[1:]), self._as_framed(call, index, hidden, kwargs)
+
+    def _as_framed(self, call: Call, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer with mask, angles and positions of its frame."""
+        frame, language_model = call.frame(index), self.session.adapter.language_model
+        if frame.start == 0:
+            return kwargs
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = frame.mask(language_model.config, index, hidden, cache_in(kwargs))
-        kwargs["position_embeddings"] = tuple(angle.to(hidden.device) for angle in frame.angles(language_model, index, hidden))
-        kwargs["position_ids"] = None  # rotary angles are made already; FlashAttention would take gaps for packed sequences
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = frame.angles(language_model, index, hidden)
+        # Ministral 3 scales its queries by them; FlashAttention would take gaps for packed sequences
+        kwargs["position_ids"] = None if uses_flash(language_model.config) else frame.plain_positions
         if "cache_position" in kwargs:
             kwargs["cache_position"] = frame.cache_position()
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return (), {**kwargs, "hidden_states": hidden}
+        return kwargs
 
-    def _given(
-        self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any], runs: bool = False
-    ) -> LayerInput:
-        frame, cache = call.frame(index), cache_in(kwargs)
-        made = kwargs["position_embeddings"] if frame.start == 0 else None
-        cos, sin = made or frame.angles(self.session.adapter.language_model, index, hidden)
-        mask = frame.typed_mask(self.session.adapter.language_model.config, index, hidden, cache)
-        return LayerInput(module, index, hidden, cos, sin, frame.valid, cache, updated=runs and cache is not None, mask=mask)
+    @torch.no_grad()
+    def _probe(self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Ranked:
+        """Attention rows of a layer before it runs: what they rank is cut at its input."""
+        frame = call.frame(index)
+        kwargs = self._as_framed(call, index, hidden, kwargs)
+        cached = cache_in(kwargs) is not None
+        attended = probe(module, hidden, kwargs, cache_name(kwargs) if cached else None, frame.past.shape[1])
+        rows, real = _padded(call.units.raters)
+        return Ranked(rows, real, over_slots(attended.attention(rows), frame.width))
+
+    @torch.no_grad()
+    def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
+        """A layer that ranks has attended: its rows are checked, and kept for the cut at the next layer."""
+        call = self.session.call
+        if call is None or call.units is None:
+            return
+        rows, real = _padded(call.units.raters)
+        if self.sources.get(index + 1) != index:
+            rows, real = rows[:, -1:], real[:, -1:]
+        attention = attended.attention(rows)
+        attended.check(rows[:, -1:], real[:, -1:], attention[:, :, -1:], output)
+        if self.sources.get(index + 1) == index:
+            call.units.ranked = Ranked(rows, real, over_slots(attention, call.frame(index).width))
 
     def _find_raters(self, call: Call, hidden: Tensor) -> None:
         """Query columns: the method's raters, or the last token of the prompt."""
@@ -172,8 +210,8 @@ class InsideHost:
         raters = torch.zeros_like(fed)
         for row in range(fed.shape[0]):
             spans = [span for span in inside.spans if span.row == row]
-            text = inside.text[row].nonzero()[:, 0]
-            text = text[: text.shape[0] - call.tail] if call.tail else text
+            prompt = torch.arange(fed.shape[1], device=fed.device) < fed.shape[1] - call.tail
+            text = (inside.text[row] & prompt).nonzero()[:, 0]
             chosen = None
             if spans and text.shape[0]:
                 visual = torch.cat([hidden[row, span.columns.to(hidden.device)] for span in spans])
@@ -181,18 +219,22 @@ class InsideHost:
             if chosen is not None:
                 raters[row, text[chosen]] = True
             else:
-                end = text if text.shape[0] else fed[row].nonzero()[:, 0]
+                end = text if text.shape[0] else (fed[row] & prompt).nonzero()[:, 0]
                 raters[row, end[-1]] = True
         inside.raters = raters
 
-    def _stage(self, call: Call, index: int, hidden: Tensor, source: LayerInput) -> Tensor:
+    def _stage(self, call: Call, index: int, hidden: Tensor) -> Tensor:
         """Cut the sequence (B, n, D) that enters layer ``index``."""
         started = time.perf_counter()
         inside: Inside = call.units
         frame = call.frame(index)
-        with torch.no_grad():
-            rows, given = _padded(inside.raters)
-            attention = source.attention(rows)  # (B, H, R, S)
+        ranked, inside.ranked = inside.ranked, None
+        if ranked is None:
+            raise InvariantError(
+                f"{self.method.name} cuts at layer {index}, but the attention of layer {self.sources[index]} was not seen; "
+                "was a part of the model compiled, or its forward replaced, after attaching? Detach, and attach again"
+            )
+        inside.done.add(index)
         keep = torch.ones_like(frame.fed)
         changed = False
         groups: dict[tuple, list[Span]] = defaultdict(list)
@@ -203,7 +245,7 @@ class InsideHost:
             if k >= count:
                 continue
             changed = True
-            tokens = self._tokens(call, index, spans, hidden, attention, given, rows, source)
+            tokens = self._tokens(call, index, spans, hidden, ranked)
             result = choose(self.method, tokens, k)
             hidden = self._apply(spans, result, keep, hidden)
         if not changed:
@@ -215,30 +257,21 @@ class InsideHost:
         self._note(call, index)
         return compaction.sequence(hidden)
 
-    def _tokens(
-        self,
-        call: Call,
-        index: int,
-        spans: list[Span],
-        hidden: Tensor,
-        attention: Tensor,
-        given: Tensor,
-        rows: Tensor,
-        source: LayerInput,
-    ) -> VisualTokens:
+    def _tokens(self, call: Call, index: int, spans: list[Span], hidden: Tensor, ranked: Ranked) -> VisualTokens:
         at = torch.stack([span.columns for span in spans]).to(hidden.device)  # (U, N)
         row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
+        rows, attention, source = ranked.rows, ranked.attention, self.sources[index]
         past = attention.shape[-1] - hidden.shape[1]
         picked = attention[row].gather(3, (at + past)[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
-        places, language_model = call.frame(source.index).position_ids, self.session.adapter.language_model
+        places, language_model = call.frame(source).position_ids, self.session.adapter.language_model
         numbers = places.expand(hidden.shape[0], -1)[row] if places.ndim == 2 else None  # M-RoPE knows no single position
         return VisualTokens(
             features=hidden[row[:, None], at],
             text_attention=picked,
-            query_mask=given[row],
+            query_mask=ranked.real[row],
             query_positions=None if numbers is None else numbers.gather(1, rows[row]),
             positions=None if numbers is None else numbers.gather(1, at),
-            rotary_frequencies=None if numbers is None else rotary_frequencies(language_model, source.index),
+            rotary_frequencies=None if numbers is None else rotary_frequencies(language_model, source),
             grids=spans[0].blocks,
             ordinal=torch.tensor([span.ordinal for span in spans]),
             stage=self.layers.index(index),
@@ -295,5 +328,8 @@ def _move(inside: Inside, compaction: Compaction) -> None:
     where = (compaction.kept.cumsum(dim=1) - 1 + (compaction.width - compaction.count)[:, None]).cpu()
     for span in inside.spans:
         span.columns = where[span.row][span.columns]
-    inside.raters = inside.raters.gather(1, compaction.index) & compaction.valid
+    raters = inside.raters.gather(1, compaction.index) & compaction.valid
+    # a prompt that ends in its picture: where the cut took the query itself, the last token that stays asks from here on
+    last = torch.arange(compaction.width, device=raters.device) == compaction.width - 1
+    inside.raters = torch.where(raters.any(dim=1, keepdim=True), raters, last & compaction.valid)
     inside.text = inside.text.gather(1, compaction.index) & compaction.valid

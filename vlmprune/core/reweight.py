@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention re-weighting: the third slot. Chosen rows of chosen layers get another attention; the layer stays on its fast path.
 
-After a layer's attention module has run, the rows that the method edits are recomputed, and what the edit changes, ``(A' - A) V``
-through the output projection, is added to the module's output. That is exact, since the output is linear in the attention. Marks
-that a method makes in a prompt (sinks) and the visual columns ride on the KV cache, for decode steps.
+Where a layer's attention function has run, the rows that the method edits are recomputed, and what the edit changes, ``(A' - A) V``,
+is added to the function's output. That is exact, since the output is linear in the attention. Marks that a method makes in a prompt
+(sinks) and the visual columns ride on the KV cache, for decode steps.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention_tap import AttentionCall, over_keys, tap
 from .base import Method
-from .cache import cache_in
 from .call import Call
-from .rows import LayerInput
 
 
 @dataclass(eq=False)
@@ -49,76 +48,68 @@ class ReweightHost:
         self.layers = list(method.acts_on(session.depth))
 
     def hooks(self) -> list[Any]:
-        """A pre-hook on every chosen layer and a hook on its attention module."""
-        found = []
-        for index in self.layers:
-            layer = self.session.adapter.language_model.layers[index]
-            found.append(layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True))
-            found.append(layer.self_attn.register_forward_hook(partial(self._after, index)))
+        """A pre-hook on every chosen layer and a tap on its attention."""
+        found: list[Any] = []
+        try:
+            for index in self.layers:
+                layer = self.session.adapter.language_model.layers[index]
+                found.append(layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True))
+                found.append(tap(layer, index, self.method.name, partial(self._edit, index)))
+        except BaseException:
+            for handle in found:
+                handle.remove()
+            raise
         return found
 
     def _before(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call: Call | None = self.session.call
-        if call is None or not call.frames or not self.session.enabled:
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache = cache_in(kwargs)
-        frame = call.frame(index)
-        cos, sin = kwargs["position_embeddings"]
-        mask = frame.typed_mask(self.session.adapter.language_model.config, index, hidden, cache)
-        valid = frame.valid.to(hidden.device)
-        call.given = LayerInput(module, index, hidden, cos, sin, valid, cache, updated=cache is not None, mask=mask)
+        if call is not None and call.frames and self.session.enabled:
+            call.given = (index, args[0] if args else kwargs["hidden_states"])
 
-    def _after(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _edit(self, index: int, attended: AttentionCall, output: Tensor) -> Tensor | None:
+        """The output (B, n, H, d) of a layer's attention with the chosen rows edited."""
         call: Call | None = self.session.call
-        given = None if call is None else call.given
-        if given is None or given.index != index:
+        if call is None or call.given is None or call.given[0] != index:
             return None
-        call.given = None
-        marks = self._marks(call, index, given)
-        rows, real = self._rows(call, index, given)
+        hidden, call.given = call.given[1], None
+        valid = call.frame(index).valid.to(hidden.device)  # (B, slots)
+        marks = self._marks(call, index, hidden, valid)
+        rows, real = self._rows(call, index, valid[:, valid.shape[1] - hidden.shape[1] :])
         if rows is None:
             return None
         with torch.no_grad():
-            attention = given.attention(rows)  # (B, H, R, S)
-            edited = self.method.reweight(attention, marks.marked & given.valid, marks.visual & given.valid)
+            attention = attended.attention(rows)  # (B, H, R, S)
+            if call.placed:
+                attended.check(rows[:, -1:], real[:, -1:], attention[:, :, -1:], output)
+            marked, visual = (over_keys(mask & valid, attention.shape[-1]) for mask in (marks.marked, marks.visual))
+            edited = self.method.reweight(attention, marked, visual)
             change = torch.where(real[:, None, :, None], edited - attention, 0.0)
-        moved = given.weigh(change)  # (B, R, H * d)
-        states = output[0] if isinstance(output, tuple) else output
-        moved = moved.to(states.dtype)
-        # through the module, which may be an adapter or have its weights elsewhere; a bias is in the output already
-        projected = module.o_proj(moved)
-        if getattr(module.o_proj, "bias", None) is not None:
-            projected = projected - module.o_proj(torch.zeros_like(moved[:1, :1]))
-        states = states.clone()
-        batch = torch.arange(states.shape[0], device=states.device)[:, None]
-        states.index_put_((batch.expand_as(rows), rows), projected.to(states.dtype), accumulate=True)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        moved = attended.weigh(change).to(output.dtype)  # (B, R, H, d)
+        batch = torch.arange(output.shape[0], device=output.device)[:, None].expand_as(rows)
+        return output.index_put((batch, rows), moved, accumulate=True)
 
-    def _marks(self, call: Call, index: int, given: LayerInput) -> Marks:
+    def _marks(self, call: Call, index: int, hidden: Tensor, valid: Tensor) -> Marks:
         """Marks over all slots of this layer: earlier ones from the cache, new ones where a prompt is read."""
-        width = given.valid.shape[1]
+        width, fed = valid.shape[1], hidden.shape[1]
         held = call.marks_before.get(index)
-        fed = given.hidden.shape[1]
         if not call.placed:  # later turns and decode steps reuse the marks of the prompt with the pictures
-            new = Marks(*(torch.zeros_like(given.valid[:, -fed:]) for _ in range(2)))
+            new = Marks(*(torch.zeros_like(valid[:, -fed:]) for _ in range(2)))
         else:
             with torch.no_grad():
                 new = Marks(
-                    self.method.mark(given.hidden, self.session.adapter.language_model),
-                    call.visual_of(index).to(given.hidden.device),
+                    self.method.mark(hidden, self.session.adapter.language_model),
+                    call.visual_of(index).to(hidden.device),
                 )
         if held is None:
             marks = Marks(*(_front(mask, width) for mask in (new.marked, new.visual)))
         else:
-            past = held.fit(given.past)
+            past = held.fit(width - fed)
             marks = Marks(torch.cat([past.marked, new.marked], dim=1), torch.cat([past.visual, new.visual], dim=1))
         call.marks[index] = marks
         return marks
 
-    def _rows(self, call: Call, index: int, given: LayerInput) -> tuple[Tensor | None, Tensor]:
+    def _rows(self, call: Call, index: int, fed: Tensor) -> tuple[Tensor | None, Tensor]:
         """Rows that may be edited: the text after the last picture in a prompt, every row of a decode step."""
-        fed = given.valid[:, given.past :]
         if call.placed:
             wanted = call.text_of(index).to(fed.device) & fed
         else:

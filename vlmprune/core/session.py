@@ -29,6 +29,7 @@ from .base import Method, by_stage
 from .cache import cache_in, state_of
 from .call import Call
 from .entrance import Entrance
+from .frames import uses_flash
 from .inside import InsideHost
 from .pictures import Picture
 from .report import Report
@@ -141,7 +142,7 @@ class Session:
                 self._handles += [model.register_forward_pre_hook(self._drafts, with_kwargs=True), *self.inside.hooks()]
             if self.reweight is not None:
                 self._handles += self.reweight.hooks()
-            if "flash" in str(language_model.config._attn_implementation):
+            if uses_flash(language_model.config):
                 self._handles += [
                     layer.register_forward_pre_hook(_no_positions, with_kwargs=True) for layer in language_model.layers
                 ]

@@ -12,6 +12,7 @@ from transformers.utils import is_timm_available
 
 from ..errors import UnsupportedError
 from ..models import too_old
+from .backbones import BACKBONES as TEXTS
 from .processors import (
     BOS_ID,
     EOS_ID,
@@ -29,12 +30,6 @@ from .processors import (
 )
 from .tiny_pictures import MERGE
 
-TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "mistral": ("Mistral", {"sliding_window": None}),
-    "mistral_sliding": ("Mistral", {"sliding_window": 8}),
-    "qwen2": ("Qwen2", {}),
-}
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
 _KINDS = ["sliding_attention", "full_attention"]
 # the languages of families that attend both ways; their windows are wider than any test unless told otherwise

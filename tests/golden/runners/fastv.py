@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vlmprune.core.attention_tap import AttentionCall
 from vlmprune.core.compaction import Compaction
-from vlmprune.core.rows import LayerInput
+from vlmprune.core.frames import Frame
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.methods.fastv import FastV, official_keep
@@ -40,10 +41,12 @@ def token_mask_mode(case):
     """Dropped keys are hidden from every query, dropped ones included: what a cut leaves visible, to queries that it cut too."""
     _, _, stays = chosen(case)
     length = stays.shape[1]
-    layer = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers[0]
-    hidden, angles = torch.zeros(1, length, 8), torch.zeros(1, length, 8)
-    given = LayerInput(layer, 0, hidden, angles, angles, stays)
-    case.check("allowed", given.visible(torch.arange(length)[None])[0])
+    columns = torch.arange(length)[None]
+    frame = Frame(0, stays[:, :0], stays, columns, torch.zeros(1, dtype=torch.long))
+    config = LlamaConfig(**TINY, attn_implementation="sdpa")
+    mask = frame.mask(config, 0, torch.zeros(1, length, 8), None)
+    states = torch.zeros(1, 1, length, 8)
+    case.check("allowed", AttentionCall(None, states, states, states, mask, {}).visible(columns)[0, 0])
 
 
 def budget(case):

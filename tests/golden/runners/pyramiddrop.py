@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vlmprune.core.attention_tap import AttentionTap, find_attention, probe
 from vlmprune.core.compaction import Compaction
-from vlmprune.core.rows import LayerInput
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.methods.pyramiddrop import PyramidDrop
@@ -17,8 +17,8 @@ from vlmprune.testing.decoder import attach_to_decoder, given_decoder
 def rank_and_drop(case):
     hyper = case.hyper
     first, n, stage = hyper["sys_len"], hyper["n_visual_now"], hyper["stage"]
-    method, given = layer_input(case)
-    length = given.hidden.shape[1]
+    method, given, valid = ranking_layer(case)
+    length = valid.shape[1]
     attention = given.attention(torch.tensor([[length - 1]]))  # (1, H, 1, L)
     case.check("attn_rows", attention[0, :, 0])
     tokens = VisualTokens(text_attention=attention[..., first : first + n], stage=stage)
@@ -28,7 +28,7 @@ def rank_and_drop(case):
     stays = torch.ones(1, length, dtype=torch.bool)
     stays[0, first : first + n] = False
     stays[0, first + choose(method, tokens, keep)[0]] = True
-    compaction = Compaction(stays, given.valid)
+    compaction = Compaction(stays, valid)
     case.check("kept_indices", compaction.index[0], word="indices")
     case.check("position_ids", compaction.positions(torch.arange(length)[None], method.positions)[0], word="indices")
 
@@ -36,18 +36,18 @@ def rank_and_drop(case):
 def rank_and_drop_batch(case):
     """Ragged samples, one of them without a picture; the vectors pad on the right, a compaction on the left."""
     samples, stage = case.hyper["samples"], case.hyper["stage"]
-    method, given = layer_input(case)
-    counts = given.valid.sum(dim=1)
+    method, given, valid = ranking_layer(case)
+    counts = valid.sum(dim=1)
     attention = given.attention((counts - 1)[:, None])
-    stays = given.valid.clone()
+    stays = valid.clone()
     for row, sample in enumerate(samples):
         first, n = sample["sys_len"], sample["n_visual_original"]
         if n:
             tokens = VisualTokens(text_attention=attention[row : row + 1, ..., first : first + n], stage=stage)
             stays[row, first : first + n] = False
             stays[row, first + choose(method, tokens, keep_of(method, n, stage))[0]] = True
-    compaction = Compaction(stays, given.valid)
-    numbers = compaction.positions((given.valid.cumsum(dim=1) - 1).clamp_min(0), method.positions)
+    compaction = Compaction(stays, valid)
+    numbers = compaction.positions((valid.cumsum(dim=1) - 1).clamp_min(0), method.positions)
     case.check("new_length", compaction.count)
     order = compaction.valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # tokens first, dead slots last
     valid = compaction.valid.gather(1, order)
@@ -97,8 +97,8 @@ def keep_of(method, original, stage):
     return method.stages(32, None, original)[stage].keep
 
 
-def layer_input(case):
-    """The method, and the layer that ranks with what enters it, positions 0, 1, ... per sample."""
+def ranking_layer(case):
+    """The method, what the attention that ranks is given at positions 0, 1, ... per sample, and (B, L) which columns are tokens."""
     hyper, hidden = case.hyper, case.tensor("features").float()
     valid = case.tensor("attention_mask") if "attention_mask" in case.arrays else torch.ones(hidden.shape[:2], dtype=torch.bool)
     config = LlamaConfig(
@@ -117,10 +117,19 @@ def layer_input(case):
         layer.input_layernorm.weight.copy_(case.tensor("input_layernorm"))
         layer.self_attn.q_proj.weight.copy_(case.tensor("q_proj"))
         layer.self_attn.k_proj.weight.copy_(case.tensor("k_proj"))
-    cos, sin = model.rotary_emb(hidden, (valid.cumsum(dim=1) - 1).clamp_min(0))
+    length = hidden.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    given = {
+        "position_embeddings": model.rotary_emb(hidden, (valid.cumsum(dim=1) - 1).clamp_min(0)),
+        "attention_mask": (causal & valid[:, None])[:, None],
+    }
+    tap = AttentionTap(find_attention(layer), lambda call, output: None)
+    tap.install()
+    attended = probe(layer, hidden, given, None, 0)
+    tap.remove()
     shares = tuple(hyper["ratio_list"])
     method = PyramidDrop(layers=tuple(range(1, len(shares) + 1)), shares=shares)  # which layers is not in these vectors
-    return method, LayerInput(layer, 0, hidden, cos, sin, valid)
+    return method, attended, valid.bool()
 
 
 def decoder(case):
