@@ -65,7 +65,7 @@ def test_a_row_alone_is_the_row_of_the_batch(family, tower, text):
         row = tiny_row(inputs, family, i, images)
         assert row["attention_mask"].all()
         real = inputs["attention_mask"][i].bool()
-        torch.testing.assert_close(logits(model, row)[0], batched[i, real], atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits(model, row)[0], batched[i, real], atol=5e-5, rtol=0)
         assert torch.equal(new_ids(model, row)[0], ids[i])
 
 

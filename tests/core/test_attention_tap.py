@@ -115,10 +115,11 @@ def test_a_row_sees_what_the_mask_of_its_call_lets_it_see() -> None:
     states = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 6, 2), torch.zeros(1, 1, 6, 2)  # two slots held, four fed
     rows = torch.tensor([[0, 3]])
 
-    def seen(mask: Tensor | None, **options: object) -> list:
-        return AttentionCall(nn.Module(), *states, mask, options).visible(rows).int().tolist()
+    def seen(mask: Tensor | None, flash: bool = True, **options: object) -> list:
+        return AttentionCall(nn.Module(), *states, mask, options, flash).visible(rows).int().tolist()
 
     assert seen(None) == [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]]
+    assert seen(None, flash=False) == [[[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]]  # a static cache in its first turn
     assert seen(None, is_causal=False) == [[[1] * 6, [1] * 6]]
     assert seen(None, sliding_window=3) == [[[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]]
     padding = torch.tensor([[0, 1, 1, 1, 1, 1]])  # as FlashAttention gets it

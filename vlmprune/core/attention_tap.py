@@ -27,6 +27,7 @@ _PREFIX = "vlmprune|"  # of our attention functions; the name of the model's own
 # relative error of a recomputed output row: right formulas stay below 1e-6 in float32, wrong ones are above 0.5
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_HALF = 5e-2
+_SLOTS_AT_ONCE = 128  # keys or values cast to float32 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class AttentionCall:
         keys, values: (B, Hk, S, d), those of earlier calls included.
         mask: what the model gave: None, a tensor (B or 1, 1 or H, n, S or more), for FlashAttention (B, S), or a flex BlockMask.
         options: keyword arguments of the function.
+        flash: whether the function is a FlashAttention, which counts causality from the last key; SDPA counts from the first.
     """
 
     module: nn.Module
@@ -47,6 +49,7 @@ class AttentionCall:
     values: Tensor
     mask: Any
     options: Mapping[str, Any]
+    flash: bool = False
 
     @property
     def scaling(self) -> float:
@@ -58,9 +61,9 @@ class AttentionCall:
         """(B, H, R, S) logits in float32 of the queries at ``rows`` (B, R), -inf where they may not look."""
         width = self.queries.shape[-1]
         at = rows[:, None, :, None].expand(-1, self.queries.shape[1], -1, width)
-        queries, keys = self.queries.gather(2, at).float(), self.keys.float()
-        groups = queries.shape[1] // keys.shape[1]  # query heads that share a key head
-        folded = queries.unflatten(1, (-1, groups)).flatten(2, 3) @ keys.transpose(2, 3)  # (B, Hk, groups * R, S)
+        groups = self.queries.shape[1] // self.keys.shape[1]  # query heads that share a key head
+        queries = self.queries.gather(2, at).float().unflatten(1, (-1, groups)).flatten(2, 3)  # (B, Hk, groups * R, d)
+        folded = torch.cat([queries @ keys.float().transpose(2, 3) for keys in _in_parts(self.keys)], dim=-1)
         logits = folded.unflatten(2, (groups, -1)).flatten(1, 2) * self.scaling
         softcap = self.options.get("softcap")
         if softcap is not None:
@@ -89,7 +92,8 @@ class AttentionCall:
         if hasattr(mask, "mask_mod"):  # flex attention
             batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
             return mask.mask_mod(batch, torch.zeros_like(batch), rows[..., None], slots[None, None])
-        at = (rows + held - self.queries.shape[2])[..., None]  # (B, R, 1), the key of every query itself
+        fed = self.queries.shape[2]
+        at = (rows + held - fed if self.flash or fed == 1 else rows)[..., None]  # (B, R, 1), the key of every query itself
         seen = slots <= at if self._causal else torch.ones(*rows.shape, held, dtype=torch.bool, device=rows.device)
         window = self.options.get("sliding_window")
         if window is not None:
@@ -114,9 +118,34 @@ class AttentionCall:
 
     def weigh(self, weights: Tensor) -> Tensor:
         """(B, R, H, d) values summed with weights (B, H, R, S), in float32."""
-        values = self.values.float()
-        folded = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3) @ values  # (B, Hk, groups * R, d)
+        parts = _in_parts(self.values)
+        weights_of = weights.unflatten(1, (self.values.shape[1], -1)).flatten(2, 3)  # (B, Hk, groups * R, S)
+        shares = weights_of.split([part.shape[2] for part in parts], dim=-1)
+        folded = sum(share @ part.float() for share, part in zip(shares, parts, strict=True))  # (B, Hk, groups * R, d)
         return folded.unflatten(2, (-1, weights.shape[2])).flatten(1, 2).transpose(1, 2)
+
+    def received(self, rows: int = 16) -> Tensor:
+        """(B, S) attention that each key receives, mean over heads and the queries that see it; no n x S map is held."""
+        call = self if self.keys.dtype == torch.float32 else replace(self, keys=self.keys.float())
+        batch, heads, count = self.queries.shape[:3]
+        total = torch.zeros(batch, self.keys.shape[2], device=self.keys.device)
+        seen = torch.zeros_like(total)
+        for some in torch.arange(count, device=self.keys.device).split(rows):
+            at = some.expand(batch, -1)
+            total += call.attention(at).sum(dim=(1, 2))
+            if self.mask is not None:
+                visible = self.visible(at)
+                seen += (visible if visible.ndim == 3 else visible.any(dim=1)).sum(dim=1)
+        return total / (heads * (count if self.mask is None else seen.clamp_min(1)))
+
+    def segments(self) -> list[AttentionCall]:
+        """One call per segment of a packed sequence, where FlashAttention was told where they end; else this call alone."""
+        ends = self.options.get("cu_seq_lens_q")
+        if ends is None or ends.shape[0] <= 2:
+            return [self]
+        lengths = ends.diff().tolist()
+        parts = zip(*(states.split(lengths, dim=2) for states in (self.queries, self.keys, self.values)), strict=True)
+        return [replace(self, queries=q, keys=k, values=v) for q, k, v in parts]
 
     def check(self, rows: Tensor, real: Tensor, attention: Tensor, output: Tensor) -> None:
         """Raise unless the ``attention`` (B, H, R, S) of ``rows`` (B, R) gives what the model itself computed for them.
@@ -136,8 +165,13 @@ class AttentionCall:
             raise UnsupportedError(
                 f"attention rows of {type(self.module).__name__} were recomputed with an error of {float(error):.2g} "
                 f"(at most {bound:g} is rounding): it attends by a rule that is not known here; use a method that reads no "
-                "attention of the language model, e.g. 'fastervlm@64'"
+                "attention of it, e.g. 'divprune@64'"
             )
+
+
+def _in_parts(states: Tensor) -> tuple[Tensor, ...]:
+    """Keys or values (B, Hk, S, d) in parts along S, so that no float32 copy of all of them is held in half precision."""
+    return (states,) if states.dtype == torch.float32 else states.split(_SLOTS_AT_ONCE, dim=2)
 
 
 def over_slots(weights: Tensor, slots: int) -> Tensor:
@@ -242,10 +276,11 @@ def _tapped(
     config = module.config
     if not isinstance(config, TappedConfig):  # removed while the model ran, by another thread
         return _own_function(module, config._attn_implementation)(module, query, key, value, attention_mask, **options)
-    call = AttentionCall(module, query, key, value, attention_mask, options)
+    base = config._config._attn_implementation or "eager"
+    call = AttentionCall(module, query, key, value, attention_mask, options, "flash" in base)
     if getattr(_probing, "active", False):
         raise Probed(call)
-    own = _own_function(module, config._config._attn_implementation or "eager")
+    own = _own_function(module, base)
     config._local.inside = True  # FlashAttention looks its kernel up by the name in the config
     try:
         output, weights = own(module, query, key, value, attention_mask, **options)

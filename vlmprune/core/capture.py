@@ -11,14 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, UnsupportedError
-from .tower import AttentionReader, attention_of, find_blocks, has_cls, prefix_length
+from .attention_tap import AttentionCall
+from .tower import FusedReader, TapReader, attention_of, find_blocks, has_cls, prefix_length, reader_of
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 ATTENTION_NEEDS = ("cls_attention", "received_attention", "keys")
@@ -71,9 +71,9 @@ class VisionCapture:
         self.layer = 0
         if self.blocks:
             self.layer = self.layers[0] if layer is None else block_index(layer, len(self.blocks[0]))
-        self.readers: list[AttentionReader] = []
+        self.readers: list[TapReader | FusedReader] = []
         if set(self.needs) & set(ATTENTION_NEEDS):
-            self.readers = [AttentionReader(attention_of(blocks[self.layer])) for blocks in self.blocks]
+            self.readers = [reader_of(attention_of(blocks[self.layer])) for blocks in self.blocks]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -85,7 +85,7 @@ class VisionCapture:
         if self._handles:
             raise CaptureError("this capture is installed already")
         for reader in self.readers:
-            self._handles += reader.install(self._local, partial(self._on_attention, reader))
+            self._handles += reader.install(lambda: self.is_recording, self._on_attention)
         if "cls_features" in self.needs and self.cls:
             for blocks in self.blocks:
                 for index in sorted(set(self.layers)):
@@ -126,9 +126,9 @@ class VisionCapture:
     def _record(self) -> Record | None:
         return getattr(self._local, "record", None)
 
-    def _on_attention(self, reader: AttentionReader, queries: Tensor, keys: Tensor) -> None:
+    def _on_attention(self, call: AttentionCall) -> None:
         if (record := self._record()) is not None:
-            record.attend(reader, queries, keys)
+            record.attend(call)
 
     def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if (record := self._record()) is not None:
@@ -159,17 +159,15 @@ class Record:
         self.found: dict[str, Tensor] = {}
         self._parts: dict[str, list[Tensor]] = {}  # one entry per run of the block, or per segment of a packed sequence
 
-    def attend(self, reader: AttentionReader, queries: Tensor, keys: Tensor) -> None:
-        """Take what is needed from queries and keys (T, S, H, d)."""
-        scale, first, needs = reader.scale(queries.shape[-1]), self.capture.prefix, self.capture.needs
+    def attend(self, call: AttentionCall) -> None:
+        """Take what is needed of an attention call over all S tokens of T crops."""
+        first, needs = self.capture.prefix, self.capture.needs
         if "cls_attention" in needs:
-            row = row_attention(queries[:, 0].flatten(1), keys.flatten(2), reader.heads, scale)
-            self._parts.setdefault("cls_attention", []).append(row[..., first:])
+            self._parts.setdefault("cls_attention", []).append(first_row(call)[..., first:])
         if "received_attention" in needs:
-            received = received_attention(queries, keys, scale)[:, first:]
-            self._parts.setdefault("received_attention", []).append(received)
+            self._parts.setdefault("received_attention", []).append(call.received()[:, first:])
         if "keys" in needs:
-            self._parts.setdefault("keys", []).append(keys.float().mean(2)[:, first:])
+            self._parts.setdefault("keys", []).append(call.keys.float().mean(1)[:, first:])
 
     def take(self) -> dict[str, Tensor]:
         """The captured tensors, one entry per need; raises when the tower did not run."""
@@ -188,6 +186,15 @@ class Record:
         return found
 
 
+def first_row(call: AttentionCall) -> Tensor:
+    """(T, H, S) attention of the first token, which is [CLS] where a tower has one, in float32."""
+    if call.mask is None and call.queries.shape[1] == call.keys.shape[1]:
+        heads, keys = call.queries.shape[1], call.keys.transpose(1, 2).flatten(2)
+        return row_attention(call.queries[:, :, 0].flatten(1), keys, heads, call.scaling)
+    rows = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+    return call.attention(rows)[:, :, 0]
+
+
 def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
     """Softmaxed attention (T, H, S) of one query per crop, in float32.
 
@@ -201,16 +208,3 @@ def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tens
     rows = keys.shape[1] if keys.dtype == torch.float32 else _ROWS_AT_ONCE
     logits = torch.cat([chunk.float() @ spread for chunk in keys.split(rows, dim=1)], dim=1)  # (T, S, H)
     return logits.softmax(dim=1).transpose(1, 2)
-
-
-def received_attention(queries: Tensor, keys: Tensor, scale: float, rows: int = 16) -> Tensor:
-    """Attention received by each token (T, S) of queries and keys (T, S, H, d), mean over queries and heads, in float32.
-
-    Never holds an S x S map.
-    """
-    keys = keys.permute(0, 2, 3, 1).float()  # (T, H, d, S)
-    total = torch.zeros(keys.shape[0], keys.shape[-1], device=keys.device)
-    for chunk in queries.split(rows, dim=1):
-        chunk = chunk.transpose(1, 2).float() * scale  # (T, H, rows, d)
-        total += (chunk @ keys).softmax(dim=-1).sum(dim=(1, 2))
-    return total / (queries.shape[1] * queries.shape[2])

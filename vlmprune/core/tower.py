@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a vision tower keeps its attention, and the queries and keys of one block as that attention uses them.
 
-Two forms exist: projections of their own (CLIP, SigLIP, InternVL, Idefics3) and one fused ``qkv`` (timm, Qwen). Qwen packs all
-pictures into one sequence, turns queries and keys, and attends inside segments; the others have a batch of crops.
+Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms, masks and windows are
+the tower's own. Towers of timm attend by themselves; there the fused projection is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from .attention_tap import AttentionCall, AttentionTap, reads_interface
 
+Give = Callable[[AttentionCall], None]
 _NAMES = ("self_attn", "attention", "attn", "token_mixer")
 
 
 def attention_of(block: nn.Module) -> nn.Module | None:
     """The self-attention of a block, None where it has none."""
     found = (getattr(block, name, None) for name in _NAMES)
-    return next((module for module in found if hasattr(module, "q_proj") or hasattr(module, "qkv")), None)
+    return next((module for module in found if module is not None and _readable(module)), None)
+
+
+def _readable(attention: nn.Module) -> bool:
+    return reads_interface(attention) or hasattr(attention, "qkv")
 
 
 def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
@@ -49,94 +54,72 @@ def has_cls(tower: nn.Module) -> bool:
     return any(getattr(module, name, None) is not None for module in tower.modules() for name in names)
 
 
-@dataclass(eq=False)
-class Packed:
-    """How a packed sequence of S patches attends: (S, d) rotary angles, and where its segments end."""
-
-    cos: Tensor
-    sin: Tensor
-    ends: Tensor  # (segments + 1,) from 0 to S
-
-
-class AttentionReader:
-    """Watches the self-attention of one block.
-
-    ``install(give)`` calls ``give(queries, keys)``, each (T, S, H, d), whenever the block runs; ``give`` may run several times
-    per forward, once per segment of a packed sequence.
-    """
+class TapReader:
+    """Reads an attention module of transformers: queries and keys as its attention function gets them."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
+
+    def install(self, recording: Callable[[], bool], give: Give) -> Iterable[Any]:
+        """Taps that call ``give`` while ``recording()``; once per segment where the model packs several pictures."""
+        checked = False
+
+        @torch.no_grad()
+        def listen(call: AttentionCall, output: Tensor) -> None:
+            nonlocal checked
+            if not recording():
+                return
+            if not checked:  # once is enough: the rule of a tower does not change from call to call
+                first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+                for part, own in zip(call.segments(), _split_output(call, output), strict=True):
+                    part.check(first, first == 0, part.attention(first), own)
+                checked = True
+            for part in call.segments():
+                give(part)
+
+        made = AttentionTap(self.attention, listen)
+        made.install()
+        yield made
+
+
+def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
+    """The output (B, n, H, d) of a call, one part per segment."""
+    parts = call.segments()
+    return [output] if len(parts) == 1 else output.split([part.queries.shape[2] for part in parts], dim=1)
+
+
+class FusedReader:
+    """Reads an attention module of timm, which projects queries, keys and values at once and attends by itself."""
+
+    def __init__(self, attention: nn.Module) -> None:
         heads = getattr(attention, "num_heads", None)
         if heads is None:
             raise UnsupportedError(f"{type(attention).__name__} does not say its number of heads; its attention cannot be read")
+        self.attention = attention
         self.heads: int = heads
 
-    def scale(self, width: int) -> float:
-        """Factor of the logits for heads of this width."""
-        found = (getattr(self.attention, name, None) for name in ("scale", "scaling"))
-        return next((factor for factor in found if factor is not None), width**-0.5)
+    def install(self, recording: Callable[[], bool], give: Give) -> Iterable[Any]:
+        """A hook that calls ``give`` while ``recording()``."""
 
-    def install(self, local: Any, give: Callable[[Tensor, Tensor], None]) -> Iterable[torch.utils.hooks.RemovableHandle]:
-        """Hooks that work while ``local.record`` is set; ``local``, a thread-local, also holds the halves of one run."""
-        attention = self.attention
+        @torch.no_grad()
+        def fused(module: nn.Module, args: object, output: Tensor) -> None:
+            if recording():
+                queries, keys, values = (self._heads(part) for part in output.detach().chunk(3, dim=-1))
+                queries, keys = self._normed("q", queries), self._normed("k", keys)
+                options = {"scaling": getattr(self.attention, "scale", None), "is_causal": False}
+                give(AttentionCall(self.attention, queries, keys, values, None, options))
 
-        def recording() -> bool:
-            return getattr(local, "record", None) is not None
+        yield self.attention.qkv.register_forward_hook(fused)
 
-        if hasattr(attention, "qkv"):
+    def _heads(self, states: Tensor) -> Tensor:
+        """(T, S, C) -> (T, H, S, d)."""
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-            def fused(module: nn.Module, args: object, output: Tensor) -> None:
-                if recording():
-                    queries, keys, _ = output.detach().chunk(3, dim=-1)
-                    self._give(queries, keys, local.__dict__.pop("packed", None), give)
-
-            def packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                if recording() and kwargs.get("cu_seqlens") is not None and kwargs.get("position_embeddings") is not None:
-                    local.packed = Packed(*kwargs["position_embeddings"], kwargs["cu_seqlens"])
-
-            yield attention.qkv.register_forward_hook(fused)
-            yield attention.register_forward_pre_hook(packing, with_kwargs=True)
-            return
-
-        def half(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: object, output: Tensor) -> None:
-                if not recording():
-                    return
-                halves = local.__dict__.setdefault("halves", {})
-                halves[name] = output.detach()
-                if len(halves) == 2:
-                    del local.halves
-                    self._give(halves["q"], halves["k"], None, give)
-
-            return hook
-
-        for name in ("q", "k"):
-            yield getattr(attention, f"{name}_proj").register_forward_hook(half(name))
-
-    @torch.no_grad()
-    def _give(self, queries: Tensor, keys: Tensor, packed: Packed | None, give: Callable[[Tensor, Tensor], None]) -> None:
-        queries, keys = (self._heads(name, x) for name, x in (("q", queries), ("k", keys)))
-        if packed is None:
-            give(queries, keys)
-            return
-        queries, keys = (_turn(x, packed) for x in (queries, keys))
-        lengths = packed.ends.diff().tolist()
-        for part in zip(queries.split(lengths), keys.split(lengths), strict=True):
-            give(part[0][None], part[1][None])
-
-    def _heads(self, name: str, x: Tensor) -> Tensor:
-        """(..., C) -> (..., H, d), normalised as the block does it: whole rows (InternVL) or every head (timm)."""
+    def _normed(self, name: str, states: Tensor) -> Tensor:
         norm = getattr(self.attention, f"{name}_norm", None)
-        split = x.unflatten(-1, (self.heads, -1))
-        weight = getattr(norm, "weight", None)
-        if weight is None:
-            return split
-        return norm(split) if weight.shape[-1] == split.shape[-1] else norm(x).unflatten(-1, (self.heads, -1))
+        return states if norm is None else norm(states)
 
 
-def _turn(x: Tensor, packed: Packed) -> Tensor:
-    """(S, H, d) rotated as Qwen's vision attention does it, in float32."""
-    x = x.float()
-    first, second = x.chunk(2, dim=-1)
-    return x * packed.cos[:, None].float() + torch.cat([-second, first], dim=-1) * packed.sin[:, None].float()
+def reader_of(attention: nn.Module) -> TapReader | FusedReader:
+    """What reads an attention module that ``attention_of`` found."""
+    return TapReader(attention) if reads_interface(attention) else FusedReader(attention)

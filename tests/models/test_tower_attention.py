@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is captured of a vision tower equals the tower's own eager attention, in every family that has one to read."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmprune.core.attention_tap import AttentionCall, AttentionTap, reads_interface
+from vlmprune.core.shelf import run_encoder
+from vlmprune.core.tower import TapReader, attention_of, find_blocks
+from vlmprune.models import adapter_for
+from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
+from vlmprune.testing.tiny_configs import missing
+
+NEEDS = ("cls_attention", "received_attention")
+
+
+def encoded(model: Any, inputs: dict[str, Tensor], needs: tuple[str, ...]) -> tuple[dict[str, Tensor], Any]:
+    adapter = adapter_for(model)
+    capture = adapter.capture(needs, None)
+    with capture as record, torch.no_grad():
+        run_encoder(adapter, adapter.modalities[0], inputs, [])
+    return record.take(), capture
+
+
+def eager_maps(model: Any, inputs: dict[str, Tensor], attention: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every (crops, H, S, S) map that the eager function of the tower returns for one block."""
+    model.set_attn_implementation("eager")
+    module, maps = sys.modules[type(attention).__module__], []
+
+    def record(own: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output, weights = original(own, *args, **kwargs)
+        if own is attention:
+            maps.append(weights)
+        return output, weights
+
+    original = module.eager_attention_forward
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        run_encoder(adapter, adapter.modalities[0], inputs, [])
+    return maps
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if missing(family) is None and family != "fast_vlm"])
+def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tiny_inputs(family, images=(1, 2))
+    model = tiny_model(family)
+    needs = NEEDS if adapter_for(model).cls else NEEDS[1:]
+    found, capture = encoded(model, inputs, needs)
+    first = capture.prefix
+    assert all(isinstance(reader, TapReader) for reader in capture.readers)
+    twin = tiny_model(family)
+    blocks = find_blocks(adapter_for(twin).capture((), None).towers[0])
+    maps = eager_maps(twin, inputs, attention_of(blocks[capture.layer]), monkeypatch)
+    assert maps, "the block did not run"
+    received = [one.mean(dim=(1, 2))[:, first:] for one in maps]  # (crops, N) each
+    received = received[0] if len(received) == 1 else torch.cat([one.flatten() for one in received])[None]
+    torch.testing.assert_close(found["received_attention"], received, atol=2e-6, rtol=1e-4)
+    if "cls_attention" in needs:
+        torch.testing.assert_close(found["cls_attention"], maps[0][:, :, 0, first:], atol=2e-6, rtol=1e-4)
+
+
+class Rotated(torch.nn.Module):
+    """Pixtral's way: all pictures in one sequence, a mask that keeps them apart, queries and keys rotated by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import PixtralVisionConfig
+        from transformers.models.pixtral.modeling_pixtral import PixtralAttention
+
+        self.config = PixtralVisionConfig(hidden_size=32, num_attention_heads=4, attn_implementation="sdpa")
+        self.attention = PixtralAttention(self.config)
+
+    def forward(self, hidden: Tensor, mask: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return self.attention(hidden, attention_mask=mask, position_embeddings=angles)[0]
+
+
+def test_packed_pictures_are_kept_apart_and_rotation_is_followed() -> None:
+    torch.manual_seed(0)
+    layer, lengths = Rotated().eval(), (4, 6)
+    hidden, angle = torch.randn(1, 10, 32) * 3, torch.randn(10, 8)
+    mask = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()[None, None]
+    calls: list[AttentionCall] = []
+    tap = AttentionTap(layer.attention, lambda call, output: calls.append(call))
+    assert reads_interface(layer.attention)
+    tap.install()
+    with torch.no_grad():
+        layer(hidden, mask, (angle.cos(), angle.sin()))
+        tap.remove()
+        layer.config._attn_implementation = "eager"
+        _, maps = layer.attention(
+            hidden,
+            attention_mask=torch.zeros(1, 1, 10, 10).masked_fill(~mask, torch.finfo().min),
+            position_embeddings=(angle.cos(), angle.sin()),
+        )
+    apart = torch.cat([part.mean(dim=(0, 1)) for part in (maps[0, :, :4, :4], maps[0, :, 4:, 4:])])
+    torch.testing.assert_close(calls[0].received(rows=3)[0], apart, atol=1e-6, rtol=1e-4)
