@@ -97,3 +97,19 @@ def test_two_processes_keep_the_same_tokens_and_answer_as_one(tmp_path: Path) ->
     command = [sys.executable, "-c", WORKER, str(tmp_path), port]
     workers = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in ("0", "1")]
     assert [worker.communicate(timeout=300)[0].strip() for worker in workers] == [f"0 {want}", f"1 {want}"]
+
+
+def test_weights_may_be_placed_while_attached(tmp_path: Path) -> None:
+    """accelerate wraps forward around what the session put there; leaving takes the session's part out of the middle."""
+    inputs, model = tiny_inputs(images=(1, 0)), tiny_model()
+    dense = generate(model, inputs)
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        want = generate(model, inputs)
+        offloaded(model, "cpu_offload", tmp_path)
+        assert torch.equal(generate(model, inputs), want)
+    assert torch.equal(generate(model, inputs), dense)
+    with vlmprune.prune(model, "random@9"):
+        generate(model, inputs)
+    assert torch.equal(generate(model, inputs), dense) and run.last is not None
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert "forward" not in model.model.__dict__ and torch.equal(generate(model, inputs), dense)

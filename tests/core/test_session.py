@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import vlmprune
 from vlmprune.core.base import Merged, Method
@@ -236,7 +237,7 @@ def test_features_encoded_ahead() -> None:
         pytest.skip("forward of this transformers takes no mm_encoder_outputs")
     pixels, call = inputs["pixel_values"], {name: inputs[name] for name in ("input_ids", "attention_mask")}
     dense = model.model.get_image_features(pixels)
-    with vlmprune.prune(model, "uniform@9"):
+    with pytest.raises(InvariantError, match="no forward of LlavaModel placed them"), vlmprune.prune(model, "uniform@9"):
         other = model.model.get_image_features(pixels)
     with vlmprune.prune(model, "fastervlm@9") as run:
         want = model(**inputs).logits
@@ -275,3 +276,123 @@ def test_strict_refuses_budgets_that_cannot_be_met(model: Any) -> None:
     with vlmprune.prune(model, "fastervlm@36", strict=True) as run:
         generate(model, inputs)
         assert run.last.realised_tokens == [36]
+
+
+def test_embeddings_merged_by_hand_are_an_error_and_no_dense_answer(model: Any) -> None:
+    """Whoever encodes while attached wants the result pruned: a forward that cannot see the pictures must not pass."""
+    inputs = tiny_inputs(images=(1,))
+    with vlmprune.prune(model, "fastervlm@9"), torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        embeds[inputs["input_ids"] == model.config.image_token_id] = torch.cat(list(features))
+        with pytest.raises(InvariantError, match="merged by hand cannot be pruned"):
+            model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=2)
+        with pytest.raises(InvariantError, match="merged by hand cannot be pruned"):  # as remote code does it
+            model.model.language_model(inputs_embeds=embeds)
+        assert generate(model, inputs).shape == (1, 5)  # placed: all is well again
+        model.model.language_model(inputs_embeds=embeds)
+
+
+def test_a_text_prompt_after_encoding_by_hand_is_no_error(model: Any) -> None:
+    inputs, text = tiny_inputs(images=(1,)), tiny_inputs(images=(0,))
+    with vlmprune.prune(model, "fastervlm@9") as run, torch.no_grad():
+        model.model.get_image_features(pixel_values=inputs["pixel_values"])
+        generate(model, text)
+        assert run.last.note == "no images in this call"
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "fastv(layer=2)@9", "pyramiddrop", "var(dims=[3,11],tau=3)+fastervlm@9"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupt_closes_the_call_as_every_other_exit_does(model: Any, spec: str, step: int) -> None:
+    """torch runs no hook after a KeyboardInterrupt."""
+    inputs, calls = tiny_inputs(images=(1,)), [0]
+    language_model = model.model.language_model
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with torch.no_grad():
+        bare = language_model(inputs_embeds=embeds).last_hidden_state
+
+    def interrupt(module: Any, args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == step:
+            raise KeyboardInterrupt
+
+    with vlmprune.prune(model, spec) as run:
+        want = generate(model, inputs)
+        handle = language_model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, inputs)
+        handle.remove()
+        assert run.call is None
+        with torch.no_grad():
+            assert torch.equal(language_model(inputs_embeds=embeds).last_hidden_state, bare)
+        assert torch.equal(generate(model, inputs), want)
+
+
+def test_a_turn_may_be_repeated_after_an_interrupt(model: Any) -> None:
+    """Stopped before any layer wrote to the cache, the same turn on the same cache gives the same answer."""
+    inputs, layer = tiny_inputs(images=(1,)), model.model.language_model.layers[0]
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vlmprune.prune(model, "fastervlm@9"):
+        cache = DynamicCache(config=model.config)
+        answer = generate(model, inputs, cache)
+        ids = torch.cat([inputs["input_ids"], answer, torch.tensor([[5, 6, 7]])], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        want = generate(model, turn, copy.deepcopy(cache))
+        handle = layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, turn, cache)
+        handle.remove()
+        assert torch.equal(generate(model, turn, cache), want)
+
+
+@pytest.mark.parametrize("spec", ["fastv(layer=2)@9", "pyramiddrop", "sparsevlm@0.25", "var(dims=[3,11],tau=3)+fastv@9", "fastervlm@9"])
+@pytest.mark.parametrize("images", [(1,), (1, 0, 2)])
+def test_decoding_without_a_cache_equals_decoding_with_one(model: Any, spec: str, images: tuple[int, ...]) -> None:
+    """What was chosen for the prompt stays chosen, though every step reads the prompt again."""
+    for seed in range(4):
+        inputs = tiny_inputs(images=images, seed=seed)
+        with vlmprune.prune(model, spec):
+            assert torch.equal(generate(model, inputs, use_cache=False), generate(model, inputs))
+
+
+def test_scoring_a_longer_text_without_a_cache_is_no_decoding(model: Any) -> None:
+    """Another encoding of the picture is another prompt: its own last token ranks."""
+    inputs = tiny_inputs(images=(1,))
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[9, 10, 11]])], dim=1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    with vlmprune.prune(model, "fastv(layer=2)@9") as run, torch.no_grad():
+        model(**longer, use_cache=False)
+        want = run.last.keep[0].keep_idx
+        model(**inputs, use_cache=False)
+        other = run.last.keep[0].keep_idx
+        model(**{**longer, "pixel_values": longer["pixel_values"].clone()}, use_cache=False)
+        assert torch.equal(run.last.keep[0].keep_idx, want) and not torch.equal(want, other)
+
+
+def test_attention_maps_of_a_cut_sequence_are_refused() -> None:
+    model, inputs = tiny_model(), tiny_inputs(images=(1,))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        dense = model(**inputs, output_attentions=True).attentions
+        for spec in ("fastervlm@9", "fastv(layer=2)@9"):
+            with vlmprune.prune(model, spec), pytest.raises(UnsupportedError, match="output_attentions"):
+                model(**inputs, output_attentions=True)
+        with vlmprune.prune(model, "fastervlm@36"):  # nothing is cut
+            kept = model(**inputs, output_attentions=True).attentions
+    assert all(torch.equal(one, other) for one, other in zip(dense, kept, strict=True))
+
+
+def test_layers_that_ran_without_their_hooks_are_an_error(model: Any) -> None:
+    """As a graph that was compiled before does it: dense in silence, were it not for the count."""
+    inputs = tiny_inputs(images=(1,))
+    for spec in ("fastv(layer=2)@9", "var(dims=[3,11],tau=3)"):
+        with vlmprune.prune(model, spec):
+            hooks = model.model.language_model.layers[2]._forward_pre_hooks
+            held = dict(hooks)
+            hooks.clear()
+            with pytest.raises(InvariantError, match=r"acts at decoder layers \[2.*\], but these ran without its hooks"):
+                generate(model, inputs)
+            hooks.update(held)

@@ -50,6 +50,11 @@ class CacheState:
     def group(self, layer: int) -> Group:
         return next(group for group in reversed(self.groups) if group.start <= layer)
 
+    def seen_with(self, cache: Any) -> int:
+        """Tokens of the conversation so far: those of the static part, and all that came after it."""
+        layer = counting_layer(cache)
+        return self.seen + held_length(cache, layer) - self.group(layer).held.shape[1]
+
     def __deepcopy__(self, memo: dict) -> CacheState:
         groups = [Group(g.start, g.held.clone(), g.lost.clone()) for g in self.groups]
         marks = {layer: one.select(torch.arange(one.marked.shape[0])) for layer, one in self.marks.items()}
@@ -62,7 +67,7 @@ class CutCacheMixin:
     _vlmprune_state: CacheState | None
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        held = super().get_seq_length(0 if layer_idx is None else layer_idx)
+        held = super().get_seq_length(counting_layer(self) if layer_idx is None else layer_idx)
         state = self._vlmprune_state
         if layer_idx is not None or state is None or state.inside or int(held) == 0:
             return held
@@ -72,7 +77,7 @@ class CutCacheMixin:
                 "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
                 "keep the session attached for all turns, or start again with an empty cache"
             )
-        return held + state.seen - state.groups[0].held.shape[1]
+        return state.seen_with(self)
 
     def _rows(self, rows: Tensor) -> None:
         state = self._vlmprune_state
@@ -129,15 +134,28 @@ def cache_in(values: Mapping[str, Any]) -> Any:
 def state_of(cache: Any) -> CacheState | None:
     """The bookkeeping of an adopted cache, or None for any other cache; an emptied static cache is released."""
     state = getattr(cache, "_vlmprune_state", None)
-    if state is not None and int(super(CutCacheMixin, cache).get_seq_length(0)) == 0:
+    if state is not None and held_length(cache, counting_layer(cache)) == 0:
         release(cache)
         return None
     return state
 
 
-def held_length(cache: Any, layer: int = 0) -> int:
-    """Slots that a layer really holds."""
-    return 0 if cache is None else int(cache.get_seq_length(layer))
+def counting_layer(cache: Any) -> int:
+    """The first layer that holds a slot per token; layers with a running state, or that share the slots of others, hold none."""
+    layers = getattr(cache, "layers", ())
+    return next((index for index, layer in enumerate(layers) if hasattr(layer, "get_seq_length")), 0)
+
+
+def has_running_states(cache: Any) -> bool:
+    """Whether some layers keep a state that every token changes, masked or not: linear attention, short convolutions, Mamba."""
+    return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))
+
+
+def held_length(cache: Any, layer: int | None = None) -> int:
+    """Slots that a layer really holds, by default the first that holds any."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length(counting_layer(cache) if layer is None else layer))
 
 
 def adopt(cache: Any, state: CacheState) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError, UnsupportedError
-from .cache import CacheState, Group, adopt, cache_in, held_length, state_of
+from .cache import CacheState, Group, adopt, cache_in, counting_layer, has_running_states, held_length, state_of
 from .call import Call, Placed, assign
 from .compaction import Compaction
 from .cutting import Cut, cut_pictures, keep_maps
@@ -46,6 +46,11 @@ class Entrance:
             call.marks_before = state.marks
         if not cut and state is None and not (call.placed and (self.session.inside or self.session.reweight)):
             return None
+        if kwargs.get("output_attentions") or getattr(self.session.adapter.language_model.config, "output_attentions", False):
+            raise UnsupportedError(
+                "output_attentions: the maps would speak of the sequence after the cut, and edited rows would be missing; read what "
+                "was kept from run.last.keep, or ask for attention maps without pruning"
+            )
         call.frames = self._frames(call, kwargs, state, embeds)
         if not cut and state is None:
             return None  # cuts inside the language model start from the untouched call
@@ -65,7 +70,7 @@ class Entrance:
         batch, fed = embeds.shape[:2]
         held = held_length(call.cache)
         call.fed = fed
-        call.seen = seen = held if state is None else held + state.seen - state.groups[0].held.shape[1]
+        call.seen = seen = held if state is None else state.seen_with(call.cache)
         typed = self.session.adapter.text_type is not None
         mask = call.mask if typed else kwargs.get("attention_mask")
         maskless = mask is None and fed == 1 and state is not None and state.all_valid
@@ -109,6 +114,7 @@ class Entrance:
         # the class's own: on the instance a session's wrapper stands in its place
         return TokenTypes(call.types[:, -fed:], text, type(model).create_masks_for_generate, model.config)
 
+    @torch.compiler.disable
     def _place(self, call: Call, embeds: Tensor) -> None:
         """Find where the pictures of this call stand, and choose what stays of them before the language model."""
         session, report = self.session, call.report
@@ -148,6 +154,7 @@ class Entrance:
         row = table(torch.tensor(token, device=call.inputs_embeds.device))
         return (call.inputs_embeds == row).all(dim=-1).to(embeds.device)
 
+    @torch.compiler.disable
     def _cut(self, call: Call, embeds: Tensor) -> Tensor:
         """Drop what the cuts drop; returns the child embeddings (B, N, D)."""
         keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
@@ -157,12 +164,14 @@ class Entrance:
         compaction = Compaction(keep, call.frames[0].fed)
         if compaction.width == 0:
             raise InvariantError(f"attention_mask of shape {tuple(keep.shape)} masks every token; expected 1 for tokens")
+        refuse_dead_slots_in_states(call, compaction, self.session.spec)
         call.frames = [frame.cut(compaction, self.session.policy(self.session.before[0])) for frame in call.frames]
         call.compactions.append((0, compaction))
         call.report.sequence = (call.fed, compaction.width)
         call.report.fire("enter")
         return compaction.sequence(embeds)
 
+    @torch.compiler.disable
     def leave(self, call: Call, output: Any) -> Any:
         """Expand the output to the full length and let the cache remember the cut."""
         if not call.compactions and not call.marks:
@@ -177,8 +186,7 @@ class Entrance:
             )
         cache = cache_in(output)
         cache = call.cache if cache is None else cache
-        first = call.frames[0]
-        if cache is not None and int(cache.get_seq_length(0)) == first.width:
+        if cache is not None and held_length(cache) == call.frame(counting_layer(cache)).width:
             # text after the last loss stands 1:1 in all layers, so drafts in it can be cropped away
             static = [frame.valid[:, : frame.width - call.tail_kept] for frame in call.frames]
             groups = [Group(frame.start, held, frame.lost) for frame, held in zip(call.frames, static, strict=True)]
@@ -187,3 +195,12 @@ class Entrance:
             adopt(cache, state)
         call.report.fire("exit")
         return output
+
+
+def refuse_dead_slots_in_states(call: Call, compaction: Compaction, spec: str) -> None:
+    """Layers with a running state cannot skip dead slots in the middle of a conversation; at its beginning the state is empty."""
+    if call.frames[0].past.shape[1] and has_running_states(call.cache) and bool((compaction.count != compaction.width).any()):
+        raise UnsupportedError(
+            f"{spec!r} keeps {compaction.count.tolist()} tokens in the rows of this batch, and layers of this language model keep a "
+            "running state that the filling of shorter rows would change in a later turn; continue the conversations one by one"
+        )

@@ -23,6 +23,7 @@ from .cache import cache_in, cache_name
 from .call import Call
 from .compaction import Compaction
 from .cutting import Cut, keep_maps
+from .entrance import refuse_dead_slots_in_states
 from .frames import check_kinds, rotary_frequencies, uses_flash
 from .select import choose
 from .tokens import VisualTokens
@@ -112,6 +113,7 @@ class InsideHost:
             raise
         return found
 
+    @torch.compiler.disable
     def begin(self, call: Call, embeds: Tensor) -> None:
         """Find the spans in the sequence that enters the first layer (B, n, D)."""
         self._refuse_checkpointing()  # it may have been enabled since
@@ -179,6 +181,7 @@ class InsideHost:
             kwargs["cache_position"] = frame.cache_position()
         return kwargs
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _probe(self, call: Call, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Ranked:
         """Attention rows of a layer before it runs: what they rank is cut at its input."""
@@ -189,6 +192,7 @@ class InsideHost:
         rows, real = _padded(call.units.raters)
         return Ranked(rows, real, over_slots(attended.attention(rows), frame.width))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
         """A layer that ranks has attended: its rows are checked, and kept for the cut at the next layer."""
@@ -203,6 +207,7 @@ class InsideHost:
         if self.sources.get(index + 1) == index:
             call.units.ranked = Ranked(rows, real, over_slots(attention, call.frame(index).width))
 
+    @torch.compiler.disable
     def _find_raters(self, call: Call, hidden: Tensor) -> None:
         """Query columns: the method's raters, or the last token of the prompt."""
         inside: Inside = call.units
@@ -223,6 +228,7 @@ class InsideHost:
                 raters[row, end[-1]] = True
         inside.raters = raters
 
+    @torch.compiler.disable
     def _stage(self, call: Call, index: int, hidden: Tensor) -> Tensor:
         """Cut the sequence (B, n, D) that enters layer ``index``."""
         started = time.perf_counter()
@@ -251,6 +257,7 @@ class InsideHost:
         if not changed:
             return hidden
         compaction = Compaction(keep, frame.fed)
+        refuse_dead_slots_in_states(call, compaction, self.session.spec)
         call.cut(index, compaction, self.session.policy(self.method))
         _move(inside, compaction)
         call.report.seconds += time.perf_counter() - started

@@ -66,6 +66,7 @@ class ReweightHost:
         if call is not None and call.frames and self.session.enabled:
             call.given = (index, args[0] if args else kwargs["hidden_states"])
 
+    @torch.compiler.disable
     def _edit(self, index: int, attended: AttentionCall, output: Tensor) -> Tensor | None:
         """The output (B, n, H, d) of a layer's attention with the chosen rows edited."""
         call: Call | None = self.session.call
@@ -96,8 +97,11 @@ class ReweightHost:
             new = Marks(*(torch.zeros_like(valid[:, -fed:]) for _ in range(2)))
         else:
             with torch.no_grad():
+                marked = self.method.mark(hidden, self.session.adapter.language_model)
+                if call.tail:
+                    marked[:, fed - call.tail :] = False  # the prompt ends before them
                 new = Marks(
-                    self.method.mark(hidden, self.session.adapter.language_model),
+                    marked,
                     call.visual_of(index).to(hidden.device),
                 )
         if held is None:

@@ -4,7 +4,7 @@
     model.generate
       inner.get_image_features      wrapped: records what the method needs; pictures ride on the returned object, because
                                     transformers may encode long before it calls forward
-      inner.forward                 opens and closes the call record (also after an exception)
+      inner.forward                 wrapped: opens the call record, and closes it however the forward ends, Ctrl-C included
         language_model              entrance: cut, masks, positions; exit: full length again, cache bookkeeping
           _deepstack_process    wrapped where there is one: features that are added after a layer follow the cuts
     model.create_masks_for_generate wrapped: static caches keep the 2-D mask, so that masks are made in the cut frame
@@ -14,12 +14,12 @@ Call state is thread-local and dies with the call; after ``detach`` the model is
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
@@ -34,7 +34,7 @@ from .inside import InsideHost
 from .pictures import Picture
 from .report import Report
 from .reweight import ReweightHost
-from .wrappers import Encode, KeepMask2D, Stacked, Wrapper, riders
+from .wrappers import Encode, KeepMask2D, Recorded, Stacked, Wrapper, forget_graphs, riders
 
 # generate looks these up on the model; the second exists on a few families of transformers 4.57
 MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
@@ -87,6 +87,7 @@ class Session:
         self._local = threading.local()
         self._handles: list[Any] = []
         self._wrapped: list[tuple[nn.Module, str]] = []
+        self._forward: Recorded | None = None
 
     def _capture(self) -> Any:
         if self.before is None:
@@ -132,9 +133,9 @@ class Session:
             if self.adapter.deepstack is not None:
                 name = self.adapter.deepstack
                 self._wrap(language_model, name, Stacked(self, getattr(language_model, name)))
+            self._forward = Recorded(self, inner)
+            self._forward.install()
             self._handles = [
-                inner.register_forward_pre_hook(self._open, with_kwargs=True),
-                inner.register_forward_hook(self._close, always_call=True),
                 language_model.register_forward_pre_hook(self._enter, with_kwargs=True),
                 language_model.register_forward_hook(self._leave),
             ]
@@ -151,6 +152,7 @@ class Session:
             self.detach()
             raise
         self.attached = True
+        forget_graphs(model)
         return self
 
     def _wrap(self, module: nn.Module, name: str, wrapper: Wrapper) -> None:
@@ -163,7 +165,12 @@ class Session:
 
     def detach(self) -> None:
         """Leave the model exactly as it was; harmless when called again."""
+        if self.attached:
+            forget_graphs(self.adapter.model)
         self.attached = False
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -175,11 +182,25 @@ class Session:
     def __enter__(self) -> Session:
         return self if self.attached else self.attach()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        never_opened = getattr(self._local, "unplaced", 0) and not getattr(self._local, "opened", False)
         self.detach()
+        if kind is None and never_opened:
+            raise self._never_placed()
+
+    def _never_placed(self) -> InvariantError:
+        inner = type(self.adapter.inner).__name__
+        return InvariantError(
+            f"pictures were encoded while {self.spec!r} was attached, but no forward of {inner} placed them, so nothing was pruned; "
+            f"embeddings that were merged by hand cannot be pruned: pass pixels, or what the encoder returned, to the model itself"
+        )
 
     def __repr__(self) -> str:
         return f"<vlmprune {self.spec} on {type(self.adapter.model).__name__}, {'attached' if self.attached else 'detached'}>"
+
+    def encoded(self) -> None:
+        """Pictures were encoded outside of a forward, as generate does it; the next forward has to place them."""
+        self._local.unplaced = getattr(self._local, "unplaced", 0) + 1
 
     # hooks ----------------------------------------------------------------------------------------------------------
 
@@ -188,39 +209,65 @@ class Session:
         wanted = kwargs.get("logits_to_keep", 0)
         self._local.tail = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
 
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
-            names = inspect.signature(module.forward).parameters
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    def begin(self, kwargs: dict[str, Any]) -> Call:
+        """Open the record of one forward of the multimodal model."""
         cache = cache_in(kwargs)
         continues = cache is not None and int(cache.get_seq_length()) > 0
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids  # the model itself refuses a call without either
         tail = self._local.__dict__.pop("tail", 0)
         call = Call(ids, embeds, Report(self.spec), continues, tail, fed=0 if given is None else given.shape[1])
-        self._local.call = call
+        self._local.call, self._local.opened = call, True
         if self.adapter.text_type is not None:
             # what the model makes of them before its language model is for the uncut sequence: the entrance replaces it
             call.mask, call.types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+        source: Any = None  # what the pictures came from: the same object at every step of decoding without a cache
         for modality in self.adapter.modalities:
-            if self.enabled and kwargs.get(modality.pixels) is not None:
+            pixels = kwargs.get(modality.pixels)
+            if self.enabled and pixels is not None:
                 self.adapter.check(kwargs, modality)  # some families skip empty pixels and leave the placeholders as they are
+                source = pixels if source is None else source
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
             if encoded is None or not self.enabled:
                 continue
-            pictures = riders(encoded)
-            if pictures is None:
+            found = riders(encoded)
+            if found is None:
                 raise CaptureError(
                     f"the {modality.name} features of this call were not encoded while {self.spec!r} was attached "
                     "(or were rebuilt since, as chunked prefill does); attach before encoding and leave prefill_chunk_size unset"
                 )
-            call.pictures[modality.name] = pictures
+            source = found if source is None else source
+            call.pictures[modality.name] = found.pictures
             call.report.fire("encode")
-        return (), kwargs
+        if call.pictures or not self.enabled:
+            self._local.unplaced = 0
+        elif source is None and ids is None and not continues and getattr(self._local, "unplaced", 0):
+            raise self._never_placed()
+        if self.inside is not None or self.reweight is not None:
+            call.tail += self._decoded(source, given, cache, kwargs.get("use_cache"))
+        return call
+
+    def _decoded(self, source: Any, given: Any, cache: Any, use_cache: bool | None) -> int:
+        """Tokens at the end of this forward that were generated by earlier ones: decoding without a cache feeds them again.
+
+        What was chosen for the prompt has to be chosen again, so they are no part of it.
+        """
+        earlier, self._local.prompt = getattr(self._local, "prompt", None), None
+        if source is None or given is None or cache is not None or use_cache is not False:
+            return 0
+        new = 0
+        if earlier is not None and earlier[0]() is source and given.shape[1] > earlier[1].shape[1]:
+            prompt = earlier[1].to(given.device)
+            if given.shape[0] == prompt.shape[0] and torch.equal(given[:, : prompt.shape[1]], prompt):
+                new = given.shape[1] - prompt.shape[1]
+        self._local.prompt = earlier if new else (weakref.ref(source), given)
+        return new
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         call = self.call
         if call is None:
+            if self.enabled and getattr(self._local, "unplaced", 0):
+                raise self._never_placed()
             return None
         changed = self._entrance.enter(call, kwargs)
         if self.inside is not None and call.placed:
@@ -230,20 +277,21 @@ class Session:
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return output if self.call is None else self._entrance.leave(self.call, output)
 
-    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
-        call, self._local.call = self.call, None
-        if call is None:
-            return
-        state = state_of(call.cache)
-        if state is not None:
-            state.inside = False
-        if output is None:  # the forward raised
-            return
+    def finish(self, call: Call) -> None:
+        """Check that everything happened that had to, and keep the report."""
         if call.pictures and not call.entered:
             raise InvariantError(
                 f"images were encoded but the language model of {type(self.adapter.model).__name__} was not entered: "
                 "nothing was pruned"
             )
+        if call.placed:
+            due = set() if call.units is None else set(self.inside.layers) - call.units.done
+            due |= set() if self.reweight is None else set(self.reweight.layers) - set(call.marks)
+            if due:
+                raise InvariantError(
+                    f"{self.spec!r} acts at decoder layers {sorted(due)}, but these ran without its hooks; was a part of the model "
+                    "compiled, or its forward replaced, after attaching? Detach, and attach again"
+                )
         if call.continues and not call.pictures and self.last is not None:
             self.last.decode_steps += call.fed == 1
             return
@@ -251,6 +299,13 @@ class Session:
         if not call.pictures:
             report.note = "no images in this call" if self.enabled else "disabled"
         self.last = report
+
+    def close(self) -> None:
+        """Forget the call of this thread; the cache speaks of tokens seen again."""
+        call, self._local.call = self.call, None
+        state = None if call is None else state_of(call.cache)
+        if state is not None:
+            state.inside = False
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

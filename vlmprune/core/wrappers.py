@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .pictures import Picture
@@ -35,10 +35,9 @@ def ride(output: Any, pictures: list[Picture]) -> None:
         setattr(output, MARK, Riders(pictures))
 
 
-def riders(output: Any) -> list[Picture] | None:
-    """The pictures that travel with an encoder's output, None where there are none."""
-    found = getattr(output, MARK, None)
-    return None if found is None else found.pictures
+def riders(output: Any) -> Riders | None:
+    """What holds the pictures that travel with an encoder's output, None where there are none."""
+    return getattr(output, MARK, None)
 
 
 class Wrapper:
@@ -55,6 +54,55 @@ class Wrapper:
 
     def __reduce__(self) -> None:
         raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
+
+
+class Recorded(Wrapper):
+    """Wraps the forward of the multimodal model: one call record per forward, gone however the forward ends.
+
+    Hooks would not do: torch runs none of them after a KeyboardInterrupt.
+    """
+
+    def __init__(self, session: Any, module: nn.Module) -> None:
+        super().__init__(session, module.forward)
+        self.module = module
+        self.own = module.__dict__.get("forward")  # of accelerate, where it places the weights
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Put back what was there; where another wrapper was put around this one since, take it out of that."""
+        held = self.module.__dict__
+        if held.get("forward") is self:
+            del held["forward"]
+            if self.own is not None:
+                held["forward"] = self.own
+        elif held.get("_old_forward") is self:
+            held["_old_forward"] = self.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if not session.attached:
+            return self.original(*args, **kwargs)
+        if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
+            names = inspect.signature(self.original).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:
+            call = session.begin(kwargs)
+            output = self.original(**kwargs)
+            session.finish(call)
+            return output
+        finally:
+            session.close()
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Have torch.compile trace a model anew if a part of it was compiled: by default graphs ignore hooks that came later."""
+    parts = ("_compiled_call_impl", "_compiled_call")
+    compiled = any(getattr(module, part, None) is not None for module in model.modules() for part in parts)
+    replaced = any(hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable") for module in model.modules())
+    if compiled or replaced:
+        torch.compiler.reset()
 
 
 class Encode(Wrapper):
@@ -83,7 +131,9 @@ class Encode(Wrapper):
         if hasattr(output, "pooler_output"):
             ride(output, pictures)
         call = self.session.call
-        if call is not None:
+        if call is None:
+            self.session.encoded()
+        else:
             call.pictures[self.modality.name] = pictures
             call.report.fire("encode")
         return output

@@ -44,8 +44,19 @@ def families() -> list[str]:
     return sorted(_ADAPTERS)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside what torch.compile and PEFT put around it: that is where ``generate`` runs."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, PEFT wrappers unwrapped; raises for anything that cannot be pruned right."""
+    """The adapter of a model, wrappers of PEFT and torch.compile taken off; raises for what cannot be pruned right."""
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
             f"expected a loaded transformers model, got {type(model).__name__}; load it first with from_pretrained"
@@ -54,8 +65,7 @@ def adapter_for(model: Any) -> Adapter:
         raise UnsupportedError(
             "nn.DataParallel copies the model, hooks stay with the original; use one process per device instead"
         )
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(config, "vision_config", None) is None:

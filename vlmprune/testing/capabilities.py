@@ -24,6 +24,7 @@ from .checks_generation import MODES, batched_modes_agree, hand_written_loop, se
 from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
 from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
 from .conformance import RAGGED, Subject, close, default_spec, expect, generate, run_check
+from .reference import language_model
 from .tiny import tiny_inputs
 from .tiny_pictures import layout_of
 
@@ -77,21 +78,29 @@ def _mode(name: str) -> Callable[[Subject], None]:
 
 
 def compiled(subject: Subject) -> None:
-    """torch.compile of the whole model: the same answer, with graph breaks (no faster)."""
-    model, inputs = subject.fresh_model(), subject.inputs((1,))
-    graphs: list[int] = []
+    """torch.compile of the whole model while attached, and of its language model before: the same answer, no faster."""
+    inputs, graphs = subject.inputs((1,)), []
 
     def count(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
+    def last_logits(model: Any) -> Tensor:
+        return model(**inputs).logits[0, -1]
+
     torch.compiler.reset()  # what other models compiled counts against the limit of recompilations
-    with subject.prune(model), torch.no_grad():
-        want = model(**inputs).logits[0, -1]
-        got = torch.compile(model, backend=count)(**inputs).logits[0, -1]
+    whole, part = subject.fresh_model(), subject.fresh_model()
+    with torch.no_grad():
+        with subject.prune(whole):
+            want = last_logits(whole)
+            close(last_logits(torch.compile(whole, backend=count)), want, "compiled while attached, the answer")
+        expect(len(graphs) > 1, f"{len(graphs)} graphs were compiled: the model ran as it is")
+        language_model(part).compile(backend=count)
+        dense = last_logits(part)
+        with subject.prune(part):
+            close(last_logits(part), want, "compiled before attaching, the answer")
+        close(last_logits(part), dense, "compiled, the dense answer after detaching")
     torch.compiler.reset()
-    close(got, want, "the compiled answer")
-    expect(len(graphs) > 1, f"{len(graphs)} graphs were compiled: the model ran as it is")
 
 
 def device_map(subject: Subject) -> None:
