@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -131,25 +131,19 @@ class Twin:
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), maps
 
-    def greedy(self, new_tokens: int, given: Sequence[int] = (), again: bool = False) -> list[int]:
+    def greedy(self, new_tokens: int, given: Sequence[int] = ()) -> list[int]:
         """Greedy answer, everything recomputed for every token.
 
         Args:
             new_tokens: how many.
             given: ids that follow the prompt, after the cut was made.
-            again: cut anew for every token, with all tokens so far as the prompt, as a model without a cache does.
         """
         ids, banned = list(given), self.model.generation_config.suppress_tokens or []
-        if given and not again:
+        if given:
             self.logits()
         for _ in range(new_tokens):
             new = self.model.get_input_embeddings()(torch.tensor([ids])).detach() if ids else None
-            if again:
-                whole = self.dense if new is None else self.dense.grown(new)
-                text = [*self.text, *range(self.embeds.shape[1], whole.embeds.shape[1])]
-                logits = replace(self, dense=whole, text=text, kept={}, merged={}).logits()[-1]
-            else:
-                logits = self.logits(new)[-1]
+            logits = self.logits(new)[-1]
             logits[banned] = -torch.inf
             ids.append(int(logits.argmax()))
         return ids[len(given) :]
