@@ -175,6 +175,13 @@ def test_reset_forgets_the_cut(owner: Owner) -> None:
     assert cache.get_seq_length() == 0 and state_of(cache) is None
 
 
+def test_a_cache_that_holds_nothing_any_more_is_released(owner: Owner) -> None:
+    """Layers can be emptied one by one, without the cache being told."""
+    cache = DynamicCache()
+    adopt(cache, CacheState(8, [Group(0, HELD, LOST)], weakref.ref(owner), False))
+    assert state_of(cache) is None and type(cache) is DynamicCache
+
+
 def test_groups_answer_for_their_layers() -> None:
     first, second = Group(0, HELD, LOST), Group(3, HELD[:, 1:], LOST + 1)
     state = CacheState(8, [first, second], weakref.ref(Owner()), False)
