@@ -70,6 +70,41 @@ def marks_forgotten(enter: Function) -> Function:
     return changed
 
 
+def padding_rates_too(padded: Function) -> Function:
+    """Rows with fewer raters count their repeated last one as often as it is repeated."""
+
+    def changed(raters: Any) -> Any:
+        rows, real = padded(raters)
+        return rows, torch.ones_like(real)
+
+    return changed
+
+
+def no_soft_cap(logits: Function) -> Function:
+    def changed(self: Any, rows: Any) -> Any:
+        attention = self.layer.self_attn
+        cap = getattr(attention, "attn_logit_softcapping", None)
+        if cap is None:
+            return logits(self, rows)
+        attention.attn_logit_softcapping = None
+        try:
+            return logits(self, rows)
+        finally:
+            attention.attn_logit_softcapping = cap
+
+    return changed
+
+
+def heads_apart(weigh: Function) -> Function:
+    """Query heads that share values lie apart, not side by side."""
+
+    def changed(self: Any, weights: Any) -> Any:
+        shared = self.values().shape[1]
+        return weigh(self, weights.unflatten(1, (-1, shared)).transpose(1, 2).flatten(1, 2))
+
+    return changed
+
+
 REWEIGHT = Pytest("tests/core/test_reweight.py")
 MUTANTS = (
     Mutant(
@@ -94,4 +129,12 @@ MUTANTS = (
     Mutant(
         "recomputed rows look back only", at.VISIBLE, looking_back_only, Checks("sparsevlm@0.25", "paligemma")
     ),
+    Mutant("values of other heads weighed", at.WEIGH, heads_apart, REWEIGHT),
+    Mutant(
+        "raters that fill up rows rate",
+        at.PADDED,
+        padding_rates_too,
+        Pytest("tests/methods/test_sparsevlm_in_model.py"),
+    ),
+    Mutant("soft cap of the logits left out", at.LOGITS, no_soft_cap, Pytest("tests/core/test_rows.py")),
 )

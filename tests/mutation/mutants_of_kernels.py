@@ -49,6 +49,10 @@ def reference_right_one_of_equals(ranked: Function) -> Function:
     return lambda scores: scores.shape[-1] - 1 - ranked(scores.flip(-1))
 
 
+def parts_in_reverse(added: Function) -> Function:
+    return lambda scores: added(scores.flip(0) if scores.ndim == 3 else scores)
+
+
 SELECTION = (
     Mutant("the right one of equals", at.AT_LEAST, right_one_of_equals, SELECT),
     Mutant("ties ignored", at.AT_LEAST, all_equals, SELECT),
@@ -57,6 +61,21 @@ SELECTION = (
     Mutant("two zeros", at.RANKED, negative_zero_lower, SELECT),
     Mutant("reference takes the right one of equals", at.RANKED, reference_right_one_of_equals, SELECT),
     Mutant("NaN above all in the reference", at.RANKED, nan_highest, SELECT),
+    Mutant(
+        "partial scores added in reverse", at.ADDED, parts_in_reverse, Pytest("tests/kernels/test_parts.py")
+    ),
+    Mutant(
+        "a forced backend forgotten",
+        at.FORCED,
+        lambda forced: lambda backend: forced(None),
+        Pytest("tests/kernels/test_ops.py"),
+    ),
+    Mutant(
+        "segments not looked at",
+        at.SEGMENTS,
+        lambda segments: lambda *args: None,
+        Pytest("tests/kernels/test_bad_input.py"),
+    ),
 )
 
 
@@ -90,11 +109,22 @@ def gradient_of_another_row(scatter: Function) -> Function:
     return lambda g, idx, n, options: scatter(g, idx.flip(0), n, options)
 
 
+def always_promised(scatter: Function) -> Function:
+    """Indices of a gather are taken for ascending and distinct when its gradient is placed."""
+    return lambda g, idx, n, options: scatter(g, idx, n, {**options, "ordered": True})
+
+
 ROWS = (
     Mutant("rows behind from the full budget", at.WITH_ENDS, one_row_too_early, SELECT),
     Mutant("budget not clamped for rows behind", at.FAKE_KEPT, shapes_not_clamped, ALL_TOKENS),
     Mutant("rows of the first sample", at.NUMBERED, first_sample_only, SELECT),
     Mutant("repeated rows overwrite", at.UNPRUNE, last_one_wins, SELECT),
+    Mutant(
+        "gradients placed by a promise",
+        at.GRADIENT_SCATTER,
+        always_promised,
+        Pytest("tests/kernels/test_ops.py"),
+    ),
     Mutant(
         "indices not looked at",
         at.INDICES_INSIDE,
@@ -151,12 +181,28 @@ def softmax_of_the_columns_asked_for(row_scores: Function) -> Function:
     return changed
 
 
+def heads_interleaved(row_scores: Function) -> Function:
+    """Query heads that share a key head lie apart, not side by side."""
+
+    def changed(q: Any, k: Any, lse: Any, v0: int, nv: int, scale: float) -> Any:
+        def apart(x: Any) -> Any:
+            return x.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
+
+        return row_scores(apart(q), k, None if lse is None else apart(lse), v0, nv, scale)
+
+    return changed
+
+
 CHOICES = (
     Mutant("a token picked twice", at.BEST, may_be_picked_again, GREEDY),
     Mutant("nearest to itself", at.NEAREST, nearest_to_itself, GREEDY),
     Mutant("blocks of pairs compared one way", at.NEAREST_OF_MANY, compared_one_way, GREEDY),
     Mutant("NaN picked first", at.BEST, nan_first, GREEDY),
     Mutant("noise of a residual picked", at.RESIDUAL, lambda share: 0.0, GREEDY),
+    Mutant("half precision not widened", at.SINGLE, lambda single: lambda x: x, GREEDY),
+    Mutant(
+        "query heads apart", at.EAGER_ROW_SCORES, heads_interleaved, Pytest("tests/kernels/test_scores.py")
+    ),
     Mutant(
         "log-sum-exp of the cut row",
         at.EAGER_ROW_SCORES,

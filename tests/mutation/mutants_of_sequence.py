@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the core: choice, sequence, cache, session, capture."""
+"""Mistakes in the shortened sequence: masks, positions, outputs, the cache."""
 
 from __future__ import annotations
 
@@ -14,67 +14,6 @@ from mutant import Checks, Mutant, Pytest
 
 Function = Callable[..., Any]
 LLAVA = Checks("fastervlm@9", "llava")
-
-
-# choice -------------------------------------------------------------------------------------------
-
-
-def lowest_scores(top_k: Function) -> Function:
-    return lambda scores, k: top_k(-scores, k)
-
-
-def descending(top_k: Function) -> Function:
-    return lambda scores, k: top_k(scores, k).flip(1)
-
-
-def shifted_slots(place: Function) -> Function:
-    def changed(picture: Any, parts: Any) -> Any:
-        cut = place(picture, parts)
-        return None if cut is None else replace(cut, keep=cut.keep.roll(1))
-
-    return changed
-
-
-def patches_only(place: Function) -> Function:
-    """Newline and [CLS] columns go with the patches that are cut."""
-
-    def changed(picture: Any, parts: Any) -> Any:
-        cut = place(picture, parts)
-        if cut is None:
-            return None
-        patch = torch.zeros_like(cut.keep)
-        patch[picture.patches.cpu()] = True
-        return replace(cut, keep=cut.keep & patch)
-
-    return changed
-
-
-def flipped_scores(one: Function) -> Function:
-    def changed(picture: Any, name: str, index: Any, crop: int | None) -> Any:
-        value = one(picture, name, index, crop)
-        per_patch = name not in ("features", "cls_features") and index.shape[0] == picture.count
-        return value.flip(0) if per_patch else value
-
-    return changed
-
-
-def reversed_rows(assign: Function) -> Function:
-    return lambda lengths, counts: [row[::-1] for row in assign(lengths, counts)]
-
-
-def not_placed(replace_rows: Function) -> Function:
-    return lambda self, embeds: embeds
-
-
-CHOICE = (
-    Mutant("inverted sort", at.TOP_K, lowest_scores, LLAVA),
-    Mutant("unsorted output", at.TOP_K, descending, Pytest("tests/core/test_select.py")),
-    Mutant("off by one in the slots", at.PLACE, shifted_slots, LLAVA),
-    Mutant("newlines dropped", at.PLACE, patches_only, Checks("fastervlm@9", "llava_next")),
-    Mutant("scores of another image", at.SLICE, flipped_scores, Pytest("tests/test_api.py")),
-    Mutant("pictures of another row", at.ASSIGN, reversed_rows, Checks("random@9", "llava")),
-    Mutant("merged rows not placed", at.REPLACE_ROWS, not_placed, Checks("pool@9", "llava")),
-)
 
 
 # sequence -----------------------------------------------------------------------------------------
@@ -168,6 +107,52 @@ def kind_of_the_last_layer(angle_kind: Function) -> Function:
     )
 
 
+def lost_in_this_cut_only(cut: Function) -> Function:
+    """What earlier calls lost is forgotten by a cut."""
+
+    def changed(self: Any, compaction: Any, policy: str, *rest: Any) -> Any:
+        frame = cut(self, compaction, policy, *rest)
+        return replace(frame, lost=frame.lost - self.lost) if policy == "compact" else frame
+
+    return changed
+
+
+def hidden_states_one_row_off(expand: Function) -> Function:
+    """Hidden states between the layers are expanded from the row before; the last ones are right."""
+
+    def changed(self: Any, hidden: Any, layer: int | None = None) -> Any:
+        return expand(self, hidden if layer is None else hidden.roll(1, dims=1), layer)
+
+    return changed
+
+
+def other_features_stacked(stacked: Function) -> Function:
+    return lambda self, hidden, visual, embeds: stacked(self, hidden, visual, embeds.flip(0))
+
+
+def stacked_layers_not_counted(stacked: Function) -> Function:
+    def changed(self: Any, hidden: Any, visual: Any, embeds: Any) -> Any:
+        self.session.call.stacked = 0
+        return stacked(self, hidden, visual, embeds)
+
+    return changed
+
+
+def every_layer_full(layer_kind: Function) -> Function:
+    return lambda config, layer: "full_attention"
+
+
+def number_for_time(angles: Function) -> Function:
+    """Of four axes of positions the first is the number of a token and no place."""
+
+    def changed(self: Any, language_model: Any, layer: int, hidden: Any) -> Any:
+        four = self.position_ids.shape[:-2] == (4,)
+        one = replace(self, position_ids=self.position_ids[:3]) if four else self
+        return angles(one, language_model, layer, hidden)
+
+    return changed
+
+
 SEQUENCE = (
     Mutant("positions not compacted", at.POSITIONS, always("original"), LLAVA),
     Mutant("positions always compacted", at.POSITIONS, always("compact"), LLAVA),
@@ -193,6 +178,42 @@ SEQUENCE = (
         "types of other tokens", at.TYPES_CUT, types_of_the_first, Checks("fastervlm(cls=mean)@9", "gemma3")
     ),
     Mutant("causal after a cut", at.TOKEN_TYPES, no_types, Checks("fastervlm(cls=mean)@9", "paligemma")),
+    Mutant(
+        "earlier turns' losses forgotten",
+        at.FRAME_CUT,
+        lost_in_this_cut_only,
+        Pytest("tests/core/test_turns.py"),
+    ),
+    Mutant(
+        "hidden states of the row before",
+        at.CALL_EXPAND,
+        hidden_states_one_row_off,
+        Pytest("tests/core/test_calls.py"),
+    ),
+    Mutant(
+        "hidden states inside of the row before",
+        at.CALL_EXPAND,
+        hidden_states_one_row_off,
+        Pytest("tests/core/test_inside.py"),
+    ),
+    Mutant(
+        "stacked features of other tokens", at.STACKED, other_features_stacked, Checks("random@9", "qwen3_vl")
+    ),
+    Mutant(
+        "every stacked layer the first",
+        at.STACKED,
+        stacked_layers_not_counted,
+        Pytest("tests/models/test_families.py"),
+    ),
+    Mutant(
+        "windows ignored after a cut", at.LAYER_KIND, every_layer_full, Pytest("tests/core/test_frames.py")
+    ),
+    Mutant(
+        "numbers of tokens read as places",
+        at.FRAME_ANGLES,
+        number_for_time,
+        Checks("fastv(layer=1)@9", "qwen2_vl"),
+    ),
     Mutant(
         "angles of another kind of layer",
         at.ANGLE_KIND,
@@ -245,10 +266,44 @@ def shared_groups(deepcopy: Function) -> Function:
     return changed
 
 
+def groups_only(rows: Function) -> Function:
+    def changed(self: Any, order: Any) -> None:
+        state = self._vlmprune_state
+        marks = None if state is None else state.marks
+        rows(self, order)
+        if state is not None:
+            state.marks = marks
+
+    return changed
+
+
+def marks_not_cropped(crop: Function) -> Function:
+    def changed(self: Any, size: int) -> None:
+        marks = self._vlmprune_state.marks
+        crop(self, size)
+        self._vlmprune_state.marks = marks
+
+    return changed
+
+
+def emptied_but_still_cut(state_of: Function) -> Function:
+    return lambda cache: getattr(cache, "_vlmprune_state", None)
+
+
 CACHE = (
     Mutant("cache tells held as seen", at.SEQ_LENGTH, held_for_seen, LLAVA),
     Mutant("detached cache goes on", at.SEQ_LENGTH, any_owner, LLAVA),
     Mutant("reorder forgets the masks", at.REORDER, masks_of_the_first_row, LLAVA),
+    Mutant("marks stay when rows move", at.CACHE_ROWS, groups_only, Pytest("tests/core/test_cache.py")),
+    Mutant(
+        "marks longer than a cropped cache", at.CROP, marks_not_cropped, Pytest("tests/core/test_cache.py")
+    ),
+    Mutant(
+        "an emptied static cache still cut",
+        at.STATE_OF,
+        emptied_but_still_cut,
+        Pytest("tests/core/test_cache.py"),
+    ),
     Mutant(
         "deep copies of a cache share their groups",
         at.STATE_COPY,
@@ -257,88 +312,4 @@ CACHE = (
     ),
 )
 
-
-# session and capture ------------------------------------------------------------------------------
-
-
-def record_kept(close: Function) -> Function:
-    def changed(self: Any, *args: Any) -> None:
-        call = self.call
-        try:
-            close(self, *args)
-        finally:
-            self._local.call = call
-
-    return changed
-
-
-def first_hook_kept(detach: Function) -> Function:
-    def changed(self: Any) -> None:
-        del self._handles[:1]
-        detach(self)
-
-    return changed
-
-
-def wrappers_kept(detach: Function) -> Function:
-    def changed(self: Any) -> None:
-        self._wrapped.clear()
-        detach(self)
-
-    return changed
-
-
-def nothing(original: Function) -> Function:
-    return lambda *args, **options: None
-
-
-def one_record_for_all(init: Function) -> Function:
-    def changed(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self._local = SimpleNamespace()
-
-    return changed
-
-
-def made_at_once(keep_mask: Function) -> Function:
-    return lambda self, *args, **options: self.original(*args, **options)
-
-
-def second_query(attend: Function) -> Function:
-    def changed(self: Any, reader: Any, queries: Any, keys: Any) -> None:
-        attend(self, reader, torch.cat([queries[:, 1:2], queries[:, 1:]], dim=1), keys)
-
-    return changed
-
-
-def shifted_columns(row_attention: Function) -> Function:
-    """The columns of the patches begin with that of [CLS]."""
-    return lambda *args: row_attention(*args).roll(1, -1)
-
-
-def layer_before(block_index: Function) -> Function:
-    return lambda layer, count: block_index(layer - 1 if layer < 0 else layer, count)
-
-
-def whole_map(attend: Function) -> Function:
-    def changed(self: Any, reader: Any, queries: Any, keys: Any) -> None:
-        queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-        attend(self, reader, queries, keys)
-
-    return changed
-
-
-SESSION = (
-    Mutant("state outlives the call", at.CLOSE, record_kept, LLAVA),
-    Mutant("hook left behind", at.DETACH, first_hook_kept, LLAVA),
-    Mutant("wrapper left behind", at.DETACH, wrappers_kept, LLAVA),
-    Mutant("capture left behind", at.CAPTURE_REMOVE, nothing, LLAVA),
-    Mutant("one thread's record for all", at.SESSION, one_record_for_all, LLAVA),
-    Mutant("2-D mask lost on static caches", at.KEEP_MASK, made_at_once, LLAVA),
-    Mutant("wrong query row", at.ATTEND, second_query, Pytest("tests/golden")),
-    Mutant("[CLS] column not removed", at.ROW_ATTENTION, shifted_columns, Pytest("tests/golden")),
-    Mutant("off-by-one layer", at.BLOCK_INDEX, layer_before, Pytest("tests/golden")),
-    Mutant("attention map held", at.ATTEND, whole_map, LLAVA),
-)
-
-MUTANTS = (*CHOICE, *SEQUENCE, *CACHE, *SESSION)
+MUTANTS = (*SEQUENCE, *CACHE)
