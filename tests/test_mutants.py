@@ -141,6 +141,7 @@ def test_what_fails_without_the_mutant_kills_nothing() -> None:
     ):
         assert settled(killed, CHECK, without).status == "broken"
     refused = Verdict("survived", "", unsupported=("second_turn",))
+    assert settled(refused, CHECK, Verdict("timeout", "took too long")).status == "broken"
     assert settled(refused, CHECK, Verdict("survived", "", unsupported=("second_turn",))).status == "survived"
     noticed = settled(refused, CHECK, Verdict("survived", ""))
     assert noticed.status == "killed" and noticed.killer == replace(CHECK, only="second_turn")

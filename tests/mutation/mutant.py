@@ -134,7 +134,7 @@ def _watched(
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        watch.calls += 1
+        watch.calls = (watch.calls or 0) + 1
         try:
             return function(*args, **kwargs)
         except Exception as error:

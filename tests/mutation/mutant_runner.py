@@ -38,7 +38,7 @@ class Verdict:
 
     Args:
         status: "killed" and "survived" are what the judge says; "broken" is a fault of mutant or judge.
-        detail: one line for the reader.
+        detail: what was said.
         killer: the single check or test that failed.
         unsupported: checks that were refused, which is a failure where they pass without the mutant.
         seconds: of the trial.
@@ -62,7 +62,10 @@ def prepare(judges: Sequence[Judge] = ()) -> None:
     torch.set_num_threads(1)  # a pool of threads does not live through a fork
     # what the tests do so that transformers can be imported beside a torchvision without its compiled part
     spec = importlib.util.spec_from_file_location("conftest_of_all_tests", TESTS / "conftest.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # what it declares lives as long as it does
+    spec.loader.exec_module(sys.modules[spec.name])
     import pytest  # noqa: F401
 
     from vlmprune.testing.conformance import shared_model
@@ -119,17 +122,9 @@ def ask_pytest(judge: Pytest) -> Verdict:
     settings.register_profile("mutants", derandomize=True, phases=[Phase.explicit, Phase.generate])
     settings.load_profile("mutants")
     notes = _Notes()
-    options = [
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        "--rootdir",
-        str(ROOT),
-    ]
-    code = pytest.main([*options, str(ROOT / judge.path)], plugins=[notes])
+    quietly = ["-q", "-x", "-p", "no:cacheprovider"]
+    here = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / judge.path)]
+    code = pytest.main([*quietly, *here], plugins=[notes])
     if code == pytest.ExitCode.TESTS_FAILED:
         return Verdict("killed", notes.why, Pytest(notes.failed))
     if code == pytest.ExitCode.OK and notes.passed:
@@ -228,20 +223,18 @@ class _Trial:
         self.log.unlink(missing_ok=True)
 
 
-def settled(verdict: Verdict, judge: Judge, without: Verdict | None) -> Verdict:
+def settled(verdict: Verdict, judge: Judge, without: Verdict) -> Verdict:
     """The verdict on a mutant, seen beside that on the package without it."""
-    if without is None:
-        return verdict
-    if verdict.status == "killed":
-        if without.status == "survived" and not without.unsupported:
-            return verdict
-        return Verdict("broken", f"{verdict.killer} does not pass without the mutant: {without.detail}")
+    refused = verdict.status == "killed" and without.unsupported
+    if without.status != "survived" or refused:
+        return Verdict(
+            "broken", f"{verdict.killer or judge} does not pass without the mutant: {without.detail}"
+        )
     new = [name for name in verdict.unsupported if name not in without.unsupported]
-    if not new:
+    if verdict.status == "killed" or not new or not isinstance(judge, Checks):
         return verdict
-    return replace(
-        verdict, status="killed", detail="refused with the mutant only", killer=replace(judge, only=new[0])
-    )
+    killer = replace(judge, only=new[0])
+    return replace(verdict, status="killed", detail="refused with the mutant only", killer=killer)
 
 
 def run(
@@ -266,10 +259,8 @@ def run(
                     log = Path(folder) / f"{next(numbers)}.log"
                     running.append(_Trial(*waiting.popleft(), timeout, log, start))
                 soonest = min(trial.deadline for trial in running) - time.monotonic()
-                wait(
-                    [end for trial in running for end in (trial.pipe, trial.process.sentinel)],
-                    max(0.0, soonest),
-                )
+                ends = [end for trial in running for end in (trial.pipe, trial.process.sentinel)]
+                wait(ends, max(0.0, soonest))
                 for trial, verdict in [(trial, trial.verdict()) for trial in running]:
                     if verdict is None:
                         continue
@@ -279,8 +270,10 @@ def run(
                         without[trial.judge] = verdict
                         verdict = held.pop(mutant.name)
                     question = verdict.killer or (mutant.by if verdict.unsupported else None)
-                    if question is None or question in without:
-                        yield mutant, settled(verdict, mutant.by, without.get(question))
+                    if question is None:
+                        yield mutant, verdict
+                    elif question in without:
+                        yield mutant, settled(verdict, mutant.by, without[question])
                     else:
                         held[mutant.name] = verdict
                         waiting.appendleft((mutant, question, False))

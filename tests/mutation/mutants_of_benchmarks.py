@@ -41,7 +41,7 @@ def corrected_per_budget(against_random: Function) -> Function:
         groups: dict[Any, dict[str, Any]] = defaultdict(dict)
         for spec, one in against_random(table, specs, resamples, seed).items():
             groups[budget_of(spec)][spec] = one
-        found = {}
+        found: dict[str, Any] = {}
         for group in groups.values():
             corrected = holm(np.array([one.p for one in group.values()]))
             found |= {
