@@ -35,9 +35,9 @@ def arguments(given: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time (1)")
     options = parser.parse_args(given)
-    if options.timeout <= 0 or options.jobs < 1:
-        given = f"--timeout {options.timeout} --jobs {options.jobs}"
-        parser.error(f"{given}; expected more than 0 seconds, and 1 job or more")
+    if not options.timeout > 0 or options.jobs < 1:
+        asked = f"--timeout {options.timeout} --jobs {options.jobs}"
+        parser.error(f"{asked}; expected more than 0 seconds, and 1 job or more")
     known = {mutant.name: mutant for mutant in MUTANTS}
     for name in options.names:
         if name not in known:
