@@ -22,7 +22,7 @@ from mutant import BrokenMutant, Checks, Mutant, Pytest, patched, resolve
 from mutant_runner import ROOT, START, Verdict, run, settled
 from mutant_table import MUTANTS, named
 
-from vlmprune.testing.conformance import all_checks
+from vlmprune.testing.conformance import all_checks, shared_model
 from vlmprune.testing.tiny import FAMILIES
 
 CHECK = Checks("random@9", "llava", "order_and_report")
@@ -85,6 +85,12 @@ def test_a_change_must_change_something() -> None:
             pass
 
 
+@pytest.fixture(scope="module")
+def built() -> None:
+    """The model that the check asks for, so that a fork finds it."""
+    shared_model(CHECK.family, None, None)
+
+
 def verdict_on(
     change: Callable[[Any], Any], timeout: float = 60.0, by: Checks = CHECK, target: str = TOP_K
 ) -> Verdict:
@@ -101,6 +107,7 @@ def slowly(top_k: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @forking
+@pytest.mark.usefixtures("built")
 def test_the_runner_tells_verdicts_apart() -> None:
     killed = verdict_on(lambda top_k: lambda scores, k: top_k(scores, k)[:, 1:])
     assert killed.status == "killed" and killed.killer == CHECK and "tokens" in killed.detail
@@ -121,6 +128,7 @@ def test_the_runner_tells_verdicts_apart() -> None:
 
 
 @forking
+@pytest.mark.usefixtures("built")
 def test_a_mutant_that_hangs_is_ended_and_the_list_goes_on() -> None:
     hanging = Mutant("hangs", TOP_K, slowly, CHECK)
     started = time.monotonic()

@@ -57,9 +57,6 @@ class Verdict:
 def prepare(judges: Sequence[Judge] = ()) -> None:
     """Import what every trial needs, and build the models that some share, so that a fork finds them."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-    import torch
-
-    torch.set_num_threads(1)  # a pool of threads does not live through a fork
     # what the tests do so that transformers can be imported beside a torchvision without its compiled part
     spec = importlib.util.spec_from_file_location("conftest_of_all_tests", TESTS / "conftest.py")
     sys.modules[spec.name] = importlib.util.module_from_spec(
@@ -158,6 +155,11 @@ def _child(mutant: Mutant | None, judge: Judge, pipe: Connection, log: str, fres
     try:
         if fresh:
             prepare()
+        import torch
+
+        torch.set_num_threads(
+            1
+        )  # a pool of threads, which the process before may have had, is lost in a fork
         verdict = judged(mutant, judge)
     except BaseException as error:
         traceback.print_exc()
