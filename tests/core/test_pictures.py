@@ -16,19 +16,16 @@ from vlmprune.core.capture import VisionCapture
 from vlmprune.core.pictures import Picture
 from vlmprune.core.shelf import run_encoder
 from vlmprune.models import adapter_for
-from vlmprune.models.base import IMAGE, VIDEO, Modality
 from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.tiny import tiny_inputs, tiny_processor
 
 SIDE = 6  # patches along each side of a crop
 
 
-def described(
-    family: str, inputs: dict[str, Tensor], needs: Sequence[str], modality: Modality = IMAGE
-) -> list[Picture]:
-    """Every picture of one encoder call."""
+def described(family: str, inputs: dict[str, Tensor], needs: Sequence[str], kind: int = 0) -> list[Picture]:
+    """Every picture of one encoder call; ``kind`` 1 is that of clips."""
     adapter = adapter_for(shared_model(family, None, None))
-    return run_encoder(adapter, modality, inputs, [adapter.capture(needs, None)])[1][0]
+    return run_encoder(adapter, adapter.modalities[kind], inputs, [adapter.capture(needs, None)])[1][0]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ def test_what_is_captured_of_a_pooled_clip_is_the_mean_over_each_cell_frame_afte
         model.model.vision_tower(frames)
     stride = model.config.spatial_pool_stride
     want = torch.cat([mean_of_cells(frame, stride) for frame in record.take()["keys"]])
-    (clip,) = described(family, inputs, ("keys",), VIDEO)
+    (clip,) = described(family, inputs, ("keys",), kind=1)
     assert clip.grids == ((SIDE // stride,) * 2,) * len(frames)
     torch.testing.assert_close(clip.tensors["keys"], want, rtol=0, atol=1e-6)
 

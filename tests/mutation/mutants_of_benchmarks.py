@@ -200,7 +200,7 @@ RUNS = (
     Mutant("rows without proof reported", at.UNBELIEVABLE, nothing_wrong, of("report")),
     Mutant("stale rows reported", at.STALE, nothing_wrong, of("report")),
     Mutant("unlike rows compared", at.INCOMPARABLE, nothing_wrong, of("report")),
-    Mutant("the warm-up timed", at.RACE, warm_up_counted, of("speed")),
+    Mutant("the warm-up timed", at.RACE, warm_up_counted, of("warm_up")),
 )
 
 MUTANTS = (*STATISTICS, *ANSWERS, *RUNS)
