@@ -192,7 +192,7 @@ def names_only(digest: Function) -> Function:
 
 RUNS = (
     Mutant("no fsync", at.WRITE, no_fsync, of("sweep")),
-    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: None, of("sweep")),
+    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep")),
     Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep")),
     Mutant("answered samples written again", at.APPEND, lines_doubled, of("sweep")),
     Mutant("plug-in code left out of the recipe", at.PLUGINS, lambda plugins: lambda spec: {}, of("sweep")),
