@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlmprune.core.cache import CacheState, CutCacheMixin, Group, adopt, held_length, release, state_of
+from vlmprune.core.reweight import Marks
 from vlmprune.errors import InvariantError
 
 HELD = torch.tensor([[False, True, True], [True, True, True]])
@@ -126,6 +127,31 @@ def test_a_deep_copy_is_independent(owner: Owner) -> None:
     assert torch.equal(state.groups[0].held, HELD) and state.owner() is owner and state.seen == 8
 
 
+def test_a_deep_copy_shares_no_memory(owner: Owner) -> None:
+    cache = cut_cache(owner)
+    state = state_of(cache)
+    state.marks[1] = Marks(HELD.clone(), HELD.clone())
+    twin = state_of(copy.deepcopy(cache))
+    for tensor in (state.groups[0].held, state.groups[0].lost, state.marks[1].marked, state.marks[1].visual):
+        tensor.zero_()
+    assert torch.equal(twin.groups[0].held, HELD) and torch.equal(twin.groups[0].lost, LOST)
+    assert torch.equal(twin.marks[1].marked, HELD) and torch.equal(twin.marks[1].visual, HELD)
+
+
+def test_marks_of_a_layer_follow_rows_and_end_where_the_cache_ends(owner: Owner) -> None:
+    """What a re-weighting method marked: (B, slots held) per layer."""
+    cache = cut_cache(owner)
+    marked = torch.eye(2, 7, dtype=torch.bool)
+    state_of(cache).marks[1] = Marks(marked, ~marked)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(state_of(cache).marks[1].marked, marked[[1, 0]])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    assert torch.equal(state_of(cache).marks[1].marked, marked[[0, 1, 1]])
+    cache.crop(-2)
+    assert torch.equal(state_of(cache).marks[1].visual, ~marked[[0, 1, 1], :5])
+
+
 def test_release_gives_the_class_back(owner: Owner) -> None:
     cache = cut_cache(owner)
     release(cache)
@@ -147,6 +173,13 @@ def test_reset_forgets_the_cut(owner: Owner) -> None:
     if held_length(cache):
         pytest.skip("reset of this transformers leaves a dynamic cache its length")
     assert cache.get_seq_length() == 0 and state_of(cache) is None
+
+
+def test_a_cache_that_holds_nothing_any_more_is_released(owner: Owner) -> None:
+    """Layers can be emptied one by one, without the cache being told."""
+    cache = DynamicCache()
+    adopt(cache, CacheState(8, [Group(0, HELD, LOST)], weakref.ref(owner), False))
+    assert state_of(cache) is None and type(cache) is DynamicCache
 
 
 def test_groups_answer_for_their_layers() -> None:

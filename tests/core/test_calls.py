@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import vlmprune
 from vlmprune.errors import CaptureError, InvariantError, UnsupportedError, VlmPruneError
+from vlmprune.testing.checks_sequence import numbered
 from vlmprune.testing.conformance import RAGGED, generate, shared_model
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
 from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_inputs, tiny_model
@@ -126,6 +127,25 @@ def test_logits_to_keep_counts_columns_of_the_full_sequence() -> None:
             assert torch.equal(model(**inputs, logits_to_keep=keep).logits, full[:, -keep:])
         picked = torch.tensor([0, 5, 46])
         assert torch.equal(model(**inputs, logits_to_keep=picked).logits, full[:, picked])
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@torch.no_grad()
+def test_hidden_states_of_every_layer_are_those_of_the_last_kept_token_at_or_before_a_column(positions: str) -> None:
+    model, inputs = shared_model("llava", None, None), tiny_inputs(images=RAGGED)
+    with vlmprune.prune(model, "random@9", positions=positions) as run:
+        found = model(**inputs, position_ids=numbered(inputs), output_hidden_states=True).hidden_states
+    original = kept_by_hand(model, inputs, run.last.keep, "original")  # its positions are the places in the full row
+    rows = kept_by_hand(model, inputs, run.last.keep, positions)
+    for row, (places, kept) in enumerate(zip(original, rows, strict=True)):
+        mask = torch.ones(kept.embeds.shape[:2], dtype=torch.long)
+        call = {"inputs_embeds": kept.embeds, "attention_mask": mask, "position_ids": kept.positions}
+        by_hand = model.model.language_model(**call, output_hidden_states=True).hidden_states
+        real = inputs["attention_mask"][row].bool()
+        columns = torch.arange(int(real.sum()))
+        source = torch.searchsorted(places.positions[0], columns, right=True) - 1
+        for got, want in zip(found, by_hand, strict=True):
+            torch.testing.assert_close(got[row, real], want[0, source], rtol=1e-4, atol=1e-4)
 
 
 def labels_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in how answers are asked for, kept, counted and reported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import mutant_targets as at
+import numpy as np
+from mutant import Mutant, Pytest
+
+Function = Callable[..., Any]
+
+
+def of(name: str, test: str = "") -> Pytest:
+    return Pytest(f"tests/benchmarks/test_{name}.py{'::' * bool(test)}{test}")
+
+
+# statistics -----------------------------------------------------------------------------------------
+
+
+def p_may_be_zero(swap_test: Function) -> Function:
+    """The observed sum does not count among the random ones."""
+
+    def changed(gaps: Any, resamples: int, seed: int = 0) -> Any:
+        return (swap_test(gaps, resamples, seed) * (resamples + 1) - 1) / resamples
+
+    return changed
+
+
+def corrected_per_budget(against_random: Function) -> Function:
+    def changed(table: Any, specs: Any, resamples: int, seed: int) -> Any:
+        from vlmprune.benchmarks.stats import holm
+        from vlmprune.benchmarks.summary import budget_of
+
+        groups: dict[Any, dict[str, Any]] = defaultdict(dict)
+        for spec, one in against_random(table, specs, resamples, seed).items():
+            groups[budget_of(spec)][spec] = one
+        found: dict[str, Any] = {}
+        for group in groups.values():
+            corrected = holm(np.array([one.p for one in group.values()]))
+            found |= {
+                spec: replace(one, p_holm=float(p))
+                for (spec, one), p in zip(group.items(), corrected, strict=True)
+            }
+        return found
+
+    return changed
+
+
+def lost_for_won(flips: Function) -> Function:
+    return lambda table, spec, reference: flips(table, reference, spec)
+
+
+def what_pooling_gets_right(hard: Function) -> Function:
+    return lambda table, pooled: table.where(table.of_spec(pooled) >= 0.5)
+
+
+def any_margin(headline: Function) -> Function:
+    return lambda table, blind, reference, margin=0.2: headline(table, blind, reference, 0.0)
+
+
+def least_accurate(worst: Function) -> Function:
+    def changed(table: Any, spec: str) -> dict[str, Any]:
+        from vlmprune.benchmarks.stats import by
+
+        mine = by(table, "families", spec)
+        family = min(mine, key=mine.get)
+        return {**worst(table, spec), "family": family, "accuracy": mine[family]}
+
+    return changed
+
+
+def interval_alone(side: Function) -> Function:
+    return lambda against: side({**against, "p_holm": 0.0})
+
+
+STATISTICS = (
+    Mutant("p may be zero", at.SWAP_TEST, p_may_be_zero, of("stats")),
+    Mutant("Holm per budget only", at.AGAINST_RANDOM, corrected_per_budget, of("stats")),
+    Mutant(
+        "lost and won swapped",
+        at.FLIPS,
+        lost_for_won,
+        of("stats", "test_flips_agreement_and_the_hard_slice_by_hand"),
+    ),
+    Mutant(
+        "hard is what pooling gets right",
+        at.HARD,
+        what_pooling_gets_right,
+        of("stats", "test_flips_agreement_and_the_hard_slice_by_hand"),
+    ),
+    Mutant("families in the headline without a margin", at.HEADLINE, any_margin, of("stats")),
+    Mutant("the worst family by accuracy alone", at.WORST, least_accurate, of("worst_family")),
+    Mutant("a verdict without its correction", at.SIDE, interval_alone, of("leaderboard_command")),
+)
+
+
+# answers --------------------------------------------------------------------------------------------
+
+
+def answers_of_other_rows(generate: Function) -> Function:
+    def changed(*args: Any, **options: Any) -> Any:
+        made = generate(*args, **options)
+        return made._replace(ids=made.ids.flip(0))
+
+    return changed
+
+
+def images_of_other_rows(take: Function) -> Function:
+    return lambda self, batch: take(self, batch)[::-1]
+
+
+def case_counts(normalise: Function) -> Function:
+    def changed(answer: str, *, compact: bool = False) -> str:
+        found = normalise(answer, compact=compact)
+        return found.upper() if answer[:1].isupper() else found
+
+    return changed
+
+
+def mask_on_its_side(covered: Function) -> Function:
+    return lambda mask, boxes, view: covered(mask.T, boxes, view)
+
+
+ANSWERS = (
+    Mutant("answers of other rows", at.GENERATE, answers_of_other_rows, of("evaluate")),
+    Mutant("images of other rows", at.TAKE, images_of_other_rows, of("evaluate")),
+    Mutant(
+        "capitals count in answers", at.NORMALISE, case_counts, of("shapes", "test_answers_are_normalised")
+    ),
+    Mutant("object masks on their side", at.COVERED, mask_on_its_side, of("curves")),
+)
+
+
+# runs -----------------------------------------------------------------------------------------------
+
+
+def no_fsync(write: Function) -> Function:
+    return lambda file, data: file.write(data)
+
+
+def lines_doubled(append: Function) -> Function:
+    """Samples that are in the journal already are written again."""
+
+    def changed(self: Any, lines: Any) -> int:
+        lines = list(lines)
+        again = [line for line in lines if line["id"] in self.ids]
+        with self.path.open("ab") as file:
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in again))
+        return append(self, lines)
+
+    return changed
+
+
+def clusters_split(shards: Function) -> Function:
+    return lambda samples, size: [
+        list(samples[start : start + size]) for start in range(0, len(samples), size)
+    ]
+
+
+def nothing_wrong(problems: Function) -> Function:
+    def changed(*args: Any) -> Iterator[str]:
+        return iter(())
+
+    return changed
+
+
+def warm_up_counted(race: Function) -> Function:
+    def changed(entries: Any, rounds: int, *, warmup: int = 2, **options: Any) -> Any:
+        found = race(entries, rounds + warmup, warmup=0, **options)
+        return {name: seconds[:rounds] for name, seconds in found.items()}
+
+    return changed
+
+
+def names_only(digest: Function) -> Function:
+    """Files are told apart by their names, whatever they hold."""
+
+    def changed(files: Any, root: Any) -> str:
+        return hashlib.sha256("".join(str(file.relative_to(root)) for file in files).encode()).hexdigest()[
+            :16
+        ]
+
+    return changed
+
+
+RUNS = (
+    Mutant("no fsync", at.WRITE, no_fsync, of("sweep")),
+    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep")),
+    Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep")),
+    Mutant("answered samples written again", at.APPEND, lines_doubled, of("sweep")),
+    Mutant("plug-in code left out of the recipe", at.PLUGINS, lambda plugins: lambda spec: {}, of("sweep")),
+    Mutant("clusters split between shards", at.SHARDS, clusters_split, of("sweep")),
+    Mutant("rows without proof reported", at.UNBELIEVABLE, nothing_wrong, of("report")),
+    Mutant("stale rows reported", at.STALE, nothing_wrong, of("report")),
+    Mutant("unlike rows compared", at.INCOMPARABLE, nothing_wrong, of("report")),
+    Mutant("the warm-up timed", at.RACE, warm_up_counted, of("warm_up")),
+)
+
+MUTANTS = (*STATISTICS, *ANSWERS, *RUNS)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in the adapters of model families: geometry, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mutant_targets as at
+import torch
+from mutant import Mutant, Pytest
+
+Function = Callable[..., Any]
+FAMILIES = Pytest("tests/models/test_families.py")
+ADAPTERS = Pytest("tests/models/test_adapters.py")
+TILES = Pytest("tests/models/test_tiles.py")
+PICTURES = Pytest("tests/core/test_pictures.py")
+
+
+def windows_not_undone(in_order: Function) -> Function:
+    return lambda self, packed, modality, arguments: packed
+
+
+def first_patch_of_each_token(pack: Function) -> Function:
+    def changed(self: Any, modality: Any, crops: Any, number: int, arguments: Any) -> Any:
+        return crops.unflatten(1, (-1, self.merge**2))[:, :, 0].flatten(0, 1)
+
+    return changed
+
+
+def columns_before_rows(shuffled_mean: Function) -> Function:
+    def changed(patches: Any, grid: tuple[int, int], shuffle: Any) -> Any:
+        turned = patches.unflatten(0, grid).transpose(0, 1).flatten(0, 1)
+        return shuffled_mean(turned, grid[::-1], shuffle)
+
+    return changed
+
+
+def down_for_across(layout: Function) -> Function:
+    return lambda self, number, arguments: layout(self, number, arguments)[::-1]
+
+
+def second_block_turned(tile_grids: Function) -> Function:
+    def changed(special: Any, side: int) -> Any:
+        first, *rest = tile_grids(special, side)
+        return (first, *(grid[::-1] for grid in rest))
+
+    return changed
+
+
+def tiles_in_reverse(crop_of: Function) -> Function:
+    def changed(pack: Any, patches: Any, count: int, n: int) -> Any:
+        return count - 1 - crop_of(pack, patches, count, n)
+
+    return changed
+
+
+def only_the_pixels(check: Function) -> Function:
+    """Another feature layer than that of the config is taken."""
+
+    def changed(self: Any, arguments: Any, modality: Any) -> None:
+        layers = ("vision_feature_layer", "vision_feature_layers")
+        check(self, {name: value for name, value in arguments.items() if name not in layers}, modality)
+
+    return changed
+
+
+def masks_not_looked_at(check: Function) -> Function:
+    def changed(self: Any, arguments: Any, modality: Any) -> None:
+        check(
+            self,
+            {name: value for name, value in arguments.items() if name != "pixel_attention_mask"},
+            modality,
+        )
+
+    return changed
+
+
+def frames_in_reverse(pack: Function) -> Function:
+    def changed(self: Any, modality: Any, crops: Any, number: int, arguments: Any) -> Any:
+        return pack(self, modality, crops.flip(0) if modality.name == "video" else crops, number, arguments)
+
+    return changed
+
+
+def highest_of_the_cell(pack: Function) -> Function:
+    def changed(self: Any, modality: Any, crops: Any, number: int, arguments: Any) -> Any:
+        if modality.name != "video":
+            return pack(self, modality, crops, number, arguments)
+        cells = crops.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return torch.nn.functional.max_pool2d(cells, self._stride()).flatten(2).transpose(1, 2).flatten(0, 1)
+
+    return changed
+
+
+def always_tiled(crops: Function) -> Function:
+    def changed(self: Any, modality: Any, arguments: Any, total: int) -> Any:
+        return crops(self, modality, {**arguments, "batch_num_images": None}, total)
+
+    return changed
+
+
+def norm_left_out(forward: Function) -> Function:
+    return lambda self, tokens: tokens @ self.connector.mm_input_projection_weight
+
+
+MUTANTS = (
+    Mutant("windows of the tower not undone", at.QWEN_WINDOWS, windows_not_undone, FAMILIES),
+    Mutant("the first patch stands for its token", at.QWEN_PACK, first_patch_of_each_token, FAMILIES),
+    Mutant("patches shuffled by columns", at.SHUFFLED_MEAN, columns_before_rows, FAMILIES),
+    Mutant("tiles across taken for tiles down", at.TILE_LAYOUT, down_for_across, TILES),
+    Mutant("tiled pictures drawn as cropped ones", at.TILE_VIEW, lambda view: "center", PICTURES),
+    Mutant("detail grid on its side", at.TILE_GRIDS, second_block_turned, ADAPTERS),
+    Mutant("patches of another tile", at.CROP_OF, tiles_in_reverse, PICTURES),
+    Mutant(
+        "another feature layer taken", at.ADAPTER_CHECK, only_the_pixels, Pytest("tests/core/test_calls.py")
+    ),
+    Mutant("attention over padding taken", at.IDEFICS_CHECK, masks_not_looked_at, FAMILIES),
+    Mutant("frames in reverse", at.CLIP_PACK, frames_in_reverse, PICTURES),
+    Mutant("the highest of a cell for its mean", at.CLIP_PACK, highest_of_the_cell, PICTURES),
+    Mutant("several images tiled as one is", at.ONEVISION_CROPS, always_tiled, ADAPTERS),
+    Mutant("the norm after pooling left out", at.GEMMA_PROJECTOR, norm_left_out, PICTURES),
+)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes in the Triton kernels, whose source is compiled: changes of its syntax tree.
+
+How lines are wrapped and what comments say does not matter. They are tried in the interpreter, by
+``tests/kernels/test_mutants.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SourceMutant:
+    """A mistake in the source of a kernel, and the cases that must notice.
+
+    Args:
+        name: in plain words.
+        place: "module.function", without the "triton_" of the module.
+        old: an expression or a statement that stands in the function once.
+        new: what stands there instead; nothing: a statement is left out.
+        op, within: the cases to try: of this op, with this in their names.
+        slow: only with the slow tests.
+    """
+
+    name: str
+    place: str
+    old: str
+    new: str
+    op: str
+    within: str = ""
+    slow: bool = True
+
+    @property
+    def module(self) -> str:
+        return f"triton_{self.place.partition('.')[0]}"
+
+    @property
+    def function(self) -> str:
+        return self.place.partition(".")[2]
+
+
+SELECT = [
+    SourceMutant(
+        "the last of equals is dropped",
+        "select.keep_rank",
+        "rank_equal <= need",
+        "rank_equal < need",
+        "topk_select",
+        "ties-7",
+        slow=False,
+    ),
+    SourceMutant(
+        "the zeros differ",
+        "select.sortable",
+        "(bits ^ (sign & 0x7FFFFFFF)) - sign",
+        "bits ^ (sign & 0x7FFFFFFF)",
+        "topk_select",
+        "special",
+        slow=False,
+    ),
+    SourceMutant(
+        "negative NaN above positive NaN",
+        "select.sortable",
+        "tl.maximum(key, 0x00FFFFFE)",
+        "tl.maximum(key, 1)",
+        "topk_select",
+        "special",
+        slow=False,
+    ),
+    SourceMutant(
+        "NaN highest", "select.sortable", "0x807FFFFF", "0x80000000", "topk_select", "special", slow=False
+    ),
+    SourceMutant(
+        "partial scores not added",
+        "select.load_keys",
+        "range(1, parts)",
+        "range(2, parts)",
+        "topk_select",
+        "parts-33",
+        slow=False,
+    ),
+    SourceMutant("bisection stops early", "select.kth_key", "low < high", "low + 1 < high", "topk_select"),
+    SourceMutant(
+        "k above N in a segment",
+        "select.segment",
+        "tl.minimum(tl.load(ks + s), n)",
+        "tl.load(ks + s)",
+        "topk_select_varlen",
+        "long",
+    ),
+    SourceMutant(
+        "segments start at 0",
+        "select.segment",
+        "start.to(tl.int64)",
+        "start.to(tl.int64) * 0",
+        "topk_select_varlen",
+    ),
+    SourceMutant(
+        "digits of other prefixes counted",
+        "large.histogram_kernel",
+        "valid & ((key >> 21) == high)",
+        "valid",
+        "topk_select",
+        "long",
+    ),
+    SourceMutant(
+        "keys of the bin itself counted as above",
+        "large.narrow",
+        "bins > digit",
+        "bins >= digit",
+        "topk_select",
+        "long",
+    ),
+    SourceMutant(
+        "chunks before forgotten", "large.compact_kernel", "tl.sum(equal, 0)", "0", "topk_select", "long"
+    ),
+]
+
+ROWS = [
+    SourceMutant("host: k above N", "rows.prune", "k = min(k, n)", "", "prune", "k above N", slow=False),
+    SourceMutant(
+        "ends not counted before",
+        "gather.prune_kernel",
+        "block * ROWS - pre",
+        "block * ROWS",
+        "prune",
+        "ends-ties",
+    ),
+    SourceMutant(
+        "rows behind land at N",
+        "gather.prune_kernel",
+        "pre + k + token - n",
+        "row",
+        "prune",
+        "ends-ties",
+        slow=False,
+    ),
+    SourceMutant(
+        "rows behind are lost", "gather.prune_kernel", "token < n + post", "token < n", "prune", "k above N"
+    ),
+    SourceMutant(
+        "gather: rows behind",
+        "gather.gather_kernel",
+        "pre + n + chosen - k",
+        "n + chosen - k",
+        "prune",
+        "ends-ties-two",
+    ),
+    SourceMutant(
+        "columns of one share only",
+        "gather.copy_rows",
+        "range(part * BD, width, split * BD)",
+        "range(part * BD, width, (split + 1) * BD)",
+        "prune",
+        "many columns",
+    ),
+    SourceMutant(
+        "last columns masked off", "gather.copy_rows", "at < width", "at < width - 1", "gather_rows"
+    ),
+    SourceMutant(
+        "indices by every share",
+        "gather.prune_kernel",
+        "tl.store(idx + first + place, token, mask=keep)",
+        "tl.store(idx + first + place, token + 1, mask=keep)",
+        "prune",
+        "no ends",
+    ),
+    SourceMutant(
+        "dropped rows not zero",
+        "gather.unprune_kernel",
+        "(row < n)[:, None] & inside",
+        "found[:, None] & inside",
+        "unprune",
+    ),
+    SourceMutant(
+        "search one step short", "gather.unprune_kernel", "range(0, steps)", "range(1, steps)", "unprune"
+    ),
+]
+
+GREEDY = [
+    SourceMutant(
+        "higher index wins a pick",
+        "greedy.best_of",
+        "tl.min(tl.where(key == top, token, 0x7FFFFFFF), 0)",
+        "tl.max(tl.where(key == top, token, 0), 0)",
+        "greedy_maxmin",
+        "21",
+        slow=False,
+    ),
+    SourceMutant(
+        "picked again",
+        "greedy.maxmin_kernel",
+        "taken = taken | (lane == pick)",
+        "",
+        "greedy_maxmin",
+        "21",
+        slow=False,
+    ),
+    SourceMutant(
+        "NaN forgotten",
+        "greedy.maxmin_kernel",
+        "tl.maximum(best, row, propagate_nan=tl.PropagateNan.ALL)",
+        "tl.where(row > best, row, best)",
+        "greedy_maxmin",
+        "spoilt",
+    ),
+    SourceMutant(
+        "itself the nearest",
+        "greedy.nearest_kernel",
+        "valid[:, None] & (other < n)[None, :] & (token[:, None] != other[None, :])",
+        "valid[:, None] & (other < n)[None, :]",
+        "greedy_maxmin",
+        "21-7-nn",
+    ),
+    SourceMutant(
+        "weight forgotten",
+        "greedy.worth_of",
+        "tl.load(weight + at, mask=valid, other=0.0) * value",
+        "value",
+        "greedy_maxmin",
+        "weighted",
+    ),
+    SourceMutant(
+        "column instead of row",
+        "greedy.maxmin_kernel",
+        "sim + pick.to(tl.int64) * row_stride + lane",
+        "sim + pick + lane * row_stride",
+        "greedy_maxmin",
+        "spoilt",
+    ),
+    SourceMutant(
+        "rounding counts as residual",
+        "greedy.settled",
+        "tl.where(residual <= floor, 0.0, residual)",
+        "residual",
+        "greedy_dpp",
+        "rank used up",
+    ),
+    SourceMutant(
+        "nothing explained",
+        "greedy.dpp_kernel",
+        "explained += tl.sum(rows * picks[:, None], 0)",
+        "explained += 0.0",
+        "greedy_dpp",
+        "21",
+    ),
+    SourceMutant(
+        "step: leavings of one launch only",
+        "steps.pick_left",
+        "(step - 1) & 1",
+        "step & 1",
+        "greedy_maxmin_features",
+    ),
+    SourceMutant(
+        "step: picked again",
+        "steps.maxmin_step_kernel",
+        "tl.store(taken + at, gone.to(tl.int8), mask=valid)",
+        "",
+        "greedy_maxmin_features",
+    ),
+    SourceMutant(
+        "step: history a row short",
+        "steps.dpp_step_kernel",
+        "dots(history, mine, pick, valid, step - 1, history_stride, history_stride, ROWS, WIDTH)",
+        "dots(history, mine, pick, valid, step - 17, history_stride, history_stride, ROWS, WIDTH)",
+        "greedy_dpp_features",
+        "21",
+    ),
+]
+
+SCORES = [
+    SourceMutant(
+        "head of another group",
+        "attention.logits_of",
+        "head * group + mine",
+        "head + mine",
+        "attn_row_scores",
+        "groups-float32",
+    ),
+    SourceMutant(
+        "softmax of the columns asked for",
+        "attention.attn_logits_kernel",
+        "key < keys",
+        "key < v0 + nv",
+        "attn_row_scores",
+        "wide-float32",
+    ),
+    SourceMutant(
+        "blocks summed without their maximum",
+        "attention.attn_combine_kernel",
+        "tl.exp(tops - top)",
+        "1.0",
+        "attn_row_scores",
+        "wide-float32",
+    ),
+    SourceMutant(
+        "sum instead of mean",
+        "attention.attn_row_kernel",
+        "total * share",
+        "total",
+        "attn_row_scores",
+        "groups-float32-lse",
+    ),
+    SourceMutant(
+        "rows of the matrix not weighed",
+        "attention.row_dot_kernel",
+        "left * tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)",
+        "tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)",
+        "zoo_sensitivity",
+    ),
+]
+MUTANTS = [*SELECT, *ROWS, *GREEDY, *SCORES]
+
+
+class _Swap(ast.NodeTransformer):
+    """Puts one node in the place of every node like another; counts them."""
+
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.like, self.new = ast.dump(old), new
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if ast.dump(node) == self.like:
+            self.count += 1
+            return self.new
+        return self.generic_visit(node)
+
+
+def _node(code: str, as_expression: bool) -> ast.AST:
+    (statement,) = ast.parse(code or "pass").body
+    return statement.value if as_expression and isinstance(statement, ast.Expr) else statement
+
+
+def mutated_source(mutant: SourceMutant, source: str) -> str:
+    """A module with the mistake; refused where its place is not there once."""
+    tree = ast.parse(source)
+    functions = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == mutant.function
+    ]
+    swap = _Swap(_node(mutant.old, bool(mutant.new)), _node(mutant.new, True))
+    for function in functions:
+        function.body = [swap.visit(statement) for statement in function.body]
+    if swap.count != 1:
+        raise LookupError(
+            f"{mutant.name!r}: {mutant.old!r} stands {swap.count} times in {mutant.place}; update the list"
+        )
+    return ast.unparse(ast.fix_missing_locations(tree))
