@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 COMPANIONS = ("kernels", "methods", "benchmarks")  # evidence beside the package, never importable
 LIBRARY = sorted((ROOT / "vlmprune").rglob("*.py"))
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "lmms_eval", "ray", "timm", "jinja2", "numpy", "typer")
-MAX_FILE, MAX_FUNCTION = 300, 60
+MAX_FILE, MAX_FUNCTION = 400, 60
 
 # spelt so that this file does not match
 MACHINE_TRACES = re.compile(
@@ -104,7 +104,10 @@ def test_an_editable_install_is_a_path_that_type_checkers_follow(editable, sourc
 
 def test_an_editable_install_makes_nothing_else_importable(editable, tmp_path):
     names = ("vlmprune", *COMPANIONS, "tests", "docs")
-    code = f"import sys; sys.path[:0] = {editable}; from importlib.util import find_spec as f; print([f(n) is not None for n in {names}])"
+    code = (
+        f"import sys; sys.path[:0] = {editable}; from importlib.util import find_spec\n"
+        f"print([find_spec(name) is not None for name in {names}])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout.lower()) == [True] + [False] * (len(names) - 1)
 
@@ -145,10 +148,13 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path):
 
 
 def test_type_checkers_and_python_see_the_same_names():
-    """A checker runs no code: it believes a literal ``__all__``, and takes a name for public where it is imported ``as`` itself."""
+    """A checker runs no code: it believes a literal ``__all__``, and names that are imported ``as`` themselves."""
     tree = ast.parse((ROOT / "vlmprune" / "__init__.py").read_text())
-    lists = [ast.literal_eval(node.value) for node in tree.body
-             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    lists = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     exported = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
     assert lists == [vlmprune.__all__] and vlmprune.__all__ == sorted(vlmprune.__all__)
