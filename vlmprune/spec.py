@@ -173,6 +173,12 @@ class Spec(_Printed):
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
 
+    @property
+    def prunes(self) -> bool:
+        """Whether tokens are removed: by a method that takes a budget, and has not the budget of all tokens."""
+        acting = [part for part in self.parts if get(part.name).budgeted and not get(part.name).wraps]
+        return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
+
     def _repr_html_(self) -> str:
         from .viz.notebook import facts
 
