@@ -111,6 +111,10 @@ def score(
         method: a spec or a method object that scores; a budget is not needed.
         image: the picture that ``inputs`` were made of, or a list of them in order, for the maps to draw.
     """
+    return _with_pictures(_score(model, inputs, method), image)
+
+
+def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
     built, _, text = resolve(method, need_keep=False)
     if built.stage != "before_lm":
         raise UnsupportedError(
@@ -123,14 +127,13 @@ def score(
     if is_tower(model):
         tensors, grid = tower_tensors(model, inputs, built)
         rows = finite_scores(built, VisualTokens(**tensors, grids=(grid,))).float().cpu()
-        maps = [ScoreMap(row, (grid,), method=text, view="stretch", index=n) for n, row in enumerate(rows)]
-        return _with_pictures(maps, image)
+        return [ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number) for number, row in enumerate(rows)]
     adapter = adapter_for(model)
     built.check_model(adapter.config)
     if not isinstance(inputs, Mapping):
         expected = f"what the processor returned, a mapping with {adapter.modalities[0].pixels!r}"
         raise SpecError(f"inputs is a {type(inputs).__name__}; expected {expected}")
-    maps = []
+    maps: list[ScoreMap] = []
     seen = 0  # pictures of earlier modalities
     for modality in adapter.modalities:
         if inputs.get(modality.pixels) is None:
@@ -159,7 +162,7 @@ def score(
         seen += len(pictures)
     if not maps:
         raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
-    return _with_pictures(maps, image)
+    return maps
 
 
 def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | None] | None) -> list[ScoreMap]:
