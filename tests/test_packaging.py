@@ -198,6 +198,14 @@ def test_no_file_names_a_machine():
     assert found == []
 
 
+def test_nothing_is_to_be_installed_that_was_never_released():
+    """There is no release, so an extra is installed from a clone: ``pip install -e ".[eval]"``."""
+    wanted = re.compile(r"pip3? install (?:-\S+ )*[\"']?vlmprune\b(?!-)")
+    files = [*LIBRARY, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    texts = {relative(path): path.read_text(encoding="utf-8") for path in files}
+    assert [f"{name}: {found[0]}" for name, text in texts.items() for found in wanted.finditer(text)] == []
+
+
 # --- style, by syntax tree --------------------------------------------------------------------------------------------------
 
 
