@@ -23,12 +23,9 @@ from vlmprune.benchmarks.tasks import get_task
 from vlmprune.models.loading import load
 
 METHODS = ("random", "divprune", "fastervlm", "fastv")
-SIZE, GAP, HEAD, FOOT = (
-    432,
-    14,
-    40,
-    34,
-)  # SIZE: three pixels for each one of the benchmark, so that patches stay sharp
+SIZE = 432  # three pixels for each one of the benchmark, so that patches stay sharp
+GAP = 14
+HEAD, FOOT = 58, 56  # pixels of text above and below a panel
 LOOKED_AT = 500  # questions; beyond them the rule finds nothing
 
 
@@ -59,7 +56,7 @@ def panel(image: Image.Image, record: Record) -> Image.Image:
     large = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     kept, total = record.realised_tokens, record.dense_tokens
     sheet.paste(record.keep[0].draw(large) if kept < total else large, (0, HEAD))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(34)
     pen.text((2, 8), record.spec if kept < total else f"all {total} tokens", fill="black", font=font)
     right = record.score == 1
     text = f"{record.answer or 'no answer'} ({'right' if right else 'wrong'})"
@@ -71,7 +68,7 @@ def gallery(sample: Any, records: list[Record]) -> Image.Image:
     """One panel per answer under the question."""
     panels = [panel(sample.load_images()[0], record) for record in records]
     sheet = Image.new("RGB", (len(panels) * (SIZE + GAP) - GAP, HEAD + panels[0].height), "white")
-    ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(24))
+    ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(38))
     for number, one in enumerate(panels):
         sheet.paste(one, (number * (SIZE + GAP), HEAD))
     return sheet

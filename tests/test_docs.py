@@ -8,10 +8,13 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import typer
 import yaml
+from PIL import Image
 
 from vlmprune.cli import app
 from vlmprune.config import Config
@@ -135,3 +138,29 @@ def test_every_default_in_the_reference_is_the_real_one():
     config = Config.of({"models": ["tiny"], "specs": ["dense"]}).plain()
     assert {key: yaml.safe_load(text) for key, text in shown.items()} == {key: config[key] for key in shown}
     assert {"tasks", "seeds", "split", "batch_size", "dtype"} == set(shown)
+
+
+# --- the README's picture ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "telling"),
+    [
+        ([1, 0, 1, 1, 1], True),
+        ([1, 0, 1, 1, 0], True),
+        ([1, 0, 1, 0, 0], False),  # most of the methods must hold
+        ([1, 1, 1, 1, 1], False),  # random is right too
+        ([0, 0, 1, 1, 1], False),  # the model does not know it
+    ],
+)
+def test_the_picture_is_chosen_by_its_rule(scores, telling):
+    records = [SimpleNamespace(score=score) for score in scores]
+    assert script("gallery").telling(records) is telling
+
+
+@pytest.mark.slow
+def test_the_picture_is_the_one_that_the_rule_gives(tmp_path):
+    gallery = script("gallery")
+    gallery.main([str(tmp_path / "gallery.png")])
+    drawn, shipped = (np.asarray(Image.open(folder / "gallery.png")) for folder in (tmp_path, ROOT / "docs"))
+    assert drawn.shape == shipped.shape and (drawn != shipped).mean() < 0.01

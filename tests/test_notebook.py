@@ -94,6 +94,11 @@ def test_other_objects_show_a_table(shown, words):
     assert [word for word in words if word not in page.text] == []
 
 
+def test_names_in_double_backticks_are_shown_as_code():
+    page = vlmprune.parse("debias+fastv(layer=2)@0.25")._repr_html_()
+    assert "``" not in page and "<code>debias+fastv@64</code>" in page
+
+
 def test_text_in_an_object_is_never_markup():
     hostile = [ScoreMap(torch.rand(4), ((2, 2),), HOSTILE), KeepMap([0], 4, ((2, 2),), method=HOSTILE)]
     for shown in [*hostile, Report(HOSTILE, firings={HOSTILE: 1}, note=HOSTILE)]:

@@ -54,9 +54,8 @@ def test_the_first_block_prints_what_it_says(capsys: pytest.CaptureFixture[str])
         and f"# {counted.partition('image, ')[0]}image, " in BLOCKS[0]
     )
     example = next(line for line in BLOCKS[0].splitlines() if "example()" in line)
-    assert f'"{names["question"]}"; "{names["answer"]}"' in example and names["answer"] == said.replace(
-        " ", ""
-    )
+    assert f'"{names["question"]}", "{names["answer"]}"' in example
+    assert said.replace(" ", "") == names["answer"]
 
 
 def test_the_readme_has_its_blocks_and_files() -> None:

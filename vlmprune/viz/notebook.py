@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
@@ -28,10 +29,13 @@ def figure(image: Image.Image, caption: str) -> str:
 
 
 def facts(title: str, rows: Mapping[str, object]) -> str:
-    """A table of two columns below a title."""
+    """A table of two columns below a title; ``names`` in double backticks become code."""
+    left = 'style="text-align: left"'
     cells = "".join(
-        f'<tr><th style="text-align: left">{escape(name)}</th>'
-        f'<td style="text-align: left">{escape(str(value))}</td></tr>'
-        for name, value in rows.items()
+        f"<tr><th {left}>{escape(name)}</th><td {left}>{_text(rows[name])}</td></tr>" for name in rows
     )
-    return f"<table><caption><code>{escape(title)}</code></caption>{cells}</table>"
+    return f"<table><caption {left}><code>{escape(title)}</code></caption>{cells}</table>"
+
+
+def _text(value: object) -> str:
+    return re.sub("``(.+?)``", r"<code>\1</code>", escape(str(value)))
