@@ -253,6 +253,13 @@ def test_there_is_no_plan_for_what_removes_nothing(spec):
     assert f"error: '{spec}' removes no token, so nothing could pay" in cli("plan", spec, code=2).stderr
 
 
+def test_no_plan_is_made_for_what_removes_nothing():
+    from vlmprune.benchmarks.speed.plan import plan
+
+    with pytest.raises(SpecError, match="removes no token"):
+        plan(None, "dense")
+
+
 @pytest.mark.parametrize("words", [["pool@9", "--prune", "pool@4"], ["", "--prune", "pool@4"]])
 def test_plan_takes_one_spec(words):
     assert "plan takes one spec" in cli("plan", *words, code=2).stderr

@@ -112,12 +112,13 @@ def plan(
     """Say whether pruning pays on this machine, and from how long a prompt, batch and answer on."""
     if spec is not None and prune is not None:
         raise SpecError(f"{spec!r} and --prune {prune!r} were given; plan takes one spec: leave one out")
-    wanted = _pruning(next(given for given in (spec, prune, PLANNED) if given is not None))
 
     from ..benchmarks.speed.card import Effort
     from ..benchmarks.speed.plan import plan as make_plan
+    from ..benchmarks.speed.plan import plannable
     from ..benchmarks.speed.workload import make_workload
 
+    wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     with stderr().status(f"building {model}") as status:
         options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
         workload = make_workload(model, **options, trust_remote_code=trust_remote_code)
@@ -135,18 +136,6 @@ def _specs(texts: list[str]) -> list[str]:
     for spec in specs:
         spec.build(require_budget=True)
     return list(map(str, specs))
-
-
-def _pruning(text: str) -> str:
-    """A spec that removes tokens: there is nothing to plan for another one."""
-    from ..spec import parse
-
-    (checked,) = _specs([text])
-    if not parse(checked).prunes:
-        raise SpecError(
-            f"{checked!r} removes no token, so nothing could pay; expected a spec such as {PLANNED}"
-        )
-    return checked
 
 
 def _show_card(rows: list[dict[str, Any]], start: dict[str, Any], missing: dict[str, str]) -> None:
