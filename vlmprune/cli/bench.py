@@ -120,7 +120,13 @@ def plan(
 
     wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     with stderr().status(f"building {model}") as status:
-        options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
+        options: dict[str, Any] = {
+            "batch": batch,
+            "text": text,
+            "device": device,
+            "dtype": dtype,
+            "scale": scale,
+        }
         workload = make_workload(model, **options, trust_remote_code=trust_remote_code)
         found = make_plan(
             workload, wanted, answer_tokens=answer, worth=worth, effort=Effort(rounds), tell=status.update

@@ -70,7 +70,7 @@ def run(
         pruned, whole, report = _answers(loaded, processor, inputs, spec, max_new_tokens, dense, warm)
     if draw is not None:
         _draw(report, picture, draw)
-    found = {"model": model, "prune": str(spec), "image": image, "question": question}
+    found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
     found |= {"answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected}
     found |= _counts(report, pruned, whole)
     how = "after a warm-up" if warm else "without a warm-up, pruned first"

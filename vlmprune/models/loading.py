@@ -117,7 +117,7 @@ def prompt(processor: Any, question: str) -> str:
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         try:
-            return processor.apply_chat_template(
+            text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
         except Exception as error:  # a template is a program that comes with the checkpoint
@@ -125,6 +125,7 @@ def prompt(processor: Any, question: str) -> str:
             raise VlmPruneError(
                 f"the chat template of the model fails ({reason}); give the model another one"
             ) from error
+        return text
     if type(processor).__name__ == "PaliGemmaProcessor":
         return f"{image}{question}"
     return f"USER: {image}\n{question} ASSISTANT:"
