@@ -60,9 +60,7 @@ def _panel(axis: Any, rows: list[Row], value: Callable[[Row], Any], across: str)
         axis.plot(xs, ys, label=label, **style)
         if isinstance(points[0][1], list):
             lows, highs = ([y[side] for _, y, _ in points] for side in (1, 2))
-            axis.fill_between(
-                xs, lows, highs, color=style["color"], alpha=0.25 if label == "random" else 0.06, linewidth=0
-            )
+            axis.fill_between(xs, lows, highs, color=style["color"], alpha=0.25 if label == "random" else 0.06, linewidth=0)
     axis.set_xscale("log", base=2)
     axis.set_xlim(1.06, 0.055)
     axis.set_xticks([1, 0.5, 0.25, 0.125, 0.0625], ["100 %", "50 %", "25 %", "12.5 %", "6.25 %"])
