@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the README's picture: one image of the benchmark, four methods, the same budget, and what the model answers.
+"""Draw the README's picture: one question of the benchmark, the whole picture, and what four methods leave of it.
 
     python docs/gallery.py docs/gallery.png
     python docs/gallery.py needle.png --sample needle-7 --keep 9 --methods random pool fastervlm fastv
 
-Model and question are those that ship with the package. Methods inside the language model are drawn after their last cut.
+Without --sample the question is chosen by a rule and not by hand: the first test question about one picture that the whole
+picture answers right, the first method wrong, and most of the others right. Model and questions ship with the package.
+Methods inside the language model are drawn after their last cut.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -20,43 +23,76 @@ from vlmprune.benchmarks.tasks import get_task
 from vlmprune.models.loading import load
 
 METHODS = ("random", "divprune", "fastervlm", "fastv")
-SIZE, GAP, HEAD, FOOT = 432, 14, 40, 34  # SIZE: three pixels for each one of the benchmark, so that patches stay sharp
+SIZE = 432  # three pixels for each one of the benchmark, so that patches stay sharp
+GAP = 14
+HEAD, FOOT = 58, 56  # pixels of text above and below a panel
+LOOKED_AT = 500  # questions; beyond them the rule finds nothing
+
+
+def answers(bundle: tuple[Any, Any], sample: Any, specs: Sequence[str]) -> list[Record]:
+    """What the dense model and each spec answer to one question."""
+    return list(evaluate(*bundle, [sample], ["dense", *specs], get_task("shapes")))
+
+
+def telling(records: list[Record]) -> bool:
+    """Right with all tokens, wrong with those of the first spec, right with most of the other specs."""
+    dense, first, *others = (record.score == 1 for record in records)
+    return dense and not first and sum(others) > len(others) / 2
+
+
+def choose(bundle: tuple[Any, Any], specs: Sequence[str]) -> tuple[Any, list[Record]]:
+    """The first telling question, with its answers."""
+    for sample in get_task("shapes").samples("test", LOOKED_AT):
+        if len(sample.images) == 1 and telling(found := answers(bundle, sample, specs)):
+            return sample, found
+    raise SystemExit(
+        f"none of {LOOKED_AT} questions is answered right by most of {specs[1:]} and wrong by {specs[0]}"
+    )
 
 
 def panel(image: Image.Image, record: Record) -> Image.Image:
     """The picture with its kept patches, the spec above and the answer below."""
     sheet = Image.new("RGB", (SIZE, HEAD + SIZE + FOOT), "white")
-    sheet.paste(record.keep[0].draw(image.resize((SIZE, SIZE), Image.Resampling.NEAREST)), (0, HEAD))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
-    pen.text((2, 8), record.spec, fill="black", font=font)
+    large = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    kept, total = record.realised_tokens, record.dense_tokens
+    sheet.paste(record.keep[0].draw(large) if kept < total else large, (0, HEAD))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(34)
+    pen.text((2, 8), record.spec if kept < total else f"all {total} tokens", fill="black", font=font)
     right = record.score == 1
     text = f"{record.answer or 'no answer'} ({'right' if right else 'wrong'})"
     pen.text((2, HEAD + SIZE + 6), text, fill="#007050" if right else "#B03000", font=font)
     return sheet
 
 
-def gallery(bundle: tuple[Any, Any], sample: Any, specs: list[str]) -> Image.Image:
-    """One panel per spec under the question."""
-    records = evaluate(*bundle, [sample], specs, get_task("shapes"))
+def gallery(sample: Any, records: list[Record]) -> Image.Image:
+    """One panel per answer under the question."""
     panels = [panel(sample.load_images()[0], record) for record in records]
     sheet = Image.new("RGB", (len(panels) * (SIZE + GAP) - GAP, HEAD + panels[0].height), "white")
-    ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(24))
+    ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(38))
     for number, one in enumerate(panels):
         sheet.paste(one, (number * (SIZE + GAP), HEAD))
     return sheet
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--sample", default="needle-0", help="family-number in the test split")
+    parser.add_argument("--sample", help="family-number in the test split, as in needle-0; else by the rule")
     parser.add_argument("--keep", type=int, default=18)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     options = parser.parse_args(words)
-    family, _, number = options.sample.rpartition("-")
-    sample = get_task("shapes").sample("test", family, int(number))
-    gallery(load(options.model), sample, [f"{method}@{options.keep}" for method in options.methods]).save(options.path)
+    bundle, specs = load(options.model), [f"{method}@{options.keep}" for method in options.methods]
+    if options.sample is None:
+        sample, found = choose(bundle, specs)
+    else:
+        family, _, number = options.sample.rpartition("-")
+        sample = get_task("shapes").sample("test", family, int(number))
+        found = answers(bundle, sample, specs)
+    gallery(sample, found).save(options.path, optimize=True)
+    print(f"{sample.id}: {sample.question} {sample.answers[0]}")
 
 
 if __name__ == "__main__":

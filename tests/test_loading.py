@@ -95,6 +95,23 @@ def test_a_processor_of_tasks_is_given_the_task_alone():
     assert prompt(paligemma, "answer en What is it?") == "<image>answer en What is it?"
 
 
+@pytest.mark.parametrize("template", [True, False])
+def test_a_place_for_a_picture_in_the_question_is_one_too_many(template):
+    model, processor = tiny_bundle()
+    if not template:
+        processor.chat_template = None
+    with pytest.raises(SpecError, match="the question holds '<image>'; leave it out"):
+        encode(model, processor, picture(), "<image> What is it?")
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_fails_or_tries_to_break_out_is_one_error(template):
+    _, processor = tiny_bundle()
+    processor.chat_template = template
+    with pytest.raises(VlmPruneError, match=r"the chat template of the model fails \(\w+: .+\); give"):
+        prompt(processor, "What is it?")
+
+
 # --- what cannot be loaded --------------------------------------------------------------------------------------------------
 
 
@@ -124,21 +141,60 @@ def test_an_empty_folder_is_named(tmp_path):
 def test_an_unsupported_family_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
-    with pytest.raises(UnsupportedError, match=r"'blip-2' model; families with an adapter: .*'llava'"):
+    with pytest.raises(UnsupportedError, match=r"'blip-2' is not supported; families with an adapter: .*'llava'"):
         load(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "llavva"}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "7", '{"model_type": ""}', '{"model_type": ["llava"]}'])
 def test_a_config_that_makes_no_sense_is_one_error(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(VlmPruneError, match=r"the config of .* cannot be read"):
         load(str(folder))
 
 
-def test_code_in_a_checkpoint_is_not_run(folder):
-    (folder / "config.json").write_text('{"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}')
+def plant(folder, **config):
+    """Give a checkpoint code that would be seen to run."""
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "theirs.Config"}} | config))
     (folder / "theirs.py").write_text("raise SystemExit('this ran')")
-    with pytest.raises(VlmPruneError, match="custom code"):
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("model_type", ["theirs", "minicpmv", "llava_next_2"])
+def test_a_checkpoint_with_code_is_refused_before_it_runs(folder, model_type, trust):
+    plant(folder, model_type=model_type)
+    told = r"code that comes with it was not run.*Run it dense, or .*vlmprune\.select"
+    with pytest.raises(UnsupportedError, match=told) as error:
+        load(str(folder), trust_remote_code=trust)
+    assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_supported_model_is_always_that_of_transformers(folder, trust):
+    plant(folder, **json.loads((folder / "config.json").read_text()))
+    if trust:  # the tokenizer looks at the config of the checkpoint, so its code does run then
+        (folder / "theirs.py").write_text("from transformers import LlavaConfig\n\nclass Config(LlavaConfig): ...\n")
+    model, processor = load(str(folder), trust_remote_code=trust)
+    assert type(model).__module__.startswith("transformers.") and type(model.config).__module__.startswith("transformers.")
+    assert answer(model, processor).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "example"),
+    [
+        ({"model_type": "internvl_chat"}, "OpenGVLab/InternVL3-1B-hf"),
+        ({"model_type": "llava_qwen"}, "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+        ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "llava-hf/llava-1.5-7b-hf"),
+    ],
+)
+def test_a_checkpoint_in_its_authors_format_names_a_converted_one(folder, config, example):
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=f"a converted checkpoint, whose name ends in -hf, such as {example}"):
+        load(str(folder))
+
+
+def test_a_reason_that_is_known_is_given(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mllama"}))
+    with pytest.raises(UnsupportedError, match="read by cross-attention"):
         load(str(folder))
 
 
@@ -175,8 +231,9 @@ def test_a_missing_processor_is_one_error(folder):
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
 def test_a_device_that_is_not_here_is_refused(device):
-    with pytest.raises(VlmPruneError, match=f"device '{device}' cannot be used"):
+    with pytest.raises(VlmPruneError, match=f"device '{device}' cannot be used.*expected cpu, cuda") as error:
         load("tiny", device=device)
+    assert len(str(error.value)) < 200 and "fpga" not in str(error.value)  # torch lists all kinds that there are
 
 
 def test_a_dtype_that_is_not_known_is_refused():

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -105,7 +108,7 @@ def test_a_path_is_read_and_turned_upright(tmp_path):
     assert KeepMap([0], 4, ((2, 2),)).draw(str(tmp_path / "a.png")).size == (20, 40)
 
 
-NO_PICTURES = [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), None, np.zeros((4, 4, 3)), "no/such/file.png", __file__]
+NO_PICTURES = [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), 7, np.zeros((4, 4, 3)), "no/such/file.png", __file__]
 
 
 @pytest.mark.parametrize("wrong", NO_PICTURES)
@@ -144,3 +147,91 @@ def test_strengths_outside_zero_to_one_are_refused():
         ScoreMap(torch.rand(4), ((2, 2),)).draw(picture(), alpha=1.5)
     with pytest.raises(SpecError, match="dim=-1"):
         KeepMap([0], 4, ((2, 2),)).draw(picture(), dim=-1)
+
+
+# --- large pictures, many blocks, and no picture ----------------------------------------------------------------------------
+
+
+def test_a_drawing_is_bounded_and_an_argument_lifts_the_bound():
+    kept, large = KeepMap([0, 3], 4, ((2, 2),)), picture(3000, 1500)
+    assert kept.draw(large).size == (2000, 1000)
+    assert kept.draw(large, max_side=300).size == (300, 150)
+    assert kept.draw(large, max_side=None).size == large.size
+    assert ScoreMap(torch.rand(4), ((2, 2),)).draw(large.rotate(90, expand=True)).size == (1000, 2000)
+    assert kept.draw(picture()).size == (96, 64)  # never enlarged
+
+
+@pytest.mark.parametrize("blocks", [2, 5, 40, 160])
+def test_panels_side_by_side_fit_together(blocks):
+    drawn = KeepMap([0], grids=((2, 2),) * blocks).draw(picture(900, 600))
+    assert drawn.width <= 2000 and drawn.width > 0.8 * min(2000, 900 * blocks)
+
+
+@pytest.mark.parametrize("max_side", [0, -1, 1.5, True, "big"])
+def test_a_bound_that_is_none_is_refused(max_side):
+    with pytest.raises(SpecError, match="max_side"):
+        KeepMap([0], 4, ((2, 2),)).draw(picture(), max_side=max_side)
+
+
+def test_more_blocks_than_can_be_seen_and_canvases_past_all_memory_are_refused():
+    many = KeepMap([0], grids=((1, 1),) * 60_000)
+    with pytest.raises(SpecError, match="60000 blocks of tokens do not fit into 2000 pixels"):
+        many.draw(picture())
+    with pytest.raises(SpecError, match=r"would have [0-9,]+ pixels; expected at most 268,435,456"):
+        many.draw(picture(), max_side=None)
+
+
+def test_strips_leave_no_seams(monkeypatch):
+    """Outlines, stripes and colours do not depend on how a picture is cut for the computation."""
+    kept = KeepMap([0, 5, 6, 9, 20], grids=((5, 5),), view="center")
+    scores = ScoreMap(torch.rand(25, generator=torch.Generator().manual_seed(0)), ((5, 5),), view="center")
+    deep = Image.fromarray(np.linspace(-3, 900, 700 * 500).reshape(500, 700).astype(np.float32))
+    def drawings():
+        return [kept.draw(picture(700, 500)), scores.draw(picture(500, 700)), kept.draw(deep, max_side=350)]
+    whole = drawings()
+    monkeypatch.setattr("vlmprune.viz.overlay._STRIP", 2000)
+    for one, other in zip(whole, drawings(), strict=True):
+        assert (pixels(one) == pixels(other)).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16", "F"])
+def test_a_reduced_picture_looks_like_the_whole_one(mode):
+    shades = np.asarray(Image.radial_gradient("L").resize((1024, 512)))
+    grey = Image.fromarray(shades)
+    source = {"I;16": lambda: Image.fromarray(shades.astype(np.uint16) * 257), "F": lambda: grey.convert("F"),
+              "P": lambda: grey.convert("RGB").quantize(64)}.get(mode, lambda: grey.convert(mode))()
+    small, expected = pixels(open_picture(source, 128)), pixels(open_picture(source).resize((128, 64), Image.Resampling.BOX))
+    assert small.shape == (64, 128, 3) and abs(small - expected).mean() < 3
+
+
+@pytest.mark.parametrize(("mode", "name"), [("1", "a.png"), ("L", "a.jpg")])
+def test_a_huge_file_is_drawn_in_little_memory_and_without_a_warning(tmp_path, mode, name):
+    Image.new(mode, (12_000, 9_000), 255).save(tmp_path / name)
+    kept = KeepMap(range(288), grids=((24, 24),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tracemalloc.start()  # numpy's memory; Pillow holds the picture itself, a byte for each pixel
+        drawn = kept.draw(tmp_path / name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert drawn.size == (2000, 1500) and peak < 300e6
+
+
+def test_a_picture_of_too_many_pixels_is_one_clear_error(tmp_path, monkeypatch):
+    picture(300, 200).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    with pytest.raises(SpecError, match=r"'.*a.png' is a picture of too many pixels; expected at most 40,000"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_url_is_not_taken_for_a_file():
+    with pytest.raises(SpecError, match=r"'https://a\.org/b\.png' is a URL.*download it"):
+        open_picture("https://a.org/b.png")
+
+
+def test_a_map_draws_its_own_picture_or_a_grey_canvas_of_its_shape():
+    own = ScoreMap(torch.rand(6), ((2, 3),), image=picture())
+    assert (pixels(own.keep(2).draw()) == pixels(own.keep(2).draw(picture()))).all()
+    assert (pixels(own.draw()) == pixels(own.draw(picture()))).all()
+    bare = KeepMap([0], 6, ((2, 3),))
+    assert bare.draw().size == (480, 320) and len(np.unique(pixels(bare.draw())[40:100, 40:120].reshape(-1, 3), axis=0)) == 1

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 COMPANIONS = ("kernels", "methods", "benchmarks")  # evidence beside the package, never importable
 LIBRARY = sorted((ROOT / "vlmprune").rglob("*.py"))
 HEAVY = ("torch", "transformers", "triton", "matplotlib", "lmms_eval", "ray", "timm", "jinja2", "numpy", "typer")
-MAX_FILE, MAX_FUNCTION = 300, 60
+MAX_FILE, MAX_FUNCTION = 400, 60
 
 # spelt so that this file does not match
 MACHINE_TRACES = re.compile(
@@ -49,14 +49,21 @@ def tracked_files():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Names in a wheel built from a copy, where no older build can leak in."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+def source(tmp_path_factory):
+    """A copy of the checkout, where no older build can leak in."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     for name in ("vlmprune", "tests", "docs", "configs", *COMPANIONS):
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Names in a wheel built from the copy."""
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,6 +80,36 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
     assert {name for name in wheel if name.startswith("vlmprune/")} == files
     assert "vlmprune/py.typed" in files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory):
+    """The folders that an editable install of the copy puts on the path."""
+    out = tmp_path_factory.mktemp("editable")
+    code = "import sys; from hatchling.build import build_editable; print(build_editable(sys.argv[1]))"
+    for _ in range(2):  # it is installed again and again
+        done = subprocess.run([sys.executable, "-c", code, out], cwd=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    archive = zipfile.ZipFile(next(out.glob("*.whl")))
+    lines = [archive.read(name).decode().splitlines() for name in archive.namelist() if name.endswith(".pth")]
+    return [line for of_file in lines for line in of_file if line]
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(editable, source):
+    (line,) = editable
+    assert Path(line).is_absolute() and not line.startswith("import")  # no hook, which they would not run
+    assert [path.name for path in Path(line).iterdir()] == ["vlmprune"]
+    assert (Path(line) / "vlmprune").samefile(source / "vlmprune")
+
+
+def test_an_editable_install_makes_nothing_else_importable(editable, tmp_path):
+    names = ("vlmprune", *COMPANIONS, "tests", "docs")
+    code = (
+        f"import sys; sys.path[:0] = {editable}; from importlib.util import find_spec\n"
+        f"print([find_spec(name) is not None for name in {names}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout.lower()) == [True] + [False] * (len(names) - 1)
 
 
 @pytest.mark.parametrize("name", COMPANIONS)
@@ -110,6 +147,22 @@ def test_importing_the_package_loads_nothing_heavy(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
+def test_type_checkers_and_python_see_the_same_names():
+    """A checker runs no code: it believes a literal ``__all__``, and names that are imported ``as`` themselves."""
+    tree = ast.parse((ROOT / "vlmprune" / "__init__.py").read_text())
+    lists = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    exported = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert lists == [vlmprune.__all__] and vlmprune.__all__ == sorted(vlmprune.__all__)
+    assert exported == vlmprune._HOME and {*exported, "__version__"} == set(vlmprune.__all__)
+    # seen by a checker, it would make every misspelt name an Any
+    assert "__getattr__" not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("name", vlmprune.__all__)
 def test_a_public_name_resolves(name):
     assert getattr(vlmprune, name) is not None
@@ -143,6 +196,14 @@ def test_no_file_names_a_machine():
             continue
         found += [f"{relative(path)}: {match[0]}" for match in MACHINE_TRACES.finditer(text)]
     assert found == []
+
+
+def test_nothing_is_to_be_installed_that_was_never_released():
+    """There is no release, so an extra is installed from a clone: ``pip install -e ".[eval]"``."""
+    wanted = re.compile(r"pip3? install (?:-\S+ )*[\"']?vlmprune\b(?!-)")
+    files = [*LIBRARY, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    texts = {relative(path): path.read_text(encoding="utf-8") for path in files}
+    assert [f"{name}: {found[0]}" for name, text in texts.items() for found in wanted.finditer(text)] == []
 
 
 # --- style, by syntax tree --------------------------------------------------------------------------------------------------

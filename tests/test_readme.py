@@ -5,24 +5,57 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
+import vlmprune
 from vlmprune.registry import list_methods, unregister
+from vlmprune.testing.picture import picture
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0][:40] for block in BLOCKS])
+@pytest.fixture(autouse=True)
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the blocks take for granted: a photo in the folder, and a checkpoint behind its id; the tiny model stands for it."""
+    picture().save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    loaded = vlmprune.load("tiny")
+    for number, auto in enumerate((transformers.AutoModelForImageTextToText, transformers.AutoProcessor)):
+        read = auto.from_pretrained
+
+        def stand_in(name: Any, *, number: int = number, read: Any = read, **options: Any) -> Any:
+            return loaded[number] if name == "llava-hf/llava-1.5-7b-hf" else read(name, **options)
+
+        monkeypatch.setattr(auto, "from_pretrained", stand_in)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_a_block_of_the_readme_runs(block: str) -> None:
     before = set(list_methods())
-    names: dict[str, object] = {"__name__": "readme"}
+    names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(block, str(README), "exec"), names)
     for added in set(list_methods()) - before:
         unregister(added)
     if "run" in names:
         assert names["run"].last.pruned, "the block prunes nothing"
+
+
+def test_the_first_block_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(BLOCKS[0], str(README), "exec"), names)
+    said, counted = capsys.readouterr().out.splitlines()
+    assert said == "x k l" and f"# {said}\n" in BLOCKS[0]
+    assert (
+        counted.startswith("fastervlm@36: 36 of 144 visual tokens in 1 image, ")
+        and f"# {counted.partition('image, ')[0]}image, " in BLOCKS[0]
+    )
+    example = next(line for line in BLOCKS[0].splitlines() if "example()" in line)
+    assert f'"{names["question"]}", "{names["answer"]}"' in example
+    assert said.replace(" ", "") == names["answer"]
 
 
 def test_the_readme_has_its_blocks_and_files() -> None:

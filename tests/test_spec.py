@@ -297,3 +297,12 @@ def test_with_keep_sets_the_last_budget_and_leaves_the_scope() -> None:
         parse("everything").with_keep(64)
     with pytest.raises(SpecError, match="an int: @64"):
         parse("ranking").with_keep(64.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "prunes"),
+    [("dense", False), ("var", False), ("pool@9", True), ("pool@1", True), ("pool@1.0", False), ("pool@1.0/crop", False),
+     ("var+pool@0.5", True), ("pyramiddrop", True), ("debias+fastv@1.0", False), ("fastervlm@1.0+fastv@0.5", True)],
+)  # fmt: skip
+def test_a_spec_says_whether_it_removes_tokens(text, prunes):
+    assert parse(text).prunes is prunes

@@ -11,43 +11,85 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Three lists of the same names, since each has a reader of its own: this one type checkers, which run no code; the next one
+# them too (`as` makes a name public); the last one Python. A test holds that they agree.
+__all__ = [
+    "Budget",
+    "KeepMap",
+    "Merged",
+    "Method",
+    "Report",
+    "ScoreMap",
+    "Spec",
+    "VisualTokens",
+    "VlmPruneError",
+    "__version__",
+    "attach",
+    "encode",
+    "example",
+    "list_methods",
+    "load",
+    "method_info",
+    "parse",
+    "prune",
+    "register",
+    "score",
+    "select",
+]
+
+if TYPE_CHECKING:
+    from .api import attach as attach
+    from .api import prune as prune
+    from .api import score as score
+    from .api import select as select
+    from .core.base import Merged as Merged
+    from .core.base import Method as Method
+    from .core.keepmap import KeepMap as KeepMap
+    from .core.keepmap import ScoreMap as ScoreMap
+    from .core.report import Report as Report
+    from .core.tokens import VisualTokens as VisualTokens
+    from .errors import VlmPruneError as VlmPruneError
+    from .models.loading import encode as encode
+    from .models.loading import load as load
+    from .registry import list_methods as list_methods
+    from .registry import method_info as method_info
+    from .registry import register as register
+    from .spec import Budget as Budget
+    from .spec import Spec as Spec
+    from .spec import parse as parse
+    from .testing.picture import example as example
+
 _HOME = {
-    "prune": "api",
     "attach": "api",
+    "prune": "api",
     "score": "api",
     "select": "api",
-    "parse": "spec",
-    "Spec": "spec",
-    "Budget": "spec",
-    "register": "registry",
-    "list_methods": "registry",
-    "method_info": "registry",
-    "Method": "core.base",
     "Merged": "core.base",
-    "VisualTokens": "core.tokens",
+    "Method": "core.base",
     "KeepMap": "core.keepmap",
     "ScoreMap": "core.keepmap",
     "Report": "core.report",
+    "VisualTokens": "core.tokens",
     "VlmPruneError": "errors",
+    "encode": "models.loading",
+    "load": "models.loading",
+    "list_methods": "registry",
+    "method_info": "registry",
+    "register": "registry",
+    "Budget": "spec",
+    "Spec": "spec",
+    "parse": "spec",
+    "example": "testing.picture",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+if not TYPE_CHECKING:  # a type checker that saw it would take any misspelt name for one of ours
 
-if TYPE_CHECKING:
-    from .api import attach, prune, score, select
-    from .core.base import Merged, Method
-    from .core.keepmap import KeepMap, ScoreMap
-    from .core.report import Report
-    from .core.tokens import VisualTokens
-    from .errors import VlmPruneError
-    from .registry import list_methods, method_info, register
-    from .spec import Budget, Spec, parse
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
+        )
 
 
 def __dir__() -> list[str]:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .core.base import Merged, Method
-from .core.keepmap import Replay, ScoreMap
+from .core.keepmap import Picture, Replay, ScoreMap
 from .core.pictures import make_units, stack_units
 from .core.select import choose
 from .core.session import Session
@@ -95,11 +96,25 @@ def resolve_all(
     return [(plan.method, plan.budget) for plan in spec.build(require_budget=need_keep)], str(spec)
 
 
-def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
+def score(
+    model: Any,
+    inputs: Mapping[str, Any],
+    method: str | Spec | Method,
+    *,
+    image: Picture | Sequence[Picture | None] | None = None,
+) -> list[ScoreMap]:
     """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame.
 
-    ``model`` may be a bare ViT of timm as well, with pixels (B, 3, H, W) as ``inputs``.
+    Args:
+        model: a loaded model, or a bare ViT of timm with pixels (B, 3, H, W) as ``inputs``.
+        inputs: what the processor returned.
+        method: a spec or a method object that scores; a budget is not needed.
+        image: the picture that ``inputs`` were made of, or a list of them in order, for the maps to draw.
     """
+    return _with_pictures(_score(model, inputs, method), image)
+
+
+def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
     built, _, text = resolve(method, need_keep=False)
     if built.stage != "before_lm":
         raise UnsupportedError(
@@ -148,6 +163,17 @@ def score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) ->
     if not maps:
         raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
     return maps
+
+
+def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | None] | None) -> list[ScoreMap]:
+    """The maps with the pictures that they are of; frames of a clip share one."""
+    if image is None:
+        return maps
+    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    count = maps[-1].index + 1
+    if len(pictures) != count:
+        raise SpecError(f"image holds {len(pictures)} pictures; expected {count}, one for each that inputs were made of")
+    return [replace(one, image=pictures[one.index]) for one in maps]
 
 
 def finite_scores(method: Method, tokens: VisualTokens) -> Tensor:

@@ -48,7 +48,7 @@ class Option(NamedTuple):
     help: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MethodInfo:
     """What is known of a method without a model.
 
@@ -69,6 +69,18 @@ class MethodInfo:
     paper: str
     licence: str
     doc: str
+
+    def __repr__(self) -> str:
+        options = ", ".join(option.name for option in self.options) or "none"
+        return f"MethodInfo({self.name!r}, {self.stage}, needs {', '.join(self.needs) or 'nothing'}, options: {options})"
+
+    def _repr_html_(self) -> str:
+        from .viz.notebook import facts
+
+        rows: dict[str, object] = {"what it does": self.doc.partition("\n\n")[0], "stage": self.stage}
+        rows |= {"needs": ", ".join(self.needs) or "nothing", "paper": self.paper or "none"}
+        rows |= {f"option {option.name}": f"{option.type}: {option.help or '-'}" for option in self.options}
+        return facts(self.name, rows)
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -217,6 +229,11 @@ def fits(value: object, hint: Any) -> bool:
             return len(value) == len(inner) and all(map(fits, value, inner))
         return not inner or all(fits(item, inner[0]) for item in value)
     return True
+
+
+def summary(name: str) -> str:
+    """What a method does, in one line."""
+    return (inspect.getdoc(get(name)) or "").partition("\n")[0]
 
 
 def method_info(name: str) -> MethodInfo:

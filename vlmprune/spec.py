@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from .core.base import Method, one_of
 from .errors import SpecError, did_you_mean
-from .registry import fits, get, option_fields, option_types
+from .registry import fits, get, option_fields, option_types, summary
 
 Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
 
@@ -38,13 +38,19 @@ _KEEP = "expected an int >= 1 (tokens) or a float in (0, 1] (fraction kept)"
 
 
 class _Printed:
-    """Equality and hash of the printed form, because 1 == 1.0 == True in Python while one token is not all tokens."""
+    """Equality and hash of the printed form, because 1 == 1.0 == True in Python while one token is not all tokens.
+
+    It is what is shown, too: ``Spec('fastervlm@64')``.
+    """
 
     def __eq__(self, other: object) -> bool:
         return str(self) == str(other) if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +107,7 @@ class Budget(_Printed):
         return min(n, max(1, math.floor(round(self.keep * n, 6))))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Part(_Printed):
     """One method of a spec; ``args`` may be given as a mapping and is held as (option, value) pairs sorted by option."""
 
@@ -151,7 +157,7 @@ class Plan:
     budget: Budget | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spec(_Printed):
     """Methods that act together, in the order written; ``str`` prints the canonical text."""
 
@@ -166,6 +172,17 @@ class Spec(_Printed):
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether tokens are removed: by a method that takes a budget, and has not the budget of all tokens."""
+        acting = [part for part in self.parts if get(part.name).budgeted and not get(part.name).wraps]
+        return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
+
+    def _repr_html_(self) -> str:
+        from .viz.notebook import facts
+
+        return facts(str(self), {str(part): summary(part.name) for part in self.parts})
 
     def with_keep(self, keep: int | float | str | Budget) -> Spec:
         """A copy in which the last part that takes a budget has this one; a scope that is not named stays as it was."""

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install vlmprune[eval]")
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install -e '.[eval]' in a clone")
 
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install vlmprune[eval]")
+pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install -e '.[eval]' in a clone")
 
 from datasets import Dataset, Features, List, Value
 from datasets import Image as Picture

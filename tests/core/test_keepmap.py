@@ -60,7 +60,7 @@ def test_mask_share_and_boxes_name_the_kept_tokens():
     assert kept.grid == (2, 3)
     assert torch.allclose(kept.kept_boxes, torch.tensor([[0, 0, 1 / 3, 1 / 2], [2 / 3, 1 / 2, 1, 1]]).to(kept.boxes.dtype))
     assert kept.boxes.shape == (6, 4)
-    assert repr(kept).startswith("KeepMap(keep_idx=tensor[2], total=6, grids=((2, 3),), scores=None, method='random@2', ")
+    assert repr(kept) == "KeepMap('random@2', 2 of 6 tokens, 2 x 3, image 0)"
 
 
 def test_total_may_be_left_to_the_grids_but_not_contradict_them():
@@ -80,7 +80,7 @@ def test_a_frame_may_be_left_with_nothing():
 
 
 def test_grid_of_several_blocks_is_an_error_that_shows_them():
-    with pytest.raises(SpecError, match=r"2 blocks of tokens, \(\(2, 3\), \(3, 4\)\)"):
+    with pytest.raises(SpecError, match=r"2 blocks of tokens, 2 x 3 \+ 3 x 4"):
         _ = ScoreMap(torch.rand(18), GRIDS).grid
 
 
@@ -286,3 +286,83 @@ def test_replay_refuses_another_size_or_budget(count, k):
     method = KeepMap([1, 4], 6, ((2, 3),)).replay
     with pytest.raises(InvariantError, match=f"keep {k} of {count} tokens; this replay holds 2 of 6"):
         method.select(VisualTokens(features=torch.rand(1, count, 2)), k)
+
+
+# ---- hostile sizes: refused before memory is asked for
+
+HUGE = [((10**9, 10**9),), ((1, 2**20 + 1),), ((1, 1),) * (2**16 + 1), ((10**6, 10**6), (1, 1))]
+
+
+@pytest.mark.parametrize("grids", HUGE, ids=["square", "line", "blocks", "two"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_grids_of_more_tokens_than_an_image_has_are_refused(tmp_path, grids, suffix):
+    with pytest.raises(InvariantError, match=r"hold .* tokens or more; expected at most 1,048,576 tokens in 65,536 blocks"):
+        KeepMap([0, 1], grids=grids)
+    path = tmp_path / f"map{suffix}"
+    KeepMap([0], grids=((2, 3),)).save(path)
+    if suffix == ".json":
+        body = json.loads(path.read_text()) | {"grids": grids, "total": 0}
+        path.write_text(json.dumps(body))
+    else:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() | {"grids": json.dumps(grids), "total": "0"}
+            save_file({"keep_idx": file.get_tensor("keep_idx")}, path, metadata=metadata)
+    with pytest.raises(SpecError, match="is not a whole KeepMap file") as error:
+        KeepMap.load(path)
+    assert len(str(error.value)) < 500
+
+
+def test_a_message_about_grids_stays_short():
+    for grids in (["many"] * 10_000, ((1, 1),) * 10_000):
+        with pytest.raises(VlmPruneError) as error:
+            KeepMap([0], total=7, grids=grids)
+        assert len(str(error.value)) < 500
+
+
+def test_an_exact_area_of_hostile_blocks_is_refused(monkeypatch):
+    monkeypatch.setattr("vlmprune.core.keepmap.CELLS", 2000)
+    kept = KeepMap([0], grids=((50, 1), (1, 41)))
+    with pytest.raises(SpecError, match="give cells=8"):  # 50 x 41 cells
+        kept.coverage()
+    assert 0 < kept.coverage(cells=8) < 1
+    assert 0 < KeepMap([0], grids=((50, 1), (1, 40))).coverage() < 1
+
+
+# ---- the picture that a map remembers
+
+def test_a_score_map_hands_its_picture_on_and_files_hold_none(tmp_path):
+    scores = ScoreMap(torch.rand(6), ((2, 3),), image="photo.jpg")
+    assert scores.keep(2).image == "photo.jpg"
+    scores.save(tmp_path / "map.json")
+    assert "photo" not in (tmp_path / "map.json").read_text() and ScoreMap.load(tmp_path / "map.json").image is None
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_cannot_name_a_picture_to_open(tmp_path, suffix):
+    path = tmp_path / f"map{suffix}"
+    ScoreMap(torch.rand(6), ((2, 3),)).save(path)
+    if suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"image": "/etc/passwd"}))
+    else:
+        with safe_open(path, framework="pt") as file:
+            save_file({"scores": file.get_tensor("scores")}, path, metadata=file.metadata() | {"image": '"x.png"'})
+    with pytest.raises(SpecError, match="names a picture"):
+        ScoreMap.load(path)
+
+
+# ---- how maps show themselves
+
+@pytest.mark.parametrize(
+    ("grids", "said"),
+    [
+        (((2, 3),), "2 x 3"),
+        (((2, 3),) * 5, "5 times 2 x 3"),
+        (((2, 3), (3, 4)), "2 x 3 + 3 x 4"),
+        (((1, 1), (1, 2), (1, 3), (1, 4), (1, 5)), "1 x 1 + 1 x 2 + 1 x 3 + 1 x 4 + 1 more"),
+    ],
+)
+def test_a_map_is_one_short_line(grids, said):
+    count = sum(rows * cols for rows, cols in grids)
+    scores = ScoreMap(torch.arange(count) / 4, grids, "fastervlm", index=2, frame=7)
+    highest = (count - 1) / 4
+    assert repr(scores) == f"ScoreMap('fastervlm', {count} tokens, scores 0 to {highest:.3g}, {said}, image 2, frame 7)"

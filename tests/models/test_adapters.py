@@ -196,6 +196,17 @@ def foreign(model_type: str) -> nn.Module:
     return module
 
 
+def wrapped(model: nn.Module) -> nn.Module:
+    """As DistributedDataParallel holds a model."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+    return Wrapper()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -207,14 +218,24 @@ def foreign(model_type: str) -> nn.Module:
         (lambda: shared_model("llava", None, None).model.language_model, "no vision tower"),
         (lambda: nn.DataParallel(shared_model("llava", None, None)), "one process per device"),
         (lambda: foreign("kosmos-2"), r"'kosmos-2' is not supported; families with an adapter: \['fast_vlm'"),
-        (lambda: foreign("mllama"), r"cross-attention.*Run it dense.*'qwen2_5_vl'"),
-        (lambda: foreign("llava_nxt"), "Did you mean 'llava_next'"),
+        (lambda: foreign("mllama"), r"cross-attention.*'qwen2_5_vl'.*Run it dense"),
+        (lambda: foreign("llava_nxt"), r"'llava_nxt' is not supported; .*Run it dense, or .*vlmprune\.select"),
+        (lambda: foreign("internvl_chat"), r"authors' code; .* ends in -hf, such as OpenGVLab/InternVL3-1B-hf"),
+        (lambda: wrapped(shared_model("llava", None, None)), r"Wrapper wraps a model; give the one inside, its \.module"),
         (lambda: nn.Linear(2, 2), "no vision tower"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(make: Any, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         vlmprune.attach(make(), "random@9")
+
+
+@pytest.mark.parametrize("model_type", ["llava_nxt", "qwen3_5", "mistral3", "llama4", "vision-encoder-decoder"])
+def test_no_other_model_type_is_suggested(model_type: str) -> None:
+    """A model type is a fact about a model: it cannot be typed in another way."""
+    with pytest.raises(UnsupportedError) as error:
+        adapter_for(foreign(model_type))
+    assert "Did you mean" not in str(error.value) and "vlmprune.select" in str(error.value)
 
 
 def test_an_unknown_vision_tower_is_refused() -> None:

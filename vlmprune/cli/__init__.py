@@ -6,6 +6,8 @@ Exit codes: 0 all is well, 1 a check failed, 2 the input was wrong.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +15,30 @@ from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
 from . import bench, catalogue, leaderboard, lmms, new, report, run, validate, verify
-from .screen import complain
+from .screen import complain, of_system, speak_plainly
 
 __all__ = ["app", "main"]
 
 
+DEBUG = "--debug"
+
+
 class _Commands(TyperGroup):
-    """Turns errors raised on purpose into one message and exit code 2."""
+    """Turns errors that a user can do something about into one message and exit code 2; --debug shows the traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        until = words.index("--") if "--" in words else len(words)
+        debug = DEBUG in words[:until]  # before or after the name of the command
+        words = [DEBUG] * debug + [word for word in words[:until] if word != DEBUG] + words[until:]
+        try:
+            speak_plainly()
+            return super().main(words, *rest, **options)
+        except OSError as error:  # a disk that is full, a folder that may not be written
+            if debug or options.get("standalone_mode") is False:
+                raise
+            complain(of_system(error))
+            sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -32,7 +51,11 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    name="vlmprune", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="vlmprune",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -47,8 +70,10 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of errors; in any place.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Prune visual tokens inside unmodified Hugging Face vision-language models.
 

@@ -12,23 +12,34 @@ from ..errors import SpecError, VlmPruneError
 from .screen import Json, complain, plain, print_json, stderr, stdout, table
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
-MODEL = "llava-1.5-7b"
-Model = Annotated[
-    str, typer.Option(help="A shape such as llava-1.5-7b (random weights, no download), 'tiny', a folder, or an HF id.")
-]
+SHAPES = (
+    "llava-1.5-7b",
+    "llava-next-7b",
+    "qwen2.5-vl-7b",
+)  # as in benchmarks/speed/shapes.py, which is slow to import
+MODEL = SHAPES[0]
+MODEL_HELP = f"A shape ({', '.join(SHAPES)}: random weights, no download), 'tiny', a folder, or an HF id."
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+PLANNED = "fastervlm@0.125"
 Batch = Annotated[int, typer.Option(min=1, help="Equal prompts at once.")]
 Answer = Annotated[int, typer.Option(min=2, help="New tokens of a whole answer.")]
 TextTokens = Annotated[int, typer.Option("--text", min=2, help="Text tokens of the prompt of a shape.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians and 20/80 % are over them.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
-Scale = Annotated[int | None, typer.Option(min=1, help="Divide width and depth of a shape; default 1 on CUDA, 4 elsewhere.")]
+Scale = Annotated[
+    int | None, typer.Option(min=1, help="Divide width and depth of a shape; default 1 on CUDA, 4 elsewhere.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
 def bench(
-    model: Annotated[list[str] | None, typer.Option(help="As in plan; may be repeated. Default llava-1.5-7b.")] = None,
-    prune: Annotated[list[str] | None, typer.Option(help="Spec; may be repeated. Default: " + ", ".join(PRUNE) + ".")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"{MODEL_HELP} May be repeated; default {MODEL}.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None, typer.Option(help="Spec; may be repeated. Default: " + ", ".join(PRUNE) + ".")
+    ] = None,
     batch: Batch = 1,
     answer: Answer = 32,
     text: TextTokens = 60,
@@ -37,7 +48,9 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     scale: Scale = None,
-    out: Annotated[Path | None, typer.Option(help="A run folder, whose report shows the card, or a .json file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A run folder, whose report shows the card, or a .json file.")
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -70,18 +83,25 @@ def bench(
     else:
         _show_card(rows, start, missing)
     for entry in left_out:
-        complain(VlmPruneError(" ".join(filter(None, (entry["model"], entry["spec"]))) + f": {entry['reason']}"))
+        complain(
+            VlmPruneError(" ".join(filter(None, (entry["model"], entry["spec"]))) + f": {entry['reason']}")
+        )
     if left_out:
         raise typer.Exit(2)
 
 
 def plan(
-    spec: Annotated[str, typer.Argument(help="What to prune with, as in fastervlm@64.")] = "fastervlm@0.125",
+    spec: Annotated[
+        str | None, typer.Argument(help=f"What to prune with, as in fastervlm@64; {PLANNED} without.")
+    ] = None,
+    prune: Annotated[str | None, typer.Option(help="The same as an option, as in run and bench.")] = None,
     model: Model = MODEL,
     batch: Batch = 1,
     answer: Answer = 128,
     text: TextTokens = 60,
-    worth: Annotated[float, typer.Option(min=0, max=1, help="Least share of the time that pruning must save.")] = 0.05,
+    worth: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the time that pruning must save.")
+    ] = 0.05,
     rounds: Rounds = 5,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -89,17 +109,28 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Say whether pruning pays here, and from which prompt, batch and answer length; or not to prune."""
-    (spec,) = _specs([spec])
+    """Say whether pruning pays on this machine, and from how long a prompt, batch and answer on."""
+    if spec is not None and prune is not None:
+        raise SpecError(f"{spec!r} and --prune {prune!r} were given; plan takes one spec: leave one out")
 
     from ..benchmarks.speed.card import Effort
     from ..benchmarks.speed.plan import plan as make_plan
+    from ..benchmarks.speed.plan import plannable
     from ..benchmarks.speed.workload import make_workload
 
+    wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     with stderr().status(f"building {model}") as status:
-        options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
+        options: dict[str, Any] = {
+            "batch": batch,
+            "text": text,
+            "device": device,
+            "dtype": dtype,
+            "scale": scale,
+        }
         workload = make_workload(model, **options, trust_remote_code=trust_remote_code)
-        found = make_plan(workload, spec, answer_tokens=answer, worth=worth, effort=Effort(rounds), tell=status.update)
+        found = make_plan(
+            workload, wanted, answer_tokens=answer, worth=worth, effort=Effort(rounds), tell=status.update
+        )
     print_json(found) if as_json else _show_plan(found)
 
 
@@ -126,49 +157,48 @@ def _show_card(rows: list[dict[str, Any]], start: dict[str, Any], missing: dict[
         screen.print(shown)
     for note in speed_notes(rows):
         screen.print(plain(note), style="yellow")
-    screen.print("Medians over interleaved rounds; 'against the ideal' compares with the same tokens handed over for free.")
+    screen.print(
+        "Medians over interleaved rounds; 'against the ideal' compares with the same tokens handed over for free."
+    )
     for name, reason in missing.items():
         screen.print(plain(f"Not measured: {name}: {reason}."), style="dim")
     screen.print(
-        plain(f"{start['processor']}, load {start['load_before']:.1f} at the start, commit {start['commit']}, {start['date']}"),
+        plain(
+            f"{start['processor']}, load {start['load_before']:.1f} at the start, commit {start['commit']}, {start['date']}"
+        ),
         style="dim",
     )
 
 
 def _show_plan(found: dict[str, Any]) -> None:
-    screen, case, check = stdout(), found["case"], found["check"]
+    screen, case = stdout(), found["case"]
     prune = found["advice"] == "prune"
     what = (
         f"batch {case['batch']}, {case['visual_tokens']} visual and {case['text_tokens']} text tokens, "
         f"{case['answer_tokens']} answer tokens"
     )
-    gain, least = found["gain"], found["threshold"]
     screen.print(
         plain(f"{'Prune with ' + found['spec'] if prune else 'Do not prune'}: {found['model']}, {what}"),
         style="bold green" if prune else "bold yellow",
     )
-    change = f"{abs(gain):.1%} {'saved' if gain > 0 else 'lost'}"
-    screen.print(
-        plain(
-            f"expected {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {change}; "
-            f"it pays from {least:.1%} on" + (", which is how wrong the cost model was" if least > found["worth"] else "")
-        )
-    )
-    rows = table(f"{found['spec']} pays", "", "")
-    names = {"visual_tokens": "visual tokens", "text_tokens": "text tokens", "answer_tokens": "answer tokens", "batch": "batch"}
-    for axis, name in names.items():
-        rows.add_row(name, _range(found["ranges"][axis], 2 if axis == "visual_tokens" else 1), f"here {case[axis]}")
+    screen.print(plain(_expected(found)))
+    rows = table("number of", f"{found['spec']} pays", "here")
+    names = {"visual_tokens": "visual tokens", "text_tokens": "text tokens", "answer_tokens": "answer tokens"}
+    for axis, name in (names | {"batch": "prompts at once"}).items():
+        low = 2 if axis == "visual_tokens" else 1
+        rows.add_row(name, _range(found["ranges"][axis], low), str(case[axis]))
     screen.print(rows)
     screen.print(
-        plain("One length is changed at a time, the rest is as above; beyond the measured points this is extrapolated."),
+        plain(
+            "Each line changes one number and leaves the others as above. Beyond what was measured it is an estimate."
+        ),
         style="dim",
     )
     costs = found["costs"]
     screen.print(
         plain(
-            f"Choosing costs {costs['choose'] * 1e3:.1f} ms per prompt, the vision tower {costs['encode'] * 1e3:.1f} ms. "
-            f"Held against answers of {check['answer_tokens']} tokens: {check['gain_foreseen']:+.1%} foreseen, "
-            f"{check['gain']:+.1%} measured. {found['device']}, {found['dtype']}, attention: {found['attention']}."
+            f"Choosing tokens takes {costs['choose'] * 1e3:.1f} ms per prompt, the vision tower {costs['encode'] * 1e3:.1f} ms. "
+            f"{found['device']}, {found['dtype']}, attention: {found['attention']}."
         ),
         style="dim",
     )
@@ -176,10 +206,24 @@ def _show_plan(found: dict[str, Any]) -> None:
         screen.print(plain(found["note"]), style="yellow")
 
 
+def _expected(found: dict[str, Any]) -> str:
+    """What is predicted, how far off predictions were, and how much must be saved for an advice to prune."""
+    gain, least, check = found["gain"], found["threshold"], found["check"]
+    said = f"Predicted: {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {abs(gain):.1%} "
+    said += f"{'saved' if gain > 0 else 'lost'}. Prediction error: {check['error']:.1%} of the time (for answers of "
+    said += f"{check['answer_tokens']} tokens {check['gain_foreseen']:+.1%} were predicted and {check['gain']:+.1%} measured). "
+    if least > found["worth"]:
+        return said + f"Pruning is advised where more than that is saved, here {least:.1%}."
+    return said + f"Pruning is advised where more than {least:.1%} is saved (--worth)."
+
+
 def _range(pays: dict[str, int] | None, lowest: int) -> str:
+    """``from 300 on``."""
     if pays is None:
-        return "at no length"
+        return "never"
     low, high = pays["from"] > lowest, pays["to"] < pays["limit"]
-    if not low and not high:
-        return f"everywhere, up to {pays['limit']}"
-    return " ".join([f"from {pays['from']}"] * low + [f"up to {pays['to']}"] * high)
+    if low and high:
+        return f"from {pays['from']} to {pays['to']}"
+    if low:
+        return f"from {pays['from']} on"
+    return f"up to {pays['to']}" if high else f"always (1 to {pays['limit']} looked at)"

@@ -7,6 +7,9 @@ from dataclasses import MISSING, asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from ..errors import VlmPruneError
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def list_methods(
-    families: Annotated[bool, typer.Option("--families", help="List the supported model families instead.")] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="List the supported model families instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the methods, those of installed plug-ins included."""
@@ -35,20 +40,49 @@ def list_methods(
     if as_json:
         print_json([_as_dict(info) for info in infos])
     else:
-        rows = table("method", "stage", "needs", "query", "options", "paper")
-        for column in rows.columns:  # long lists fold between words, the rest stays whole
-            column.min_width = 18 if column.header == "needs" else 11 if column.header == "options" else None
-            column.no_wrap = column.min_width is None
-        for info in infos:
-            plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
-            options = ", ".join(option.name for option in info.options)
-            rows.add_row(Text(info.name, style="bold") + Text(plug_in, style="dim"), info.stage, ", ".join(info.needs) or "-",
-                         "yes" if info.query_aware else "no", options or "-", plain(info.paper or "-"))
+        rows = _methods_table(infos, stdout())
         stdout().print(rows)
     for problem in broken:
         complain(problem)
     if broken:
         raise typer.Exit(2)
+
+
+# what a narrow screen does without first; `show` and --json have all of it
+_SPARE = ("options", "query", "stage", "needs")
+
+
+def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
+    """With the columns that fit: lists fold between words, and no word is ever cut."""
+    rows = [_method_cells(info) for info in infos]
+    shown = [*rows[0]]
+    for spare in (None, *_SPARE):
+        shown = [name for name in shown if name != spare]
+        made = table()
+        for name in shown:
+            cells = (Text(name), *(row[name] for row in rows))
+            whole = name == "method"  # the mark of a plug-in stays beside its name
+            least = max(len(cell) if whole else max(map(len, cell.plain.split())) for cell in cells)
+            made.add_column(name, min_width=least, overflow="fold")
+        if Measurement.get(screen, screen.options.update(width=1000), made).minimum <= screen.width:
+            break
+    for row in rows:
+        made.add_row(*(row[name] for name in shown))
+    if len(shown) < len(rows[0]):
+        made.caption, made.caption_justify = "The rest of a method: vlmprune show METHOD", "left"
+    return made
+
+
+def _method_cells(info: MethodInfo) -> dict[str, Text]:
+    plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
+    return {
+        "method": Text(info.name, style="bold") + Text(plug_in, style="dim"),
+        "stage": Text(info.stage),
+        "needs": Text(", ".join(info.needs) or "-"),
+        "query": Text("yes" if info.query_aware else "no"),
+        "options": Text(", ".join(option.name for option in info.options) or "-"),
+        "paper": plain(info.paper or "-"),
+    }
 
 
 def _list_families(as_json: bool) -> None:
@@ -62,16 +96,24 @@ def _list_families(as_json: bool) -> None:
     shown = table("family", "methods", "video", "cannot", "not measured")
     for family, row in rows.items():
         methods, able = row["methods"], row["capabilities"]
-        cannot, unknown = ([name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured"))
+        cannot, unknown = (
+            [name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured")
+        )
         count = f"{sum(cells['runs'] == 'yes' for cells in methods.values())} of {len(methods)}"
         clips = "yes" if able["video"] == "yes" else "as images"
         others = ", ".join(name for name in cannot if name != "video")
         shown.add_row(Text(family, style="bold"), count, clips, others or "-", ", ".join(unknown) or "-")
     stdout().print(shown)
-    stdout().print("All else works: batches, beams, caches, training; --json has every method and the reasons.", style="dim")
+    stdout().print(
+        "All else works: batches, beams, caches, training; --json has every method and the reasons.",
+        style="dim",
+    )
 
 
-def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vlmprune list`.")], as_json: Json = False) -> None:
+def show(
+    method: Annotated[str, typer.Argument(help="Name of a method, as in `vlmprune list`.")],
+    as_json: Json = False,
+) -> None:
     """Show what a method does, needs and takes."""
     from ..registry import method_info
 
@@ -91,13 +133,22 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method, as in `vl
         return
     options = table("option", "type", "default", "meaning")
     for option in info.options:
-        options.add_row(Text(option.name, style="bold"), plain(option.type), plain(_default(option)), plain(option.help or "-"))
+        options.add_row(
+            Text(option.name, style="bold"),
+            plain(option.type),
+            plain(_default(option)),
+            plain(option.help or "-"),
+        )
     screen.print(options)
 
 
 def _facts(info: MethodInfo) -> dict[str, str]:
-    verbs = {"score": "scores every token, the highest are kept", "select": "chooses a set", "merge": "merges tokens",
-             "": "acts where its stage says, without choosing tokens"}
+    verbs = {
+        "score": "scores every token, the highest are kept",
+        "select": "chooses a set",
+        "merge": "merges tokens",
+        "": "acts where its stage says, without choosing tokens",
+    }
     return {
         "example": example(info),
         "stage": info.stage,
@@ -109,7 +160,9 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "budget": _budget(info),
         "positions": f"{info.positions} (default)",
         "paper": info.paper or "none",
-        "licence": f"{info.licence} (of the code that was read for facts)" if info.licence else "no other code was read",
+        "licence": f"{info.licence} (of the code that was read for facts)"
+        if info.licence
+        else "no other code was read",
         "defined in": _module(info),
     }
 
@@ -132,7 +185,9 @@ def example(info: MethodInfo) -> str:
         return f"{text}+fastervlm@64"
     if not info.budgeted:
         return text
-    return f"{text}@0.5" if info.stage == "inside_lm" else f"{text}@64"  # schedules start late: few can meet 64 of 576 on average
+    return (
+        f"{text}@0.5" if info.stage == "inside_lm" else f"{text}@64"
+    )  # schedules start late: few can meet 64 of 576 on average
 
 
 def _default(option: Option) -> str:
@@ -147,8 +202,13 @@ def _module(info: MethodInfo) -> str:
 
 def _as_dict(info: MethodInfo) -> dict[str, Any]:
     options = [
-        {"name": option.name, "type": option.type, "required": option.default is MISSING, "help": option.help,
-         "default": None if option.default is MISSING else option.default}
+        {
+            "name": option.name,
+            "type": option.type,
+            "required": option.default is MISSING,
+            "help": option.help,
+            "default": None if option.default is MISSING else option.default,
+        }
         for option in info.options
     ]
     return {**asdict(info), "options": options, "example": example(info), "module": _module(info)}

@@ -14,6 +14,7 @@ from .screen import Json, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
     from ..core.report import Report
+    from ..spec import Spec
 
 QUESTION = "What is in the picture?"
 
@@ -28,8 +29,12 @@ class Answer(NamedTuple):
 
 
 def run(
-    image: Annotated[str | None, typer.Argument(help="Picture file; without it, one that the package draws.")] = None,
-    question: Annotated[str, typer.Argument(help="What to ask; without a picture, 'tiny' is asked what it can know.")] = QUESTION,
+    image: Annotated[
+        str | None, typer.Argument(help="Picture file; without it, one that the package draws.")
+    ] = None,
+    question: Annotated[
+        str, typer.Argument(help="What to ask; without a picture, 'tiny' is asked what it can know.")
+    ] = QUESTION,
     model: Annotated[str, typer.Option(help="'tiny', a folder, or an HF id.")] = "tiny",
     prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
     draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
@@ -37,53 +42,79 @@ def run(
     dense: Annotated[bool, typer.Option(help="Also run without pruning, to compare.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture with pruned visual tokens, beside the dense answer."""
+    if not question.strip():
+        raise SpecError(
+            "the question is empty; expected text, such as 'What is in the picture?', or none for just that"
+        )
     spec, picture, expected = _spec(prune), _picture(image), None
     if draw is not None:
         _check_draw(draw, spec)
 
-    from ..api import prune as attach_while
     from ..models.loading import TINY, TINY_NOTE, encode, load
+    from ..testing.picture import example
 
     if image is None and model == TINY:
-        picture, question, expected = _example()
+        picture, question, expected = example()
     with stderr().status(f"loading {model}"):
         loaded, processor = load(model, device, dtype, trust_remote_code)
     inputs = encode(loaded, processor, picture, question)
     # where a first call is slow and a warm-up too dear, pruning goes first and pays for it
     warm = model == TINY or loaded.device.type != "cpu"
     with stderr().status("generating"):
-        with attach_while(loaded, str(spec)) as session:
-            if warm:
-                ask(loaded, processor, inputs, 2)
-            pruned = ask(loaded, processor, inputs, max_new_tokens)
-        report = session.last
-        whole = None
-        if dense:
-            if warm:
-                ask(loaded, processor, inputs, 2)
-            whole = ask(loaded, processor, inputs, max_new_tokens)
-    if report is None:
-        raise InvariantError(f"{model!r} gave no report of {str(spec)!r}: nothing shows what was pruned; expected one per call")
+        pruned, whole, report = _answers(loaded, processor, inputs, spec, max_new_tokens, dense, warm)
     if draw is not None:
         _draw(report, picture, draw)
-    measured = (f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
-                f"{'after a warm-up' if warm else 'without a warm-up, pruned first'}; preparing the picture is not counted")
-    found = {
-        "model": model, "prune": str(spec), "image": image, "question": question,
-        "answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected,
+    found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
+    found |= {"answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected}
+    found |= _counts(report, pruned, whole)
+    how = "after a warm-up" if warm else "without a warm-up, pruned first"
+    found["measured"] = (
+        f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each {how}; "
+        "preparing the picture is not counted"
+    )
+    found |= {"draw": draw and str(draw), "note": TINY_NOTE if model == TINY and expected is None else None}
+    print_json(found) if as_json else _show(found)
+
+
+def _answers(
+    model: Any, processor: Any, inputs: Any, spec: Spec, max_new_tokens: int, dense: bool, warm: bool
+) -> tuple[Answer, Answer | None, Report]:
+    """The pruned answer, the dense one where it is wanted, and what was pruned."""
+    from ..api import prune
+
+    with prune(model, spec) as session:
+        if warm:
+            ask(model, processor, inputs, 2)
+        pruned = ask(model, processor, inputs, max_new_tokens)
+    if session.last is None:
+        raise InvariantError(
+            f"there is no report of {str(spec)!r}, so nothing shows what was pruned; expected one"
+        )
+    if not dense:
+        return pruned, None, session.last
+    if warm:
+        ask(model, processor, inputs, 2)
+    return pruned, ask(model, processor, inputs, max_new_tokens), session.last
+
+
+def _counts(report: Report, pruned: Answer, whole: Answer | None) -> dict[str, Any]:
+    """Tokens and seconds of both answers."""
+    return {
         "visual_tokens": {"dense": report.dense_tokens, "pruned": report.realised_tokens},
         "sequence": dict(zip(("dense", "pruned"), report.sequence, strict=True)),
         "tokens_per_layer": report.tokens_per_layer,
         "new_tokens": {"dense": whole and whole.tokens, "pruned": pruned.tokens},
-        "seconds": {"dense": whole and {"first_token": whole.first, "total": whole.total},
-                    "pruned": {"first_token": pruned.first, "total": pruned.total, "choosing": report.seconds}},
-        "measured": measured, "draw": draw and str(draw), "note": TINY_NOTE if model == TINY and expected is None else None,
+        "seconds": {
+            "dense": whole and {"first_token": whole.first, "total": whole.total},
+            "pruned": {"first_token": pruned.first, "total": pruned.total, "choosing": report.seconds},
+        },
     }
-    print_json(found) if as_json else _show(found)
 
 
 def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
@@ -98,7 +129,7 @@ def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
     return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), clock.first, clock.total)
 
 
-def _spec(text: str) -> Any:
+def _spec(text: str) -> Spec:
     from ..spec import parse
 
     spec = parse(text)
@@ -111,40 +142,44 @@ def _picture(path: str | None) -> Any:
         from ..testing.picture import picture
 
         return picture()
-    if not Path(path).exists():
-        raise SpecError(f"no file at {path!r}; expected a picture, then the question; without both, one is drawn")
+    if not Path(path).exists() and "://" not in path:
+        raise SpecError(
+            f"no file at {path!r}; expected a picture, then the question; without both, one is drawn"
+        )
     from ..viz.overlay import open_picture
 
     return open_picture(path)
 
 
-def _example() -> tuple[Any, str, str]:
-    """A picture of the synthetic benchmark, what is asked about it, and the right answer: a sign to read."""
-    from ..benchmarks.shapes import shapes
-
-    sample = shapes().sample("test", "text", 0)
-    return sample.load_images()[0], sample.question, sample.answers[0]
-
-
-def _check_draw(path: Path, spec: Any) -> None:
+def _check_draw(path: Path, spec: Spec) -> None:
     from PIL import Image
 
     known = sorted(ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE)
     if path.suffix.lower() not in known:
-        raise SpecError(f"--draw {str(path)!r} ends in {path.suffix!r}; expected a picture file such as kept.png")
+        raise SpecError(
+            f"--draw {str(path)!r} ends in {path.suffix!r}; expected a picture file such as kept.png"
+        )
     if not path.absolute().parent.is_dir():
-        raise SpecError(f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first")
-    if not any(part.budget for part in spec.parts):
-        raise SpecError(f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in fastervlm@0.25")
+        raise SpecError(
+            f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first"
+        )
+    if not spec.prunes:
+        raise SpecError(
+            f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in fastervlm@0.25"
+        )
 
 
 def _draw(report: Report, picture: Any, path: Path) -> None:
     if not report.keep:
-        raise UnsupportedError(f"--draw: {report.method!r} recorded no kept tokens; expected a method before the language model")
+        raise UnsupportedError(
+            f"--draw: {report.method!r} recorded no kept tokens; expected a method before the language model"
+        )
     try:
         report.keep[0].draw(picture).save(path)
     except OSError as error:
-        raise VlmPruneError(f"--draw {str(path)!r} cannot be written ({error}); choose another place") from error
+        raise VlmPruneError(
+            f"--draw {str(path)!r} cannot be written ({error}); choose another place"
+        ) from error
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -157,18 +192,26 @@ def _show(found: dict[str, Any]) -> None:
         rows.add_row(label, *(plain(cell(side)) for side in sides))
 
     row("answer", lambda side: found["answer" if side == "pruned" else "dense_answer"] or "(empty)")
-    row("visual tokens", lambda side: _count(sum(found["visual_tokens"][side]), sum(found["visual_tokens"]["dense"])))
+    row(
+        "visual tokens",
+        lambda side: _count(sum(found["visual_tokens"][side]), sum(found["visual_tokens"]["dense"])),
+    )
     row("sequence", lambda side: str(found["sequence"][side]))
     whole = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
     row("tokens per layer", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else whole))
     row("new tokens", lambda side: str(found["new_tokens"][side]))
     row("first token", lambda side: _seconds(found["seconds"][side]["first_token"]))
-    row("of it, choosing", lambda side: _seconds(found["seconds"][side]["choosing"]) if side == "pruned" else "-")
+    row(
+        "of it, choosing",
+        lambda side: _seconds(found["seconds"][side]["choosing"]) if side == "pruned" else "-",
+    )
     row("total", lambda side: _seconds(found["seconds"][side]["total"]))
     screen = stdout()
     screen.print(plain(f"{found['model']}: {found['question']}"), style="bold")
     if found["expected"] is not None:
-        screen.print(plain(f"A question of the synthetic benchmark; the right answer is {found['expected']}."))
+        screen.print(
+            plain(f"A question of the synthetic benchmark; the right answer is {found['expected']}.")
+        )
     screen.print(rows)
     screen.print(plain(f"Times: {found['measured']}."), style="dim")
     if found["note"]:

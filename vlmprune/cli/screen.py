@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +17,52 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+# what a terminal or a log that is not UTF-8 gets instead
+_PLAIN = {
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{BOX DRAWINGS LIGHT HORIZONTAL}": "-",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
+    "\N{UPWARDS ARROW}": "^",
+    "\N{DOWNWARDS ARROW}": "v",
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{BULLET}": "*",
+}
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+
+
+def speak_plainly() -> None:
+    """From now on a character that stdout or stderr cannot write becomes a plain one: no table is lost to an arrow."""
+    codecs.register_error("vlmprune", _plain_character)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vlmprune")
+
+
+def _plain_character(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    given = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in given), error.end
+
+
+def of_system(error: OSError) -> OSError:
+    """A refusal by the system in words; what could not be printed is dropped, or Python would fail once more at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    where = f" {error.filename!r}" if error.filename else ""
+    if error.errno in _NOT_WRITTEN:
+        return OSError(
+            f"output{where} cannot be written: {error.strerror}; make room, or choose another place"
+        )
+    return OSError(
+        f"{error.strerror or error}:{where}; --debug shows what was tried" if where else f"{error}"
+    )
 
 
 def stdout() -> Console:

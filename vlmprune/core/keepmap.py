@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -28,26 +29,48 @@ if TYPE_CHECKING:
     from PIL import Image
 
 VIEWS = ("stretch", "center")
+TOKENS, BLOCKS = (
+    2**20,
+    2**16,
+)  # most of one image: a file that says more is refused before memory is asked for
+CELLS = 2**26  # of the common grid of blocks of unequal sides
+NOTEBOOK_SIDE = 640  # pixels of the drawing in a notebook
 Grids = tuple[tuple[int, int], ...]
 PathName = str | PathLike[str]
+Picture: TypeAlias = "Image.Image | PathName"
 M = TypeVar("M", bound="_Map")
 
 
 class _Map:
-    """What both maps share: their place in the picture, and files."""
+    """What both maps share: their place in the picture, files, and how they show themselves in a notebook."""
 
     grids: Grids
     view: str
+    method: str
+    index: int
+    frame: int | None
+    image: Picture | None
 
     def _settle(self, count: int | None) -> int:
         """Check the plain fields; return the tokens that the grids hold, which must be ``count`` if given."""
         try:
-            grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in self.grids)
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"grids={self.grids!r}; expected one (rows, cols) per block, such as ((24, 24),)") from error
+            blocks = len(self.grids)
+            grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in self.grids[:BLOCKS])
+        except (TypeError, ValueError, LookupError) as error:
+            given = repr(self.grids)
+            shown = given if len(given) < 200 else f"{given[:200]}..."
+            raise SpecError(
+                f"grids={shown}; expected one (rows, cols) per block, such as ((24, 24),)"
+            ) from error
         held = sum(rows * cols for rows, cols in grids)
+        if blocks > BLOCKS or held > TOKENS:
+            most = f"expected at most {TOKENS:,} tokens in {BLOCKS:,} blocks of one image"
+            raise InvariantError(
+                f"{blocks:,} grids, the first {grids[0]}, hold {held:,} tokens or more; {most}"
+            )
         if count not in (None, held) or not held or any(min(grid) < 1 for grid in grids):
-            raise InvariantError(f"grids {grids} hold {held} tokens; expected {count or 'some'} in blocks of at least 1 x 1")
+            wanted = f"{count or 'some'} in blocks of at least 1 x 1"
+            raise InvariantError(f"grids {_brief(grids)} hold {held} tokens; expected {wanted}")
         one_of("view", self.view, VIEWS)
         for name, kind in (("method", str), ("index", int), ("frame", int | None)):
             if not isinstance(getattr(self, name), kind):
@@ -56,14 +79,33 @@ class _Map:
         return held
 
     def __repr__(self) -> str:
-        shown = {name: f"tensor{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for name, v in vars(self).items()}
-        return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in shown.items())})"
+        frame = "" if self.frame is None else f", frame {self.frame}"
+        said = f"{self.method!r}, {self._counts()}, {_brief(self.grids)}, image {self.index}{frame}"
+        return f"{type(self).__name__}({said})"
+
+    def _counts(self) -> str:
+        raise NotImplementedError
+
+    def _repr_png_(self) -> bytes:
+        from ..viz.notebook import png
+
+        return png(self.draw(max_side=NOTEBOOK_SIDE))
+
+    def _repr_html_(self) -> str:
+        from ..viz.notebook import figure
+
+        return figure(self.draw(max_side=NOTEBOOK_SIDE), repr(self))
+
+    def draw(self, image: Picture | None = None, *, max_side: int | None = None) -> Image.Image:
+        raise NotImplementedError
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, cols) of the only block."""
         if len(self.grids) != 1:
-            raise SpecError(f"this image has {len(self.grids)} blocks of tokens, {self.grids}, so no single grid; use .grids")
+            raise SpecError(
+                f"this image has {len(self.grids)} blocks of tokens, {_brief(self.grids)}, and no single grid; use .grids"
+            )
         return self.grids[0]
 
     @property
@@ -72,10 +114,13 @@ class _Map:
         return boxes(self.grids)
 
     def save(self, path: PathName) -> None:
-        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly."""
+        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly; the picture is not in it."""
         suffix = _suffix(path)
-        fields = _stamp(type(self)) | {name: value for name, value in vars(self).items() if value is not None}
-        tensors: dict[str, Tensor] = {name: fields.pop(name) for name in ("keep_idx", "scores") if name in fields}
+        values = {name: value for name, value in vars(self).items() if value is not None and name != "image"}
+        fields = _stamp(type(self)) | values
+        tensors: dict[str, Tensor] = {
+            name: fields.pop(name) for name in ("keep_idx", "scores") if name in fields
+        }
         if suffix == ".json":
             lists = {name: tensor.tolist() for name, tensor in tensors.items()}
             Path(path).write_text(json.dumps(fields | lists) + "\n", encoding="utf-8")
@@ -98,9 +143,20 @@ class _Map:
             stamp = {name: body.pop(name, None) for name in ("format", "version")}
             if stamp != _stamp(cls):
                 raise SpecError(f"it says {stamp}, expected {_stamp(cls)}")
+            if "image" in body:  # a path that someone else chose would be opened by draw
+                raise SpecError("it names a picture, which is never saved")
             return cls(**body)
-        except (VlmPruneError, SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise SpecError(f"{str(path)!r} is not a whole {cls.__name__} file: {error}. Write it again with save") from error
+        except (
+            VlmPruneError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise SpecError(
+                f"{str(path)!r} is not a whole {cls.__name__} file: {error}. Write it again with save"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,6 +170,7 @@ class ScoreMap(_Map):
         view: what the blocks cover: "stretch", the whole picture; "center", its largest centred square (resize, then crop).
         index: which image of the call.
         frame: which frame of a video, or None.
+        image: the picture, or its path, for ``draw``; it is not saved.
     """
 
     scores: Tensor
@@ -122,6 +179,7 @@ class ScoreMap(_Map):
     view: str = "stretch"
     index: int = 0
     frame: int | None = None
+    image: Picture | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _scores(self.scores))
@@ -134,15 +192,30 @@ class ScoreMap(_Map):
         """Keep the highest scores: a count of tokens or a fraction of them; the lower index wins ties."""
         budget = Budget.of(keep)
         if budget.scope != "image":
-            raise SpecError(f"budget {budget} has scope {budget.scope!r}; a score map is one image: give a plain number")
+            raise SpecError(
+                f"budget {budget} has scope {budget.scope!r}; a score map is one image: give a plain number"
+            )
         idx = top_k(self.scores[None], budget.count(len(self)))[0]
-        return KeepMap(idx, len(self), self.grids, self.scores, self.method, self.view, self.index, self.frame)
+        place = (self.method, self.view, self.index, self.frame, self.image)
+        return KeepMap(idx, len(self), self.grids, self.scores, *place)
 
-    def draw(self, image: Image.Image | PathName, alpha: float = 0.65) -> Image.Image:
-        """Heat map over the picture; several blocks become panels side by side."""
+    def draw(
+        self, image: Picture | None = None, alpha: float = 0.65, *, max_side: int | None = 2000
+    ) -> Image.Image:
+        """Heat map over the picture; several blocks become panels side by side.
+
+        Args:
+            image: PIL image or path; without it, the map's own picture, or a grey canvas where it has none.
+            alpha: strength of the colours.
+            max_side: longest side of the drawing in pixels; None draws at the size of the picture.
+        """
         from ..viz.overlay import draw_scores
 
-        return draw_scores(image, self.grids, self.scores, self.view, alpha)
+        shown = self.image if image is None else image
+        return draw_scores(shown, self.grids, self.scores, self.view, alpha, max_side)
+
+    def _counts(self) -> str:
+        return f"{len(self)} tokens, scores {float(self.scores.min()):.3g} to {float(self.scores.max()):.3g}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -153,7 +226,7 @@ class KeepMap(_Map):
         keep_idx: (K,) ascending token indices, kept as int64 on the CPU; empty where a shared budget went elsewhere.
         total: N, the tokens there were; without it, what the grids hold.
         scores: (N,) where the method scores, else None.
-        grids, method, view, index, frame: as in ``ScoreMap``.
+        grids, method, view, index, frame, image: as in ``ScoreMap``.
     """
 
     keep_idx: Tensor
@@ -164,21 +237,28 @@ class KeepMap(_Map):
     view: str = "stretch"
     index: int = 0
     frame: int | None = None
+    image: Picture | None = None
 
     def __post_init__(self) -> None:
         idx = _vector("keep_idx", self.keep_idx)
         if len(idx) and idx.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise SpecError(f"keep_idx is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])")
+            raise SpecError(
+                f"keep_idx is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])"
+            )
         object.__setattr__(self, "keep_idx", idx.to(torch.int64))
         object.__setattr__(self, "total", self._settle(self.total or None))
         wrong = self.keep_idx[(self.keep_idx < 0) | (self.keep_idx >= self.total)]
         if len(wrong) or (self.keep_idx.diff() <= 0).any():
             what = f"{wrong.tolist()[:5]} out of range" if len(wrong) else "entries repeated or out of order"
-            raise InvariantError(f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them first")
+            raise InvariantError(
+                f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them first"
+            )
         if self.scores is not None:
             object.__setattr__(self, "scores", _scores(self.scores))
             if len(self.scores) != self.total:
-                raise InvariantError(f"scores hold {len(self.scores)} tokens; expected one score for each of {self.total}")
+                raise InvariantError(
+                    f"scores hold {len(self.scores)} tokens; expected one score for each of {self.total}"
+                )
 
     def __len__(self) -> int:
         return self.keep_idx.shape[0]
@@ -201,7 +281,9 @@ class KeepMap(_Map):
     def overlap(self, other: KeepMap) -> float:
         """Jaccard index of the two kept sets: 1 for the same tokens, 0 for none in common."""
         if other.total != self.total:
-            raise SpecError(f"maps of {self.total} and {other.total} tokens; overlap expects maps of the same image and model")
+            raise SpecError(
+                f"maps of {self.total} and {other.total} tokens; overlap expects maps of the same image and model"
+            )
         union = int((self.mask | other.mask).sum())
         return int((self.mask & other.mask).sum()) / union if union else 1.0
 
@@ -231,11 +313,29 @@ class KeepMap(_Map):
             raise SpecError(f"{self} kept no token; replay expects a map that kept at least one")
         return Replay(tuple(self.keep_idx.tolist()), self.total)
 
-    def draw(self, image: Image.Image | PathName, dim: float = 0.62) -> Image.Image:
-        """The picture, dropped patches grey and dark, kept ones clear and outlined; several blocks become panels side by side."""
+    def draw(
+        self, image: Picture | None = None, dim: float = 0.62, *, max_side: int | None = 2000
+    ) -> Image.Image:
+        """The picture, dropped patches grey and dark, kept ones clear and outlined; other arguments as in ``ScoreMap``.
+
+        Args:
+            dim: 0 leaves the brightness of dropped patches, 1 makes them black.
+        """
         from ..viz.overlay import draw_keep
 
-        return draw_keep(image, self.grids, self.mask, self.view, dim)
+        shown = self.image if image is None else image
+        return draw_keep(shown, self.grids, self.mask, self.view, dim, max_side)
+
+    def _counts(self) -> str:
+        return f"{len(self)} of {self.total} tokens"
+
+
+def _brief(grids: Grids) -> str:
+    """``12 x 12``; several blocks in full where they are few."""
+    shown = [f"{rows} x {cols}" for rows, cols in grids[:4]]
+    if len(grids) > 1 and len(set(grids)) == 1:
+        return f"{len(grids)} times {shown[0]}"
+    return " + ".join(shown) + (f" + {len(grids) - 4} more" if len(grids) > 4 else "")
 
 
 def _stamp(cls: type[_Map]) -> dict[str, Any]:
@@ -263,15 +363,24 @@ def _vector(name: str, value: Any) -> Tensor:
 def _scores(value: Any) -> Tensor:
     scores = _vector("scores", value)
     if scores.is_complex() or not scores.to(torch.float32).isfinite().all():
-        raise InvariantError(f"scores of {len(scores)} tokens are not all finite in float32; fix the method that made them")
+        raise InvariantError(
+            f"scores of {len(scores)} tokens are not all finite in float32; fix the method that made them"
+        )
     return scores.to(torch.float32)
 
 
 def _union_area(blocks: list[np.ndarray]) -> float:
     """Share of the unit square under the true cells of any block, exact: in fractions, between the edges of all blocks."""
-    edges = [sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)}) for axis in (0, 1)]
+    edges = [
+        sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)})
+        for axis in (0, 1)
+    ]
+    if math.prod(len(edge) - 1 for edge in edges) > CELLS:
+        raise SpecError(f"the sides of {len(blocks)} blocks differ too much for an exact area; give cells=8")
     covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
     for block in blocks:
-        covered |= block[np.ix_(*([int(low * n) for low in edge[:-1]] for edge, n in zip(edges, block.shape, strict=True)))]
+        covered |= block[
+            np.ix_(*([int(low * n) for low in edge[:-1]] for edge, n in zip(edges, block.shape, strict=True)))
+        ]
     heights, widths = (np.diff(np.array(edge, dtype=object)) for edge in edges)
     return float(heights @ covered.astype(object) @ widths)

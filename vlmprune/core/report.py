@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .keepmap import KeepMap
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The last call that read images or began a prompt; decode steps that continue it are counted in ``decode_steps``.
 
@@ -47,6 +47,22 @@ class Report:
 
     def fire(self, hook: str) -> None:
         self.firings[hook] = self.firings.get(hook, 0) + 1
+
+    def __repr__(self) -> str:
+        return f"Report({self})"
+
+    def _repr_html_(self) -> str:
+        from ..viz.notebook import facts
+
+        layers = [f"{tokens:g}" for tokens in self.tokens_per_layer]
+        rows = {
+            "visual tokens of each image": f"{self.realised_tokens} of {self.dense_tokens}",
+            "visual tokens in each layer": ", ".join(layers) or "-",
+            "sequence": f"{self.sequence[1]} of {self.sequence[0]}",
+            "decode steps": self.decode_steps,
+            "hooks fired": ", ".join(f"{name} {times}" for name, times in self.firings.items()) or "-",
+        }
+        return facts(str(self), rows)
 
     def __str__(self) -> str:
         dense, realised = sum(self.dense_tokens), sum(self.realised_tokens)

@@ -10,13 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import CaptureError, SpecError
 
+_TensorField = Literal[
+    "features",
+    "cls_attention",
+    "received_attention",
+    "encoder_features",
+    "keys",
+    "cls_features",
+    "text_attention",
+]
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
     "features": (3,),
@@ -127,6 +136,15 @@ class VisualTokens:
     @property
     def device(self) -> torch.device:
         return self._any()[1].device if self.size is None or self.ordinal is None else self.ordinal.device
+
+    @overload
+    def need(self, name: _TensorField) -> Tensor: ...
+    @overload
+    def need(self, name: Literal["projector"]) -> Callable[[Tensor], Tensor]: ...
+    @overload
+    def need(self, name: Literal["grids"]) -> tuple[tuple[int, int], ...]: ...
+    @overload
+    def need(self, name: str) -> Any: ...
 
     def need(self, name: str) -> Any:
         """Return a captured field, or raise naming what is missing."""

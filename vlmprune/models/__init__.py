@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedError, did_you_mean
+from ..errors import UnsupportedError
 from .base import Adapter
 
 _ADAPTERS = {
@@ -37,6 +38,17 @@ _REFUSED = {
     "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
     "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
 }
+# types of checkpoints that only their authors' code reads, each with one that was converted
+_CONVERTED = {
+    "internvl_chat": "OpenGVLab/InternVL3-1B-hf",
+    "llava_llama": "llava-hf/llava-1.5-7b-hf",
+    "llava_mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_qwen": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+}
+_INSTEAD = (
+    "Run it dense, or choose among tokens of your own with vlmprune.select, which needs no model: divprune reads their features, "
+    "fastervlm the attention of [CLS]"
+)
 
 
 def families() -> list[str]:
@@ -55,6 +67,26 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def check_family(model_type: str | None, config: Mapping[str, Any] | None = None) -> None:
+    """Raise unless models of this type have an adapter; ``config`` is the content of a config.json, where there is one.
+
+    A model type is a fact and no word that a user types, so none is suggested in place of it.
+    """
+    config = config or {}
+    authors = model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
+    if model_type in _ADAPTERS and not authors:
+        return
+    why = f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
+    if model_type in _CONVERTED or authors:
+        example = _CONVERTED.get(model_type or "", _CONVERTED["llava_llama"])
+        why = f" in the format of its authors' code; give a converted checkpoint, whose name ends in -hf, such as {example}"
+    elif config.get("auto_map"):
+        why = ", and the code that comes with it was not run"
+    raise UnsupportedError(
+        f"model type {model_type!r} is not supported{why}; families with an adapter: {families()}. {_INSTEAD}"
+    )
+
+
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a model, wrappers of PEFT and torch.compile taken off; raises for what cannot be pruned right."""
     if not isinstance(model, nn.Module):
@@ -68,21 +100,14 @@ def adapter_for(model: Any) -> Adapter:
     model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
+    if config is None and isinstance(getattr(model, "module", None), nn.Module):
+        raise UnsupportedError(f"{type(model).__name__} wraps a model; give the one inside, its .module, or wrap it later")
     if getattr(config, "vision_config", None) is None:
         raise UnsupportedError(
-            f"{type(model).__name__} (model type {model_type!r}) has no vision tower; "
-            f"supported families: {families()}"
+            f"{type(model).__name__} (model type {model_type!r}) has no vision tower in its config; "
+            f"families with an adapter: {families()}"
         )
-    if model_type in _REFUSED:
-        raise UnsupportedError(
-            f"model type {model_type!r} is not supported: {_REFUSED[model_type]}. Run it dense, choose tokens of tensors of your "
-            f"own with vlmprune.select, or use one of {families()}"
-        )
-    if model_type not in _ADAPTERS:
-        raise UnsupportedError(
-            f"model type {model_type!r} is not supported; "
-            f"families with an adapter: {families()}.{did_you_mean(model_type, _ADAPTERS)}"
-        )
+    check_family(model_type)
     module, name = _ADAPTERS[model_type].split(":")
     adapter = getattr(import_module(f".{module}", __name__), name)
     if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a name to a model and a processor, and from a picture and a question to model inputs.
 
-What cannot be pruned is refused before any weight is read.
+What cannot be pruned is refused by its config.json, before any weight is read and before any code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from safetensors import SafetensorError
 
 from ..config import DTYPES
 from ..core.base import one_of
-from ..errors import UnsupportedError, VlmPruneError, did_you_mean
-from . import families
+from ..errors import SpecError, UnsupportedError, VlmPruneError
+from . import check_family
 
 TINY = "tiny"
 TINY_NOTE = "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean nothing"
 
 
-def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """``(model, processor)``, the model in eval mode.
 
     Args:
         name: ``"tiny"``, the trained model of the package, a folder written by ``save_pretrained``, or an HF id.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: one of ``DTYPES``; "auto" is what the checkpoint says.
-        trust_remote_code: run Python code that comes with the checkpoint. No supported family needs it.
+        trust_remote_code: let processor and tokenizer run Python code that comes with them. The model is always that of
+            transformers, so no supported family needs it.
     """
     one_of("dtype", dtype, DTYPES)
     check_device(device)
@@ -42,30 +45,62 @@ def load(name: str, device: str = "cpu", dtype: str = "auto", trust_remote_code:
 
     if not name:
         raise VlmPruneError(f"the model name is empty; expected {TINY!r}, a folder or an HF id")
-    config = read_pretrained(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    if config.model_type not in families():
-        near = did_you_mean(config.model_type, families())
-        raise UnsupportedError(f"{name!r} is a {config.model_type!r} model; families with an adapter: {families()}.{near}")
-    processor = read_pretrained(name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code)
+    check_config(name)
+    config = read_pretrained(name, "config", AutoConfig.from_pretrained)
+    processor = read_pretrained(
+        name, "processor", AutoProcessor.from_pretrained, trust_remote_code=trust_remote_code
+    )
     if getattr(processor, "patch_size", 0) is None:
-        raise UnsupportedError(f"the processor of {name!r} has no patch_size; set it in processor_config.json")
+        raise UnsupportedError(
+            f"the processor of {name!r} has no patch_size; set it in processor_config.json"
+        )
     model, info = read_pretrained(
-        name, "weights", AutoModelForImageTextToText.from_pretrained, config=config, dtype=dtype,
-        use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code,
+        name,
+        "weights",
+        AutoModelForImageTextToText.from_pretrained,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would draw them at random
-        raise VlmPruneError(f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}; save it whole")
+        raise VlmPruneError(
+            f"the weights of {name!r} lack {len(missing)} tensors, such as {missing[0]!r}; save it whole"
+        )
     return model.to(device).eval(), processor
+
+
+def check_config(name: str) -> None:
+    """Raise unless the config.json of a checkpoint is that of a supported family; reads this one file and runs no code."""
+    from transformers import PretrainedConfig
+
+    config, _ = read_pretrained(name, "config", PretrainedConfig.get_config_dict)
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str) or not model_type:
+        raise VlmPruneError(
+            f"the config of {name!r} cannot be read: it names no model_type; expected a model of transformers"
+        )
+    try:
+        check_family(model_type, config)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name!r}: {error}") from error
 
 
 def check_device(device: str) -> None:
     """Raise unless tensors can be made on this device."""
+    expected = "expected cpu, cuda (any NVIDIA or AMD GPU), cuda:1 or mps"
+    try:
+        torch.device(device)
+    except RuntimeError as error:  # its message lists twenty kinds of device
+        raise VlmPruneError(
+            f"device {device!r} cannot be used, since torch knows none of this name; {expected}"
+        ) from error
     try:
         torch.empty(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise VlmPruneError(f"device {device!r} cannot be used ({reason}); expected cpu, cuda, cuda:1 or mps") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise VlmPruneError(f"device {device!r} cannot be used ({reason}); {expected}") from error
 
 
 def prompt(processor: Any, question: str) -> str:
@@ -73,35 +108,76 @@ def prompt(processor: Any, question: str) -> str:
 
     PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
     """
+    image = getattr(processor, "image_token", "<image>")
+    for token in (image, getattr(processor, "video_token", None)):
+        if token and token in question:
+            raise SpecError(
+                f"the question holds {token!r}; leave it out: the picture is put in its place by itself"
+            )
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    image = getattr(processor, "image_token", "<image>")
-    return f"{image}{question}" if type(processor).__name__ == "PaliGemmaProcessor" else f"USER: {image}\n{question} ASSISTANT:"
+        try:
+            text: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program that comes with the checkpoint
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise VlmPruneError(
+                f"the chat template of the model fails ({reason}); give the model another one"
+            ) from error
+        return text
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        return f"{image}{question}"
+    return f"USER: {image}\n{question} ASSISTANT:"
 
 
 def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
-    """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the model."""
-    return processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device, model.dtype)
+    """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the model.
+
+    Args:
+        model, processor: as ``load`` gives them, or as transformers loads them.
+        image: PIL image.
+        question: plain text; the place of the picture and the turns of a dialogue are added.
+    """
+    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
 
 
 def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
     """Call one from_pretrained; what can be wrong with a name or a folder becomes one clear error."""
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()):
+    if not path.is_dir() and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()
+    ):
         state = "is a file" if path.is_file() else "does not exist"
-        raise VlmPruneError(f"the folder {name!r} {state}; expected {TINY!r}, a folder written by save_pretrained, or an HF id")
+        raise VlmPruneError(
+            f"the folder {name!r} {state}; expected {TINY!r}, a folder written by save_pretrained, or an HF id"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise VlmPruneError(f"the folder {name!r} holds no config.json; expected what save_pretrained writes")
     try:
         return read(str(path) if path.is_dir() else name, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # a file of another shape than expected fails where transformers reads it: TypeError, AttributeError, RecursionError
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         if isinstance(error, ImportError):
             todo = "install what is missing"
         elif path.is_dir():
             todo = "expected the files that save_pretrained of model and processor write, weights as *.safetensors"
         else:
-            todo = ("no folder of this name is here, so it was looked up as an HF id: check spelling and network, "
-                    "log in if the model is gated, or give a folder")
+            todo = (
+                "no folder of this name is here, so it was looked up as an HF id: check spelling and network, "
+                "log in if the model is gated, or give a folder"
+            )
         raise VlmPruneError(f"the {what} of {name!r} cannot be read: {reason} ({todo})") from error

@@ -1,21 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture drawn with Pillow alone: the default input of ``vlmprune run`` and of examples."""
+"""Pictures for examples: a scene drawn with Pillow alone, and a question of the benchmark that the tiny model can answer."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-_SKIES = (((74, 144, 222), (222, 240, 252)), ((104, 126, 204), (252, 222, 204)), ((62, 160, 198), (232, 247, 244)))
-_HOUSES = (((246, 228, 192), (176, 58, 48)), ((228, 216, 234), (64, 84, 140)), ((216, 234, 222), (142, 86, 42)))  # walls, roof
+from ..core.base import one_of
+from ..errors import SpecError
+
+_SKIES = (
+    ((74, 144, 222), (222, 240, 252)),
+    ((104, 126, 204), (252, 222, 204)),
+    ((62, 160, 198), (232, 247, 244)),
+)
+_HOUSES = (
+    ((246, 228, 192), (176, 58, 48)),
+    ((228, 216, 234), (64, 84, 140)),
+    ((216, 234, 222), (142, 86, 42)),
+)  # walls, roof
 _BRIGHT = ((226, 66, 84), (250, 176, 40), (58, 146, 212), (150, 88, 190), (240, 120, 60))
 _WORDS = ("CAFE", "OPEN", "HELLO", "No 42")
 _FINE = 3  # drawn this many times larger, then reduced: Pillow draws hard edges
 _SIDE = 336 * _FINE
 
+_SEVERAL = ("two_turn", "multi_image")  # families whose questions have an earlier turn or a second picture
+
 _Colour = tuple[int, int, int]
+
+
+class Example(NamedTuple):
+    """A picture, what is asked about it, and the right answer."""
+
+    picture: Image.Image
+    question: str
+    answer: str
+
+
+def example(family: str = "text", number: int = 0) -> Example:
+    """A test question of the synthetic benchmark about one picture; the model "tiny" was trained on such questions.
+
+    Args:
+        family: kind of question, such as "text" (a sign to read), "attribute" or "count".
+        number: which question of the family.
+
+    Example:
+        >>> vlmprune.example().question
+        'what does the purple sign say ?'
+    """
+    from ..benchmarks.shapes import shapes
+
+    task = shapes()
+    one_of("family", family, tuple(name for name in task.families if name not in _SEVERAL))
+    if type(number) is not int or number < 0:
+        raise SpecError(f"number={number!r}; expected 0, 1, ...: which question of the family {family!r}")
+    sample = task.sample("test", family, number)
+    return Example(sample.load_images()[0], sample.question, sample.answers[0])
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (336, 336)) -> Image.Image:
@@ -60,7 +103,9 @@ class _Scene:
         self._draw.ellipse([(x - rx) * _FINE, (y - ry) * _FINE, (x + rx) * _FINE, (y + ry) * _FINE], fill)
 
     def line(self, points: list[tuple[float, float]], fill: _Colour, width: float) -> None:
-        self._draw.line([(x * _FINE, y * _FINE) for x, y in points], fill, round(width * _FINE), joint="curve")
+        self._draw.line(
+            [(x * _FINE, y * _FINE) for x, y in points], fill, round(width * _FINE), joint="curve"
+        )
 
     def gradient(self, top: int, bottom: int, first: _Colour, last: _Colour) -> None:
         for y in range(top * _FINE, bottom * _FINE):
@@ -86,7 +131,10 @@ class _Scene:
         self.line([(x + 6 * math.sin(t / 9), y + 24 + t) for t in range(70)], (90, 90, 100), 1)
         for t in (18, 36, 54):
             bow, height = x + 6 * math.sin(t / 9), y + 24 + t
-            self.polygon([(bow - 6, height - 4), (bow - 6, height + 4), (bow + 6, height - 4), (bow + 6, height + 4)], colour)
+            self.polygon(
+                [(bow - 6, height - 4), (bow - 6, height + 4), (bow + 6, height - 4), (bow + 6, height + 4)],
+                colour,
+            )
         self.polygon([(x, y - 24), (x + 17, y), (x, y + 26), (x - 17, y)], colour)
         self.polygon([(x, y - 24), (x + 17, y), (x, y)], _mix(colour, (255, 255, 255), 0.45))
         self.polygon([(x, y + 26), (x - 17, y), (x, y)], _mix(colour, (255, 255, 255), 0.25))
@@ -111,7 +159,13 @@ class _Scene:
 
     def tree(self, x: float) -> None:
         self.polygon([(x - 6, 196), (x + 6, 196), (x + 10, 266), (x - 10, 266)], (118, 78, 50))
-        for dx, dy, r, shade in ((-22, 8, 25, 0.0), (23, 6, 26, 0.1), (0, -22, 31, 0.2), (-3, 6, 25, 0.3), (9, -28, 14, 0.5)):
+        for dx, dy, r, shade in (
+            (-22, 8, 25, 0.0),
+            (23, 6, 26, 0.1),
+            (0, -22, 31, 0.2),
+            (-3, 6, 25, 0.3),
+            (9, -28, 14, 0.5),
+        ):
             self.disc(x + dx, 176 + dy, r, _mix((38, 112, 60), (118, 186, 88), shade))
         for dx, dy in ((-24, 4), (18, -14), (4, 14), (-6, -32), (28, 12)):
             self.disc(x + dx, 178 + dy, 4, (222, 60, 60))

@@ -50,7 +50,8 @@ class $cls(Method):
     licence: ClassVar[str] = ""
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return tokens.need("features").float().norm(dim=-1) ** self.power  # (B, N, D) -> (B, N)
+        length = tokens.need("features").float().square().sum(dim=-1).sqrt()  # (B, N, D) -> (B, N)
+        return length.pow(self.power)
 ''')
 _LAST_STEP = "fill in every TODO: the card says what the method does, the ledger how faithful it is"
 _IMPORTS_INSIDE = """

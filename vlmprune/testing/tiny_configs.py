@@ -68,7 +68,7 @@ def missing(family: str) -> str | None:
     if too_old(family, getattr(transformers, name)):
         return f"{family} needs a newer transformers than {transformers.__version__}; install the newest"
     if family == "fast_vlm" and not is_timm_available():
-        return 'fast_vlm needs timm and torchvision; install "vlmprune[timm]"'
+        return "fast_vlm needs timm and torchvision: pip install timm torchvision"
     return None
 
 

@@ -95,7 +95,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UnsupportedError("plots need matplotlib: pip install 'vlmprune[viz]'") from error
+        raise UnsupportedError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

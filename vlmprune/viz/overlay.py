@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw kept tokens or token scores over the picture they come from; needs Pillow and numpy only."""
+"""Draw kept tokens or token scores over the picture they come from; needs Pillow and numpy only.
+
+Pictures may be large and grids hostile: sizes are checked before memory is asked for, and pixels become floats strip by strip.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -18,34 +23,97 @@ RIM = (255, 214, 10)
 STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
+MAX_SIDE = 2000  # pixels of a drawing, unless more are asked for
+CANVAS = 2**28  # pixels of the largest drawing that is made, 1 GiB
+NARROWEST = 8  # pixels of a panel that was reduced
+BLANK_SIDE, BLANK = 480, (208, 208, 208)  # the canvas where no picture is known
+_STRIP = 2**20  # pixels that are floats at a time
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 Grids = Sequence[tuple[int, int]]
-Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (height, width, 3) pixels, (height, width) values -> pixels
+Paint = Callable[
+    [np.ndarray, np.ndarray, int], np.ndarray
+]  # (h, w, 3) pixels, (h, w) values, outline -> pixels
 
 
-def open_picture(image: Image.Image | str | PathLike[str]) -> Image.Image:
-    """RGB picture from a PIL image of any mode or a path; a path is turned upright as its EXIF says, as processors load it."""
+def open_picture(image: Image.Image | str | PathLike[str], max_side: int | None = None) -> Image.Image:
+    """RGB picture from a PIL image of any mode or a path; a path is turned upright, as processors load it.
+
+    A picture with a side longer than ``max_side`` is made smaller, without a full copy of it in between.
+    """
     if not isinstance(image, Image.Image):
-        if not isinstance(image, (str, PathLike)):
-            raise SpecError(f"image is a {type(image).__name__}; expected a PIL image or a path: PIL.Image.fromarray(...)")
-        try:
-            with Image.open(image) as file:
-                image = ImageOps.exif_transpose(file)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise SpecError(f"{str(image)!r} cannot be read as a picture ({error}); pass a PIL image or its path") from error
+        image = _read(image, max_side)
     if 0 in image.size:
         raise SpecError(f"image has size {image.size}; expected at least 1 x 1 pixel")
-    if image.mode[0] in "IF":  # deep grey has no agreed white: stretch what is there, or Pillow clips it to blank
-        deep = np.asarray(image, dtype=np.float32)
-        low, high = float(np.nanmin(deep)), float(np.nanmax(deep))
-        return Image.fromarray(np.uint8(255 * np.nan_to_num((deep - low) / max(high - low, 1e-12)))).convert("RGB")
+    if image.mode[0] in "IF":
+        image = _stretch(image)
+    if max_side is None or max(image.size) <= max_side:
+        return _rgb(image)
+    scale = max_side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    factor = min(image.width // size[0], image.height // size[1])
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top, bottom in _strips(image.height, image.width, factor):
+        small.paste(_rgb(image.crop((0, top, image.width, bottom))).reduce(factor), (0, top // factor))
+    return small.resize(size, Image.Resampling.LANCZOS)
+
+
+def _read(path: Any, max_side: int | None) -> Image.Image:
+    if not isinstance(path, (str, PathLike)):
+        raise SpecError(
+            f"image is a {type(path).__name__}; expected a PIL image or a path: PIL.Image.fromarray(...)"
+        )
+    if re.match("[a-z]+://", str(path)):
+        raise SpecError(f"{str(path)!r} is a URL, and none is read; expected the path of a file: download it")
+    try:
+        with warnings.catch_warnings():  # Pillow warns at half of what it refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = Image.open(path)
+        with file:
+            if max_side is not None:
+                file.draft(None, (max_side, max_side))  # JPEG can be decoded at a half, a quarter, an eighth
+            return ImageOps.exif_transpose(file)
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise SpecError(
+            f"{str(path)!r} is a picture of too many pixels; expected at most {most:,}"
+        ) from error
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is what Pillow raises for a broken PNG
+        raise SpecError(
+            f"{str(path)!r} cannot be read as a picture ({error}); expected a picture file"
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # Pillow turns premultiplied grey into nothing but LA
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """Deep grey from its least to its greatest value: it has no agreed white, so Pillow would clip it to blank."""
+    strips = [(0, top, image.width, bottom) for top, bottom in _strips(image.height, image.width)]
+    low, high = np.inf, -np.inf
+    for box in strips:
+        band = np.asarray(image.crop(box), dtype=np.float32)
+        finite = band[np.isfinite(band)]
+        low, high = float(finite.min(initial=low)), float(finite.max(initial=high))
+    grey = Image.new("L", image.size)
+    for box in strips:
+        band = np.asarray(image.crop(box), dtype=np.float32)
+        level = np.nan_to_num((band - low) / max(high - low, 1e-12), nan=0.0, posinf=1.0, neginf=0.0)
+        grey.paste(Image.fromarray(np.uint8(255 * level)), box[:2])
+    return grey
+
+
+def _strips(height: int, width: int, step: int = 1) -> Iterator[tuple[int, int]]:
+    """(first, past the last) row of strips of few pixels; all but the last have a multiple of ``step`` rows."""
+    rows = step * max(1, _STRIP // (width * step))
+    for top in range(0, height, rows):
+        yield top, min(height, top + rows)
 
 
 def view_box(size: tuple[int, int], view: str) -> tuple[int, int, int, int]:
@@ -62,35 +130,50 @@ def view_box(size: tuple[int, int], view: str) -> tuple[int, int, int, int]:
 def ramp(values: np.ndarray) -> np.ndarray:
     """Colours (..., 3) in 0..255 of values in [0, 1]."""
     stops = np.linspace(0, 1, len(RAMP))
-    return np.stack([np.interp(values, stops, channel) for channel in zip(*RAMP, strict=True)], axis=-1).astype(np.float32)
+    channels = [np.interp(values, stops, channel) for channel in zip(*RAMP, strict=True)]
+    return np.stack(channels, axis=-1).astype(np.float32)
 
 
-def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: float = 0.62) -> Image.Image:
+def draw_keep(
+    image: Any,
+    grids: Grids,
+    mask: Any,
+    view: str = "stretch",
+    dim: float = 0.62,
+    max_side: int | None = MAX_SIDE,
+) -> Image.Image:
     """Kept patches clear inside an outline, the others grey and darker by ``dim``.
 
     Args:
-        image: PIL image or path.
+        image: PIL image, path, or None for a grey canvas.
         grids: (rows, cols) of each block of tokens; several blocks become panels side by side.
         mask: (N,) bool, true where a token is kept.
         view: "stretch" (tokens cover the picture) or "center" (its centred square; the rest is striped).
         dim: 0 leaves the brightness of dropped patches, 1 makes them black.
+        max_side: longest side of the drawing in pixels; None draws at the size of the picture.
     """
     _fraction("dim", dim)
 
-    def paint(region: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def paint(region: np.ndarray, kept: np.ndarray, outline: int) -> np.ndarray:
         dropped = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
         out = np.where(kept[..., None], region, dropped)
-        width = max(1, round(min(kept.shape) / 320))
-        if min(kept.shape[0] / rows, kept.shape[1] / cols) >= 4 * width:  # smaller patches would be all outline
-            out[_dilate(kept, width) & ~kept] = 0  # a dark line outside keeps the bright one visible on light pictures
-            out[kept & _dilate(~kept, width)] = RIM
+        if outline:
+            # a dark line outside keeps the bright one visible on light pictures
+            out[_dilate(kept, outline) & ~kept] = 0
+            out[kept & _dilate(~kept, outline)] = RIM
         return out
 
-    rows, cols = np.max(np.asarray(grids), axis=0)
-    return _panels(image, grids, np.asarray(mask, dtype=bool), view, paint)
+    return _panels(image, grids, np.asarray(mask, dtype=bool), view, paint, max_side)
 
 
-def draw_scores(image: Any, grids: Grids, scores: Any, view: str = "stretch", alpha: float = 0.65) -> Image.Image:
+def draw_scores(
+    image: Any,
+    grids: Grids,
+    scores: Any,
+    view: str = "stretch",
+    alpha: float = 0.65,
+    max_side: int | None = MAX_SIDE,
+) -> Image.Image:
     """Heat map of (N,) scores over the grey picture, light is high; other arguments as in ``draw_keep``.
 
     Colours are linear between the 1st and the 99th percentile of all blocks together: single sinks would hide the rest.
@@ -99,32 +182,100 @@ def draw_scores(image: Any, grids: Grids, scores: Any, view: str = "stretch", al
     scores = np.asarray(scores, dtype=np.float64)
     low, high = np.percentile(scores, (1, 99))
     level = np.clip((scores - low) / (high - low), 0, 1) if high > low else np.full(scores.shape, 0.5)
-    return _panels(image, grids, level, view, lambda region, shown: alpha * ramp(shown) + (1 - alpha) * _grey(region))
+
+    def paint(region: np.ndarray, shown: np.ndarray, outline: int) -> np.ndarray:
+        return alpha * ramp(shown) + (1 - alpha) * _grey(region)
+
+    return _panels(image, grids, level, view, paint, max_side)
 
 
-def _panels(image: Any, grids: Grids, values: np.ndarray, view: str, paint: Paint) -> Image.Image:
+def _panels(
+    image: Any, grids: Grids, values: np.ndarray, view: str, paint: Paint, max_side: int | None
+) -> Image.Image:
     count = sum(rows * cols for rows, cols in grids)
     if values.shape != (count,):
         raise SpecError(f"values have shape {values.shape}; grids {tuple(grids)} expect ({count},)")
-    picture = open_picture(image)
-    left, top, right, bottom = view_box(picture.size, view)
-    pixels = np.asarray(picture, dtype=np.float32)  # (height, width, 3)
-    region, backdrop = pixels[top:bottom, left:right], _stripes(pixels) if view == "center" else pixels
-    gap = max(4, picture.width // 50)
+    picture = _fitting(blank(grids[0]) if image is None else image, len(grids), max_side)
+    box = view_box(picture.size, view)
+    pixels = np.asarray(picture)  # (height, width, 3) bytes
+    outline = _outline(box, grids)
+    gap = _gap(picture.width)
     sheet = Image.new("RGB", (len(grids) * (picture.width + gap) - gap, picture.height), "white")
     start = 0
     for number, (rows, cols) in enumerate(grids):
         block = values[start : start + rows * cols].reshape(rows, cols)
         start += rows * cols
-        panel = backdrop.copy()
-        panel[top:bottom, left:right] = paint(region, _enlarge(block, bottom - top, right - left))
-        sheet.paste(Image.fromarray(panel.round().astype(np.uint8)), (number * (picture.width + gap), 0))
+        panel = _panel(pixels, block, box, paint, outline)
+        sheet.paste(Image.fromarray(panel), (number * (picture.width + gap), 0))
     return sheet
 
 
-def _enlarge(block: np.ndarray, height: int, width: int) -> np.ndarray:
-    rows, cols = block.shape
-    y, x = (2 * np.arange(height) + 1) * rows // (2 * height), (2 * np.arange(width) + 1) * cols // (2 * width)
+def _panel(
+    pixels: np.ndarray, block: np.ndarray, box: tuple[int, int, int, int], paint: Paint, outline: int
+) -> np.ndarray:
+    """(height, width, 3) bytes: the picture with one block of tokens painted over the part that they cover."""
+    left, top, right, bottom = box
+    whole = (bottom - top, right - left) == pixels.shape[:2]
+    panel = pixels.copy() if whole else _stripes(pixels)
+    for first, last in _strips(bottom - top, right - left):
+        start, stop = max(0, first - outline), min(bottom - top, last + outline)  # outlines reach so far
+        shown = _enlarge(block, bottom - top, right - left, slice(start, stop))
+        region = pixels[top + start : top + stop, left:right].astype(np.float32)
+        painted = paint(region, shown, outline)[first - start : last - start]
+        panel[top + first : top + last, left:right] = painted.round().astype(np.uint8)
+    return panel
+
+
+def _fitting(image: Any, panels: int, max_side: int | None) -> Image.Image:
+    """The picture, made so small that so many panels fit side by side; refused where nothing could be seen of them."""
+    if max_side is not None and (type(max_side) is not int or max_side < 1):
+        raise SpecError(
+            f"max_side={max_side!r}; expected a number of pixels, or None for the size of the picture"
+        )
+    picture = open_picture(image, max_side)
+    if max_side is not None and panels * (picture.width + _gap(picture.width)) > max_side + _gap(
+        picture.width
+    ):
+        width = min(
+            int(max_side / (1.02 * panels)), (max_side - 4 * (panels - 1)) // panels
+        )  # as _gap has it
+        if width < NARROWEST:
+            raise SpecError(
+                f"{panels} blocks of tokens do not fit into {max_side} pixels side by side; give a larger max_side"
+            )
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    canvas = panels * (picture.width + _gap(picture.width)) * picture.height
+    if canvas > CANVAS:
+        raise SpecError(
+            f"the drawing would have {canvas:,} pixels; expected at most {CANVAS:,}: give max_side"
+        )
+    return picture
+
+
+def blank(grid: tuple[int, int]) -> Image.Image:
+    """A grey canvas of the shape of a (rows, cols) block."""
+    rows, cols = grid
+    scale = BLANK_SIDE / max(rows, cols)
+    return Image.new("RGB", (max(1, round(cols * scale)), max(1, round(rows * scale))), BLANK)
+
+
+def _gap(width: int) -> int:
+    return max(4, width // 50)
+
+
+def _outline(box: tuple[int, int, int, int], grids: Grids) -> int:
+    """Width of the line round kept patches; none where the smallest patch would be all outline."""
+    height, width = box[3] - box[1], box[2] - box[0]
+    line = max(1, round(min(height, width) / 320))
+    rows, cols = np.max(np.asarray(grids), axis=0)
+    return line if min(height / rows, width / cols) >= 4 * line else 0
+
+
+def _enlarge(block: np.ndarray, height: int, width: int, rows: slice) -> np.ndarray:
+    """These rows of a block that is drawn ``height`` x ``width`` pixels large."""
+    y = (2 * np.arange(height)[rows] + 1) * block.shape[0] // (2 * height)
+    x = (2 * np.arange(width) + 1) * block.shape[1] // (2 * width)
     return block[y[:, None], x]
 
 
@@ -132,8 +283,10 @@ def _dilate(mask: np.ndarray, width: int) -> np.ndarray:
     """True within ``width`` pixels of a true one, in a square neighbourhood."""
     for axis in (0, 1):
         padded = np.moveaxis(np.pad(mask, [(width, width) if a == axis else (0, 0) for a in (0, 1)]), axis, 0)
-        shifted = [padded[start : start + mask.shape[axis]] for start in range(2 * width + 1)]
-        mask = np.moveaxis(np.logical_or.reduce(shifted), 0, axis)
+        out = np.zeros_like(np.moveaxis(mask, axis, 0))
+        for start in range(2 * width + 1):
+            out |= padded[start : start + out.shape[0]]
+        mask = np.moveaxis(out, 0, axis)
     return mask
 
 
@@ -144,9 +297,13 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
 def _stripes(pixels: np.ndarray) -> np.ndarray:
     """Pixels the model never saw: pale, with diagonal stripes, like nothing inside the view."""
     height, width = pixels.shape[:2]
-    period = max(2, min(height, width) // 40)
-    stripe = (np.arange(height)[:, None] + np.arange(width)) // period % 2
-    return 0.2 * _grey(pixels) + np.where(stripe[..., None], *np.array(STRIPES, dtype=np.float32))
+    period, out = max(2, min(height, width) // 40), np.empty_like(pixels)
+    for top, bottom in _strips(height, width):
+        stripe = (np.arange(top, bottom)[:, None] + np.arange(width)) // period % 2
+        colours = np.where(stripe[..., None], *np.array(STRIPES, dtype=np.float32))
+        part = 0.2 * _grey(pixels[top:bottom].astype(np.float32)) + colours
+        out[top:bottom] = part.round().astype(np.uint8)
+    return out
 
 
 def _fraction(name: str, value: float) -> None:

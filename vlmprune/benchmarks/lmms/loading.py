@@ -34,7 +34,9 @@ def write_tasks(out: Path, limit: int | None = None) -> list[str]:
 def need_lmms_eval() -> None:
     """Raise unless lmms-eval is installed."""
     if find_spec("lmms_eval") is None:
-        raise EvaluationError('lmms-eval is not installed; expected version 0.7.3 or newer: pip install "vlmprune[eval]"')
+        raise EvaluationError(
+            "lmms-eval is not installed; expected version 0.7.3 or newer: pip install -e '.[eval]' in a clone of vlmprune"
+        )
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from ...api import prune
 from ...core.cache import cache_in, cache_name
+from ...errors import SpecError
+from ...spec import parse
 from .card import Effort, Tell, best_attention
 from .conditions import device_name
 from .free import FreeSide
@@ -80,6 +82,15 @@ class Costs:
         return 1 - self.total(case, True) / self.total(case, False)
 
 
+def plannable(spec: str) -> str:
+    """The spec in its canonical form; raise where no token is removed, so that nothing could pay."""
+    wanted = parse(spec)
+    wanted.build(require_budget=True)
+    if not wanted.prunes:
+        raise SpecError(f"{spec!r} removes no token, so nothing could pay; expected a spec such as fastervlm@0.125")
+    return str(wanted)
+
+
 def prefill_terms(batch: int, lengths: Lengths) -> list[float]:
     n = np.asarray(lengths, dtype=float)
     return [1.0, batch * float(n.mean()), batch * float((n * n).mean())]
@@ -121,7 +132,7 @@ def plan(
     tell: Tell = lambda text: None,
 ) -> dict[str, Any]:
     """Measure, fit, and answer for this workload and around it; plain values."""
-    effort = effort or Effort(rounds=5)
+    spec, effort = plannable(spec), effort or Effort(rounds=5)
     tell("finding the fastest attention")
     attention, _ = best_attention(workload, rounds=2)
     tell("measuring prefill, decode, tower and choosing")

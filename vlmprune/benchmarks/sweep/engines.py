@@ -73,7 +73,9 @@ class Ray:
         try:
             import ray
         except ImportError as error:
-            raise UnsupportedError("the engine 'ray' needs the package ray: pip install 'vlmprune[cluster]'") from error
+            raise UnsupportedError(
+                "the engine 'ray' needs the package ray: pip install -e '.[cluster]' in a clone"
+            ) from error
         if not ray.is_initialized():
             try:
                 own = {} if self.address else {"include_dashboard": False}

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the reference of config keys, docs/config.md, from the schema in vlmprune/config.py.
+
+python docs/config.py            write the page
+python docs/config.py --check    say whether it is current; exit code 1 if not
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from vlmprune.benchmarks.published import ENTRY_KEYS, KEYS, NEEDED, Published
+from vlmprune.benchmarks.tasks import LMMS
+from vlmprune.config import DTYPES, POSITIONS, SEEDS, Config
+from vlmprune.spec import Spec
+
+PAGE = Path(__file__).resolve().parent / "config.md"
+TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "path of a YAML file"}
+FORMS = {  # what the type does not say
+    "seeds": f"list of whole numbers, at least {len(SEEDS)}, none negative",
+    "tasks": f"list of `shapes`, names of plug-ins, `{LMMS}NAME` or `{LMMS}FILE.yaml`",
+    "dtype": ", ".join(f"`{name}`" for name in DTYPES),
+    "positions": ", ".join(f"`{name}`" for name in POSITIONS),
+}
+SAID = {  # what the schema says of two keys at once, and of the key that is no field of it
+    "split": "part of each task",
+    "limit": "samples of each task; none is all of them",
+    "keep": "budgets for every spec that has none of its own: each such spec runs once with each of them",
+}
+# every key once; a test reads it
+EXAMPLE = """\
+models: [llava-hf/llava-1.5-7b-hf]
+specs: [fastervlm, "divprune@64", "fastv(layer=2)"]
+keep: [192, 0.25, 64/crop]
+tasks: [shapes, lmms:gqa_images]
+seeds: [0, 1, 2]
+out: runs/mine
+split: test
+limit: 500
+batch_size: 16
+max_new_tokens: 16
+positions: compact
+dtype: bfloat16
+published: published/llava-1.5-7b.yaml
+"""
+
+
+def meanings() -> dict[str, str]:
+    """Field -> text, from the docstring of Config; an entry may be about several fields."""
+    doc = inspect.getdoc(Config) or ""
+    entries = re.findall(r"^ {4}([a-z_, ]+): (.+(?:\n {8}.+)*)", doc, re.MULTILINE)
+    said = {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")} | SAID
+    return {name: text.rstrip(".").replace("None", "none").replace("``", "`") for name, text in said.items()}
+
+
+def form(field: Field[Any], hint: Any) -> str:
+    """What YAML must hold."""
+    if field.name in FORMS:
+        return FORMS[field.name]
+    if get_origin(hint) is tuple:
+        return f"list of {TYPES[get_args(hint)[0]]}s".replace("texts", "text")
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return TYPES[kinds[0]]
+
+
+def default(field: Field[Any]) -> str:
+    if field.default is MISSING:
+        return "must be given"
+    if field.default is None:
+        return "none"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{value}`".replace("'", "")
+
+
+def rows() -> list[str]:
+    """One line of the table for each key."""
+    said, hints = meanings(), get_type_hints(Config)
+    lines = [
+        f"| `{field.name}` | {form(field, hints[field.name])} | {default(field)} | {said[field.name]} |"
+        for field in fields(Config)
+    ]
+    names = [field.name for field in fields(Config)]
+    keep = f"| `keep` | list of budgets: `64`, `0.25`, `64/crop`, `64/total` | none | {said['keep']} |"
+    return [*lines[: names.index("specs") + 1], keep, *lines[names.index("specs") + 1 :]]
+
+
+def page() -> str:
+    """The whole page."""
+    table = "\n".join(rows())
+    return f"""\
+# Config keys
+
+Made by `docs/config.py` from `vlmprune/config.py`; not edited by hand. A config is a YAML file for `vlmprune leaderboard FILE`;
+`vlmprune validate FILE` checks it without running anything. A key that is not listed here is an error.
+
+| key | what it holds | default | meaning |
+|---|---|---|---|
+{table}
+
+Dense, `random` under each seed, `uniform` and `pool` join by themselves. The keys of the command line (`--specs`, `--limit`,
+`--batch-size`, `--positions`, `--out`) go before those of the file. The path of `published` begins at the folder of the file;
+`out`, folders of models and task files begin where the command runs.
+
+## All keys
+
+```yaml
+{EXAMPLE}```
+
+Smaller ones are in [`configs/`](../configs).
+
+## Published numbers
+
+The file that `published` names has the keys {listed(KEYS)}. `columns` gives each column of the papers'
+tables the task here that it may be compared with, or null. Each of `entries` has {listed(sorted(NEEDED))},
+and any of {listed(sorted(ENTRY_KEYS - NEEDED))}.
+"""
+
+
+def listed(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the reference of config keys.")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        raise SystemExit("docs/config.md is out of date; run python docs/config.py")
+
+
+if __name__ == "__main__":
+    main()
