@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from ..errors import VlmPruneError
-from .screen import Json, complain, plain, print_json, stdout, table
+from .screen import Json, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
     from ..registry import MethodInfo, Option
@@ -45,10 +45,8 @@ def list_methods(
             rows.add_row(Text(info.name, style="bold") + Text(plug_in, style="dim"), info.stage, ", ".join(info.needs) or "-",
                          "yes" if info.query_aware else "no", options or "-", plain(info.paper or "-"))
         stdout().print(rows)
-    for problem in broken:
-        complain(problem)
-    if broken:
-        raise typer.Exit(2)
+    for problem in (*broken, *registry.refused_plugins()):  # of other packages; what is listed works
+        stderr().print(plain(f"skipped: {problem}"), style="yellow", soft_wrap=True)
 
 
 def _list_families(as_json: bool) -> None:
