@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -149,9 +150,7 @@ def test_what_is_wrong_is_named(write, text, message):
 def test_a_file_that_unfolds_to_gigabytes_is_refused_in_a_line(write, where):
     """Each of nine lists holds the one before it nine times: 387 million texts."""
     names = "abcdefghi"
-    rest = [
-        f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip(names, names[1:], strict=False)
-    ]
+    rest = [f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise(names)]
     path = write(f"models: [&a [{', '.join('x' * 9)}], {', '.join(rest)}]\n{where}\n")
     with pytest.raises(SpecError) as caught:
         load(path)
@@ -188,7 +187,7 @@ def test_the_published_protocols_are_there():
     assert len(load(FOLDER / "video-llava-7b.yaml").tasks) == 3
 
 
-# --- published numbers -------------------------------------------------------------------------------------------------------
+# --- published numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
