@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose a folder is: whether a run may write into it, whose results it would replace, what else is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...config import Config
+from ...errors import EvaluationError
+from ..rundir import FORMAT, Run, read_object
+from ..summary import budget_of
+from .journal import is_sound, left_behind
+from .plan import with_baselines
+
+_CELL = re.compile(r"[0-9a-f]{16}")
+# what may lie in a run folder beside run.json
+_REPORTS = tuple(f"report.{ending}" for ending in ("html", "csv", "json", "md", "tex"))
+_OURS = ("cells", ".lock", ".holder.json", "results.json", "speed.json", *_REPORTS)
+# what every row of a table depends on, beside what is listed
+_SCALARS = (
+    "split",
+    "limit",
+    "batch_size",
+    "max_new_tokens",
+    "positions",
+    "dtype",
+    "device",
+    "trust_remote_code",
+)
+
+
+def refuse_other_format(folder: Path) -> None:
+    """Raise where a folder holds a run of another format, or something else altogether."""
+    if folder.exists() and not folder.is_dir():
+        raise EvaluationError(f"{folder} is a file; expected a folder for the run, or a new name, with --out")
+    if not folder.is_dir():
+        return
+    info = read_info(folder)
+    if info is not None:
+        if info["format"] != FORMAT:
+            raise EvaluationError(
+                f"{folder} holds a run of format {info['format']}, written by vlmprune "
+                f"{info.get('version', '?')}; this version writes format {FORMAT}: go on with the version "
+                "that began it, or choose another folder with --out"
+            )
+        return
+    if any(is_sound(folder, cell) for cell in cells_of(folder)):
+        return  # run.json is gone or broken; the cells say that this is a run, and what was asked of each
+    if (folder / "run.json").exists() and not (folder / "cells").is_dir():
+        raise EvaluationError(
+            f"{folder / 'run.json'} is not that of a run, and no cells lie beside it; choose another folder "
+            "with --out"
+        )
+    spare = {path.name for path in left_behind(folder)}
+    strange = [path.name for path in folder.iterdir() if path.name not in (*_OURS, "run.json", *spare)]
+    if strange:
+        raise EvaluationError(
+            f"{folder} is not empty and holds no run, but {min(strange)!r}; choose a new folder with --out"
+        )
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
+    """What run.json says; None where it is missing or cannot be believed."""
+    try:
+        info = read_object(folder / "run.json")
+    except EvaluationError:
+        return None
+    return info if type(info.get("format")) is int else None
+
+
+def cells_of(folder: Path) -> list[str]:
+    """Names of all cells of which a recipe or a journal is there."""
+    return sorted({path.stem for path in folder.glob("cells/*.json*") if _is_cell_file(path)})
+
+
+def _is_cell_file(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl") and _CELL.fullmatch(path.stem) is not None and path.is_file()
+
+
+def refuse_other_config(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Raise where results.json answers a config of which something is missing in ``asked``.
+
+    More models, specs or tasks only add rows. Anything else would put another table in the place of one that
+    may have been quoted, with nothing to tell them apart.
+    """
+    try:
+        before = read_object(folder / "results.json").get("config")
+    except EvaluationError:
+        return  # there is none, or it cannot be read: it is computed anew from the journals
+    if not isinstance(before, dict):
+        return
+    differ = list(_lost(before, asked))
+    if differ:
+        raise EvaluationError(
+            f"{folder} holds the results of another config ({'; '.join(differ)}), which this one would "
+            "replace; choose another folder with --out, or say --replace: all answers stay in the folder, "
+            "and the table becomes that of this config"
+        )
+
+
+def _lost(before: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """What the results of ``before`` cover and those of ``asked`` do not."""
+    covered = {
+        "models": asked["models"],
+        "tasks": asked["tasks"],
+        "seeds": asked["seeds"],
+        "specs": _covered(asked),
+    }
+    for key, known in covered.items():
+        listed = before.get(key) if isinstance(before.get(key), list) else []
+        gone = [str(one) for one in listed if one not in known]
+        new = [str(one) for one in asked[key] if one not in listed]
+        if gone:
+            yield f"{key}: {', '.join(gone)} there" + (f", {', '.join(new)} here" if new else "")
+    for key in _SCALARS:
+        if before.get(key) != asked[key]:
+            yield f"{key}: {before.get(key)} there, {asked[key]} here"
+
+
+def _covered(asked: Mapping[str, Any]) -> set[str]:
+    """Every spec that gets a row, baselines and the mean of the seeds of random included."""
+    texts = [*asked["specs"], *with_baselines(asked["specs"], asked["seeds"])]
+    return {*texts, *(f"random@{budget}" for budget in map(budget_of, texts) if budget)}
+
+
+def asked_of(config: Config, device: str, trust_remote_code: bool) -> dict[str, Any]:
+    """All that a table answers, as plain values."""
+    values = config.plain()
+    del values["out"], values["published"]  # where it is written, and what is shown beside it
+    return values | {"device": device.partition(":")[0], "trust_remote_code": trust_remote_code}
+
+
+def others(folder: Path, mine: set[str]) -> list[dict[str, Any]]:
+    """Cells that are no part of a table: of other configs, and of other versions of code, data or weights."""
+    found = []
+    for cell in cells_of(folder):
+        if cell in mine or not (folder / "cells" / f"{cell}.jsonl").is_file():
+            continue
+        answers = (folder / "cells" / f"{cell}.jsonl").read_bytes().count(b"\n")
+        known = Run(folder).recipe(cell) if is_sound(folder, cell) else {}
+        named = {key: known.get(key) for key in ("spec", "model", "task")}
+        found.append({"cell": cell, **named, "answers": answers})
+    return found
