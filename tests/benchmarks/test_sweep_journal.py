@@ -13,8 +13,7 @@ import pytest
 from vlmprune.benchmarks import rundir
 from vlmprune.benchmarks.rundir import Run, cell_id, decode_lines, encode_line
 from vlmprune.benchmarks.sweep import journal
-from vlmprune.benchmarks.sweep.claim import refuse_other_format
-from vlmprune.benchmarks.sweep.journal import Journal, locked, replace_json
+from vlmprune.benchmarks.sweep.journal import Journal, locked, refuse_other_format, replace_json
 from vlmprune.errors import EvaluationError
 
 RECIPE = {"model": "m", "spec": "pool@9", "task": "t"}

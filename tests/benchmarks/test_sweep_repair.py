@@ -12,7 +12,7 @@ from sweep_tools import ROWS, SPECS, comparable, config, journals, sweep
 from vlmprune.benchmarks.report import write_report
 from vlmprune.benchmarks.rundir import Run
 from vlmprune.benchmarks.sweep import Settings, leaderboard
-from vlmprune.benchmarks.sweep.claim import cells_of
+from vlmprune.benchmarks.sweep.journal import cells_of
 from vlmprune.benchmarks.sweep.repair import repair
 from vlmprune.benchmarks.sweep.run import Silent
 from vlmprune.config import Config

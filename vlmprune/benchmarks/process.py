@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -82,12 +83,15 @@ def no_bars() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No bars, no warnings of what will change in other packages, no debug lines of lmms-eval."""
-    level = os.environ.get("LOGURU_LEVEL")
-    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # read when lmms-eval brings loguru in
+    wanted = {"LOGURU_LEVEL": "WARNING"}  # both are read when lmms-eval brings loguru and datasets in
+    if not sys.stderr.isatty():  # on a terminal, a bar tells how long a download takes
+        wanted["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    mine = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(mine)
     try:
         with no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        if level is None:
-            del os.environ["LOGURU_LEVEL"]
+        for name in mine:
+            del os.environ[name]

@@ -36,7 +36,7 @@ def summarise(
 
     Args:
         records: of ``"dense"`` and of others, all on the same questions.
-        matched: for specs without a budget, that of the baselines which they are compared with.
+        matched: for specs without a budget, that of the baselines which they are compared with; it is their ``keep``.
     """
     held: dict[str, list[Record]] = {}
     for record in records:
@@ -57,6 +57,7 @@ def summarise(
         mine = [record for one in bands.get(spec, [spec]) for record in held[one]]
         seeds = [accuracy[one].value for one in bands.get(spec, [])]
         row = _described(spec, mine) | {
+            "keep": budgets[spec],
             "n": len(table),
             "accuracy": accuracy[spec].value,
             "ci": [accuracy[spec].low, accuracy[spec].high],
@@ -126,7 +127,6 @@ def _described(spec: str, records: Sequence[Record]) -> dict[str, Any]:
         "spec": spec,
         "method": "+".join(part.name for part in parts),
         "calibrated": any(get(part.name).calibrated for part in parts),
-        "keep": budget_of(spec),
         "realised_tokens": float(np.mean([record.realised_tokens for record in seen])),
         "dense_tokens": float(np.mean([record.dense_tokens for record in seen])),
         "layer_tokens": float(np.mean([record.layer_tokens for record in seen])),

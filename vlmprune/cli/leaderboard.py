@@ -111,7 +111,7 @@ def _beside(cells: list[dict[str, Any]]) -> str:
     """What else the folder holds, in one line; nothing where it holds nothing else."""
     if not cells:
         return ""
-    names = list(dict.fromkeys(cell["spec"] or "a cell without a recipe" for cell in cells))
+    names = sorted({cell["spec"] or "a cell without a recipe" for cell in cells})
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"Also in the folder, in no table: {len(cells)} cells of other configs or versions ({listed})."
 

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a folder is: whether a run may write into it, whose results it would replace, what else is there."""
+"""What a run would replace in its folder, and what else lies there."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...config import Config
 from ...errors import EvaluationError
-from ..rundir import FORMAT, Run, read_object
+from ..rundir import Run, read_object
 from ..summary import budget_of
-from .journal import is_sound, left_behind
+from .journal import cells_of, is_sound
 from .plan import with_baselines
 
-_CELL = re.compile(r"[0-9a-f]{16}")
-# what may lie in a run folder beside run.json
-_REPORTS = tuple(f"report.{ending}" for ending in ("html", "csv", "json", "md", "tex"))
-_OURS = ("cells", ".lock", ".holder.json", "results.json", "speed.json", *_REPORTS)
 # what every row of a table depends on, beside what is listed
 _SCALARS = (
     "split",
@@ -30,54 +25,6 @@ _SCALARS = (
     "device",
     "trust_remote_code",
 )
-
-
-def refuse_other_format(folder: Path) -> None:
-    """Raise where a folder holds a run of another format, or something else altogether."""
-    if folder.exists() and not folder.is_dir():
-        raise EvaluationError(f"{folder} is a file; expected a folder for the run, or a new name, with --out")
-    if not folder.is_dir():
-        return
-    info = read_info(folder)
-    if info is not None:
-        if info["format"] != FORMAT:
-            raise EvaluationError(
-                f"{folder} holds a run of format {info['format']}, written by vlmprune "
-                f"{info.get('version', '?')}; this version writes format {FORMAT}: go on with the version "
-                "that began it, or choose another folder with --out"
-            )
-        return
-    if any(is_sound(folder, cell) for cell in cells_of(folder)):
-        return  # run.json is gone or broken; the cells say that this is a run, and what was asked of each
-    if (folder / "run.json").exists() and not (folder / "cells").is_dir():
-        raise EvaluationError(
-            f"{folder / 'run.json'} is not that of a run, and no cells lie beside it; choose another folder "
-            "with --out"
-        )
-    spare = {path.name for path in left_behind(folder)}
-    strange = [path.name for path in folder.iterdir() if path.name not in (*_OURS, "run.json", *spare)]
-    if strange:
-        raise EvaluationError(
-            f"{folder} is not empty and holds no run, but {min(strange)!r}; choose a new folder with --out"
-        )
-
-
-def read_info(folder: Path) -> dict[str, Any] | None:
-    """What run.json says; None where it is missing or cannot be believed."""
-    try:
-        info = read_object(folder / "run.json")
-    except EvaluationError:
-        return None
-    return info if type(info.get("format")) is int else None
-
-
-def cells_of(folder: Path) -> list[str]:
-    """Names of all cells of which a recipe or a journal is there."""
-    return sorted({path.stem for path in folder.glob("cells/*.json*") if _is_cell_file(path)})
-
-
-def _is_cell_file(path: Path) -> bool:
-    return path.suffix in (".json", ".jsonl") and _CELL.fullmatch(path.stem) is not None and path.is_file()
 
 
 def refuse_other_config(folder: Path, asked: Mapping[str, Any]) -> None:

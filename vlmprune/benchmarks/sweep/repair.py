@@ -14,8 +14,7 @@ from ...config import SEEDS
 from ...errors import EvaluationError, SpecError
 from ...spec import parse
 from ..rundir import FORMAT, Run, cell_id, decode_lines, encode_line, read_object
-from .claim import cells_of, read_info, refuse_other_format
-from .journal import is_sound, locked, replace_file, replace_json
+from .journal import cells_of, is_sound, locked, read_info, refuse_other_format, replace_file, replace_json
 
 Tell = Callable[[str], None]
 _RANDOM = re.compile(r"random\(seed=([0-9]+)\)@.*")

@@ -18,9 +18,9 @@ from ..sample import Sample
 from ..summary import DENSE, budget_of
 from ..tasks import get_task
 from . import identity, results
-from .claim import asked_of, cells_of, others, read_info, refuse_other_config, refuse_other_format
+from .claim import asked_of, others, refuse_other_config
 from .engines import Engine, Local
-from .journal import Journal, locked, replace_json
+from .journal import Journal, cells_of, locked, read_info, refuse_other_format, replace_json
 from .plan import Setting, answer_length, baselines, budget_read, load_samples, portions, with_baselines
 from .work import Failure, Job
 

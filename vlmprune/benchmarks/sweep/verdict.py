@@ -18,7 +18,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         if row["vs_random"] and not is_seed(row, rows):
             method = series(row["spec"])
-            sides[side(row["vs_random"])].setdefault(method, []).append(row["keep"] or "its own budget")
+            sides[side(row["vs_random"])].setdefault(method, []).append(row["keep"])
             everywhere[method] = everywhere.get(method, 0) + 1
     texts, split = [], False
     for name, found in sides.items():
