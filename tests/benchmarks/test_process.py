@@ -57,6 +57,18 @@ def test_sigterm_is_raised_and_the_handler_before_comes_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_interrupt_that_stands_for_sigterm_is_told_from_ctrl_c():
+    """Ray, interrupted while it waits, raises a KeyboardInterrupt of its own."""
+    with pytest.raises(Terminated), terminable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None
+    with pytest.raises(KeyboardInterrupt) as caught, terminable():
+        raise KeyboardInterrupt
+    assert caught.type is KeyboardInterrupt
+
+
 def test_ray_does_not_take_the_signal_over():
     """Its handler ends the driver without a word."""
     with pytest.raises(Terminated), terminable():

@@ -24,12 +24,19 @@ def terminable() -> Iterator[None]:
         yield
         return
 
+    came: list[int] = []
+
     def stop(number: int, frame: Any) -> NoReturn:
+        came.append(number)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if came and not isinstance(error, Terminated):  # Ray raises its own in the place of any other
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
