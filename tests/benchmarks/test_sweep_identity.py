@@ -180,6 +180,20 @@ def test_code_of_a_model_makes_another_cell_where_it_may_run(small_model):
     assert cell_id(identity.recipe(old, "pool@9")) != cell_id(identity.recipe(new, "pool@9"))
 
 
+def test_code_of_a_model_that_lies_elsewhere_is_refused_where_it_may_run(model):
+    config = json.loads((model / "config.json").read_text())
+    for reference, refused in (("modeling_mine.Mine", False), ("owner/other--modeling_mine.Mine", True)):
+        (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": reference}}))
+        before = identity.weights(str(model))
+        if refused:
+            with pytest.raises(
+                EvaluationError, match=r"is that of 'owner/other--modeling_mine.Mine', so nothing"
+            ):
+                identity.weights(str(model), trust_remote_code=True)
+        else:
+            assert identity.weights(str(model), trust_remote_code=True) == before
+
+
 # --- the package --------------------------------------------------------------------------------------------
 
 

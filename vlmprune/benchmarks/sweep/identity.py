@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -111,23 +111,37 @@ def _code(what: str, made: Iterable[Any]) -> str:
     return hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16] if found else ""
 
 
-def weights(name: str) -> str:
+def weights(name: str, trust_remote_code: bool = False) -> str:
     """Fingerprint of a model: digest of the files of a folder, or the commit of an HF id; loads no model."""
     if name == TINY:
         return hashlib.sha256(json.dumps(verify(), sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _of_folder(name, folder)
     from transformers import AutoConfig
 
     from ...models.loading import read_pretrained
 
-    commit = getattr(read_pretrained(name, "config", AutoConfig.from_pretrained), "_commit_hash", None)
-    if not commit:
+    folder = Path(name).expanduser()
+    found = _of_folder(name, folder) if folder.is_dir() else ""
+    if found and not trust_remote_code:
+        return found
+    config = read_pretrained(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        _refuse_code_elsewhere(name, getattr(config, "auto_map", None) or {})
+    commit = getattr(config, "_commit_hash", None)
+    if not found and not commit:
         raise EvaluationError(
             f"{name!r} has no commit on the hub, so its weights cannot be told apart; give a folder"
         )
-    return f"commit {commit}"
+    return found or f"commit {commit}"
+
+
+def _refuse_code_elsewhere(name: str, code: Mapping[str, Any]) -> None:
+    """Raise where code of a model is named as "repository--module.Class": no fingerprint of the model covers it."""
+    elsewhere = [value for value in code.values() if "--" in str(value)]
+    if elsewhere:
+        raise EvaluationError(
+            f"the code of {name!r} is that of {elsewhere[0]!r}, so nothing would tell when it changes; save "
+            "the model with its code into a folder, or leave --trust-remote-code out"
+        )
 
 
 def _of_folder(name: str, folder: Path) -> str:

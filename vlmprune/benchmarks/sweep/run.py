@@ -140,7 +140,7 @@ def planned(config: Config, settings: Settings) -> list[Setting]:
     return [
         Setting(
             model=model,
-            weights=identity.weights(model),
+            weights=identity.weights(model, settings.trust_remote_code),
             task=name,
             task_fingerprint=task.fingerprint,
             split=config.split,

@@ -155,7 +155,7 @@ def _check_same(setting: Setting, task: Task) -> None:
         "versions": identity.versions(setting.task),
         "task_fingerprint": task.fingerprint,
         "task_code": identity.task_code(setting.task, task),
-        "weights": identity.weights(setting.model),
+        "weights": identity.weights(setting.model, setting.trust_remote_code),
     }
     for key, value in here.items():
         wanted = getattr(setting, key)
