@@ -57,7 +57,8 @@ def _lost(before: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
         "specs": _covered(asked),
     }
     for key, known in covered.items():
-        listed = before.get(key) if isinstance(before.get(key), list) else []
+        there = before.get(key)
+        listed: list[Any] = there if isinstance(there, list) else []
         gone = [str(one) for one in listed if one not in known]
         new = [str(one) for one in asked[key] if one not in listed]
         if gone:

@@ -57,7 +57,8 @@ class Ray:
             max_retries=self.retries,
             name=f"vlmprune {setting.model} {setting.task}",
         )
-        shared, waiting, running = ray.put(setting), iter(jobs), []
+        shared, waiting = ray.put(setting), iter(jobs)
+        running: list[Any] = []
         try:
             while True:
                 room = (
@@ -86,7 +87,7 @@ class Ray:
             ) from error
         if not ray.is_initialized():
             try:
-                own = {} if self.address else {"include_dashboard": False}
+                own: dict[str, Any] = {} if self.address else {"include_dashboard": False}
                 with kept_sigterm():  # Ray ends the process without a word
                     ray.init(self.address, log_to_driver=False, logging_level="ERROR", **own)
             except (ConnectionError, RuntimeError, ValueError) as error:

@@ -135,7 +135,7 @@ def weights(name: str, trust_remote_code: bool = False) -> str:
 
 
 def _refuse_code_elsewhere(name: str, code: Mapping[str, Any]) -> None:
-    """Raise where code of a model is named as "repository--module.Class": no fingerprint of the model covers it."""
+    """Raise where code of a model is named as "repository--module.Class": no fingerprint covers that."""
     elsewhere = [value for value in code.values() if "--" in str(value)]
     if elsewhere:
         raise EvaluationError(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -87,7 +87,7 @@ class Bench:
             if part.name in self.strange:
                 raise EvaluationError(self.strange[part.name])
 
-    def _answer(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
+    def _answer(self, job: Job, specs: Sequence[str]) -> Generator[Lines | Failure, None, int]:
         """One call of evaluate; returns the number of the spec that failed, counted from 1, or 0."""
         if self.clips:
             return (yield from self._answer_clips(job, specs))
@@ -106,7 +106,7 @@ class Bench:
                     return number
         return 0
 
-    def _answer_clips(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
+    def _answer_clips(self, job: Job, specs: Sequence[str]) -> Generator[Lines | Failure, None, int]:
         """The same by lmms-eval, which reads clips; its portions follow each other as the documents do."""
         from ..lmms.cell import run_cell
 
