@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ def test_a_new_run_folder_is_on_the_disk(tmp_path, synced):
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
 def test_a_file_system_that_syncs_no_folders_is_good_enough(folder, monkeypatch, code):
     def fsync(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -185,7 +186,7 @@ def test_a_file_system_that_syncs_no_folders_is_good_enough(folder, monkeypatch,
 
 def test_a_folder_that_fails_to_sync_is_told(folder, monkeypatch):
     def fsync(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fsync)

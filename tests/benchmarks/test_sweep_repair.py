@@ -305,6 +305,15 @@ def test_broken_results_are_computed_anew(small_model, finished, unanswered):
         assert comparable(again(small_model, finished)[0]) == comparable(first)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": 3}'])
+def test_a_broken_speed_card_says_what_to_do(finished, text):
+    (finished / "speed.json").write_text(text)
+    with pytest.raises(
+        EvaluationError, match=r"speed.json .*; measure it again with `vlmprune bench --out .*, or delete"
+    ):
+        Run.open(finished).speed  # noqa: B018
+
+
 def test_the_config_decides_and_not_the_name_of_the_folder(small_model, finished, tmp_path):
     moved = shutil.move(finished, tmp_path / "elsewhere")
     (moved / "run.json").unlink()  # the results say themselves what they answer
