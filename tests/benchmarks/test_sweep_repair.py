@@ -121,6 +121,13 @@ def test_repair_writes_run_json_from_the_cells(finished, unanswered, kind):
 
 def test_repair_does_not_choose_between_two_configs(small_model, finished):
     sweep(small_model, finished, Settings(replace=True), limit=10)
+    recipes = {cell: Run(finished).recipe(cell) for cell in cells_of(finished)}
+    two = [cell for cell, recipe in recipes.items() if recipe["spec"] == "pool@9"]
+    assert len(two) == 2
+    for cell in two:  # which config a cell is of is seen by its hash
+        (finished / "cells" / f"{cell}.json").unlink()
+    repair(finished, print)
+    assert all(Run(finished).recipe(cell) == recipes[cell] for cell in two)
     (finished / "run.json").write_text("")
     with pytest.raises(
         EvaluationError, match=r"several configs \(limit 20 and 10\): run the leaderboard command whose"
