@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,21 +103,58 @@ def test_plain_values_are_read_again_as_the_same_config(write):
         ("models: [tiny]\nspecs: [holov]\nkeep: [true]", "keep holds True; expected budgets"),
         ("models: [tiny]\nspecs: [holov]\nkeep: [1.5]", "keep=1.5 is no budget"),
         ("models: [tiny]\nspecs: [holov, holov@9]\nkeep: [9]", "specs lists 'holov@9' twice"),
-        ("models: [tiny]\nspecs: [dense]\ntasks: [shaeps]", "task 'shaeps' is unknown.*Did you mean 'shapes'"),
+        (
+            "models: [tiny]\nspecs: [dense]\ntasks: [shaeps]",
+            "task 'shaeps' is unknown.*Did you mean 'shapes'",
+        ),
         ("models: [tiny]\nspecs: [dense]\nlimit: 0", "limit=0; expected an int >= 1"),
         ("models: [tiny]\nspecs: [dense]\nbatch_size: 2.0", "batch_size=2.0; expected an int >= 1"),
         ("models: [tiny]\nspecs: [dense]\ndtype: float61", "Did you mean 'float16'"),
         ("models: [tiny]\nspecs: [dense]\npublished: none.yaml", "none.yaml: cannot be read"),
-        ("models: [tiny]\nmodels: [other]\nspecs: [dense]", "a key is given twice"),
+        ("models: [tiny]\nmodels: [other]\nspecs: [dense]", "is given twice"),
         ("models: [tiny\nspecs: [dense]", "not readable as YAML"),
         ("models: !!python/object/apply:os.getcwd []", "not readable as YAML"),
+        ("models: " + "[" * 3000, "nested too deeply"),
+        ("\n\nlimit: " + "9" * 5000, "line 3, column 8: '999.*999' is no int"),
+        ("limit: 2001-13-45", "line 1, column 8: '2001-13-45' is no timestamp"),
+        ("limit: 2001-12-14t21:59:43.10-99:99", "is no timestamp"),
+        ("limit: !!int ''", "'' is no int"),
+        ("limit: !!bool 3", "'3' is no bool"),
+        ("limit: !!timestamp x", "'x' is no timestamp"),
+        ("!!map [a]", "expected a mapping node"),
+        ("!!set [a]", "expected a mapping node"),
+        ("? [a]\n: b", "unhashable key"),
+        ("<<: 3", "expected a mapping"),
+        ("a: \0", "not readable as YAML: unacceptable character"),
+        (
+            "models: [tiny]\nspecs: [dense]\nlimit: 0x" + "f" * 5000,
+            "limit=an int beyond 64 bits; expected an int >= 1",
+        ),
+        (
+            "models: [tiny]\nspecs: [dense]\nseeds: [1, 2, 0x" + "f" * 5000 + "]",
+            "an int beyond 64 bits.*at least 3",
+        ),
+        ("models: [tiny]\nspecs: [dense]\ndtype: 0x" + "f" * 5000, "beyond 64 bits"),
+        ("models: [tiny]\nspecs: ['']", "specs holds '', an empty text; leave the entry out"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_what_is_wrong_is_named(write, text, message):
     path = write(text)
     with pytest.raises(SpecError, match=message) as caught:
         load(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["specs: [dense]\nkeep: *i", "specs: *i", "specs: [holov]\nkeep: [*i]"])
+def test_a_file_that_unfolds_to_gigabytes_is_refused_in_a_line(write, where):
+    """Each of nine lists holds the one before it nine times: 387 million texts."""
+    names = "abcdefghi"
+    rest = [f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise(names)]
+    path = write(f"models: [&a [{', '.join('x' * 9)}], {', '.join(rest)}]\n{where}\n")
+    with pytest.raises(SpecError) as caught:
+        load(path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -149,7 +187,7 @@ def test_the_published_protocols_are_there():
     assert len(load(FOLDER / "video-llava-7b.yaml").tasks) == 3
 
 
-# --- published numbers -------------------------------------------------------------------------------------------------------
+# --- published numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -12,11 +13,14 @@ from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
-from vlmprune import registry
+from vlmprune import plugins, registry
+from vlmprune.cli import app
 from vlmprune.core.base import Method
 from vlmprune.errors import SpecError
-from vlmprune.registry import get, list_methods, method_info, register, unregister
+from vlmprune.registry import get, list_methods, method_info, refused_plugins, register, unregister
+from vlmprune.spec import parse
 
 BUILTIN = sorted(registry._BUILTIN)
 
@@ -31,14 +35,14 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str]:
-    """Make these (name, value) pairs the installed entry points; returns a list that grows at each discovery."""
+    """Make these (name, value) pairs the installed entry points; the list grows at each discovery."""
     seen: list[str] = []
 
     def entry_points(*, group: str) -> list[metadata.EntryPoint]:
         seen.append(group)
         return [metadata.EntryPoint(name, value, group) for name, value in points]
 
-    monkeypatch.setattr(registry, "metadata", SimpleNamespace(entry_points=entry_points))
+    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
     registry._entry_points.cache_clear()
     return seen
 
@@ -142,7 +146,9 @@ def test_unregister() -> None:
         unregister("toy")
 
 
-@pytest.mark.parametrize(("name", "near"), [("fastervln", "fastervlm"), ("FasterVLM", "fastervlm"), ("rnadom", "random")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("fastervln", "fastervlm"), ("FasterVLM", "fastervlm"), ("rnadom", "random")]
+)
 def test_an_unknown_name_gets_the_nearest_one_and_the_list(name: str, near: str) -> None:
     with pytest.raises(SpecError, match=rf"{name}.*Did you mean '{near}'\?.*dense, .*list_methods"):
         get(name)
@@ -157,7 +163,13 @@ def test_a_name_is_text(name: object) -> None:
 def test_method_info_describes_without_a_model() -> None:
     register("toy")(toy(__doc__="Ranks nothing.", needs=("features",), paper="arXiv:0", nested=False))
     info = method_info("toy")
-    assert (info.name, info.stage, info.kind, info.positions, info.paper) == ("toy", "before_lm", "score", "compact", "arXiv:0")
+    assert (info.name, info.stage, info.kind, info.positions, info.paper) == (
+        "toy",
+        "before_lm",
+        "score",
+        "compact",
+        "arXiv:0",
+    )
     assert (info.query_aware, info.calibrated, info.nested, info.budgeted) == (False, False, False, True)
     assert (info.needs, info.options, info.doc) == (("features",), (), "Ranks nothing.")
 
@@ -190,13 +202,22 @@ def test_method_info_tells_type_default_and_help_of_each_option() -> None:
 
 def test_the_inner_method_of_a_wrapper_is_no_option() -> None:
     annotations = {"inner": "Method", "strength": "float"}
-    register("toy")(toy(wraps=True, __annotations__=annotations, strength=1.0, needs=property(lambda self: self.inner.needs)))
+    register("toy")(
+        toy(
+            wraps=True,
+            __annotations__=annotations,
+            strength=1.0,
+            needs=property(lambda self: self.inner.needs),
+        )
+    )
     info = method_info("toy")
     assert [option.name for option in info.options] == ["strength"]
     assert info.needs == ()
 
 
-def test_entry_points_are_discovered_once_and_loaded_on_demand(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_entry_points_are_discovered_once_and_loaded_on_demand(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
     (tmp_path / "far_away.py").write_text(
         textwrap.dedent("""
         from vlmprune.core.base import Method
@@ -221,32 +242,109 @@ def test_entry_points_are_discovered_once_and_loaded_on_demand(monkeypatch: pyte
     assert get("far").name == "far", "an entry point comes back after unregister"
 
 
-def test_an_entry_point_cannot_take_a_built_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_point_cannot_take_a_built_in_name_and_nobody_else_suffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     offer(monkeypatch, ("random", "impostor:Random"))
-    for ask in (list_methods, lambda: get("random")):
-        with pytest.raises(SpecError, match=r"'impostor:Random'.*the name of 'vlmprune\.methods\.baselines:Random'"):
-            ask()
+    assert get("random").__module__ == "vlmprune.methods.baselines" and list_methods() == BUILTIN
+    assert str(parse("random@9+fastv@9")) == "random@9+fastv@9"
+    (reason,) = refused_plugins()
+    assert "'impostor:Random'" in reason and "takes the name of 'vlmprune.methods.baselines:Random'" in reason
 
 
-def test_two_packages_cannot_offer_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, ("mine", "here:Mine"), ("mine", "there:Mine"))
+def test_a_name_that_two_packages_offer_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, ("mine", "here:Mine"), ("mine", "there:Mine"), ("other", "json:JSONDecoder"))
+    assert set(list_methods()) == {*BUILTIN, "other"} and len(refused_plugins()) == 1
     with pytest.raises(SpecError, match=r"'there:Mine'.*takes the name of 'here:Mine'"):
-        list_methods()
+        get("mine")
+
+
+def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def entry_points(*, group: str) -> None:
+        raise TypeError("a line without '='")
+
+    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._entry_points.cache_clear()
+    assert list_methods() == BUILTIN
+    assert "cannot be read: TypeError: a line without '='" in refused_plugins()[0]
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("no_such_module_anywhere:Mine", "does not load"),
-        ("json:Mine", "does not load"),
+        (
+            "no_such_module_anywhere:Mine",
+            "does not load: ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+        ),
+        ("json:Mine", "does not load: AttributeError"),
         ("json:JSONDecoder", r"decorate its class with @register\('mine'\)"),
+        ("no module at all", "does not load"),
     ],
 )
-def test_a_broken_entry_point_is_named_when_asked_for(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:
+def test_a_broken_entry_point_is_named_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, value: str, message: str
+) -> None:
     offer(monkeypatch, ("mine", value))
     assert "mine" in list_methods()
     with pytest.raises(SpecError, match=f"{value}.*{message}"):
         get("mine")
+
+
+RAISES = {
+    "RuntimeError('boom\\nand more')": "RuntimeError: boom and more",
+    "SystemExit(3)": "SystemExit: 3",
+    "ZeroDivisionError()": "ZeroDivisionError;",
+    "RecursionError('deep')": "RecursionError: deep",
+}
+
+
+@pytest.mark.parametrize("raised", RAISES)
+def test_a_plugin_that_raises_at_import_is_named_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, raised: str
+) -> None:
+    (tmp_path / "evil_module.py").write_text(
+        "import vlmprune.core.base as base, vlmprune.registry as registry\n"
+        "@registry.register('evil')\n"
+        "class Evil(base.Method):\n"
+        "    def score(self, tokens):\n"
+        "        return tokens\n"
+        f"raise {raised}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    offer(monkeypatch, ("evil", "evil_module:Evil"))
+    for _ in range(2):  # the second time is no better: what the module registered before it failed is gone
+        with pytest.raises(
+            SpecError, match=f"'evil': its entry point 'evil_module:Evil' does not load: {RAISES[raised]}"
+        ):
+            parse("evil@9").build()
+    assert get("random") and "evil" not in registry._METHODS
+
+
+def test_the_list_names_what_it_skips_and_ends_well(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "exiting.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    offer(monkeypatch, ("evil", "exiting:Evil"), ("random", "impostor:Random"))
+    result = CliRunner().invoke(app, ["list", "--json"])
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in json.loads(result.stdout)] == BUILTIN
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == 2 and "SystemExit: 7" in skipped[0] and "takes the name of" in skipped[1]
+
+
+def test_a_plugin_may_be_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "slow_module.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    offer(monkeypatch, ("slow", "slow_module:Slow"))
+    with pytest.raises(KeyboardInterrupt):
+        get("slow")
+
+
+def test_a_method_that_cannot_be_described_is_named() -> None:
+    register("toy")(toy(needs=property(lambda self: 1 / 0)))
+    with pytest.raises(SpecError, match="'toy' cannot be described: ZeroDivisionError: division by zero"):
+        method_info("toy")
 
 
 def test_listing_imports_no_method() -> None:

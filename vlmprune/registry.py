@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods by name: built-ins, classes registered by hand, and entry points of other packages, each loaded when asked for."""
+"""Methods by name: built-ins, classes registered by hand, entry points; each loaded when asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
-from importlib import metadata
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from . import plugins
 from .core.base import NEEDS, STAGES, Method, one_of
 from .errors import SpecError, did_you_mean
 
@@ -52,8 +52,8 @@ class Option(NamedTuple):
 class MethodInfo:
     """What is known of a method without a model.
 
-    ``needs`` is that of the default options where it depends on them, and empty where an option has no default (wrappers need
-    what their inner method needs). ``kind`` is empty where a method scores no tokens.
+    ``needs`` is that of the default options where it depends on them, and empty where an option has no
+    default (wrappers need what their inner method needs). ``kind`` is empty where a method scores no tokens.
     """
 
     name: str
@@ -84,10 +84,11 @@ class MethodInfo:
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator that makes a method known by name; a class that is not yet a dataclass becomes a frozen one."""
+    """Class decorator that makes a method known by name; what is no dataclass becomes a frozen one."""
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise SpecError(
-            f"method name {name!r} is not usable in a spec; expected lower case like 'my_method': @register('my_method')"
+            f"method name {name!r} is not usable in a spec; expected lower case like 'my_method': "
+            "@register('my_method')"
         )
 
     def decorate(cls: M) -> M:
@@ -107,7 +108,10 @@ def register(name: str) -> Callable[[M], M]:
 def _check_class(name: str, cls: type[Method]) -> None:
     hidden = sorted({field.name for field in fields(cls)} & set(Method.__annotations__))
     if hidden:
-        raise SpecError(f"method {name!r} annotates {hidden}, which makes options of them; expected plain class attributes")
+        raise SpecError(
+            f"method {name!r} annotates {hidden}, which makes options of them; expected plain class "
+            "attributes"
+        )
     one_of("stage", cls.stage, STAGES)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
@@ -120,7 +124,8 @@ def _check_class(name: str, cls: type[Method]) -> None:
         return
     if not isinstance(needs, tuple):
         raise SpecError(
-            f"needs={needs!r} of method {name!r} is a {type(needs).__name__}; expected a tuple of names, as in ('features',)"
+            f"needs={needs!r} of method {name!r} is a {type(needs).__name__}; expected a tuple of names, as "
+            "in ('features',)"
         )
     for need in needs:
         one_of("needs", need, NEEDS)
@@ -132,46 +137,52 @@ def _check_free(name: str, cls: type[Method]) -> None:
     taken = f"{holder.__module__}:{holder.__qualname__}" if holder else _BUILTIN.get(name, target)
     # the same path again is a notebook cell or a module run twice: the newer class replaces the older
     if taken != target:
-        raise SpecError(f"method name {name!r} is taken by {taken}, so {target} cannot have it; choose another name")
+        raise SpecError(
+            f"method name {name!r} is taken by {taken}, so {target} cannot have it; choose another name"
+        )
     others = [other for other, known in _METHODS.items() if known is cls and other != name]
     if others:
         raise SpecError(
-            f"{target} is registered as {others[0]!r} already, so it cannot be {name!r} too; subclass it for a second name"
+            f"{target} is registered as {others[0]!r} already, so it cannot be {name!r} too; subclass it "
+            "for a second name"
         )
 
 
 def unregister(name: str) -> None:
     """Forget a registered method; a built-in or an entry point comes back when asked for."""
     if name not in _METHODS:
-        raise SpecError(f"method {name!r} is not registered; expected one of {sorted(_METHODS)}.{did_you_mean(name, _METHODS)}")
+        raise SpecError(
+            f"method {name!r} is not registered; expected one of "
+            f"{sorted(_METHODS)}.{did_you_mean(name, _METHODS)}"
+        )
     del _METHODS[name]
 
 
 @cache
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    found: dict[str, metadata.EntryPoint] = {}
-    for point in metadata.entry_points(group=GROUP):
-        taken = _BUILTIN.get(point.name) or (found[point.name].value if point.name in found else point.value)
-        # an editable install may be listed twice: the same value again is no clash
-        if taken != point.value:
-            raise SpecError(
-                f"entry point {point.name!r} = {point.value!r} of group {GROUP!r} takes the name of {taken!r}; "
-                "uninstall the package that declares it, or have it renamed there"
-            )
-        found[point.name] = point
-    return found
+def _entry_points() -> plugins.Offers:
+    return plugins.discover(GROUP, _BUILTIN)
 
 
 def list_methods() -> list[str]:
     """Sorted names of all methods; loads none of them."""
-    return sorted({*_BUILTIN, *_METHODS, *_entry_points()})
+    return sorted({*_BUILTIN, *_METHODS, *_entry_points().points})
+
+
+def refused_plugins() -> list[str]:
+    """Why entry points of other packages are not used: names that are taken, lists that cannot be read."""
+    return list(_entry_points().refused)
 
 
 def get(name: str) -> type[Method]:
     """The class of a method; imports its module on first use."""
-    if name not in list_methods():
-        near = did_you_mean(str(name).lower(), list_methods())
-        raise SpecError(f"method {name!r} is unknown.{near} Known are {', '.join(list_methods())}; see vlmprune.list_methods()")
+    known = list_methods()
+    if name not in known:
+        if isinstance(name, str) and name in _entry_points().clashes:
+            raise SpecError(_entry_points().clashes[name])
+        near = did_you_mean(str(name).lower(), known)
+        raise SpecError(
+            f"method {name!r} is unknown.{near} Known are {', '.join(known)}; see vlmprune.list_methods()"
+        )
     if name not in _METHODS:
         _load(name)
     return _METHODS[name]
@@ -183,17 +194,25 @@ def _load(name: str) -> None:
         module, _, attribute = origin.partition(":")
         found = getattr(importlib.import_module(module), attribute)
     else:
-        origin = _entry_points()[name].value
-        try:
-            found = _entry_points()[name].load()
-        except (ImportError, AttributeError) as error:
-            raise SpecError(f"method {name!r}: its entry point {origin!r} does not load: {error}; repair that package") from error
+        origin = _entry_points().points[name].value
+        found = _load_plugin(name)
     if name not in _METHODS and getattr(found, "name", None) == name:
         register(name)(found)  # its module was imported before, and the name unregistered since
     if name not in _METHODS:
         raise SpecError(
-            f"{origin!r} was loaded for method {name!r} but registers no such name; decorate its class with @register({name!r})"
+            f"{origin!r} was loaded for method {name!r} but registers no such name; decorate its class with "
+            f"@register({name!r})"
         )
+
+
+def _load_plugin(name: str) -> Any:
+    before = dict(_METHODS)
+    try:
+        return plugins.load(f"method {name!r}", _entry_points().points[name], SpecError)
+    except SpecError:
+        for left in _METHODS.keys() - before.keys():  # of a module that failed half-way
+            del _METHODS[left]
+        raise
 
 
 def option_fields(cls: type[Method]) -> tuple[Field[Any], ...]:
@@ -212,7 +231,7 @@ def option_types(cls: type[Method]) -> dict[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a literal may stand for an annotation; what no literal can be compared with is left to the method."""
+    """Whether a literal may stand for an annotation; what cannot be compared is left to the method."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -239,10 +258,21 @@ def summary(name: str) -> str:
 def method_info(name: str) -> MethodInfo:
     """Describe a method."""
     cls = get(name)
+    try:
+        return _described(name, cls)
+    except SpecError:
+        raise
+    except Exception as error:  # properties of a plug-in are code of others
+        raise SpecError(f"method {name!r} cannot be described: {plugins.reason(error)}; repair it") from error
+
+
+def _described(name: str, cls: type[Method]) -> MethodInfo:
     needs: Any = cls.needs
     if isinstance(needs, property):
         required = [
-            field for field in fields(cls) if field.init and field.default is MISSING and field.default_factory is MISSING
+            field
+            for field in fields(cls)
+            if field.init and field.default is MISSING and field.default_factory is MISSING
         ]
         needs = () if required else cls().needs
     scores = any(getattr(cls, verb) is not getattr(Method, verb) for verb in ("score", "select", "merge"))

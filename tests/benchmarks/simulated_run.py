@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune.benchmarks.record import Record
-from vlmprune.benchmarks.rundir import FORMAT, cell_id
+from vlmprune.benchmarks.rundir import FORMAT, cell_id, encode_line
 from vlmprune.benchmarks.shapes import shapes
 from vlmprune.benchmarks.summary import summarise
 
@@ -106,8 +106,8 @@ class _Simulation:
             right = self.rng.random() < left if self.luck[i] < 0.86 else budget is not None and self.rng.random() < 0.25
             lines.append({"spec": spec, **self._line(i, right, budget, gaze)})
         self.records += map(Record.read, lines)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / "cells" / f"{cell}.jsonl").write_text(text + '{"id": "torn', encoding="utf-8")
+        data = b"".join(encode_line(cell, line) for line in lines)
+        (self.folder / "cells" / f"{cell}.jsonl").write_bytes(data + b'{"id": "torn')
 
     def _line(self, i: int, right: bool, budget: int | None, gaze: float) -> dict[str, Any]:
         sample, images = self.samples[i], len(self.samples[i].images)

@@ -19,7 +19,7 @@ from vlmprune.benchmarks.report import FORMATS, write_report
 from vlmprune.benchmarks.report.charts import panels
 from vlmprune.benchmarks.report.gallery import _drawn
 from vlmprune.benchmarks.report.table import badges, is_best, series
-from vlmprune.benchmarks.rundir import Run, cell_id
+from vlmprune.benchmarks.rundir import Run, cell_id, decode_lines, encode_line
 from vlmprune.errors import EvaluationError, SpecError
 
 
@@ -37,9 +37,9 @@ def row_of(results, spec="fastervlm@36", model="model-a"):
 def edit_journal(folder, change, spec="fastervlm@36"):
     cell = row_of(Run.open(folder).results, spec)["fingerprint"]
     path = folder / "cells" / f"{cell}.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    lines, _ = decode_lines(cell, path.read_bytes())
     change(lines)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_bytes(b"".join(encode_line(cell, line) for line in lines))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------------
@@ -104,7 +104,9 @@ def test_rows_of_other_weights_are_not_compared(broken_run):
     old = row_of(Run.open(broken_run).results)["fingerprint"]
     recipe = Run.open(broken_run).recipe(old) | {"weights": "others"}
     write(broken_run / "cells" / f"{cell_id(recipe)}.json", recipe)
-    (broken_run / "cells" / f"{old}.jsonl").rename(broken_run / "cells" / f"{cell_id(recipe)}.jsonl")
+    lines = Run.open(broken_run).journal(old)
+    data = b"".join(encode_line(cell_id(recipe), line) for line in lines)
+    (broken_run / "cells" / f"{cell_id(recipe)}.jsonl").write_bytes(data)
     edit(broken_run, lambda results: row_of(results).update(fingerprint=cell_id(recipe)))
     with pytest.raises(EvaluationError, match=r"differs from that of 'dense' in \['weights'\].*not comparable"):
         write_report(broken_run)
@@ -116,14 +118,14 @@ def test_a_torn_last_line_is_passed_over_and_a_broken_one_is_not(broken_run):
     assert len(run.journal(cell)) == 80  # the simulation leaves a torn line in every journal
     path = broken_run / "cells" / f"{cell}.jsonl"
     path.write_text("{broken\n" + path.read_text())
-    with pytest.raises(EvaluationError, match="line 1 is no JSON"):
+    with pytest.raises(EvaluationError, match="line 1 has no checksum"):
         write_report(broken_run)
 
 
 @pytest.mark.parametrize("name", ["run.json", "results.json"])
 def test_a_run_of_another_version_is_refused(broken_run, name):
     write(broken_run / name, json.loads((broken_run / name).read_text()) | {"format": 99})
-    with pytest.raises(EvaluationError, match=r"format 99.*reads format 1"):
+    with pytest.raises(EvaluationError, match=r"format 99.*reads format 2"):
         write_report(broken_run)
 
 

@@ -212,7 +212,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(small_model, tmp_path, finished
 def test_a_run_of_another_format_is_refused_by_name(small_model, finished):
     path = finished / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99, "version": "7.0"}))
-    with pytest.raises(EvaluationError, match=r"format 99, written by vlmprune 7\.0; this version writes format 1"):
+    with pytest.raises(EvaluationError, match=r"format 99, written by vlmprune 7\.0; this version writes format 2"):
         sweep(small_model, finished)
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import random
 import time
 
@@ -71,7 +73,9 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(small_model,
     try:
         assert ready.wait(60)
         before = (finished / "results.json").read_bytes()
-        with pytest.raises(EvaluationError, match=rf"is in use by process {other.pid} on .*another folder with --out"):
+        with pytest.raises(
+            EvaluationError, match=rf"is in use by process {other.pid} on .*another folder with --out"
+        ):
             sweep(small_model, finished)
         assert (finished / "results.json").read_bytes() == before
     finally:
@@ -79,3 +83,51 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(small_model,
         other.join()
     results = sweep(small_model, finished)  # the lock of a dead process is no lock
     assert comparable(results) == comparable(json.loads(before))
+
+
+FEW = {"limit": 4, "batch_size": 2, "specs": ["fastervlm@9"]}
+
+
+@pytest.fixture(scope="module")
+def unharmed(small_model, tmp_path_factory):
+    """Results and journals of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("unharmed") / "run"
+    return comparable(sweep(small_model, out, **FEW)), journals(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "error"),
+    [
+        ("fsync", 2, OSError(errno.EIO, "Input/output error")),
+        ("fsync", 34, OSError(errno.ENOSPC, "No space left on device")),
+        ("fsync", 36, KeyboardInterrupt()),
+        ("replace", 4, OSError(errno.EIO, "Input/output error")),
+        ("replace", 10, KeyboardInterrupt()),
+    ],
+    ids=str,
+)
+def test_a_fault_at_any_call_loses_and_doubles_nothing(
+    small_model, tmp_path, monkeypatch, name, number, error
+):
+    changes, calls = {"limit": 4, "batch_size": 2, "specs": ["fastervlm@9"]}, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise error
+        return original(*args)
+
+    original = getattr(os, name)
+    monkeypatch.setattr(os, name, fails)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else EvaluationError):
+        sweep(small_model, tmp_path / "run", **FEW)
+    assert len(calls) >= number
+    monkeypatch.undo()
+    before = journals(tmp_path / "run")
+    results = sweep(small_model, tmp_path / "run", **changes)
+    whole = sweep(small_model, tmp_path / "whole", **changes)
+    assert comparable(results) == comparable(whole) and journals(tmp_path / "run") == journals(
+        tmp_path / "whole"
+    )
+    assert all(lines.items() <= journals(tmp_path / "run")[spec].items() for spec, lines in before.items())
+    assert not list((tmp_path / "run").rglob("*.new"))

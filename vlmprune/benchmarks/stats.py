@@ -96,7 +96,9 @@ class Table:
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Per cluster: (C, S) sums of scores and (C,) questions."""
-        _, codes = np.unique(self.clusters, return_inverse=True)
+        # numbered as they come: sorted by name, the same data under other names would draw other samples
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.clusters.tolist()))}
+        codes = np.array([numbers[name] for name in self.clusters.tolist()])
         count = np.bincount(codes).astype(float)
         return np.stack([np.bincount(codes, weights=column) for column in self.scores.T], axis=1), count
 

@@ -20,7 +20,12 @@ DENSE = "dense"
 
 
 def summarise(
-    records: Iterable[Record], blind: Mapping[str, float], *, resamples: int = stats.RESAMPLES, seed: int = 0
+    records: Iterable[Record],
+    blind: Mapping[str, float],
+    *,
+    resamples: int = stats.RESAMPLES,
+    seed: int = 0,
+    matched: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """``{"rows": [...], "headline": {"families", "excluded"}}`` as plain values.
 
@@ -31,6 +36,7 @@ def summarise(
 
     Args:
         records: of ``"dense"`` and of others, all on the same questions.
+        matched: for specs without a budget, that of the baselines which they are compared with; it is their ``keep``.
     """
     held: dict[str, list[Record]] = {}
     for record in records:
@@ -44,12 +50,14 @@ def summarise(
     tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
     accuracy = stats.accuracy(table, resamples, seed)
     vs_dense = stats.differences(table, DENSE, tested, resamples=resamples, seed=seed)
-    vs_random = _against_random(table, tested, resamples, seed)
+    budgets = {spec: budget_of(spec) or (matched or {}).get(spec) for spec in table.specs}
+    vs_random = _against_random(table, {spec: budgets[spec] for spec in tested}, resamples, seed)
     rows = []
     for spec in table.specs:
         mine = [record for one in bands.get(spec, [spec]) for record in held[one]]
         seeds = [accuracy[one].value for one in bands.get(spec, [])]
         row = _described(spec, mine) | {
+            "keep": budgets[spec],
             "n": len(table),
             "accuracy": accuracy[spec].value,
             "ci": [accuracy[spec].low, accuracy[spec].high],
@@ -61,7 +69,7 @@ def summarise(
             "vs_random": _plain(vs_random.get(spec)),
             "flips": None if spec in bands else stats.flips(table, spec, DENSE),
             "agreement": stats.agreement(table, spec, DENSE),
-            "hard": _hard(table, spec),
+            "hard": _hard(table, spec, budgets[spec]),
             "mdd": vs_dense[spec].mdd if spec in vs_dense else None,
             "band": {"seeds": bands[spec], "low": min(seeds), "high": max(seeds)} if seeds else None,
         }
@@ -96,12 +104,14 @@ def _merge_seeds(table: Table) -> tuple[Table, dict[str, list[str]]]:
     return table, bands
 
 
-def _against_random(table: Table, specs: Sequence[str], resamples: int, seed: int) -> dict[str, stats.Difference]:
-    """Differences to random tokens of the same budget, corrected together."""
+def _against_random(
+    table: Table, budgets: Mapping[str, str | None], resamples: int, seed: int
+) -> dict[str, stats.Difference]:
+    """Differences of specs to random tokens of their budgets, corrected together."""
     found: dict[str, stats.Difference] = {}
-    for budget in dict.fromkeys(map(budget_of, specs)):
+    for budget in dict.fromkeys(budgets.values()):
         random = f"random@{budget}"
-        mine = [spec for spec in specs if budget_of(spec) == budget and spec != random]
+        mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
         if budget is not None and random in table.specs:
             found |= stats.differences(table, random, mine, resamples=resamples, seed=seed)
     corrected = stats.holm(np.array([one.p for one in found.values()]))
@@ -117,7 +127,6 @@ def _described(spec: str, records: Sequence[Record]) -> dict[str, Any]:
         "spec": spec,
         "method": "+".join(part.name for part in parts),
         "calibrated": any(get(part.name).calibrated for part in parts),
-        "keep": budget_of(spec),
         "realised_tokens": float(np.mean([record.realised_tokens for record in seen])),
         "dense_tokens": float(np.mean([record.dense_tokens for record in seen])),
         "layer_tokens": float(np.mean([record.layer_tokens for record in seen])),
@@ -137,9 +146,9 @@ def _worst(table: Table, spec: str) -> dict[str, Any]:
     return {"family": family, "accuracy": mine[family], "retained": shares[family]}
 
 
-def _hard(table: Table, spec: str) -> dict[str, Any] | None:
+def _hard(table: Table, spec: str, budget: str | None) -> dict[str, Any] | None:
     """Accuracy on what pooling to the same budget gets wrong."""
-    pooled = f"pool@{budget_of(spec)}"
+    pooled = f"pool@{budget}"
     if pooled not in table.specs or spec == pooled:
         return None
     left = stats.hard(table, pooled)

@@ -6,20 +6,24 @@ Each is loaded when it is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module, metadata
 
-from ..errors import EvaluationError, did_you_mean
+from ..errors import EvaluationError, VlmPruneError, did_you_mean
+from ..plugins import discover, load, reason
 from .sample import Task
 
 GROUP = "vlmprune.tasks"
 LMMS = "lmms:"
-_BUILTIN = {"shapes": "vlmprune.benchmarks.shapes:shapes"}  # name -> function without arguments that returns the task
+_BUILTIN = {
+    "shapes": "vlmprune.benchmarks.shapes:shapes"
+}  # name -> function without arguments that returns the task
 
 
 @cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
-    return {point.name: point for point in metadata.entry_points(group=GROUP) if point.name not in _BUILTIN}
+    return discover(GROUP, _BUILTIN).points
 
 
 def list_tasks() -> list[str]:
@@ -33,15 +37,25 @@ def get_task(name: str) -> Task:
         return _lmms(name.removeprefix(LMMS))
     if name not in list_tasks():
         near = did_you_mean(str(name).lower(), list_tasks())
-        raise EvaluationError(f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}")
+        raise EvaluationError(
+            f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}"
+        )
     if name in _BUILTIN:
         module, _, attribute = _BUILTIN[name].partition(":")
         return getattr(import_module(module), attribute)()
-    point = _entry_points()[name]
+    (make,) = factory(name)
     try:
-        return point.load()()
-    except (ImportError, AttributeError) as error:
-        raise EvaluationError(f"task {name!r}: its entry point {point.value!r} does not load: {error}") from error
+        return make()
+    except VlmPruneError:
+        raise
+    except (Exception, SystemExit) as error:  # code of another package
+        raise EvaluationError(f"task {name!r}: {make!r} makes no task: {reason(error)}") from error
+
+
+def factory(name: str) -> tuple[Callable[[], Task], ...]:
+    """What makes a task of another package, in a tuple; an empty one where this package makes it."""
+    point = _entry_points().get(name)
+    return () if point is None else (load(f"task {name!r}", point, EvaluationError),)
 
 
 @cache  # its data are read once

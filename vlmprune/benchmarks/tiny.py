@@ -23,7 +23,10 @@ def load_tiny(device: str = "cpu", dtype: Any = None, folder: Path = FOLDER) -> 
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+    from .process import no_bars
+
+    with no_bars():  # it is read in a moment
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
 

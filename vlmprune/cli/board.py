@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a leaderboard looks on a terminal of 100 columns, and how its progress does."""
+"""How a leaderboard looks on a terminal of 100 columns."""
 
 from __future__ import annotations
 
@@ -7,42 +7,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..benchmarks.report.table import BASELINES, NOTHING, count, is_seed, ordered, ratio, setting, signed
 from ..benchmarks.sweep.verdict import side, verdict
-from .screen import plain, stderr, table
+from .screen import plain, table
 
 Row = dict[str, Any]
 HEADINGS = ("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
 # in the order in which a narrow screen loses them
 SPARE = ("hard", "lost/won", "worst family", "text", "tokens", "left", "vs random")
 MARKS = {"better": "\N{UPWARDS ARROW}", "worse": "\N{DOWNWARDS ARROW}", "no different": " "}
-
-
-class Bars:
-    """One bar per model and task, on stderr, with the time that is left."""
-
-    def __init__(self) -> None:
-        self.shown = Progress(
-            TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=stderr(), expand=True,
-        )  # fmt: skip
-        self._bar: Any = None
-
-    def __enter__(self) -> Bars:
-        self.shown.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.shown.stop()
-
-    def begin(self, what: str, total: int, done: int) -> None:
-        self._bar = self.shown.add_task(plain(what).plain, total=total, completed=done)
-
-    def advance(self, answers: int) -> None:
-        self.shown.advance(self._bar, answers)
 
 
 def show(found: dict[str, Any], screen: Console) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import VlmPruneError
-from .screen import Json, complain, plain, print_json, stdout, table
+from .screen import Json, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
     from ..registry import MethodInfo, Option
@@ -42,10 +42,8 @@ def list_methods(
     else:
         rows = _methods_table(infos, stdout())
         stdout().print(rows)
-    for problem in broken:
-        complain(problem)
-    if broken:
-        raise typer.Exit(2)
+    for problem in (*broken, *registry.refused_plugins()):  # of other packages; what is listed works
+        stderr().print(plain(f"skipped: {problem}"), style="yellow", soft_wrap=True)
 
 
 # what a narrow screen does without first; `show` and --json have all of it

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ import typer
 
 from ..errors import SpecError
 from .screen import Json, plain, print_json, stderr, stdout
+from .threads import Threads
 
 if TYPE_CHECKING:
     from ..benchmarks.sweep.engines import Engine
@@ -21,53 +21,125 @@ if TYPE_CHECKING:
 
 
 def leaderboard(
-    config: Annotated[Path | None, typer.Argument(help="YAML, as in configs/; else the tiny model and its benchmark.")] = None,
-    specs: Annotated[str | None, typer.Option(help="Specs instead of those of the config: 'fastervlm@32,holov@32'.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One budget and fewer questions: about a minute.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same again goes on where it was.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML, as in configs/; else the tiny model and its benchmark.")
+    ] = None,
+    specs: Annotated[
+        str | None, typer.Option(help="Instead of the config's: 'fastervlm@32,holov@32'.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One budget and fewer questions: about a minute.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; the same again goes on where it was.")
+    ] = None,
+    swap: Annotated[
+        bool, typer.Option("--replace", help="Let the table replace one of another config.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend the files of --out; asks no question.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions answered together.")] = None,
-    positions: Annotated[str | None, typer.Option(help="Position ids: compact or original; else the method's.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Position ids: compact or original; else the method's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    threads: Threads = None,
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Ray cluster, or 'auto'; without it, one is started.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, or 'auto'; without it, one is started.")
+    ] = None,
     task_cpus: Annotated[float, typer.Option(min=0, help="CPU cores of a Ray task.")] = 1,
-    task_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a Ray task; 1 on cuda unless given.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")] = False,
+    task_gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a Ray task; 1 on cuda unless given.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of a model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare methods: models x specs x tasks, with the baselines that belong in every table.
 
-    Dense, random under three seeds, uniform and pool join at every budget. Kill it and run it again: nothing is lost.
+    Dense, random under three seeds, uniform and pool join every table.
+    Kill it and run it again: nothing is lost.
     """
+    if repair:
+        _repair(config, out, as_json)
+        return
     from ..benchmarks.sweep import Settings
-    from ..benchmarks.sweep import leaderboard as sweep
-    from . import board
 
     wanted = _config(config, specs, quick, {"limit": limit, "batch_size": batch_size, "positions": positions})
-    folder = out or Path(wanted.out or _folder(config, quick))
-    settings = Settings(device, _engine(engine, address, device, task_cpus, task_gpus), trust_remote_code, _command())
-    bars: Any = board.Bars() if not as_json or sys.stderr.isatty() else nullcontext()
+    settings = Settings(
+        device=device,
+        engine=_engine(engine, address, device, task_cpus, task_gpus),
+        trust_remote_code=trust_remote_code,
+        command=_command(),
+        replace=swap,
+        threads=threads,
+    )
+    _compare(wanted, out or Path(wanted.out or _folder(config, quick)), settings, as_json)
+
+
+def _compare(config: Config, folder: Path, settings: Any, as_json: bool) -> None:
+    from ..benchmarks import sweep
+    from ..benchmarks.process import Terminated, quiet, terminable
+    from . import board
+    from .progress import progress
+
     try:
-        with bars as progress:
-            found = sweep(wanted, folder, settings, progress)
-    except KeyboardInterrupt:
-        stderr().print(plain(f"Stopped. All answers so far are in {folder}; the same command goes on from there."))
-        raise typer.Exit(130) from None
+        with terminable(), quiet(), progress() as shown:
+            found = sweep.leaderboard(config, folder, settings, shown)
+    except KeyboardInterrupt as stop:
+        text = f"Stopped. All answers so far are in {folder}; the same command goes on from there."
+        stderr().print(plain(text), soft_wrap=True)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     if as_json:
         print_json(found)
     else:
         board.show(found, stdout())
-        stdout().print(plain(f"Rows and samples: {folder}. As a page: vlmprune report {folder}"), soft_wrap=True)
+        for text in (
+            _beside(found["other_cells"]),
+            f"Rows and samples: {folder}. As a page: vlmprune report {folder}",
+        ):
+            stdout().print(plain(text), soft_wrap=True, end="\n" if text else "")
     if found["failed"]:
         raise typer.Exit(1)
+
+
+def _beside(cells: list[dict[str, Any]]) -> str:
+    """What else the folder holds, in one line; nothing where it holds nothing else."""
+    if not cells:
+        return ""
+    names = sorted({cell["spec"] or "a cell without a recipe" for cell in cells})
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"Also in the folder, in no table: {len(cells)} cells of other configs or versions ({listed})."
+
+
+def _repair(config: Path | None, out: Path | None, as_json: bool) -> None:
+    if config is not None or out is None:
+        given = "no folder" if out is None else f"the config {str(config)!r}"
+        raise SpecError(
+            f"--repair got {given}; it mends a folder as it is: vlmprune leaderboard --repair --out RUN"
+        )
+    from ..benchmarks.sweep.repair import repair
+
+    done: list[str] = []
+    answers = repair(out, done.append)
+    if as_json:
+        print_json({"repaired": done, "answers": answers})
+        return
+    for text in (
+        *done,
+        f"{out}: {answers} answers are sound" + ("" if done else "; there was nothing to repair"),
+    ):
+        stdout().print(plain(text), soft_wrap=True)
 
 
 def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str, Any]) -> Config:
     from ..benchmarks.sweep.plan import QUICK_QUESTIONS, default_config
     from ..config import POSITIONS, Config, load
     from ..core.base import one_of
-    from ..spec import split
 
     if changes.get("positions") is not None:
         one_of("--positions", changes["positions"], POSITIONS)
@@ -76,9 +148,23 @@ def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str
     if path is not None and quick:
         changes = {"limit": QUICK_QUESTIONS} | {key: value for key, value in changes.items() if value}
     if specs is not None:
-        texts = [text.strip() for text in split(specs, ",")]
-        config = replace(config, specs=Config.of({"models": ["tiny"], "specs": texts}).specs)
+        config = replace(config, specs=Config.of({"models": ["tiny"], "specs": _listed(specs)}).specs)
     return replace(config, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _listed(specs: str) -> list[str]:
+    """The specs of ``--specs``, which are separated by commas."""
+    from ..spec import split
+
+    texts = [text.strip() for text in split(specs, ",")]
+    if not all(texts):
+        meant = ",".join(filter(None, texts))
+        hint = f"write --specs {shlex.quote(meant)}" if meant else "leave it out for the specs of the config"
+        raise SpecError(
+            f"--specs {specs!r} has an empty entry; expected specs with commas between them, as in "
+            f"'fastervlm@32,holov@32': {hint}"
+        )
+    return texts
 
 
 def _folder(config: Path | None, quick: bool) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InvariantError, SpecError, UnsupportedError, VlmPruneError
 from .screen import Json, plain, print_json, stderr, stdout, table
+from .threads import Threads, limit_threads
 
 if TYPE_CHECKING:
     from ..core.report import Report
@@ -29,6 +30,7 @@ class Answer(NamedTuple):
 
 
 def run(
+    context: typer.Context,
     image: Annotated[
         str | None, typer.Argument(help="Picture file; without it, one that the package draws.")
     ] = None,
@@ -42,6 +44,7 @@ def run(
     dense: Annotated[bool, typer.Option(help="Also run without pruning, to compare.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    threads: Threads = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -59,6 +62,7 @@ def run(
     from ..models.loading import TINY, TINY_NOTE, encode, load
     from ..testing.picture import example
 
+    limit_threads(context, model, threads)
     if image is None and model == TINY:
         picture, question, expected = example()
     with stderr().status(f"loading {model}"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: models x specs x tasks, one journal per cell, killed and resumed at any moment. ``leaderboard`` runs one."""
+"""Sweeps: models x specs x tasks, one journal per cell, killed and resumed at any moment."""
 
 from .run import Settings, leaderboard
 

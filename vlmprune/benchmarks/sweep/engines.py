@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines: where the jobs of a sweep run. They only answer; the process that called them writes the journals, alone."""
+"""Engines: where the jobs of a sweep run. They only answer; the process that called them writes, alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ...errors import EvaluationError, UnsupportedError
+from ..process import kept_sigterm
 from .plan import Setting
 from .work import Failure, Job, Lines, bench
 
 
 class Engine(Protocol):
-    """Runs the jobs of one setting. ``failed`` grows meanwhile: its specs are dropped from jobs that have not begun."""
+    """Runs the jobs of one setting. ``failed`` grows meanwhile: later jobs go without its specs."""
 
-    def run(self, setting: Setting, jobs: Iterable[Job], failed: Container[str]) -> Iterator[Lines | Failure]: ...
+    def run(
+        self, setting: Setting, jobs: Iterable[Job], failed: Container[str]
+    ) -> Iterator[Lines | Failure]: ...
 
 
 def _left(job: Job, failed: Container[str]) -> Job:
@@ -49,12 +52,18 @@ class Ray:
     def run(self, setting: Setting, jobs: Iterable[Job], failed: Container[str]) -> Iterator[Lines | Failure]:
         ray = self._ray()
         answer = ray.remote(_answer).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries, name=f"vlmprune {setting.model} {setting.task}"
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_retries=self.retries,
+            name=f"vlmprune {setting.model} {setting.task}",
         )
-        shared, waiting, running = ray.put(setting), iter(jobs), []
+        shared, waiting = ray.put(setting), iter(jobs)
+        running: list[Any] = []
         try:
             while True:
-                room = self._slots(ray) + 1 - len(running)  # one more than runs now, so that no worker waits for the driver
+                room = (
+                    self._slots(ray) + 1 - len(running)
+                )  # one more than runs now, so that no worker waits for the driver
                 for job in waiting if room > 0 else ():
                     if (job := _left(job, failed)).specs:
                         running.append(answer.remote(shared, job))
@@ -78,8 +87,9 @@ class Ray:
             ) from error
         if not ray.is_initialized():
             try:
-                own = {} if self.address else {"include_dashboard": False}
-                ray.init(self.address, log_to_driver=False, logging_level="ERROR", **own)
+                own: dict[str, Any] = {} if self.address else {"include_dashboard": False}
+                with kept_sigterm():  # Ray ends the process without a word
+                    ray.init(self.address, log_to_driver=False, logging_level="ERROR", **own)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 at = f"at {self.address!r}" if self.address else "on this machine"
                 todo = "start one with `ray start --head`, or leave --address out"
@@ -92,7 +102,9 @@ class Ray:
         wanted = {"CPU": self.cpus, "GPU": self.gpus}
         slots = int(min(there.get(name, 0) // amount for name, amount in wanted.items() if amount))
         if slots < 1:
-            raise EvaluationError(f"a task needs {wanted}, the Ray cluster has {there}; ask for less, or add a node")
+            raise EvaluationError(
+                f"a task needs {wanted}, the Ray cluster has {there}; ask for less, or add a node"
+            )
         return slots
 
     def _take(self, ray: Any, done: Any) -> list[Lines | Failure]:
@@ -102,8 +114,9 @@ class Ray:
             raise EvaluationError(f"a worker failed: {type(error.cause).__name__}: {error.cause}") from error
         except ray.exceptions.RayError as error:
             raise EvaluationError(
-                f"a worker died, and so did {self.retries} more tries ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "often memory is short: a smaller batch_size needs less; the same command goes on from here"
+                f"a worker died, and so did {self.retries} more tries ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}); often memory is short: a smaller batch_size needs less; "
+                "the same command goes on from here"
             ) from error
 
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...config import Config
 from ...errors import EvaluationError, VlmPruneError
 from ...models.loading import TINY
-from ...spec import parse
+from ...spec import Budget, parse
 from ..sample import Sample, Task
 from ..summary import DENSE, budget_of
 
@@ -28,17 +28,30 @@ def default_config(quick: bool = False) -> Config:
 
 
 def with_baselines(specs: Iterable[Any], seeds: Sequence[int]) -> list[str]:
-    """Specs with what every comparison needs: dense, and at each budget in play random under all seeds, uniform and pool.
+    """Specs with what every comparison needs: dense; at each budget random under all seeds, uniform, pool.
 
-    ``random`` without a seed stands for all seeds.
+    ``random`` without a seed stands for all seeds. Specs without a budget get theirs when it is known what
+    they read.
     """
     texts = list(map(str, specs))
-    budgets = list(dict.fromkeys(filter(None, map(budget_of, texts))))
     found = [DENSE]
-    for budget in budgets:
-        found += [f"random(seed={seed})@{budget}" for seed in seeds] + [f"uniform@{budget}", f"pool@{budget}"]
+    for budget in dict.fromkeys(filter(None, map(budget_of, texts))):
+        found += baselines(budget, seeds)
     found += [text for text in texts if not _is_bare_random(text)]
     return list(dict.fromkeys(str(parse(text)) for text in found))
+
+
+def baselines(budget: str, seeds: Sequence[int]) -> list[str]:
+    """What a method at a budget is compared with."""
+    return [*(f"random(seed={seed})@{budget}" for seed in seeds), f"uniform@{budget}", f"pool@{budget}"]
+
+
+def budget_read(lines: Iterable[Mapping[str, Any]]) -> str | None:
+    """The budget that equals what a spec without one read, its tokens per layer; None where that is all."""
+    seen = [line for line in lines if line["dense_tokens"]]
+    whole = sum(line["dense_tokens"] for line in seen)
+    share = round(sum(line["layer_tokens"] for line in seen) / whole, 3) if whole else 1.0
+    return None if share >= 1 else str(Budget(max(share, 0.001)))
 
 
 def _is_bare_random(text: str) -> bool:
@@ -49,7 +62,11 @@ def _is_bare_random(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Setting:
-    """One model on one task, as plain values that travel to workers."""
+    """One model on one task, as plain values that travel to workers.
+
+    ``task_code`` and ``plugins`` are digests of code that does not come with this package: of the task, and
+    of methods by name. All but ``threads`` is part of what a cell is.
+    """
 
     model: str
     weights: str
@@ -63,7 +80,10 @@ class Setting:
     device: str
     dtype: str
     versions: tuple[tuple[str, str], ...]
+    task_code: str = ""
+    plugins: tuple[tuple[str, str], ...] = ()
     trust_remote_code: bool = False
+    threads: int | None = None
 
 
 def load_samples(task: Task, split: str, limit: int | None) -> list[Sample]:
@@ -75,15 +95,19 @@ def load_samples(task: Task, split: str, limit: int | None) -> list[Sample]:
     except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise EvaluationError(
-            f"the samples of task {task.name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {reason}; fetch its "
-            "data once on a machine with network access, and copy the cache here if this one has none"
+            f"the samples of task {task.name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: "
+            f"{reason}; fetch its data once on a machine with network access, and copy the cache here if "
+            "this one has none"
         ) from error
     if not samples:
         raise EvaluationError(f"task {task.name!r} has no samples in split {split!r}")
     ids = [sample.id for sample in samples]
     if len(set(ids)) < len(ids):
         twice = next(one for one in ids if ids.count(one) > 1)
-        raise EvaluationError(f"task {task.name!r} has two samples {twice!r}; ids must be distinct, answers are filed under them")
+        raise EvaluationError(
+            f"task {task.name!r} has two samples {twice!r}; ids must be distinct, answers are filed under "
+            "them"
+        )
     return samples
 
 
@@ -102,8 +126,8 @@ def portions(task: Task, samples: Sequence[Sample], size: int) -> list[list[Samp
 def shards(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     """Portions of about ``size`` samples that are answered the same whatever else is asked.
 
-    Clusters stay whole, so that each image is encoded once and in the same company, on every engine and after every kill. A
-    cluster larger than ``size`` is a portion of its own, answered in several batches.
+    Clusters stay whole, so that each image is encoded once and in the same company, on every engine and after
+    every kill. A cluster larger than ``size`` is a portion of its own, answered in several batches.
     """
     clusters: dict[str, list[Sample]] = {}
     for sample in samples:

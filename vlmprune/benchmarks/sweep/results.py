@@ -23,16 +23,24 @@ from .plan import Setting
 
 
 def rows_of(
-    folder: Path, setting: Setting, samples: Sequence[Sample], cells: Mapping[str, str], config: Config
+    folder: Path,
+    setting: Setting,
+    samples: Sequence[Sample],
+    cells: Mapping[str, str],
+    config: Config,
+    matched: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell."""
+    """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell.
+
+    ``matched`` maps specs without a budget to that of the baselines that they are compared with.
+    """
     run = Run(folder)
     records = []
     for cell in cells.values():  # in the order of the task, whoever answered first: sums of floats depend on it
         lines = {line["id"]: line for line in run.journal(cell)}
         records += [Record.read(lines[sample.id]) for sample in samples]
     task = get_task(setting.task)
-    found = summarise(records, task.blind)
+    found = summarise(records, task.blind, matched=matched)
     official = _official(task, samples, records)
     named = {"model": setting.model, "task": setting.task}
     rows = []
@@ -56,8 +64,8 @@ def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -
 
 
 def complete(cells: Mapping[str, str]) -> bool:
-    """Whether there is something to compare with."""
-    return DENSE in cells and len(cells) > 1
+    """Whether there is something to compare with; dense alone is a table of one row."""
+    return DENSE in cells
 
 
 def provenance(settings: Sequence[Setting], device: str, command: str) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ... import plugins
 from ...api import prune
 from ...errors import EvaluationError, VlmPruneError
 from ...models.loading import load
+from ...spec import parse
 from ..evaluate import evaluate
+from ..process import threads
 from ..record import Record
 from ..sample import Sample, Task
 from ..tasks import get_task
@@ -56,22 +59,35 @@ class Bench:
         self.shards: list[list[Sample]] = portions(self.task, self.samples, setting.batch_size)
         self.drawn = {sample.id for sample in self.samples[:DRAWN]}
         _check_same(setting, self.task)
-        self.model, self.processor = load_model(setting.model, setting.device, setting.dtype, setting.trust_remote_code)
+        self.strange = _strange_methods(setting)
+        self.model, self.processor = load_model(
+            setting.model, setting.device, setting.dtype, setting.trust_remote_code
+        )
 
     def work(self, job: Job) -> Iterator[Lines | Failure]:
         """Answers as they come; a spec that fails is named and left out, the others go on."""
+        with threads(self.setting.model, self.setting.threads):
+            yield from self._work(job)
+
+    def _work(self, job: Job) -> Iterator[Lines | Failure]:
         specs = []
         for spec in job.specs:
             try:
+                self._check_methods(spec)
                 prune(self.model, spec, positions=self.setting.positions)
                 specs.append(spec)
-            except VlmPruneError as error:
-                yield Failure(spec, str(error))
+            except Exception as error:  # a plug-in may raise anything
+                yield Failure(spec, reason(error))
         while specs:
             answered = yield from self._answer(job, specs)
             specs = specs[: answered - 1] + specs[answered:] if answered else []
 
-    def _answer(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
+    def _check_methods(self, spec: str) -> None:
+        for part in parse(spec).parts:
+            if part.name in self.strange:
+                raise EvaluationError(self.strange[part.name])
+
+    def _answer(self, job: Job, specs: Sequence[str]) -> Generator[Lines | Failure, None, int]:
         """One call of evaluate; returns the number of the spec that failed, counted from 1, or 0."""
         if self.clips:
             return (yield from self._answer_clips(job, specs))
@@ -86,12 +102,12 @@ class Bench:
                 try:
                     yield Lines(spec, [self._line(next(records)) for _ in range(rows_of_batch)])
                 except EvaluationError as error:
-                    yield Failure(spec, str(error))
+                    yield Failure(spec, reason(error))
                     return number
         return 0
 
-    def _answer_clips(self, job: Job, specs: Sequence[str]) -> Iterator[Lines | Failure]:
-        """The same by lmms-eval, which reads clips; its portions follow each other in the order of the documents."""
+    def _answer_clips(self, job: Job, specs: Sequence[str]) -> Generator[Lines | Failure, None, int]:
+        """The same by lmms-eval, which reads clips; its portions follow each other as the documents do."""
         from ..lmms.cell import run_cell
 
         offset, size = sum(map(len, self.shards[: job.shard])), len(self.shards[job.shard])
@@ -99,15 +115,23 @@ class Bench:
         options = {name: getattr(self.setting, name) for name in names}
         for number, spec in enumerate(specs, 1):
             try:
-                cell = run_cell(self.model, self.processor, spec, self.task, offset=offset, limit=size, **options)
+                cell = run_cell(
+                    self.model, self.processor, spec, self.task, offset=offset, limit=size, **options
+                )
             except VlmPruneError as error:
-                yield Failure(spec, str(error))
+                yield Failure(spec, reason(error))
                 return number
             yield Lines(spec, list(map(self._line, cell.records)))
         return 0
 
     def _line(self, record: Record) -> dict[str, Any]:
         return record.line(keep=record.id in self.drawn and record.spec != "dense") | {"error": None}
+
+
+def reason(error: Exception) -> str:
+    """Why something failed; errors may have no text, and those of a plug-in say little without a type."""
+    text = str(error).strip()
+    return text if text and isinstance(error, VlmPruneError) else plugins.reason(error)
 
 
 @lru_cache(maxsize=1)
@@ -122,11 +146,32 @@ def bench(setting: Setting) -> Bench:
     return Bench(setting)
 
 
+_ELSEWHERE = "where the run was started; have the same everywhere"
+
+
 def _check_same(setting: Setting, task: Task) -> None:
-    """A worker on another machine must hold the same code, data and weights as the driver, or its answers are of another cell."""
-    versions, weights = identity.versions(setting.task), identity.weights(setting.model)
-    here = {"versions": versions, "task_fingerprint": task.fingerprint, "weights": weights}
+    """A worker must hold the code, data and weights of the driver, or its answers are of another cell."""
+    here = {
+        "versions": identity.versions(setting.task),
+        "task_fingerprint": task.fingerprint,
+        "task_code": identity.task_code(setting.task, task),
+        "weights": identity.weights(setting.model, setting.trust_remote_code),
+    }
     for key, value in here.items():
         wanted = getattr(setting, key)
         if value != wanted:
-            raise EvaluationError(f"{key} is {value!r} here and {wanted!r} where the run was started; have the same everywhere")
+            raise EvaluationError(f"{key} is {value!r} here and {wanted!r} {_ELSEWHERE}")
+
+
+def _strange_methods(setting: Setting) -> dict[str, str]:
+    """Plug-in methods that are another thing here than where the run was started, and why."""
+    found = {}
+    for name, wanted in setting.plugins:
+        try:
+            code = identity.method_code(name)
+        except VlmPruneError as error:
+            found[name] = reason(error)
+            continue
+        if code != wanted:
+            found[name] = f"the code of method {name!r} is {code!r} here and {wanted!r} {_ELSEWHERE}"
+    return found
