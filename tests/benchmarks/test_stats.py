@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -144,6 +145,25 @@ def test_a_clear_difference_is_found_and_none_is_not() -> None:
     found = stats.differences(table(np.column_stack([base, worse, base])), "a")
     assert found["b"].high < 0 and found["b"].p_holm < 0.01 and found["b"].mdd < 0.1
     assert (found["c"].value, found["c"].low, found["c"].high, found["c"].p) == (0, 0, 0, 1)
+
+
+def test_a_p_value_is_never_zero() -> None:
+    """The sum that was seen is one of the draws: (hits + 1) / (draws + 1), whatever else is drawn."""
+    gaps = np.ones((60, 1))  # only one of 2**60 signs gives as large a sum
+    assert stats.swap_test(gaps, 1000).tolist() == [1 / 1001]
+    base = table(np.column_stack([np.ones(60), np.zeros(60)]))
+    found = stats.differences(base, "a", resamples=500)["b"]
+    assert found.p == found.p_holm == 1 / 501
+
+
+def test_draws_do_not_depend_on_how_clusters_are_called() -> None:
+    """The same answers get the same p-values under another name of the task and of its pictures."""
+    scores, codes = clustered(np.random.default_rng(8), 40, specs=3)
+    plain = table(scores, codes)
+    renamed = replace(plain, clusters=np.array([f"z{99 - code:02}" for code in codes]))  # in the other order
+    assert sorted(set(renamed.clusters)) != sorted(set(renamed.clusters), key=list(renamed.clusters).index)
+    assert stats.differences(plain, "a", resamples=300) == stats.differences(renamed, "a", resamples=300)
+    assert stats.accuracy(plain, resamples=300) == stats.accuracy(renamed, resamples=300)
 
 
 def test_retained_is_a_ratio_with_an_interval() -> None:

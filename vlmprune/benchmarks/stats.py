@@ -95,8 +95,13 @@ class Table:
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per cluster: (C, S) sums of scores and (C,) questions."""
-        _, codes = np.unique(self.clusters, return_inverse=True)
+        """Per cluster: (C, S) sums of scores and (C,) questions.
+
+        Clusters are numbered as they appear. Numbered by their names, the same answers would be drawn
+        differently, and get other p-values, under a task that names its pictures differently.
+        """
+        _, first, sorted_codes = np.unique(self.clusters, return_index=True, return_inverse=True)
+        codes = np.argsort(np.argsort(first))[sorted_codes]
         count = np.bincount(codes).astype(float)
         return np.stack([np.bincount(codes, weights=column) for column in self.scores.T], axis=1), count
 
@@ -186,7 +191,7 @@ def swap_test(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np
 
     # a hair of slack, since equal sums are added in another order
     larger = (_in_chunks(len(gaps), resamples, seed, signs) >= seen - 1e-9).sum(axis=0)
-    return (larger + 1) / (resamples + 1)
+    return (larger + 1) / (resamples + 1)  # the sum that was seen is one of the draws, so p is never 0
 
 
 def holm(p: np.ndarray) -> np.ndarray:
