@@ -15,6 +15,7 @@ from ..core.keepmap import VIEWS
 from ..errors import SpecError
 
 RIM = (255, 214, 10)
+PALE = 140  # of 255: how far merged patches go to white
 STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
@@ -65,7 +66,9 @@ def ramp(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, stops, channel) for channel in zip(*RAMP, strict=True)], axis=-1).astype(np.float32)
 
 
-def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: float = 0.62) -> Image.Image:
+def draw_keep(
+    image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: float = 0.62, merged: bool = False
+) -> Image.Image:
     """Kept patches clear inside an outline, the others grey and darker by ``dim``.
 
     Args:
@@ -74,12 +77,13 @@ def draw_keep(image: Any, grids: Grids, mask: Any, view: str = "stretch", dim: f
         mask: (N,) bool, true where a token is kept.
         view: "stretch" (tokens cover the picture) or "center" (its centred square; the rest is striped).
         dim: 0 leaves the brightness of dropped patches, 1 makes them black.
+        merged: the others are not dropped but merged into the kept ones: they stay in colour, and paler.
     """
     _fraction("dim", dim)
 
     def paint(region: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        dropped = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
-        out = np.where(kept[..., None], region, dropped)
+        others = PALE + (1 - PALE / 255) * region if merged else (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
+        out = np.where(kept[..., None], region, others)
         width = max(1, round(min(kept.shape) / 320))
         if min(kept.shape[0] / rows, kept.shape[1] / cols) >= 4 * width:  # smaller patches would be all outline
             out[_dilate(kept, width) & ~kept] = 0  # a dark line outside keeps the bright one visible on light pictures
