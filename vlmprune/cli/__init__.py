@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
 from . import bench, catalogue, leaderboard, lmms, new, report, run, validate, verify
-from .screen import complain
+from .screen import complain, write_anything
 
 __all__ = ["app", "main"]
 
@@ -71,4 +71,5 @@ app.command("lmms-tasks")(lmms.lmms_tasks)
 
 def main() -> None:
     """Entry of the console script."""
+    write_anything()
     app(prog_name="vlmprune")
