@@ -62,20 +62,6 @@ class Run:
     def results(self) -> dict[str, Any]:
         return read_object(self.folder / "results.json")
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.results.get("rows") or []
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self.results.get("provenance") or {}
-
-    @cached_property
-    def speed(self) -> list[dict[str, Any]]:
-        """Rows of the speed card; those of speed.json where there is one."""
-        path = self.folder / "speed.json"
-        return read_object(path)["rows"] if path.is_file() else self.results.get("speed") or []
-
     def recipe(self, cell: str) -> dict[str, Any]:
         return read_object(self.folder / "cells" / f"{cell}.json")
 

@@ -1,68 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says, in sentences: only what its intervals carry."""
+"""What a run says, in sentences: only claims that its intervals support."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from .table import BASELINES, is_best, is_seed, ratio, setting
+from ..summary import DENSE, Headline, Row
+from .judge import BASELINES, is_best, merged, settings, side
+from .load import Results
+from .text import ratio
+from .verdict import limits
 
-Row = dict[str, Any]
 
-
-def sentences(rows: list[Row]) -> list[str]:
-    """For each model and task what holds at each budget, then the worst family of all."""
+def sentences(results: Results) -> list[str]:
+    """For each model and task what holds at each budget, then the family that lost most."""
     said = []
-    settings = list(dict.fromkeys(map(setting, rows)))
-    for where in settings:
-        of = [row for row in rows if setting(row) == where and not is_seed(row, rows)]
-        prefix = f"{where[0]}, {where[1]}: " if len(settings) > 1 else ""
-        said += [prefix + text for text in _dense(of) + _budgets(of) + _worst(of)]
+    places = settings(results.rows)
+    for where in places:
+        rows = merged([row for row in results.rows if row.setting == where])
+        prefix = f"{where[0]}, {where[1]}: " if len(places) > 1 else ""
+        texts = _dense(rows, results.headline_of(where)) + _budgets(rows) + _worst(rows)
+        said += [prefix + text for text in texts]
     return said
 
 
-def _dense(rows: list[Row]) -> list[str]:
-    dense = next((row for row in rows if row["spec"] == "dense"), None)
+def _dense(rows: Sequence[Row], headline: Headline | None) -> list[str]:
+    dense = next((row for row in rows if row.spec == DENSE), None)
     if dense is None:
         return ["There is no dense row: nothing says what pruning costs."]
-    text = f"Without pruning the model answers {ratio(dense['accuracy'])} % of {dense['n']} questions"
-    detectable = next((row["mdd"] for row in rows if row.get("mdd")), None)
-    tail = f"; differences below about {ratio(detectable)} points cannot be seen with so many" if detectable else ""
-    return [text + tail + "."]
+    text = f"Without pruning the model answers {ratio(dense.accuracy)} % of {dense.n} questions"
+    if headline is not None and headline.chance is not None:
+        text += f", the best guess without a look at the picture {ratio(headline.chance)} %"
+    return [" ".join([text + ".", *limits(rows, headline)])]
 
 
-def _budgets(rows: list[Row]) -> list[str]:
+def _budgets(rows: Sequence[Row]) -> list[str]:
     said = []
-    for keep in dict.fromkeys(row["keep"] for row in rows if row["keep"]):
-        of = [row for row in rows if row["keep"] == keep]
-        methods = [row for row in of if row["method"] not in BASELINES]
-        tested = [row for row in methods if (row.get("vs_random") or {}).get("p_holm") is not None]
-        better = [row for row in tested if row["vs_random"]["p_holm"] < 0.05 and row["vs_random"]["difference"] > 0]
-        best = next((row for row in of if is_best(row, rows)), None)
-        pool = next((row for row in of if row["method"] == "pool"), None)
+    for keep in dict.fromkeys(row.keep for row in rows if row.keep):
+        mine = [row for row in rows if row.keep == keep]
+        methods = [row for row in mine if row.method not in BASELINES]
+        tested = [row.vs_random for row in methods if row.vs_random]
         parts = []
         if tested:
-            parts.append(
-                f"{len(better) or 'none'} of {len(tested)} methods {'beat' if len(better) > 1 else 'beats'} random tokens"
-            )
+            better = sum(side(one) == "better" for one in tested)
+            beat = "beat" if better > 1 else "beats"
+            parts.append(f"{better or 'none'} of {len(tested)} methods {beat} random tokens")
+        pool = next((row for row in mine if row.method == "pool"), None)
         if pool is not None and methods:
-            above = sum(row["ci"][0] > pool["accuracy"] for row in methods)
-            parts.append(
-                f"{above or 'none'} {'lie' if above > 1 else 'lies'} clearly above pooling ({ratio(pool['accuracy'])} %)"
-            )
-        parts.append(f"{best['spec']} stands alone at the top ({ratio(best['accuracy'])} %)" if best else "no clear winner")
+            above = sum(row.ci[0] > pool.accuracy for row in methods)
+            lie = "lie" if above > 1 else "lies"
+            parts.append(f"{above or 'none'} {lie} clearly above pooling ({ratio(pool.accuracy)} %)")
+        best = next((row for row in mine if is_best(row, rows)), None)
+        if best:
+            parts.append(f"{best.spec} stands alone at the top ({ratio(best.accuracy)} %)")
+        else:
+            parts.append("no clear winner")
         said.append(f"keep {keep}: " + ", ".join(parts) + ".")
     return said
 
 
-def _worst(rows: list[Row]) -> list[str]:
-    candidates = [
-        row
-        for row in rows
-        if row.get("worst") and row["worst"].get("retained") is not None and row["method"] not in ("dense", *BASELINES)
-    ]
-    if not candidates:
+def _worst(rows: Sequence[Row]) -> list[str]:
+    """Nothing where no method lost anything."""
+    found = []
+    for row in rows:
+        worst = row.worst
+        if (
+            row.method not in (DENSE, *BASELINES)
+            and worst
+            and worst.retained is not None
+            and worst.retained < 1
+        ):
+            found.append((worst.retained, row.spec, worst.family))
+    if not found:
         return []
-    row = min(candidates, key=lambda row: row["worst"]["retained"])
-    worst = row["worst"]
-    return [f"Hardest hit: {row['spec']} keeps {ratio(worst['retained'], 0)} % of the dense accuracy on {worst['family']}."]
+    retained, spec, family = min(found)
+    return [f"Hardest hit: {spec} keeps {ratio(retained, 0)} % of the dense accuracy on {family}."]

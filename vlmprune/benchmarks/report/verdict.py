@@ -1,40 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one sentence under a leaderboard: which methods differ from random tokens beyond what chance gives, and which do not."""
+"""The sentences under a leaderboard: what differs from random beyond chance, and what cannot be shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from ..report.table import is_seed, series
+from ..summary import Headline, Row
+from .judge import LEVEL, Side, merged, series, side
+from .text import ratio
 
-LEVEL = 0.05
+FEW = 20  # sets of pictures; with fewer, the bootstrap draws intervals that are too short
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
+def verdict(rows: Sequence[Row]) -> str:
     """About the rows of one model on one task; every spec that was compared with random is in it."""
-    sides: dict[str, dict[str, list[str]]] = {"better": {}, "no different": {}, "worse": {}}
+    sides: dict[Side, dict[str, list[str]]] = {"better": {}, "no different": {}, "worse": {}}
     everywhere: dict[str, int] = {}
-    for row in rows:
-        if row["vs_random"] and not is_seed(row, rows):
-            method = series(row["spec"])
-            sides[side(row["vs_random"])].setdefault(method, []).append(row["keep"])
+    for row in merged(rows):
+        if row.vs_random:
+            method = series(row.spec)
+            sides[side(row.vs_random)].setdefault(method, []).append(str(row.keep))
             everywhere[method] = everywhere.get(method, 0) + 1
-    texts, split = [], False
+    texts = []
+    split = False
     for name, found in sides.items():
-        named = [m if len(at) == everywhere[m] else f"{m} ({', '.join(at)})" for m, at in found.items()]
-        split |= any(len(at) < everywhere[m] for m, at in found.items())
-        texts += [f"{name}: {', '.join(named)}"] if named else []
+        named = []
+        for method, budgets in found.items():
+            whole = len(budgets) == everywhere[method]
+            named.append(method if whole else f"{method} ({', '.join(budgets)})")
+            split |= not whole
+        if named:
+            texts.append(f"{name}: {', '.join(named)}")
     if not texts:
         return "No row has random tokens of its own budget to be compared with."
     tail = " In brackets: the budgets where that holds." if split else ""
     return f"Against random tokens (paired, Holm-corrected p < {LEVEL}), {'; '.join(texts)}.{tail}"
 
 
-def side(against: dict[str, Any]) -> str:
-    """Only a difference whose interval leaves out zero and that survives the correction counts."""
-    low, high = against["ci"]
-    if against["p_holm"] >= LEVEL or low <= 0 <= high:
-        return "no different"
-    return "better" if low > 0 else "worse"
-
+def limits(rows: Sequence[Row], headline: Headline | None) -> list[str]:
+    """What the rows of one model on one task cannot show, in sentences."""
+    said = []
+    reach = sorted(row.mdd for row in rows if row.mdd)
+    if reach:
+        low, high = ratio(reach[0]), ratio(reach[-1])
+        size = f"about {low} points" if low == high else f"{low} to {high} points, depending on the row,"
+        said.append(f"Differences to dense below {size} would be missed with so many questions.")
+    clusters = rows[0].clusters
+    if clusters is not None and clusters < FEW:
+        said.append(f"With only {clusters} sets of pictures the intervals are too short.")
+    if headline is not None and not headline.families:
+        said.append("The dense model has learnt none of the families, so these accuracies mean nothing.")
+    elif headline is not None and headline.excluded:
+        left_out = ", ".join(headline.excluded)
+        said.append(f"Not counted, since the dense model has not learnt them: {left_out}.")
+    return said
