@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from vlmprune.benchmarks.curves import KEEPS, Curves, curves, plan, saliency
+from vlmprune.benchmarks.curves import KEEPS, Curves, curves, plan
 from vlmprune.benchmarks.evaluate import evaluate
 from vlmprune.benchmarks.record import Record
+from vlmprune.benchmarks.saliency import saliency
 from vlmprune.benchmarks.sample import Sample
 from vlmprune.benchmarks.shapes.render import mask
 from vlmprune.benchmarks.speed.conditions import conditions

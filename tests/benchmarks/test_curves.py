@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmprune.benchmarks.curves import Curves, Point, Verdict, auc, curves, plan, query_aware, saliency
+from vlmprune.benchmarks.curves import Curves, Point, Verdict, curves, plan, query_aware
 from vlmprune.benchmarks.objects import covered_share
 from vlmprune.benchmarks.record import Record
+from vlmprune.benchmarks.saliency import auc, saliency
 from vlmprune.benchmarks.tasks import get_task
 from vlmprune.core.grid import boxes
 from vlmprune.errors import EvaluationError, UnsupportedError

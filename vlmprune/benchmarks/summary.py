@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EvaluationError
 from ..registry import get
 from ..spec import parse
 from . import stats
 from .record import Record
+from .seeds import budget_of, merge_seeds
 from .stats import Difference, Flips, Interval, Table
 
 DENSE = "dense"
@@ -163,72 +163,59 @@ def summarise(
     table = Table.of(record for mine in held.values() for record in mine)
     table.column(DENSE)
     inside, outside = stats.headline(table, blind, DENSE)
-    whole, bands = _merge_seeds(table)
+    whole, bands = merge_seeds(table)
     table = whole.where(np.isin(whole.families, inside)) if inside else whole
     singles = {spec for specs in bands.values() for spec in specs}
     tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
-    accuracy = stats.accuracy(table, resamples, seed)
-    vs_dense = stats.differences(table, DENSE, tested, resamples=resamples, seed=seed)
-    vs_random = _against_random(table, tested, resamples, seed)
+    found = _Compared(
+        whole,
+        table,
+        stats.accuracy(table, resamples, seed),
+        stats.differences(table, DENSE, tested, resamples=resamples, seed=seed),
+        _against_random(table, tested, resamples, seed),
+    )
     rows = []
     for spec in table.specs:
-        mine = [record for one in bands.get(spec, [spec]) for record in held[one]]
-        rows.append(
-            Row(
-                model=model,
-                task=task,
-                **_described(spec, mine, pictures or {}),
-                n=len(table),
-                clusters=len(table.sums[1]),
-                accuracy=accuracy[spec].value,
-                ci=(accuracy[spec].low, accuracy[spec].high),
-                families=stats.by(whole, "families", spec),
-                groups=stats.by(table, "groups", spec),
-                worst=_worst(table, spec),
-                retained=_ratio(accuracy[spec].value, accuracy[DENSE].value),
-                vs_dense=vs_dense.get(spec),
-                vs_random=vs_random.get(spec),
-                flips=None if spec in bands else stats.flips(table, spec, DENSE),
-                agreement=stats.agreement(table, spec, DENSE),
-                hard=_hard(table, spec),
-                mdd=vs_dense[spec].mdd if spec in vs_dense else None,
-                band=_band([(one, accuracy[one].value) for one in bands.get(spec, [])]),
-            )
-        )
-    chance = float(np.mean([blind[family] for family in table.families.tolist()]))
+        seeds = bands.get(spec, [])
+        mine = [record for one in seeds or [spec] for record in held[one]]
+        described = _described(spec, mine, pictures or {}) | {"model": model, "task": task}
+        rows.append(_row(spec, seeds, found, described))
     guesses = {family: float(blind[family]) for family in rows[0].families}
+    chance = float(np.mean([blind[family] for family in table.families.tolist()]))
     return Summary(tuple(rows), Headline(model, task, tuple(inside), outside, guesses, chance))
 
 
-def seedless(spec: str) -> str:
-    """A spec without the seeds of its methods: what several seeds are seeds of."""
-    parsed = parse(spec)
-    parts = []
-    for part in parsed.parts:
-        parts.append(replace(part, args=tuple(pair for pair in part.args if pair[0] != "seed")))
-    return str(replace(parsed, parts=tuple(parts)))
+@dataclass(frozen=True)
+class _Compared:
+    """What rows are read from; ``whole`` also has the families that do not count."""
+
+    whole: Table
+    counted: Table
+    accuracy: Mapping[str, stats.Estimate]
+    vs_dense: Mapping[str, Difference]
+    vs_random: Mapping[str, Difference]
 
 
-def budget_of(spec: str) -> str | None:
-    """The budget of a spec as written, that of its last part that has one."""
-    found = [str(part.budget) for part in parse(spec).parts if part.budget is not None]
-    return found[-1] if found else None
-
-
-def _merge_seeds(table: Table) -> tuple[Table, dict[str, list[str]]]:
-    """With a column for every set of seeds, and the specs that each of these is the mean of."""
-    sets: dict[str, list[str]] = {}
-    for spec in table.specs:
-        sets.setdefault(seedless(spec), []).append(spec)
-    bands = {}
-    for name, specs in sets.items():
-        if len(specs) > 1:
-            if name in specs:
-                raise EvaluationError(
-                    f"{name!r} is one of the seeds {specs} and the name of their mean; write its seed as well"
-                )
-            table, bands[name] = table.merged(name, specs), specs
-    return table, bands
+def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str, Any]) -> Row:
+    table, mine = found.counted, found.accuracy[spec]
+    return Row(
+        **described,
+        n=len(table),
+        clusters=len(table.sums[1]),
+        accuracy=mine.value,
+        ci=(mine.low, mine.high),
+        families=stats.by(found.whole, "families", spec),
+        groups=stats.by(table, "groups", spec),
+        worst=_worst(table, spec),
+        retained=_ratio(mine.value, found.accuracy[DENSE].value),
+        vs_dense=found.vs_dense.get(spec),
+        vs_random=found.vs_random.get(spec),
+        flips=None if seeds else stats.flips(table, spec, DENSE),
+        agreement=stats.agreement(table, spec, DENSE),
+        hard=_hard(table, spec),
+        mdd=found.vs_dense[spec].mdd if spec in found.vs_dense else None,
+        band=_band([(one, found.accuracy[one].value) for one in seeds]),
+    )
 
 
 def _against_random(table: Table, specs: Sequence[str], resamples: int, seed: int) -> dict[str, Difference]:

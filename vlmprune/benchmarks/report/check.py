@@ -23,9 +23,11 @@ class _Answered(NamedTuple):
     ids: set[str]
 
 
-def check(run: Run, results: Results) -> None:
-    """Raise with every row that fails validation and what to do about it."""
+def check(run: Run) -> Results:
+    """What a run holds; raises with every row that fails validation and what to do about it."""
+    results = Results.of(run)
     refuse(f"{run.folder} cannot be reported", _problems(run, results.rows))
+    return results
 
 
 def _problems(run: Run, rows: Sequence[Row]) -> Iterator[str]:

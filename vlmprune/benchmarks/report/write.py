@@ -48,8 +48,7 @@ def write_report(
     options = options or Options()
     _check_options(name, options)
     run = Run.open(folder)
-    results = Results.of(run)
-    check(run, results)
+    results = check(run)
     if options.table == "tasks" and not pivots(results.rows):
         tasks = sorted({row.task for row in results.rows})
         raise EvaluationError(f"--table tasks compares several tasks of a model; this run has {tasks}")
