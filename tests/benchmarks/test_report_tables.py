@@ -198,16 +198,20 @@ def test_a_badge_needs_a_corrected_p_value(p, value, badge):
 
 def test_the_highest_of_a_budget_wins_to_the_digits_that_are_shown():
     accuracy = COLUMN["accuracy"]
-    rows = [
-        row("dense", 0.99),
-        row("a@9", 0.7),
-        row("b@9", 0.70004),
-        row("c@9", 0.6),
-        row("a@4", 0.5),
-        row("b@4", 0.5),
-    ]
-    assert winners(accuracy, rows) == [False, True, True, False, False, False]  # at 4 nothing is higher
-    assert winners(COLUMN["retained"], rows) == [False] * 6
+    scores = {
+        "dense": 0.99,
+        "a@9": 0.7,
+        "b@9": 0.70004,
+        "c@9": 0.6,
+        "a@4": 0.5,
+        "b@4": 0.4,
+        "a@2": 0.3,
+        "b@2": 0.3,
+    }
+    rows = [row(spec, score) for spec, score in scores.items()]
+    won = [one.spec for one, wins in zip(rows, winners(accuracy, rows), strict=True) if wins]
+    assert won == ["a@9", "b@9", "a@4"]  # at 2 nothing is higher
+    assert not any(winners(COLUMN["retained"], rows))
     assert winners(accuracy, [row("a@9", 0.7)]) == [False]
 
 
