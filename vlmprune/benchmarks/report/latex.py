@@ -70,10 +70,10 @@ def _rows(rows: Sequence[Row], headline: Headline | None, options: Options) -> s
         counted += f" questions about {rows[0].clusters} sets of pictures"
     if headline is not None and headline.chance is not None:
         counted += f"; chance {ratio(headline.chance)}\\,\\%"
+    seeds = "; random against itself: accuracies of its seeds" if any(row.band for row in rows) else ""
     caption = [
         f"Visual token pruning of {escape(model)} on {escape(task)} ({counted}).",
-        f"Arrows: paired differences with $p < {LEVEL}$ after Holm's correction; for random "
-        "against itself the range of its seeds.",
+        f"Arrows: paired differences with $p < {LEVEL}$ after Holm's correction{seeds}.",
         *([INTERVALS] if options.intervals else []),
         BOLD,
     ]
@@ -113,6 +113,8 @@ def _environment(columns: Sequence[Column[L]], rows: Sequence[L], caption: Seque
     lines = [
         "\\begin{table}[t]",
         "  \\centering",
+        "  \\small",
+        "  \\setlength{\\tabcolsep}{4pt}",
         f"  \\caption{{{' '.join(caption)}}}",
         f"  \\label{{{label}}}",
         f"  \\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in columns)}}}",
