@@ -167,11 +167,15 @@ def test_paper_shows_the_table_as_a_table(browser, page):
             const style = (selector) => getComputedStyle(document.querySelector(selector));
             const bar = style('.bar i');
             return [style('#board tr').display, style('#board thead').display, bar.backgroundColor,
-                    bar.printColorAdjust, style('.filters').display, style('#board td').display]"""
-        row, head, colour, adjust, filters, cell = browser.execute_script(script)
+                    bar.printColorAdjust, style('.filters').display, style('#board td').display,
+                    style('#board thead button').display,
+                    [...document.querySelectorAll('#board thead th[data-title]')]
+                        .map(head => getComputedStyle(head, '::before').content)]"""
+        row, head, colour, adjust, filters, cell, button, titles = browser.execute_script(script)
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert (row, head, cell, filters) == ("table-row", "table-header-group", "table-cell", "none")
+    assert button == "none" and '"accuracy, %"' in titles  # a button would not be repeated on the next page
     assert adjust == "exact" and colour not in ("rgba(0, 0, 0, 0)", "transparent")
 
 
