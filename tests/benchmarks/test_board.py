@@ -17,6 +17,7 @@ from rich.console import Console
 
 from vlmprune.benchmarks.plain import plain
 from vlmprune.benchmarks.report.columns import COLUMNS
+from vlmprune.benchmarks.report.table import used
 from vlmprune.benchmarks.report.verdict import limits, verdict
 from vlmprune.benchmarks.summary import Band, Hard, Headline
 from vlmprune.cli import board, screen
@@ -70,6 +71,15 @@ def test_the_legend_explains_columns_that_are_shown_and_all_that_need_it(results
     explained = {line.partition(":")[0] for line in lines}
     assert explained == titles & {"tokens", "vs random", "hard"}
     assert len({line.partition(":")[0] for line in lines}) == len(lines)  # a line each
+
+
+def test_arrows_are_explained_once_whatever_is_compared():
+    both = [row("dense"), row("a@9", vs_random=difference(0.1), vs_dense=difference(-0.1))]
+    alone = [row("dense"), row("var", vs_dense=difference(-0.2))]
+    for rows, title in ((both, "vs random"), (alone, "vs dense")):
+        columns = board.fitting(used(COLUMNS, rows), rows, Console(width=100))
+        (line,) = [line for line in board.legend(columns, rows) if "Holm-corrected" in line]
+        assert line.startswith(f"{title}:")
 
 
 def test_tokens_are_explained_where_questions_show_several_pictures():

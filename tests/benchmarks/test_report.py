@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from simulated_run import EVIL, simulate, write
+from typer.testing import CliRunner
 
 from vlmprune.benchmarks.report import FORMATS, Options, write_report
 from vlmprune.benchmarks.report.load import Results
 from vlmprune.benchmarks.rundir import Run, cell_id
+from vlmprune.cli import app
 from vlmprune.errors import EvaluationError, SpecError
 
 # what a row must have; the rest may be missing, as in runs of older versions
@@ -423,3 +425,33 @@ def test_speed_of_its_own_file_wins(broken_run):
     assert len(Results.of(run).speed) == 6
     write(broken_run / "speed.json", {"rows": run.results["speed"][:1], "conditions": {}})
     assert len(Results.of(run).speed) == 1
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def command(*words):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["report", *map(str, words)])
+
+
+def test_the_command_writes_what_the_suffix_says(run_folder, tmp_path):
+    done = command(run_folder, "--out", tmp_path / "table.tex", "--intervals")
+    assert done.exit_code == 0 and f"wrote {tmp_path / 'table.tex'}" in done.stdout
+    assert "In brackets: 95" in (tmp_path / "table.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "table.pdf"), "ends in '.pdf'; expected .html"),
+        (("--out", "table.csv", "-f", "csv", "-f", "md"), "with 2 formats; expected a folder"),
+        (("-f", "pdf"), "format='pdf' is unknown"),
+        (("-f", "csv", "--table", "tasks"), "--table tasks compares several tasks"),
+        (("--out", "/proc/nowhere/"), "cannot be made"),
+    ],
+)
+def test_what_the_command_cannot_write_is_one_line(run_folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    done = command(run_folder, *words)
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,8 @@ from .text import NOTHING, count, interval, p_value, ratio, signed
 
 MARKS = {"better": " \N{UPWARDS ARROW}", "worse": " \N{DOWNWARDS ARROW}", "no different": ""}
 
+ARROWS = f"\N{UPWARDS ARROW}\N{DOWNWARDS ARROW} where Holm-corrected p < {LEVEL}"
+
 # --- cells ------------------------------------------------------------------------------------------------
 
 
@@ -74,10 +76,14 @@ def _vs_random_short(row: Row) -> str:
     return _paired_short(row.vs_random)
 
 
+def _vs_dense_note(rows: Sequence[Row]) -> str:
+    """Where no other line says what arrows are."""
+    return "" if any(row.vs_random for row in rows) else ARROWS
+
+
 def _vs_random_note(rows: Sequence[Row]) -> str:
     seeds = "; random itself: accuracies of its seeds" if any(row.band for row in rows) else ""
-    marks = f"\N{UPWARDS ARROW}\N{DOWNWARDS ARROW} where Holm-corrected p < {LEVEL}"
-    return f"at the same budget, {marks}{seeds}"
+    return f"at the same budget, {ARROWS}{seeds}"
 
 
 def _worst_value(row: Row) -> float | None:
@@ -148,6 +154,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         text=lambda r: _paired(r.vs_dense),
         short=lambda r: _paired_short(r.vs_dense),
         spare=4,
+        note=_vs_dense_note,
     ),
     Column(
         "vs_random_difference",

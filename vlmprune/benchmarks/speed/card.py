@@ -17,9 +17,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import is_flash_attn_2_available
@@ -34,6 +35,10 @@ from .memory import peak_bytes
 from .row import SpeedRow
 from .timing import Entry, race, ratios, spread
 from .workload import Workload
+
+if TYPE_CHECKING:
+    from ...core.report import Report
+    from ...core.session import Session
 
 DENSE = "dense"
 Tell = Callable[[str], None]
@@ -120,13 +125,14 @@ def measure(
         "answer_rounds": effort.answers,
         "note": workload.note,
     }
-    tokens = [_dense_tokens(workload)] * len(workload.adapter.language_model.layers)
+    layers: Any = workload.adapter.language_model.layers
+    tokens = [_dense_tokens(workload)] * len(layers)
     rows = [_row(DENSE, times, _Measured(tokens, *_counted(workload)), common)]
     for spec, (session, free) in sessions.items():
         with session:
             counts = _counted(workload)
         difference = float((free.first_token() - free.logits).abs().max())
-        measured = _Measured(session.last.tokens_per_layer, *counts, difference)
+        measured = _Measured(_report(session).tokens_per_layer, *counts, difference)
         rows.append(_row(spec, times, measured, common))
     return rows, left_out
 
@@ -165,16 +171,16 @@ class _Attention:
 
 def _first_tokens(
     workload: Workload,
-    sessions: dict[str, tuple[Any, FreeSide]],
+    sessions: dict[str, tuple[Session, FreeSide]],
     choosing: dict[str, list[float]],
     effort: Effort,
     tell: Tell,
 ) -> dict[str, list[float]]:
     """Seconds to the first token of every side, by round; ``choosing`` takes what the sessions clock."""
 
-    def attached(session: Any) -> None:
+    def attached(session: Session) -> None:
         workload.first_token()
-        choosing[session.spec].append(session.last.seconds)
+        choosing[session.spec].append(_report(session).seconds)
 
     def free(side: FreeSide) -> None:
         workload.encode()
@@ -182,8 +188,8 @@ def _first_tokens(
 
     entries: dict[str, Entry] = {DENSE: (None, workload.first_token)}
     for spec, (session, side) in sessions.items():
-        entries[spec] = (session, lambda session=session: attached(session))
-        entries[f"free {spec}"] = (None, lambda side=side: free(side))
+        entries[spec] = (session, partial(attached, session))
+        entries[f"free {spec}"] = (None, partial(free, side))
     times = race(
         entries,
         effort.rounds,
@@ -196,7 +202,7 @@ def _first_tokens(
 
 
 def _answers(
-    workload: Workload, sessions: dict[str, tuple[Any, FreeSide]], tokens: int, effort: Effort, tell: Tell
+    workload: Workload, sessions: dict[str, tuple[Session, FreeSide]], tokens: int, effort: Effort, tell: Tell
 ) -> dict[str, list[float]]:
     entries: dict[str, Entry] = {DENSE: (None, lambda: workload.answer(tokens))}
     entries |= {spec: (session, lambda: workload.answer(tokens)) for spec, (session, _) in sessions.items()}
@@ -213,7 +219,17 @@ def _counter(workload: Workload, what: str, rounds: int, tell: Tell) -> Callable
 def _dense_tokens(workload: Workload) -> float:
     with prune(workload.model, DENSE) as session:
         workload.first_token()
-    return sum(session.last.dense_tokens) / len(session.last.dense_tokens)
+    dense = _report(session).dense_tokens
+    return sum(dense) / len(dense)
+
+
+def _report(session: Session) -> Report:
+    """Of the forward that was just timed."""
+    if session.last is None:
+        raise EvaluationError(
+            f"{session.spec} saw no forward; the workload must call the model that it was built for"
+        )
+    return session.last
 
 
 def _counted(workload: Workload) -> tuple[int, int]:

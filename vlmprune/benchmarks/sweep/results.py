@@ -46,8 +46,8 @@ def rows_of(
     rows = []
     for row in found.rows:
         paper = config.published.find(row.spec, setting.task) if config.published else None
-        cell, own = cells.get(row.spec), official.get(row.spec)
-        rows.append(plain(replace(row, fingerprint=cell, paper=paper, official=own)))
+        fingerprint, own = cells.get(row.spec), official.get(row.spec)
+        rows.append(plain(replace(row, fingerprint=fingerprint, paper=paper, official=own)))
     return rows, plain(found.headline)
 
 
