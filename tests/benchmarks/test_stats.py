@@ -322,6 +322,17 @@ def test_p_values_are_corrected_over_all_rows_of_a_table_whatever_their_budget()
     assert [row.vs_dense.p_holm for row in dense] == pytest.approx(by_hand.tolist())
 
 
+def test_a_spec_without_a_budget_is_compared_with_the_baselines_that_it_is_matched_with() -> None:
+    rows = [replace(one, spec="sparsevlm") if one.spec == "fastervlm@36" else one for one in leaderboard()]
+    blind = {"text": 0.0, "attr": 0.2}
+    alone, matched = (
+        {row.spec: row for row in summarise(rows, blind, matched=given, resamples=200).rows}["sparsevlm"]
+        for given in (None, {"sparsevlm": "36"})
+    )
+    assert (alone.keep, alone.vs_random, alone.hard) == (None, None, None)
+    assert matched.keep == "36" and matched.vs_random.difference > 0 and matched.hard.n > 0
+
+
 def test_a_model_that_has_learnt_nothing_is_summarised_over_all_families() -> None:
     found = summarise(leaderboard(), {"text": 0.9, "attr": 0.9}, resamples=200)
     assert found.headline.families == () and set(found.headline.excluded) == {"text", "attr"}

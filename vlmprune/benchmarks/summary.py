@@ -142,6 +142,7 @@ def summarise(
     model: str = "",
     task: str = "",
     pictures: Mapping[str, int] | None = None,
+    matched: Mapping[str, str] | None = None,
     resamples: int = stats.RESAMPLES,
     seed: int = 0,
 ) -> Summary:
@@ -156,6 +157,7 @@ def summarise(
     Args:
         records: of ``"dense"`` and of others, all on the same questions.
         pictures: how many pictures each question shows, by its id.
+        matched: for specs without a budget, that of their baselines, which becomes their ``keep``.
     """
     held: dict[str, list[Record]] = {}
     for record in records:
@@ -167,18 +169,20 @@ def summarise(
     table = whole.where(np.isin(whole.families, inside)) if inside else whole
     singles = {spec for specs in bands.values() for spec in specs}
     tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
+    budgets = {spec: budget_of(spec) or (matched or {}).get(spec) for spec in table.specs}
     found = _Compared(
         whole,
         table,
         stats.accuracy(table, resamples, seed),
         stats.differences(table, DENSE, tested, resamples=resamples, seed=seed),
-        _against_random(table, tested, resamples, seed),
+        _against_random(table, {spec: budgets[spec] for spec in tested}, resamples, seed),
     )
     rows = []
     for spec in table.specs:
         seeds = bands.get(spec, [])
         mine = [record for one in seeds or [spec] for record in held[one]]
-        described = _described(spec, mine, pictures or {}) | {"model": model, "task": task}
+        described = _described(spec, mine, pictures or {})
+        described |= {"model": model, "task": task, "keep": budgets[spec]}
         rows.append(_row(spec, seeds, found, described))
     guesses = {family: float(blind[family]) for family in rows[0].families}
     chance = float(np.mean([blind[family] for family in table.families.tolist()]))
@@ -212,18 +216,20 @@ def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str,
         vs_random=found.vs_random.get(spec),
         flips=None if seeds else stats.flips(table, spec, DENSE),
         agreement=stats.agreement(table, spec, DENSE),
-        hard=_hard(table, spec),
+        hard=_hard(table, spec, described["keep"]),
         mdd=found.vs_dense[spec].mdd if spec in found.vs_dense else None,
         band=_band([(one, found.accuracy[one].value) for one in seeds]),
     )
 
 
-def _against_random(table: Table, specs: Sequence[str], resamples: int, seed: int) -> dict[str, Difference]:
-    """Differences to random tokens of the same budget, corrected together."""
+def _against_random(
+    table: Table, budgets: Mapping[str, str | None], resamples: int, seed: int
+) -> dict[str, Difference]:
+    """Differences of specs to random tokens of their budgets, corrected together."""
     found: dict[str, Difference] = {}
-    for budget in dict.fromkeys(map(budget_of, specs)):
+    for budget in dict.fromkeys(budgets.values()):
         random = f"random@{budget}"
-        mine = [spec for spec in specs if budget_of(spec) == budget and spec != random]
+        mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
         if budget is not None and random in table.specs:
             found |= stats.differences(table, random, mine, resamples=resamples, seed=seed)
     corrected = stats.holm(np.array([one.p for one in found.values()]))
@@ -242,7 +248,6 @@ def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]
         "spec": spec,
         "method": "+".join(part.name for part in parts),
         "calibrated": any(get(part.name).calibrated for part in parts),
-        "keep": budget_of(spec),
         "realised_tokens": float(np.mean([record.realised_tokens for record in seen])),
         "dense_tokens": float(np.mean([record.dense_tokens for record in seen])),
         "layer_tokens": float(np.mean([record.layer_tokens for record in seen])),
@@ -271,9 +276,9 @@ def _worst(table: Table, spec: str) -> Worst:
     return Worst(family, mine[family], shares[family])
 
 
-def _hard(table: Table, spec: str) -> Hard | None:
+def _hard(table: Table, spec: str, budget: str | None) -> Hard | None:
     """Accuracy on what pooling to the same budget gets wrong."""
-    pooled = f"pool@{budget_of(spec)}"
+    pooled = f"pool@{budget}"
     if pooled not in table.specs or spec == pooled:
         return None
     left = stats.hard(table, pooled)

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
 from . import bench, catalogue, leaderboard, lmms, new, report, run, validate, verify
-from .screen import complain, write_anything
+from .screen import complain, speak_plainly
 
 __all__ = ["app", "main"]
 
@@ -71,5 +71,5 @@ app.command("lmms-tasks")(lmms.lmms_tasks)
 
 def main() -> None:
     """Entry of the console script."""
-    write_anything()
+    speak_plainly()
     app(prog_name="vlmprune")

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# what a stream in ASCII, Latin-1 or a code page of Windows lacks; as wide as what it stands for
-STAND_INS = {
+# what a stream in ASCII, Latin-1 or a code page of Windows gets instead; as wide, where it stands in a table
+_PLAIN = {
     "\N{EN DASH}": "-",
     "\N{EM DASH}": "-",
     "\N{MINUS SIGN}": "-",
     "\N{MULTIPLICATION SIGN}": "x",
     "\N{UPWARDS ARROW}": "^",
     "\N{DOWNWARDS ARROW}": "v",
-    "\N{HORIZONTAL ELLIPSIS}": ".",
+    "\N{HORIZONTAL ELLIPSIS}": "...",
     "\N{BULLET}": "*",
     "\N{BOX DRAWINGS HEAVY HORIZONTAL}": "=",
 }
@@ -31,19 +31,19 @@ STAND_INS = {
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
-def write_anything() -> None:
+def speak_plainly() -> None:
     """Let stdout and stderr take any text: letters that their encoding lacks are replaced, never an error."""
-    codecs.register_error("vlmprune.stand_in", _stand_in)
+    codecs.register_error("vlmprune", _plain_character)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a caller put something else in its place
-            stream.reconfigure(errors="vlmprune.stand_in")
+            stream.reconfigure(errors="vlmprune")
 
 
-def _stand_in(error: UnicodeError) -> tuple[str, int]:
+def _plain_character(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    return "".join(STAND_INS.get(letter, "?") for letter in lacking), error.end
+    return "".join(_PLAIN.get(letter, "?") for letter in lacking), error.end
 
 
 def stdout() -> Console:

@@ -25,12 +25,18 @@ from .plan import Setting
 
 
 def rows_of(
-    folder: Path, setting: Setting, samples: Sequence[Sample], cells: Mapping[str, str], config: Config
+    folder: Path,
+    setting: Setting,
+    samples: Sequence[Sample],
+    cells: Mapping[str, str],
+    config: Config,
+    matched: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of one model on one task and its headline, as ``results.json`` holds them.
 
     Args:
         cells: of every spec that answered everything.
+        matched: for specs without a budget, that of the baselines which they are compared with.
     """
     run = Run(folder)
     records = []
@@ -41,7 +47,8 @@ def rows_of(
         records += [Record.read(lines[sample.id]) for sample in samples]
     task = get_task(setting.task)
     pictures = {sample.id: len(sample.images) for sample in samples}
-    found = summarise(records, task.blind, model=setting.model, task=setting.task, pictures=pictures)
+    model, name = setting.model, setting.task
+    found = summarise(records, task.blind, model=model, task=name, pictures=pictures, matched=matched)
     official = _official(task, samples, records)
     rows = []
     for row in found.rows:
@@ -65,8 +72,8 @@ def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -
 
 
 def complete(cells: Mapping[str, str]) -> bool:
-    """Whether there is something to compare with."""
-    return DENSE in cells and len(cells) > 1
+    """Whether there is something to compare with; dense alone is a table of one row."""
+    return DENSE in cells
 
 
 def provenance(settings: Sequence[Setting], device: str, command: str) -> dict[str, Any]:
