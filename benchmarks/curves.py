@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from vlmprune.benchmarks.curves import KEEPS, curves, plan, saliency
+from vlmprune.benchmarks.curves import KEEPS, Curves, curves, plan
 from vlmprune.benchmarks.evaluate import evaluate
 from vlmprune.benchmarks.record import Record
+from vlmprune.benchmarks.saliency import saliency
 from vlmprune.benchmarks.sample import Sample
 from vlmprune.benchmarks.shapes.render import mask
 from vlmprune.benchmarks.speed.conditions import conditions
@@ -123,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     timing = {"seconds": spent, "answers": len(records), "threads": torch.get_num_threads(), "batch_size": options.batch_size}
     command = "python benchmarks/curves.py " + " ".join(sys.argv[1:])
     provenance = start | {"command": command, "load_after": os.getloadavg()[0], **timing}
-    return found | {"provenance": provenance} | curves(records, points, task.blind)
+    return found | {"provenance": provenance} | curves(records, points, task.blind).plain()
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -152,7 +153,8 @@ def main(words: list[str] | None = None) -> int:
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
         if options.plot:
-            draw_curves(result, options.plot)
+            found = Curves.read(result, str(options.replot or "the result"))
+            draw_curves(found, f"{result['model']['name']} on {result['task']['name']}", options.plot)
     except VlmPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

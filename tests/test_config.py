@@ -193,7 +193,7 @@ def test_the_published_protocols_are_there():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_numbers_have_a_source_and_a_config_that_shows_them(path):
     found = Published.load(path)
-    assert found.entries and all(entry["source"] for entry in found.entries)
+    assert found.entries and all(entry.source for entry in found.entries)
     assert any((config := load(one)).published and config.published.name == path.name for one in CONFIGS)
 
 
@@ -210,6 +210,8 @@ def test_a_number_is_found_only_where_it_can_be_compared(write):
         ("source: a later table, ", "", "expected spec, source, and values or average"),
         ("gqa: 50.0", "gqqa: 50.0", r"\['gqqa'\] are no columns"),
         ("gqa: 50.0", "gqa: high", "has the value 'high'; expected a number as printed"),
+        ("source: a later table", "source: [a]", r"has the source \['a'\]; expected text"),
+        ("values: {gqa: 50.0}", "values: [50.0]", r"values is \[50.0\]; expected a mapping"),
         ("holov@64, source: a", "holov @ 64, source: a", "is written 'holov@64'"),
         ("holov@64, source: a", "hollow@64, source: a", "Did you mean 'holov'"),
     ],

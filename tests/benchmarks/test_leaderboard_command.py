@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -12,7 +11,6 @@ import sys
 import time
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmprune.benchmarks import sweep as sweeps
@@ -21,8 +19,7 @@ from vlmprune.benchmarks.report import write_report
 from vlmprune.benchmarks.rundir import Run
 from vlmprune.benchmarks.sweep import work
 from vlmprune.benchmarks.sweep.engines import Ray
-from vlmprune.benchmarks.sweep.verdict import side, verdict
-from vlmprune.cli import app, board
+from vlmprune.cli import app
 from vlmprune.cli.leaderboard import _config, _engine
 from vlmprune.cli.progress import Bars, Lines, progress
 from vlmprune.errors import EvaluationError
@@ -260,72 +257,3 @@ def test_every_cell_is_told_once_when_it_is_whole(run, tmp_path):
     assert len(ended) == len({*ended}) == 7 and {"dense", "fastervlm@9", "pool@9"} <= {*ended}
     again = cli("--specs", "fastervlm@9", *SMALL[2:], "--out", tmp_path / "run").stderr.splitlines()
     assert len(again) == 1 and again[0].endswith("tiny on shapes: 70 of 70 answers are there")
-
-
-# --- the table ----------------------------------------------------------------------------------------------
-
-
-def test_all_rows_of_a_large_run_stand_on_one_line_of_100_columns(run_folder):
-    screen = Console(width=COLUMNS, record=True, file=io.StringIO())
-    results = json.loads((run_folder / "results.json").read_text()) | {"failed": []}
-    board.show(results, screen)
-    lines = screen.export_text().splitlines()
-    assert max(map(len, lines)) <= COLUMNS
-    for spec in ("fastv(layer=2)@36", "zooprune@9", "random@36"):
-        assert sum(line.split()[:1] == [spec] for line in lines) == 2  # two models
-    assert not any("seed=" in line for line in lines)
-
-
-@pytest.mark.parametrize("width", [120, 100, 80, 60, 40])
-def test_a_narrow_screen_loses_columns_and_no_spec(run_folder, width):
-    screen = Console(width=width, record=True, file=io.StringIO())
-    board.show(json.loads((run_folder / "results.json").read_text()) | {"failed": []}, screen)
-    lines = screen.export_text().splitlines()
-    assert max(map(len, lines)) <= width
-    assert sum(line.split()[:1] == ["fastv(layer=2)@36"] for line in lines) == 2
-    heading = next(line for line in lines if line.split()[:1] == ["spec"])
-    assert (
-        "accuracy" in heading
-        and ("worst family" in heading) == (width >= 80)
-        and ("hard" in heading) == (width >= 100)
-    )
-
-
-def row(spec, difference=None, half=0.1, p=0.01):
-    method, _, keep = spec.partition("@")
-    against = difference is not None and {
-        "difference": difference,
-        "ci": [difference - half, difference + half],
-        "p_holm": p,
-    }
-    return {
-        "spec": spec,
-        "model": "m",
-        "task": "t",
-        "method": method,
-        "keep": keep or None,
-        "band": None,
-        "vs_random": against or None,
-    }
-
-
-def test_a_difference_counts_only_beyond_its_interval_and_its_correction():
-    assert side(row("a@9", 0.2)["vs_random"]) == "better"
-    assert side(row("a@9", -0.2)["vs_random"]) == "worse"
-    assert side(row("a@9", 0.05)["vs_random"]) == side(row("a@9", 0.2, p=0.2)["vs_random"]) == "no different"
-
-
-def test_the_sentence_names_every_method_once_a_side():
-    rows = [
-        row("dense"),
-        row("a@9", 0.2),
-        row("a@4", 0.2),
-        row("b@9", 0.2),
-        row("b@4", 0.0),
-        row("c@9", -0.3),
-        row("random@9"),
-    ]
-    text = verdict(rows)
-    assert "better: a, b (9); no different: b (4); worse: c." in text and "In brackets" in text
-    assert "In brackets" not in verdict(rows[:3])
-    assert verdict(rows[:1]) == "No row has random tokens of its own budget to be compared with."

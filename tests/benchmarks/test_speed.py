@@ -1,25 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed card and the break-even plan: what is counted is exact, what is timed is whole, what is advised follows."""
+"""The speed card and the break-even plan: counts are exact, times are whole, and the advice follows."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmprune import prune
+from vlmprune.benchmarks.plain import read
+from vlmprune.benchmarks.report import text
+from vlmprune.benchmarks.report.speed import SPEED_COLUMNS
 from vlmprune.benchmarks.speed import shapes
 from vlmprune.benchmarks.speed.card import Effort, measure, save
 from vlmprune.benchmarks.speed.free import FreeSide
-from vlmprune.benchmarks.speed.plan import LIMITS, Case, Costs, decode_terms, fit, pays, plan, prefill_terms, verdict
+from vlmprune.benchmarks.speed.plan import (
+    LIMITS,
+    Case,
+    Costs,
+    decode_terms,
+    fit,
+    pays,
+    plan,
+    prefill_terms,
+    verdict,
+)
+from vlmprune.benchmarks.speed.row import SpeedRow
 from vlmprune.benchmarks.speed.timing import race, ratios, spread
 from vlmprune.benchmarks.speed.workload import Workload, make_workload
 from vlmprune.cli import app
-from vlmprune.errors import SpecError, UnsupportedError
+from vlmprune.cli.board import fitting, grid
+from vlmprune.errors import EvaluationError, SpecError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
@@ -34,14 +53,17 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def card(tiny):
-    return measure(tiny, ["fastervlm@9", "fastv(layer=2)@0.5", "dense", "var+pool@9"], answer_tokens=3, effort=ONCE)
+    return measure(
+        tiny, ["fastervlm@9", "fastv(layer=2)@0.5", "dense", "var+pool@9"], answer_tokens=3, effort=ONCE
+    )
 
 
-# --- the ideal side ---------------------------------------------------------------------------------------------------------
+# --- the ideal side -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "spec", ["fastervlm@9", "pool@9", "visionzip@9", "fastv(layer=2)@0.5", "pyramiddrop(layers=[1,2])@0.6", "dense"]
+    "spec",
+    ["fastervlm@9", "pool@9", "visionzip@9", "fastv(layer=2)@0.5", "pyramiddrop(layers=[1,2])@0.6", "dense"],
 )
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_the_free_side_computes_the_very_same_first_token(family, spec):
@@ -74,7 +96,7 @@ def test_tokens_that_attend_both_ways_are_handed_over_with_their_mask(family):
             FreeSide(prune(model, "fastv(layer=2)@0.5"), workload.first_token)
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------------
 
 
 def test_operations_are_those_of_the_products(tiny):
@@ -89,27 +111,31 @@ def test_operations_are_those_of_the_products(tiny):
 
 def test_rows_hold_what_was_measured_with_its_conditions(card):
     rows, left_out = card
-    assert [row["spec"] for row in rows] == ["dense", "fastervlm@9", "fastv(layer=2)@0.5"]
+    assert [row.spec for row in rows] == ["dense", "fastervlm@9", "fastv(layer=2)@0.5"]
     dense, before, inside = rows
     for row in rows:
-        assert row["batch"] == 2 and row["answer_tokens"] == 3 and row["device"] == "cpu" and row["dtype"] == "float32"
-        assert row["first_token_s"] > 0 and row["total_s"] > 0 and row["attention"] in row["attention_tried_s"]
-        assert row["p20"]["total_s"] <= row["total_s"] <= row["p80"]["total_s"]
-    assert dense["tokens_per_layer"] == [144.0] * 8 and dense["versus_dense"] == 1.0 and dense["versus_free_k"] is None
-    assert before["tokens_per_layer"] == [9.0] * 8 and inside["tokens_per_layer"] == [144.0] * 2 + [72.0] * 6
-    assert before["flops"] < inside["flops"] < dense["flops"]
-    assert before["peak_bytes"] < dense["peak_bytes"]
+        assert row.batch == 2 and row.answer_tokens == 3 and row.device == "cpu" and row.dtype == "float32"
+        assert row.first_token_s > 0 and row.total_s > 0 and row.attention in row.attention_tried_s
+        assert row.p20["total_s"] <= row.total_s <= row.p80["total_s"]
+    assert (
+        dense.tokens_per_layer == (144.0,) * 8 and dense.versus_dense == 1.0 and dense.versus_free_k is None
+    )
+    assert before.tokens_per_layer == (9.0,) * 8 and inside.tokens_per_layer == (144.0,) * 2 + (72.0,) * 6
+    assert before.flops < inside.flops < dense.flops
+    assert before.peak_bytes < dense.peak_bytes
     for row in (before, inside):
-        assert row["choosing_s"] > 0 and row["logits_difference"] < 1e-5
-        assert row["versus_dense"] == pytest.approx(dense["first_token_s"] / row["first_token_s"])  # one round
-        assert row["versus_free_k"] == pytest.approx(row["first_token_s"] / row["free_k_s"])
+        assert row.choosing_s > 0 and row.logits_difference < 1e-5
+        assert row.versus_dense == pytest.approx(dense.first_token_s / row.first_token_s)  # one round
+        assert row.versus_free_k == pytest.approx(row.first_token_s / row.free_k_s)
     (refused,) = left_out
-    assert refused["spec"] == "var+pool@9" and "sink" in refused["reason"]
+    assert refused.spec == "var+pool@9" and "sink" in refused.reason
 
 
 def test_answers_have_the_stated_length(tiny):
     lengths = []
-    handle = tiny.model.model.language_model.register_forward_hook(lambda module, args, output: lengths.append(1))
+    handle = tiny.model.model.language_model.register_forward_hook(
+        lambda module, args, output: lengths.append(1)
+    )
     try:
         tiny.answer(5)
     finally:
@@ -120,18 +146,62 @@ def test_answers_have_the_stated_length(tiny):
 def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
     rows, _ = card
     save(rows, tmp_path)
-    path = save([rows[1] | {"first_token_s": 9.0}, rows[1] | {"batch": 8}], tmp_path)
+    path = save([replace(rows[1], first_token_s=9.0), replace(rows[1], batch=8)], tmp_path)
     saved = json.loads(path.read_text())
     assert [(row["spec"], row["batch"]) for row in saved["rows"]] == [
-        ("dense", 2), ("fastv(layer=2)@0.5", 2), ("fastervlm@9", 2), ("fastervlm@9", 8)
-    ]  # fmt: skip
+        ("dense", 2),
+        ("fastv(layer=2)@0.5", 2),
+        ("fastervlm@9", 2),
+        ("fastervlm@9", 8),
+    ]
     assert saved["rows"][2]["first_token_s"] == 9.0 and saved["conditions"]["versions"]
-    path.write_text("[]")
+    assert [read(SpeedRow, row, "row") for row in saved["rows"][:2]] == [rows[0], rows[2]]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not JSON", '{"rows": [{"spec": "dense"}]}', '{"rows": [5]}'])
+def test_what_is_no_speed_card_is_not_written_over(card, tmp_path, text):
+    path = tmp_path / "speed.json"
+    path.write_text(text)
     with pytest.raises(SpecError, match="holds no speed card"):
-        save(rows, tmp_path)
+        save(card[0], tmp_path)
+    assert path.read_text() == text
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------------
+def test_a_card_that_cannot_be_written_is_one_clear_error(card, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(EvaluationError, match=r"speed\.json cannot be written .*the disk is full: make room"):
+        save(card[0], tmp_path)
+
+
+# --- the card on a terminal -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [170, 80, 60])
+def test_the_card_is_readable_whatever_the_width(card, width):
+    rows, _ = card
+    screen = Console(width=width, record=True, file=io.StringIO())
+    columns = fitting(SPEED_COLUMNS, rows, screen)
+    screen.print(grid(columns, rows))
+    lines = screen.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    for row in rows:  # one line each, spec and times whole
+        (line,) = [line for line in lines if line.split()[:1] == [row.spec]]
+        assert text.seconds(row.first_token_s) in line
+    titles = [column.title for column in columns]
+    assert titles[0] == "spec" and {"first token", "first token, speed-up"} <= set(titles)
+    assert (len(titles) == len(SPEED_COLUMNS)) == (width == 170) and (width >= 80) == (
+        "whole answer" in titles
+    )
+    words = {word for line in lines[:6] for word in line.split()}
+    assert all(
+        word in words for title in titles for word in title.split()
+    )  # no heading is broken within a word
+
+
+# --- timing ---------------------------------------------------------------------------------------------
 
 
 def test_rounds_rotate_and_the_warm_up_is_not_counted():
@@ -170,11 +240,12 @@ def test_spreads_and_ratios():
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "billions", "tokens"), [("llava-1.5-7b", 7.06, 576), ("llava-next-7b", 7.06, 2928), ("qwen2.5-vl-7b", 8.29, 1024)]
+    ("name", "billions", "tokens"),
+    [("llava-1.5-7b", 7.06, 576), ("llava-next-7b", 7.06, 2928), ("qwen2.5-vl-7b", 8.29, 1024)],
 )
 def test_shapes_have_the_size_of_what_they_are_named_after(name, billions, tokens):
     config = shapes.config_of(name)
@@ -222,7 +293,7 @@ def test_a_scale_that_does_not_divide_is_told():
         shapes.config_of("llava-1.5-7b", 3)
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------------
 
 
 def test_the_fit_finds_the_costs_that_made_the_points():
@@ -241,8 +312,15 @@ def test_no_cost_is_negative():
 
 def costs(**changes):
     """Linear in tokens: a layer costs 1 ms per token of prefill, a step 10 ms, the tower nothing."""
-    base = {"prefill": (0.0, 1e-3, 0.0), "decode": (0.01, 0.0, 0.0), "encode": 0.0, "choose": 0.0, "loop": 0.0,
-            "visual_tokens": 500, "shares": (0.1,)}  # fmt: skip
+    base = {
+        "prefill": (0.0, 1e-3, 0.0),
+        "decode": (0.01, 0.0, 0.0),
+        "encode": 0.0,
+        "choose": 0.0,
+        "loop": 0.0,
+        "visual_tokens": 500,
+        "shares": (0.1,),
+    }
     return Costs(**base | changes)
 
 
@@ -254,13 +332,21 @@ def test_totals_are_the_stated_sum():
     assert costs().total(CASE, True) == pytest.approx(0.15 + 10 * 0.01)
     dear = costs(encode=0.2, choose=0.05, loop=0.001)
     assert dear.total(replace(CASE, batch=2), True) == pytest.approx(2 * 0.25 + 0.3 + 10 * 0.011)
-    assert costs(shares=(1.0, 0.0)).total(CASE, True) == pytest.approx((0.6 + 0.1) / 2 + 0.1)  # a cut half-way through the layers
+    assert costs(shares=(1.0, 0.0)).total(CASE, True) == pytest.approx(
+        (0.6 + 0.1) / 2 + 0.1
+    )  # a cut half-way through the layers
 
 
 def test_advice_follows_the_gain():
-    assert verdict(costs(), CASE, 0.05) == {"advice": "prune", "gain": pytest.approx(0.45 / 0.7), "dense_s": pytest.approx(0.7),
-                                            "pruned_s": pytest.approx(0.25)}  # fmt: skip
-    assert verdict(costs(choose=0.5), CASE, 0.05)["advice"] == "do not prune"  # choosing costs more than it saves
+    assert verdict(costs(), CASE, 0.05) == {
+        "advice": "prune",
+        "gain": pytest.approx(0.45 / 0.7),
+        "dense_s": pytest.approx(0.7),
+        "pruned_s": pytest.approx(0.25),
+    }
+    assert (
+        verdict(costs(choose=0.5), CASE, 0.05)["advice"] == "do not prune"
+    )  # choosing costs more than it saves
     assert verdict(costs(), CASE, 0.7)["advice"] == "do not prune"
 
 
@@ -288,7 +374,7 @@ def test_a_plan_is_whole_and_says_what_it_rests_on():
     json.dumps(found)
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------------
 
 
 def run(*words):
@@ -300,8 +386,11 @@ def test_bench_writes_rows_and_json(tmp_path):
     done = run("bench", "--model", "tiny", "--prune", "pool@9", *little, "--json", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
-    assert [row["spec"] for row in content["rows"]] == ["dense", "pool@9"] and content["conditions"]["versions"]
+    assert [row["spec"] for row in content["rows"]] == ["dense", "pool@9"] and content["conditions"][
+        "versions"
+    ]
     assert json.loads((tmp_path / "speed.json").read_text())["rows"] == content["rows"]
+    assert content["left_out"] == []
     assert set(content["unsupported"]) == set(shapes.unsupported())
 
 
@@ -322,8 +411,19 @@ def test_wrong_input_is_told_before_anything_is_built(words, message):
 
 
 def test_report_writes_every_format(run_folder, tmp_path):
-    forms = [word for form in ("html", "csv", "json", "md") for word in ("-f", form)]
+    forms = [word for form in ("html", "csv", "json", "md", "tex") for word in ("-f", form)]
     done = run("report", run_folder, "--out", tmp_path, *forms, "--json")
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.html", "report.json", "report.md"]
-    assert len(json.loads(done.stdout)["files"]) == 4
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".html", ".json", ".md", ".tex"]
+    assert len(json.loads(done.stdout)["files"]) == 5
+
+
+def test_bench_prints_a_table_and_what_it_means():
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(
+        app,
+        ["bench", "--model", "tiny", "--prune", "pool@9", "--rounds", "1", "--answers", "1", "--answer", "2"],
+    )
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert sum(line.split()[:1] == ["pool@9"] for line in done.stdout.splitlines()) == 1
+    assert "what is above 1.00 is the price of choosing" in " ".join(done.stdout.split())

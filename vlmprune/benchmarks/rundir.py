@@ -133,27 +133,6 @@ class Run:
     def results(self) -> dict[str, Any]:
         return read_object(self.folder / "results.json")
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.results.get("rows") or []
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return self.results.get("provenance") or {}
-
-    @cached_property
-    def speed(self) -> list[dict[str, Any]]:
-        """Rows of the speed card; those of speed.json where there is one."""
-        path = self.folder / "speed.json"
-        if not path.is_file():
-            return self.results.get("speed") or []
-        rows = read_object(path).get("rows")
-        if not isinstance(rows, list):
-            raise EvaluationError(
-                f"{path} holds no rows; {_REMEDIES['speed.json'].format(folder=self.folder)}"
-            )
-        return rows
-
     def recipe(self, cell: str) -> dict[str, Any]:
         """What was asked of a cell; one without the hash by which the cell is called is refused."""
         path = self.folder / "cells" / f"{cell}.json"

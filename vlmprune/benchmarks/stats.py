@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of answers: all specs answered the same questions, which come in clusters (images); clusters are what is drawn.
+"""Statistics of answers: all specs answered the same questions, which come in clusters (images).
 
-Intervals are percentile intervals of a bootstrap over clusters. All specs see the same draws, so differences are paired. p-values
-come from a randomisation test that swaps two specs on whole clusters; Holm's method corrects them for their number.
+Intervals are percentile intervals of a bootstrap over clusters. All specs see the same draws, so differences
+are paired. p-values come from a randomisation test that swaps two specs on whole clusters; Holm's method
+corrects them for their number.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 RIGHT = 0.5  # a score from here on counts as a right answer where answers are counted
 _ENTRIES_AT_ONCE = 4_000_000
+Interval = tuple[float, float]  # low, high
+Errors = TypeVar("Errors", float, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,9 @@ class Table:
         for record in records:
             mine = rows.setdefault(record.spec, {})
             if record.id in mine:
-                raise EvaluationError(f"{record.spec} answered {record.id!r} twice; expected one record per spec and question")
+                raise EvaluationError(
+                    f"{record.spec} answered {record.id!r} twice; expected one record per spec and question"
+                )
             mine[record.id] = record
         if not rows:
             raise EvaluationError("there are no records to compare; run evaluate first")
@@ -59,11 +64,18 @@ class Table:
                 sizes = f"{len(mine)} questions, {first_spec} {len(first)}; they differ in {lacking[0]!r}"
                 raise EvaluationError(f"{spec} answered {sizes}: compare specs on the same questions")
         sample = list(first.values())
-        of = {name: np.array([getattr(one, name) for one in sample]) for name in ("id", "cluster", "family", "group")}
+        of = {
+            name: np.array([getattr(one, name) for one in sample])
+            for name in ("id", "cluster", "family", "group")
+        }
         scores = np.array([[mine[key].score for mine in rows.values()] for key in first])
         if not np.isfinite(scores).all():
-            raise EvaluationError(f"{int((~np.isfinite(scores)).sum())} scores are not finite; expected 0 to 1")
-        answers = {spec: np.array([normalise(mine[key].answer) for key in first]) for spec, mine in rows.items()}
+            raise EvaluationError(
+                f"{int((~np.isfinite(scores)).sum())} scores are not finite; expected 0 to 1"
+            )
+        answers = {
+            spec: np.array([normalise(mine[key].answer) for key in first]) for spec, mine in rows.items()
+        }
         return cls(tuple(rows), of["id"], of["cluster"], of["family"], of["group"], scores, answers)
 
     def __len__(self) -> int:
@@ -72,7 +84,9 @@ class Table:
     def column(self, spec: str) -> int:
         """Number of a spec's column."""
         if spec not in self.specs:
-            raise EvaluationError(f"{spec!r} was not evaluated; known are {list(self.specs)}.{did_you_mean(spec, self.specs)}")
+            raise EvaluationError(
+                f"{spec!r} was not evaluated; known are {list(self.specs)}.{did_you_mean(spec, self.specs)}"
+            )
         return self.specs.index(spec)
 
     def of_spec(self, spec: str) -> np.ndarray:
@@ -83,22 +97,29 @@ class Table:
         """The questions that a mask (n,) chooses."""
         if not chosen.any():
             raise EvaluationError(f"none of {len(self)} questions is left; expected a choice of at least one")
-        rows = {name: getattr(self, name)[chosen] for name in ("ids", "clusters", "families", "groups", "scores")}
+        rows = {
+            name: getattr(self, name)[chosen] for name in ("ids", "clusters", "families", "groups", "scores")
+        }
         return replace(self, answers={spec: texts[chosen] for spec, texts in self.answers.items()}, **rows)
 
     def merged(self, name: str, specs: Sequence[str]) -> Table:
         """With one more column, the mean of others, such as seeds."""
         if name in self.specs:
-            raise EvaluationError(f"a column {name!r} is there already; choose another name for the mean of {list(specs)}")
+            raise EvaluationError(
+                f"a column {name!r} is there already; choose another name for the mean of {list(specs)}"
+            )
         mean = np.mean([self.of_spec(spec) for spec in specs], axis=0)
         return replace(self, specs=(*self.specs, name), scores=np.column_stack([self.scores, mean]))
 
     @cached_property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per cluster: (C, S) sums of scores and (C,) questions."""
-        # numbered as they come: sorted by name, the same data under other names would draw other samples
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.clusters.tolist()))}
-        codes = np.array([numbers[name] for name in self.clusters.tolist()])
+        """Per cluster: (C, S) sums of scores and (C,) questions.
+
+        Clusters are numbered as they appear. Numbered by their names, the same answers would be drawn
+        differently, and get other p-values, under a task that names its pictures differently.
+        """
+        _, first, sorted_codes = np.unique(self.clusters, return_index=True, return_inverse=True)
+        codes = np.argsort(np.argsort(first))[sorted_codes]
         count = np.bincount(codes).astype(float)
         return np.stack([np.bincount(codes, weights=column) for column in self.scores.T], axis=1), count
 
@@ -113,12 +134,28 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference(Estimate):
-    """A paired difference of accuracies: ``p`` of no difference, ``p_holm`` corrected, ``mdd`` what could have been detected."""
+class Difference:
+    """A paired difference of accuracies.
 
+    Args:
+        ci: its interval.
+        p: of no difference. p_holm: corrected for the number of comparisons.
+        mdd: the smallest difference that such an experiment would have found.
+    """
+
+    difference: float
+    ci: Interval
     p: float
     p_holm: float
     mdd: float
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Questions that a reference got right and a spec did not (``lost``), and the reverse (``won``)."""
+
+    lost: int
+    won: int
 
 
 @lru_cache(maxsize=2)  # intervals, ratios and differences of one table share them
@@ -128,30 +165,19 @@ def draws(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray
     return _in_chunks(len(count), resamples, seed, lambda rng, rows: _resample(rng, rows, sums, count))
 
 
-def accuracy(table: Table, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> dict[str, Estimate]:
+def accuracy(
+    table: Table, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> dict[str, Estimate]:
     """Mean score of every spec."""
     found = {}
     means, drawn = table.scores.mean(axis=0), draws(table, resamples, seed)
     lows, highs = _percentiles(drawn, level)
-    # where all clusters score 0, or all 1, a bootstrap draws nothing else: the exact binomial bound over clusters stands in
+    # where all clusters score 0, or all 1, a bootstrap draws nothing else: the exact binomial bound stands in
     bound = ((1 - level) / 2) ** (1 / len(table.sums[1]))
     for spec, value, low, high in zip(table.specs, means, lows, highs, strict=True):
         low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound) if value == 0 else (low, high)
         found[spec] = Estimate(float(value), float(low), float(high))
     return found
-
-
-def retained(
-    table: Table, reference: str, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
-) -> dict[str, Estimate]:
-    """Accuracy as a share of the reference's, with the interval of the ratio."""
-    at = table.column(reference)
-    means, drawn = table.scores.mean(axis=0), draws(table, resamples, seed)
-    if means[at] == 0 or (drawn[:, at] == 0).any():
-        raise EvaluationError(f"{reference} answers (next to) nothing right, so nothing can be said to be retained; see accuracy")
-    lows, highs = _percentiles(drawn / drawn[:, [at]], level)
-    values = means / means[at]
-    return {s: Estimate(*map(float, row)) for s, *row in zip(table.specs, values, lows, highs, strict=True)}
 
 
 def differences(
@@ -163,7 +189,7 @@ def differences(
     seed: int = 0,
     level: float = LEVEL,
 ) -> dict[str, Difference]:
-    """Paired differences of ``specs`` (default: all others) to the reference; Holm's correction counts just these."""
+    """Paired differences of ``specs`` (default: all others) to the reference; Holm counts just these."""
     specs = [spec for spec in table.specs if spec != reference] if specs is None else list(specs)
     if not specs:
         return {}
@@ -175,12 +201,15 @@ def differences(
     gaps = sums[:, columns] - sums[:, [at]]  # (C, s)
     values, p = gaps.sum(axis=0) / count.sum(), swap_test(gaps, resamples, seed)
     corrected, reach = holm(p), detectable(drawn.std(axis=0))
-    rows = zip(specs, values, lows, highs, p, corrected, reach, strict=True)
-    return {spec: Difference(*map(float, row)) for spec, *row in rows}
+    found = {}
+    for i, spec in enumerate(specs):
+        ci = float(lows[i]), float(highs[i])
+        found[spec] = Difference(float(values[i]), ci, float(p[i]), float(corrected[i]), float(reach[i]))
+    return found
 
 
 def swap_test(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """(s,) two-sided p-values of summed differences (C, s): how often random signs per cluster give as large a sum."""
+    """(s,) two-sided p-values of summed differences (C, s): share of random signs with as large a sum."""
     seen = np.abs(gaps.sum(axis=0))
 
     def signs(rng: np.random.Generator, rows: int) -> np.ndarray:
@@ -188,7 +217,7 @@ def swap_test(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np
 
     # a hair of slack, since equal sums are added in another order
     larger = (_in_chunks(len(gaps), resamples, seed, signs) >= seen - 1e-9).sum(axis=0)
-    return (larger + 1) / (resamples + 1)
+    return (larger + 1) / (resamples + 1)  # the sum that was seen is one of the draws, so p is never 0
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -201,15 +230,15 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def detectable(error: Any, alpha_z: float = 1.959964, power_z: float = 0.841621) -> Any:
-    """Minimum detectable difference: found with 80 % power at the 5 % level, given the standard error of the difference."""
+def detectable(error: Errors, alpha_z: float = 1.959964, power_z: float = 0.841621) -> Errors:
+    """Minimum detectable difference: found with 80 % power at the 5 % level, given its standard error."""
     return (alpha_z + power_z) * error
 
 
-def flips(table: Table, spec: str, reference: str) -> dict[str, int]:
-    """Questions that the reference got right and the spec did not (lost), and the other way round (won)."""
+def flips(table: Table, spec: str, reference: str) -> Flips:
+    """Right answers that a spec lost and won against a reference."""
     mine, theirs = table.of_spec(spec) >= RIGHT, table.of_spec(reference) >= RIGHT
-    return {"lost": int((theirs & ~mine).sum()), "won": int((mine & ~theirs).sum())}
+    return Flips(lost=int((theirs & ~mine).sum()), won=int((mine & ~theirs).sum()))
 
 
 def agreement(table: Table, spec: str, reference: str) -> float | None:
@@ -226,12 +255,14 @@ def by(table: Table, key: str, spec: str) -> dict[str, float]:
 
 
 def hard(table: Table, pooled: str) -> Table | None:
-    """The questions that a pooling spec gets wrong: what is left when averaging would have done; None where that is none."""
+    """The questions that a pooling spec gets wrong; None where there are none."""
     wrong = table.of_spec(pooled) < RIGHT
     return table.where(wrong) if wrong.any() else None
 
 
-def headline(table: Table, blind: Mapping[str, float], reference: str, margin: float = 0.2) -> tuple[list[str], dict[str, str]]:
+def headline(
+    table: Table, blind: Mapping[str, float], reference: str, margin: float = 0.2
+) -> tuple[list[str], dict[str, str]]:
     """Families that the unpruned model has learnt, and why the others stay out of the headline average."""
     inside, outside = [], {}
     for family, value in by(table, "families", reference).items():
@@ -240,7 +271,9 @@ def headline(table: Table, blind: Mapping[str, float], reference: str, margin: f
         if value >= blind[family] + margin:
             inside.append(family)
         else:
-            outside[family] = f"{reference} scores {value:.3f}, a guesser {blind[family]:.3f}: less than {margin:.2f} above"
+            outside[family] = (
+                f"{reference} scores {value:.3f}, a guesser {blind[family]:.3f}: less than {margin:.2f} above"
+            )
     return inside, outside
 
 
@@ -251,7 +284,9 @@ def _resample(rng: np.random.Generator, rows: int, sums: np.ndarray, count: np.n
     return (weights @ sums) / (weights @ count)[:, None]
 
 
-def _in_chunks(width: int, resamples: int, seed: int, make: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
+def _in_chunks(
+    width: int, resamples: int, seed: int, make: Callable[[np.random.Generator, int], np.ndarray]
+) -> np.ndarray:
     if not isinstance(resamples, int) or resamples < 100:
         raise EvaluationError(f"resamples={resamples!r}; expected an int >= 100")
     rng, step = np.random.default_rng(seed), max(1, _ENTRIES_AT_ONCE // width)

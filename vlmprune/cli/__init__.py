@@ -96,4 +96,5 @@ app.command("lmms-tasks")(lmms.lmms_tasks)
 
 def main() -> None:
     """Entry of the console script."""
+    speak_plainly()
     app(prog_name="vlmprune")

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import SpecError, VlmPruneError
 from .screen import Json, complain, plain, print_json, stderr, stdout, table
+
+if TYPE_CHECKING:
+    from ..benchmarks.speed.row import SpeedRow
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
 SHAPES = (
@@ -59,17 +62,20 @@ def bench(
     if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
         raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
 
-    from ..benchmarks.speed.card import Effort, measure, save
+    from ..benchmarks.plain import plain as plain_values
+    from ..benchmarks.speed.card import Effort, LeftOut, measure, save
     from ..benchmarks.speed.conditions import conditions
     from ..benchmarks.speed.shapes import unsupported
     from ..benchmarks.speed.workload import make_workload
 
-    rows, left_out, missing = [], [], unsupported()
+    rows: list[SpeedRow] = []
+    left_out: list[LeftOut] = []
+    missing = unsupported()
     start, effort = conditions(), Effort(rounds, answers)
     with stderr().status("") as status:
         for name in model or [MODEL]:
             if name in missing and len(model or []) > 1:  # the others are still worth timing
-                left_out.append({"model": name, "spec": None, "reason": missing[name]})
+                left_out.append(LeftOut(name, None, missing[name]))
                 continue
             status.update(f"building {name}")
             options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
@@ -79,13 +85,13 @@ def bench(
     if out is not None:
         save(rows, out)
     if as_json:
-        print_json({"rows": rows, "left_out": left_out, "unsupported": missing, "conditions": start})
+        listed = {"rows": plain_values(rows), "left_out": plain_values(left_out)}
+        print_json({**listed, "unsupported": missing, "conditions": start})
     else:
         _show_card(rows, start, missing)
     for entry in left_out:
-        complain(
-            VlmPruneError(" ".join(filter(None, (entry["model"], entry["spec"]))) + f": {entry['reason']}")
-        )
+        named = " ".join(filter(None, (entry.model, entry.spec)))
+        complain(VlmPruneError(f"{named}: {entry.reason}"))
     if left_out:
         raise typer.Exit(2)
 
@@ -144,30 +150,21 @@ def _specs(texts: list[str]) -> list[str]:
     return list(map(str, specs))
 
 
-def _show_card(rows: list[dict[str, Any]], start: dict[str, Any], missing: dict[str, str]) -> None:
-    from ..benchmarks.report.speed import SPEED_COLUMNS, speed_notes, speed_rows
+def _show_card(rows: list[SpeedRow], start: dict[str, Any], missing: dict[str, str]) -> None:
+    from ..benchmarks.report.speed import EXPLAINED, SPEED_COLUMNS, speed_groups, speed_notes
+    from .board import fitting, grid
 
     screen = stdout()
-    for group in speed_rows(rows):
-        screen.print(plain(group["title"]), style="bold")
-        shown = table(*(column.title for column in SPEED_COLUMNS))
-        shown.columns[0].no_wrap = True
-        for row in group["rows"]:
-            shown.add_row(*(plain(column.text(row)) for column in SPEED_COLUMNS))
-        screen.print(shown)
+    for group in speed_groups(rows):
+        screen.print(plain(group.title), style="bold")
+        screen.print(grid(fitting(SPEED_COLUMNS, group.rows, screen), group.rows))
     for note in speed_notes(rows):
         screen.print(plain(note), style="yellow")
-    screen.print(
-        "Medians over interleaved rounds; 'against the ideal' compares with the same tokens handed over for free."
-    )
+    screen.print(plain(EXPLAINED))
     for name, reason in missing.items():
         screen.print(plain(f"Not measured: {name}: {reason}."), style="dim")
-    screen.print(
-        plain(
-            f"{start['processor']}, load {start['load_before']:.1f} at the start, commit {start['commit']}, {start['date']}"
-        ),
-        style="dim",
-    )
+    made = f"load {start['load_before']:.1f} at the start, commit {start['commit']}, {start['date']}"
+    screen.print(plain(f"{start['processor']}, {made}"), style="dim")
 
 
 def _show_plan(found: dict[str, Any]) -> None:

@@ -1,100 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a leaderboard looks on a terminal of 100 columns."""
+"""How a leaderboard looks on a terminal."""
 
 from __future__ import annotations
 
-from typing import Any
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from ..benchmarks.report.table import BASELINES, NOTHING, count, is_seed, ordered, ratio, setting, signed
-from ..benchmarks.sweep.verdict import side, verdict
+from ..benchmarks.report.columns import COLUMNS
+from ..benchmarks.report.export import BOLD
+from ..benchmarks.report.judge import BASELINES, merged, ordered, settings
+from ..benchmarks.report.load import Results
+from ..benchmarks.report.pivot import Across, Pivot, pivots
+from ..benchmarks.report.table import Column, used, winners
+from ..benchmarks.report.text import plural, ratio
+from ..benchmarks.report.verdict import limits, verdict
+from ..benchmarks.summary import Headline, Row
 from .screen import plain, table
 
-Row = dict[str, Any]
-HEADINGS = ("spec", "tokens", "accuracy, %", "left", "vs random", "lost/won", "text", "hard", "worst family")
-# in the order in which a narrow screen loses them
-SPARE = ("hard", "lost/won", "worst family", "text", "tokens", "left", "vs random")
-MARKS = {"better": "\N{UPWARDS ARROW}", "worse": "\N{DOWNWARDS ARROW}", "no different": " "}
+R = TypeVar("R")
+NARROWEST = 5  # a heading breaks within words only where its column would be narrower
 
 
-def show(found: dict[str, Any], screen: Console) -> None:
-    """All tables of a run, each with one sentence under it."""
-    rows = found["rows"]
-    for where in dict.fromkeys(map(setting, rows)):
-        mine = ordered([row for row in rows if setting(row) == where])
-        screen.print(plain(f"{where[0]} on {where[1]}"), style="bold")
-        screen.print(_fitting(mine, screen))
-        screen.print(plain(_conditions(mine, next(one for one in found["headline"] if setting(one) == where))), style="dim")
-        screen.print(plain(verdict(mine)))
-    for lost in found["failed"]:
-        screen.print(plain(f"no row for {lost['spec']} ({lost['model']}, {lost['task']}): {lost['error']}"), style="red")
+def show(found: Mapping[str, Any], screen: Console) -> None:
+    """All tables of a run with what they say; ``found`` is what ``results.json`` holds."""
+    results = Results.read(found, "results")
+    for where in settings(results.rows):
+        rows = merged(ordered([row for row in results.rows if row.setting == where]))
+        _show_rows(rows, results.headline_of(where), screen)
+    for pivot in pivots(results.rows):
+        _show_pivot(pivot, screen)
+    for lost in results.failed:
+        text = f"no row for {lost.spec} ({lost.model}, {lost.task}): {lost.error}"
+        screen.print(plain(text), style="red")
 
 
-def _fitting(rows: list[Row], screen: Console) -> Table:
-    """With all columns where they fit, else without those that can be spared: no spec is ever cut."""
-    left = list(HEADINGS)
-    for spare in (None, *SPARE):
-        left = [heading for heading in left if heading != spare]
-        made = _table(rows, left)
-        if Measurement.get(screen, screen.options.update(width=1000), made).maximum <= screen.width:
-            break
-    return made
+def _show_rows(rows: Sequence[Row], headline: Headline | None, screen: Console) -> None:
+    screen.print(plain(_heading(rows[0], headline, screen)), style="bold")
+    columns = fitting(used(COLUMNS, rows), rows, screen)
+    screen.print(grid(columns, rows))
+    for line in legend(columns, rows):
+        screen.print(plain(line), style="dim")
+    screen.print(plain(verdict(rows)))
+    for sentence in limits(rows, headline):
+        screen.print(plain(sentence), style="dim")
+    screen.print()
 
 
-def _table(rows: list[Row], headings: list[str]) -> Table:
-    made = table(*headings, padding=(0, 0, 0, 1))
-    for column in made.columns:
-        column.justify, column.no_wrap = "left" if column.header in ("spec", "worst family") else "right", True
-    made.columns[0].no_wrap = False
-    keep = rows[0]["keep"]
-    for row in rows:
-        if is_seed(row, rows):
-            continue
-        if row["keep"] != keep:
+def _heading(row: Row, headline: Headline | None, screen: Console) -> str:
+    about = [plural(row.n, "question")]
+    if row.clusters is not None:
+        about[0] += f" about {plural(row.clusters, 'set')} of pictures"
+    if headline is not None and headline.chance is not None:
+        about.append(f"chance {ratio(headline.chance)} %")
+    bold = ", in bold the highest of a budget" if screen.is_terminal else ""  # a file has no bold
+    return f"{row.model} on {row.task}: {', '.join(about)}; in brackets 95 % intervals{bold}"
+
+
+def legend(columns: Sequence[Column[R]], rows: Sequence[R]) -> list[str]:
+    """A line for each column shown whose heading does not say it all."""
+    noted = [(column.title.partition(",")[0], column.note(rows)) for column in columns]
+    return [f"{title}: {note}" for title, note in noted if note]
+
+
+def _show_pivot(pivot: Pivot, screen: Console) -> None:
+    screen.print(plain(f"{pivot.model}, all tasks: accuracy, %, of {pivot.sizes}"), style="bold")
+    for columns in _blocks(pivot, screen):
+        screen.print(grid(columns, pivot.lines))
+    about = "Average: unweighted over the tasks; % of dense: mean over the tasks."
+    screen.print(plain(f"{about} {BOLD}" if screen.is_terminal else about), style="dim")
+    screen.print()
+
+
+def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
+    """As many tasks beside one another as fit; the spec begins every block, the averages end the last."""
+    first, *rest = pivot.columns()
+    block = [first]
+    for column in rest:
+        if len(block) > 1 and _width([*block, column], pivot.lines, screen) > screen.width:
+            yield block
+            block = [first]
+        block.append(column)
+    yield block
+
+
+# --- any table --------------------------------------------------------------------------------------------
+
+
+def fitting(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) -> list[Column[R]]:
+    """All columns in full where there is room, else in short, else without those that can be spared."""
+    left = [replace(column, short=None) for column in columns]
+    if _width(left, rows, screen) <= screen.width:
+        return left
+    left = list(columns)
+    while _width(left, rows, screen) > screen.width and any(column.spare for column in left):
+        left.remove(max(left, key=lambda column: column.spare))
+    return left
+
+
+def _width(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) -> int:
+    return Measurement.get(screen, screen.options.update(width=10_000), grid(columns, rows)).maximum
+
+
+def grid(columns: Sequence[Column[R]], rows: Sequence[R]) -> Table:
+    """Cells under headings that are broken to their width; budgets apart, the best of each in bold."""
+    cells = [[column.brief(row) for row in rows] for column in columns]
+    made = table(padding=(0, 0, 0, 1))
+    for number, (column, texts) in enumerate(zip(columns, cells, strict=True)):
+        heading = _broken(column.title, max(map(len, texts), default=0))
+        justify: Any = "left" if column.left else "right"
+        made.add_column(
+            plain(heading), overflow="fold", justify=justify, no_wrap=number > 0, vertical="bottom"
+        )
+    wins = [winners(column, rows) for column in columns]  # type: ignore[type-var]
+    keep = getattr(rows[0], "keep", None)
+    for number, row in enumerate(rows):
+        if getattr(row, "keep", None) != keep:
             made.add_section()
-            keep = row["keep"]
-        cells = dict(zip(HEADINGS, _cells(row), strict=True))
-        style = "dim" if row["method"] in BASELINES else None
-        made.add_row(*(plain(cells[heading]) for heading in headings), style=style)
+            keep = getattr(row, "keep", None)
+        line = []
+        for texts, won in zip(cells, wins, strict=True):
+            text: Text = plain(texts[number])
+            if won[number]:
+                text.stylize("bold")
+            line.append(text)
+        made.add_row(*line, style="dim" if getattr(row, "method", None) in BASELINES else None)
     return made
 
 
-def _cells(row: Row) -> list[str]:
-    low, high = row["ci"]
-    against, flips, hard, worst = row["vs_random"], row["flips"], row["hard"], row["worst"]
-    dense = row["spec"] == "dense"
-    band = row["band"]
-    versus = NOTHING
-    if band:
-        versus = f"{ratio(band['low'], 0)}-{ratio(band['high'], 0)}"
-    elif against:
-        versus = f"{signed(against['difference'])} {MARKS[side(against)]}"
-    return [
-        row["spec"],
-        count(row["realised_tokens"]),
-        f"{ratio(row['accuracy'])} [{ratio(low, 0)}, {ratio(high, 0)}]",
-        NOTHING if dense else ratio(row["retained"], 0),
-        versus,
-        NOTHING if dense or not flips else f"{flips['lost']}/{flips['won']}",
-        ratio(row["groups"].get("text"), 0),
-        ratio(hard["accuracy"], 0) if hard else NOTHING,
-        NOTHING if dense else f"{worst['family']} {ratio(worst['retained'], 0)}",
-    ]
-
-
-def _conditions(rows: list[Row], headline: dict[str, Any]) -> str:
-    """What the numbers are, and what such a table cannot show."""
-    reach = sorted(row["mdd"] for row in rows if row["mdd"])
-    said = f"{rows[0]['n']} questions; in brackets 95 % intervals, over pictures; left: % of the dense accuracy; vs random: "
-    said += "points, arrows where beyond chance, the range of its seeds for random itself; hard: % of what pool gets wrong; "
-    said += "worst family: % left of it."
-    if reach:
-        said += f" Smallest difference to dense that is found: {100 * reach[0]:.1f} to {100 * reach[-1]:.1f} points, by row."
-    if not headline["families"]:
-        said += " The dense model has learnt none of the families, so these accuracies mean nothing."
-    elif headline["excluded"]:
-        said += f" Not counted, since the dense model has not learnt them: {', '.join(headline['excluded'])}."
-    return said
+def _broken(title: str, width: int) -> str:
+    """Over several lines, at spaces, and within words only where a word is wider than its column may be."""
+    return "\n".join(
+        textwrap.wrap(title, max(width, NARROWEST, *map(len, title.split())), break_long_words=False)
+    )

@@ -12,21 +12,35 @@ from .screen import Json, plain, print_json, stdout
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `vlmprune leaderboard --out` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `vlmprune leaderboard --out` wrote.")
+    ],
     form: Annotated[
-        list[str] | None, typer.Option("--format", "-f", help="html (default), csv, json or md; may be repeated.")
+        list[str] | None,
+        typer.Option("--format", "-f", help="html (default), csv, json, md or tex; may be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File or folder to write to; default: into RUN.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="File, whose suffix is the format, or folder, which is made; default: RUN."),
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="Of csv, md and tex: 'rows' per spec and task, or methods x 'tasks'.")
+    ] = None,
+    intervals: Annotated[
+        bool,
+        typer.Option("--intervals", help="Intervals in tables of csv, md and tex that have room for them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run as one offline page or as a table; rows that cannot be believed are refused by name."""
-    from ..benchmarks.report import write_report
+    """Write a run as one offline page or as a table; rows that fail validation are refused by name."""
+    from ..benchmarks.report import Options, is_folder, write_report
     from ..errors import SpecError
 
-    forms = list(dict.fromkeys(form or ["html"]))
-    if len(forms) > 1 and out is not None and not out.is_dir():
-        raise SpecError(f"--out {str(out)!r} with {len(forms)} formats; expected a folder that is there")
-    made = [write_report(run, each, out) for each in forms]
+    forms: list[str | None] = [*dict.fromkeys(form or [])] or [None]
+    if len(forms) > 1 and out is not None and not is_folder(out):
+        raise SpecError(f"--out {out!r} with {len(forms)} formats; expected a folder")
+    options = Options(table, intervals)
+    made = [write_report(run, each, out, options) for each in forms]
     if as_json:
         print_json({"files": list(map(str, made))})
         return

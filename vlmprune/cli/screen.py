@@ -23,6 +23,7 @@ _PLAIN = {
     "\N{EN DASH}": "-",
     "\N{EM DASH}": "-",
     "\N{BOX DRAWINGS LIGHT HORIZONTAL}": "-",
+    "\N{BOX DRAWINGS HEAVY HORIZONTAL}": "=",
     "\N{HORIZONTAL ELLIPSIS}": "...",
     "\N{UPWARDS ARROW}": "^",
     "\N{DOWNWARDS ARROW}": "v",

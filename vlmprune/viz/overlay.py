@@ -20,6 +20,7 @@ from ..core.keepmap import VIEWS
 from ..errors import SpecError
 
 RIM = (255, 214, 10)
+PALE = 140  # of 255: how far merged patches go to white
 STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
@@ -141,6 +142,7 @@ def draw_keep(
     view: str = "stretch",
     dim: float = 0.62,
     max_side: int | None = MAX_SIDE,
+    merged: bool = False,
 ) -> Image.Image:
     """Kept patches clear inside an outline, the others grey and darker by ``dim``.
 
@@ -151,12 +153,16 @@ def draw_keep(
         view: "stretch" (tokens cover the picture) or "center" (its centred square; the rest is striped).
         dim: 0 leaves the brightness of dropped patches, 1 makes them black.
         max_side: longest side of the drawing in pixels; None draws at the size of the picture.
+        merged: the others are not dropped but merged into the kept ones: they stay in colour, and paler.
     """
     _fraction("dim", dim)
 
     def paint(region: np.ndarray, kept: np.ndarray, outline: int) -> np.ndarray:
-        dropped = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
-        out = np.where(kept[..., None], region, dropped)
+        if merged:
+            others = PALE + (1 - PALE / 255) * region
+        else:
+            others = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
+        out = np.where(kept[..., None], region, others)
         if outline:
             # a dark line outside keeps the bright one visible on light pictures
             out[_dilate(kept, outline) & ~kept] = 0

@@ -3,7 +3,7 @@
 "use strict";
 (() => {
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const table = document.querySelector("#table table");
+  const table = document.getElementById("board");
   const body = table.tBodies[0];
   const rows = [...body.rows];
   const heads = all("th[data-column]", table);
@@ -38,17 +38,19 @@
   menu.addEventListener("change", () => sort(Number(menu.value), Number(menu.value) ? -1 : 1));
 
   const filters = all("[data-filter]");
-  const filtered = all("[data-spec], .heat[data-model], .panels[data-model]");
+  const filtered = all("[data-spec], table[data-model], .panels[data-model]");
+  const flips = all("#flips article");
 
   function passes(item) {
     const tags = item.dataset;
     for (const { dataset, value } of filters) {
       const own = tags[dataset.filter];
-      const exempt = own === undefined || (dataset.filter === "keep" && "dense" in tags); // dense is compared with every budget
+      const exempt = own === undefined || (dataset.filter === "keep" && "dense" in tags); // every budget is compared with dense
       if (value && !exempt && own !== value) return false;
     }
     if ("seed" in tags && !seeds.checked) return false;
-    return !("spec" in tags) || tags.spec.toLowerCase().includes(text.value.trim().toLowerCase());
+    if ("dense" in tags || !("spec" in tags)) return true; // so is every method
+    return tags.spec.toLowerCase().includes(text.value.trim().toLowerCase());
   }
 
   function filter() {
@@ -56,6 +58,7 @@
     const shown = rows.filter((row) => !row.hidden).length;
     document.getElementById("shown").textContent = `${shown} of ${rows.length} rows`;
     document.querySelector("#table .none").hidden = shown > 0;
+    document.querySelector("#flips .none").hidden = !flips.length || flips.some((flip) => !flip.hidden);
   }
 
   const form = document.querySelector(".filters");

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report: a run folder as one page, or as a table; rows that cannot be believed are refused."""
+"""Report: a run folder as one page, or as a table; rows that fail validation are refused."""
 
-from .write import FORMATS, write_report
+from .export import Options
+from .write import FORMATS, is_folder, write_report
 
-__all__ = ["FORMATS", "write_report"]
+__all__ = ["FORMATS", "Options", "is_folder", "write_report"]

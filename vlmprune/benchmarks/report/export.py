@@ -1,75 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same rows for other programs: CSV, JSON, and Markdown for a README."""
+"""The rows for other programs and for a README: JSON, CSV, Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..rundir import Run
-from .table import badges, columns, is_seed, ordered, setting
+from ..plain import flat, plain
+from ..rundir import FORMAT, Run
+from ..summary import Headline, Row
+from .columns import COLUMNS
+from .judge import badges, merged, ordered, settings
+from .load import Results
+from .pivot import Pivot, pivots
+from .table import Column, L, used, winners
+from .text import ratio
 
-_PLAIN = ("spec", "model", "task", "method", "keep", "n", "accuracy", "realised_tokens", "layer_tokens", "dense_tokens",
-          "retained",
-          "agreement", "mdd", "on_object", "firings", "failed", "empty", "calibrated", "paper", "fingerprint")  # fmt: skip
-_NESTED = {
-    "vs_dense": ("difference", "p", "p_holm"), "vs_random": ("difference", "p", "p_holm"), "worst": ("family", "accuracy",
-    "retained"),
-    "flips": ("lost", "won"), "hard": ("n", "accuracy"), "band": ("low", "high"), "groups": ("general", "text"),
-}  # fmt: skip
-
-
-def as_json(run: Run) -> str:
-    """The checked rows, speed card and provenance."""
-    content = {key: run.results.get(key) for key in ("format", "provenance", "headline")}
-    return json.dumps(content | {"rows": ordered(run.rows), "speed": run.speed}, indent=2, ensure_ascii=False) + "\n"
+BOLD = "Bold: the highest value of its budget, whether the difference is significant or not."
 
 
-def as_csv(run: Run) -> str:
-    """One line per row, every number in a column of its own, families last."""
-    families = list(dict.fromkeys(family for row in run.rows for family in row["families"]))
+@dataclass(frozen=True)
+class Options:
+    """What is written.
+
+    Args:
+        table: "rows", a line per spec and task; "tasks", methods x tasks; None, what suits the format.
+        intervals: whether methods x tasks shows intervals.
+    """
+
+    table: str | None = None
+    intervals: bool = False
+
+
+def as_json(run: Run, results: Results, options: Options) -> str:
+    """Everything: rows, what they are over, what failed, the speed card and the provenance."""
+    content = {
+        "format": FORMAT,
+        "provenance": results.provenance,
+        "headline": plain(results.headline),
+        "rows": plain(ordered(results.rows)),
+        "failed": plain(results.failed),
+        "speed": plain(results.speed),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_csv(run: Run, results: Results, options: Options) -> str:
+    """One line per row with every number in a column of its own, or methods x tasks."""
+    if options.table == "tasks":
+        return _csv([line for pivot in pivots(results.rows) for line in _pivot_lines(pivot, options)])
+    return _csv([_flat_row(row) for row in ordered(results.rows)])
+
+
+def _flat_row(row: Row) -> dict[str, Any]:
+    """Columns for families are called ``family_NAME``."""
+    return {re.sub("^families_", "family_", name): value for name, value in flat(row).items()}
+
+
+def _pivot_lines(pivot: Pivot, options: Options) -> list[dict[str, Any]]:
+    """Shares from 0 to 1, as in the rows."""
+    lines = []
+    for line in pivot.lines:
+        values: dict[str, Any] = {"model": pivot.model, "method": line.method, "keep": line.keep}
+        for column in pivot.columns():
+            values[column.key] = column.value(line)
+            row = line.rows.get(column.key)
+            if options.intervals and row is not None:
+                values[f"{column.key}_ci_low"], values[f"{column.key}_ci_high"] = row.ci
+        lines.append(values)
+    return lines
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    """Lines may lack columns, such as families of another task."""
+    head = list(dict.fromkeys(name for line in lines for name in line))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    head = [*_PLAIN, "ci_low", "ci_high"]
-    for name, keys in _NESTED.items():
-        head += [f"{name}_{key}" for key in keys] + [f"{name}_ci_low", f"{name}_ci_high"] * name.startswith("vs_")
-    writer.writerow([*head, *(f"family_{family}" for family in families)])
-    for row in ordered(run.rows):
-        line = [row.get(key) for key in _PLAIN] + list(row["ci"])
-        for name, keys in _NESTED.items():
-            found = row.get(name) or {}
-            line += [found.get(key) for key in keys] + list(found.get("ci") or [None] * 2) * name.startswith("vs_")
-        writer.writerow([_inert(value) for value in line + [row["families"].get(family) for family in families]])
+    writer.writerow(map(_inert, head))
+    for line in lines:
+        writer.writerow([_inert(line.get(name)) for name in head])
     return file.getvalue()
 
 
 def _inert(value: Any) -> Any:
     """Spreadsheets run text that begins like a formula."""
-    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return "'" + value if risky else value
 
 
-def as_markdown(run: Run) -> str:
-    """One table per model and task, seeds merged, and what the run was."""
-    rows = [row for row in ordered(run.rows) if not is_seed(row, run.rows)]
+def as_markdown(run: Run, results: Results, options: Options) -> str:
+    """Methods x tasks where there are several, one table per model and task, and what the run was."""
+    note = results.provenance.get("note")
+    parts = [f"**{_cell(str(note))}**"] if note else []
+    if options.table != "rows":
+        for pivot in pivots(results.rows):
+            shown = pivot.columns(options.intervals)
+            about = f"Accuracy in %: {_cell(pivot.sizes)}. % of dense is the mean over the tasks. {BOLD}"
+            parts += [f"### {_cell(pivot.model)}", about, _table(shown, pivot.lines)]
+    if options.table != "tasks":
+        rows = merged(ordered(results.rows))
+        for where in settings(rows):
+            mine = [row for row in rows if row.setting == where]
+            marks = []
+            for row in mine:
+                said = [text for kind, text in badges(row, mine) if kind != "baseline"]
+                marks.append("".join(f" ({_cell(text)})" for text in said))
+            chance = _chance(results.headline_of(where))
+            heading = f"### {_cell(where[0])}, {_cell(where[1])}, n = {mine[0].n}{chance}"
+            parts += [heading, _table(used(COLUMNS, mine), mine, marks), BOLD]
+    parts.append(_facts(results))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _chance(headline: Headline | None) -> str:
+    if headline is None or headline.chance is None:
+        return ""
+    return f", chance {ratio(headline.chance)} %"
+
+
+def _table(columns: Sequence[Column[L]], rows: Sequence[L], marks: Sequence[str] = ()) -> str:
+    """``marks`` stand behind the first cell of each row."""
+    lines = [[_cell(column.title) for column in columns], ["---" if c.left else "--:" for c in columns]]
+    wins = [winners(column, rows) for column in columns]
+    for number, row in enumerate(rows):
+        cells = []
+        for column, won in zip(columns, wins, strict=True):
+            head, space, rest = _cell(column.text(row)).partition(" ")
+            cells.append(f"**{head}**{space}{rest}" if won[number] else head + space + rest)
+        cells[0] += marks[number] if marks else ""
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _facts(results: Results) -> str:
+    known = results.provenance
+    versions = known.get("versions")
     parts = []
-    note = run.provenance.get("note")
-    if note:
-        parts.append(f"**{_cell(note)}**")
-    for model, task in dict.fromkeys(map(setting, rows)):
-        of = [row for row in rows if setting(row) == (model, task)]
-        shown = columns(of)
-        lines = [" | ".join(column.title for column in shown), " | ".join("---" for _ in shown)]
-        for row in of:
-            marks = "".join(f" ({text})" for kind, text in badges(row, run.rows) if kind != "baseline")
-            cells = [_cell(column.text(row)) for column in shown]
-            lines.append(" | ".join([f"{cells[0]}{_cell(marks)}", *cells[1:]]))
-        parts.append(f"### {_cell(model)}, {_cell(task)}, n = {of[0]['n']}\n\n" + "\n".join(f"| {line} |" for line in lines))
-    versions = ", ".join(f"{name} {version}" for name, version in (run.provenance.get("versions") or {}).items())
-    facts = [f"{key}: {run.provenance[key]}" for key in ("commit", "date", "hardware", "command") if run.provenance.get(key)]
-    parts.append(_cell("; ".join([versions, *facts])))
-    return "\n\n".join(parts) + "\n"
+    if isinstance(versions, dict):
+        parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    parts += [f"{key}: {known[key]}" for key in ("commit", "date", "hardware", "command") if known.get(key)]
+    return _cell("; ".join(parts))
 
 
 def _cell(text: str) -> str:

@@ -1,105 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed card as a table: what ``vlmprune bench`` measured, with its conditions in every row."""
+"""The speed card as a table: what ``vlmprune bench`` measured, in groups that were measured alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from .table import NOTHING, Column, count
+from ..speed.row import SpeedRow
+from .table import Column
+from .text import NOTHING, flops, layers, plural, seconds, size, times
 
-Row = dict[str, Any]
-
-
-def seconds(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
+EXPLAINED = (
+    "Medians over interleaved rounds. Against the ideal: the time to the first token divided by that of the "
+    "same model that is given the same tokens for nothing; what is above 1.00 is the price of choosing."
+)
 
 
-def times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}\N{MULTIPLICATION SIGN}"
+@dataclass(frozen=True)
+class Group:
+    """Rows that were measured under the same conditions, and what these were."""
+
+    title: str
+    rows: tuple[SpeedRow, ...]
 
 
-def large(value: float | None, units: Sequence[str], base: int) -> str:
-    """A number with the unit that keeps it short."""
-    if value is None:
-        return NOTHING
-    for unit in units[:-1]:
-        if value < base:
-            return f"{value:.3g} {unit}"
-        value /= base
-    return f"{value:.3g} {units[-1]}"
+def speed_groups(rows: Iterable[SpeedRow]) -> list[Group]:
+    """In the order in which conditions first appear."""
+    groups: dict[tuple[object, ...], list[SpeedRow]] = {}
+    for row in rows:
+        groups.setdefault(row.conditions, []).append(row)
+    return [Group(_conditions(mine[0]), tuple(mine)) for mine in groups.values()]
 
 
-def flops(value: float | None) -> str:
-    return large(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"), 1000)
+def speed_notes(rows: Iterable[SpeedRow]) -> list[str]:
+    """Remarks that the measurement made on itself, each once."""
+    return list(dict.fromkeys(row.note for row in rows if row.note))
 
 
-def size(value: float | None) -> str:
-    return large(value, ("B", "KiB", "MiB", "GiB"), 1024)
+def _conditions(row: SpeedRow) -> str:
+    parts = [row.model, f"batch {row.batch}", f"{row.answer_tokens} answer tokens", row.device, row.dtype]
+    parts.append(f"attention: {row.attention}")
+    return ", ".join(parts + ([plural(row.threads, "thread")] if row.threads else []))
 
 
-def layers(tokens: Sequence[float] | None) -> str:
-    """Runs of equal numbers: "576 x 2, 64 x 30" for 32 layers."""
-    if not tokens:
-        return NOTHING
-    runs = [(value, len(list(group))) for value, group in groupby(tokens)]
-    if len(runs) == 1:
-        return count(runs[0][0])
-    return ", ".join(f"{count(value)} \N{MULTIPLICATION SIGN} {length}" for value, length in runs)
-
-
-def _spread(row: Row, key: str) -> str:
-    low, high = ((row.get(name) or {}).get(key) for name in ("p20", "p80"))
-    value = row.get(key)
+def _spread(row: SpeedRow, key: str) -> str:
+    """The median with the 20th and the 80th percentile, in the unit of the median, which is named once."""
+    value: float | None = getattr(row, key)
+    low, high = row.p20.get(key), row.p80.get(key)
     if value is None or low is None or high is None:
         return seconds(value)
-    factor, digits = (1, 2) if value >= 1 else (1e3, 0 if value >= 0.1 else 1)  # in the unit of the median, which is named once
-    return f"{seconds(value)} [{low * factor:.{digits}f}, {high * factor:.{digits}f}]"
+    if value >= 1:
+        return f"{seconds(value)} [{low:.2f}, {high:.2f}]"
+    digits = 0 if value >= 0.1 else 1
+    return f"{seconds(value)} [{low * 1e3:.{digits}f}, {high * 1e3:.{digits}f}]"
 
 
-SPEED_COLUMNS = (
-    Column("spec", "method", "what was attached", lambda r: r["spec"], lambda r: r["spec"]),
-    Column("layers", "tokens per layer", "visual tokens per row of the batch in the decoder layers",
-           lambda r: sum(r["tokens_per_layer"]) / len(r["tokens_per_layer"]) if r.get("tokens_per_layer") else None,
-           lambda r: layers(r.get("tokens_per_layer"))),
-    Column("choosing_s", "choosing", "score, select and cut, seconds of the host", lambda r: r.get("choosing_s"),
-           lambda r: _spread(r, "choosing_s")),
-    Column("first_token_s", "first token", "pixels in, first token out, vision tower and choosing included; median, [20 %, 80 %]",
-           lambda r: r.get("first_token_s"), lambda r: _spread(r, "first_token_s")),
-    Column("versus_dense", "first token, speed-up", "dense divided by this, within a round", lambda r: r.get("versus_dense"),
-           lambda r: times(r.get("versus_dense"))),
-    Column("versus_free_k", "against the ideal", "this divided by the time of a model handed the same tokens; 1.00 is perfect",
-           lambda r: r.get("versus_free_k"), lambda r: times(r.get("versus_free_k"))),
-    Column("total_s", "whole answer", "generate() of the stated answer length; median, [20 %, 80 %]", lambda r: r.get("total_s"),
-           lambda r: _spread(r, "total_s")),
-    Column("versus_dense_total", "whole answer, speed-up", "dense divided by this, within a round",
-           lambda r: r.get("versus_dense_total"), lambda r: times(r.get("versus_dense_total"))),
-    Column("flops", "FLOPs, first token", "matrix products and convolutions, counted by torch", lambda r: r.get("flops"),
-           lambda r: flops(r.get("flops"))),
-    Column("peak_bytes", "peak memory", "beyond the weights, first token", lambda r: r.get("peak_bytes"),
-           lambda r: size(r.get("peak_bytes"))),
-)  # fmt: skip
-CONDITIONS = ("model", "batch", "answer_tokens", "device", "dtype", "attention")
+def _mean(tokens: Sequence[float]) -> float | None:
+    return sum(tokens) / len(tokens) if tokens else None
 
 
-def speed_rows(rows: list[Row]) -> list[dict[str, Any]]:
-    """Groups of rows that were measured under the same conditions, with a line that states them."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in CONDITIONS), []).append(row)
-    return [{"title": _conditions(group[0]), "rows": group} for group in groups.values()]
+def _ratio(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
 
 
-def _conditions(row: Row) -> str:
-    parts = [str(row.get("label") or row["model"]), f"batch {row['batch']}", f"{row['answer_tokens']} answer tokens",
-    row["device"],
-             row["dtype"], f"attention: {row['attention']}"]  # fmt: skip
-    return ", ".join(parts + ([f"{row['threads']} threads"] if row.get("threads") else []))
-
-
-def speed_notes(rows: list[Row]) -> list[str]:
-    """Remarks that the measurement made on itself, each once."""
-    return list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+SPEED_COLUMNS: tuple[Column[SpeedRow], ...] = (
+    Column(
+        "spec",
+        title="spec",
+        hint="what was timed",
+        value=lambda r: r.spec,
+        text=lambda r: r.spec,
+        left=True,
+    ),
+    Column(
+        "tokens_per_layer",
+        title="tokens by layer",
+        hint="visual tokens that the decoder layers read; where they differ, times the number of layers",
+        value=lambda r: _mean(r.tokens_per_layer),
+        text=lambda r: layers(r.tokens_per_layer),
+        spare=3,
+    ),
+    Column(
+        "choosing_s",
+        title="choosing",
+        hint="score, select and cut, as clocked on the host; median, [20 %, 80 %]",
+        value=lambda r: r.choosing_s,
+        text=lambda r: _spread(r, "choosing_s"),
+        short=lambda r: seconds(r.choosing_s),
+        spare=4,
+    ),
+    Column(
+        "first_token_s",
+        title="first token",
+        hint="from pixels to the first token, choosing included; median, [20 %, 80 %]",
+        value=lambda r: r.first_token_s,
+        text=lambda r: _spread(r, "first_token_s"),
+        short=lambda r: seconds(r.first_token_s),
+    ),
+    Column(
+        "versus_dense",
+        title="first token, speed-up",
+        hint="dense divided by this, within a round",
+        value=lambda r: r.versus_dense,
+        text=lambda r: times(r.versus_dense),
+    ),
+    Column(
+        "versus_free_k",
+        title="against the ideal",
+        hint="this divided by the time of a model that is given the same tokens; 1.00 is perfect",
+        value=lambda r: r.versus_free_k,
+        text=lambda r: _ratio(r.versus_free_k),
+        spare=1,
+    ),
+    Column(
+        "total_s",
+        title="whole answer",
+        hint="generate() of the stated answer length; median, [20 %, 80 %]",
+        value=lambda r: r.total_s,
+        text=lambda r: _spread(r, "total_s"),
+        short=lambda r: seconds(r.total_s),
+        spare=2,
+    ),
+    Column(
+        "versus_dense_total",
+        title="whole answer, speed-up",
+        hint="dense divided by this, within a round",
+        value=lambda r: r.versus_dense_total,
+        text=lambda r: times(r.versus_dense_total),
+        spare=1,
+    ),
+    Column(
+        "flops",
+        title="FLOPs, first token",
+        hint="matrix products and convolutions, counted by torch",
+        value=lambda r: r.flops,
+        text=lambda r: flops(r.flops),
+        spare=6,
+    ),
+    Column(
+        "peak_bytes",
+        title="peak memory",
+        hint="beyond the weights, first token",
+        value=lambda r: r.peak_bytes,
+        text=lambda r: size(r.peak_bytes),
+        spare=5,
+    ),
+)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ...config import Config
 from ...models.loading import TINY
+from ..plain import plain
 from ..record import Record
 from ..rundir import Run
 from ..sample import Sample
@@ -30,27 +32,30 @@ def rows_of(
     config: Config,
     matched: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of one model on one task, and its headline; ``cells`` maps each spec that answered everything to its cell.
+    """Rows of one model on one task and its headline, as ``results.json`` holds them.
 
-    ``matched`` maps specs without a budget to that of the baselines that they are compared with.
+    Args:
+        cells: of every spec that answered everything.
+        matched: for specs without a budget, that of the baselines which they are compared with.
     """
     run = Run(folder)
     records = []
-    for cell in cells.values():  # in the order of the task, whoever answered first: sums of floats depend on it
+    for (
+        cell
+    ) in cells.values():  # in the order of the task, whoever answered first: sums of floats depend on it
         lines = {line["id"]: line for line in run.journal(cell)}
         records += [Record.read(lines[sample.id]) for sample in samples]
     task = get_task(setting.task)
-    found = summarise(records, task.blind, matched=matched)
+    pictures = {sample.id: len(sample.images) for sample in samples}
+    model, name = setting.model, setting.task
+    found = summarise(records, task.blind, model=model, task=name, pictures=pictures, matched=matched)
     official = _official(task, samples, records)
-    named = {"model": setting.model, "task": setting.task}
     rows = []
-    for row in found["rows"]:
-        spec = row["spec"]
-        paper = config.published.find(spec, setting.task) if config.published else None
-        rows.append({**named, **row, "failed": 0, "fingerprint": cells.get(spec), "paper": paper})
-        if spec in official:
-            rows[-1]["official"] = official[spec]
-    return rows, {**named, **found["headline"]}
+    for row in found.rows:
+        paper = config.published.find(row.spec, setting.task) if config.published else None
+        fingerprint, own = cells.get(row.spec), official.get(row.spec)
+        rows.append(plain(replace(row, fingerprint=fingerprint, paper=paper, official=own)))
+    return rows, plain(found.headline)
 
 
 def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -60,7 +65,10 @@ def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -
     answers: dict[str, dict[str, str]] = {}
     for record in records:
         answers.setdefault(record.spec, {})[record.id] = record.answer
-    return {spec: task.official(samples, [mine[sample.id] for sample in samples]) for spec, mine in answers.items()}
+    return {
+        spec: task.official(samples, [mine[sample.id] for sample in samples])
+        for spec, mine in answers.items()
+    }
 
 
 def complete(cells: Mapping[str, str]) -> bool:
@@ -76,8 +84,15 @@ def provenance(settings: Sequence[Setting], device: str, command: str) -> dict[s
         "versions": found["versions"] | dict(settings[0].versions),
         "commit": found["commit"],
         "command": command,
-        "hardware": {"processor": found["processor"], "accelerator": accelerator, "system": platform.platform()},
-        "model": {setting.model: {"weights": setting.weights, "licence": licence(setting.model)} for setting in settings},
+        "hardware": {
+            "processor": found["processor"],
+            "accelerator": accelerator,
+            "system": platform.platform(),
+        },
+        "model": {
+            setting.model: {"weights": setting.weights, "licence": licence(setting.model)}
+            for setting in settings
+        },
         "date": found["date"],
     }
 
@@ -88,7 +103,9 @@ def licence(model: str) -> str:
         return "Apache-2.0"
     card = Path(model).expanduser() / "README.md"
     if card.is_file():
-        stated = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"))
+        stated = re.search(
+            r"\A---\n(?:.*\n)*?license: *(\S+)", card.read_text(encoding="utf-8", errors="replace")
+        )
         if stated:
             return stated[1]
     return "see the model card"
