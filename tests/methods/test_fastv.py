@@ -99,7 +99,7 @@ def test_another_question_keeps_other_tokens():
 
 
 def test_the_kept_tokens_stay_those_of_the_prompt_while_decoding():
-    """The variant behind the paper's tables masks instead of cutting, and ranks anew for every token: no cut can do that."""
+    """The variant behind the paper's tables ranks anew for every token; a cut was made, and stays."""
     subject, inputs = Subject("fastv@9", "llava"), tiny_inputs(images=(1,))
     with subject.prune() as run:
         ids = generate(subject.model, inputs, max_new_tokens=8)[0].tolist()
@@ -108,4 +108,3 @@ def test_the_kept_tokens_stay_those_of_the_prompt_while_decoding():
     twin.logits()
     with masked(twin.model, twin.kept, twin.merged) as model:
         assert generate(model, inputs, max_new_tokens=8)[0].tolist() == ids
-    assert twin.greedy(8, again=True) != ids
