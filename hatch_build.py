@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``pip install -e .`` puts on the path: ``.editable/``, a folder that holds a link to the package and nothing else.
+"""What ``pip install -e .`` puts on the path: ``.editable/``, a folder that holds a link to the package and
+nothing else.
 
-Type checkers and editors follow a plain path and no import hook. The root itself cannot be that path: ``kernels/``, ``methods/``
-and ``benchmarks/`` would become importable, see CONTRIBUTING.md.
+Type checkers and editors follow a plain path and no import hook. The root itself cannot be that path:
+``kernels/``, ``methods/`` and ``benchmarks/`` would become importable, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

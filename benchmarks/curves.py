@@ -3,12 +3,14 @@
 
     python benchmarks/curves.py --limit 2000 --out benchmarks/results/curves_tiny.json --plot docs/curves.png
 
-Every method at 100, 50, 25, 12.5 and 6.25 % of the tokens, random with several seeds, answers from greedy decoding, each image
-encoded once. Keeping all tokens is the dense model for every method, so 100 % is one run. Intervals (95 %) are bootstrapped over
-images. Points have two places on the abscissa: the budget as announced, and the visual tokens that a decoder layer reads on
-average: methods that cut inside the language model read everything before they cut.
+Every method at 100, 50, 25, 12.5 and 6.25 % of the tokens, random with several seeds, answers from greedy
+decoding, each image encoded once. Keeping all tokens is the dense model for every method, so 100 % is one
+run. Intervals (95 %) are bootstrapped over images. Points have two places on the abscissa: the budget as
+announced, and the visual tokens that a decoder layer reads on average: methods that cut inside the language
+model read everything before they cut.
 
-``--journal`` keeps every answer, one per line; a run that was killed goes on from there. ``--replot`` draws a result again.
+``--journal`` keeps every answer, one per line; a run that was killed goes on from there. ``--replot`` draws a
+result again.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ from typing import Any
 
 import torch
 
-from vlmprune.benchmarks.curves import KEEPS, Curves, curves, plan
-from vlmprune.benchmarks.evaluate import evaluate
-from vlmprune.benchmarks.record import Record
-from vlmprune.benchmarks.saliency import saliency
-from vlmprune.benchmarks.sample import Sample
-from vlmprune.benchmarks.shapes.render import mask
-from vlmprune.benchmarks.speed.conditions import conditions
-from vlmprune.benchmarks.tasks import get_task
 from vlmprune.errors import EvaluationError, VlmPruneError
+from vlmprune.evaluation.answer.evaluate import evaluate
+from vlmprune.evaluation.answer.record import Record
+from vlmprune.evaluation.report.curve_plot import draw_curves
+from vlmprune.evaluation.stats.curves import KEEPS, Curves, curves, plan
+from vlmprune.evaluation.stats.saliency import saliency
+from vlmprune.evaluation.tasks.registry import get_task
+from vlmprune.evaluation.tasks.sample import Sample
+from vlmprune.evaluation.tasks.shapes.render import mask
 from vlmprune.models.loading import load
-from vlmprune.viz.curves import draw_curves
+from vlmprune.speed.conditions import conditions
 
 
 class Journal:
@@ -51,8 +53,12 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]  # a killed run leaves half a line
         head, *lines = whole.decode().splitlines() or [json.dumps(self.stamp)]
         if json.loads(head) != self.stamp:
-            raise EvaluationError(f"{self.path} holds {head}, this run is {json.dumps(self.stamp)}; name another file")
-        self.held = {(record.spec, record.id): record for record in (Record.read(json.loads(line)) for line in lines)}
+            raise EvaluationError(
+                f"{self.path} holds {head}, this run is {json.dumps(self.stamp)}; name another file"
+            )
+        self.held = {
+            (record.spec, record.id): record for record in (Record.read(json.loads(line)) for line in lines)
+        }
         if len(whole) < len(data):
             os.truncate(path, len(whole))
         self.file = path.open("a", encoding="utf-8")  # what stands there is never written again
@@ -70,14 +76,22 @@ class Journal:
 
 
 def answer(
-    bundle: tuple[Any, Any], task: Any, samples: Sequence[Sample], specs: list[str], options: argparse.Namespace
+    bundle: tuple[Any, Any],
+    task: Any,
+    samples: Sequence[Sample],
+    specs: list[str],
+    options: argparse.Namespace,
 ) -> list[Record]:
     """All records, those of an earlier run from the journal."""
     stamp = {"task": task.fingerprint, "weights": fingerprint(bundle[0]), "positions": options.positions}
     with Journal(options.journal, stamp) as journal:
-        missing = [sample for sample in samples if any((spec, sample.id) not in journal.held for spec in specs)]
+        missing = [
+            sample for sample in samples if any((spec, sample.id) not in journal.held for spec in specs)
+        ]
         started, rows = time.perf_counter(), options.batch_size * len(specs)
-        run = evaluate(*bundle, missing, specs, task, batch_size=options.batch_size, positions=options.positions)
+        run = evaluate(
+            *bundle, missing, specs, task, batch_size=options.batch_size, positions=options.positions
+        )
         for number, record in enumerate(run, 1):
             journal.add(record)
             if number % rows == 0:
@@ -114,28 +128,46 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shown = samples[: options.saliency]
     found = {
         "model": {"name": options.model, "weights": fingerprint(bundle[0])},
-        "task": {"name": task.name, "fingerprint": task.fingerprint, "split": "test", "blind": dict(task.blind)},
+        "task": {
+            "name": task.name,
+            "fingerprint": task.fingerprint,
+            "split": "test",
+            "blind": dict(task.blind),
+        },
         "saliency": {
             "all objects": saliency(*bundle, shown, all_objects),
             "object asked about": saliency(*bundle, shown, lambda sample: sample.object_masks()),
         },
         "skipped": skipped,
     }
-    timing = {"seconds": spent, "answers": len(records), "threads": torch.get_num_threads(), "batch_size": options.batch_size}
+    timing = {
+        "seconds": spent,
+        "answers": len(records),
+        "threads": torch.get_num_threads(),
+        "batch_size": options.batch_size,
+    }
     command = "python benchmarks/curves.py " + " ".join(sys.argv[1:])
     provenance = start | {"command": command, "load_after": os.getloadavg()[0], **timing}
     return found | {"provenance": provenance} | curves(records, points, task.blind).plain()
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tiny", help="the model of the package, or a folder")
     parser.add_argument("--limit", type=int, default=2000, help="test questions, balanced over the families")
-    parser.add_argument("--saliency", type=int, default=500, help="questions whose images the [CLS] attention is looked at on")
-    parser.add_argument("--methods", nargs="+", help="default: all that are registered; random must be among them")
+    parser.add_argument(
+        "--saliency", type=int, default=500, help="questions whose images the [CLS] attention is looked at on"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", help="default: all that are registered; random must be among them"
+    )
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     parser.add_argument("--seeds", type=int, default=5, help="of methods that are random")
-    parser.add_argument("--positions", choices=["compact", "original"], help="default: as each method declares")
+    parser.add_argument(
+        "--positions", choices=["compact", "original"], help="default: as each method declares"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--journal", type=Path, help="file to keep every answer in, and to go on from")
@@ -160,7 +192,10 @@ def main(words: list[str] | None = None) -> int:
         return 2
     for row in result["rows"]:
         value, low, high = row["accuracies"]["all"]["all"]
-        print(f"{row['spec']:34} {value:.3f} [{low:.3f}, {high:.3f}]  reads {row['layer_share']:.1%} of the tokens per layer")
+        print(
+            f"{row['spec']:34} {value:.3f} [{low:.3f}, {high:.3f}]  reads {row['layer_share']:.1%} of the "
+            "tokens per layer"
+        )
     print(json.dumps(result["at"], indent=1))
     return 0
 

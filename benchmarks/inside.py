@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods that act inside the language model cost, end to end: time to first token, pictures encoded beforehand.
+"""What methods that act inside the language model cost, end to end: time to first token, pictures encoded
+beforehand.
 
 Methods that cut there, such as fastv, have a tax:
 
@@ -7,16 +8,18 @@ Methods that cut there, such as fastv, have a tax:
 
 * dense: 576 encoded tokens, nothing attached.
 * attached: the same with the method attached.
-* ideal: a plain loop over the decoder layers, whose cuts are given: layers before the first cut read everything, later ones the
-  very rows that the method keeps, at the positions that it gives them. The embeddings are given as well, and no mask is made,
-  so merging text and picture and making masks counts against the method.
+* ideal: a plain loop over the decoder layers, whose cuts are given: layers before the first cut read
+  everything, later ones the very rows that the method keeps, at the positions that it gives them. The
+  embeddings are given as well, and no mask is made, so merging text and picture and making masks counts
+  against the method.
 
-Methods that edit attention, such as var, have an overhead instead: attached / dense - 1. "edited_share" says in how many of the
-(layer, head, row) triples shown to the method it changed anything: an overhead means nothing where that is none.
+Methods that edit attention, such as var, have an overhead instead: attached / dense - 1. "edited_share" says
+in how many of the (layer, head, row) triples shown to the method it changed anything: an overhead means
+nothing where that is none.
 
-All sides fill a KV cache, run the model's own modules and end with the first token on the host. Timed in rounds, in rotating
-order; reported are medians, and for ratios the median over rounds of the ratio within a round. Nothing is timed while the
-picture is encoded: these methods read nothing of the tower.
+All sides fill a KV cache, run the model's own modules and end with the first token on the host. Timed in
+rounds, in rotating order; reported are medians, and for ratios the median over rounds of the ratio within a
+round. Nothing is timed while the picture is encoded: these methods read nothing of the tower.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.benchmarks.speed.conditions import conditions
-from vlmprune.benchmarks.speed.timing import Entry, race, ratios, spread
 from vlmprune.errors import UnsupportedError, VlmPruneError
+from vlmprune.speed.conditions import conditions
+from vlmprune.speed.timing import Entry, race, ratios, spread
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
 from llava_shape import SIZES, TEXT, Prompt, build
@@ -61,7 +64,7 @@ class Watch:
 
 def edited_share(session: Any, prompt: Prompt) -> float:
     """Share of the (layer, head, row) triples shown to the method in which it changes the attention."""
-    host = session.reweight
+    host = session.slots["attention"]
     watch = Watch(host.method)
     host.method = watch
     try:
@@ -78,17 +81,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size = SIZES[options.size]
     model = build(size, options.device, getattr(torch, options.dtype))
     session = vlmprune.prune(model, options.spec)
-    if session.before is not None or (session.inside is None) == (session.reweight is None):
+    if len(session.slots) != 1 or "before_lm" in session.slots:
         raise UnsupportedError(
-            f"{session.spec!r} is not one method that acts inside the language model; tax.py measures the others"
+            f"{session.spec!r} is not one method that acts inside the language model; tax.py measures the "
+            "others"
         )
     prompt = Prompt(model, size)
     prompt.prepare(session)
     entries: dict[str, Entry] = {"dense": (None, prompt.merged), "attached": (session, prompt.merged)}
     report = {"tokens_per_layer": session.last.tokens_per_layer}
-    if session.inside is not None:
+    if "inside_lm" in session.slots:
         entries["ideal"] = (None, prompt.given)
-        sides = {"tax": ("attached", "ideal"), "speedup": ("dense", "attached"), "ideal_speedup": ("dense", "ideal")}
+        sides = {
+            "tax": ("attached", "ideal"),
+            "speedup": ("dense", "attached"),
+            "ideal_speedup": ("dense", "ideal"),
+        }
         report["logits_difference"] = prompt.difference()
     else:
         sides = {"overhead": ("attached", "dense")}
@@ -116,12 +124,24 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--spec", required=True, help="such as 'fastv(layer=2)@64'")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small")
+    parser.add_argument(
+        "--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small"
+    )
     parser.add_argument("--repeats", type=_count, default=15, help="rounds")
     parser.add_argument("--warmup", type=_count, default=2, help="rounds that are not counted")
     parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="process: CPU seconds, for a busy machine")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that takes the row, in place of an older one like it")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "process"],
+        help="process: CPU seconds, for a busy machine",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON list that takes the row, in place of an older one like it",
+    )
     parser.add_argument("--json", action="store_true", help="print the row as the last line")
     return parser.parse_args(words)
 
@@ -131,7 +151,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.device == "cuda" and (options.clock == "process" or not torch.cuda.is_available()):
             raise UnsupportedError(
-                "--device cuda needs a GPU that torch sees, and --clock wall: CPU seconds say nothing about it"
+                "--device cuda needs a GPU that torch sees, and --clock wall: CPU seconds say nothing about "
+                "it"
             )
         vlmprune.parse(options.spec)  # before the model is built
         torch.set_num_threads(options.threads)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models in the shape of LLaVA-1.5, and one prompt for them: what the timing scripts of this folder run."""
+"""Random models in the shape of LLaVA-1.5, and one prompt for them: what the timing scripts of this folder
+run.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from vlmprune.benchmarks.speed.free import FreeSide
-from vlmprune.benchmarks.speed.shapes import random_model
 from vlmprune.errors import InvariantError
+from vlmprune.speed.free import FreeSide
+from vlmprune.speed.shapes import random_model
 
 IMAGE_ID = 3
 TEXT = (35, 25)  # text tokens before and after the image, as in the LLaVA-1.5 prompt with a short question
@@ -45,18 +47,30 @@ SIZES = {
 
 
 def build(size: Size, device: str, dtype: torch.dtype, *, shallow: bool = False) -> nn.Module:
-    """A random LLaVA; ``shallow`` has all that capture watches (attention of one block, projector) and little else."""
+    """A random LLaVA; ``shallow`` has all that capture watches (attention of one block, projector) and little
+    else.
+    """
     vision = transformers.CLIPVisionConfig(
-        hidden_size=size.vision_hidden, intermediate_size=64 if shallow else size.vision_intermediate,
-        num_hidden_layers=1 if shallow else size.vision_layers, num_attention_heads=size.vision_hidden // 64,
-        image_size=size.image, patch_size=14,
-    )  # fmt: skip
+        hidden_size=size.vision_hidden,
+        intermediate_size=64 if shallow else size.vision_intermediate,
+        num_hidden_layers=1 if shallow else size.vision_layers,
+        num_attention_heads=size.vision_hidden // 64,
+        image_size=size.image,
+        patch_size=14,
+    )
     text = transformers.LlamaConfig(
-        hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=1 if shallow else size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, vocab_size=size.vocab, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=1 if shallow else size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        vocab_size=size.vocab,
+        max_position_embeddings=4096,
+    )
     layer = -1 if shallow else -2
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=layer)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=layer
+    )
     return random_model(config, device, dtype)
 
 
@@ -67,15 +81,21 @@ class Prompt:
         self.model = model
         weight = model.lm_head.weight
         random = torch.Generator().manual_seed(1)
-        before, after = (torch.randint(IMAGE_ID + 1, size.vocab, (count,), generator=random) for count in TEXT)
+        before, after = (
+            torch.randint(IMAGE_ID + 1, size.vocab, (count,), generator=random) for count in TEXT
+        )
         ids = torch.cat([before, torch.full((size.tokens,), IMAGE_ID), after])[None].to(weight.device)
         self.ids = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.pixels = torch.randn(1, 3, size.image, size.image, generator=random).to(weight.device, weight.dtype)
+        self.pixels = torch.randn(1, 3, size.image, size.image, generator=random).to(
+            weight.device, weight.dtype
+        )
         self.encoded: Any = None
         self.free: FreeSide
 
     def prepare(self, session: Any) -> int:
-        """Encode and run once attached, and set up the free side on what was kept; gives the visual tokens kept."""
+        """Encode and run once attached, and set up the free side on what was kept; gives the visual tokens
+        kept.
+        """
 
         def call() -> Tensor:
             self.encoded = self.encode()
@@ -84,8 +104,15 @@ class Prompt:
         self.free, report = FreeSide(session, call), session.last
         tokens, text = sum(report.dense_tokens), sum(TEXT)
         kept = sum(report.realised_tokens) or tokens
-        if session.before and report.keep and report.sequence != (tokens + text, kept + text) and kept < tokens:
-            raise InvariantError(f"{session.spec} made a sequence of {report.sequence}; expected {tokens + text, kept + text}")
+        if (
+            "before_lm" in session.slots
+            and report.keep
+            and report.sequence != (tokens + text, kept + text)
+            and kept < tokens
+        ):
+            raise InvariantError(
+                f"{session.spec} made a sequence of {report.sequence}; expected {tokens + text, kept + text}"
+            )
         return kept
 
     def difference(self) -> float:

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning tax: what choosing the tokens costs, end to end.
 
-    tax = time to first token with pruning at k tokens / time of the same model that is given k visual tokens for free
+    tax = time to first token with pruning at k tokens / time of the same model that is given k visual tokens
+    for free
 
-A tax of 1.00 means that scoring, selecting and cutting cost nothing. The model has the shape of LLaVA-1.5 (CLIP-L/14-336
-tower, 576 visual tokens) and random weights: time does not depend on their values.
+A tax of 1.00 means that scoring, selecting and cutting cost nothing. The model has the shape of LLaVA-1.5
+(CLIP-L/14-336 tower, 576 visual tokens) and random weights: time does not depend on their values.
 
-Timed in rounds, in rotating order; reported are medians, and for ratios the median over rounds of the ratio within a round:
+Timed in rounds, in rotating order; reported are medians, and for ratios the median over rounds of the ratio
+within a round:
 
 * dense: 576 encoded tokens, nothing attached.
-* pruned: 576 encoded tokens, method attached: merge with the text, score, select, cut, language model, first token.
-* free: the embeddings of text and kept (or merged) tokens are given; nothing is left but the language model and the first token.
+* pruned: 576 encoded tokens, method attached: merge with the text, score, select, cut, language model, first
+  token.
+* free: the embeddings of text and kept (or merged) tokens are given; nothing is left but the language model
+  and the first token.
 
-The headline leaves the vision tower out of all three: pictures are encoded beforehand and passed as ``mm_encoder_outputs``.
-But capture (what a method reads while the tower runs, and the description of the pictures) would then be missed. It is
-measured alone, as the median over rounds of ``get_image_features`` attached minus detached, and added to every pruned time
-("capture_seconds"). That difference, about a millisecond, would drown in the noise of 24 blocks; it is taken on a tower of
-the same width and length with one block and a narrow feed-forward layer. Capture watches the attention of one block and the
-projector, so it does the same work there. The ``*_with_vision`` figures need no such trick: pixels in, first token out.
+The headline leaves the vision tower out of all three: pictures are encoded beforehand and passed as
+``mm_encoder_outputs``. But capture (what a method reads while the tower runs, and the description of the
+pictures) would then be missed. It is measured alone, as the median over rounds of ``get_image_features``
+attached minus detached, and added to every pruned time ("capture_seconds"). That difference, about a
+millisecond, would drown in the noise of 24 blocks; it is taken on a tower of the same width and length with
+one block and a narrow feed-forward layer. Capture watches the attention of one block and the projector, so it
+does the same work there. The ``*_with_vision`` figures need no such trick: pixels in, first token out.
 
-"peak_extra_bytes" is the extra memory of capture for one image: live bytes are followed from one module of the deep model
-to the next, attached and detached, and the largest difference at any place is reported, not the difference of the two
-maxima, which would hide capture behind the feed-forward layers. "held_extra_bytes" stays until the language model has run.
-On the CPU live tensors are counted, so scratch memory inside kernels is not seen; on CUDA the allocator is asked.
+"peak_extra_bytes" is the extra memory of capture for one image: live bytes are followed from one module of
+the deep model to the next, attached and detached, and the largest difference at any place is reported, not
+the difference of the two maxima, which would hide capture behind the feed-forward layers. "held_extra_bytes"
+stays until the language model has run. On the CPU live tensors are counted, so scratch memory inside kernels
+is not seen; on CUDA the allocator is asked.
 """
 
 from __future__ import annotations
@@ -44,10 +50,10 @@ import transformers
 from torch import nn
 
 import vlmprune
-from vlmprune.benchmarks.speed.conditions import conditions
-from vlmprune.benchmarks.speed.memory import memory_profile
-from vlmprune.benchmarks.speed.timing import Entry, race, ratios, spread
 from vlmprune.errors import UnsupportedError, VlmPruneError
+from vlmprune.speed.conditions import conditions
+from vlmprune.speed.memory import memory_profile
+from vlmprune.speed.timing import Entry, race, ratios, spread
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
 from llava_shape import SIZES, TEXT, Prompt, build
@@ -55,10 +61,23 @@ from llava_shape import SIZES, TEXT, Prompt, build
 SIDES = ("dense", "pruned", "free")
 
 
+class EncodeOnly:
+    """A session around encoders alone: left by ``with``, it would ask where the pictures went."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def __enter__(self) -> None:
+        self.session.attach()
+
+    def __exit__(self, *error: object) -> None:
+        self.session.detach()
+
+
 def capture_memory(session: Any, encode: Callable[[], Any], root: nn.Module, device: str) -> tuple[int, int]:
     """Extra bytes of encoding while attached: the most at any place, and what stays afterwards."""
     profiles = []
-    for context in (nullcontext(), session):
+    for context in (nullcontext(), EncodeOnly(session)):
         with context:
             memory_profile(encode, root, device)  # a first run may fill caches
             profiles.append(memory_profile(encode, root, device))
@@ -66,7 +85,9 @@ def capture_memory(session: Any, encode: Callable[[], Any], root: nn.Module, dev
     return max(extra), extra[-1]
 
 
-def time_all(session: Any, watcher: Any, prompt: Prompt, tower: Prompt, options: argparse.Namespace) -> dict[str, list[float]]:
+def time_all(
+    session: Any, watcher: Any, prompt: Prompt, tower: Prompt, options: argparse.Namespace
+) -> dict[str, list[float]]:
     """Everything that is measured, one value per round."""
     scores = []
 
@@ -75,8 +96,16 @@ def time_all(session: Any, watcher: Any, prompt: Prompt, tower: Prompt, options:
         scores.append(session.last.seconds)
 
     how = {"warmup": options.warmup, "clock": options.clock}
-    encodes = race({"bare": (None, tower.encode), "watched": (watcher, tower.encode)}, options.capture_repeats, **how)
-    encoded: dict[str, Entry] = {"dense": (None, prompt.merged), "pruned": (session, pruned), "free": (None, prompt.given)}
+    encoders: dict[str, Entry] = {
+        "bare": (None, tower.encode),
+        "watched": (EncodeOnly(watcher), tower.encode),
+    }
+    encodes = race(encoders, options.capture_repeats, **how)
+    encoded: dict[str, Entry] = {
+        "dense": (None, prompt.merged),
+        "pruned": (session, pruned),
+        "free": (None, prompt.given),
+    }
     lists = race(encoded, options.repeats, **how)
     pixels: dict[str, Entry] = {
         "dense_with_vision": (None, prompt.from_pixels),
@@ -85,11 +114,17 @@ def time_all(session: Any, watcher: Any, prompt: Prompt, tower: Prompt, options:
     }
     lists |= race(pixels, options.vision_repeats, **how)
     lists["score_seconds"] = scores[options.warmup :]
-    lists["capture_seconds"] = [watched - bare for watched, bare in zip(encodes["watched"], encodes["bare"], strict=True)]
+    lists["capture_seconds"] = [
+        watched - bare for watched, bare in zip(encodes["watched"], encodes["bare"], strict=True)
+    ]
     capture = median(lists["capture_seconds"])
     lists["pruned"] = [taken + capture for taken in lists["pruned"]]
     for end in ("", "_with_vision"):
-        for name, above, below in (("tax", "pruned", "free"), ("speedup", "dense", "pruned"), ("ideal_speedup", "dense", "free")):
+        for name, above, below in (
+            ("tax", "pruned", "free"),
+            ("speedup", "dense", "pruned"),
+            ("ideal_speedup", "dense", "free"),
+        ):
             lists[name + end] = ratios(lists[above + end], lists[below + end])
     return lists
 
@@ -100,7 +135,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     size, dtype = SIZES[options.size], getattr(torch, options.dtype)
     model, shallow = build(size, options.device, dtype), build(size, options.device, dtype, shallow=True)
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedError(f"transformers {transformers.__version__} takes no mm_encoder_outputs; use 5.20 or newer")
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} takes no mm_encoder_outputs; use 5.20 or newer"
+        )
     session, watcher = (vlmprune.prune(m, options.prune, keep=options.keep) for m in (model, shallow))
     prompt = Prompt(model, size)
     kept = prompt.prepare(session)
@@ -120,7 +157,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "shape": {"tokens": size.tokens, "text_tokens": sum(TEXT), **asdict(size)},
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        **{name: getattr(options, name) for name in ("dtype", "clock", "repeats", "vision_repeats", "capture_repeats", "warmup")},
+        **{
+            name: getattr(options, name)
+            for name in ("dtype", "clock", "repeats", "vision_repeats", "capture_repeats", "warmup")
+        },
     }
 
 
@@ -130,14 +170,28 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", help="budget for a spec without one: 64 tokens, or 0.25 of them")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small")
+    parser.add_argument(
+        "--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small"
+    )
     parser.add_argument("--repeats", type=_count, default=30, help="rounds without the vision tower")
     parser.add_argument("--vision-repeats", type=_count, help="rounds with it; default a third of --repeats")
-    parser.add_argument("--capture-repeats", type=_count, help="rounds for the cost of capture; default twice --repeats")
+    parser.add_argument(
+        "--capture-repeats", type=_count, help="rounds for the cost of capture; default twice --repeats"
+    )
     parser.add_argument("--warmup", type=_count, default=2, help="rounds that are not counted")
     parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="process: CPU seconds, for a busy machine")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that takes the row, in place of an older one like it")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "process"],
+        help="process: CPU seconds, for a busy machine",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON list that takes the row, in place of an older one like it",
+    )
     parser.add_argument("--json", action="store_true", help="print the row as the last line")
     options = parser.parse_args(words)
     options.vision_repeats = options.vision_repeats or -(-options.repeats // 3)
@@ -163,7 +217,9 @@ def main(words: list[str] | None = None) -> int:
     options = parse_arguments(words)
     try:
         if options.device == "cuda" and options.clock == "process":
-            raise UnsupportedError("--clock process counts CPU seconds, which say nothing about a GPU; use --clock wall")
+            raise UnsupportedError(
+                "--clock process counts CPU seconds, which say nothing about a GPU; use --clock wall"
+            )
         if options.device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("--device cuda was asked for but torch sees no GPU; use --device cpu")
         vlmprune.parse(options.prune)  # before the model is built
@@ -175,7 +231,10 @@ def main(words: list[str] | None = None) -> int:
         return 2
     for side, end in (("without tower", ""), ("with tower", "_with_vision")):
         low, high = row["spreads"]["tax" + end]
-        faster = f"{row['speedup' + end]:.2f}x faster than dense, {row['ideal_speedup' + end]:.2f}x if choosing were free"
+        faster = (
+            f"{row['speedup' + end]:.2f}x faster than dense, {row['ideal_speedup' + end]:.2f}x if choosing "
+            "were free"
+        )
         print(f"{row['spec']} {side}: tax {row['tax' + end]:.3f} (p20 {low:.3f}, p80 {high:.3f}); {faster}")
     took = f"{row['score_seconds'] * 1e3:.2f} ms to choose, {row['capture_seconds'] * 1e3:.2f} ms to capture"
     print(f"{took}, at most {row['peak_extra_bytes'] / 2**20:.2f} MiB extra")

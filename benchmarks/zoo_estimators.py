@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the estimators of ZOO-Prune rank tokens, against the paper's with 1024 directions; on the CPU, no download.
+"""How the estimators of ZOO-Prune rank tokens, against the paper's with 1024 directions; on the CPU, no
+download.
 
-Projectors: those of the tiny models (random weights, tokens from the tiny vision tower), and random Linear-GELU-Linear maps
-whose singular values fall as i^-alpha, up to the shape of LLaVA-1.5-7B. No trained projector is among them.
+Projectors: those of the tiny models (random weights, tokens from the tiny vision tower), and random
+Linear-GELU-Linear maps whose singular values fall as i^-alpha, up to the shape of LLaVA-1.5-7B. No trained
+projector is among them.
 
-For each estimator: the rank correlation of sensitivities (Spearman), and the share of kept tokens in common at one ninth of
-the tokens. "zo" and "jvp" have 64 directions of another seed than the reference; "jvp_same" has those of the reference. At the
-shape of LLaVA-1.5 the reference is "jvp" with 1024 directions, which is 2.5 times cheaper than "zo" with the same directions.
+For each estimator: the rank correlation of sensitivities (Spearman), and the share of kept tokens in common
+at one ninth of the tokens. "zo" and "jvp" have 64 directions of another seed than the reference; "jvp_same"
+has those of the reference. At the shape of LLaVA-1.5 the reference is "jvp" with 1024 directions, which is
+2.5 times cheaper than "zo" with the same directions.
 
-    python benchmarks/zoo_estimators.py --out benchmarks/results/zoo_estimators.json       # some twenty minutes on one core
-    python benchmarks/zoo_estimators.py --small                                            # without the LLaVA-1.5 shape
+    python benchmarks/zoo_estimators.py --out benchmarks/results/zoo_estimators.json       # some twenty
+    minutes on one core python benchmarks/zoo_estimators.py --small
+    # without the LLaVA-1.5 shape
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlmprune.methods.sensitivity import closed_form, directional, finite_difference, unit_directions
 from vlmprune.methods.zooprune import hybrid_greedy, scaled
+from vlmprune.methods.zooprune.projector import closed_form, directional, finite_difference, unit_directions
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 M, REFERENCE, STEP = 64, 1024, 0.01
@@ -51,7 +55,9 @@ def synthetic_cases(small: bool) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for width, hidden, tokens in shapes:
         for alpha in ALPHAS:
             torch.manual_seed(0)
-            projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden)).requires_grad_(False)
+            projector = nn.Sequential(
+                nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+            ).requires_grad_(False)
             for layer in (projector[0], projector[2]):
                 fill(layer.weight, alpha)
             yield f"{width}-{hidden}-{hidden}, alpha {alpha}", projector, torch.randn(1, tokens, width)
@@ -85,9 +91,15 @@ def measure(name: str, projector: nn.Module, x: Tensor) -> dict:
     }
     k = max(1, tokens // 9)
     picks = {
-        key: set(hybrid_greedy(scaled(s), projector(x), k)[0][0].tolist()) for key, s in {**found, "reference": reference}.items()
+        key: set(hybrid_greedy(scaled(s), projector(x), k)[0][0].tolist())
+        for key, s in {**found, "reference": reference}.items()
     }
-    row = {"projector": name, "tokens": tokens, "spread": round((reference.max() / reference.min()).item(), 3), "keep": k}
+    row = {
+        "projector": name,
+        "tokens": tokens,
+        "spread": round((reference.max() / reference.min()).item(), 3),
+        "keep": k,
+    }
     row["spearman"] = {key: round(spearman(s[0], reference[0]), 5) for key, s in found.items()}
     row["kept_in_common"] = {key: round(len(picks[key] & picks["reference"]) / k, 3) for key in found}
     row["seconds"] = round(time.perf_counter() - started, 1)
@@ -111,7 +123,10 @@ def main() -> None:
         "device": "cpu",
         "torch": torch.__version__,
     }
-    conditions |= {"machine": platform.machine(), "command": "python benchmarks/zoo_estimators.py" + " --small" * options.small}
+    conditions |= {
+        "machine": platform.machine(),
+        "command": "python benchmarks/zoo_estimators.py" + " --small" * options.small,
+    }
     if options.out:
         options.out.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
 

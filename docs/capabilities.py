@@ -5,7 +5,8 @@
     python docs/capabilities.py --jobs 4             the same with four families at a time
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
 
-Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not hide one.
+Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not
+hide one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what every family can do.")
-    parser.add_argument("--family", action="append", choices=families(), help="only this one; may be repeated")
+    parser.add_argument(
+        "--family", action="append", choices=families(), help="only this one; may be repeated"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     arguments = parser.parse_args()
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
@@ -46,7 +49,11 @@ def measured(family: str) -> dict[str, Any]:
     """Everything of one family."""
     torch.set_num_threads(1)
     return {
-        "measured_with": {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"},
+        "measured_with": {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": "cpu",
+        },
         "capabilities": {name: cell(family, capability=name) for name in CAPABILITIES},
         "methods": {name: measure(family, name) for name in method_names()},
     }
@@ -62,10 +69,15 @@ def page(rows: dict[str, dict]) -> str:
     """The tables in Markdown, with reasons below them."""
     notes: list[str] = []
     text = "# What every family can do\n\n"
-    text += "Made by `docs/capabilities.py` from conformance checks on tiny random models; not edited by hand.\n"
+    text += (
+        "Made by `docs/capabilities.py` from conformance checks on tiny random models; not edited by hand.\n"
+    )
     text += f"\n## Families\n\nMeasured with `{SPEC}`.\n\n"
     text += grid(rows, lambda row: {name: mark(one, notes) for name, one in row["capabilities"].items()})
-    text += "\n## Methods\n\nEach with its default options and a quarter of the tokens, or the least that its schedule allows. "
+    text += (
+        "\n## Methods\n\nEach with its default options and a quarter of the tokens, or the least "
+        "that its schedule allows. "
+    )
     text += f"A yes covers {', '.join(OF_METHODS)} as far as the family has them;\nexceptions are noted. "
     text += "`vlmprune list --families --json` has every cell of families x methods x capabilities.\n\n"
     text += grid(rows, lambda row: {name: method_mark(name, row, notes) for name in row["methods"]})
@@ -75,7 +87,9 @@ def page(rows: dict[str, dict]) -> str:
 def grid(rows: dict[str, dict], cells: Callable[[dict], dict[str, str]]) -> str:
     names = list(cells(next(iter(rows.values()))))
     text = f"| family | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n"
-    return text + "".join(f"| `{family}` | {' | '.join(cells(row).values())} |\n" for family, row in rows.items())
+    return text + "".join(
+        f"| `{family}` | {' | '.join(cells(row).values())} |\n" for family, row in rows.items()
+    )
 
 
 def mark(found: str, notes: list[str]) -> str:
@@ -99,7 +113,11 @@ def method_mark(name: str, row: dict, notes: list[str]) -> str:
         return mark(found["runs"], notes)
     option = found["spec"].rpartition("@")[0]
     numbers = [noted(f"as {option}", notes)] if "cls=mean" in option or "estimator=zo" in option else []
-    less = {one: found[one] for one in OF_METHODS if found[one].split(":")[0] != row["capabilities"][one].split(":")[0]}
+    less = {
+        one: found[one]
+        for one in OF_METHODS
+        if found[one].split(":")[0] != row["capabilities"][one].split(":")[0]
+    }
     numbers += [noted(f"{one}: {reason}", notes) for one, reason in less.items()]
     return f"yes ({', '.join(map(str, numbers))})" if numbers else "yes"
 

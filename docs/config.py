@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the reference of config keys, docs/config.md, from the schema in vlmprune/config.py.
+"""Write the reference of config keys, docs/config.md, from the schema of the package.
 
 python docs/config.py            write the page
 python docs/config.py --check    say whether it is current; exit code 1 if not
@@ -14,9 +14,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vlmprune.benchmarks.published import ENTRY_KEYS, KEYS, NEEDED, Published
-from vlmprune.benchmarks.tasks import LMMS
-from vlmprune.config import DTYPES, POSITIONS, SEEDS, Config
+from vlmprune.evaluation.leaderboard.config import POSITIONS, SEEDS, Config
+from vlmprune.evaluation.leaderboard.published import ENTRY_KEYS, KEYS, NEEDED, Published
+from vlmprune.evaluation.tasks.registry import LMMS
+from vlmprune.models.loading import DTYPES
 from vlmprune.spec import Spec
 
 PAGE = Path(__file__).resolve().parent / "config.md"
@@ -95,16 +96,18 @@ def page() -> str:
     return f"""\
 # Config keys
 
-Made by `docs/config.py` from `vlmprune/config.py`; not edited by hand. A config is a YAML file for `vlmprune leaderboard FILE`;
-`vlmprune validate FILE` checks it without running anything. A key that is not listed here is an error.
+Made by `docs/config.py` from the code; not edited by hand. A config is a YAML file for
+`vlmprune leaderboard FILE`; `vlmprune validate FILE` checks it without running anything. A key that is not
+listed here is an error.
 
 | key | what it holds | default | meaning |
 |---|---|---|---|
 {table}
 
-Dense, `random` under each seed, `uniform` and `pool` join by themselves. The keys of the command line (`--specs`, `--limit`,
-`--batch-size`, `--positions`, `--out`) go before those of the file. The path of `published` begins at the folder of the file;
-`out`, folders of models and task files begin where the command runs.
+Dense, `random` under each seed, `uniform` and `pool` join by themselves. The keys of the command line
+(`--specs`, `--limit`, `--batch-size`, `--positions`, `--out`) go before those of the file. The path of
+`published` begins at the folder of the file; `out`, folders of models and task files begin where the command
+runs.
 
 ## All keys
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the README's picture: one question of the benchmark, the whole picture, and what four methods leave of it.
+"""Draw the README's picture: one question of the benchmark, the whole picture, and what four methods leave of
+it.
 
     python docs/gallery.py docs/gallery.png
     python docs/gallery.py needle.png --sample needle-7 --keep 9 --methods random pool fastervlm fastv
 
-Without --sample the question is chosen by a rule and not by hand: the first test question about one picture that the whole
-picture answers right, the first method wrong, and most of the others right. Model and questions ship with the package.
-Methods inside the language model are drawn after their last cut.
+Without --sample the question is chosen by a rule and not by hand: the first test question about one picture
+that the whole picture answers right, the first method wrong, and most of the others right. Model and
+questions ship with the package. Methods inside the language model are drawn after their last cut.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmprune.benchmarks.evaluate import evaluate
-from vlmprune.benchmarks.record import Record
-from vlmprune.benchmarks.tasks import get_task
+from vlmprune.evaluation.answer.evaluate import evaluate
+from vlmprune.evaluation.answer.record import Record
+from vlmprune.evaluation.tasks.registry import get_task
 from vlmprune.models.loading import load
 
 METHODS = ("random", "divprune", "fastervlm", "fastv")

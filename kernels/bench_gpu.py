@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the Triton kernels on this GPU against what torch offers, in about 20 minutes.
 
-    python kernels/bench_gpu.py                      # writes kernels/results/<gpu>.csv
-    python kernels/bench_gpu.py --only prune select  # some sections; nothing is written
-    python kernels/bench_gpu.py --dry-run            # no GPU: every variant once, on tiny inputs; not a measurement
+    python kernels/bench_gpu.py                      # writes kernels/results/<gpu>.csv python
+    kernels/bench_gpu.py --only prune select  # some sections; nothing is written python kernels/bench_gpu.py
+    --dry-run            # no GPU: every variant once, on tiny inputs; not a measurement
 
-Variants of a case take turns, round by round, over rotating sets of fresh inputs that together exceed the L2 cache. gpu: time of
-one call in a captured graph of many. host: until a call returns, on an idle queue. wall: until its result is there. Each is the
-median over rounds with the 20th and 80th percentile. `ours again` repeats `ours`: what differs there is noise.
+Variants of a case take turns, round by round, over rotating sets of fresh inputs that together exceed the L2
+cache. gpu: time of one call in a captured graph of many. host: until a call returns, on an idle queue. wall:
+until its result is there. Each is the median over rounds with the 20th and 80th percentile. `ours again`
+repeats `ours`: what differs there is noise.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def changed(module, name: str, value) -> Callable:
     return wrap
 
 
-# --- sections of the checklist ----------------------------------------------------------------------------------------------
+# --- sections of the checklist --------------------------------------------------------------------
 
 
 @triton.jit
@@ -82,11 +83,20 @@ def touch_kernel(x):
 
 
 def floors() -> Iterator[Case]:
-    one = {"empty kernel": lambda x: nothing_kernel[(1,)](x), "one program, load and store": lambda x: touch_kernel[(1,)](x)}
+    one = {
+        "empty kernel": lambda x: nothing_kernel[(1,)](x),
+        "one program, load and store": lambda x: touch_kernel[(1,)](x),
+    }
     yield Case("floors", "launch", lambda: (rand(1024),), one)
     for mb in (1, 16, 256):
         elements = size(mb * 2**19, 2048)
-        yield Case("floors", f"copy {mb} MB", lambda n=elements: (rand(n, dtype=HALF),), {"clone": torch.clone}, 4 * elements)
+        yield Case(
+            "floors",
+            f"copy {mb} MB",
+            lambda n=elements: (rand(n, dtype=HALF),),
+            {"clone": torch.clone},
+            4 * elements,
+        )
 
 
 def select() -> Iterator[Case]:
@@ -94,20 +104,35 @@ def select() -> Iterator[Case]:
         batch = size(batch, 1)
         for n in some((576, 1024, 2880, 4096, 8192, 100_000)):
             n, k = size(n, 40), size(n // 9, 4)
-            variants = {"ours": lambda s, k=k: ops.topk_select(s, k), "ours again": lambda s, k=k: ops.topk_select(s, k)}
+            variants = {
+                "ours": lambda s, k=k: ops.topk_select(s, k),
+                "ours again": lambda s, k=k: ops.topk_select(s, k),
+            }
             for warps in (1, 2, 4, 8, 16) if n <= 8192 else ():
                 if n // (32 * warps) <= 128:
-                    variants[f"ours, {warps} warps"] = changed(triton_topk, "warps", lambda block, w=warps: w)(variants["ours"])
+                    variants[f"ours, {warps} warps"] = changed(
+                        triton_topk, "warps", lambda block, w=warps: w
+                    )(variants["ours"])
             variants |= {
                 "topk": lambda s, k=k: s.topk(k).indices,
                 "topk, sort": lambda s, k=k: s.topk(k, sorted=False).indices.sort(-1).values,
-                "stable sort": lambda s, k=k: torch.sort(s, dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values,
+                "stable sort": lambda s, k=k: (
+                    torch.sort(s, dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+                ),
                 "FlashInfer": lambda s, k=k: flashinfer_top_k(s, k),
             }
             moved = batch * 4 * (n + k)
-            yield Case("select", f"B={batch} N={n} k={k}", lambda b=batch, n=n: (rand(b, n).softmax(-1),), variants, moved)
+            yield Case(
+                "select",
+                f"B={batch} N={n} k={k}",
+                lambda b=batch, n=n: (rand(b, n).softmax(-1),),
+                variants,
+                moved,
+            )
     ties = {"ours": lambda s: ops.topk_select(s, 100)}
-    yield Case("select", "N=100000, few distinct values", lambda: (rand(1, size(100_000, 9000)).round(),), ties)
+    yield Case(
+        "select", "N=100000, few distinct values", lambda: (rand(1, size(100_000, 9000)).round(),), ties
+    )
 
 
 def flashinfer_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -129,23 +154,37 @@ def index_chain(s, x, k):
 
 def prune() -> Iterator[Case]:
     table = [
-        (1, 576, 64, 1024), (1, 576, 64, 4096), (1, 576, 192, 4096), (16, 576, 64, 4096), (64, 576, 64, 4096),
-        (1, 2880, 320, 4096), (1, 2880, 640, 4096),
-        (8, 2880, 640, 4096), (64, 2880, 640, 4096), (1, 2880, 640, 8192), (1, 4096, 1024, 3584),
-        (1, 6272, 1568, 3584), (1, 100_000, 10_000, 3584),
-    ]  # fmt: skip
+        (1, 576, 64, 1024),
+        (1, 576, 64, 4096),
+        (1, 576, 192, 4096),
+        (16, 576, 64, 4096),
+        (64, 576, 64, 4096),
+        (1, 2880, 320, 4096),
+        (1, 2880, 640, 4096),
+        (8, 2880, 640, 4096),
+        (64, 2880, 640, 4096),
+        (1, 2880, 640, 8192),
+        (1, 4096, 1024, 3584),
+        (1, 6272, 1568, 3584),
+        (1, 100_000, 10_000, 3584),
+    ]
     compiled = None if DRY else torch.compile(gather_chain, mode="max-autotune-no-cudagraphs", dynamic=False)
     for batch, n, k, width in some(table):
         batch, n, k, width = size(batch, 1), size(n, 40), size(k, 4), size(width, 32)
         ours = lambda s, x, k=k, form="auto": ops.prune(s, k, [x], form=form)  # noqa: E731
         variants = {"ours": ours, "ours again": ours}
-        variants |= {f"ours, {form}": (lambda s, x, k=k, f=form: ops.prune(s, k, [x], form=f)) for form in ("fused", "two")}
+        variants |= {
+            f"ours, {form}": (lambda s, x, k=k, f=form: ops.prune(s, k, [x], form=f))
+            for form in ("fused", "two")
+        }
         for kb in (8, 16, 64, 128):
             variants[f"ours, slices of {kb} KB"] = changed(triton_rows, "SLICE", kb * 1024)(ours)
         variants |= {
             "topk, sort, gather": lambda s, x, k=k: gather_chain(s, x, k),
             "topk, sort, index_select": lambda s, x, k=k: index_chain(s, x, k),
-            "FlashInfer, gather_rows": lambda s, x, k=k: ops.gather_rows([x], flashinfer_top_k(s, k).int().sort(-1).values),
+            "FlashInfer, gather_rows": lambda s, x, k=k: ops.gather_rows(
+                [x], flashinfer_top_k(s, k).int().sort(-1).values
+            ),
             "copy of the same bytes": lambda s, x, k=k: x[:, :k].clone(),
         }
         if compiled:
@@ -190,18 +229,35 @@ def greedy() -> Iterator[Case]:
         relevance = torch.rand(1, n, device=DEVICE) + 0.1
         ours = lambda sim, k=k, r=relevance: ops.greedy_dpp(sim, r, k)  # noqa: E731
         single = changed(triton_choice, "_HISTORY", 2**40)
-        variants = {"ours": ours, "ours again": ours, "ours, one launch": single(ours), "ours, a launch per pick": steps(ours)}
+        variants = {
+            "ours": ours,
+            "ours again": ours,
+            "ours, one launch": single(ours),
+            "ours, a launch per pick": steps(ours),
+        }
         variants["torch loop"] = lambda sim, k=k, r=relevance: reference.greedy_dpp(sim, r, k)
         yield Case("greedy", f"dpp N={n} k={k}", lambda n=n: (unit_gram(n),), variants)
     n, k, width = size(100_000, 40), size(1000, 4), size(256, 16)
     name, streaming = f"maxmin by features N={n} k={k}", {"ours": lambda x: ops.greedy_maxmin_features(x, k)}
-    yield Case("greedy", name, lambda: (torch.nn.functional.normalize(rand(1, n, width), dim=-1),), streaming, graph=False)
+    yield Case(
+        "greedy",
+        name,
+        lambda: (torch.nn.functional.normalize(rand(1, n, width), dim=-1),),
+        streaming,
+        graph=False,
+    )
 
 
 def attention() -> Iterator[Case]:
     table = ((32, 32, 611, 35, 576), (32, 32, 2915, 35, 2880), (28, 4, 6300, 20, 6272), (16, 16, 577, 1, 576))
     for heads, key_heads, keys, v0, nv in some(table):
-        heads, key_heads, keys, v0, nv = size(heads, 4), size(key_heads, 2), size(keys, 70), size(v0, 3), size(nv, 60)
+        heads, key_heads, keys, v0, nv = (
+            size(heads, 4),
+            size(key_heads, 2),
+            size(keys, 70),
+            size(v0, 3),
+            size(nv, 60),
+        )
         width = 64 if heads == 16 else size(128, 16)
 
         def make(h=heads, g=key_heads, s=keys, d=width):
@@ -212,11 +268,15 @@ def attention() -> Iterator[Case]:
         scale = width**-0.5
         known = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(q, k, lse, *a)  # noqa: E731
         variants = {"ours": known, "ours again": known}
-        variants["ours, without lse"] = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(q, k, None, *a)
+        variants["ours, without lse"] = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(
+            q, k, None, *a
+        )
         variants["ours, 32 keys"] = changed(triton_attention, "_KEYS", 32)(known)
         for parts in (1, 2, 4):
             if key_heads % parts == 0:
-                variants[f"ours, heads in {parts}"] = changed(triton_attention, "_splits", lambda h, p, parts=parts: parts)(known)
+                variants[f"ours, heads in {parts}"] = changed(
+                    triton_attention, "_splits", lambda h, p, parts=parts: parts
+                )(known)
 
         def row(q, k, lse, first=v0, count=nv, scale=scale):
             logits = (k.repeat_interleave(q.shape[1] // k.shape[1], 1) @ q[..., None])[..., 0] * scale
@@ -228,20 +288,29 @@ def attention() -> Iterator[Case]:
             return (queries @ k.transpose(2, 3) * scale).softmax(-1)[:, :, -1, first : first + count].mean(1)
 
         variants |= {"row by torch": row, "whole map (output_attentions)": full}
-        yield Case("attention", f"H={heads}/{key_heads} S={keys} d={width}", make, variants, key_heads * nv * width * 2)
+        yield Case(
+            "attention",
+            f"H={heads}/{key_heads} S={keys} d={width}",
+            make,
+            variants,
+            key_heads * nv * width * 2,
+        )
 
 
 def sensitivity() -> Iterator[Case]:
     n, width = size(576, 8), size(4096, 32)
     matrix = rand(width, width, dtype=HALF)
-    variants = {"ours": lambda g: ops.zoo_sensitivity(g, matrix), "torch": lambda g: ((g @ matrix).float() * g).sum(-1)}
+    variants = {
+        "ours": lambda g: ops.zoo_sensitivity(g, matrix),
+        "torch": lambda g: ((g @ matrix).float() * g).sum(-1),
+    }
     yield Case("sensitivity", f"N={n} H={width}", lambda: (rand(1, n, width, dtype=HALF),), variants)
 
 
 SECTIONS = {f.__name__: f for f in (floors, select, prune, greedy, attention, sensitivity)}
 
 
-# --- what is written --------------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, str]:
@@ -250,15 +319,21 @@ def machine() -> dict[str, str]:
     known = {name: importlib.metadata.version(name) for name in ("torch", "triton", "vlmprune")}
     run = lambda command: subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
     return {
-        "gpu": "none (dry run)" if DRY else torch.cuda.get_device_name(), "driver": "" if DRY else run(smi),
-        "cuda": str(torch.version.cuda), **known, "python": platform.python_version(), "commit": run(git),
-    }  # fmt: skip
+        "gpu": "none (dry run)" if DRY else torch.cuda.get_device_name(),
+        "driver": "" if DRY else run(smi),
+        "cuda": str(torch.version.cuda),
+        **known,
+        "python": platform.python_version(),
+        "commit": run(git),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--dry-run", action="store_true", help="run every variant once without a GPU; writes nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run every variant once without a GPU; writes nothing"
+    )
     only = parser.parse_args().only
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device; --dry-run checks this script without one", file=sys.stderr)
@@ -271,7 +346,9 @@ def main() -> int:
                     table.append({**row, **facts})
                     times = f"gpu {row['gpu_us_p50']:>9} us  host {row['host_us_p50']:>9} us"
                     what = "DRY RUN, not a measurement" if DRY else times
-                    print(f"{section:11s} {case.name:34s} {row['variant']:30s} {what} {row['note']}", flush=True)
+                    print(
+                        f"{section:11s} {case.name:34s} {row['variant']:30s} {what} {row['note']}", flush=True
+                    )
     if DRY or only != list(SECTIONS):
         print(f"{len(table)} rows, not written")
         return 0

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every launch of the launch table for GPUs that need not be there, and read what the compilers made of it.
+"""Compile every launch of the launch table for GPUs that need not be there, and read what the compilers made
+of it.
 
-    python kernels/compile_gate.py                # writes its rows into kernels/compile_gate.csv, and kernels/compile_gate.md
-    python kernels/compile_gate.py --check        # compiles, compares with the limits, writes nothing
+    python kernels/compile_gate.py                # writes its rows into kernels/compile_gate.csv, and
+    kernels/compile_gate.md python kernels/compile_gate.py --check        # compiles, compares with the
+    limits, writes nothing
 
-A stub driver stands for the GPU. The launchers run as they are, on real CPU tensors, so pointer alignment and what is specialised
-are those of a launch; instead of being started, each kernel is compiled. Rows of other Triton versions in the CSV stay.
+A stub driver stands for the GPU. The launchers run as they are, on real CPU tensors, so pointer alignment and
+what is specialised are those of a launch; instead of being started, each kernel is compiled. Rows of other
+Triton versions in the CSV stay.
 """
 
 from __future__ import annotations
@@ -122,7 +125,8 @@ def nvidia(cubin: bytes) -> dict[str, int]:
         file.flush()
         commands = [tool("cuobjdump"), "--dump-resource-usage"], [tool("nvdisasm"), "-c"]
         usage, code = (
-            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout for command in commands
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+            for command in commands
         )
     count = lambda pattern: len(re.findall(pattern, code))  # noqa: E731
     # LOCAL stays 0 even where registers spill through the stack
@@ -155,7 +159,9 @@ def rows(case: Case, target: str) -> list[Row]:
     found = {}
     for launch in compile_calls(case.call, TARGETS[target]):
         asm = launch.compiled.asm
-        found.setdefault(launch.compiled.hash, (launch, nvidia(asm["cubin"]) if "cubin" in asm else amd(asm["amdgcn"])))
+        found.setdefault(
+            launch.compiled.hash, (launch, nvidia(asm["cubin"]) if "cubin" in asm else amd(asm["amdgcn"]))
+        )
     names = Counter()
     table = []
     for launch, used in found.values():
@@ -180,11 +186,13 @@ def faults(row: Row, case: Case) -> list[str]:
     if row.registers > (ceiling if case.vector else 255):
         found.append(f"takes {row.registers} registers; at most {ceiling}")
     if kernel in COPIES and case.vector and not (row.loads_128 and row.stores_128 and not row.accesses_16):
-        found.append(f"copies by {row.loads_128} + {row.stores_128} wide and {row.accesses_16} two-byte accesses")
+        found.append(
+            f"copies by {row.loads_128} + {row.stores_128} wide and {row.accesses_16} two-byte accesses"
+        )
     return [f"{row.target}, {case.name}, {row.kernel}: {fault}" for fault in found]
 
 
-# --- what is published ------------------------------------------------------------------------------------------------------
+# --- what is published ----------------------------------------------------------------------------
 
 
 def stored() -> list[Row]:
@@ -193,7 +201,9 @@ def stored() -> list[Row]:
         return []
     types = {field.name: str if field.type in ("str", str) else int for field in fields(Row)}
     with path.open(newline="") as file:
-        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        return [
+            Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)
+        ]
 
 
 def write(new: list[Row]) -> None:
@@ -204,7 +214,10 @@ def write(new: list[Row]) -> None:
         table = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         table.writeheader()
         table.writerows(map(asdict, rows))
-    columns = sorted({(row.triton, row.target) for row in rows}, key=lambda column: (column[0], list(TARGETS).index(column[1])))
+    columns = sorted(
+        {(row.triton, row.target) for row in rows},
+        key=lambda column: (column[0], list(TARGETS).index(column[1])),
+    )
     lines = {}
     for row in rows:
         wide = f", {row.loads_128}+{row.stores_128}" if row.loads_128 or row.stores_128 else ""
@@ -215,16 +228,25 @@ def write(new: list[Row]) -> None:
     text = [
         "# What the compilers make of every launch",
         "",
-        "Written by `python kernels/compile_gate.py`, once per Triton version; the raw rows are in `compile_gate.csv`.",
-        "Static evidence: nothing here was run on a GPU. Each cell: registers of a thread, bytes of shared memory, 128-bit",
-        "loads + stores in the code, and spills where there are any (`scalar`: scalar registers of AMD, kept in vector",
+        "Written by `python kernels/compile_gate.py`, once per Triton version; the raw rows are in "
+        "`compile_gate.csv`.",
+        "Static evidence: nothing here was run on a GPU. Each cell: registers of a thread, bytes of shared "
+        "memory, 128-bit",
+        "loads + stores in the code, and spills where there are any (`scalar`: scalar registers of AMD, kept "
+        "in vector",
         "registers, not in memory).",
         "",
-        "| Case | Kernel | Warps | " + " | ".join(f"{version}, {target}" for version, target in columns) + " |",
+        "| Case | Kernel | Warps | "
+        + " | ".join(f"{version}, {target}" for version, target in columns)
+        + " |",
         "|---" * (3 + len(columns)) + "|",
-        *(f"| {case} | {kernel} | {warps} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
-          for (case, kernel, warps), cells in lines.items()),
-    ]  # fmt: skip
+        *(
+            f"| {case} | {kernel} | {warps} | "
+            + " | ".join(cells.get(column, "") for column in columns)
+            + " |"
+            for (case, kernel, warps), cells in lines.items()
+        ),
+    ]
     (HERE / "compile_gate.md").write_text("\n".join(text) + "\n")
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels gain on the CPU, one thread: selection with gathering, and greedy choices, against the usual torch code.
+"""What the kernels gain on the CPU, one thread: selection with gathering, and greedy choices, against the
+usual torch code.
 
     python kernels/cpu_bench.py                    # all cases, writes kernels/results/cpu.csv
     python kernels/cpu_bench.py --clock process    # CPU seconds, for a machine that does other things as well
 
-All contestants of a case run in every round, in rotating order, on inputs that take turns; a round repeats its calls for some
-milliseconds. Reported are the median, 20 and 80 percent quantiles and the best round; how many times as long as ours a
-contestant takes, as the median over rounds and for the best rounds. Without ties, all choose the same tokens.
+All contestants of a case run in every round, in rotating order, on inputs that take turns; a round repeats
+its calls for some milliseconds. Reported are the median, 20 and 80 percent quantiles and the best round; how
+many times as long as ours a contestant takes, as the median over rounds and for the best rounds. Without
+ties, all choose the same tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.benchmarks.speed.conditions import processors
-from vlmprune.benchmarks.speed.timing import CLOCKS
 from vlmprune.kernels import dispatch
+from vlmprune.speed.conditions import processors
+from vlmprune.speed.timing import CLOCKS
 
 SETS = 8  # of inputs that take turns
 LEAST = 2e-3  # seconds of a round
@@ -45,7 +47,7 @@ class Case(NamedTuple):
     contestants: dict[str, Callable[..., Any]]
 
 
-# what others do -------------------------------------------------------------------------------------------------------------
+# --- what others do -------------------------------------------------------------------------------
 
 
 def usual_chain(scores: Tensor, x: Tensor, k: int) -> Tensor:
@@ -64,9 +66,11 @@ def fast_chain(scores: Tensor, x: Tensor, k: int) -> Tensor:
 
 
 def published_maxmin(distance: Tensor, k: int) -> Tensor:
-    """Farthest-point loop as DivPrune describes it: every step reduces the rows of all tokens that are chosen so far.
+    """Farthest-point loop as DivPrune describes it: every step reduces the rows of all tokens that are chosen
+    so far.
 
-    The first token is the one with the largest second-smallest distance in its column, the smallest being that to itself.
+    The first token is the one with the largest second-smallest distance in its column, the smallest being
+    that to itself.
     """
     chosen = torch.empty(k, dtype=torch.long)
     for step in range(k):
@@ -90,14 +94,16 @@ def published_dpp(kernel: Tensor, k: int) -> Tensor:
     for step in range(k):
         token = residual.argmax()
         chosen[step] = token
-        row = (kernel[token] - torch.einsum("t,tn->n", rows[:step, token], rows[:step])) / torch.sqrt(residual[token])
+        row = (kernel[token] - torch.einsum("t,tn->n", rows[:step, token], rows[:step])) / torch.sqrt(
+            residual[token]
+        )
         rows[step] = row
         residual -= torch.square(row)
         residual[token] = -float("inf")
     return chosen
 
 
-# cases ----------------------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -186,7 +192,7 @@ def cases() -> list[Case]:
     ]
 
 
-# timing ---------------------------------------------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def race(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:

@@ -34,7 +34,12 @@ def run(walk: str) -> dict[str, object]:
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     shape = f"N={N} k={K} D={WIDTH}"
-    return {"shape": shape, "seconds": round(seconds, 1), "peak_mib": round(peak), "distinct": len(set(order[0].tolist()))}
+    return {
+        "shape": shape,
+        "seconds": round(seconds, 1),
+        "peak_mib": round(peak),
+        "distinct": len(set(order[0].tolist())),
+    }
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paired clocks for ``bench_gpu.py``: variants of a case take turns, over rotating inputs that together exceed the L2 cache."""
+"""Paired clocks for ``bench_gpu.py``: variants of a case take turns, over rotating inputs that together
+exceed the L2 cache.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def measure(case: Case) -> dict[str, dict[str, list[float]]]:
         except Exception as error:  # a variant that this machine cannot run is a row that says so
             if name.startswith("ours"):
                 raise
-            case.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            case.errors[name] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            )
     for turn in range(ROUNDS):
         for name in list(times)[:: 1 if turn % 2 else -1]:
             if name in graphs:
@@ -102,5 +106,7 @@ def rows(case: Case) -> Iterator[dict]:
         for clock in ("gpu", "host", "wall"):
             found = sorted(times.get(name, {}).get(clock, []))
             for percent in (50, 20, 80):
-                row[f"{clock}_us_p{percent}"] = f"{found[percent * (len(found) - 1) // 100]:.2f}" if found else ""
+                row[f"{clock}_us_p{percent}"] = (
+                    f"{found[percent * (len(found) - 1) // 100]:.2f}" if found else ""
+                )
         yield row

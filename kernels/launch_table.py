@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E501
-"""The launch table, as calls: every block, number of warps, form and kind of row that the launchers can choose."""
+"""The launch table, as calls: every block, number of warps, form and kind of row that the launchers can
+choose.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +26,29 @@ class Case:
 empty, half, ints = torch.empty, torch.bfloat16, torch.int32
 
 
-def prune(batch: int, n: int, width: int, dtype: torch.dtype = half, sides: bool = False, form: str = "auto") -> Callable:
+def prune(
+    batch: int, n: int, width: int, dtype: torch.dtype = half, sides: bool = False, form: str = "auto"
+) -> Callable:
     length = n + 35
     xs = [empty(batch, length, width, dtype=dtype)]
     if sides:  # hidden states of two layers, positions, a mask
-        xs += [empty(batch, length, width, dtype=dtype), empty(batch, length, dtype=torch.int64), empty(batch, length, dtype=torch.bool)]
+        xs += [
+            empty(batch, length, width, dtype=dtype),
+            empty(batch, length, dtype=torch.int64),
+            empty(batch, length, dtype=torch.bool),
+        ]
     return lambda: ops.prune(empty(batch, n), 64, xs, 35, 0, form)
 
 
 def segments(count: int, longest: int, *xs: torch.Tensor) -> Callable:
-    args = empty(4096), empty(count + 1, dtype=ints), empty(count, dtype=ints), empty(count + 1, dtype=ints), 640, longest
+    args = (
+        empty(4096),
+        empty(count + 1, dtype=ints),
+        empty(count, dtype=ints),
+        empty(count + 1, dtype=ints),
+        640,
+        longest,
+    )
     return (lambda: ops.prune_varlen(*args, list(xs))) if xs else (lambda: ops.topk_select_varlen(*args))
 
 
@@ -52,15 +66,30 @@ def maxmin_steps(n: int, width: int) -> Callable:
 
 
 CASES = [
-    *(Case(f"select N={n}", lambda n=n: ops.topk_select(empty(1, n), 64), n in (576, 2880)) for n in (100, 196, 576, 1000, 2000, 2880, 8192)),
+    *(
+        Case(f"select N={n}", lambda n=n: ops.topk_select(empty(1, n), 64), n in (576, 2880))
+        for n in (100, 196, 576, 1000, 2000, 2880, 8192)
+    ),
     Case("select 8 partial scores N=2880", lambda: ops.topk_select(empty(8, 1, 2880), 64)),
     Case("select N=100000", lambda: ops.topk_select(empty(1, 100_000), 64), True),
     Case("select segments", segments(9, 900)),
     Case("select long segments", segments(2, 20_000)),
-    *(Case(f"prune B={b} N={n} D={d}", prune(b, n, d), (b, n) == (1, 576)) for b, n, d in (
-        (1, 576, 1024), (1, 576, 4096), (16, 576, 4096), (64, 576, 4096), (1, 2880, 4096), (16, 2880, 4096), (32, 2880, 4096), (64, 2880, 4096),
-        (1, 4096, 3584), (1, 8192, 3584), (1, 100_000, 3584),
-    )),
+    *(
+        Case(f"prune B={b} N={n} D={d}", prune(b, n, d), (b, n) == (1, 576))
+        for b, n, d in (
+            (1, 576, 1024),
+            (1, 576, 4096),
+            (16, 576, 4096),
+            (64, 576, 4096),
+            (1, 2880, 4096),
+            (16, 2880, 4096),
+            (32, 2880, 4096),
+            (64, 2880, 4096),
+            (1, 4096, 3584),
+            (1, 8192, 3584),
+            (1, 100_000, 3584),
+        )
+    ),
     Case("prune N=576 D=4096 fp32", prune(1, 576, 4096, torch.float32)),
     Case("prune N=576 D=4096 fp8", prune(1, 576, 4096, torch.float8_e4m3fn)),
     Case("prune N=576 two rows, two sides", prune(1, 576, 4096, half, True), True),
@@ -68,22 +97,62 @@ CASES = [
     Case("prune apart N=576 two rows, two sides", prune(1, 576, 4096, half, True, "two")),
     Case("prune N=576 D=1000, not aligned", prune(1, 576, 1000), vector=False),
     Case("prune segments", segments(9, 900, empty(4096, 4096, dtype=half)), True),
-    Case("gather N=576 D=4096", lambda: ops.gather_rows([empty(1, 576, 4096, dtype=half)], empty(1, 64, dtype=ints)), True),
-    Case("unprune N=576 D=4096", lambda: ops.unprune(empty(1, 64, 4096, dtype=half), empty(1, 64, dtype=ints), 576), True),
+    Case(
+        "gather N=576 D=4096",
+        lambda: ops.gather_rows([empty(1, 576, 4096, dtype=half)], empty(1, 64, dtype=ints)),
+        True,
+    ),
+    Case(
+        "unprune N=576 D=4096",
+        lambda: ops.unprune(empty(1, 64, 4096, dtype=half), empty(1, 64, dtype=ints), 576),
+        True,
+    ),
     *(Case(f"maxmin N={n}", maxmin(n), n == 576) for n in (196, 576, 2000, 2880, 8192)),
     Case("maxmin N=576 weighted", maxmin(576, True, "argmax")),
     Case("maxmin N=9000, by steps", lambda: ops.greedy_maxmin(empty(1, 9000, 9000), 1, None, "argmax")),
-    *(Case(f"maxmin by features N={n} D={d}", maxmin_steps(n, d), n == 100_000) for n, d in ((576, 4096), (2880, 4096), (100_000, 256), (300_000, 256))),
-    *(Case(f"dpp N={n} k={k}", lambda n=n, k=k: ops.greedy_dpp(empty(1, n, n), empty(1, n), k), n == 576) for n, k in (
-        (196, 64), (576, 64), (2000, 24), (4096, 12),
-    )),
+    *(
+        Case(f"maxmin by features N={n} D={d}", maxmin_steps(n, d), n == 100_000)
+        for n, d in ((576, 4096), (2880, 4096), (100_000, 256), (300_000, 256))
+    ),
+    *(
+        Case(f"dpp N={n} k={k}", lambda n=n, k=k: ops.greedy_dpp(empty(1, n, n), empty(1, n), k), n == 576)
+        for n, k in (
+            (196, 64),
+            (576, 64),
+            (2000, 24),
+            (4096, 12),
+        )
+    ),
     Case("dpp N=2880, by steps", lambda: ops.greedy_dpp(empty(1, 2880, 2880), empty(1, 2880), 20)),
-    *(Case(f"dpp by features N={n} D={d}", lambda n=n, d=d: ops.greedy_dpp_features(empty(1, n, d), empty(1, n), 1), n == 100_000) for n, d in (
-        (576, 4096), (100_000, 256),
-    )),
-    *(Case(f"attention {str(dtype)[6:]} H={h}/{g} d={d}{' lse' * lse}", attention(dtype, h, g, s, d, lse), dtype == half and g == 4)
-      for dtype, h, g, s, d in (
-        (half, 32, 32, 611, 128), (half, 28, 4, 6272, 128), (half, 16, 16, 577, 64), (torch.float16, 16, 16, 730, 72), (torch.float32, 16, 16, 577, 64),
-      ) for lse in (True, False)),
-    Case("sensitivity H=4096", lambda: ops.zoo_sensitivity(empty(1, 64, 4096, dtype=half), empty(4096, 4096, dtype=half)), True),
-]  # fmt: skip
+    *(
+        Case(
+            f"dpp by features N={n} D={d}",
+            lambda n=n, d=d: ops.greedy_dpp_features(empty(1, n, d), empty(1, n), 1),
+            n == 100_000,
+        )
+        for n, d in (
+            (576, 4096),
+            (100_000, 256),
+        )
+    ),
+    *(
+        Case(
+            f"attention {str(dtype)[6:]} H={h}/{g} d={d}{' lse' * lse}",
+            attention(dtype, h, g, s, d, lse),
+            dtype == half and g == 4,
+        )
+        for dtype, h, g, s, d in (
+            (half, 32, 32, 611, 128),
+            (half, 28, 4, 6272, 128),
+            (half, 16, 16, 577, 64),
+            (torch.float16, 16, 16, 730, 72),
+            (torch.float32, 16, 16, 577, 64),
+        )
+        for lse in (True, False)
+    ),
+    Case(
+        "sensitivity H=4096",
+        lambda: ops.zoo_sensitivity(empty(1, 64, 4096, dtype=half), empty(4096, 4096, dtype=half)),
+        True,
+    ),
+]

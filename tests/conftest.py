@@ -23,8 +23,8 @@ def pytest_addoption(parser):
 
 
 def _import_torchvision() -> None:
-    """The wheels of torchvision are built for CUDA. Beside a CPU torch only its Python part loads, and that minds, though no
-    test needs the two operators that it misses; declared, they may stay without a kernel."""
+    """The wheels of torchvision are built for CUDA. Beside a CPU torch only its Python part loads, and that
+    minds, though no test needs the two operators that it misses; declared, they may stay without a kernel."""
     try:
         import_module("torchvision")
     except RuntimeError as error:

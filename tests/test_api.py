@@ -17,7 +17,7 @@ from vlmprune.spec import Budget
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.tiny import tiny_bundle, tiny_inputs, tiny_model
 
-# prune and attach -------------------------------------------------------------------------------------------------------
+# --- prune and attach -----------------------------------------------------------------------------
 
 
 def kept(model: Any, method: Any, **options: Any) -> list[int]:
@@ -30,8 +30,15 @@ def test_a_spec_an_object_and_a_parsed_spec_mean_the_same() -> None:
     model = shared_model("llava", None, None)
     want = kept(model, "fastervlm@9")
     assert len(want) == 9
-    for method, keep in [(FasterVLM(), 9), ("fastervlm", 9), (vlmprune.parse("fastervlm@9"), None), (FasterVLM(), 0.25),
-                         ("fastervlm", "0.25"), (FasterVLM(), Budget(9)), ("fastervlm@0.25", None)]:  # fmt: skip
+    for method, keep in [
+        (FasterVLM(), 9),
+        ("fastervlm", 9),
+        (vlmprune.parse("fastervlm@9"), None),
+        (FasterVLM(), 0.25),
+        ("fastervlm", "0.25"),
+        (FasterVLM(), Budget(9)),
+        ("fastervlm@0.25", None),
+    ]:
         assert kept(model, method, keep=keep) == want, f"{method}, keep={keep}"
     assert vlmprune.prune(model, FasterVLM(), keep=9).spec == "fastervlm@9"
     assert vlmprune.prune(model, FasterVLM(), keep="9/crop").budget == Budget(9, "crop")
@@ -66,7 +73,11 @@ def test_unknown_options_are_refused() -> None:
 def test_attach_takes_the_options_of_prune() -> None:
     model = shared_model("llava", None, None)
     with vlmprune.attach(model, "fastervlm", keep=9, positions="original", strict=True) as handle:
-        assert handle.attached and (handle.positions, handle.strict, handle.budget) == ("original", True, Budget(9))
+        assert handle.attached and (handle.positions, handle.strict, handle.budget) == (
+            "original",
+            True,
+            Budget(9),
+        )
 
 
 def test_positions_default_to_what_the_method_declares() -> None:
@@ -84,7 +95,9 @@ def test_the_layer_option_reads_that_layer(layer: int | None, block: int) -> Non
     twin = tiny_model("llava")
     twin.set_attn_implementation("eager")
     with torch.no_grad():
-        attention = twin.model.vision_tower(tiny_inputs(images=(1,))["pixel_values"], output_attentions=True).attentions[block]
+        attention = twin.model.vision_tower(
+            tiny_inputs(images=(1,))["pixel_values"], output_attentions=True
+        ).attentions[block]
     want = attention[0, :, 0, 1:].mean(0).topk(9).indices.sort().values.tolist()
     assert kept(shared_model("llava", None, None), FasterVLM(layer=layer), keep=9) == want
 
@@ -110,13 +123,20 @@ def test_an_answer_to_a_real_picture_through_a_processor() -> None:
     with vlmprune.prune(model, "fastervlm@9") as run:
         ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert ids.shape[1] == inputs["input_ids"].shape[1] + 3 and run.last.realised_tokens == [9]
-    assert vlmprune.score(model, inputs, "fastervlm")[0].keep(9).keep_idx.tolist() == run.last.keep[0].keep_idx.tolist()
+    assert (
+        vlmprune.score(model, inputs, "fastervlm")[0].keep(9).keep_idx.tolist()
+        == run.last.keep[0].keep_idx.tolist()
+    )
 
 
-# score ------------------------------------------------------------------------------------------------------------------
+# --- score ----------------------------------------------------------------------------------------
 
 
-SCORED = [("clip", "fastervlm", -2), ("siglip", "fastervlm(cls=mean)", -2), ("clip", "fastervlm(cls=mean,layer=-1)", -1)]
+SCORED = [
+    ("clip", "fastervlm", -2),
+    ("siglip", "fastervlm(cls=mean)", -2),
+    ("clip", "fastervlm(cls=mean,layer=-1)", -1),
+]
 
 
 @pytest.mark.parametrize(("tower", "spec", "layer"), SCORED)
@@ -162,7 +182,9 @@ def test_scores_that_cannot_be_had_are_refused() -> None:
     for spec in ("uniform", "pool", "divprune"):
         with pytest.raises(UnsupportedError, match=r"read run\.last\.keep"):
             vlmprune.score(model, inputs, spec)
-    with pytest.raises(SpecError, match=r"expected one of \['pixel_values'\], got \['attention_mask', 'input_ids'\]"):
+    with pytest.raises(
+        SpecError, match=r"expected one of \['pixel_values'\], got \['attention_mask', 'input_ids'\]"
+    ):
         vlmprune.score(model, tiny_inputs(images=(0,)), "fastervlm")
     with pytest.raises(UnsupportedError, match="cls='mean'"):
         vlmprune.score(shared_model("llava", "siglip", None), inputs, "fastervlm")
@@ -170,7 +192,7 @@ def test_scores_that_cannot_be_had_are_refused() -> None:
         vlmprune.score(model, {**inputs, "pixel_values": torch.empty(0, 3, 84, 84)}, "fastervlm")
 
 
-# select -----------------------------------------------------------------------------------------------------------------
+# --- select ---------------------------------------------------------------------------------------
 
 
 def attention(batch: int = 2, heads: int = 3, n: int = 12) -> Tensor:
@@ -188,7 +210,9 @@ def test_select_gives_ascending_int64_of_every_row() -> None:
 
 def test_select_reads_two_axes_of_attention_as_one_head() -> None:
     a = attention(heads=1)
-    assert torch.equal(vlmprune.select("fastervlm@4", cls_attention=a[:, 0]), vlmprune.select("fastervlm@4", cls_attention=a))
+    assert torch.equal(
+        vlmprune.select("fastervlm@4", cls_attention=a[:, 0]), vlmprune.select("fastervlm@4", cls_attention=a)
+    )
 
 
 @pytest.mark.parametrize("keep", [12, 13, 1.0])
@@ -222,22 +246,48 @@ def test_select_of_a_merging_method_gives_the_slots_of_its_rows() -> None:
     ("call", "error", "message"),
     [
         ({"method": "fastervlm@4", "cls_atention": attention()}, SpecError, "Did you mean 'cls_attention'"),
-        ({"method": "fastervlm@4", "features": torch.randn(2, 12, 3)}, CaptureError, "needs 'cls_attention'; given were"),
+        (
+            {"method": "fastervlm@4", "features": torch.randn(2, 12, 3)},
+            CaptureError,
+            "needs 'cls_attention'; given were",
+        ),
         ({"method": "fastervlm@4"}, CaptureError, "pass at least one of"),
-        ({"method": "fastervlm@4", "cls_attention": attention(), "grid": (3, 5)}, SpecError, "15 tokens; the tensors hold 12"),
+        (
+            {"method": "fastervlm@4", "cls_attention": attention(), "grid": (3, 5)},
+            SpecError,
+            "15 tokens; the tensors hold 12",
+        ),
         ({"method": "fastervlm@4", "cls_attention": attention(), "grid": (0, 12)}, SpecError, "empty side"),
-        ({"method": "fastervlm@4", "cls_attention": attention(), "grid": 12}, SpecError, r"expected \(rows, cols\)"),
-        ({"method": "fastervlm@4", "cls_attention": attention(), "grid": ()}, SpecError, r"expected \(rows, cols\)"),
-        ({"method": "fastervlm@4", "cls_attention": attention(), "features": torch.randn(2, 11, 3)}, SpecError, "disagree"),
+        (
+            {"method": "fastervlm@4", "cls_attention": attention(), "grid": 12},
+            SpecError,
+            r"expected \(rows, cols\)",
+        ),
+        (
+            {"method": "fastervlm@4", "cls_attention": attention(), "grid": ()},
+            SpecError,
+            r"expected \(rows, cols\)",
+        ),
+        (
+            {"method": "fastervlm@4", "cls_attention": attention(), "features": torch.randn(2, 11, 3)},
+            SpecError,
+            "disagree",
+        ),
         ({"method": "fastervlm@4", "cls_attention": attention(batch=0)}, SpecError, "batch 0"),
         ({"method": "fastervlm@4", "cls_attention": attention(n=0)}, SpecError, "tokens 0"),
-        ({"method": "fastervlm@4", "cls_attention": attention().tolist()}, SpecError, "expected a torch tensor"),
+        (
+            {"method": "fastervlm@4", "cls_attention": attention().tolist()},
+            SpecError,
+            "expected a torch tensor",
+        ),
         ({"method": "fastervlm@4", "cls_attention": torch.rand(12)}, SpecError, "expected 2 or 3 axes"),
         ({"method": "fastervlm@4", "cls_attention": attention() * torch.nan}, InvariantError, "not finite"),
         ({"method": "fastervlm", "cls_attention": attention()}, SpecError, "budget"),
         ({"method": "fastervlm@4", "keep": 4, "cls_attention": attention()}, SpecError, "give one of them"),
     ],
-)  # fmt: skip
-def test_select_refuses_what_it_cannot_read(call: dict[str, Any], error: type[Exception], message: str) -> None:
+)
+def test_select_refuses_what_it_cannot_read(
+    call: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         vlmprune.select(**call)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad specs and budgets: the error shows what was given and the nearest name, and the model stays as it was.
 
-Hypothesis draws faults and where they are put; every category counts how many different bad inputs it saw refused.
+Hypothesis draws faults and where they are put; every category counts how many different bad inputs it saw
+refused.
 """
 
 from __future__ import annotations
@@ -20,20 +21,33 @@ from hypothesis import strategies as st
 
 import vlmprune
 from vlmprune import VlmPruneError
+from vlmprune.core.budget import SCOPES
 from vlmprune.registry import get
-from vlmprune.spec import SCOPES, Budget, Part, Spec
+from vlmprune.spec import Budget, Part, Spec
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 METHODS = vlmprune.list_methods()
 BUDGETED = ("random", "uniform", "pool", "fastervlm", "visionzip", "divprune")
 OPTIONS = [(name, option.name) for name in BUDGETED for option in vlmprune.method_info(name).options]
-DROP_WORDS = ("ratio", "rate", "drop", "prune_rate", "prune_ratio", "retain", "sparsity", "reduction_ratio", "visual_token_num")
+DROP_WORDS = (
+    "ratio",
+    "rate",
+    "drop",
+    "prune_rate",
+    "prune_ratio",
+    "retain",
+    "sparsity",
+    "reduction_ratio",
+    "visual_token_num",
+)
 KEEP = ("int >= 1", "float in (0, 1]")  # what every error about a budget must say
 
 
 class Bad(NamedTuple):
-    """One bad input: how to give it, what the message must show, the name it must propose, who refuses it, on which model."""
+    """One bad input: how to give it, what the message must show, the name it must propose, who refuses it, on
+    which model.
+    """
 
     what: str
     give: Callable[[], Any]
@@ -61,10 +75,17 @@ def answer(found: Any, family: str = "llava") -> list[int]:
 
 
 def refused(strategy: st.SearchStrategy[Bad], examples: int) -> set[str]:
-    """Draw that many inputs, require each to be refused and to change nothing, and return the different ones."""
+    """Draw that many inputs, require each to be refused and to change nothing, and return the different
+    ones."""
     tried: set[str] = set()
 
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def refuse(bad: Bad) -> None:
         before = snapshot(model(bad.family))
@@ -94,14 +115,27 @@ def misspelt(draw: st.DrawFn, words: Sequence[str]) -> tuple[str, str]:
     return wrong, right
 
 
-# specs: strategies of (spec, what the message shows, nearest name) ---------------------------------------------------------
+# --- specs: strategies of (spec, what the message shows, nearest name) ----------------------------
 
 bad_numbers = st.one_of(
-    st.integers(-(2**63), 0), st.floats(max_value=0), st.floats(1, exclude_min=True), st.sampled_from([np.nan, np.inf, -np.inf])
+    st.integers(-(2**63), 0),
+    st.floats(max_value=0),
+    st.floats(1, exclude_min=True),
+    st.sampled_from([np.nan, np.inf, -np.inf]),
 )
-not_numbers = st.from_regex(r"[0-9]{0,3}[a-df-z%_,;:!][0-9a-z%]{0,3}", fullmatch=True)  # no e, which is an exponent
+not_numbers = st.from_regex(
+    r"[0-9]{0,3}[a-df-z%_,;:!][0-9a-z%]{0,3}", fullmatch=True
+)  # no e, which is an exponent
 bad_keep_text = st.one_of(bad_numbers.map(repr), not_numbers, st.just(""))
-not_text = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.binary(), st.just(METHODS), st.just({"random": 4}))
+not_text = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.binary(),
+    st.just(METHODS),
+    st.just({"random": 4}),
+)
 WRONG_VALUES = {
     "random(seed={})@4": ["1.5", "true", "none", "'1'", "(1,2)", "-1", "4294967296", "word"],
     "fastervlm(layer={})@4": ["1.5", "true", "deep", "(1,)", "'-2'", "1e999"],
@@ -110,28 +144,64 @@ WRONG_VALUES = {
 }
 WRONG_WORDS = {"fastervlm(cls={})@4": ["token", "mean"], "visionzip(anyres={})@4": ["spatial", "unpad"]}
 BROKEN = [
-    "", " ", "+", "random@4+", "+random@4", "random@4@4", "random@@4", "@4", "(seed=1)@4", "random(3)@4", "random(seed)@4",
-    "random(seed=)@4", "random(seed=1,seed=2)@4", "random(*a)@4", "random(**a)@4", "random(seed=f())@4", "random(seed={})@4",
-    "random(seed=1;2)@4", "random(seed=1+1)@4", "random(seed=1)x@4", "random(seed=1 2)@4", "random(seed=a.b)@4", "pool@4 dense",
-    "random(seed=1)(seed=2)@4", "random@4(seed=1)", "random@4/crop/crop", "dense@4", "random@4+pool@4", "random", "pool+uniform",
-]  # fmt: skip
+    "",
+    " ",
+    "+",
+    "random@4+",
+    "+random@4",
+    "random@4@4",
+    "random@@4",
+    "@4",
+    "(seed=1)@4",
+    "random(3)@4",
+    "random(seed)@4",
+    "random(seed=)@4",
+    "random(seed=1,seed=2)@4",
+    "random(*a)@4",
+    "random(**a)@4",
+    "random(seed=f())@4",
+    "random(seed={})@4",
+    "random(seed=1;2)@4",
+    "random(seed=1+1)@4",
+    "random(seed=1)x@4",
+    "random(seed=1 2)@4",
+    "random(seed=a.b)@4",
+    "pool@4 dense",
+    "random(seed=1)(seed=2)@4",
+    "random@4(seed=1)",
+    "random@4/crop/crop",
+    "dense@4",
+    "random@4+pool@4",
+    "random",
+    "pool+uniform",
+]
 
 SPEC_FAULTS: dict[str, st.SearchStrategy[tuple[Any, Sequence[str], str]]] = {
     "name": misspelt(METHODS).map(lambda p: (f"{p[0]}@64", (repr(p[0]), "list_methods"), p[1])),
     "case": st.sampled_from(BUDGETED).map(lambda name: (f"{name.upper()}@64", (name.upper(),), name)),
     "budget": st.tuples(st.sampled_from(BUDGETED), bad_keep_text).map(
-        lambda p: ("@".join(p), (p[1].split("+")[0], *KEEP), "")  # 1e+16 is read up to the '+', which joins methods
+        lambda p: (
+            "@".join(p),
+            (p[1].split("+")[0], *KEEP),
+            "",
+        )  # 1e+16 is read up to the '+', which joins methods
     ),
     "scope": misspelt(SCOPES).map(lambda p: (f"random@8/{p[0]}", (repr(p[0]), *SCOPES), p[1])),
     "option": st.sampled_from(OPTIONS).flatmap(
         lambda o: misspelt([o[1]]).map(lambda p: (f"{o[0]}({p[0]}=1)@64", (repr(o[0]), repr(p[0])), p[1]))
     ),
-    "drop": st.tuples(st.sampled_from(BUDGETED), st.sampled_from(DROP_WORDS), st.integers(1, 99).map(lambda i: i / 100)).map(
-        lambda p: (f"{p[0]}({p[1]}={p[2]})", (f"{p[1]}={p[2]}", "KEEP", f"{p[0]}@{round(1 - p[2], 12)}", f"{p[0]}@{p[2]}"), "")
+    "drop": st.tuples(
+        st.sampled_from(BUDGETED), st.sampled_from(DROP_WORDS), st.integers(1, 99).map(lambda i: i / 100)
+    ).map(
+        lambda p: (
+            f"{p[0]}({p[1]}={p[2]})",
+            (f"{p[1]}={p[2]}", "KEEP", f"{p[0]}@{round(1 - p[2], 12)}", f"{p[0]}@{p[2]}"),
+            "",
+        )
     ),
-    "value": st.sampled_from([(frame, value) for frame, values in WRONG_VALUES.items() for value in values]).map(
-        lambda p: (p[0].format(p[1]), (p[0].split("(")[1].split("=")[0],), "")
-    ),
+    "value": st.sampled_from(
+        [(frame, value) for frame, values in WRONG_VALUES.items() for value in values]
+    ).map(lambda p: (p[0].format(p[1]), (p[0].split("(")[1].split("=")[0],), "")),
     "word": st.sampled_from(list(WRONG_WORDS.items())).flatmap(
         lambda f: misspelt(f[1]).map(lambda p: (f[0].format(p[0]), (repr(p[0]), *f[1]), p[1]))
     ),
@@ -154,11 +224,13 @@ VERBS: dict[str, Callable[[Any], Any]] = {
 def bad_specs(draw: st.DrawFn) -> Bad:
     fault = draw(st.sampled_from(list(SPEC_FAULTS)))
     spec, shows, near = draw(SPEC_FAULTS[fault])
-    verb = draw(st.sampled_from(list(VERBS)[: 3 if fault == "broken" else 5]))  # a spec may lack what only pruning needs
+    verb = draw(
+        st.sampled_from(list(VERBS)[: 3 if fault == "broken" else 5])
+    )  # a spec may lack what only pruning needs
     return Bad(f"{verb}({spec!r})", lambda: VERBS[verb](spec), shows, near)
 
 
-# keep ----------------------------------------------------------------------------------------------------------------------
+# --- keep -----------------------------------------------------------------------------------------
 
 KEEP_PLACES: dict[str, Callable[[Any], Any]] = {
     "Budget": Budget,
@@ -174,10 +246,25 @@ half = st.integers(-100, 0) | st.floats(-8, 0, width=16) | st.floats(1, 8, exclu
 bad_keeps = st.one_of(
     bad_numbers,
     st.integers(2**63) | st.integers(max_value=-(2**63) - 1) | st.just(10**5000),
-    half.flatmap(lambda x: st.sampled_from([np.float16(x), np.float32(x), np.float64(x), np.array(x), torch.tensor(x)])),
-    st.integers(-100, 0).flatmap(lambda x: st.sampled_from([np.int8(x), np.int64(x), Decimal(x), Fraction(x)])),
+    half.flatmap(
+        lambda x: st.sampled_from([np.float16(x), np.float32(x), np.float64(x), np.array(x), torch.tensor(x)])
+    ),
+    st.integers(-100, 0).flatmap(
+        lambda x: st.sampled_from([np.int8(x), np.int64(x), Decimal(x), Fraction(x)])
+    ),
     st.fractions(1).filter(lambda x: x > 1),
-    st.sampled_from([True, False, np.True_, np.array(4), np.array([4, 5]), torch.tensor(4), torch.tensor([0.5]), Decimal("0.5")]),
+    st.sampled_from(
+        [
+            True,
+            False,
+            np.True_,
+            np.array(4),
+            np.array([4, 5]),
+            torch.tensor(4),
+            torch.tensor([0.5]),
+            Decimal("0.5"),
+        ]
+    ),
     st.sampled_from([4j, b"64", [64], (64,), {64}, {"keep": 64}, int, object, ..., range(4), slice(4)]),
     st.sampled_from([Fraction(10**400)]),
 )
@@ -186,8 +273,16 @@ bad_keeps = st.one_of(
 @st.composite
 def bad_keep_values(draw: st.DrawFn) -> Bad:
     place = draw(st.sampled_from(list(KEEP_PLACES)))
-    keep = draw(bad_keeps if place == "Budget" else bad_keeps | bad_keep_text)  # Budget.of reads text, Budget takes numbers
-    given = keep if isinstance(keep, str) else "64 bits" if isinstance(keep, int) and abs(keep) >= 2**63 else repr(keep)
+    keep = draw(
+        bad_keeps if place == "Budget" else bad_keeps | bad_keep_text
+    )  # Budget.of reads text, Budget takes numbers
+    given = (
+        keep
+        if isinstance(keep, str)
+        else "64 bits"
+        if isinstance(keep, int) and abs(keep) >= 2**63
+        else repr(keep)
+    )
     return Bad(f"{place}: {type(keep).__name__} {given}", lambda: KEEP_PLACES[place](keep), (given, *KEEP))
 
 
@@ -273,7 +368,9 @@ def test_detaching_twice_is_harmless():
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_an_exception_inside_generate_comes_out_and_leaves_nothing(step):
-    """Raised after the prompt or at a later step: the session works on, and the model is clean once it is over."""
+    """Raised after the prompt or at a later step: the session works on, and the model is clean once it is
+    over.
+    """
     before, dense = snapshot(model()), answer(model())
 
     def explode(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,23 @@ import inside
 
 TINY = ("--size", "tiny", "--repeats", "1", "--warmup", "1", "--threads", "1", "--json")
 EVERY_HEAD = "var(dims=[7,21],tau=2.0,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=0)"
-CONDITIONS = {"device", "dtype", "threads", "clock", "repeats", "versions", "shape", "processor", "load_before", "date", "commit"}
+CONDITIONS = {
+    "device",
+    "dtype",
+    "threads",
+    "clock",
+    "repeats",
+    "versions",
+    "shape",
+    "processor",
+    "load_before",
+    "date",
+    "commit",
+}
 
-takes_encoded = "mm_encoder_outputs" in python_inspect.signature(LlavaForConditionalGeneration.forward).parameters
+takes_encoded = (
+    "mm_encoder_outputs" in python_inspect.signature(LlavaForConditionalGeneration.forward).parameters
+)
 needs_encoded = pytest.mark.skipif(not takes_encoded, reason="this transformers takes no mm_encoder_outputs")
 
 

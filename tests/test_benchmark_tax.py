@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import tax
 
-from vlmprune.benchmarks.speed.memory import memory_profile
+from vlmprune.speed.memory import memory_profile
 
 MIB = 2**20
 TINY = ("--size", "tiny", "--repeats", "1", "--warmup", "1", "--threads", "1")
@@ -37,7 +37,18 @@ def threads():
 @pytest.fixture(scope="module")
 def row(tmp_path_factory):
     out = tmp_path_factory.mktemp("tax") / "rows.json"
-    command = [sys.executable, tax.__file__, *TINY, "--prune", "fastervlm", "--keep", "4", "--json", "--out", str(out)]
+    command = [
+        sys.executable,
+        tax.__file__,
+        *TINY,
+        "--prune",
+        "fastervlm",
+        "--keep",
+        "4",
+        "--json",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
@@ -49,7 +60,18 @@ def row(tmp_path_factory):
 def test_row_holds_every_number_with_its_conditions(row):
     figures = {name + end for name in ("tax", "speedup", "ideal_speedup") for end in ("", "_with_vision")}
     own = {"spec", "seconds", "spreads", "score_seconds", "capture_seconds", "peak_extra_bytes", "repeats"}
-    conditions = {"device", "dtype", "threads", "clock", "versions", "shape", "processor", "load_before", "date", "commit"}
+    conditions = {
+        "device",
+        "dtype",
+        "threads",
+        "clock",
+        "versions",
+        "shape",
+        "processor",
+        "load_before",
+        "date",
+        "commit",
+    }
     assert figures | own | conditions <= row.keys()
     assert (row["spec"], row["device"], row["dtype"], row["threads"]) == ("fastervlm@4", "cpu", "float32", 1)
     assert set(row["versions"]) == {"torch", "transformers", "vlmprune", "python"}
@@ -140,7 +162,9 @@ def test_memory_is_exact_and_found_where_it_was_used():
 def test_a_hidden_peak_is_seen():
     model, x = Layers(), torch.ones(1, 1)
     bare = memory_profile(lambda: model(x), model)
-    handle = model.big.register_forward_pre_hook(lambda module, args: torch.ones(2, MIB, dtype=torch.uint8).numel() and None)
+    handle = model.big.register_forward_pre_hook(
+        lambda module, args: torch.ones(2, MIB, dtype=torch.uint8).numel() and None
+    )
     try:
         watched = memory_profile(lambda: model(x), model)
     finally:

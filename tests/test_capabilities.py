@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what families can do: complete, true where it is measured again, and shown by the command line."""
+"""The table of what families can do: complete, true where it is measured again, and shown by the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ from vlmprune.testing.capabilities import CAPABILITIES, OF_METHODS, SPEC, cell, 
 ROOT = Path(__file__).parents[1]
 METHODS = method_names()
 CELLS = [(family, None, name) for family in families() for name in CAPABILITIES]
-CELLS += [(family, method, name) for family in families() for method in METHODS for name in (None, *OF_METHODS)]
-# in each default run one method of every family runs anew, and one thing that another can do; always the same ones
+CELLS += [
+    (family, method, name) for family in families() for method in METHODS for name in (None, *OF_METHODS)
+]
+# in each default run one method of every family runs anew, and one thing that another can do; always the same
+# ones
 FEW = [(f, METHODS[crc32(f.encode()) % len(METHODS)], None) for f in families()]
 HERE = [name for name in OF_METHODS if name != "flash" or torch.cuda.is_available()]
-FEW += [(f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], HERE[crc32(f.encode()) % len(HERE)]) for f in families()]
+FEW += [
+    (f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], HERE[crc32(f.encode()) % len(HERE)])
+    for f in families()
+]
 
 
 def test_the_table_has_every_family_method_and_capability() -> None:
@@ -35,14 +43,25 @@ def test_a_table_that_lacks_something_is_stale() -> None:
     found = copy.deepcopy(table())
     row = found["families"].pop("llava")
     del row["methods"]["fastv"], found["families"]["vipllava"]["capabilities"]["beams"]
-    del found["families"]["vipllava"]["methods"]["var"]["batch"], found["families"]["vipllava"]["methods"]["pool"]
-    assert stale(found) == ["family llava", "vipllava: capability beams", "vipllava: method pool", "vipllava: var: batch"]
+    del (
+        found["families"]["vipllava"]["methods"]["var"]["batch"],
+        found["families"]["vipllava"]["methods"]["pool"],
+    )
+    assert stale(found) == [
+        "family llava",
+        "vipllava: capability beams",
+        "vipllava: method pool",
+        "vipllava: var: batch",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "capability"), [*FEW, *(pytest.param(*one, marks=pytest.mark.slow) for one in CELLS if one not in FEW)]
+    ("family", "method", "capability"),
+    [*FEW, *(pytest.param(*one, marks=pytest.mark.slow) for one in CELLS if one not in FEW)],
 )
-def test_the_table_says_what_is_measured_again(family: str, method: str | None, capability: str | None) -> None:
+def test_the_table_says_what_is_measured_again(
+    family: str, method: str | None, capability: str | None
+) -> None:
     row = table()["families"][family]
     known = row["capabilities"] if method is None else row["methods"][method]
     spec, name = (SPEC, capability) if method is None else (known["spec"], capability or "runs")
@@ -52,7 +71,9 @@ def test_the_table_says_what_is_measured_again(family: str, method: str | None, 
     for one in (again, known[name]):
         if one.startswith("not measured"):
             pytest.skip(one)
-    assert again.split(":")[0] == known[name].split(":")[0], f"run python docs/capabilities.py --family {family}"
+    assert again.split(":")[0] == known[name].split(":")[0], (
+        f"run python docs/capabilities.py --family {family}"
+    )
 
 
 def test_the_page_is_the_data() -> None:

@@ -16,21 +16,26 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlmprune
-from vlmprune.benchmarks.shapes import shapes
 from vlmprune.cli import app
 from vlmprune.errors import SpecError
+from vlmprune.evaluation.tasks.shapes import shapes
 from vlmprune.models import families
 from vlmprune.testing import conformance, tiny
 from vlmprune.testing.conformance import CheckResult
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "numpy", "yaml", "PIL", "triton")
-NOTE = "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean nothing"
+NOTE = (
+    "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean "
+    "nothing"
+)
 
 
 def cli(*words, code=0, columns=100):
     """Run a command in this process; plain text, as in a pipe."""
-    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(app, [str(word) for word in words])
+    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(
+        app, [str(word) for word in words]
+    )
     assert result.exit_code == code, result.output + repr(result.exception)
     return result
 
@@ -43,7 +48,7 @@ def process(*words, cwd=None, path=()):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-# --- the command itself -----------------------------------------------------------------------------------------------------
+# --- the command itself ---------------------------------------------------------------------------
 
 
 def test_help_names_every_command_and_the_exit_codes():
@@ -83,7 +88,7 @@ def test_debug_shows_the_traceback():
     assert isinstance(result.exception, SpecError)
 
 
-# --- list and show ----------------------------------------------------------------------------------------------------------
+# --- list and show --------------------------------------------------------------------------------
 
 
 def test_list_shows_every_method():
@@ -114,7 +119,7 @@ def test_show_says_what_a_method_is_and_its_example_parses(method):
         assert str(vlmprune.parse(info["example"])) == info["example"]
 
 
-# --- run --------------------------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------
 
 
 def test_run_needs_no_arguments():
@@ -133,8 +138,12 @@ def test_run_without_arguments_answers_right():
 
 def test_about_a_picture_of_yours_tiny_says_that_it_knows_nothing(tmp_path):
     tiny.picture(1, (190, 100)).save(tmp_path / "scene.png")
-    found = json.loads(cli("run", tmp_path / "scene.png", "--json", "--no-dense", "--max-new-tokens", 1).stdout)
-    assert found["note"] == NOTE and found["expected"] is None and found["question"] == "What is in the picture?"
+    found = json.loads(
+        cli("run", tmp_path / "scene.png", "--json", "--no-dense", "--max-new-tokens", 1).stdout
+    )
+    assert (
+        found["note"] == NOTE and found["expected"] is None and found["question"] == "What is in the picture?"
+    )
 
 
 def test_run_as_json_holds_counts_times_and_answers():
@@ -165,8 +174,17 @@ def test_run_takes_a_picture_a_question_and_a_folder(tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     tiny.picture(1, (190, 100)).save(tmp_path / "scene.png")
-    text = cli("run", tmp_path / "scene.png", "How many [b]balls[/b]?", "--model", tmp_path / "model", "--max-new-tokens", 2,
-               "--no-dense", columns=200).stdout
+    text = cli(
+        "run",
+        tmp_path / "scene.png",
+        "How many [b]balls[/b]?",
+        "--model",
+        tmp_path / "model",
+        "--max-new-tokens",
+        2,
+        "--no-dense",
+        columns=200,
+    ).stdout
     assert "How many [b]balls[/b]?" in text  # no markup
     assert NOTE not in text and "without a warm-up" in text
 
@@ -183,7 +201,10 @@ def test_draw_writes_the_picture_with_the_kept_patches(tmp_path):
 def test_an_answer_cannot_control_the_terminal():
     from vlmprune.cli.screen import plain
 
-    assert plain("\x1b[31mred\x07 [bold]\n").plain == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER} [bold]\n"
+    assert (
+        plain("\x1b[31mred\x07 [bold]\n").plain
+        == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER} [bold]\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +232,9 @@ def test_wrong_input_to_run_is_one_message_and_code_2(words, message):
 
 
 def test_an_empty_or_broken_picture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)  # libraries of other tests switch it on for the process
+    monkeypatch.setattr(
+        "PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False
+    )  # libraries of other tests switch it on for the process
     (tmp_path / "empty.png").write_bytes(b"")
     tiny.picture().save(tmp_path / "half.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:2000])
@@ -219,7 +242,7 @@ def test_an_empty_or_broken_picture_is_refused(tmp_path, monkeypatch):
         assert "cannot be read as a picture" in cli("run", tmp_path / name, code=2).stderr
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,7 +292,9 @@ def test_verify_as_json_keeps_the_exit_code(results):
     results(PASS, FAIL)
     found = json.loads(cli("verify", "fastervlm", "--json", code=1).stdout)
     assert found["failed"] == 1 and found["spec"] == "fastervlm@0.25"
-    assert found["results"][1] == dict(zip(("check", "family", "status", "detail", "seconds"), (*FAIL, 0.5), strict=True))
+    assert found["results"][1] == dict(
+        zip(("check", "family", "status", "detail", "seconds"), (*FAIL, 0.5), strict=True)
+    )
 
 
 def test_nothing_verified_is_no_success(results):
@@ -284,13 +309,14 @@ def test_verify_runs_the_real_checks_of_the_families_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["nope"], "method 'nope' is unknown"), (["pool@9", "-f", "lava"], "Did you mean 'llava'")]
+    ("words", "message"),
+    [(["nope"], "method 'nope' is unknown"), (["pool@9", "-f", "lava"], "Did you mean 'llava'")],
 )
 def test_wrong_input_to_verify_is_code_2(words, message):
     assert message in cli("verify", *words, code=2).stderr
 
 
-# --- validate ---------------------------------------------------------------------------------------------------------------
+# --- validate -------------------------------------------------------------------------------------
 
 
 def test_validate_prints_what_it_found():

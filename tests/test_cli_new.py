@@ -15,14 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmprune.cli import app
-from vlmprune.testing.scaffold import scaffold
+from vlmprune.cli.scaffold import scaffold
 
 ROOT = Path(__file__).parents[1]
 
 
 def cli(*words, code=0, columns=100):
     """Run a command in this process; plain text, as in a pipe."""
-    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(app, [str(word) for word in words])
+    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(
+        app, [str(word) for word in words]
+    )
     assert result.exit_code == code, result.output + repr(result.exception)
     return result
 
@@ -72,7 +74,7 @@ def test_a_plug_in_that_does_not_load_is_named_and_hides_nothing(tmp_path):
     installed(tmp_path, "mine")
     (tmp_path / "vlmprune_mine.py").write_text("import no_such_module\n")
     listed = process("list", cwd=tmp_path, path=[tmp_path])
-    assert listed.returncode == 2 and "fastervlm" in listed.stdout
+    assert listed.returncode == 0 and "fastervlm" in listed.stdout
     assert "its entry point 'vlmprune_mine:Mine' does not load" in listed.stderr
 
 
@@ -80,7 +82,10 @@ def test_a_new_built_in_method_goes_where_the_others_are(tmp_path):
     (tmp_path / "vlmprune" / "methods").mkdir(parents=True)
     made = scaffold("two_words", tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in made.files] == [
-        "vlmprune/methods/two_words.py", "tests/methods/test_two_words.py", "methods/two_words.md", "methods/two_words.yaml",
+        "vlmprune/methods/two_words.py",
+        "tests/methods/test_two_words.py",
+        "methods/two_words.md",
+        "methods/two_words.yaml",
     ]
     assert '"two_words": "vlmprune.methods.two_words:TwoWords"' in made.steps[0]
 
@@ -118,13 +123,23 @@ def test_a_project_that_is_there_keeps_its_file_and_gets_a_snippet(tmp_path):
 def test_new_overwrites_nothing_and_then_writes_nothing(tmp_path):
     (tmp_path / "mine.md").write_text("precious")
     assert "exist already" in cli("new", "mine", "--dir", tmp_path, code=2).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.md"] and (tmp_path / "mine.md").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.md"] and (
+        tmp_path / "mine.md"
+    ).read_text() == "precious"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Mine", "no name for a method"), ("my-method", "no name"), ("9th", "no name"), ("", "no name"), ("pool", "exists already"),
-     ("class", "would make a class"), ("none", "would make a class"), ("visual_tokens", "would make a class")],
+    [
+        ("Mine", "no name for a method"),
+        ("my-method", "no name"),
+        ("9th", "no name"),
+        ("", "no name"),
+        ("pool", "exists already"),
+        ("class", "would make a class"),
+        ("none", "would make a class"),
+        ("visual_tokens", "would make a class"),
+    ],
 )
 def test_new_refuses_bad_names(name, message, tmp_path):
     assert message in cli("new", "--dir", tmp_path, "--", name, code=2).stderr

@@ -42,7 +42,7 @@ def process(code, *words, stdout=subprocess.PIPE, **environment):
     )
 
 
-# --- output that cannot be written ------------------------------------------------------------------------------------------
+# --- output that cannot be written ----------------------------------------------------------------
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -83,7 +83,7 @@ def test_a_refusal_by_the_system_names_the_file():
     assert str(of_system(OSError("the network is down"))) == "the network is down"
 
 
-# --- terminals that are not UTF-8 -------------------------------------------------------------------------------------------
+# --- terminals that are not UTF-8 -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
@@ -116,7 +116,7 @@ def test_a_stream_that_is_no_file_is_left_alone(monkeypatch):
     assert "keeps" in sys.stdout.getvalue().lower() or "dense" in sys.stdout.getvalue()
 
 
-# --- --debug ----------------------------------------------------------------------------------------------------------------
+# --- --debug --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_after_two_dashes_debug_is_a_word_like_any_other():
     assert "method '--debug' is unknown" in cli("show", "--", "--debug", code=2).stderr
 
 
-# --- what people type -------------------------------------------------------------------------------------------------------
+# --- what people type -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_schedule_of_its_own_can_be_drawn_for_all_the_check_knows():
     assert _check_draw(Path("kept.png"), vlmprune.parse("pyramiddrop")) is None
 
 
-# --- narrow screens ---------------------------------------------------------------------------------------------------------
+# --- narrow screens -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns", [40, 60, 72, 80, 90, 100, 160])
@@ -190,19 +190,31 @@ def test_the_list_of_methods_cuts_no_word(columns):
     assert ("vlmprune show METHOD" in " ".join(text.split())) == (columns < 100)
 
 
-# --- plan -------------------------------------------------------------------------------------------------------------------
+# --- plan -----------------------------------------------------------------------------------------
 
 FOUND = {
-    "model": "tiny", "spec": "fastervlm@9", "advice": "prune", "gain": 0.25, "dense_s": 2.0, "pruned_s": 1.5,
-    "worth": 0.05, "threshold": 0.05, "device": "cpu", "dtype": "float32", "attention": "sdpa", "note": "",
+    "model": "tiny",
+    "spec": "fastervlm@9",
+    "advice": "prune",
+    "gain": 0.25,
+    "dense_s": 2.0,
+    "pruned_s": 1.5,
+    "worth": 0.05,
+    "threshold": 0.05,
+    "device": "cpu",
+    "dtype": "float32",
+    "attention": "sdpa",
+    "note": "",
     "case": {"visual_tokens": 144, "text_tokens": 60, "batch": 1, "answer_tokens": 32},
     "costs": {"choose": 0.002, "encode": 0.01},
     "check": {"answer_tokens": 16, "gain_foreseen": 0.3, "gain": 0.28, "error": 0.02},
     "ranges": {
-        "visual_tokens": {"from": 90, "to": 16384, "limit": 16384}, "text_tokens": {"from": 1, "to": 700, "limit": 8192},
-        "answer_tokens": {"from": 1, "to": 4096, "limit": 4096}, "batch": None,
+        "visual_tokens": {"from": 90, "to": 16384, "limit": 16384},
+        "text_tokens": {"from": 1, "to": 700, "limit": 8192},
+        "answer_tokens": {"from": 1, "to": 4096, "limit": 4096},
+        "batch": None,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -215,8 +227,8 @@ def planned(monkeypatch):
             asked.append(spec)
             return FOUND | changes
 
-        monkeypatch.setattr("vlmprune.benchmarks.speed.plan.plan", plan)
-        monkeypatch.setattr("vlmprune.benchmarks.speed.workload.make_workload", lambda *args, **options: None)
+        monkeypatch.setattr("vlmprune.speed.plan.plan", plan)
+        monkeypatch.setattr("vlmprune.speed.workload.make_workload", lambda *args, **options: None)
         return asked
 
     return install
@@ -254,7 +266,7 @@ def test_there_is_no_plan_for_what_removes_nothing(spec):
 
 
 def test_no_plan_is_made_for_what_removes_nothing():
-    from vlmprune.benchmarks.speed.plan import plan
+    from vlmprune.speed.plan import plan
 
     with pytest.raises(SpecError, match="removes no token"):
         plan(None, "dense")
@@ -266,7 +278,7 @@ def test_plan_takes_one_spec(words):
 
 
 def test_the_shapes_of_the_help_are_those_that_there_are():
-    from vlmprune.benchmarks.speed.shapes import SHAPES
+    from vlmprune.speed.shapes import SHAPES
 
     assert bench.SHAPES == tuple(SHAPES)
     for command in ("bench", "plan"):

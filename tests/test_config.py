@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune.benchmarks.published import Published
-from vlmprune.benchmarks.summary import budget_of
-from vlmprune.config import Config, load
 from vlmprune.errors import SpecError
+from vlmprune.evaluation.leaderboard.config import Config, load
+from vlmprune.evaluation.leaderboard.published import Published
+from vlmprune.evaluation.stats.summary import budget_of
 from vlmprune.registry import list_methods
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -58,9 +58,14 @@ def test_every_key_arrives(write):
     config = load(write(WHOLE))
     assert config.models == ("tiny", "llava-hf/llava-1.5-7b-hf")
     assert [str(spec) for spec in config.specs] == [
-        "dense", "fastervlm@64", "random(seed=3)@0.25/crop",
-        "holov@64", "holov@0.5/crop", "debias+fastv@64", "debias+fastv@0.5/crop",
-    ]  # fmt: skip
+        "dense",
+        "fastervlm@64",
+        "random(seed=3)@0.25/crop",
+        "holov@64",
+        "holov@0.5/crop",
+        "debias+fastv@64",
+        "debias+fastv@0.5/crop",
+    ]
     assert (config.tasks, config.seeds, config.out) == (("shapes", "lmms:gqa"), (0, 7, 8), "runs/first")
     assert (config.split, config.limit, config.batch_size, config.max_new_tokens) == ("dev", 50, 4, 8)
     assert (config.dtype, config.positions) == ("bfloat16", "original")
@@ -187,7 +192,7 @@ def test_the_published_protocols_are_there():
     assert len(load(FOLDER / "video-llava-7b.yaml").tasks) == 3
 
 
-# --- published numbers --------------------------------------------------------------------------------------
+# --- published numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)

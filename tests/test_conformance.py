@@ -3,23 +3,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vlmprune.core.attention_tap import AttentionCall
-from vlmprune.core.frames import Frame
-from vlmprune.core.inside import InsideHost
+from vlmprune.hooks.attention_tap import AttentionCall
+from vlmprune.hooks.sequence import views
+from vlmprune.hooks.sequence.views import SequenceView
+from vlmprune.hooks.slots import before_lm
+from vlmprune.hooks.slots.inside_lm import InsideLM
 from vlmprune.registry import get, list_methods
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
 from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
 
 METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
-OPTIONS = ["fastervlm(cls=mean)@9", "visionzip(cls=mean)@12", "visionzip(contextual=2,combine=mean)@12", "random(seed=3)@0.3",
-           "fastervlm@4/crop", "random@5/crop", "random@20/total", "divprune@20/total", "pool@5/crop",
-           "fastv(layer=1)@0.4", "fastv(layer=3)@50", "pyramiddrop(layers=[1,3])@0.4"]  # fmt: skip
+OPTIONS = [
+    "fastervlm(cls=mean)@9",
+    "visionzip(cls=mean)@12",
+    "visionzip(contextual=2,combine=mean)@12",
+    "random(seed=3)@0.3",
+    "fastervlm@4/crop",
+    "random@5/crop",
+    "random@20/total",
+    "divprune@20/total",
+    "pool@5/crop",
+    "fastv(layer=1)@0.4",
+    "fastv(layer=3)@50",
+    "pyramiddrop(layers=[1,3])@0.4",
+]
 YOUNGER = [family for family in FAMILIES if family not in LLAVA_FAMILIES]
 QUICK = [Subject(default_spec(method), family) for method in METHODS for family in LLAVA_FAMILIES]
-# the others run a method of each kind by default, the first of these with all checks, and all methods with -m slow
+# the others run a method of each kind by default, the first of these with all checks, and all methods with -m
+# slow
 ALL_CHECKS = "fastervlm(cls=mean)@0.25"
 SOME_CHECKS = {
     "fastv@0.25": ("cut_equals_hand_built", "every_mode_equals_kept_embeddings", "second_turn"),
@@ -27,13 +43,22 @@ SOME_CHECKS = {
     default_spec("var"): ("edit_equals_eager_twin", "composes_with_a_cut"),
 }
 SAMPLE = [(Subject(ALL_CHECKS, family), check) for family in YOUNGER for check in all_checks()]
-SAMPLE += [(Subject(spec, family), check) for family in YOUNGER for spec, checks in SOME_CHECKS.items() for check in checks]
+SAMPLE += [
+    (Subject(spec, family), check)
+    for family in YOUNGER
+    for spec, checks in SOME_CHECKS.items()
+    for check in checks
+]
 # words in the middle of a prompt that attends both ways look ahead when they rank
 SAMPLE += [(Subject(default_spec("sparsevlm"), "paligemma"), "cut_equals_hand_built")]
 MORE = [
     *(Subject(spec, family) for spec in OPTIONS for family in ("llava", "llava_next", "llava_onevision")),
     *(Subject(default_spec(method), family) for method in METHODS for family in YOUNGER),
-    *(Subject(spec, *variant) for variant in VARIANTS for spec in ("fastervlm@9", "random@9", "fastv@9", "pyramiddrop@0.5")),
+    *(
+        Subject(spec, *variant)
+        for variant in VARIANTS
+        for spec in ("fastervlm@9", "random@9", "fastv@9", "pyramiddrop@0.5")
+    ),
 ]
 
 
@@ -41,12 +66,27 @@ def name_of(subject: Subject) -> str:
     return "-".join(filter(None, (subject.spec, subject.family, subject.tower, subject.text)))
 
 
-# what a family may answer instead of passing: the nearest thing that works, which it must name, and the families that may say so
-NO_CLS = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "fast_vlm", "internvl", "paligemma",
-          "gemma3"}  # fmt: skip
+# what a family may answer instead of passing: the nearest thing that works, which it must name, and the
+# families that may say so
+NO_CLS = {
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "idefics3",
+    "smolvlm",
+    "fast_vlm",
+    "internvl",
+    "paligemma",
+    "gemma3",
+}
 MERGERS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
-REFUSALS = {"cls='mean'": NO_CLS, "estimator='zo'": {*MERGERS, "idefics3", "smolvlm", "paligemma", "gemma3"}, "become": MERGERS,
-            "eager attention only": {"paligemma"}}  # fmt: skip
+REFUSALS = {
+    "cls='mean'": NO_CLS,
+    "estimator='zo'": {*MERGERS, "idefics3", "smolvlm", "paligemma", "gemma3"},
+    "become": MERGERS,
+    "eager attention only": {"paligemma"},
+}
 
 
 def may_refuse(subject: Subject, detail: str) -> bool:
@@ -59,12 +99,18 @@ def may_refuse(subject: Subject, detail: str) -> bool:
     [
         *(pytest.param(s, check, id=f"{name_of(s)}-{check}") for s in QUICK for check in checks_for(s)),
         *(pytest.param(s, check, id=f"{name_of(s)}-{check}") for s, check in SAMPLE),
-        *(pytest.param(s, check, id=f"{name_of(s)}-{check}", marks=pytest.mark.slow) for s in MORE for check in checks_for(s)),
+        *(
+            pytest.param(s, check, id=f"{name_of(s)}-{check}", marks=pytest.mark.slow)
+            for s in MORE
+            for check in checks_for(s)
+        ),
     ],
 )
 def test_conformance(subject: Subject, check: str) -> None:
     result = run_check(check, checks_for(subject)[check], subject)
-    if result.status == "unsupported" and ("install" in result.detail or "swaps forward methods" in result.detail):
+    if result.status == "unsupported" and (
+        "install" in result.detail or "swaps forward methods" in result.detail
+    ):
         pytest.skip(result.detail)  # transformers 4.57 is not thread-safe by itself, and lacks families
     if result.status == "unsupported":
         assert may_refuse(subject, result.detail), result.detail
@@ -75,7 +121,11 @@ def test_conformance(subject: Subject, check: str) -> None:
 def test_run_checks_reports_every_check_of_every_family_asked_for() -> None:
     seen = []
     results = run_checks("uniform", ["llava"], seen.append)
-    assert results == seen and {r.check for r in results} == set(all_checks()) and {r.family for r in results} == {"llava"}
+    assert (
+        results == seen
+        and {r.check for r in results} == set(all_checks())
+        and {r.family for r in results} == {"llava"}
+    )
 
 
 def test_a_bare_name_gets_a_budget_that_its_schedule_can_meet() -> None:
@@ -87,38 +137,38 @@ def test_a_bare_name_gets_a_budget_that_its_schedule_can_meet() -> None:
 
 def test_a_schedule_without_a_budget_is_checked_as_far_as_it_goes() -> None:
     results = run_checks("pyramiddrop(shares=[0.5,0.4,0.3])", ["llava"])
-    by_status = {status: {r.check for r in results if r.status == status} for status in ("fail", "unsupported")}
+    by_status = {
+        status: {r.check for r in results if r.status == status} for status in ("fail", "unsupported")
+    }
     assert by_status["fail"] == set() and {"keep_all_is_dense", "more_keeps_more"} <= by_status["unsupported"]
 
 
 def test_a_broken_method_fails_conformance(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks can fail: a cut that shifts every kept token by one is caught."""
-    from vlmprune.core import cutting
-
-    place = cutting._place
+    to_slots = before_lm.to_slots
 
     def shifted(picture, parts):
-        cut = place(picture, parts)
+        cut = to_slots(picture, parts)
         if cut is not None and cut.rows is None:
-            cut.keep = cut.keep.roll(1)
+            cut.kept_slots = (cut.kept_slots + 1) % picture.length
         return cut
 
-    monkeypatch.setattr(cutting, "_place", shifted)
+    monkeypatch.setattr(before_lm, "to_slots", shifted)
     failed = {r.check for r in run_checks("uniform@9", ["llava"]) if r.status == "fail"}
     assert "cut_equals_hand_built" in failed
 
 
-def rank_by_the_first_word(self, call, hidden, original=InsideHost._find_raters):
-    original(self, call, hidden)
-    call.units.raters = call.units.raters.roll(-1, dims=1)
+def rank_by_an_earlier_word(self, state, index, original=InsideLM._queries):
+    rows, real = original(self, state, index)
+    return rows - 1, real
 
 
-def recount_positions(self, language_model, layer, hidden, original=Frame.angles):
-    self.position_ids = torch.arange(hidden.shape[1])[None] if self.start else self.position_ids
-    return original(self, language_model, layer, hidden)
+def recount_positions(self, language_model, layer, hidden, original=SequenceView.angles):
+    plain = torch.arange(hidden.shape[1])[None] if self.start else self.position_ids
+    return original(replace(self, position_ids=plain), language_model, layer, hidden)
 
 
-def make_no_mask(self, config, kind, layer, hidden, cache):
+def make_no_mask(config, kind, layer, hidden, valid, held, cache):
     return None
 
 
@@ -130,12 +180,14 @@ def attend_from_everywhere(self, rows, original=AttentionCall.attention):
 @pytest.mark.parametrize(
     ("owner", "name", "mistake", "caught_by"),
     [
-        (InsideHost, "_find_raters", rank_by_the_first_word, "cut_equals_hand_built"),
-        (Frame, "angles", recount_positions, "cut_equals_hand_built"),
-        (Frame, "_make_mask", make_no_mask, "every_mode_equals_kept_embeddings"),
+        (InsideLM, "_queries", rank_by_an_earlier_word, "cut_equals_hand_built"),
+        (SequenceView, "angles", recount_positions, "cut_equals_hand_built"),
+        (views, "causal_mask", make_no_mask, "every_mode_equals_kept_embeddings"),
         (AttentionCall, "attention", attend_from_everywhere, "no_attention_map"),
     ],
 )
-def test_a_broken_cut_inside_the_language_model_fails_conformance(monkeypatch, owner, name, mistake, caught_by) -> None:
+def test_a_broken_cut_inside_the_language_model_fails_conformance(
+    monkeypatch, owner, name, mistake, caught_by
+) -> None:
     monkeypatch.setattr(owner, name, mistake)
     assert caught_by in {r.check for r in run_checks("fastv@9", ["llava"]) if r.status == "fail"}

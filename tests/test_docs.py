@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from vlmprune.cli import app
-from vlmprune.config import Config
 from vlmprune.errors import SpecError
+from vlmprune.evaluation.leaderboard.config import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -41,7 +41,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# --- every page -------------------------------------------------------------------------------------------------------------
+# --- every page -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -108,7 +108,7 @@ def test_messages_that_have_a_section_are_those_of_the_package():
         assert any(message in text for text in said), f"no message of the package holds {message!r}"
 
 
-# --- config keys ------------------------------------------------------------------------------------------------------------
+# --- config keys ----------------------------------------------------------------------------------
 
 
 def test_the_reference_of_config_keys_is_current():
@@ -128,9 +128,14 @@ def test_the_example_with_all_keys_is_a_config():
     assert sorted(values) == sorted(re.findall(r"^\| `(\w+)` \|", CONFIG.page(), re.MULTILINE))
     config = Config.of(values, ROOT / "configs")
     assert [str(spec) for spec in config.specs] == [
-        "fastervlm@192", "fastervlm@0.25", "fastervlm@64/crop", "divprune@64",
-        "fastv(layer=2)@192", "fastv(layer=2)@0.25", "fastv(layer=2)@64/crop",
-    ]  # fmt: skip
+        "fastervlm@192",
+        "fastervlm@0.25",
+        "fastervlm@64/crop",
+        "divprune@64",
+        "fastv(layer=2)@192",
+        "fastv(layer=2)@0.25",
+        "fastv(layer=2)@64/crop",
+    ]
 
 
 def test_every_default_in_the_reference_is_the_real_one():
@@ -140,7 +145,7 @@ def test_every_default_in_the_reference_is_the_real_one():
     assert {"tasks", "seeds", "split", "batch_size", "dtype"} == set(shown)
 
 
-# --- the README's picture ---------------------------------------------------------------------------------------------------
+# --- the README's picture -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def answer(model, processor):
 
 def save(family, folder):
     if family == "llava_onevision" and not is_torchvision_available():
-        pytest.skip("transformers needs torchvision for the video processor that belongs to a saved llava_onevision")
+        pytest.skip(
+            "transformers needs torchvision for the video processor that belongs to a saved llava_onevision"
+        )
     model, processor = tiny_bundle(family)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -75,7 +77,7 @@ def test_the_dtype_is_as_asked(name, saved):
     assert inputs["input_ids"].dtype == torch.int64
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_the_prompt_is_that_of_the_chat_template():
@@ -104,7 +106,9 @@ def test_a_place_for_a_picture_in_the_question_is_one_too_many(template):
         encode(model, processor, picture(), "<image> What is it?")
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__ }}", "{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}"]
+)
 def test_a_template_that_fails_or_tries_to_break_out_is_one_error(template):
     _, processor = tiny_bundle()
     processor.chat_template = template
@@ -112,12 +116,14 @@ def test_a_template_that_fails_or_tries_to_break_out_is_one_error(template):
         prompt(processor, "What is it?")
 
 
-# --- what cannot be loaded --------------------------------------------------------------------------------------------------
+# --- what cannot be loaded ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./nothing/here", "../nothing", "~/no such folder", "a/b/c", "/nothing"])
 def test_a_path_is_never_looked_up_as_an_id(name):
-    with pytest.raises(VlmPruneError, match=r"the folder .* does not exist; expected 'tiny', a folder .* or an HF id"):
+    with pytest.raises(
+        VlmPruneError, match=r"the folder .* does not exist; expected 'tiny', a folder .* or an HF id"
+    ):
         load(name)
 
 
@@ -141,7 +147,9 @@ def test_an_empty_folder_is_named(tmp_path):
 def test_an_unsupported_family_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
-    with pytest.raises(UnsupportedError, match=r"'blip-2' is not supported; families with an adapter: .*'llava'"):
+    with pytest.raises(
+        UnsupportedError, match=r"'blip-2' is not supported; families with an adapter: .*'llava'"
+    ):
         load(str(folder))
 
 
@@ -172,9 +180,13 @@ def test_a_checkpoint_with_code_is_refused_before_it_runs(folder, model_type, tr
 def test_a_supported_model_is_always_that_of_transformers(folder, trust):
     plant(folder, **json.loads((folder / "config.json").read_text()))
     if trust:  # the tokenizer looks at the config of the checkpoint, so its code does run then
-        (folder / "theirs.py").write_text("from transformers import LlavaConfig\n\nclass Config(LlavaConfig): ...\n")
+        (folder / "theirs.py").write_text(
+            "from transformers import LlavaConfig\n\nclass Config(LlavaConfig): ...\n"
+        )
     model, processor = load(str(folder), trust_remote_code=trust)
-    assert type(model).__module__.startswith("transformers.") and type(model.config).__module__.startswith("transformers.")
+    assert type(model).__module__.startswith("transformers.") and type(model.config).__module__.startswith(
+        "transformers."
+    )
     assert answer(model, processor).shape[0] == 1
 
 
@@ -188,7 +200,9 @@ def test_a_supported_model_is_always_that_of_transformers(folder, trust):
 )
 def test_a_checkpoint_in_its_authors_format_names_a_converted_one(folder, config, example):
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=f"a converted checkpoint, whose name ends in -hf, such as {example}"):
+    with pytest.raises(
+        UnsupportedError, match=f"a converted checkpoint, whose name ends in -hf, such as {example}"
+    ):
         load(str(folder))
 
 
@@ -233,7 +247,9 @@ def test_a_missing_processor_is_one_error(folder):
 def test_a_device_that_is_not_here_is_refused(device):
     with pytest.raises(VlmPruneError, match=f"device '{device}' cannot be used.*expected cpu, cuda") as error:
         load("tiny", device=device)
-    assert len(str(error.value)) < 200 and "fpga" not in str(error.value)  # torch lists all kinds that there are
+    assert len(str(error.value)) < 200 and "fpga" not in str(
+        error.value
+    )  # torch lists all kinds that there are
 
 
 def test_a_dtype_that_is_not_known_is_refused():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a notebook shows of our objects: a short line, a picture, a table; and nothing that text in them could run."""
+"""What a notebook shows of our objects: a short line, a picture, a table; and nothing that text in them could
+run.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,21 @@ import vlmprune
 from vlmprune.core.keepmap import KeepMap, ScoreMap
 from vlmprune.core.report import Report
 from vlmprune.errors import SpecError
+from vlmprune.example_picture import picture
 from vlmprune.models.loading import encode
-from vlmprune.testing.picture import picture
 from vlmprune.testing.tiny import tiny_bundle, tiny_inputs, tiny_model
 
 HOSTILE = "<script>alert(1)</script>"
 SCORES = ScoreMap(torch.arange(6.0), ((2, 3),), "fastervlm")
-REPORT = Report("fastervlm@2", dense_tokens=[6, 6], realised_tokens=[2, 2], layer_tokens=[[2, 2, 2], [2, 2, 1]],
-                sequence=(30, 22), firings={"encode": 1}, seconds=0.0021)  # fmt: skip
+REPORT = Report(
+    "fastervlm@2",
+    dense_tokens=[6, 6],
+    realised_tokens=[2, 2],
+    layer_tokens=[[2, 2, 2], [2, 2, 1]],
+    sequence=(30, 22),
+    firings={"encode": 1},
+    seconds=0.0021,
+)
 
 
 class Reader(HTMLParser):

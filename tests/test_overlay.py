@@ -53,7 +53,9 @@ def test_keeping_everything_changes_nothing():
     assert (pixels(KeepMap(range(6), 6, ((2, 3),)).draw(picture())) == pixels(picture())).all()
 
 
-@pytest.mark.parametrize("size, box", [((96, 64), (16, 0, 80, 64)), ((64, 97), (0, 16, 64, 80)), ((5, 5), (0, 0, 5, 5))])
+@pytest.mark.parametrize(
+    "size, box", [((96, 64), (16, 0, 80, 64)), ((64, 97), (0, 16, 64, 80)), ((5, 5), (0, 0, 5, 5))]
+)
 def test_the_centre_view_is_the_largest_centred_square(size, box):
     assert view_box(size, "center") == box
     assert view_box(size, "stretch") == (0, 0, *size)
@@ -77,17 +79,40 @@ def test_blocks_become_panels_side_by_side():
     assert (pixels(drawn)[:, :96] == pixels(KeepMap([0], 4, ((2, 2),)).draw(picture()))).all()
 
 
-MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"]
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I",
+    "I;16",
+    "F",
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_can_be_drawn(mode):
     grey = Image.linear_gradient("L")
-    source = {"P": lambda: grey.convert("RGB").quantize(16), "LAB": lambda: Image.new("LAB", (256, 256), (128, 0, 0)),
-              "La": lambda: grey.convert("LA").convert("La"), "RGBa": lambda: grey.convert("RGBA").convert("RGBa"),
-              "PA": lambda: grey.convert("P").convert("PA"), "HSV": lambda: grey.convert("RGB").convert("HSV"),
-              "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
-              "YCbCr": lambda: grey.convert("RGB").convert("YCbCr")}.get(mode, lambda: grey.convert(mode))()
+    source = {
+        "P": lambda: grey.convert("RGB").quantize(16),
+        "LAB": lambda: Image.new("LAB", (256, 256), (128, 0, 0)),
+        "La": lambda: grey.convert("LA").convert("La"),
+        "RGBa": lambda: grey.convert("RGBA").convert("RGBa"),
+        "PA": lambda: grey.convert("P").convert("PA"),
+        "HSV": lambda: grey.convert("RGB").convert("HSV"),
+        "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
+        "YCbCr": lambda: grey.convert("RGB").convert("YCbCr"),
+    }.get(mode, lambda: grey.convert(mode))()
     assert source.mode == mode
     drawn = KeepMap([1], 4, ((2, 2),)).draw(source)
     assert drawn.mode == "RGB" and drawn.size == (256, 256)
@@ -108,7 +133,14 @@ def test_a_path_is_read_and_turned_upright(tmp_path):
     assert KeepMap([0], 4, ((2, 2),)).draw(str(tmp_path / "a.png")).size == (20, 40)
 
 
-NO_PICTURES = [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), 7, np.zeros((4, 4, 3)), "no/such/file.png", __file__]
+NO_PICTURES = [
+    Image.new("RGB", (0, 5)),
+    Image.new("L", (5, 0)),
+    7,
+    np.zeros((4, 4, 3)),
+    "no/such/file.png",
+    __file__,
+]
 
 
 @pytest.mark.parametrize("wrong", NO_PICTURES)
@@ -121,7 +153,9 @@ def test_what_is_no_picture_is_a_spec_error(wrong):
 def test_pictures_smaller_than_the_grid_keep_their_size(size):
     for view in ("stretch", "center"):
         assert KeepMap([0, 9], 576, ((24, 24),), view=view).draw(Image.new("RGB", size, "red")).size == size
-        assert ScoreMap(torch.rand(576), ((24, 24),), view=view).draw(Image.new("RGB", size, "red")).size == size
+        assert (
+            ScoreMap(torch.rand(576), ((24, 24),), view=view).draw(Image.new("RGB", size, "red")).size == size
+        )
 
 
 def test_a_mask_of_another_size_is_refused():
@@ -149,7 +183,7 @@ def test_strengths_outside_zero_to_one_are_refused():
         KeepMap([0], 4, ((2, 2),)).draw(picture(), dim=-1)
 
 
-# --- large pictures, many blocks, and no picture ----------------------------------------------------------------------------
+# --- large pictures, many blocks, and no picture --------------------------------------------------
 
 
 def test_a_drawing_is_bounded_and_an_argument_lifts_the_bound():
@@ -186,8 +220,10 @@ def test_strips_leave_no_seams(monkeypatch):
     kept = KeepMap([0, 5, 6, 9, 20], grids=((5, 5),), view="center")
     scores = ScoreMap(torch.rand(25, generator=torch.Generator().manual_seed(0)), ((5, 5),), view="center")
     deep = Image.fromarray(np.linspace(-3, 900, 700 * 500).reshape(500, 700).astype(np.float32))
+
     def drawings():
         return [kept.draw(picture(700, 500)), scores.draw(picture(500, 700)), kept.draw(deep, max_side=350)]
+
     whole = drawings()
     monkeypatch.setattr("vlmprune.viz.overlay._STRIP", 2000)
     for one, other in zip(whole, drawings(), strict=True):
@@ -198,9 +234,15 @@ def test_strips_leave_no_seams(monkeypatch):
 def test_a_reduced_picture_looks_like_the_whole_one(mode):
     shades = np.asarray(Image.radial_gradient("L").resize((1024, 512)))
     grey = Image.fromarray(shades)
-    source = {"I;16": lambda: Image.fromarray(shades.astype(np.uint16) * 257), "F": lambda: grey.convert("F"),
-              "P": lambda: grey.convert("RGB").quantize(64)}.get(mode, lambda: grey.convert(mode))()
-    small, expected = pixels(open_picture(source, 128)), pixels(open_picture(source).resize((128, 64), Image.Resampling.BOX))
+    source = {
+        "I;16": lambda: Image.fromarray(shades.astype(np.uint16) * 257),
+        "F": lambda: grey.convert("F"),
+        "P": lambda: grey.convert("RGB").quantize(64),
+    }.get(mode, lambda: grey.convert(mode))()
+    small, expected = (
+        pixels(open_picture(source, 128)),
+        pixels(open_picture(source).resize((128, 64), Image.Resampling.BOX)),
+    )
     assert small.shape == (64, 128, 3) and abs(small - expected).mean() < 3
 
 
@@ -220,7 +262,9 @@ def test_a_huge_file_is_drawn_in_little_memory_and_without_a_warning(tmp_path, m
 def test_a_picture_of_too_many_pixels_is_one_clear_error(tmp_path, monkeypatch):
     picture(300, 200).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    with pytest.raises(SpecError, match=r"'.*a.png' is a picture of too many pixels; expected at most 40,000"):
+    with pytest.raises(
+        SpecError, match=r"'.*a.png' is a picture of too many pixels; expected at most 40,000"
+    ):
         open_picture(tmp_path / "a.png")
 
 
@@ -234,4 +278,7 @@ def test_a_map_draws_its_own_picture_or_a_grey_canvas_of_its_shape():
     assert (pixels(own.keep(2).draw()) == pixels(own.keep(2).draw(picture()))).all()
     assert (pixels(own.draw()) == pixels(own.draw(picture()))).all()
     bare = KeepMap([0], 6, ((2, 3),))
-    assert bare.draw().size == (480, 320) and len(np.unique(pixels(bare.draw())[40:100, 40:120].reshape(-1, 3), axis=0)) == 1
+    assert (
+        bare.draw().size == (480, 320)
+        and len(np.unique(pixels(bare.draw())[40:100, 40:120].reshape(-1, 3), axis=0)) == 1
+    )

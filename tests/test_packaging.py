@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shipped and what is not: the wheel, the import, the files, and the rules of style that a machine can check."""
+"""What is shipped and what is not: the wheel, the import, the files, and the rules of style that a machine
+can check.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,18 @@ import vlmprune
 ROOT = Path(__file__).parents[1]
 COMPANIONS = ("kernels", "methods", "benchmarks")  # evidence beside the package, never importable
 LIBRARY = sorted((ROOT / "vlmprune").rglob("*.py"))
-HEAVY = ("torch", "transformers", "triton", "matplotlib", "lmms_eval", "ray", "timm", "jinja2", "numpy", "typer")
+HEAVY = (
+    "torch",
+    "transformers",
+    "triton",
+    "matplotlib",
+    "lmms_eval",
+    "ray",
+    "timm",
+    "jinja2",
+    "numpy",
+    "typer",
+)
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 # spelt so that this file does not match
@@ -40,12 +53,21 @@ def tracked_files():
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs a git checkout and git to tell which files belong to the repository")
     # a checkout owned by another user is as good
-    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-c",
+        "safe.directory=*",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [path for path in map(ROOT.joinpath, listed.split("\0")[:-1]) if path.is_file()]
 
 
-# --- the wheel --------------------------------------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +98,11 @@ def test_the_wheel_installs_one_name(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
-    files = {relative(path) for path in (ROOT / "vlmprune").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        relative(path)
+        for path in (ROOT / "vlmprune").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert {name for name in wheel if name.startswith("vlmprune/")} == files
     assert "vlmprune/py.typed" in files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
@@ -108,7 +134,9 @@ def test_an_editable_install_makes_nothing_else_importable(editable, tmp_path):
         f"import sys; sys.path[:0] = {editable}; from importlib.util import find_spec\n"
         f"print([find_spec(name) is not None for name in {names}])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     assert json.loads(done.stdout.lower()) == [True] + [False] * (len(names) - 1)
 
 
@@ -126,7 +154,9 @@ def test_a_console_script_does_not_put_the_root_on_the_path(tmp_path):
         "print(json.dumps([sys.path, list(found.submodule_search_locations or []) if found else []]))\n"
     )
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, script], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=env, check=True, capture_output=True, text=True
+    )
     path, kernels = json.loads(done.stdout)
     assert str(ROOT) not in path and "" not in path
     assert str(ROOT / "kernels") not in kernels
@@ -138,25 +168,36 @@ def test_the_version_is_the_same_everywhere():
     assert newest and newest[1] == vlmprune.__version__
 
 
-# --- the import -------------------------------------------------------------------------------------------------------------
+# --- the import -----------------------------------------------------------------------------------
 
 
 def test_importing_the_package_loads_nothing_heavy(tmp_path):
-    code = f"import sys, vlmprune; vlmprune.__version__; dir(vlmprune); print(sorted(set(sys.modules) & set({HEAVY})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    code = (
+        "import sys, vlmprune; vlmprune.__version__; dir(vlmprune); print(sorted(set(sys.modules) & "
+        f"set({HEAVY})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_type_checkers_and_python_see_the_same_names():
-    """A checker runs no code: it believes a literal ``__all__``, and names that are imported ``as`` themselves."""
+    """A checker runs no code: it believes a literal ``__all__``, and names that are imported ``as``
+    themselves.
+    """
     tree = ast.parse((ROOT / "vlmprune" / "__init__.py").read_text())
     lists = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     ]
-    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    exported = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    (block,) = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    exported = {
+        alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name
+    }
     assert lists == [vlmprune.__all__] and vlmprune.__all__ == sorted(vlmprune.__all__)
     assert exported == vlmprune._HOME and {*exported, "__version__"} == set(vlmprune.__all__)
     # seen by a checker, it would make every misspelt name an Any
@@ -178,11 +219,15 @@ def test_the_command_has_a_module():
     assert find_spec("vlmprune.cli") is not None
 
 
-# --- the files --------------------------------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
 
 
 def test_every_source_file_names_its_licence():
-    sources = [path for folder in ("vlmprune", "tests", *COMPANIONS) for path in sorted((ROOT / folder).rglob("*.py"))]
+    sources = [
+        path
+        for folder in ("vlmprune", "tests", *COMPANIONS)
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     lines = {relative(path): path.read_text().partition("\n")[0] for path in sources if path.stat().st_size}
     assert [name for name, line in lines.items() if line != "# SPDX-License-Identifier: Apache-2.0"] == []
 
@@ -206,7 +251,7 @@ def test_nothing_is_to_be_installed_that_was_never_released():
     assert [f"{name}: {found[0]}" for name, text in texts.items() for found in wanted.finditer(text)] == []
 
 
-# --- style, by syntax tree --------------------------------------------------------------------------------------------------
+# --- style, by syntax tree ------------------------------------------------------------------------
 
 
 def violations(tree):
@@ -217,11 +262,15 @@ def violations(tree):
                 yield node.lineno, "bare assert"
             case ast.ExceptHandler(type=None | ast.Name(id="Exception" | "BaseException"), body=[ast.Pass()]):
                 yield node.lineno, "swallowed exception"
-            case ast.Call(func=ast.Name(id="suppress") | ast.Attribute(attr="suppress"), args=[ast.Name(id="Exception")]):
+            case ast.Call(
+                func=ast.Name(id="suppress") | ast.Attribute(attr="suppress"), args=[ast.Name(id="Exception")]
+            ):
                 yield node.lineno, "swallowed exception"
             case ast.Call(func=ast.Name(id="eval" | "exec" as name)):
                 yield node.lineno, name
-            case ast.Import(names=names) if any(alias.name in ("pickle", "dill", "cloudpickle", "joblib") for alias in names):
+            case ast.Import(names=names) if any(
+                alias.name in ("pickle", "dill", "cloudpickle", "joblib") for alias in names
+            ):
                 yield node.lineno, "pickle"
             case ast.ImportFrom(module="pickle" | "dill" | "cloudpickle" | "joblib"):
                 yield node.lineno, "pickle"
@@ -261,14 +310,25 @@ def test_the_rules_catch_what_they_forbid(code, what):
 
 
 @pytest.mark.parametrize(
-    "code", ["model.eval()", "try:\n    f()\nexcept KeyError:\n    pass", "def f():\n" + "    x\n" * (MAX_FUNCTION - 1)]
+    "code",
+    [
+        "model.eval()",
+        "try:\n    f()\nexcept KeyError:\n    pass",
+        "def f():\n" + "    x\n" * (MAX_FUNCTION - 1),
+    ],
 )
 def test_the_rules_let_the_rest_pass(code):
     assert list(violations(ast.parse(code))) == []
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [("/" + "tmp/x", True), ("see /" + "home/me", True), ("tests/tmp/x", False), ("--index" + "-url x", True)]
+    ("text", "found"),
+    [
+        ("/" + "tmp/x", True),
+        ("see /" + "home/me", True),
+        ("tests/tmp/x", False),
+        ("--index" + "-url x", True),
+    ],
 )
 def test_the_pattern_for_machines_finds_paths_and_registries(text, found):
     assert bool(MACHINE_TRACES.search(text)) is found

@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 import vlmprune
+from vlmprune.example_picture import picture
 from vlmprune.registry import list_methods, unregister
-from vlmprune.testing.picture import picture
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -20,7 +20,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 @pytest.fixture(autouse=True)
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the blocks take for granted: a photo in the folder, and a checkpoint behind its id; the tiny model stands for it."""
+    """What the blocks take for granted: a photo in the folder, and a checkpoint behind its id; the tiny model
+    stands for it.
+    """
     picture().save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     loaded = vlmprune.load("tiny")

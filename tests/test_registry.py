@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vlmprune import plugins, registry
 from vlmprune.cli import app
-from vlmprune.core.base import Method
+from vlmprune.core.method import Method
 from vlmprune.errors import SpecError
 from vlmprune.registry import get, list_methods, method_info, refused_plugins, register, unregister
 from vlmprune.spec import parse
@@ -88,20 +88,20 @@ def test_only_method_subclasses_register(thing: object) -> None:
 def test_a_method_before_the_lm_overrides_a_verb_and_others_need_not() -> None:
     with pytest.raises(SpecError, match="overrides none of score, select, merge"):
         register("toy")(type("Toy", (Method,), {}))
-    register("toy")(type("Toy", (Method,), {"stage": "attention"}))
+    register("toy")(type("Toy", (Method,), {"slot": "attention"}))
     assert method_info("toy").kind == ""
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"stage": "before_llm"}, "Did you mean 'before_lm'"),
+        ({"slot": "before_llm"}, "Did you mean 'before_lm'"),
         ({"positions": "orignal"}, "Did you mean 'original'"),
         ({"layout": "pack"}, "Did you mean 'packed'"),
         ({"needs": ("feature",)}, "Did you mean 'features'"),
         ({"needs": "features"}, "expected a tuple"),
         ({"wraps": True}, "inner: Method"),
-        ({"__annotations__": {"stage": "str"}, "stage": "before_lm"}, r"annotates \['stage'\]"),
+        ({"__annotations__": {"slot": "str"}, "slot": "before_lm"}, r"annotates \['slot'\]"),
     ],
 )
 def test_wrong_declarations_are_refused(body: dict[str, object], message: str) -> None:
@@ -220,7 +220,7 @@ def test_entry_points_are_discovered_once_and_loaded_on_demand(
 ) -> None:
     (tmp_path / "far_away.py").write_text(
         textwrap.dedent("""
-        from vlmprune.core.base import Method
+        from vlmprune.core.method import Method
         from vlmprune.registry import register
 
         @register("far")
@@ -305,7 +305,7 @@ def test_a_plugin_that_raises_at_import_is_named_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path, raised: str
 ) -> None:
     (tmp_path / "evil_module.py").write_text(
-        "import vlmprune.core.base as base, vlmprune.registry as registry\n"
+        "import vlmprune.core.method as base, vlmprune.registry as registry\n"
         "@registry.register('evil')\n"
         "class Evil(base.Method):\n"
         "    def score(self, tokens):\n"

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from vlmprune.core.base import Method
+from vlmprune.core.method import Method
 from vlmprune.errors import SpecError
 from vlmprune.registry import register, unregister
 from vlmprune.spec import Budget, Part, Plan, Spec, parse
@@ -63,7 +63,7 @@ class Everything(Method):
 
 
 class Inside(Method):
-    stage = "inside_lm"
+    slot = "inside_lm"
 
 
 class Unresolved(Method):
@@ -148,23 +148,60 @@ def test_parts_take_what_can_be_printed() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "+", "ranking+", "+ranking", "ranking++ranking", "@64", "(layer=1)", "ranking@",
-        "ranking@64@32", "ranking@64(layer=1)",
-        "ranking(", "ranking)", "ranking(layer=1", "ranking(layer=1))", "ranking(layer=1)(seed=2)", "ranking(layer=1)@(64)",
-        "ranking(layer=1)seed", "ranking ranking", "ranking(layer)", "ranking(3)", "ranking(layer=)",
-        "ranking(=3)", "ranking(layer==3)",
-        "ranking(**x)", "ranking(*x)", "ranking(layer=1,layer=2)", "ranking(layer=1+1)",
+        "",
+        " ",
+        "+",
+        "ranking+",
+        "+ranking",
+        "ranking++ranking",
+        "@64",
+        "(layer=1)",
+        "ranking@",
+        "ranking@64@32",
+        "ranking@64(layer=1)",
+        "ranking(",
+        "ranking)",
+        "ranking(layer=1",
+        "ranking(layer=1))",
+        "ranking(layer=1)(seed=2)",
+        "ranking(layer=1)@(64)",
+        "ranking(layer=1)seed",
+        "ranking ranking",
+        "ranking(layer)",
+        "ranking(3)",
+        "ranking(layer=)",
+        "ranking(=3)",
+        "ranking(layer==3)",
+        "ranking(**x)",
+        "ranking(*x)",
+        "ranking(layer=1,layer=2)",
+        "ranking(layer=1+1)",
         "ranking(layer=f(1))",
         "ranking(layer=--1)",
-        "ranking(layer=+1)", "ranking(layer=-true)", "ranking(variant=a.b)", "ranking(variant=a-b)", "ranking(variant=f'a')",
-        "ranking(free=b'a')", "ranking(free=...)", "ranking(free={})", "ranking(free=1j)",
-        "ranking(free=(*a,))", "ranking(free=lambda:0)",
-        "ranking(free=1e999)", "ranking(free=0x" + "f" * 5000 + ")", "ranking(free=" + "9" * 5000 + ")", "ranking(free=\0)",
-        "ranking(free=" + "-" * 20000 + "1)", "ranking(free=" + "(" * 500 + ")" * 500 + ")",
-        "ranking(variant='a)", "ranking(variant=\ud800)",
-        "ranking(free=(yield))", "ranking(free=x:=3)", "ranking(free=a if b else c)",
+        "ranking(layer=+1)",
+        "ranking(layer=-true)",
+        "ranking(variant=a.b)",
+        "ranking(variant=a-b)",
+        "ranking(variant=f'a')",
+        "ranking(free=b'a')",
+        "ranking(free=...)",
+        "ranking(free={})",
+        "ranking(free=1j)",
+        "ranking(free=(*a,))",
+        "ranking(free=lambda:0)",
+        "ranking(free=1e999)",
+        "ranking(free=0x" + "f" * 5000 + ")",
+        "ranking(free=" + "9" * 5000 + ")",
+        "ranking(free=\0)",
+        "ranking(free=" + "-" * 20000 + "1)",
+        "ranking(free=" + "(" * 500 + ")" * 500 + ")",
+        "ranking(variant='a)",
+        "ranking(variant=\ud800)",
+        "ranking(free=(yield))",
+        "ranking(free=x:=3)",
+        "ranking(free=a if b else c)",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_spec(text: str) -> None:
     with pytest.raises(SpecError):
         parse(text)
@@ -187,7 +224,9 @@ def test_a_spec_has_a_method() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(SpecError, match="Did you mean 'fastervlm'"):
         parse("fastvervlm@64")
-    with pytest.raises(SpecError, match=r"no option 'laier'; its options are \['layer', .*Did you mean 'layer'"):
+    with pytest.raises(
+        SpecError, match=r"no option 'laier'; its options are \['layer', .*Did you mean 'layer'"
+    ):
         parse("ranking(laier=3)")
     with pytest.raises(SpecError, match="no option 'layer'; its options are none"):
         parse("everything(layer=3)")
@@ -196,19 +235,21 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 BUDGET_WORDS = """
-ratio rate prune_rate prune_ratio reduction_ratio retain retain_ratio retention_ratio retained_tokens keep_ratio drop drop_ratio
-sparsity budget tokens visual_token_num keep Ratio
+ratio rate prune_rate prune_ratio reduction_ratio retain retain_ratio retention_ratio
+retained_tokens keep_ratio drop drop_ratio sparsity budget tokens visual_token_num keep Ratio
 """
 
 
 @pytest.mark.parametrize("word", BUDGET_WORDS.split())
 def test_other_words_for_a_budget_are_refused_with_the_way_out(word: str) -> None:
     with pytest.raises(
-        SpecError, match=r"ranking@64 \(tokens\) or ranking@0\.25 \(fraction\); a share to drop must be converted"
+        SpecError,
+        match=r"ranking@64 \(tokens\) or ranking@0\.25 \(fraction\); a share to drop must be converted",
     ):
         parse(f"ranking({word}=128)")
     with pytest.raises(
-        SpecError, match=r"0\.9 is the share to drop, write ranking@0\.1; if it is the share to keep, ranking@0\.9"
+        SpecError,
+        match=r"0\.9 is the share to drop, write ranking@0\.1; if it is the share to keep, ranking@0\.9",
     ):
         parse(f"ranking({word}=0.9)")
 
@@ -220,11 +261,22 @@ def test_a_budget_word_that_is_a_real_option_is_one() -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        "layer=3", "alpha=3", "alpha=0.5", "strict=True", "variant=x", "seed=None", "seed=3",
-        "ratios=(1,0.5)", "ratios=()", "pair=(1,b)",
-        "mode=a", "mode=3", "free=3", "free=(a,(b,))",
+        "layer=3",
+        "alpha=3",
+        "alpha=0.5",
+        "strict=True",
+        "variant=x",
+        "seed=None",
+        "seed=3",
+        "ratios=(1,0.5)",
+        "ratios=()",
+        "pair=(1,b)",
+        "mode=a",
+        "mode=3",
+        "free=3",
+        "free=(a,(b,))",
     ],
-)  # fmt: skip
+)
 def test_options_that_fit_their_annotation(args: str) -> None:
     key, value = parse(f"ranking({args})").parts[0].args[0]
     assert getattr(parse(f"ranking({args})").build()[0].method, key) == value
@@ -233,12 +285,30 @@ def test_options_that_fit_their_annotation(args: str) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        "layer=x", "layer=0.5", "layer=True", "layer=None", "alpha=x", "alpha=True", "alpha=None",
-        "strict=1", "strict=yes", "variant=3",
-        "variant=None", "seed=x", "seed=True", "seed=0.5", "ratios=0.5", "ratios=(x,)", "ratios=abc", "pair=(1,)", "pair=(1,2)",
-        "pair=(1,b,c)", "mode=c", "mode=3.0",
+        "layer=x",
+        "layer=0.5",
+        "layer=True",
+        "layer=None",
+        "alpha=x",
+        "alpha=True",
+        "alpha=None",
+        "strict=1",
+        "strict=yes",
+        "variant=3",
+        "variant=None",
+        "seed=x",
+        "seed=True",
+        "seed=0.5",
+        "ratios=0.5",
+        "ratios=(x,)",
+        "ratios=abc",
+        "pair=(1,)",
+        "pair=(1,2)",
+        "pair=(1,b,c)",
+        "mode=c",
+        "mode=3.0",
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not(args: str) -> None:
     key = args.partition("=")[0]
     with pytest.raises(SpecError, match=rf"option {key}=.* of method 'ranking' is a \w+; expected "):
@@ -261,7 +331,11 @@ def test_annotations_must_resolve() -> None:
 
 def test_build_makes_one_plan_per_method_in_order() -> None:
     plans = parse("ranking(layer=3)@64/crop+everything+inside@0.25").build()
-    assert plans == (Plan(Ranking(layer=3), Budget(64, "crop")), Plan(Everything()), Plan(Inside(), Budget(0.25)))
+    assert plans == (
+        Plan(Ranking(layer=3), Budget(64, "crop")),
+        Plan(Everything()),
+        Plan(Inside(), Budget(0.25)),
+    )
 
 
 def test_wrappers_take_the_method_to_their_right_with_its_budget() -> None:
@@ -271,7 +345,10 @@ def test_wrappers_take_the_method_to_their_right_with_its_budget() -> None:
 
 @pytest.mark.parametrize("text", ["correct", "ranking@64+correct", "correct@64+ranking", "correct+correct"])
 def test_a_wrapper_needs_something_to_wrap_and_has_no_budget(text: str) -> None:
-    with pytest.raises(SpecError, match=r"wraps the method to its right and has no budget of its own; .*correct\+fastervlm@64"):
+    with pytest.raises(
+        SpecError,
+        match=r"wraps the method to its right and has no budget of its own; .*correct\+fastervlm@64",
+    ):
         parse(text)
 
 
@@ -282,7 +359,8 @@ def test_a_method_without_budget_refuses_one() -> None:
 
 def test_budgets_may_be_missing_until_they_are_required() -> None:
     with pytest.raises(
-        SpecError, match=r"'ranking\(layer=3\)' has no budget; .*ranking\(layer=3\)@64 or ranking\(layer=3\)@0\.25"
+        SpecError,
+        match=r"'ranking\(layer=3\)' has no budget; .*ranking\(layer=3\)@64 or ranking\(layer=3\)@0\.25",
     ):
         parse("correct+ranking(layer=3)").build(require_budget=True)
     assert len(parse("everything+inside+correct+ranking@64").build(require_budget=True)) == 3
@@ -290,7 +368,10 @@ def test_budgets_may_be_missing_until_they_are_required() -> None:
 
 def test_with_keep_sets_the_last_budget_and_leaves_the_scope() -> None:
     assert str(parse("ranking").with_keep(64)) == "ranking@64"
-    assert str(parse("correct+ranking@0.5/crop+everything").with_keep(0.25)) == "correct+ranking@0.25/crop+everything"
+    assert (
+        str(parse("correct+ranking@0.5/crop+everything").with_keep(0.25))
+        == "correct+ranking@0.25/crop+everything"
+    )
     assert str(parse("ranking@1/crop").with_keep("64/total")) == "ranking@64/total"
     assert str(parse("ranking@64+inside").with_keep(Budget(8))) == "ranking@64+inside@8"
     with pytest.raises(SpecError, match="no method takes a budget"):
@@ -301,8 +382,18 @@ def test_with_keep_sets_the_last_budget_and_leaves_the_scope() -> None:
 
 @pytest.mark.parametrize(
     ("text", "prunes"),
-    [("dense", False), ("var", False), ("pool@9", True), ("pool@1", True), ("pool@1.0", False), ("pool@1.0/crop", False),
-     ("var+pool@0.5", True), ("pyramiddrop", True), ("debias+fastv@1.0", False), ("fastervlm@1.0+fastv@0.5", True)],
-)  # fmt: skip
+    [
+        ("dense", False),
+        ("var", False),
+        ("pool@9", True),
+        ("pool@1", True),
+        ("pool@1.0", False),
+        ("pool@1.0/crop", False),
+        ("var+pool@0.5", True),
+        ("pyramiddrop", True),
+        ("debias+fastv@1.0", False),
+        ("fastervlm@1.0+fastv@0.5", True),
+    ],
+)
 def test_a_spec_says_whether_it_removes_tokens(text, prunes):
     assert parse(text).prunes is prunes

@@ -41,13 +41,50 @@ def test_budget_text(text: str, keep: float, printed: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        0, -1, 0.0, -0.5, 1.5, 64.0, math.nan, math.inf, -math.inf, True, False, None, pytest.param(10**5000, id="long"),
-        1 + 0j, [64], np.bool_(True), np.array(3),
-        "", "0", "-1", "+5", "0.0", "1.5", "64.0", "nan", "inf", "1e999", "1e-999", "1_000", "0x10",
-        "6 4", "٣", ".", "e5", "9" * 5000,
-        "0" * 30 + "1", "True", "64/", "64/tile", "64/crop/crop", "/crop", "64@64",
+        0,
+        -1,
+        0.0,
+        -0.5,
+        1.5,
+        64.0,
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        False,
+        None,
+        pytest.param(10**5000, id="long"),
+        1 + 0j,
+        [64],
+        np.bool_(True),
+        np.array(3),
+        "",
+        "0",
+        "-1",
+        "+5",
+        "0.0",
+        "1.5",
+        "64.0",
+        "nan",
+        "inf",
+        "1e999",
+        "1e-999",
+        "1_000",
+        "0x10",
+        "6 4",
+        "٣",
+        ".",
+        "e5",
+        "9" * 5000,
+        "0" * 30 + "1",
+        "True",
+        "64/",
+        "64/tile",
+        "64/crop/crop",
+        "/crop",
+        "64@64",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_budget(value: object) -> None:
     with pytest.raises(SpecError):
         Budget.of(value)
@@ -71,7 +108,13 @@ def test_wrong_budgets_get_a_hint(value: object, hint: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "keep"),
-    [(np.int64(64), 64), (np.uint8(3), 3), (np.float64(0.1), 0.1), (np.float32(0.5), 0.5), (Fraction(1, 9), 1 / 9)],
+    [
+        (np.int64(64), 64),
+        (np.uint8(3), 3),
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (Fraction(1, 9), 1 / 9),
+    ],
 )
 def test_numbers_of_other_kinds_become_python_numbers(value: object, keep: float) -> None:
     assert type(Budget(value).keep) is type(keep)
@@ -93,11 +136,21 @@ def test_one_token_is_not_all_tokens() -> None:
 @pytest.mark.parametrize(
     ("keep", "n", "count"),
     [
-        (64, 576, 64), (64, 10, 10), (0.25, 576, 144), (1 / 9, 576, 64), (0.111, 576, 63), (0.29, 100,
-        29), (0.57, 100, 57), (0.999, 2, 1),
-        (1e-9, 576, 1), (1.0, 577, 577), (0.1, 30, 3), (0.5, 0, 0), (5, 0, 0),
+        (64, 576, 64),
+        (64, 10, 10),
+        (0.25, 576, 144),
+        (1 / 9, 576, 64),
+        (0.111, 576, 63),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.999, 2, 1),
+        (1e-9, 576, 1),
+        (1.0, 577, 577),
+        (0.1, 30, 3),
+        (0.5, 0, 0),
+        (5, 0, 0),
     ],
-)  # fmt: skip
+)
 def test_count(keep: float, n: int, count: int) -> None:
     assert Budget(keep).count(n) == count
 

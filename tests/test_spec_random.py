@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.core.base import Method
+from vlmprune.core.method import Method
 from vlmprune.errors import SpecError
 from vlmprune.registry import register, unregister
 from vlmprune.spec import Budget, Part, Spec, parse
@@ -31,7 +31,7 @@ class Sample(Method):
 
 
 class Around(Method):
-    stage = "inside_lm"
+    slot = "inside_lm"
     wraps = True
 
     inner: Method
@@ -39,11 +39,11 @@ class Around(Method):
 
 
 class Late(Method):
-    stage = "inside_lm"
+    slot = "inside_lm"
 
 
 class Unbudgeted(Method):
-    stage = "attention"
+    slot = "attention"
     budgeted = False
 
 
@@ -61,7 +61,11 @@ keeps = st.integers(1, 2**63 - 1) | st.floats(0, 1, exclude_min=True)
 budgets = st.none() | st.builds(Budget, keeps, st.sampled_from(["image", "crop", "total"]))
 numbers = st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 scalars = (
-    st.none() | st.booleans() | numbers | st.text(max_size=8) | st.sampled_from(["true", "None", "official", "a+b", "(", "'\""])
+    st.none()
+    | st.booleans()
+    | numbers
+    | st.text(max_size=8)
+    | st.sampled_from(["true", "None", "official", "a+b", "(", "'\""])
 )
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=6)
 sample_args = st.fixed_dictionaries(
@@ -119,6 +123,9 @@ def test_mutated_specs_raise_or_round_trip(spec: Spec, data: st.DataObject) -> N
 
 
 @settings(max_examples=300)
-@given(st.text(max_size=30) | st.text("sample+@/()=,'\"\\.0123456789e- \n#", max_size=30).map("sample(free={})@64".format))
+@given(
+    st.text(max_size=30)
+    | st.text("sample+@/()=,'\"\\.0123456789e- \n#", max_size=30).map("sample(free={})@64".format)
+)
 def test_garbage_raises_or_round_trips(text: str) -> None:
     never_silently_wrong(text)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of docs/threads.md: eight threads and one model, with one spec for all or with a spec for each request."""
+"""The recipes of docs/threads.md: eight threads and one model, with one spec for all or with a spec for each
+request.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,16 @@ from transformers.utils import is_torchvision_available
 
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.testing.processors import BYTES, IMAGE_ID, PROCESSED, SPECIAL_IDS, VIDEO_ID, tiny_tokenizer
-from vlmprune.testing.tiny import FAMILIES, VARIANTS, picture, tiny_bundle, tiny_inputs, tiny_model, tiny_processor, tiny_row
+from vlmprune.testing.tiny import (
+    FAMILIES,
+    VARIANTS,
+    picture,
+    tiny_bundle,
+    tiny_inputs,
+    tiny_model,
+    tiny_processor,
+    tiny_row,
+)
 from vlmprune.testing.tiny_configs import missing
 from vlmprune.testing.tiny_pictures import layout_of
 
@@ -38,7 +47,7 @@ def positions(inputs):
     return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
 
-# --- models -----------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def test_every_family_has_a_variant():
@@ -52,14 +61,20 @@ def test_forward_and_generate_take_every_kind_of_batch(family, tower, text):
     for images in BATCHES:
         inputs = tiny_inputs(family, images=images)
         assert ("pixel_values" in inputs) == any(images)
-        assert logits(model, inputs).shape == (*inputs["input_ids"].shape, model.config.text_config.vocab_size)
+        assert logits(model, inputs).shape == (
+            *inputs["input_ids"].shape,
+            model.config.text_config.vocab_size,
+        )
         assert new_ids(model, inputs).shape == (len(images), 4)
 
 
 @variants
 def test_a_row_alone_is_the_row_of_the_batch(family, tower, text):
     images = (1, 2, 0, 1)
-    model, inputs = tiny_model(family, tower, text), tiny_inputs(family, images=images, video=bool(layout_of(family).video))
+    model, inputs = (
+        tiny_model(family, tower, text),
+        tiny_inputs(family, images=images, video=bool(layout_of(family).video)),
+    )
     batched, ids = logits(model, inputs, **positions(inputs)), new_ids(model, inputs)
     for i in range(len(images)):
         row = tiny_row(inputs, family, i, images)
@@ -76,7 +91,10 @@ def test_the_seed_alone_decides_the_weights(family, tower, text):
     first = tiny_model(family, tower, text, seed=3).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again, other = tiny_model(family, tower, text, seed=3).state_dict(), tiny_model(family, tower, text, seed=4).state_dict()
+    again, other = (
+        tiny_model(family, tower, text, seed=3).state_dict(),
+        tiny_model(family, tower, text, seed=4).state_dict(),
+    )
     assert all(torch.equal(first[key], again[key]) for key in first)
     drawn = [key for key, value in first.items() if value.is_floating_point() and "running" not in key]
     assert not any(torch.equal(first[key], other[key]) for key in drawn)
@@ -109,7 +127,9 @@ def test_generation_never_stops_early_and_never_yields_a_special_id(family):
 
 
 def test_options_reach_the_model():
-    model = tiny_model("llava", text="mistral", layers=6, dtype=torch.bfloat16, sliding_window=8, num_key_value_heads=4)
+    model = tiny_model(
+        "llava", text="mistral", layers=6, dtype=torch.bfloat16, sliding_window=8, num_key_value_heads=4
+    )
     config = model.config.text_config
     assert (config.num_hidden_layers, config.sliding_window, config.num_key_value_heads) == (6, 8, 4)
     assert model.dtype == torch.bfloat16 and new_ids(model, tiny_inputs()).shape == (1, 4)
@@ -146,7 +166,7 @@ def test_bad_batches_are_refused(bad):
         tiny_inputs("llava", **bad)
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", HERE)
@@ -160,7 +180,9 @@ def test_inputs_are_ragged_left_padded_and_decided_by_the_seed(family):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-@pytest.mark.parametrize("size", [(84, 84), (33, 77), (100, 190), (90, 336), (336, 90), (168, 1000), (1000, 999), (251, 127)])
+@pytest.mark.parametrize(
+    "size", [(84, 84), (33, 77), (100, 190), (90, 336), (336, 90), (168, 1000), (1000, 999), (251, 127)]
+)
 def test_placeholders_match_at_every_size(family, size):
     model, inputs = tiny_model(family, layers=1), tiny_inputs(family, size=size, text_len=1)
     ids = inputs.pop("input_ids")
@@ -185,7 +207,7 @@ def test_videos_by_hand(images):
     assert (logits(model, inputs)[:, -1] - logits(model, other)[:, -1]).abs().max() > 0.05
 
 
-# --- processors -------------------------------------------------------------------------------------------------------------
+# --- processors -----------------------------------------------------------------------------------
 
 WIDE, TALL, SQUARE = ((220, 90), (90, 220), (200, 200))  # (width, height)
 PROMPTS = {
@@ -201,10 +223,13 @@ PROMPTS = {
 def test_processor_fits_the_model(family, tower, kind):
     model, processor = tiny_bundle(family, tower=tower)
     texts, sizes = PROMPTS[kind]
-    if "mm_token_type_ids" in tiny_inputs(family):  # released prompts of these families have a mark between two images
+    if "mm_token_type_ids" in tiny_inputs(
+        family
+    ):  # released prompts of these families have a mark between two images
         texts = [text.replace("><", "> <") for text in texts]
     images = [[picture(i, size) for i, size in enumerate(row)] for row in sizes]
-    # several images per text must be nested for llava_onevision, which counts them; the others take a flat list too
+    # several images per text must be nested for llava_onevision, which counts them; the others take a flat
+    # list too
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     assert logits(model, inputs).shape[:2] == inputs["input_ids"].shape
     assert new_ids(model, inputs).shape == (len(texts), 4)
@@ -228,15 +253,21 @@ def test_processor_without_images(family, tower):
 @pytest.mark.parametrize(("family", "tower"), [(f, t) for f, t in TOWERS if f.startswith(("llava", "vip"))])
 def test_processor_and_hand_built_inputs_agree(family, tower):
     images = [[picture(0, (190, 100))], [picture(1, (100, 190))]]
-    made = tiny_processor(family, tower)(images=images, text=["<image>"] * 2, padding=True, return_tensors="pt")
+    made = tiny_processor(family, tower)(
+        images=images, text=["<image>"] * 2, padding=True, return_tensors="pt"
+    )
     hand = tiny_inputs(family, images=(1, 1))
     assert set(made) == set(hand)
     assert {key: made[key].dtype for key in made} == {key: hand[key].dtype for key in hand}
-    assert all(made[key].shape == hand[key].shape for key in made if key not in ("input_ids", "attention_mask"))
+    assert all(
+        made[key].shape == hand[key].shape for key in made if key not in ("input_ids", "attention_mask")
+    )
     assert torch.equal((made["input_ids"] == IMAGE_ID).sum(1), (hand["input_ids"] == IMAGE_ID).sum(1))
 
 
-@pytest.mark.skipif(not is_torchvision_available(), reason="transformers has no video processor without torchvision")
+@pytest.mark.skipif(
+    not is_torchvision_available(), reason="transformers has no video processor without torchvision"
+)
 def test_processor_takes_videos_where_torchvision_is_there():
     model, processor = tiny_bundle("llava_onevision")
     frames = torch.stack([torch.randint(0, 255, (3, 90, 120), dtype=torch.uint8) for _ in range(4)])
@@ -248,9 +279,14 @@ def test_processor_takes_videos_where_torchvision_is_there():
 def test_chat_template(family):
     processor = tiny_processor(family)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    assert processor.apply_chat_template(chat, add_generation_prompt=True) == "USER: <image>\nWhat is this?\nASSISTANT:"
+    assert (
+        processor.apply_chat_template(chat, add_generation_prompt=True)
+        == "USER: <image>\nWhat is this?\nASSISTANT:"
+    )
     chat[0]["content"][0]["image"] = picture()
-    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert new_ids(tiny_model(family), inputs).shape == (1, 4)
 
 
@@ -259,26 +295,38 @@ def test_chat_of_plain_strings():
     assert tiny_processor().apply_chat_template(chat) == "USER: Hi\nASSISTANT: Ho\n"
 
 
-@pytest.mark.parametrize("text", ["USER: a house, 3 balls?\nASSISTANT: Yes.", "naïve  Straße\t東京 🏠", "a <image> b", ""])
+@pytest.mark.parametrize(
+    "text", ["USER: a house, 3 balls?\nASSISTANT: Yes.", "naïve  Straße\t東京 🏠", "a <image> b", ""]
+)
 def test_tokenizer_loses_nothing(text):
     tokenizer = tiny_tokenizer()
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == "<s>" + text
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<image>", "")
-    assert max(ids) < len(tokenizer) == len(BYTES) + len(SPECIAL_IDS) == tiny_model().config.text_config.vocab_size
+    assert (
+        max(ids)
+        < len(tokenizer)
+        == len(BYTES) + len(SPECIAL_IDS)
+        == tiny_model().config.text_config.vocab_size
+    )
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "vipllava"] + ["llava_onevision"] * is_torchvision_available())
+@pytest.mark.parametrize(
+    "family", ["llava", "llava_next", "vipllava"] + ["llava_onevision"] * is_torchvision_available()
+)
 def test_models_and_processors_survive_saving(family, tmp_path):
     for part in (bundle := tiny_bundle(family)):
         part.save_pretrained(tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     call = {"images": [picture()], "text": ["<image> what?"], "return_tensors": "pt"}
     before, after = new_ids(bundle[0], bundle[1](**call), 8), new_ids(model, processor(**call), 8)
     assert torch.equal(before, after)
 
 
-# --- picture ----------------------------------------------------------------------------------------------------------------
+# --- picture --------------------------------------------------------------------------------------
 
 
 def test_picture_is_decided_by_its_seed_and_uses_the_whole_canvas():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users write passes a strict type checker: the README's blocks and the file of a new method, not one with mistakes."""
+"""What users write passes a strict type checker: the README's blocks and the file of a new method, not one
+with mistakes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmprune.testing.scaffold import scaffold
+from vlmprune.cli.scaffold import scaffold
 
 pytest.importorskip("mypy", reason="needs mypy, of the extra 'test'")
 pytestmark = pytest.mark.slow  # all of torch is read, which takes minutes
@@ -22,7 +24,9 @@ MISTAKES = "import vlmprune\n\nvlmprune.prun\nvlmprune.parse(1)\n"
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory):
-    """What ``mypy --strict`` says of files that import the package, which it finds as an editable install puts it there."""
+    """What ``mypy --strict`` says of files that import the package, which it finds as an editable install
+    puts it there.
+    """
     folder = tmp_path_factory.mktemp("user")
     (folder / "path").mkdir()
     (folder / "path" / "vlmprune").symlink_to(ROOT / "vlmprune", target_is_directory=True)
@@ -31,7 +35,15 @@ def complaints(tmp_path_factory):
     files["vlmprune_mine.py"] = (folder / "vlmprune_mine.py").read_text(encoding="utf-8")
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--no-error-summary",
+        *files,
+    ]
     environment = os.environ | {"MYPYPATH": str(folder / "path"), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
@@ -50,4 +62,6 @@ def test_the_file_of_a_new_method_is_typed(complaints):
 
 def test_a_mistake_of_a_user_is_found(complaints):
     found = [line for line in complaints if line.startswith("mistakes.py")]
-    assert any('has no attribute "prun"' in line for line in found) and any("arg-type" in line for line in found)
+    assert any('has no attribute "prun"' in line for line in found) and any(
+        "arg-type" in line for line in found
+    )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vlmprune, a toolkit: prune visual tokens inside unmodified Hugging Face vision-language models.
 
-Names are loaded on first use, so that importing the package costs nothing and needs neither transformers nor Triton.
+Names are loaded on first use, so that importing the package costs nothing and needs neither transformers nor
+Triton.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Three lists of the same names, since each has a reader of its own: this one type checkers, which run no code; the next one
+# Three lists of the same names, since each has a reader of its own: this one type checkers, which run no
+# code; the next one
 # them too (`as` makes a name public); the last one Python. A test holds that they agree.
 __all__ = [
     "Budget",
@@ -42,13 +44,14 @@ if TYPE_CHECKING:
     from .api import prune as prune
     from .api import score as score
     from .api import select as select
-    from .core.base import Merged as Merged
-    from .core.base import Method as Method
     from .core.keepmap import KeepMap as KeepMap
     from .core.keepmap import ScoreMap as ScoreMap
+    from .core.method import Merged as Merged
+    from .core.method import Method as Method
     from .core.report import Report as Report
     from .core.tokens import VisualTokens as VisualTokens
     from .errors import VlmPruneError as VlmPruneError
+    from .evaluation.tasks.shapes.example import example as example
     from .models.loading import encode as encode
     from .models.loading import load as load
     from .registry import list_methods as list_methods
@@ -57,15 +60,14 @@ if TYPE_CHECKING:
     from .spec import Budget as Budget
     from .spec import Spec as Spec
     from .spec import parse as parse
-    from .testing.picture import example as example
 
 _HOME = {
     "attach": "api",
     "prune": "api",
     "score": "api",
     "select": "api",
-    "Merged": "core.base",
-    "Method": "core.base",
+    "Merged": "core.method",
+    "Method": "core.method",
     "KeepMap": "core.keepmap",
     "ScoreMap": "core.keepmap",
     "Report": "core.report",
@@ -79,7 +81,7 @@ _HOME = {
     "Budget": "spec",
     "Spec": "spec",
     "parse": "spec",
-    "example": "testing.picture",
+    "example": "evaluation.tasks.shapes.example",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any misspelt name for one of ours

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.base import Merged, Method
 from .core.keepmap import Picture, Replay, ScoreMap
-from .core.pictures import make_units, stack_units
+from .core.method import Merged, Method, needs_of
 from .core.select import choose
-from .core.session import Session
-from .core.shelf import run_encoder
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
+from .hooks.session import Session
+from .hooks.vision.encode import run_encoder
+from .hooks.vision.pictures import make_units, stack_units
 from .models import Adapter, adapter_for
 from .models.bare import is_tower, tower_tensors
 from .spec import Budget, Spec, parse
@@ -40,7 +40,8 @@ def prune(
         model: a loaded LLaVA-family model.
         method: a spec such as ``"fastervlm@64"``, or a method object together with ``keep``.
         keep: int = tokens, float in (0, 1] = fraction; only where the spec has none.
-        positions: "compact" re-counts positions after the cut, "original" leaves gaps; default as the method declares.
+        positions: "compact" re-counts positions after the cut, "original" leaves gaps; default as the method
+            declares.
         strict: raise when an image holds fewer tokens than an absolute ``keep``, instead of keeping them all.
 
     Example:
@@ -49,22 +50,29 @@ def prune(
         >>> print(run.last)  # doctest: +SKIP
     """
     if positions is not None and not (isinstance(positions, str) and positions in POSITIONS):
-        raise SpecError(f"positions={positions!r}; expected one of {list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}")
+        raise SpecError(
+            f"positions={positions!r}; expected one of "
+            f"{list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}"
+        )
     plans, text = resolve_all(method, keep)
     adapter = adapter_for(model)
     for built, _ in plans:
-        if built.stage == "before_lm":
+        if built.slot == "before_lm":
             built.kind()  # raises where a class of one's own overrides nothing
         built.check_model(adapter.config)
     return Session(adapter, plans, text, positions=positions, strict=strict)
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
-    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` is a cheap dense switch."""
+    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` is a cheap dense
+    switch.
+    """
     return prune(model, method, **options).attach()
 
 
-def resolve(method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True) -> tuple[Method, Budget | None, str]:
+def resolve(
+    method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True
+) -> tuple[Method, Budget | None, str]:
     """(method object, budget, spec text) where exactly one acting method makes sense."""
     plans, text = resolve_all(method, keep, need_keep=need_keep)
     if len(plans) != 1:
@@ -81,7 +89,7 @@ def resolve_all(
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
-        if budget is None and method.budgeted and need_keep and method.stage == "before_lm":
+        if budget is None and method.budgeted and need_keep and method.slot == "before_lm":
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
@@ -91,7 +99,9 @@ def resolve_all(
     spec = parse(method)
     if keep is not None:
         if any(part.budget is not None for part in spec.parts):
-            raise SpecError(f"{str(spec)!r} has a budget and keep={keep!r} was given as well; give one of them")
+            raise SpecError(
+                f"{str(spec)!r} has a budget and keep={keep!r} was given as well; give one of them"
+            )
         spec = spec.with_keep(keep)
     return [(plan.method, plan.budget) for plan in spec.build(require_budget=need_keep)], str(spec)
 
@@ -103,7 +113,8 @@ def score(
     *,
     image: Picture | Sequence[Picture | None] | None = None,
 ) -> list[ScoreMap]:
-    """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or frame.
+    """Score the visual tokens of ``inputs`` without running the language model: one ScoreMap per image or
+    frame.
 
     Args:
         model: a loaded model, or a bare ViT of timm with pixels (B, 3, H, W) as ``inputs``.
@@ -116,18 +127,23 @@ def score(
 
 def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
     built, _, text = resolve(method, need_keep=False)
-    if built.stage != "before_lm":
+    if built.slot != "before_lm":
         raise UnsupportedError(
-            f"{text!r} looks inside the language model, which score does not run; use prune(...) and read run.last.keep"
+            f"{text!r} looks inside the language model, which score does not run; use prune(...) and read "
+            "run.last.keep"
         )
     if built.kind() != "score":
         raise UnsupportedError(
-            f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, or select(...)"
+            f"{text!r} chooses a set of tokens and gives no scores; use prune(...) and read run.last.keep, "
+            "or select(...)"
         )
     if is_tower(model):
         tensors, grid = tower_tensors(model, inputs, built)
         rows = finite_scores(built, VisualTokens(**tensors, grids=(grid,))).float().cpu()
-        return [ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number) for number, row in enumerate(rows)]
+        return [
+            ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number)
+            for number, row in enumerate(rows)
+        ]
     adapter = adapter_for(model)
     built.check_model(adapter.config)
     if not isinstance(inputs, Mapping):
@@ -138,12 +154,16 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
     for modality in adapter.modalities:
         if inputs.get(modality.pixels) is None:
             continue
-        capture = adapter.capture(built.needs, getattr(built, "layer", None))
+        capture = adapter.capture(needs_of(built))
         _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
         for number, unit in enumerate(units):
             with torch.no_grad():
-                scores = finite_scores(built, stack_units([unit], pictures, built.needs, adapter.projector))[0].float().cpu()
+                scores = (
+                    finite_scores(built, stack_units([unit], pictures, needs_of(built), adapter.projector))[0]
+                    .float()
+                    .cpu()
+                )
             start, frames = 0, pictures[number].frames
             for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
                 count = sum(rows * cols for rows, cols in grids)
@@ -161,7 +181,10 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
                 start += count
         seen += len(pictures)
     if not maps:
-        raise SpecError(f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got {sorted(inputs)}")
+        raise SpecError(
+            f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got "
+            f"{sorted(inputs)}"
+        )
     return maps
 
 
@@ -172,7 +195,9 @@ def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | Non
     pictures = list(image) if isinstance(image, (list, tuple)) else [image]
     count = maps[-1].index + 1
     if len(pictures) != count:
-        raise SpecError(f"image holds {len(pictures)} pictures; expected {count}, one for each that inputs were made of")
+        raise SpecError(
+            f"image holds {len(pictures)} pictures; expected {count}, one for each that inputs were made of"
+        )
     return [replace(one, image=pictures[one.index]) for one in maps]
 
 
@@ -181,13 +206,20 @@ def finite_scores(method: Method, tokens: VisualTokens) -> Tensor:
     scores = method.score(tokens)
     if not bool(scores.isfinite().all()):
         raise InvariantError(
-            f"{method.name} gave {int((~scores.isfinite()).sum())} scores that are not finite; check the model's activations"
+            f"{method.name} gave {int((~scores.isfinite()).sum())} scores that are not finite; check the "
+            "model's activations"
         )
     return scores
 
 
 def select(
-    method: str | Spec | Method, keep: Any = None, *, grid: Any = None, tower: Any = None, pixels: Any = None, **tensors: Any
+    method: str | Spec | Method,
+    keep: Any = None,
+    *,
+    grid: Any = None,
+    tower: Any = None,
+    pixels: Any = None,
+    **tensors: Any,
 ) -> Tensor:
     """Choose tokens from plain tensors, or of a bare ViT of timm: ``keep_idx`` (B, K) int64, ascending.
 
@@ -195,7 +227,8 @@ def select(
         method: spec or method object.
         keep: budget, unless the spec has one.
         grid: (rows, cols) of the tokens, or a tuple of several blocks.
-        tower, pixels: a ViT of timm and what it shall look at (B, 3, H, W), in place of ``grid`` and ``tensors``.
+        tower, pixels: a ViT of timm and what it shall look at (B, 3, H, W), in place of ``grid`` and
+            ``tensors``.
         tensors: fields of VisualTokens, e.g. ``features=(B, N, D)``, ``cls_attention=(B, H, N)``.
 
     Example:
@@ -206,9 +239,14 @@ def select(
     built, budget, _ = resolve(method, keep)
     if tower is not None:
         if tensors or grid is not None:
-            raise SpecError(f"a tower and {sorted(tensors) or 'grid'} were given; give a tower with its pixels, or tensors")
+            raise SpecError(
+                f"a tower and {sorted(tensors) or 'grid'} were given; give a tower with its pixels, or "
+                "tensors"
+            )
         tensors, grid = tower_tensors(tower, pixels, built)
-    known = ["grid" if name == "grids" else name for name in VisualTokens.__dataclass_fields__ if name != "size"]
+    known = [
+        "grid" if name == "grids" else name for name in VisualTokens.__dataclass_fields__ if name != "size"
+    ]
     for name in tensors:
         if name not in known:
             raise SpecError(f"select got {name!r}; expected {known}.{did_you_mean(name, known)}")
@@ -217,9 +255,14 @@ def select(
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
     for name, value in tensors.items():
         if isinstance(value, Tensor) and value.numel() == 0 and name != "cls_features":
-            raise SpecError(f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty axis")
+            raise SpecError(
+                f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty "
+                "axis"
+            )
         if isinstance(value, Tensor) and not bool(value.isfinite().all()):
-            raise InvariantError(f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none")
+            raise InvariantError(
+                f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none"
+            )
     built.check_unit(tokens.count)
     k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:

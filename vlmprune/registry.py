@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from . import plugins
-from .core.base import NEEDS, STAGES, Method, one_of
+from .checks import one_of
+from .core.method import NEEDS, SLOTS, Method, Need
 from .errors import SpecError, did_you_mean
 
 GROUP = "vlmprune.methods"
@@ -57,7 +58,7 @@ class MethodInfo:
     """
 
     name: str
-    stage: str
+    slot: str
     needs: tuple[str, ...]
     query_aware: bool
     calibrated: bool
@@ -70,14 +71,22 @@ class MethodInfo:
     licence: str
     doc: str
 
+    @property
+    def stage(self) -> str:
+        """The name that ``slot`` had."""
+        return self.slot
+
     def __repr__(self) -> str:
         options = ", ".join(option.name for option in self.options) or "none"
-        return f"MethodInfo({self.name!r}, {self.stage}, needs {', '.join(self.needs) or 'nothing'}, options: {options})"
+        return (
+            f"MethodInfo({self.name!r}, {self.slot}, needs {', '.join(self.needs) or 'nothing'}, options: "
+            f"{options})"
+        )
 
     def _repr_html_(self) -> str:
         from .viz.notebook import facts
 
-        rows: dict[str, object] = {"what it does": self.doc.partition("\n\n")[0], "stage": self.stage}
+        rows: dict[str, object] = {"what it does": self.doc.partition("\n\n")[0], "slot": self.slot}
         rows |= {"needs": ", ".join(self.needs) or "nothing", "paper": self.paper or "none"}
         rows |= {f"option {option.name}": f"{option.type}: {option.help or '-'}" for option in self.options}
         return facts(self.name, rows)
@@ -112,10 +121,14 @@ def _check_class(name: str, cls: type[Method]) -> None:
             f"method {name!r} annotates {hidden}, which makes options of them; expected plain class "
             "attributes"
         )
-    one_of("stage", cls.stage, STAGES)
+    if "stage" in vars(cls):
+        raise SpecError(
+            f"method {name!r} says stage={vars(cls)['stage']!r}; where a method acts is its `slot` now"
+        )
+    one_of("slot", cls.slot, SLOTS)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
-    if cls.stage == "before_lm":
+    if cls.slot == "before_lm":
         cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
         raise SpecError(f"method {name!r} wraps another one but has no field for it; add `inner: Method`")
@@ -128,7 +141,8 @@ def _check_class(name: str, cls: type[Method]) -> None:
             "in ('features',)"
         )
     for need in needs:
-        one_of("needs", need, NEEDS)
+        if not isinstance(need, Need):
+            one_of("needs", need, NEEDS)
 
 
 def _check_free(name: str, cls: type[Method]) -> None:
@@ -143,8 +157,8 @@ def _check_free(name: str, cls: type[Method]) -> None:
     others = [other for other, known in _METHODS.items() if known is cls and other != name]
     if others:
         raise SpecError(
-            f"{target} is registered as {others[0]!r} already, so it cannot be {name!r} too; subclass it "
-            "for a second name"
+            f"{target} is registered as {others[0]!r} already, so it cannot be {name!r} too; subclass it for "
+            "a second name"
         )
 
 
@@ -279,8 +293,8 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
     doc = inspect.getdoc(cls) or ""
     return MethodInfo(
         name=name,
-        stage=cls.stage,
-        needs=tuple(needs),
+        slot=cls.slot,
+        needs=tuple(str(need) for need in needs),
         query_aware=cls.query_aware,
         calibrated=cls.calibrated,
         nested=cls.nested,

@@ -2,7 +2,8 @@
 """Budget and Spec: what to run, as one line of text that parses, prints and compares.
 
 The grammar is ``part ('+' part)*`` with ``part = name[(option=value, ...)][@keep[/scope]]``, for example
-``holov(crops=16)@64/image`` or ``debias+fastv(layer=2)@0.25``. Options are literals; a plain word needs no quotes.
+``holov(crops=16)@64/image`` or ``debias+fastv(layer=2)@0.25``. Options are literals; a plain word needs no
+quotes.
 """
 
 from __future__ import annotations
@@ -16,100 +17,29 @@ from dataclasses import MISSING, dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-from .core.base import Method, one_of
+from .core.budget import LARGEST, Budget, Printed
+from .core.method import Method
 from .errors import SpecError, did_you_mean
 from .registry import fits, get, option_fields, option_types, summary
 
 Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
 
-SCOPES = ("image", "crop", "total")
 GRAMMAR = "name[(option=value, ...)][@keep[/scope]], joined by '+'"
-_LARGEST = 2**63 - 1
-_FRACTION = re.compile(r"(?![0-9]+$)(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _PART = re.compile(r"\s*([^\s(@]+)\s*(?:\((.*)\)\s*)?(?:@([^()]*))?\s*", re.DOTALL)
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)  # quoted text, or one character
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
-# other names for a budget; most of them mean the share to drop in one code base and the share to keep in another
+# other names for a budget; most of them mean the share to drop in one code base and the share to keep in
+# another
 _BUDGET_WORDS = re.compile(
-    "keep(_ratio)?|budget|tokens|visual_token_num|retain(ed_tokens|_ratio)?|retention_ratio|ratio|rate|drop(_ratio)?"
-    "|prune_ra(te|tio)|reduction_ratio|sparsity"
+    "keep(_ratio)?|budget|tokens|visual_token_num|retain(ed_tokens|_ratio)?|retention_ratio|ratio|rate|drop(_ratio)?|prune_ra(te|tio)|reduction_ratio|sparsity"
 )
-_KEEP = "expected an int >= 1 (tokens) or a float in (0, 1] (fraction kept)"
-
-
-class _Printed:
-    """Equality and hash of the printed form, because 1 == 1.0 == True in Python while one token is not all tokens.
-
-    It is what is shown, too: ``Spec('fastervlm@64')``.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return str(self) == str(other) if type(other) is type(self) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self)!r})"
-
-
-@dataclass(frozen=True, eq=False)
-class Budget(_Printed):
-    """How much to keep of each unit.
-
-    Args:
-        keep: an int counts tokens; a float in (0, 1] is a fraction, and 1.0 is all.
-        scope: what the budget is spent on: ``image``, ``crop`` (tile or frame), or ``total`` (all images of a sample).
-    """
-
-    keep: int | float
-    scope: str = "image"
-
-    def __post_init__(self) -> None:
-        keep = self.keep
-        if isinstance(keep, Integral) and not isinstance(keep, bool) and 1 <= keep <= _LARGEST:
-            object.__setattr__(self, "keep", int(keep))
-        elif isinstance(keep, Real) and not isinstance(keep, Integral) and 0 < keep <= 1 and float(keep):
-            object.__setattr__(self, "keep", float(keep))
-        else:
-            whole = isinstance(keep, float) and 1 < keep <= _LARGEST and keep == int(keep)
-            hint = f"; a number of tokens is an int: @{int(keep)}" if whole else ""
-            # Python refuses to print very long ints
-            given = "an int beyond 64 bits" if isinstance(keep, int) and abs(keep) > _LARGEST else repr(keep)
-            raise SpecError(f"keep={given} is no budget; {_KEEP}{hint}")
-        one_of("scope", self.scope, SCOPES)
-
-    def __str__(self) -> str:
-        return repr(self.keep) + ("" if self.scope == "image" else f"/{self.scope}")
-
-    @classmethod
-    def of(cls, value: int | float | str | Budget, scope: str = "image") -> Budget:
-        """Read a budget from a number, a text like ``"64/crop"``, or a budget; ``scope`` is used where the value names none."""
-        if isinstance(value, Budget):
-            return value
-        if not isinstance(value, str):
-            return cls(value, scope)
-        text, slash, named = (piece.strip() for piece in value.partition("/"))
-        scope = named if slash else scope
-        if re.fullmatch("[0-9]{1,19}", text):
-            return cls(int(text), scope)
-        if _FRACTION.fullmatch(text):
-            return cls(float(text), scope)
-        percent = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]+)?|100)\s*%", text)
-        hint = f"; a percentage is written as a fraction: @{float(percent[1]) / 100!r}" if percent else "; write @64 or @0.25"
-        raise SpecError(f"budget {value!r} is not keep[/scope]; {_KEEP}{hint}")
-
-    def count(self, n: int) -> int:
-        """Tokens kept of ``n``: at least one, never more than there are, fractions rounded down."""
-        if isinstance(self.keep, int):
-            return min(self.keep, n)
-        # 0.29 * 100 is 28.999999999999996: the product is rounded before the floor
-        return min(n, max(1, math.floor(round(self.keep * n, 6))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Part(_Printed):
-    """One method of a spec; ``args`` may be given as a mapping and is held as (option, value) pairs sorted by option."""
+class Part(Printed):
+    """One method of a spec; ``args`` may be given as a mapping and is held as (option, value) pairs sorted by
+    option.
+    """
 
     name: str
     args: tuple[tuple[str, Value], ...] = ()
@@ -120,11 +50,16 @@ class Part(_Printed):
             given = self.args.items() if isinstance(self.args, Mapping) else self.args
             pairs = tuple((str.strip(key), value) for key, value in given)  # strip refuses what is no text
         except (TypeError, ValueError) as error:
-            raise SpecError(f"args={self.args!r} of method {self.name!r}; expected a mapping from names to values") from error
+            raise SpecError(
+                f"args={self.args!r} of method {self.name!r}; expected a mapping from names to values"
+            ) from error
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.of(self.budget))
         if len(dict(pairs)) < len(pairs):
-            raise SpecError(f"method {self.name!r} got an option twice: {[key for key, _ in pairs]}; give each option once")
+            raise SpecError(
+                f"method {self.name!r} got an option twice: {[key for key, _ in pairs]}; give each option "
+                "once"
+            )
         object.__setattr__(self, "args", tuple(sorted((key, _plain(key, value)) for key, value in pairs)))
 
     def __str__(self) -> str:
@@ -142,10 +77,16 @@ class Part(_Printed):
             if not fits(value, hints[key]):
                 given = f"{key}={_show(value)} of method {self.name!r}"
                 raise SpecError(f"option {given} is a {type(value).__name__}; expected {known[key].type}")
-        required = [key for key, option in known.items() if option.default is MISSING and option.default_factory is MISSING]
+        required = [
+            key
+            for key, option in known.items()
+            if option.default is MISSING and option.default_factory is MISSING
+        ]
         missing = [key for key in required if key not in dict(self.args)]
         if missing:
-            raise SpecError(f"method {self.name!r} has no default for {missing}; write {self.name}({missing[0]}=...)")
+            raise SpecError(
+                f"method {self.name!r} has no default for {missing}; write {self.name}({missing[0]}=...)"
+            )
         return cls(**inner, **dict(self.args))
 
 
@@ -158,13 +99,15 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Spec(_Printed):
+class Spec(Printed):
     """Methods that act together, in the order written; ``str`` prints the canonical text."""
 
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parts, (tuple, list)) or not all(isinstance(part, Part) for part in self.parts):
+        if not isinstance(self.parts, (tuple, list)) or not all(
+            isinstance(part, Part) for part in self.parts
+        ):
             raise SpecError(f"parts={self.parts!r}; expected a tuple of Part; text is read by parse(...)")
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
@@ -175,7 +118,8 @@ class Spec(_Printed):
 
     @property
     def prunes(self) -> bool:
-        """Whether tokens are removed: by a method that takes a budget, and has not the budget of all tokens."""
+        """Whether tokens are removed: by a method that takes a budget, and has not the budget of all
+        tokens."""
         acting = [part for part in self.parts if get(part.name).budgeted and not get(part.name).wraps]
         return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
 
@@ -185,13 +129,19 @@ class Spec(_Printed):
         return facts(str(self), {str(part): summary(part.name) for part in self.parts})
 
     def with_keep(self, keep: int | float | str | Budget) -> Spec:
-        """A copy in which the last part that takes a budget has this one; a scope that is not named stays as it was."""
+        """A copy in which the last part that takes a budget has this one; a scope that is not named stays as
+        it was.
+        """
         for i in reversed(range(len(self.parts))):
             part, cls = self.parts[i], get(self.parts[i].name)
             if cls.budgeted and not cls.wraps:
                 budget = Budget.of(keep, part.budget.scope if part.budget else "image")
-                return replace(self, parts=(*self.parts[:i], replace(part, budget=budget), *self.parts[i + 1 :]))
-        raise SpecError(f"keep={keep} was given for {str(self)!r}, where no method takes a budget; leave it out")
+                return replace(
+                    self, parts=(*self.parts[:i], replace(part, budget=budget), *self.parts[i + 1 :])
+                )
+        raise SpecError(
+            f"keep={keep} was given for {str(self)!r}, where no method takes a budget; leave it out"
+        )
 
     def build(self, require_budget: bool = False) -> tuple[Plan, ...]:
         """One plan per method, wrappers around the part to their right."""
@@ -201,14 +151,21 @@ class Spec(_Printed):
             if cls.wraps:
                 if not plans or part.budget:
                     why = "wraps the method to its right and has no budget of its own"
-                    raise SpecError(f"{str(part)!r} in {str(self)!r} {why}; write it as in {part.name}+fastervlm@64")
+                    raise SpecError(
+                        f"{str(part)!r} in {str(self)!r} {why}; write it as in {part.name}+fastervlm@64"
+                    )
                 wrapped = plans.pop()
                 plans.append(Plan(part.build(inner=wrapped.method), wrapped.budget))
                 continue
             if part.budget and not cls.budgeted:
-                raise SpecError(f"{str(part)!r} has a budget, but method {part.name!r} takes none; drop '@{part.budget}'")
-            if require_budget and cls.budgeted and cls.stage == "before_lm" and not part.budget:
-                raise SpecError(f"{str(part)!r} has no budget; expected tokens or a fraction to keep: {part}@64 or {part}@0.25")
+                raise SpecError(
+                    f"{str(part)!r} has a budget, but method {part.name!r} takes none; drop '@{part.budget}'"
+                )
+            if require_budget and cls.budgeted and cls.slot == "before_lm" and not part.budget:
+                raise SpecError(
+                    f"{str(part)!r} has no budget; expected tokens or a fraction to keep: {part}@64 or "
+                    f"{part}@0.25"
+                )
             plans.append(Plan(part.build(), part.budget))
         return tuple(reversed(plans))
 
@@ -225,7 +182,9 @@ def parse(text: str | Spec) -> Spec:
 
 
 def split(text: str, at: str = "+") -> list[str]:
-    """Cut at each ``at`` that is outside parentheses and quotes: ``split("random(seed=1)@9,pool@9", ",")`` are two specs."""
+    """Cut at each ``at`` that is outside parentheses and quotes: ``split("random(seed=1)@9,pool@9", ",")``
+    are two specs.
+    """
     depth, pieces = 0, [""]
     for token in _TOKEN.findall(text):
         depth += (token == "(") - (token == ")")
@@ -270,7 +229,9 @@ def _literal(node: ast.expr, problem: str) -> Value:
             return value
         case ast.Name(id=word):
             return _WORDS.get(word, word)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)) if not isinstance(value, bool):
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)) if (
+            not isinstance(value, bool)
+        ):
             return -value
         case ast.Tuple(elts=nodes) | ast.List(elts=nodes):
             return tuple(_literal(item, problem) for item in nodes)
@@ -282,20 +243,25 @@ def _plain(key: str, value: Any) -> Value:
         return value
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, Integral) and abs(int(value)) <= _LARGEST:
+    if isinstance(value, Integral) and abs(int(value)) <= LARGEST:
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value):
         return float(value)
     if isinstance(value, (list, tuple)):
         return tuple(_plain(key, item) for item in value)
     raise SpecError(
-        f"option {key!r} got a {type(value).__name__}; expected finite 64-bit numbers, bool, None, str, or tuples of them"
+        f"option {key!r} got a {type(value).__name__}; expected finite 64-bit numbers, bool, None, str, or "
+        "tuples of them"
     )
 
 
 def _show(value: Value) -> str:
     if isinstance(value, str):
-        bare = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value) and not keyword.iskeyword(value) and value not in _WORDS
+        bare = (
+            re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value)
+            and not keyword.iskeyword(value)
+            and value not in _WORDS
+        )
         return value if bare else repr(value)
     if isinstance(value, tuple):
         return f"({','.join(map(_show, value))}{',' if len(value) == 1 else ''})"
@@ -304,13 +270,18 @@ def _show(value: Value) -> str:
 
 def _unknown_option(name: str, key: str, value: Value, known: list[str]) -> str:
     if not _BUDGET_WORDS.fullmatch(key.lower()):
-        return f"method {name!r} has no option {key!r}; its options are {known or 'none'}.{did_you_mean(key, known)}"
+        return (
+            f"method {name!r} has no option {key!r}; its options are "
+            f"{known or 'none'}.{did_you_mean(key, known)}"
+        )
     both = ""
     if isinstance(value, float) and 0 < value < 1:
         both = (
-            f". If {value} is the share to drop, write {name}@{round(1 - value, 12)}; if it is the share to keep, {name}@{value}"
+            f". If {value} is the share to drop, write {name}@{round(1 - value, 12)}; if it is the share to "
+            f"keep, {name}@{value}"
         )
     return (
-        f"{key}={_show(value)} in method {name!r}: a budget is no option; what to KEEP is written after '@', as in {name}@64 "
-        f"(tokens) or {name}@0.25 (fraction); a share to drop must be converted, keep = 1 - drop{both}"
+        f"{key}={_show(value)} in method {name!r}: a budget is no option; what to KEEP is written after '@', "
+        f"as in {name}@64 (tokens) or {name}@0.25 (fraction); a share to drop must be converted, keep = 1 - "
+        f"drop{both}"
     )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder as training needs it: HF modules, explicit mask and positions, attention targets, dense or symbolic patches."""
+"""The decoder as training needs it: HF modules, explicit mask and positions, attention targets, dense or
+symbolic patches.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from packs import NO_LOSS, Batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmprune.benchmarks.shapes.model import GRID, IMAGE
-from vlmprune.benchmarks.shapes.vocabulary import PLURALS
+from vlmprune.evaluation.tasks.shapes.model import GRID, IMAGE
+from vlmprune.evaluation.tasks.shapes.vocabulary import PLURALS
 
 # layer -> [(kind of target, heads that are taught)]
 TAUGHT = {
@@ -28,7 +30,9 @@ TAUGHT = {
 
 
 class Symbols(nn.Module):
-    """Patches as sums of word vectors and of learned vectors for place and role: what a perfect tower would say."""
+    """Patches as sums of word vectors and of learned vectors for place and role: what a perfect tower would
+    say.
+    """
 
     def __init__(self, width: int, std: float = 0.06) -> None:
         super().__init__()
@@ -56,12 +60,16 @@ def _smooth(width: int, std: float) -> Tensor:
     """(GRID, width) vectors that are alike for neighbours, with a straight line among their directions."""
     where = (torch.arange(GRID) + 0.5) / GRID
     waves = torch.stack([2 * where - 1] + [torch.cos(math.pi * k * where) for k in range(1, 7)])  # (7, GRID)
-    return waves.T @ (torch.randn(7, width) * std * torch.tensor([1.5, *(1 / k**0.5 for k in range(1, 7))])[:, None])
+    return waves.T @ (
+        torch.randn(7, width) * std * torch.tensor([1.5, *(1 / k**0.5 for k in range(1, 7))])[:, None]
+    )
 
 
 @torch.no_grad()
 def initialise(language: nn.Module, seed: int, std: float = 0.06) -> None:
-    """Attention that compares contents and hands them on from the first step: Q = K, output = transposed value."""
+    """Attention that compares contents and hands them on from the first step: Q = K, output = transposed
+    value.
+    """
     torch.manual_seed(seed)
     language.embed_tokens.weight.normal_(0, std)
     for singular, plural in PLURALS.items():
@@ -72,7 +80,10 @@ def initialise(language: nn.Module, seed: int, std: float = 0.06) -> None:
         groups = attention.q_proj.out_features // attention.k_proj.out_features
         attention.k_proj.weight.normal_(0, 0.11)
         nn.init.orthogonal_(attention.v_proj.weight)
-        wide = [_per_query_head(weight, dim, groups) for weight in (attention.k_proj.weight, attention.v_proj.weight)]
+        wide = [
+            _per_query_head(weight, dim, groups)
+            for weight in (attention.k_proj.weight, attention.v_proj.weight)
+        ]
         attention.q_proj.weight.copy_(wide[0])
         attention.o_proj.weight.copy_(0.15 / groups**0.5 * wide[1].T)
 
@@ -102,11 +113,19 @@ class Places(nn.Module):
         real = batch.placed & (batch.aim[..., 1] == kind)
         rows, targets = real.nonzero(as_tuple=True)
         said = self.heads[0 if kind == NOUN else 1](hidden[rows, batch.aim[rows, targets, 0]]).float()
-        return 4 * (said - batch.place[rows, targets, : said.shape[-1]]).pow(2).mean() if len(rows) else said.sum()
+        return (
+            4 * (said - batch.place[rows, targets, : said.shape[-1]]).pow(2).mean()
+            if len(rows)
+            else said.sum()
+        )
 
 
 def run(
-    language: nn.Module, hidden: Tensor, batch: Batch, teach: bool, places: Places | None = None,
+    language: nn.Module,
+    hidden: Tensor,
+    batch: Batch,
+    teach: bool,
+    places: Places | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states (B, P + T, D) after the last norm, and the losses of taught attention and places."""
     cos, sin = language.rotary_emb(hidden, batch.positions)
@@ -117,8 +136,10 @@ def run(
             losses[f"place{number}"] = places.loss(hidden, batch, places.LAYERS[number])
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)
-        q, k, v = (proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                   for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         if teach and number in TAUGHT:
@@ -135,7 +156,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int, ...]]]):
-    """Per kind: minus the log of the attention mass on what is meant; where things are counted, cross-entropy to equal shares."""
+    """Per kind: minus the log of the attention mass on what is meant; where things are counted, cross-entropy
+    to equal shares.
+    """
     rows = torch.arange(len(q), device=q.device)[:, None]
     for kind, heads in kinds:
         real = (batch.aim[..., 1] == kind) & (batch.aim[..., 3] > 0)  # (B, E)
@@ -144,7 +167,9 @@ def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int,
             continue
         real, pick = real.int().topk(most, dim=1)  # (B, M)
         columns, goal, heads = batch.aim[..., 0][rows, pick], batch.goal[rows, pick][:, :, None], list(heads)
-        logits = torch.einsum("bmhd,bhld->bmhl", q[:, heads].transpose(1, 2)[rows, columns], k[:, heads]).float()
+        logits = torch.einsum(
+            "bmhd,bhld->bmhl", q[:, heads].transpose(1, 2)[rows, columns], k[:, heads]
+        ).float()
         allowed = batch.mask[rows, 0, columns][:, :, None]  # (B, M, 1, P + T)
         shares = (logits / math.sqrt(q.shape[-1])).masked_fill(~allowed, float("-inf")).log_softmax(-1)
         loss = -shares.masked_fill(~goal, float("-inf")).logsumexp(-1)  # (B, M, heads)
@@ -155,9 +180,14 @@ def taught(q: Tensor, k: Tensor, batch: Batch, kinds: list[tuple[int, tuple[int,
 
 
 def answer_loss(
-    hidden: Tensor, words: Tensor, batch: Batch, weights: Tensor | None = None,
+    hidden: Tensor,
+    words: Tensor,
+    batch: Batch,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss over answer tokens, ``weights`` (questions,) apart; what was predicted and what is right at them."""
+    """Mean loss over answer tokens, ``weights`` (questions,) apart; what was predicted and what is right at
+    them.
+    """
     width = len(batch.prefix)
     where = batch.answers != NO_LOSS
     logits = F.linear(hidden[:, width:][where], words).float()

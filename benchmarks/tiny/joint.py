@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last stages: the projector learns to say in pixels what symbols said (align), then all parts answer on pictures (joint)."""
+"""Last stages: the projector learns to say in pixels what symbols said (align), then all parts answer on
+pictures (joint).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from runs import Run, optimisers
 from torch import Tensor, nn
 from vision import Vision, dense_loss, whole_loss
 
-from vlmprune.benchmarks.shapes.model import build_model
-from vlmprune.benchmarks.shapes.questions import FAMILIES
+from vlmprune.evaluation.tasks.shapes.model import build_model
+from vlmprune.evaluation.tasks.shapes.questions import FAMILIES
 
 OWNER = LABELS.index("owner")
 
@@ -66,7 +68,10 @@ def align(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
 
     def step(number: int) -> dict[str, float]:
         scenes = rng.integers(0, len(store.labels), options["batch"])
-        labels, places = torch.from_numpy(store.labels[scenes]), torch.arange(PATCHES)[None].repeat(len(scenes), 1)
+        labels, places = (
+            torch.from_numpy(store.labels[scenes]),
+            torch.arange(PATCHES)[None].repeat(len(scenes), 1),
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             hidden, pooled = net.see(store.pictures(scenes), last=True)
             right = net.language.symbols(net.language.decoder.embed_tokens.weight, labels)
@@ -74,7 +79,12 @@ def align(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Joint:
             dense, hits = dense_loss(net.vision.dense(hidden[:, 1:]), labels, places)
             whole = whole_loss(net.vision, hidden, pooled, labels)
         (10 * error + dense + recipe["vision"]["cls"] * whole).backward()
-        return {"error": float(error.detach()), "dense": float(dense.detach()), "whole": float(whole.detach()), **hits}
+        return {
+            "error": float(error.detach()),
+            "dense": float(dense.detach()),
+            "whole": float(whole.detach()),
+            **hits,
+        }
 
     run_.loop("align", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
     return net
@@ -115,8 +125,12 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store, stage: st
             tokens = net.projector(hidden[:, 1:])
             teach, embeds = done < options["anneal"], sequence(net, batch, tokens)
             states, taught = run(net.language.decoder, embeds, batch, teach, net.language.places)
-            answer, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch, weights)
-            dense, hits = dense_loss(net.vision.dense(hidden[:, 1:]), labels, torch.arange(PATCHES)[None].repeat(len(labels), 1))
+            answer, said, right = answer_loss(
+                states, net.language.decoder.embed_tokens.weight, batch, weights
+            )
+            dense, hits = dense_loss(
+                net.vision.dense(hidden[:, 1:]), labels, torch.arange(PATCHES)[None].repeat(len(labels), 1)
+            )
             loss = answer + options["dense"] * dense
             if last:
                 loss = loss + 2 * options["cls"] * whole_loss(net.vision, hidden, pooled, labels)
@@ -136,7 +150,9 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store, stage: st
 def sequence(net: Joint, batch: Batch, tokens: Tensor) -> Tensor:
     """``tokens`` (B * images, PATCHES, D) -> (B, P + T, D), with the patches that the batch shows."""
     shown = batch.chosen.flatten(0, 1)[..., None].expand(-1, -1, tokens.shape[-1])  # (B * images, N, D)
-    return embed(net.language.decoder, batch, tokens.gather(1, shown).reshape(len(batch.ids), -1, tokens.shape[-1]))
+    return embed(
+        net.language.decoder, batch, tokens.gather(1, shown).reshape(len(batch.ids), -1, tokens.shape[-1])
+    )
 
 
 @torch.no_grad()
@@ -148,7 +164,9 @@ def accuracy(net: Joint, store: Store, bf16: bool, limit: int | None = None) -> 
         batch = collate(store, items, PATCHES, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden, _ = net.see(store.pictures(batch.scenes.numpy().ravel()), last=False)
-            states, _ = run(net.language.decoder, sequence(net, batch, net.projector(hidden[:, 1:])), batch, False)
+            states, _ = run(
+                net.language.decoder, sequence(net, batch, net.projector(hidden[:, 1:])), batch, False
+            )
             _, said, right = answer_loss(states, net.language.decoder.embed_tokens.weight, batch)
         tally(store, batch, said == right, wrong, total)
     return summary(wrong, total)

@@ -13,8 +13,8 @@ from packs import NO_LOSS, Store, all_batches, batches, collate
 from runs import Run, optimisers, rank
 from torch import Tensor, distributed, nn
 
-from vlmprune.benchmarks.shapes.model import build_model
-from vlmprune.benchmarks.shapes.questions import FAMILIES
+from vlmprune.evaluation.tasks.shapes.model import build_model
+from vlmprune.evaluation.tasks.shapes.questions import FAMILIES
 
 
 class Language(nn.Module):
@@ -54,10 +54,15 @@ def train(recipe: dict[str, Any], run_: Run, store: Store, dev: Store) -> Langua
         share = options["attention"] * max(0.0, 1 - number / (options["anneal"] * options["steps"]))
         loss = answer + share * weighted(taught, options)
         loss.backward()
-        return {"loss": float(answer.detach()), "hit": float((said == right).float().mean()),
-                **{f"a{key}": float(value.detach()) for key, value in taught.items()}}
+        return {
+            "loss": float(answer.detach()),
+            "hit": float((said == right).float().mean()),
+            **{f"a{key}": float(value.detach()) for key, value in taught.items()},
+        }
 
-    run_.loop("language", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"]))
+    run_.loop(
+        "language", net, steps, step, options, lambda: accuracy(net, dev, options["bf16"], options["dev"])
+    )
     return net
 
 
@@ -67,7 +72,9 @@ def weighted(taught: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
 
 
 def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
-    """(questions,) weight of every question in the loss; high counts are rarer in training scenes than in the benchmark."""
+    """(questions,) weight of every question in the loss; high counts are rarer in training scenes than in the
+    benchmark.
+    """
     weights = np.array([options["family_weight"].get(name, 1.0) for name in FAMILIES])[store.families]
     answers = store.ids[store.id_start[:-1] + store.firsts + 1]
     for word, factor in options["count_weight"].items():
@@ -76,7 +83,9 @@ def family_weights(store: Store, options: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(net: Language, store: Store, bf16: bool, limit: int | None = None, tokens: int = PATCHES) -> dict[str, float]:
+def accuracy(
+    net: Language, store: Store, bf16: bool, limit: int | None = None, tokens: int = PATCHES
+) -> dict[str, float]:
     """Share of questions whose every answer token is right, per family, all patches shown."""
     rng = np.random.default_rng(0)
     wrong, total = np.zeros(len(FAMILIES)), np.zeros(len(FAMILIES))
@@ -84,7 +93,9 @@ def accuracy(net: Language, store: Store, bf16: bool, limit: int | None = None, 
         batch = collate(store, items, tokens, rng)
         labels = torch.from_numpy(store.labels[store.scene_of[items][:, : batch.scenes.shape[1]]])
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden, _ = run(net.decoder, embed(net.decoder, batch, net.patches(labels, batch.chosen)), batch, False)
+            hidden, _ = run(
+                net.decoder, embed(net.decoder, batch, net.patches(labels, batch.chosen)), batch, False
+            )
             _, said, right = answer_loss(hidden, net.decoder.embed_tokens.weight, batch)
         tally(store, batch, said == right, wrong, total)
     return summary(wrong, total)
@@ -103,4 +114,7 @@ def summary(wrong: np.ndarray, total: np.ndarray) -> dict[str, float]:
         for counts in (wrong, total):
             distributed.all_reduce(torch.from_numpy(counts))
     rates = 1 - wrong / np.maximum(total, 1)
-    return {"mean": float(rates[total > 0].mean()), **{name: float(r) for name, r in zip(FAMILIES, rates, strict=True)}}
+    return {
+        "mean": float(rates[total > 0].mean()),
+        **{name: float(r) for name, r in zip(FAMILIES, rates, strict=True)},
+    }

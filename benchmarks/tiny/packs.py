@@ -8,12 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import ADJECTIVE, ANSWER, FIRST, LABELS, LAST, LOOK, MAX_THINGS, NOUN, PATCHES, PICTURE, WORD, WORDS_OF
+from data import (
+    ADJECTIVE,
+    ANSWER,
+    FIRST,
+    LABELS,
+    LAST,
+    LOOK,
+    MAX_THINGS,
+    NOUN,
+    PATCHES,
+    PICTURE,
+    WORD,
+    WORDS_OF,
+)
 from runs import rank
 from torch import Tensor
 
-from vlmprune.benchmarks.shapes.model import BOS, EOS, GRID, IMAGE, PAD
-from vlmprune.benchmarks.shapes.vocabulary import COLORS, ORDER
+from vlmprune.evaluation.tasks.shapes.model import BOS, EOS, GRID, IMAGE, PAD
+from vlmprune.evaluation.tasks.shapes.vocabulary import COLORS, ORDER
 
 CENTRE, OWNER, INDEX = LABELS.index("centre"), LABELS.index("owner"), LABELS.index("index")
 NO_LOSS = -100
@@ -34,14 +47,18 @@ class Store:
             shard["scene_of"] = np.where(shard["scene_of"] >= 0, shard["scene_of"] + first, -1)
         joined = {key: np.concatenate([s[key] for s in shards]) for key in shards[0]}
         self.labels, self.scene_of = joined["labels"], joined["scene_of"]
-        self.ids, self.firsts, self.families, self.targets = (joined[k] for k in ("ids", "firsts", "families", "targets"))
+        self.ids, self.firsts, self.families, self.targets = (
+            joined[k] for k in ("ids", "firsts", "families", "targets")
+        )
         self.id_start = np.concatenate([[0], np.cumsum(joined["lengths"])])
         self.target_start = np.concatenate([[0], np.cumsum(joined["target_counts"])])
         self.question_start = np.concatenate([[0], np.cumsum(joined["question_counts"])])
         self.text_length = np.diff(self.id_start[self.question_start])  # of all questions of an item
         self.two = self.scene_of[:, 1] >= 0
         self._first = scenes
-        self._pictures = [np.load(p, mmap_mode="r") for p in sorted(Path(folder).glob("*.images.npy"))] if pictures else []
+        self._pictures = (
+            [np.load(p, mmap_mode="r") for p in sorted(Path(folder).glob("*.images.npy"))] if pictures else []
+        )
 
     def __len__(self) -> int:
         return len(self.scene_of)
@@ -66,7 +83,8 @@ class Batch:
     question: Tensor  # (B, T) number of the question in the store, or -1
     aim: Tensor  # (B, E, 4): column, kind, how many things are meant, whether it is a target at all
     goal: Tensor  # (B, E, P + T) columns that are looked for
-    place: Tensor  # (B, E, 4) row and column of the one thing a noun means, or of the first and the last thing of an answer
+    # (B, E, 4) row and column of the one thing a noun means, or of the first and the last thing of an answer
+    place: Tensor
     placed: Tensor  # (B, E) bool: whether there are such things
     counted: Tensor  # (B, E) bool: attention is to be spread over things, one more share for the first token
 
@@ -75,14 +93,18 @@ class Batch:
 
 
 def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generator) -> Batch:
-    """Pack items; ``tokens`` patches per image are shown: what shows a thing first, then background at random."""
+    """Pack items; ``tokens`` patches per image are shown: what shows a thing first, then background at
+    random.
+    """
     images = 1 + int(store.two[items[0]])
     scenes = store.scene_of[items][:, :images]
     labels = store.labels[scenes]  # (B, images, PATCHES, labels)
     order = np.argsort((labels[..., OWNER] == 0) + rng.random(labels.shape[:3]) * 0.5, axis=-1)
     chosen = np.sort(order[..., :tokens], axis=-1)
     kept = np.take_along_axis(labels, chosen[..., None], axis=2)
-    owner = kept[..., OWNER].astype(np.int64) + np.arange(images)[:, None] * MAX_THINGS * (kept[..., OWNER] > 0)
+    owner = kept[..., OWNER].astype(np.int64) + np.arange(images)[:, None] * MAX_THINGS * (
+        kept[..., OWNER] > 0
+    )
     prefix: list[int] = [BOS, WORD["user:"]]
     for image in range(images):
         prefix += ([WORD[ORDER[image]]] if images > 1 else []) + [IMAGE] * tokens
@@ -94,7 +116,9 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     aims: list[list[tuple[int, int, int, int]]] = []
     bits: list[list[tuple[int, int]]] = []
     nouns: list[list[int]] = [[] for _ in items]
-    answered: list[list[tuple[int, int, int]]] = [[] for _ in items]  # (target of an answer, of its first noun, of its last)
+    answered: list[list[tuple[int, int, int]]] = [
+        [] for _ in items
+    ]  # (target of an answer, of its first noun, of its last)
     goals: list[tuple[int, int, list[int]]] = []  # (row, target, columns) where words are looked for
     for row, item in enumerate(items):
         at = 0
@@ -132,28 +156,57 @@ def collate(store: Store, items: np.ndarray, tokens: int, rng: np.random.Generat
     hit = (flat > 0) & ((meant[:, :, :1] >> np.maximum(flat - 1, 0)) & 1 > 0)
     index, look = meant[:, :, 1:], (aim[:, :, 1] == LOOK)[:, :, None]
     hit &= (index == 0) | (kept[..., INDEX].reshape(size, 1, -1) == index)
-    hit &= ~look | (index > 0) | (kept[..., CENTRE].reshape(size, 1, -1) > 0)  # things to count are looked at in their centres
+    hit &= (
+        ~look | (index > 0) | (kept[..., CENTRE].reshape(size, 1, -1) > 0)
+    )  # things to count are looked at in their centres
     goal[:, :, where] = hit
     place, placed = places(hit, chosen, aim, answered)
     for row, target, columns in goals:
         goal[row, target, columns] = True
     count = (look[..., 0]) & (index[..., 0] == 0)
-    goal[:, :, 0] |= count | ~goal.any(-1)  # the first token is where nothing is: a sink, and the one more of a count
-    return Batch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in {
-        "scenes": scenes, "chosen": chosen, "prefix": np.array(prefix), "ids": ids, "answers": answers, "question": question,
-        "positions": np.concatenate([np.tile(np.arange(width), (size, 1)), width + np.maximum(offset, 0)], 1),
-        "mask": block_mask(width, block), "aim": aim, "goal": goal, "counted": count, "place": place, "placed": placed,
-    }.items()})
+    goal[:, :, 0] |= count | ~goal.any(
+        -1
+    )  # the first token is where nothing is: a sink, and the one more of a count
+    return Batch(
+        **{
+            name: torch.from_numpy(np.ascontiguousarray(array))
+            for name, array in {
+                "scenes": scenes,
+                "chosen": chosen,
+                "prefix": np.array(prefix),
+                "ids": ids,
+                "answers": answers,
+                "question": question,
+                "positions": np.concatenate(
+                    [np.tile(np.arange(width), (size, 1)), width + np.maximum(offset, 0)], 1
+                ),
+                "mask": block_mask(width, block),
+                "aim": aim,
+                "goal": goal,
+                "counted": count,
+                "place": place,
+                "placed": placed,
+            }.items()
+        }
+    )
 
 
 def places(
-    hit: np.ndarray, chosen: np.ndarray, aim: np.ndarray, answered: list[list[tuple[int, int, int]]],
+    hit: np.ndarray,
+    chosen: np.ndarray,
+    aim: np.ndarray,
+    answered: list[list[tuple[int, int, int]]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B, E, 4) rows and columns in [-1, 1], and (B, E) where they are known; ``hit`` (B, E, images * N) is what is meant."""
+    """(B, E, 4) rows and columns in [-1, 1], and (B, E) where they are known; ``hit`` (B, E, images * N) is
+    what is meant.
+    """
     flat = chosen.reshape(len(chosen), -1)
     where = np.stack([flat // GRID, flat % GRID], -1) / ((GRID - 1) / 2) - 1  # (B, images * N, 2)
     shown = hit.sum(-1)
-    mean = np.einsum("ben,bnc->bec", hit.astype(np.float32), where.astype(np.float32)) / np.maximum(shown, 1)[..., None]
+    mean = (
+        np.einsum("ben,bnc->bec", hit.astype(np.float32), where.astype(np.float32))
+        / np.maximum(shown, 1)[..., None]
+    )
     place = np.concatenate([mean, mean], -1)
     placed = (aim[..., 1] == NOUN) & (aim[..., 2] == 1) & (aim[..., 3] > 0) & (shown > 0)
     for row, found in enumerate(answered):
@@ -182,14 +235,18 @@ def word_targets(words: list[int], targets: list[list[int]]) -> list[tuple[int, 
 
 
 def block_mask(width: int, block: np.ndarray) -> np.ndarray:
-    """(B, 1, P + T, P + T): everybody sees the prefix up to here; text sees its own question up to here; padding sees itself."""
+    """(B, 1, P + T, P + T): everybody sees the prefix up to here; text sees its own question up to here;
+    padding sees itself.
+    """
     size, length = block.shape
     whole = np.tril(np.ones((width + length, width + length), bool))[None].repeat(size, 0)
     whole[:, width:, width:] &= block[:, :, None] == block[:, None, :]
     return whole[:, None]
 
 
-def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5, favour: int | None = None):
+def batches(
+    store: Store, size: int, rng: np.random.Generator, cost_two: float = 0.5, favour: int | None = None
+):
     """Endless batches of items of equal kind and similar length, in random order.
 
     With ``favour``, the number of a family, two of three items have at least three questions of it.
@@ -201,7 +258,9 @@ def batches(store: Store, size: int, rng: np.random.Generator, cost_two: float =
     while True:
         order = rng.permutation(len(store))
         if rich.any():
-            order = rng.permutation(np.concatenate([order[rich[order]], order[~rich[order]][: rich.sum() // 2]]))
+            order = rng.permutation(
+                np.concatenate([order[rich[order]], order[~rich[order]][: rich.sum() // 2]])
+            )
         todo = []
         for two in (False, True):
             step = max(1, round(size * cost_two)) if two else size

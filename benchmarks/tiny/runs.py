@@ -22,7 +22,9 @@ def optimisers(net: nn.Module, options: dict[str, Any]) -> list[torch.optim.Opti
         if weight.requires_grad:
             inner = weight.ndim == 2 and ".layers." in name and "embed" not in name
             (matrices if inner and options.get("muon") else rest).append(weight)
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.98), weight_decay=0.01)]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.98), weight_decay=0.01)
+    ]
     if matrices:
         rules = {"weight_decay": 0.02, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4}
         found.append(torch.optim.Muon(matrices, lr=options["muon"], **rules))
@@ -49,7 +51,9 @@ def average_gradients(net: nn.Module) -> None:
 
 
 class Run:
-    """A folder with checkpoints of the stages and ``log.jsonl``. A finished stage is loaded, a broken one resumed."""
+    """A folder with checkpoints of the stages and ``log.jsonl``. A finished stage is loaded, a broken one
+    resumed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -66,10 +70,17 @@ class Run:
         return np.random.default_rng([seed, sum(stage.encode()), rank()[0], step])
 
     def loop(
-        self, stage: str, net: nn.Module, steps: list[torch.optim.Optimizer], step: Callable[[int], dict[str, float]],
-        options: dict[str, Any], evaluate: Callable[[], dict[str, float]],
+        self,
+        stage: str,
+        net: nn.Module,
+        steps: list[torch.optim.Optimizer],
+        step: Callable[[int], dict[str, float]],
+        options: dict[str, Any],
+        evaluate: Callable[[], dict[str, float]],
     ) -> None:
-        """Train ``options['steps']`` steps; the learning rate rises, stays, and falls to zero over the last ``decay``."""
+        """Train ``options['steps']`` steps; the learning rate rises, stays, and falls to zero over the last
+        ``decay``.
+        """
         path, total = self.folder / f"{stage}.pt", options["steps"]
         first, spent = 0, 0.0
         if path.exists():
@@ -106,18 +117,34 @@ class Run:
                 if not first_rank:
                     continue
                 cpu = spent + time.process_time() - begin
-                print(f"{stage} {done} DEV " + " ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
+                print(
+                    f"{stage} {done} DEV " + " ".join(f"{key} {value:.3f}" for key, value in scores.items()),
+                    flush=True,
+                )
                 waited = time.perf_counter() - wall
-                self.log(stage=stage, step=done, cpu_seconds=round(cpu), wall_seconds=round(waited), train=means, dev=scores)
+                self.log(
+                    stage=stage,
+                    step=done,
+                    cpu_seconds=round(cpu),
+                    wall_seconds=round(waited),
+                    train=means,
+                    dev=scores,
+                )
                 half, states = path.with_suffix(".part"), [optimiser.state_dict() for optimiser in steps]
                 torch.save({"net": net.state_dict(), "optimisers": states, "step": done, "cpu": cpu}, half)
                 half.rename(path)
 
 
 def schedule(number: int, total: int, warmup: int, decay: float) -> float:
-    """Warm-up, plateau, then a straight line to (almost) zero: a longer run shares all but its end with a shorter one."""
+    """Warm-up, plateau, then a straight line to (almost) zero: a longer run shares all but its end with a
+    shorter one.
+    """
     left = (total - number) / max(1.0, decay * total)
-    return min(1.0, (number + 1) / warmup, max(0.02, left)) if decay < 1 else min((number + 1) / warmup, _cosine(number / total))
+    return (
+        min(1.0, (number + 1) / warmup, max(0.02, left))
+        if decay < 1
+        else min((number + 1) / warmup, _cosine(number / total))
+    )
 
 
 def _cosine(done: float) -> float:

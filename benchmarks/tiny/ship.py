@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT [--stage polish]``.
+"""Write the model of a run as the files of the package: ``python benchmarks/tiny/ship.py RUN_FOLDER OUT
+[--stage polish]``.
 
-Weights are stored in half precision and load in float32, as config.json says; what is measured is what comes back from disk.
+Weights are stored in half precision and load in float32, as config.json says; what is measured is what comes
+back from disk.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from evaluate import report
 from joint import Joint
 from safetensors.torch import save_file
 
-from vlmprune.benchmarks.shapes.model import ROPE_THETA, build_processor
-from vlmprune.benchmarks.tiny import SUMS
+from vlmprune.evaluation.tasks.shapes.model import ROPE_THETA, build_processor
+from vlmprune.models.tiny import SUMS
 
 HERE = Path(__file__).parent
 
@@ -82,8 +84,15 @@ def main() -> None:
     net = Joint(yaml.safe_load((HERE / "recipe.yaml").read_text())["seed"])
     net.load_state_dict(torch.load(options.folder / f"{options.stage}.pt", weights_only=True)["net"])
     export(net, options.out)
-    measured = {split: report(options.out, split, options.limit if split == "test" else None) for split in ("dev", "test")}
-    notes = (options.folder / "notes.txt").read_text().splitlines() if (options.folder / "notes.txt").exists() else []
+    measured = {
+        split: report(options.out, split, options.limit if split == "test" else None)
+        for split in ("dev", "test")
+    }
+    notes = (
+        (options.folder / "notes.txt").read_text().splitlines()
+        if (options.folder / "notes.txt").exists()
+        else []
+    )
     found = provenance(options.folder, HERE / "recipe.yaml", measured, notes)
     (options.out / "provenance.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "card.md").write_text(card(found, (HERE / "card_template.md").read_text()))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the small model of the package: ``python benchmarks/tiny/train.py RUN_FOLDER [stage ...]``; run it again to resume.
+"""Train the small model of the package: ``python benchmarks/tiny/train.py RUN_FOLDER [stage ...]``; run it
+again to resume.
 
-Several processes share a stage under ``torchrun --nproc-per-node 2 benchmarks/tiny/train.py ...``: gradients are averaged.
+Several processes share a stage under ``torchrun --nproc-per-node 2 benchmarks/tiny/train.py ...``: gradients
+are averaged.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ STAGES = ("language", "vision", "align", "joint", "polish")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="Checkpoints, data and the log; kept between calls.")
-    parser.add_argument("stages", nargs="*", default=list(STAGES), help=f"Any of {', '.join(STAGES)}; default all.")
+    parser.add_argument(
+        "stages", nargs="*", default=list(STAGES), help=f"Any of {', '.join(STAGES)}; default all."
+    )
     parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision stage: every patch learns to say what it shows and where it is, [CLS] learns to say what is in the picture."""
+"""Vision stage: every patch learns to say what it shows and where it is, [CLS] learns to say what is in the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,19 @@ from runs import Run, optimisers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmprune.benchmarks.shapes.model import GRID, build_model, build_processor
-from vlmprune.benchmarks.shapes.vocabulary import COLORS, SHAPES
+from vlmprune.evaluation.tasks.shapes.model import GRID, build_model, build_processor
+from vlmprune.evaluation.tasks.shapes.vocabulary import COLORS, SHAPES
 
-DENSE = {"shape": len(SHAPES) + 2, "color": len(COLORS) + 1, "size": 4, "character": len(CLASSES["character"]) + 1, "index": 4,
-         "centre": 2, "row": GRID, "column": GRID}
+DENSE = {
+    "shape": len(SHAPES) + 2,
+    "color": len(COLORS) + 1,
+    "size": 4,
+    "character": len(CLASSES["character"]) + 1,
+    "index": 4,
+    "centre": 2,
+    "row": GRID,
+    "column": GRID,
+}
 GROUND_WEIGHT = {"shape": 0.15, "color": 0.15, "size": 0.15, "character": 0.05, "index": 0.05, "centre": 0.3}
 PLACE_WEIGHT = 0.1
 PAIRS = (len(SHAPES) + 1) * len(COLORS)
@@ -48,7 +58,9 @@ class Vision(nn.Module):
         return hidden[:, :1], hidden[:, 1:]
 
     def encode(self, cls: Tensor, patches: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
-        """Hidden states one layer before the end (n, 1 + N, D), and the pooled [CLS] where the last layer is run."""
+        """Hidden states one layer before the end (n, 1 + N, D), and the pooled [CLS] where the last layer is
+        run.
+        """
         hidden = self.tower.pre_layrnorm(torch.cat([cls, patches], 1))
         for layer in self.tower.encoder.layers[:-1]:
             hidden = plain(layer, hidden)
@@ -60,15 +72,19 @@ class Vision(nn.Module):
 def plain(layer: nn.Module, hidden: Tensor) -> Tensor:
     """One encoder layer."""
     attention, x = layer.self_attn, layer.layer_norm1(hidden)
-    q, k, v = (proj(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-               for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        proj(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     mixed = F.scaled_dot_product_attention(q, k, v)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
 def dense_loss(logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """``logits`` (n, N, sum of classes), ``labels`` (n, N, labels), ``places`` (n, N) numbers; with foreground accuracies."""
+    """``logits`` (n, N, sum of classes), ``labels`` (n, N, labels), ``places`` (n, N) numbers; with
+    foreground accuracies.
+    """
     total, hits = logits.new_zeros(()), {}
     for name, part in zip(DENSE, logits.float().split(list(DENSE.values()), -1), strict=True):
         if name in ("row", "column"):
@@ -87,7 +103,9 @@ def dense_loss(logits: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, 
 
 def whole_targets(labels: Tensor) -> Tensor:
     """(n, PATCHES, labels) -> (n, pairs + characters) what is in the picture."""
-    shape, color, character = (labels[..., LABELS.index(name)].long() for name in ("shape", "color", "character"))
+    shape, color, character = (
+        labels[..., LABELS.index(name)].long() for name in ("shape", "color", "character")
+    )
     out = torch.zeros(len(labels), 1 + PAIRS + DENSE["character"] - 1, device=labels.device)
     out.scatter_(1, torch.where(shape > 0, 1 + (shape - 1) * len(COLORS) + color - 1, 0), 1.0)
     out.scatter_(1, torch.where(character > 0, PAIRS + character, 0), 1.0)
@@ -97,13 +115,15 @@ def whole_targets(labels: Tensor) -> Tensor:
 def whole_loss(net: Vision, hidden: Tensor, pooled: Tensor, labels: Tensor) -> Tensor:
     right, weight = whole_targets(labels), torch.tensor(4.0, device=labels.device)
     late, early = net.whole(pooled).float(), net.whole_early(hidden[:, 0]).float()
-    return F.binary_cross_entropy_with_logits(late, right, pos_weight=weight) + 0.3 * F.binary_cross_entropy_with_logits(
-        early, right, pos_weight=weight
-    )
+    return F.binary_cross_entropy_with_logits(
+        late, right, pos_weight=weight
+    ) + 0.3 * F.binary_cross_entropy_with_logits(early, right, pos_weight=weight)
 
 
 def windows(labels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, side * side) patch numbers of a square round something that is shown, or anywhere in an empty picture."""
+    """(n, side * side) patch numbers of a square round something that is shown, or anywhere in an empty
+    picture.
+    """
     score = (labels[..., LABELS.index("owner")] > 0) + rng.random(labels.shape[:2]) * 0.5
     centre = score.argmax(1)
     corner = np.stack([centre // GRID, centre % GRID], 1) - rng.integers(0, side, (len(labels), 2))
@@ -123,8 +143,15 @@ def train(recipe: dict[str, Any], run: Run, store: Store, dev: Store) -> Vision:
         whole = number % options["whole_every"] == 0 or number > options["windows_until"] * options["steps"]
         scenes = rng.integers(0, len(store.labels), options["batch"] if whole else options["batch_windows"])
         labels = store.labels[scenes]
-        numbers = np.tile(np.arange(PATCHES), (len(scenes), 1)) if whole else windows(labels, options["window"], rng)
-        seen, places = torch.from_numpy(np.take_along_axis(labels, numbers[..., None], 1)), torch.from_numpy(numbers)
+        numbers = (
+            np.tile(np.arange(PATCHES), (len(scenes), 1))
+            if whole
+            else windows(labels, options["window"], rng)
+        )
+        seen, places = (
+            torch.from_numpy(np.take_along_axis(labels, numbers[..., None], 1)),
+            torch.from_numpy(numbers),
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
             cls, patches = net.embed(net.pixels(store.pictures(scenes)))
             patches = patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
@@ -141,7 +168,9 @@ def train(recipe: dict[str, Any], run: Run, store: Store, dev: Store) -> Vision:
 
 @torch.no_grad()
 def accuracy(net: Vision, store: Store, bf16: bool, limit: int) -> dict[str, float]:
-    """Foreground accuracy per kind of label, and the AUC of [CLS] attention against the things, one layer before the end."""
+    """Foreground accuracy per kind of label, and the AUC of [CLS] attention against the things, one layer
+    before the end.
+    """
     sums: dict[str, list[float]] = {}
     for start in range(0, limit, 25):
         scenes = np.arange(start, min(start + 25, limit))

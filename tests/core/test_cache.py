@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlmprune.core.cache import CacheState, CutCacheMixin, Group, adopt, held_length, release, state_of
-from vlmprune.core.reweight import Marks
 from vlmprune.errors import InvariantError
+from vlmprune.hooks.sequence.cache import (
+    CacheState,
+    CutCacheMixin,
+    Marks,
+    adopt,
+    held_length,
+    release,
+    state_of,
+)
+from vlmprune.hooks.sequence.views import SequenceView
 
 HELD = torch.tensor([[False, True, True], [True, True, True]])
 LOST = torch.tensor([5, 4])
@@ -35,7 +43,9 @@ def owner() -> Iterator[Owner]:
 def filled(columns: int) -> DynamicCache:
     """Two layers whose keys (2, 1, columns, 4) say which row and column they are."""
     cache = DynamicCache()
-    keys = (torch.arange(2.0)[:, None, None, None] * 100 + torch.arange(float(columns))[:, None]).expand(2, 1, columns, 4)
+    keys = (torch.arange(2.0)[:, None, None, None] * 100 + torch.arange(float(columns))[:, None]).expand(
+        2, 1, columns, 4
+    )
     for layer in range(2):
         cache.update(keys.clone(), keys.clone(), layer)
     return cache
@@ -44,8 +54,12 @@ def filled(columns: int) -> DynamicCache:
 def cut_cache(owner: Owner, after: int = 4) -> DynamicCache:
     """Eight tokens seen of which three slots are held, then ``after`` tokens more."""
     cache = filled(3 + after)
-    adopt(cache, CacheState(8, [Group(0, HELD.clone(), LOST.clone())], weakref.ref(owner), False))
+    adopt(cache, CacheState(8, [frozen(0, HELD, LOST)], weakref.ref(owner), False))
     return cache
+
+
+def frozen(start: int, held: Tensor, lost: Tensor) -> SequenceView:
+    return SequenceView(start, held.clone(), held[:, :0], held[:, :0].long(), lost.clone())
 
 
 def keys(cache: DynamicCache, layer: int = 0) -> Tensor:
@@ -55,7 +69,11 @@ def keys(cache: DynamicCache, layer: int = 0) -> Tensor:
 def test_seen_without_a_layer_and_held_with_one(owner: Owner) -> None:
     cache = cut_cache(owner)
     assert cache.get_seq_length() == 12
-    assert [cache.get_seq_length(layer) for layer in (0, 1)] == [7, 7] == [held_length(cache, layer) for layer in (0, 1)]
+    assert (
+        [cache.get_seq_length(layer) for layer in (0, 1)]
+        == [7, 7]
+        == [held_length(cache, layer) for layer in (0, 1)]
+    )
     assert isinstance(cache, DynamicCache) and isinstance(cache, CutCacheMixin)
     assert held_length(None) == 0
 
@@ -84,21 +102,21 @@ def test_a_cache_whose_session_is_detached_or_gone_is_refused() -> None:
 def test_reordered_beams_take_their_bookkeeping_along(owner: Owner, order: list[int]) -> None:
     cache = cut_cache(owner)
     cache.reorder_cache(torch.tensor(order))
-    group = state_of(cache).groups[0]
+    view = state_of(cache).views[0]
     assert torch.equal(keys(cache)[:, 0] // 100, torch.tensor(order, dtype=torch.float))
-    assert torch.equal(group.held, HELD[order]) and torch.equal(group.lost, LOST[order])
+    assert torch.equal(view.held, HELD[order]) and torch.equal(view.lost, LOST[order])
 
 
 def test_repeated_and_selected_rows_take_their_bookkeeping_along(owner: Owner) -> None:
     cache = cut_cache(owner)
     cache.batch_repeat_interleave(2)
-    group = state_of(cache).groups[0]
-    assert (keys(cache)[:, 0] // 100).tolist() == [0, 0, 1, 1] and group.lost.tolist() == [5, 5, 4, 4]
-    assert torch.equal(group.held, HELD[[0, 0, 1, 1]])
+    view = state_of(cache).views[0]
+    assert (keys(cache)[:, 0] // 100).tolist() == [0, 0, 1, 1] and view.lost.tolist() == [5, 5, 4, 4]
+    assert torch.equal(view.held, HELD[[0, 0, 1, 1]])
     cache.batch_select_indices(torch.tensor([3, 0]))
-    group = state_of(cache).groups[0]
-    assert (keys(cache)[:, 0] // 100).tolist() == [1, 0] and group.lost.tolist() == [4, 5]
-    assert torch.equal(group.held, HELD[[1, 0]])
+    view = state_of(cache).views[0]
+    assert (keys(cache)[:, 0] // 100).tolist() == [1, 0] and view.lost.tolist() == [4, 5]
+    assert torch.equal(view.held, HELD[[1, 0]])
 
 
 @pytest.mark.parametrize(("size", "seen"), [(-1, 11), (-4, 8), (0, 12), (11, 11), (8, 8), (12, 12), (50, 12)])
@@ -124,7 +142,7 @@ def test_a_deep_copy_is_independent(owner: Owner) -> None:
     cache.crop(-2)
     state = state_of(twin)
     assert twin.get_seq_length() == 12 and torch.equal(keys(twin), keys(filled(7)))
-    assert torch.equal(state.groups[0].held, HELD) and state.owner() is owner and state.seen == 8
+    assert torch.equal(state.views[0].held, HELD) and state.owner() is owner and state.seen == 8
 
 
 def test_a_deep_copy_shares_no_memory(owner: Owner) -> None:
@@ -132,9 +150,9 @@ def test_a_deep_copy_shares_no_memory(owner: Owner) -> None:
     state = state_of(cache)
     state.marks[1] = Marks(HELD.clone(), HELD.clone())
     twin = state_of(copy.deepcopy(cache))
-    for tensor in (state.groups[0].held, state.groups[0].lost, state.marks[1].marked, state.marks[1].visual):
+    for tensor in (state.views[0].held, state.views[0].lost, state.marks[1].marked, state.marks[1].visual):
         tensor.zero_()
-    assert torch.equal(twin.groups[0].held, HELD) and torch.equal(twin.groups[0].lost, LOST)
+    assert torch.equal(twin.views[0].held, HELD) and torch.equal(twin.views[0].lost, LOST)
     assert torch.equal(twin.marks[1].marked, HELD) and torch.equal(twin.marks[1].visual, HELD)
 
 
@@ -155,7 +173,9 @@ def test_marks_of_a_layer_follow_rows_and_end_where_the_cache_ends(owner: Owner)
 def test_release_gives_the_class_back(owner: Owner) -> None:
     cache = cut_cache(owner)
     release(cache)
-    assert type(cache) is DynamicCache and "_vlmprune_state" not in vars(cache) and cache.get_seq_length() == 7
+    assert (
+        type(cache) is DynamicCache and "_vlmprune_state" not in vars(cache) and cache.get_seq_length() == 7
+    )
     release(cache)
     assert state_of(cache) is None and state_of(None) is None
 
@@ -163,7 +183,9 @@ def test_release_gives_the_class_back(owner: Owner) -> None:
 def test_adopting_again_replaces_the_bookkeeping_only(owner: Owner) -> None:
     cache = cut_cache(owner)
     cls = type(cache)
-    adopt(cache, CacheState(20, [Group(0, torch.ones(2, 7, dtype=torch.bool), LOST)], weakref.ref(owner), True))
+    adopt(
+        cache, CacheState(20, [frozen(0, torch.ones(2, 7, dtype=torch.bool), LOST)], weakref.ref(owner), True)
+    )
     assert type(cache) is cls and cls.__mro__.count(CutCacheMixin) == 1 and cache.get_seq_length() == 20
 
 
@@ -178,11 +200,11 @@ def test_reset_forgets_the_cut(owner: Owner) -> None:
 def test_a_cache_that_holds_nothing_any_more_is_released(owner: Owner) -> None:
     """Layers can be emptied one by one, without the cache being told."""
     cache = DynamicCache()
-    adopt(cache, CacheState(8, [Group(0, HELD, LOST)], weakref.ref(owner), False))
+    adopt(cache, CacheState(8, [frozen(0, HELD, LOST)], weakref.ref(owner), False))
     assert state_of(cache) is None and type(cache) is DynamicCache
 
 
-def test_groups_answer_for_their_layers() -> None:
-    first, second = Group(0, HELD, LOST), Group(3, HELD[:, 1:], LOST + 1)
+def test_views_answer_for_their_layers() -> None:
+    first, second = frozen(0, HELD, LOST), frozen(3, HELD[:, 1:], LOST + 1)
     state = CacheState(8, [first, second], weakref.ref(Owner()), False)
-    assert [state.group(layer) is second for layer in (0, 2, 3, 9)] == [False, False, True, True]
+    assert [state.view(layer) is second for layer in (0, 2, 3, 9)] == [False, False, True, True]

@@ -17,7 +17,8 @@ from vlmprune.testing.conformance import RAGGED, generate, shared_model
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
 from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_inputs, tiny_model
 
-# the others place tokens by their ids, or have a tower of another make: their conformance is a matter of test_conformance.py
+# the others place tokens by their ids, or have a tower of another make: their conformance is a matter of
+# test_conformance.py
 FROM_EMBEDDINGS = LLAVA_FAMILIES
 
 
@@ -27,15 +28,27 @@ def square(inputs: dict[str, Tensor]) -> Tensor:
 
 
 MASKS = [
-    ("four axes", square, UnsupportedError, r"\(1, 1, 47, 47\); with pruned images pass the 2-D padding mask"),
+    (
+        "four axes",
+        square,
+        UnsupportedError,
+        r"\(1, 1, 47, 47\); with pruned images pass the 2-D padding mask",
+    ),
     ("dict", lambda inputs: {"full_attention": square(inputs)}, UnsupportedError, "attention_mask is dict"),
-    ("too long", lambda inputs: torch.ones(1, 48), InvariantError, r"expected \(1, 47\): 0 tokens seen before and 47 fed now"),
+    (
+        "too long",
+        lambda inputs: torch.ones(1, 48),
+        InvariantError,
+        r"expected \(1, 47\): 0 tokens seen before and 47 fed now",
+    ),
     ("too short", lambda inputs: torch.ones(1, 46), InvariantError, r"expected \(1, 47\)"),
     ("other batch", lambda inputs: torch.ones(2, 47), InvariantError, r"expected \(1, 47\)"),
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in MASKS])
+@pytest.mark.parametrize(
+    ("make", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in MASKS]
+)
 def test_masks_that_cannot_be_cut_are_refused(make: Any, error: type[VlmPruneError], message: str) -> None:
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
     with vlmprune.prune(model, "fastervlm@9"), torch.no_grad():
@@ -68,7 +81,9 @@ def test_positional_arguments_are_understood() -> None:
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
     with vlmprune.prune(model, "fastervlm@9"):
         want = model.model(**inputs).last_hidden_state
-        got = model.model(inputs["input_ids"], inputs["pixel_values"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        got = model.model(
+            inputs["input_ids"], inputs["pixel_values"], attention_mask=inputs["attention_mask"]
+        ).last_hidden_state
     assert torch.equal(got, want)
 
 
@@ -77,7 +92,9 @@ def test_another_feature_layer_in_the_call_is_refused() -> None:
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
     with vlmprune.prune(model, "fastervlm@9"):
         want = model(**inputs).logits
-        with pytest.raises(UnsupportedError, match="vision_feature_layer=-1 in the call but -2 in the config"):
+        with pytest.raises(
+            UnsupportedError, match="vision_feature_layer=-1 in the call but -2 in the config"
+        ):
             model(**inputs, vision_feature_layer=-1)
         assert torch.equal(model(**inputs, vision_feature_layer=-2).logits, want)
 
@@ -96,7 +113,9 @@ def test_embeddings_with_pixels_equal_ids_with_pixels(family: str) -> None:
     call = {name: value for name, value in inputs.items() if name != "input_ids"}
     with vlmprune.prune(model, "random@9"):
         want = model(**inputs).logits
-        assert torch.equal(model(**call, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"])).logits, want)
+        assert torch.equal(
+            model(**call, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"])).logits, want
+        )
 
 
 @torch.no_grad()
@@ -115,7 +134,9 @@ def test_tuples_hold_what_the_output_holds() -> None:
     with vlmprune.prune(model, "fastervlm@9"):
         output, listed = model(**inputs), model(**inputs, return_dict=False)
         assert torch.equal(listed[0], output.logits)
-        assert torch.equal(model.model(**inputs, return_dict=False)[0], model.model(**inputs).last_hidden_state)
+        assert torch.equal(
+            model.model(**inputs, return_dict=False)[0], model.model(**inputs).last_hidden_state
+        )
 
 
 @torch.no_grad()
@@ -131,11 +152,15 @@ def test_logits_to_keep_counts_columns_of_the_full_sequence() -> None:
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @torch.no_grad()
-def test_hidden_states_of_every_layer_are_those_of_the_last_kept_token_at_or_before_a_column(positions: str) -> None:
+def test_hidden_states_of_every_layer_are_those_of_the_last_kept_token_at_or_before_a_column(
+    positions: str,
+) -> None:
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=RAGGED)
     with vlmprune.prune(model, "random@9", positions=positions) as run:
         found = model(**inputs, position_ids=numbered(inputs), output_hidden_states=True).hidden_states
-    original = kept_by_hand(model, inputs, run.last.keep, "original")  # its positions are the places in the full row
+    original = kept_by_hand(
+        model, inputs, run.last.keep, "original"
+    )  # its positions are the places in the full row
     rows = kept_by_hand(model, inputs, run.last.keep, positions)
     for row, (places, kept) in enumerate(zip(original, rows, strict=True)):
         mask = torch.ones(kept.embeds.shape[:2], dtype=torch.long)
@@ -158,9 +183,13 @@ def loss_by_hand(model: Any, inputs: dict[str, Tensor], labels: Tensor, maps: An
     """Mean cross entropy of the next word on the kept sequence of every row."""
     total, count = torch.zeros(()), 0
     original = kept_by_hand(model, inputs, maps, "original")  # its positions are the places in the full row
-    for row, (places, kept) in enumerate(zip(original, kept_by_hand(model, inputs, maps, positions), strict=True)):
+    for row, (places, kept) in enumerate(
+        zip(original, kept_by_hand(model, inputs, maps, positions), strict=True)
+    ):
         mask = torch.ones(kept.embeds.shape[:2], dtype=torch.long)
-        output = model.model.language_model(inputs_embeds=kept.embeds, attention_mask=mask, position_ids=kept.positions)
+        output = model.model.language_model(
+            inputs_embeds=kept.embeds, attention_mask=mask, position_ids=kept.positions
+        )
         logits = model.lm_head(output.last_hidden_state[0, :-1])
         target = labels[row][inputs["attention_mask"][row].bool()][places.positions[0]][1:]
         total = total + cross_entropy(logits, target, ignore_index=-100, reduction="sum")
@@ -184,11 +213,15 @@ def test_loss_and_gradients_equal_those_of_the_kept_sequence(family: str, positi
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
 
 
-def gradients(model: Any, inputs: dict[str, Tensor], spec: str, calls: int = 1) -> tuple[Tensor, list[Tensor | None]]:
+def gradients(
+    model: Any, inputs: dict[str, Tensor], spec: str, calls: int = 1
+) -> tuple[Tensor, list[Tensor | None]]:
     """Loss and all gradients; ``calls`` forwards come before one backward, all inside the session."""
     model.zero_grad()
     with vlmprune.prune(model, spec):
-        loss = sum(model(**inputs, labels=labels_of(model, inputs), use_cache=False).loss for _ in range(calls))
+        loss = sum(
+            model(**inputs, labels=labels_of(model, inputs), use_cache=False).loss for _ in range(calls)
+        )
         loss.backward()
     return loss.detach(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 

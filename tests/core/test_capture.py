@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captured quantities against an eager twin that returns its attention maps, and their order against perturbed patches."""
+"""Captured quantities against an eager twin that returns its attention maps, and their order against
+perturbed patches.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.core.base import Method
-from vlmprune.core.capture import VisionCapture, find_blocks
+from vlmprune.core.method import OF_TOWER, Method, Need
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, UnsupportedError
+from vlmprune.hooks.vision.capture import VisionCapture, find_blocks
 from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.reference import merged_embeddings, placeholder_columns
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -43,11 +45,14 @@ def pixels(count: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-def captured(tower: str, needs: tuple[str, ...], layer: int | None = None, layers: tuple[int, ...] = (-2,)) -> dict[str, Tensor]:
+def captured(
+    tower: str, needs: tuple[str, ...], layer: int | None = None, layers: tuple[int, ...] = (-2,)
+) -> dict[str, Tensor]:
     module = shared_model("llava", tower, None).model.vision_tower
-    with VisionCapture(module, needs, layers, layer) as record:
+    asked = [Need(what, layer) if what in OF_TOWER else Need(what) for what in needs]
+    with VisionCapture(module, asked, layers) as record:
         module(pixels())
-    return record.take()
+    return {need.what: value for need, value in record.take().items()}
 
 
 @torch.no_grad()
@@ -83,9 +88,15 @@ def test_keys_are_the_projected_keys_averaged_over_heads() -> None:
 
 @torch.no_grad()
 def test_cls_features_are_the_cls_rows_of_the_feature_layers_side_by_side() -> None:
-    states = shared_model("llava", "clip", None).model.vision_tower(pixels(), output_hidden_states=True).hidden_states
+    states = (
+        shared_model("llava", "clip", None)
+        .model.vision_tower(pixels(), output_hidden_states=True)
+        .hidden_states
+    )
     got = captured("clip", ("cls_features",), layers=(-2, 1, -2))["cls_features"]
-    torch.testing.assert_close(got, torch.cat([states[i][:, :1] for i in (-2, 1, -2)], dim=-1), rtol=0, atol=0)
+    torch.testing.assert_close(
+        got, torch.cat([states[i][:, :1] for i in (-2, 1, -2)], dim=-1), rtol=0, atol=0
+    )
 
 
 def test_capturing_changes_no_output_and_leaves_no_hook() -> None:
@@ -121,7 +132,7 @@ def test_layers_outside_the_tower_and_missing_cls_are_refused() -> None:
     module = shared_model("llava", "clip", None).model.vision_tower
     for layer in (0, 5, -5):
         with pytest.raises(UnsupportedError, match=r"layers -4..-1 and 1..4"):
-            VisionCapture(module, NEEDS, (-2,), layer)
+            VisionCapture(module, [Need("keys", layer)], (-2,))
     with pytest.raises(UnsupportedError, match="cls='mean'"):
         VisionCapture(shared_model("llava", "siglip", None).model.vision_tower, ("cls_attention",), (-2,))
     with pytest.raises(UnsupportedError, match="no attention blocks"):
@@ -130,7 +141,9 @@ def test_layers_outside_the_tower_and_missing_cls_are_refused() -> None:
 
 @torch.no_grad()
 def columns_fed_by(model: Any, inputs: dict[str, Tensor], crop: int, patch: int) -> set[int]:
-    """Columns of the dense merged embeddings that change when one patch of one crop changes before the projector."""
+    """Columns of the dense merged embeddings that change when one patch of one crop changes before the
+    projector.
+    """
 
     def shift(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
         rows = args[0].clone()
@@ -165,14 +178,22 @@ def scores_with_long_key(model: Any, inputs: dict[str, Tensor], crop: int, patch
 
 # (family, tower, images, crops of the tower); llava_onevision sees one crop of each of several images
 ORDERS = [
-    ("llava", "clip", 1, 1), ("llava", "siglip", 2, 2), ("llava_next", "clip", 1, 5), ("llava_next", "siglip", 2, 10),
-    ("llava_onevision", "siglip", 1, 7), ("llava_onevision", "clip", 2, 2),
-]  # fmt: skip
+    ("llava", "clip", 1, 1),
+    ("llava", "siglip", 2, 2),
+    ("llava_next", "clip", 1, 5),
+    ("llava_next", "siglip", 2, 10),
+    ("llava_onevision", "siglip", 1, 7),
+    ("llava_onevision", "clip", 2, 2),
+]
 
 
 @pytest.mark.parametrize(("family", "tower", "images", "crops"), ORDERS)
-def test_every_score_belongs_to_the_embedding_of_its_own_patch(family: str, tower: str, images: int, crops: int) -> None:
-    """Long key in, highest score out at the index whose column that very patch feeds; patches cropped away have no score."""
+def test_every_score_belongs_to_the_embedding_of_its_own_patch(
+    family: str, tower: str, images: int, crops: int
+) -> None:
+    """Long key in, highest score out at the index whose column that very patch feeds; patches cropped away
+    have no score.
+    """
     model = shared_model(family, tower, None)
     inputs = tiny_inputs(family, images=(images,))
     columns = placeholder_columns(model, inputs["input_ids"], merged_embeddings(model, inputs))[0]
@@ -184,7 +205,9 @@ def test_every_score_belongs_to_the_embedding_of_its_own_patch(family: str, towe
             assert len(scores) == len(columns)
             found += bool(fed)
             best = columns[int(scores.argmax())]
-            assert best in fed if fed else scores.max() < 100, f"crop {crop} patch {patch}: column {best}, fed {fed}"
+            assert best in fed if fed else scores.max() < 100, (
+                f"crop {crop} patch {patch}: column {best}, fed {fed}"
+            )
     assert found >= 5
     with pytest.raises(IndexError):
         columns_fed_by(model, inputs, crops, 0)  # the number of crops above is right

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmprune.core.compaction import Compaction
+from vlmprune.hooks.sequence.compaction import Compaction
 
 
 def random_cut(seed: int, rows: int = 4, columns: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,9 @@ def test_positions_are_original_or_counted_again(seed: int) -> None:
     for r, columns in enumerate(wanted):
         assert original[r, cut.valid[r]].tolist() == [int(numbers[r, c]) for c in columns]
         assert compact[r, cut.valid[r]].tolist() == list(range(len(columns)))
-    assert int(compact.min()) >= 0 and cut.lost.tolist() == [int(valid[r].sum()) - len(wanted[r]) for r in range(4)]
+    assert int(compact.min()) >= 0 and cut.lost.tolist() == [
+        int(valid[r].sum()) - len(wanted[r]) for r in range(4)
+    ]
 
 
 def test_positions_of_a_batch_of_one_and_of_several_axes_are_broadcast() -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that were compiled before attaching, and graphs that were traced without or with hooks: the answers are those of eager."""
+"""Parts that were compiled before attaching, and graphs that were traced without or with hooks: the answers
+are those of eager.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from vlmprune.testing.conformance import generate
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FASTV, VAR = "fastv(layer=1)@9", "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
+FASTV, VAR = (
+    "fastv(layer=1)@9",
+    "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)",
+)
 compiled = partial(torch.compile, backend="eager")
 
 
@@ -51,7 +56,11 @@ def tower(model: Any) -> None:
 
 # these two were seen to answer as dense in silence; the slow suite has all
 SILENT = [(language_model, FASTV), (layers, VAR)]
-WAYS = [(way, spec) for way in (whole, forward, inner, language_model, layers, attention, tower) for spec in ("fastervlm@9", FASTV, VAR)]
+WAYS = [
+    (way, spec)
+    for way in (whole, forward, inner, language_model, layers, attention, tower)
+    for spec in ("fastervlm@9", FASTV, VAR)
+]
 CASES = [pytest.param(*case, marks=[] if case in SILENT else pytest.mark.slow) for case in WAYS]
 
 

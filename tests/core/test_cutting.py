@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune.core.base import Merged, Method
-from vlmprune.core.call import assign
-from vlmprune.core.cutting import Cut, cut_pictures, keep_maps
-from vlmprune.core.pictures import Picture, make_units
+from vlmprune.core.method import Merged, Method
+from vlmprune.core.report import Report
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError
+from vlmprune.hooks.sequence.placement import assign
+from vlmprune.hooks.slots.before_lm import Cut, cut_pictures
+from vlmprune.hooks.vision.pictures import Picture, make_units
 from vlmprune.spec import Budget
 
 Grids = tuple[tuple[int, int], ...]
@@ -46,15 +47,19 @@ class Reversed(Method):
         return Merged(rows, slots)
 
 
-def image(scores: Sequence[float], special: Sequence[int] = (), grids: Grids = (), frames: bool = False) -> Picture:
-    """A picture whose features hold ``scores``, with slots ``special`` that are no patches and one crop per block."""
+def image(
+    scores: Sequence[float], special: Sequence[int] = (), grids: Grids = (), frames: bool = False
+) -> Picture:
+    """A picture whose features hold ``scores``, with slots ``special`` that are no patches and one crop per
+    block.
+    """
     grids = grids or ((1, len(scores)),)
     length = len(scores) + len(special)
-    patches = torch.tensor([slot for slot in range(length) if slot not in special])
+    marks = torch.tensor([slot in special for slot in range(length)])
     crops = torch.cat([torch.full((rows * cols,), number) for number, (rows, cols) in enumerate(grids)])
     features = torch.zeros(length, 2)
-    features[patches, 0] = torch.tensor(scores, dtype=torch.float)
-    return Picture(length, patches, features, grids, {}, lambda: crops, frames=frames)
+    features[~marks, 0] = torch.tensor(scores, dtype=torch.float)
+    return Picture(features, grids, {}, marks if special else None, lambda: crops, frames=frames)
 
 
 def cut(
@@ -81,7 +86,9 @@ def test_expanded_rows_share_the_pictures_of_their_prompt() -> None:
     assert assign([3, 5, 4], [3, 3, 0, 0, 9, 9]) == [[0], [0], [], [], [1, 2], [1, 2]]
 
 
-@pytest.mark.parametrize(("lengths", "counts"), [([3], [4]), ([3, 3], [2, 4]), ([3, 5], [3, 5, 5, 3]), ([], [2]), ([4], [0])])
+@pytest.mark.parametrize(
+    ("lengths", "counts"), [([3], [4]), ([3, 3], [2, 4]), ([3, 5], [3, 5, 5, 3]), ([], [2]), ([4], [0])]
+)
 def test_placeholders_that_do_not_fit_the_pictures_are_refused(lengths: list[int], counts: list[int]) -> None:
     with pytest.raises(InvariantError):
         assign(lengths, counts)
@@ -90,10 +97,18 @@ def test_placeholders_that_do_not_fit_the_pictures_are_refused(lengths: list[int
 def test_units_by_scope() -> None:
     pictures = [image([1, 2, 3, 4], grids=((1, 2), (1, 2))), image([5, 6]), image([7, 8, 9])]
     samples = [[0, 1], [], [2]]
-    sizes = {scope: [unit.count for unit in make_units(pictures, samples, scope)] for scope in ("image", "crop", "total")}
+    sizes = {
+        scope: [unit.count for unit in make_units(pictures, samples, scope)]
+        for scope in ("image", "crop", "total")
+    }
     assert sizes == {"image": [4, 2, 3], "crop": [2, 2, 2, 3], "total": [6, 3]}
-    ordinals = {scope: [unit.ordinal for unit in make_units(pictures, samples, scope)] for scope in ("image", "crop", "total")}
-    assert ordinals == {"image": [0, 1, 0], "crop": [0, 1, 2, 0], "total": [0, 0]}, "seeds start anew in every sample"
+    ordinals = {
+        scope: [unit.ordinal for unit in make_units(pictures, samples, scope)]
+        for scope in ("image", "crop", "total")
+    }
+    assert ordinals == {"image": [0, 1, 0], "crop": [0, 1, 2, 0], "total": [0, 0]}, (
+        "seeds start anew in every sample"
+    )
 
 
 def test_crops_that_are_no_rectangle_are_refused() -> None:
@@ -123,22 +138,26 @@ def test_pictures_that_stay_whole_are_none() -> None:
 
 def test_special_slots_stay_and_are_not_counted() -> None:
     one = cut([image([1, 5, 2, 6], special=(0, 3, 5))], [[0]], 2)[0]
-    assert one.keep.tolist() == [True, False, True, True, False, True, True]  # [CLS] a B newline c newline D
+    assert sorted(one.kept_slots.tolist()) == [0, 2, 3, 5, 6]  # [CLS] a B newline c newline D
     assert one.keep_idx.tolist() == [1, 3] and one.realised == 2
 
 
 def test_rows_of_merging_methods_follow_their_order_where_nothing_stands_between() -> None:
     one = cut([image([0] * 6)], [[0]], 3, method=Reversed())[0]
-    assert one.slots.tolist() == [0, 3, 4] and one.rows[:, 0].tolist() == [0, 1, 2], "rows are read in the order the method gave"
-    assert one.keep.nonzero()[:, 0].tolist() == [0, 3, 4]
-    assert one.keep_idx.tolist() == [3, 4] and one.realised == 3
+    assert one.row_slots.tolist() == [0, 3, 4] and one.rows[:, 0].tolist() == [0, 1, 2], (
+        "rows are read in the order the method gave"
+    )
+    assert sorted(one.kept_slots.tolist()) == [0, 3, 4]
+    assert one.keep_idx.tolist() == [-1, 4, 3] and one.realised == 3
 
 
 def test_rows_of_merging_methods_take_their_own_slot_between_newlines() -> None:
     one = cut([image([0] * 6, special=(3, 7))], [[0]], 3, method=Reversed())[0]  # slots 0 1 2 N 4 5 6 N
-    placed = dict(zip(one.slots.tolist(), one.rows[:, 0].tolist(), strict=True))
-    assert placed == {0: 0, 5: 1, 4: 2}, "row 1 stands for token 4 at slot 5, row 2 for token 3 at slot 4, row 0 has no place"
-    assert one.keep.nonzero()[:, 0].tolist() == [0, 3, 4, 5, 7]
+    placed = dict(zip(one.row_slots.tolist(), one.rows[:, 0].tolist(), strict=True))
+    assert placed == {0: 0, 5: 1, 4: 2}, (
+        "row 1 stands for token 4 at slot 5, row 2 for token 3 at slot 4, row 0 has no place"
+    )
+    assert sorted(one.kept_slots.tolist()) == [0, 3, 4, 5, 7]
 
 
 def test_a_merging_method_cannot_spread_one_budget_over_images() -> None:
@@ -147,7 +166,13 @@ def test_a_merging_method_cannot_spread_one_budget_over_images() -> None:
 
 
 def test_keep_maps_name_image_and_frame() -> None:
-    pictures = [image([1, 2, 3, 4], grids=((2, 2),)), image([5, 1, 6, 2], grids=((1, 2), (1, 2)), frames=True)]
-    maps = keep_maps(pictures, cut(pictures, [[0, 1]], 2), "first")
-    found = [(one.index, one.frame, one.keep_idx.tolist(), one.total, one.grids) for one in maps]
+    pictures = [
+        image([1, 2, 3, 4], grids=((2, 2),)),
+        image([5, 1, 6, 2], grids=((1, 2), (1, 2)), frames=True),
+    ]
+    report = Report(
+        "first", grids=[one.grids for one in pictures], frames=[False, True], views=["stretch"] * 2
+    )
+    report.kept = [one.keep_idx for one in cut(pictures, [[0, 1]], 2)]
+    found = [(one.index, one.frame, one.keep_idx.tolist(), one.total, one.grids) for one in report.keep]
     assert found == [(0, None, [2, 3], 4, ((2, 2),)), (1, 0, [0], 2, ((1, 2),)), (1, 1, [0], 2, ((1, 2),))]

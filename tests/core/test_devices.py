@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are elsewhere: accelerate's offloading hooks, and a language model spread over two processes."""
+"""Weights that are elsewhere: accelerate's offloading hooks, and a language model spread over two
+processes."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
         return accelerate.disk_offload(model, str(folder), execution_device="cpu")
     places = {f"model.{part}": "cpu" for part in PARTS} | {"lm_head": "cpu"}
     places |= {f"model.language_model.layers.{i}": "cpu" if i % 2 else "disk" for i in range(4)}
-    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True
+    )
 
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
@@ -50,7 +53,11 @@ def test_offloaded_weights_change_nothing(how: str, tmp_path: Path) -> None:
 
 def test_a_closed_form_over_offloaded_weights_names_what_works(tmp_path: Path) -> None:
     inputs, model = tiny_inputs(), offloaded(tiny_model(), "disk_offload", tmp_path)
-    with pytest.raises(UnsupportedError, match="estimator='zo'"), vlmprune.prune(model, "zooprune@9"), torch.no_grad():
+    with (
+        pytest.raises(UnsupportedError, match="estimator='zo'"),
+        vlmprune.prune(model, "zooprune@9"),
+        torch.no_grad(),
+    ):
         model(**inputs)
 
 
@@ -72,7 +79,8 @@ from vlmprune.testing.conformance import generate
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 torch.set_num_threads(1)
 folder, port, rank = sys.argv[1:]
-os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 torch.distributed.init_process_group("gloo")
 model = AutoModelForImageTextToText.from_pretrained(folder, tp_plan="auto").eval()
 assert model._tp_size == 2
@@ -100,7 +108,9 @@ def test_two_processes_keep_the_same_tokens_and_answer_as_one(tmp_path: Path) ->
 
 
 def test_weights_may_be_placed_while_attached(tmp_path: Path) -> None:
-    """accelerate wraps forward around what the session put there; leaving takes the session's part out of the middle."""
+    """accelerate wraps forward around what the session put there; leaving takes the session's part out of the
+    middle.
+    """
     inputs, model = tiny_inputs(images=(1, 0)), tiny_model()
     dense = generate(model, inputs)
     with vlmprune.prune(model, "fastervlm@9") as run:

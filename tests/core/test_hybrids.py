@@ -19,12 +19,16 @@ NAMES = [name for name in RECURRENT if hasattr(transformers, BACKBONES[name][0] 
 IMAGES = (1, 0, 2)
 
 
-def conversation(model: nn.Module, first: dict[str, Tensor], second: Tensor) -> tuple[dict[str, Tensor], DynamicCache]:
+def conversation(
+    model: nn.Module, first: dict[str, Tensor], second: Tensor
+) -> tuple[dict[str, Tensor], DynamicCache]:
     """Inputs of a second turn of text on the kept cache of a first one."""
     cache = DynamicCache(config=model.config.text_config)
     answer = generate(model, first, cache)
     ids = torch.cat([first["input_ids"], answer, second], dim=1)
-    mask = torch.cat([first["attention_mask"], torch.ones(len(ids), answer.shape[1] + second.shape[1]).long()], dim=1)
+    mask = torch.cat(
+        [first["attention_mask"], torch.ones(len(ids), answer.shape[1] + second.shape[1]).long()], dim=1
+    )
     return {"input_ids": ids, "attention_mask": mask}, cache
 
 
@@ -59,7 +63,9 @@ def test_a_cut_inside_decodes_with_a_cache_as_without(name: str, layer: int, pos
 
 @pytest.mark.parametrize("name", NAMES)
 def test_filling_of_shorter_rows_in_a_later_turn_is_refused(name: str) -> None:
-    """Row 0 brings an image and row 1 as much text: after the cut row 0 is shorter, and its filling would be stepped over."""
+    """Row 0 brings an image and row 1 as much text: after the cut row 0 is shorter, and its filling would be
+    stepped over.
+    """
     model = tiny_model("llava", text=name)
     text = tiny_inputs("llava", images=(0, 0))
     image = tiny_inputs("llava", images=(1,))

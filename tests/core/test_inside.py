@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts between decoder layers: against the slow twin where models differ, by numbers written out where they do not."""
+"""Cuts between decoder layers: against the slow twin where models differ, by numbers written out where they
+do not.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from given_decoder import attach_to_decoder, given_decoder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmprune
-from vlmprune.core.base import Merged, Method, Stage
+from vlmprune.core.method import CutPoint, Merged, Method
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.spec import Budget
 from vlmprune.testing.checks_inside import eager_model, twins
 from vlmprune.testing.conformance import RAGGED, generate, shared_model
-from vlmprune.testing.decoder import attach_to_decoder, given_decoder
 from vlmprune.testing.reference import kept_by_hand
 from vlmprune.testing.reference_inside import Twin
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -27,16 +29,20 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 @dataclass(frozen=True)
 class Steps(Method):
-    """Cuts at neighbouring layers, each ranked by the layer before or by its own; all text after the picture is asked."""
+    """Cuts at neighbouring layers, each ranked by the layer before or by its own; all text after the picture
+    is asked.
+    """
 
     own: bool = False
 
-    stage: ClassVar[str] = "inside_lm"
+    slot: ClassVar[str] = "inside_lm"
     positions: ClassVar[str] = "original"
     needs: ClassVar[tuple[str, ...]] = ("text_attention",)
 
-    def stages(self, depth, budget, count):
-        return tuple(Stage(layer, count // layer // 2, layer if self.own else layer - 1) for layer in (1, 2, 3))
+    def cuts(self, depth, budget, count):
+        return tuple(
+            CutPoint(layer, count // layer // 2, layer if self.own else layer - 1) for layer in (1, 2, 3)
+        )
 
     def raters(self, text, visual):
         return torch.arange(text.shape[0]) != 1  # rows of a batch have unlike numbers of them
@@ -57,7 +63,9 @@ class Folds(Steps):
         rows = tokens.features.gather(1, cut[..., None].expand(-1, -1, tokens.features.shape[-1]))
         means = torch.stack([rows[:, ::2].mean(1), rows[:, 1::2].mean(1)], dim=1)
         whole = tokens.features.gather(1, kept[..., None].expand(-1, -1, means.shape[-1]))
-        return Merged(torch.cat([whole, means], 1), torch.cat([kept, kept.new_full((kept.shape[0], 2), -1)], 1))
+        return Merged(
+            torch.cat([whole, means], 1), torch.cat([kept, kept.new_full((kept.shape[0], 2), -1)], 1)
+        )
 
 
 def subject(method, keep=None, family="llava"):
@@ -86,7 +94,9 @@ def attached(method, keep, model, **options):
     ids=str,
 )
 def test_every_row_answers_as_the_twin(method, keep, family, positions):
-    """Among the pictures of llava_onevision with keep = 50 only the tiled one is cut: the others hold 36 tokens."""
+    """Among the pictures of llava_onevision with keep = 50 only the tiled one is cut: the others hold 36
+    tokens.
+    """
     model, inputs = shared_model(family, None, None), tiny_inputs(family, images=RAGGED)
     with attached(method, keep, model, positions=positions) as run:
         ids = generate(model, inputs)
@@ -158,7 +168,9 @@ def test_a_cut_before_the_language_model_comes_first(positions):
     eager = eager_model("llava", None, None)
     for row, kept in enumerate(kept_by_hand(eager, inputs, maps, positions)):
         first = 1 + 5 + row  # [BOS] and words before the first picture
-        spans = [list(range(first + n * (18 + 5 + row), first + n * (18 + 5 + row) + 18)) for n in range(row + 1)]
+        spans = [
+            list(range(first + n * (18 + 5 + row), first + n * (18 + 5 + row) + 18)) for n in range(row + 1)
+        ]
         text = list(range(spans[-1][-1] + 1, kept.embeds.shape[1]))
         twin = Twin(eager, FastV(), Budget(9), positions, kept, spans, text)
         assert ids[row].tolist() == twin.greedy(5)
@@ -203,9 +215,22 @@ def test_a_new_image_in_turn_two_is_ranked_by_the_last_token_of_that_turn():
 def test_slots_held_and_seen_follow_the_schedule_and_decoding_counts_on():
     """Positions 0..9 with a picture at 2..7; two of six tokens go on from layer 1, one from layer 2."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    state = {name: torch.randn(value.shape) for name, value in LlamaForCausalLM(LlamaConfig(**sizes)).state_dict().items()}
-    model, embeds, method = given_decoder(sizes, state), torch.randn(1, 10, 16), PyramidDrop(layers=(1, 2), shares=(0.34, 0.17))
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    state = {
+        name: torch.randn(value.shape)
+        for name, value in LlamaForCausalLM(LlamaConfig(**sizes)).state_dict().items()
+    }
+    model, embeds, method = (
+        given_decoder(sizes, state),
+        torch.randn(1, 10, 16),
+        PyramidDrop(layers=(1, 2), shares=(0.34, 0.17)),
+    )
     for policy, numbers in (("compact", ([10], [6], [5])), ("original", ([10], [10], [10]))):
         asked = []
 
@@ -215,7 +240,11 @@ def test_slots_held_and_seen_follow_the_schedule_and_decoding_counts_on():
         handle = model.language_model.rotary_emb.register_forward_pre_hook(ask, with_kwargs=True)
         with torch.no_grad(), attach_to_decoder(model, method, positions=policy) as run:
             cache = model.read(embeds, [(2, 8)]).past_key_values
-            assert [cache.get_seq_length(layer) for layer in range(3)] == [10, 6, 5] and cache.get_seq_length() == 10
+            assert [cache.get_seq_length(layer) for layer in range(3)] == [
+                10,
+                6,
+                5,
+            ] and cache.get_seq_length() == 10
             kept = [2 + i for i in run.last.keep[0].keep_idx.tolist()]
             assert asked[-1][0].tolist() == ([0, 1, 2, 3, 4] if policy == "compact" else [0, 1, *kept, 8, 9])
             asked.clear()
@@ -225,7 +254,9 @@ def test_slots_held_and_seen_follow_the_schedule_and_decoding_counts_on():
 
 
 def test_drafts_after_the_prompt_do_not_rank():
-    """Assisted decoding appends them to the prompt and asks for their logits: the token before them is the last of the prompt."""
+    """Assisted decoding appends them to the prompt and asks for their logits: the token before them is the
+    last of the prompt.
+    """
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
     longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[7, 8, 9]])], 1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
@@ -243,7 +274,10 @@ def test_text_gradients_equal_those_of_masking():
     model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
     with vlmprune.prune(model, "fastv@9") as run:
         model(**inputs).logits[0, -1].square().sum().backward()
-        got = model.lm_head.weight.grad.clone(), model.model.language_model.layers[3].mlp.up_proj.weight.grad.clone()
+        got = (
+            model.lm_head.weight.grad.clone(),
+            model.model.language_model.layers[3].mlp.up_proj.weight.grad.clone(),
+        )
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     eager.zero_grad()
@@ -264,6 +298,8 @@ def test_switched_off_between_turns_the_cut_cache_is_still_read_right():
         run.enabled = False
         ids = [int(output.logits[0, -1, :256].argmax())]
         for _ in range(4):
-            output = model(input_ids=torch.tensor([ids[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+            output = model(
+                input_ids=torch.tensor([ids[-1:]]), past_key_values=output.past_key_values, use_cache=True
+            )
             ids.append(int(output.logits[0, -1, :256].argmax()))
         assert ids == want[0].tolist()

@@ -20,7 +20,11 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
         ("fastv", SpecError, "fastv needs a budget"),
         ("fastv@9/crop", UnsupportedError, "per image: write '@9' instead of '@9/crop'"),
         ("fastv@9/total", UnsupportedError, "per image: write '@9'"),
-        ("pyramiddrop(layers=[1,4])@0.5", SpecError, r"layers=\(1, 4\) but the language model has layers 0\.\.3"),
+        (
+            "pyramiddrop(layers=[1,4])@0.5",
+            SpecError,
+            r"layers=\(1, 4\) but the language model has layers 0\.\.3",
+        ),
         ("pyramiddrop@0.25", SpecError, r"layers 0\.\.0 of 4 read all of them"),
         ("pyramiddrop(shares=[0.5,0.2,0.1])@0.5", SpecError, "set the budget already"),
     ],
@@ -47,7 +51,9 @@ def test_gradient_checkpointing_is_refused_before_and_after_attaching():
     model.train()
     run = vlmprune.attach(model, "fastv@9")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(UnsupportedError, match="fastv cuts inside the language model, which gradient checkpointing"):
+    with pytest.raises(
+        UnsupportedError, match="fastv cuts inside the language model, which gradient checkpointing"
+    ):
         model(**inputs)
     run.detach()
     with pytest.raises(UnsupportedError, match="fastervlm@64"):

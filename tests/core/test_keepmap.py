@@ -24,9 +24,13 @@ SUFFIXES = (".safetensors", ".json")
 
 def same(a, b):
     """Whether two maps of one class agree in every field, to the bit."""
+
     def plain(value):
         return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
-    return type(a) is type(b) and {k: plain(v) for k, v in vars(a).items()} == {k: plain(v) for k, v in vars(b).items()}
+
+    return type(a) is type(b) and {k: plain(v) for k, v in vars(a).items()} == {
+        k: plain(v) for k, v in vars(b).items()
+    }
 
 
 @st.composite
@@ -34,14 +38,19 @@ def keep_maps(draw):
     grids = tuple(draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3)))
     total = sum(rows * cols for rows, cols in grids)
     idx = sorted(draw(st.sets(st.integers(0, total - 1))))
-    floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=total, max_size=total)
+    floats = st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=total, max_size=total
+    )
     scores = draw(st.none() | floats.map(torch.tensor))
     frame = draw(st.none() | st.integers(0, 99))
     view = draw(st.sampled_from(["stretch", "center"]))
-    return KeepMap(torch.tensor(idx, dtype=torch.int64), total, grids, scores, draw(st.text()), view, 2, frame)
+    return KeepMap(
+        torch.tensor(idx, dtype=torch.int64), total, grids, scores, draw(st.text()), view, 2, frame
+    )
 
 
 # ---- what a map is
+
 
 def test_fields_are_copied_to_cpu_tensors_of_the_promised_types():
     batch = torch.rand(2, 18, dtype=torch.float64)
@@ -58,7 +67,9 @@ def test_mask_share_and_boxes_name_the_kept_tokens():
     assert kept.mask.tolist() == [True, False, False, False, False, True]
     assert kept.share == 2 / 6
     assert kept.grid == (2, 3)
-    assert torch.allclose(kept.kept_boxes, torch.tensor([[0, 0, 1 / 3, 1 / 2], [2 / 3, 1 / 2, 1, 1]]).to(kept.boxes.dtype))
+    assert torch.allclose(
+        kept.kept_boxes, torch.tensor([[0, 0, 1 / 3, 1 / 2], [2 / 3, 1 / 2, 1, 1]]).to(kept.boxes.dtype)
+    )
     assert kept.boxes.shape == (6, 4)
     assert repr(kept) == "KeepMap('random@2', 2 of 6 tokens, 2 x 3, image 0)"
 
@@ -84,22 +95,41 @@ def test_grid_of_several_blocks_is_an_error_that_shows_them():
         _ = ScoreMap(torch.rand(18), GRIDS).grid
 
 
-@pytest.mark.parametrize("idx, error", [
-    ([[0, 1]], SpecError), ([0.0, 1.0], SpecError), ([True, False], SpecError), (["a"], SpecError),
-    ([10**30], SpecError),
-    ([1, 0], InvariantError), ([1, 1], InvariantError), ([-1, 2], InvariantError), ([0, 6], InvariantError),
-])
+@pytest.mark.parametrize(
+    "idx, error",
+    [
+        ([[0, 1]], SpecError),
+        ([0.0, 1.0], SpecError),
+        ([True, False], SpecError),
+        (["a"], SpecError),
+        ([10**30], SpecError),
+        ([1, 0], InvariantError),
+        ([1, 1], InvariantError),
+        ([-1, 2], InvariantError),
+        ([0, 6], InvariantError),
+    ],
+)
 def test_indices_must_be_ascending_distinct_and_in_range(idx, error):
     with pytest.raises(error, match="keep_idx"):
         KeepMap(idx, 6, ((2, 3),))
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"grids": ((2, 4),)}, InvariantError), ({"grids": ((0, 3), (2, 3))}, InvariantError),
-    ({"grids": ((-2, -3),)}, InvariantError), ({"grids": (2, 3)}, SpecError), ({"grids": None}, SpecError),
-    ({"view": "centre"}, SpecError), ({"method": None}, SpecError), ({"index": "0"}, SpecError), ({"frame": 1.5}, SpecError),
-    ({"scores": torch.rand(5)}, InvariantError), ({"scores": torch.tensor([0, 1, 2, 3, 4, torch.nan])}, InvariantError),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"grids": ((2, 4),)}, InvariantError),
+        ({"grids": ((0, 3), (2, 3))}, InvariantError),
+        ({"grids": ((-2, -3),)}, InvariantError),
+        ({"grids": (2, 3)}, SpecError),
+        ({"grids": None}, SpecError),
+        ({"view": "centre"}, SpecError),
+        ({"method": None}, SpecError),
+        ({"index": "0"}, SpecError),
+        ({"frame": 1.5}, SpecError),
+        ({"scores": torch.rand(5)}, InvariantError),
+        ({"scores": torch.tensor([0, 1, 2, 3, 4, torch.nan])}, InvariantError),
+    ],
+)
 def test_every_other_field_is_checked_too(change, error):
     with pytest.raises(error, match=next(iter(change))):
         KeepMap(**{"keep_idx": [0, 1], "total": 6, "grids": ((2, 3),)} | change)
@@ -113,12 +143,20 @@ def test_scores_that_are_not_finite_are_refused(bad):
 
 # ---- budgets
 
+
 @pytest.mark.parametrize("keep", [2, 0.4, "2", "0.4"])
 def test_keep_takes_the_highest_scores_and_the_lower_index_of_ties(keep):
     scores = ScoreMap(torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0]), ((1, 5),), "mine", "center", 3, 7)
     kept = scores.keep(keep)
     assert kept.keep_idx.tolist() == [0, 1]
-    assert (kept.total, kept.grids, kept.method, kept.view, kept.index, kept.frame) == (5, ((1, 5),), "mine", "center", 3, 7)
+    assert (kept.total, kept.grids, kept.method, kept.view, kept.index, kept.frame) == (
+        5,
+        ((1, 5),),
+        "mine",
+        "center",
+        3,
+        7,
+    )
     assert torch.equal(kept.scores, scores.scores)
 
 
@@ -139,6 +177,7 @@ def test_a_budget_that_means_nothing_is_a_spec_error(keep):
 
 
 # ---- files
+
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=40, deadline=None)
@@ -164,7 +203,10 @@ def test_files_carry_a_format_and_a_version(tmp_path):
     assert "scores" not in body
     kept.save(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["format"]) == "vlmprune.keepmap" and json.loads(file.metadata()["version"]) == 1
+        assert (
+            json.loads(file.metadata()["format"]) == "vlmprune.keepmap"
+            and json.loads(file.metadata()["version"]) == 1
+        )
         assert list(file.keys()) == ["keep_idx"]
 
 
@@ -177,16 +219,26 @@ def test_another_suffix_names_the_two_that_work(name, tmp_path):
     assert not (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"\xff\xfe", b"[]", b"{}", b"null", b"[" * 100_000,
-    b'{"format": "vlmprune.keepmap", "version": 2, "keep_idx": [0], "total": 1, "grids": [[1, 1]]}',
-    b'{"format": "vlmprune.scoremap", "version": 1, "scores": [1.0], "grids": [[1, 1]]}',
-    b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [0], "total": 1}',
-    b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [0], "total": 1, "grids": [[1, 1]], "extra": 1}',
-    b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [1], "total": 1, "grids": [[1, 1]]}',
-    b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": {"a": 1}, "total": 1, "grids": [[1, 1]]}',
-    b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [1e400], "total": 1, "grids": [[1, 1]]}',
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b"null",
+        b"[" * 100_000,
+        b'{"format": "vlmprune.keepmap", "version": 2, "keep_idx": [0], "total": 1, "grids": [[1, 1]]}',
+        b'{"format": "vlmprune.scoremap", "version": 1, "scores": [1.0], "grids": [[1, 1]]}',
+        b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [0], "total": 1}',
+        b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [0], "total": 1, "grids": [[1, 1]], '
+        b'"extra": 1}',
+        b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [1], "total": 1, "grids": [[1, 1]]}',
+        b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": {"a": 1}, "total": 1, "grids": [[1, 1]]}',
+        b'{"format": "vlmprune.keepmap", "version": 1, "keep_idx": [1e400], "total": 1, "grids": [[1, 1]]}',
+    ],
+)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_damaged_or_foreign_file_is_refused_by_name(content, suffix, tmp_path):
     path = tmp_path / f"map{suffix}"
@@ -213,6 +265,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 # ---- comparing
+
 
 def test_overlap_is_the_jaccard_index():
     a, b = KeepMap([0, 1, 2], 6, ((2, 3),)), KeepMap([2, 3], 6, ((2, 3),))
@@ -241,12 +294,19 @@ def test_coverage_equals_a_literal_count_on_fractions(kept):
     corners, start = [], 0
     for rows, cols in kept.grids:
         tokens = [i for i in range(rows * cols) if kept.mask[start + i]]
-        corners += [(Fraction(i // cols, rows), Fraction(i % cols, cols), Fraction(1, rows), Fraction(1, cols)) for i in tokens]
+        corners += [
+            (Fraction(i // cols, rows), Fraction(i % cols, cols), Fraction(1, rows), Fraction(1, cols))
+            for i in tokens
+        ]
         start += rows * cols
     edges = sorted({Fraction(i, side) for grid in kept.grids for side in grid for i in range(side + 1)})
     spans = [(low, high - low) for low, high in pairwise(edges)]
-    area = sum(height * width for y, height in spans for x, width in spans
-               if any(top <= y < top + tall and left <= x < left + wide for top, left, tall, wide in corners))
+    area = sum(
+        height * width
+        for y, height in spans
+        for x, width in spans
+        if any(top <= y < top + tall and left <= x < left + wide for top, left, tall, wide in corners)
+    )
     assert kept.coverage() == float(area)
     assert 0 <= kept.coverage() <= 1
 
@@ -273,6 +333,7 @@ def test_cells_must_be_positive():
 
 # ---- replay
 
+
 def test_replay_keeps_exactly_the_same_tokens_in_every_row():
     kept = KeepMap([1, 4], 6, ((2, 3),))
     method = kept.replay
@@ -296,7 +357,9 @@ HUGE = [((10**9, 10**9),), ((1, 2**20 + 1),), ((1, 1),) * (2**16 + 1), ((10**6, 
 @pytest.mark.parametrize("grids", HUGE, ids=["square", "line", "blocks", "two"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_grids_of_more_tokens_than_an_image_has_are_refused(tmp_path, grids, suffix):
-    with pytest.raises(InvariantError, match=r"hold .* tokens or more; expected at most 1,048,576 tokens in 65,536 blocks"):
+    with pytest.raises(
+        InvariantError, match=r"hold .* tokens or more; expected at most 1,048,576 tokens in 65,536 blocks"
+    ):
         KeepMap([0, 1], grids=grids)
     path = tmp_path / f"map{suffix}"
     KeepMap([0], grids=((2, 3),)).save(path)
@@ -330,11 +393,15 @@ def test_an_exact_area_of_hostile_blocks_is_refused(monkeypatch):
 
 # ---- the picture that a map remembers
 
+
 def test_a_score_map_hands_its_picture_on_and_files_hold_none(tmp_path):
     scores = ScoreMap(torch.rand(6), ((2, 3),), image="photo.jpg")
     assert scores.keep(2).image == "photo.jpg"
     scores.save(tmp_path / "map.json")
-    assert "photo" not in (tmp_path / "map.json").read_text() and ScoreMap.load(tmp_path / "map.json").image is None
+    assert (
+        "photo" not in (tmp_path / "map.json").read_text()
+        and ScoreMap.load(tmp_path / "map.json").image is None
+    )
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -345,12 +412,15 @@ def test_a_file_cannot_name_a_picture_to_open(tmp_path, suffix):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"image": "/etc/passwd"}))
     else:
         with safe_open(path, framework="pt") as file:
-            save_file({"scores": file.get_tensor("scores")}, path, metadata=file.metadata() | {"image": '"x.png"'})
+            save_file(
+                {"scores": file.get_tensor("scores")}, path, metadata=file.metadata() | {"image": '"x.png"'}
+            )
     with pytest.raises(SpecError, match="names a picture"):
         ScoreMap.load(path)
 
 
 # ---- how maps show themselves
+
 
 @pytest.mark.parametrize(
     ("grids", "said"),
@@ -365,4 +435,7 @@ def test_a_map_is_one_short_line(grids, said):
     count = sum(rows * cols for rows, cols in grids)
     scores = ScoreMap(torch.arange(count) / 4, grids, "fastervlm", index=2, frame=7)
     highest = (count - 1) / 4
-    assert repr(scores) == f"ScoreMap('fastervlm', {count} tokens, scores 0 to {highest:.3g}, {said}, image 2, frame 7)"
+    assert (
+        repr(scores)
+        == f"ScoreMap('fastervlm', {count} tokens, scores 0 to {highest:.3g}, {said}, image 2, frame 7)"
+    )

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.core.layout import pack_tiles
 from vlmprune.errors import InvariantError
+from vlmprune.hooks.vision.tiles import pack_tiles
 
 
 def walk(slots, wide, high, side, mask):
@@ -18,7 +18,11 @@ def walk(slots, wide, high, side, mask):
     for y in range(high * side):
         for x in range(wide * side):
             tile = 1 + y // side * wide + x // side
-            order += [tile * rows + r for r in range(rows) if mask[r] and slots[tile][r] == y % side * side + x % side]
+            order += [
+                tile * rows + r
+                for r in range(rows)
+                if mask[r] and slots[tile][r] == y % side * side + x % side
+            ]
     left = [(t, r) for t in range(1, tiles) for r in range(rows) if t * rows + r not in order]
     order += [t * rows + r for t, r in left if slots[t][r] < 0]
     return order + [t * rows + r for t, r in left if slots[t][r] >= 0]
@@ -40,7 +44,9 @@ def test_order_is_the_walk_over_the_big_image(data):
 
 
 def test_all_rows_interleave_by_default():
-    slots = torch.tensor([[0, 3], [1, 2], [0, 3]])  # base tile, then two tiles side by side, 2 x 2 patches each
+    slots = torch.tensor(
+        [[0, 3], [1, 2], [0, 3]]
+    )  # base tile, then two tiles side by side, 2 x 2 patches each
     assert pack_tiles(slots, (2, 1), 2).tolist() == [0, 1, 2, 4, 3, 5]
 
 

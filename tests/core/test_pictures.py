@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmprune.core.capture import VisionCapture
-from vlmprune.core.pictures import Picture
-from vlmprune.core.shelf import run_encoder
+from vlmprune.core.method import Need
+from vlmprune.hooks.vision.capture import VisionCapture
+from vlmprune.hooks.vision.encode import run_encoder
+from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.tiny import tiny_inputs, tiny_processor
@@ -25,7 +26,7 @@ SIDE = 6  # patches along each side of a crop
 def described(family: str, inputs: dict[str, Tensor], needs: Sequence[str], kind: int = 0) -> list[Picture]:
     """Every picture of one encoder call; ``kind`` 1 is that of clips."""
     adapter = adapter_for(shared_model(family, None, None))
-    return run_encoder(adapter, adapter.modalities[kind], inputs, [adapter.capture(needs, None)])[1][0]
+    return run_encoder(adapter, adapter.modalities[kind], inputs, [adapter.capture(needs)])[1][0]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_rows_of_cls_stand_in_the_order_of_the_feature_layers() -> None:
     with torch.no_grad(), VisionCapture(tower, ("cls_features",), (-2, 1)) as record:
         states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
     want = torch.cat([states[layer][:, :1] for layer in (-2, 1)], dim=-1)
-    assert torch.equal(record.take()["cls_features"], want)
+    assert torch.equal(record.take()[Need("cls_features")], want)
 
 
 def mean_of_cells(frame: Tensor, stride: int) -> Tensor:
@@ -82,10 +83,10 @@ def test_what_is_captured_of_a_pooled_clip_is_the_mean_over_each_cell_frame_afte
     with torch.no_grad(), VisionCapture(model.model.vision_tower, ("keys",), (-2,)) as record:
         model.model.vision_tower(frames)
     stride = model.config.spatial_pool_stride
-    want = torch.cat([mean_of_cells(frame, stride) for frame in record.take()["keys"]])
+    want = torch.cat([mean_of_cells(frame, stride) for frame in record.take()[Need("keys")]])
     (clip,) = described(family, inputs, ("keys",), kind=1)
     assert clip.grids == ((SIDE // stride,) * 2,) * len(frames)
-    torch.testing.assert_close(clip.tensors["keys"], want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip.captured[Need("keys")], want, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

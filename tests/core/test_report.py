@@ -18,7 +18,11 @@ def test_the_report_says_what_happened() -> None:
     report = run.last
     longest = max(inputs["attention_mask"].sum(1) - torch.tensor([27, 0, 54]))
     assert (report.method, report.note, report.pruned, report.decode_steps) == ("fastervlm@9", "", True, 3)
-    assert (report.dense_tokens, report.realised_tokens, report.tokens_per_layer) == ([36] * 3, [9] * 3, [9.0] * 4)
+    assert (report.dense_tokens, report.realised_tokens, report.tokens_per_layer) == (
+        [36] * 3,
+        [9] * 3,
+        [9.0] * 4,
+    )
     assert report.sequence == (inputs["input_ids"].shape[1], int(longest))
     assert report.firings == {"encode": 1, "enter": 1, "exit": 1} and 0 < report.seconds < 5
     maps = [(one.index, one.frame, one.total, one.grids, one.method) for one in report.keep]

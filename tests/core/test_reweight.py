@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Re-weighting inside a model equals an eager twin that edits its attention maps, row by row, token by token."""
+"""Re-weighting inside a model equals an eager twin that edits its attention maps, row by row, token by
+token."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 import vlmprune
-from vlmprune.methods.sinks import find_sink_dims, save_recipe
+from vlmprune.methods.var.sinks import find_sink_dims, save_recipe
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import Kept, kept_by_hand, merged_embeddings
 from vlmprune.testing.reference_attention import AttentionTwin, visual_columns
 from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_inputs, tiny_model, tiny_row
 
-# on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough that not all are
+# on random tiny models many tokens are mild sinks: thresholds low enough that heads are edited, high enough
+# that not all are
 OPTIONS = "dims=[7,21],tau=2.0,max_sink_portion=0.6,min_visual_mass=0.1,first_layer=1"
 SPEC = f"var({OPTIONS})"
 EAGER_TO_EDIT = "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
@@ -39,7 +41,9 @@ def test_answers_equal_an_eager_twin_in_a_ragged_batch(family: str) -> None:
     edited = 0
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
-        twin = AttentionTwin(eager, method, Kept(embeds[row : row + 1, mask], torch.arange(int(mask.sum()))[None]), visual)
+        twin = AttentionTwin(
+            eager, method, Kept(embeds[row : row + 1, mask], torch.arange(int(mask.sum()))[None]), visual
+        )
         assert ids[row].tolist() == twin.greedy(5), f"row {row}"
         edited += twin.edited
     assert edited > 50, "hardly any head was edited: the comparison says nothing"
@@ -94,7 +98,7 @@ def test_it_composes_with_a_cut_inside_the_language_model() -> None:
 
 
 def test_two_methods_of_one_stage_are_refused() -> None:
-    with pytest.raises(vlmprune.VlmPruneError, match="both act at stage 'before_lm'"):
+    with pytest.raises(vlmprune.VlmPruneError, match="both act in the slot 'before_lm'"):
         vlmprune.prune(tiny_model(), "fastervlm@9+uniform@4")
 
 
@@ -119,7 +123,7 @@ def test_a_recipe_holds_what_the_search_found_and_belongs_to_its_backbone(tmp_pa
         model.model.language_model.embed_tokens.weight[:, [5, 40]] += 60.0
     assert save_recipe(model, path, tau=4.0) == (5, 40)
     with vlmprune.prune(model, f"var(recipe={str(path)!r},tau=4.0)") as run:
-        assert run.reweight.method.dims == (5, 40)
+        assert run.slots["attention"].method.dims == (5, 40)
     with pytest.raises(vlmprune.VlmPruneError, match="this backbone is"):
         vlmprune.prune(tiny_model(layers=4), f"var(recipe={str(path)!r},tau=4.0)")
     with pytest.raises(vlmprune.VlmPruneError, match="cannot be read"):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.core.base import Merged, Method
+from vlmprune.core.method import Merged, Method
 from vlmprune.core.select import choose, rest_of, top_k, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError
@@ -20,7 +20,9 @@ few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, ma
 
 
 def reference_top_k(row, k):
-    order = sorted(range(len(row)), key=lambda i: (math.isnan(row[i]), 0.0 if math.isnan(row[i]) else -row[i], i))
+    order = sorted(
+        range(len(row)), key=lambda i: (math.isnan(row[i]), 0.0 if math.isnan(row[i]) else -row[i], i)
+    )
     return sorted(order[:k])
 
 
@@ -95,7 +97,10 @@ TOKENS = VisualTokens(features=torch.arange(16.0).view(2, 4, 2))
 
 
 def test_scores_keep_the_highest():
-    assert choose(Scores(torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]])), TOKENS, 2).tolist() == [[2, 3], [0, 1]]
+    assert choose(Scores(torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]])), TOKENS, 2).tolist() == [
+        [2, 3],
+        [0, 1],
+    ]
 
 
 def test_selected_sets_are_put_in_order():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Life of a session: attaching, switching, copies, faulty methods; after each error the model is what it was."""
+"""Life of a session: attaching, switching, copies, faulty methods; after each error the model is what it
+was."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmprune
-from vlmprune.core.base import Merged, Method
+from vlmprune.core.method import Merged, Method
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, UnsupportedError, VlmPruneError
 from vlmprune.testing.checks_model import snapshot
@@ -87,23 +88,50 @@ FOUR = torch.arange(4)[None]
 FAULTS: list[tuple[str, Method, type[Exception], str | None]] = [
     ("nan", Scores(nan_at(3, torch.nan)), InvariantError, "not finite"),
     ("infinite", Scores(nan_at(3, torch.inf)), InvariantError, "not finite"),
-    ("too few scores", Scores(lambda t: torch.ones(t.batch, 35)), InvariantError, r"expected one number per token: \(1, 36\)"),
+    (
+        "too few scores",
+        Scores(lambda t: torch.ones(t.batch, 35)),
+        InvariantError,
+        r"expected one number per token: \(1, 36\)",
+    ),
     ("scores of one unit", Scores(lambda t: torch.ones(36)), InvariantError, r"\(1, 36\)"),
     ("no tensor", Scores(lambda t: None), InvariantError, "NoneType"),
     ("raises in score", Scores(boom), Boom, None),
     ("raises in select", Chosen(boom), Boom, None),
     ("raises in merge", Rows(boom), Boom, None),
     ("repeated index", Chosen(lambda t: torch.tensor([[0, 1, 2, 2]])), InvariantError, r"repeated \[2\]"),
-    ("index out of range", Chosen(lambda t: torch.tensor([[0, 1, 2, 36]])), InvariantError, r"out of range \[36\]"),
-    ("too many indices", Chosen(lambda t: torch.tensor([[0, 1, 2, 3, 4]])), InvariantError, r"shape \(1, 4\)"),
+    (
+        "index out of range",
+        Chosen(lambda t: torch.tensor([[0, 1, 2, 36]])),
+        InvariantError,
+        r"out of range \[36\]",
+    ),
+    (
+        "too many indices",
+        Chosen(lambda t: torch.tensor([[0, 1, 2, 3, 4]])),
+        InvariantError,
+        r"shape \(1, 4\)",
+    ),
     ("float indices", Chosen(lambda t: torch.tensor([[0.0, 1, 2, 3]])), InvariantError, "int64"),
-    ("rows that are nan", Rows(lambda t: Merged(t.features[:, :4] * torch.nan, FOUR)), InvariantError, "not finite"),
-    ("rows of another width", Rows(lambda t: Merged(torch.ones(1, 4, 3), FOUR)), InvariantError, r"\(1, 4, 64\)"),
+    (
+        "rows that are nan",
+        Rows(lambda t: Merged(t.features[:, :4] * torch.nan, FOUR)),
+        InvariantError,
+        "not finite",
+    ),
+    (
+        "rows of another width",
+        Rows(lambda t: Merged(torch.ones(1, 4, 3), FOUR)),
+        InvariantError,
+        r"\(1, 4, 64\)",
+    ),
     ("rows at one slot", Rows(lambda t: Merged(t.features[:, :4], 0 * FOUR)), InvariantError, "repeated"),
 ]
 
 
-@pytest.mark.parametrize(("method", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in FAULTS])
+@pytest.mark.parametrize(
+    ("method", "error", "message"), [pytest.param(*case[1:], id=case[0]) for case in FAULTS]
+)
 def test_faulty_methods_are_named_and_the_session_survives(
     model: Any, method: Method, error: type[Exception], message: str | None
 ) -> None:
@@ -112,8 +140,10 @@ def test_faulty_methods_are_named_and_the_session_survives(
         for _ in range(2):
             with pytest.raises(error, match=message) as caught:
                 generate(model, inputs)
-            assert error is Boom or type(method).__name__.lower() in str(caught.value).lower(), "the message names the method"
-        assert run.last is None and run.call is None
+            assert error is Boom or type(method).__name__.lower() in str(caught.value).lower(), (
+                "the message names the method"
+            )
+        assert run.last is None and run.state is None
         text = tiny_inputs(images=(0,))
         assert generate(model, text).shape == (1, 5) and run.last.note == "no images in this call"
 
@@ -123,7 +153,11 @@ def test_not_attached_until_entered_and_detached_for_good(model: Any) -> None:
     run = vlmprune.prune(model, "random@9")
     assert snapshot(model) == before and not run.attached and "detached" in repr(run)
     with run as entered:
-        assert entered is run and run.attached and "random@9 on LlavaForConditionalGeneration, attached" in repr(run)
+        assert (
+            entered is run
+            and run.attached
+            and "random@9 on LlavaForConditionalGeneration, attached" in repr(run)
+        )
     run.detach()
     run.detach()
     assert snapshot(model) == before and not run.attached
@@ -183,7 +217,11 @@ def test_switched_off_is_dense_and_says_so(model: Any) -> None:
     with vlmprune.prune(model, "fastervlm@9") as run:
         pruned = generate(model, inputs)
         run.enabled = False
-        assert torch.equal(generate(model, inputs), dense) and run.last.note == "disabled" and not run.last.pruned
+        assert (
+            torch.equal(generate(model, inputs), dense)
+            and run.last.note == "disabled"
+            and not run.last.pruned
+        )
         run.enabled = True
         assert torch.equal(generate(model, inputs), pruned) and run.last.pruned and run.last.note == ""
 
@@ -195,7 +233,9 @@ def test_two_models_have_two_sessions(model: Any) -> None:
         with vlmprune.prune(one, spec):
             alone.append(generate(one, inputs))
     with vlmprune.prune(model, "fastervlm@9") as first, vlmprune.prune(other, "uniform@4") as second:
-        assert torch.equal(generate(model, inputs), alone[0]) and torch.equal(generate(other, inputs), alone[1])
+        assert torch.equal(generate(model, inputs), alone[0]) and torch.equal(
+            generate(other, inputs), alone[1]
+        )
         assert first.last.realised_tokens == [9] and second.last.realised_tokens == [4]
         assert (first.last.decode_steps, second.last.decode_steps) == (4, 4)
 
@@ -217,7 +257,7 @@ def test_another_session_cannot_continue_a_cut_cache(model: Any) -> None:
     with vlmprune.prune(model, "fastervlm@9") as run:
         with pytest.raises(InvariantError, match="detached"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-        assert run.call is None
+        assert run.state is None
 
 
 def test_a_wrapped_encoder_is_not_wrapped_twice() -> None:
@@ -231,13 +271,18 @@ def test_a_wrapped_encoder_is_not_wrapped_twice() -> None:
 
 @torch.no_grad()
 def test_features_encoded_ahead() -> None:
-    """Under the session they carry what it needs; from before, from another session or switched off they are refused."""
+    """Under the session they carry what it needs; from before, from another session or switched off they are
+    refused.
+    """
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
     if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
         pytest.skip("forward of this transformers takes no mm_encoder_outputs")
     pixels, call = inputs["pixel_values"], {name: inputs[name] for name in ("input_ids", "attention_mask")}
     dense = model.model.get_image_features(pixels)
-    with pytest.raises(InvariantError, match="no forward of LlavaModel placed them"), vlmprune.prune(model, "uniform@9"):
+    with (
+        pytest.raises(InvariantError, match="no forward of LlavaModel placed them"),
+        vlmprune.prune(model, "uniform@9"),
+    ):
         other = model.model.get_image_features(pixels)
     with vlmprune.prune(model, "fastervlm@9") as run:
         want = model(**inputs).logits
@@ -279,7 +324,9 @@ def test_strict_refuses_budgets_that_cannot_be_met(model: Any) -> None:
 
 
 def test_embeddings_merged_by_hand_are_an_error_and_no_dense_answer(model: Any) -> None:
-    """Whoever encodes while attached wants the result pruned: a forward that cannot see the pictures must not pass."""
+    """Whoever encodes while attached wants the result pruned: a forward that cannot see the pictures must not
+    pass.
+    """
     inputs = tiny_inputs(images=(1,))
     with vlmprune.prune(model, "fastervlm@9"), torch.no_grad():
         embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -301,7 +348,9 @@ def test_a_text_prompt_after_encoding_by_hand_is_no_error(model: Any) -> None:
         assert run.last.note == "no images in this call"
 
 
-@pytest.mark.parametrize("spec", ["fastervlm@9", "fastv(layer=2)@9", "pyramiddrop", "var(dims=[3,11],tau=3)+fastervlm@9"])
+@pytest.mark.parametrize(
+    "spec", ["fastervlm@9", "fastv(layer=2)@9", "pyramiddrop", "var(dims=[3,11],tau=3)+fastervlm@9"]
+)
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interrupt_closes_the_call_as_every_other_exit_does(model: Any, spec: str, step: int) -> None:
     """torch runs no hook after a KeyboardInterrupt."""
@@ -322,7 +371,7 @@ def test_an_interrupt_closes_the_call_as_every_other_exit_does(model: Any, spec:
         with pytest.raises(KeyboardInterrupt):
             generate(model, inputs)
         handle.remove()
-        assert run.call is None
+        assert run.state is None
         with torch.no_grad():
             assert torch.equal(language_model(inputs_embeds=embeds).last_hidden_state, bare)
         assert torch.equal(generate(model, inputs), want)
@@ -348,9 +397,14 @@ def test_a_turn_may_be_repeated_after_an_interrupt(model: Any) -> None:
         assert torch.equal(generate(model, turn, cache), want)
 
 
-@pytest.mark.parametrize("spec", ["fastv(layer=2)@9", "pyramiddrop", "sparsevlm@0.25", "var(dims=[3,11],tau=3)+fastv@9", "fastervlm@9"])
+@pytest.mark.parametrize(
+    "spec",
+    ["fastv(layer=2)@9", "pyramiddrop", "sparsevlm@0.25", "var(dims=[3,11],tau=3)+fastv@9", "fastervlm@9"],
+)
 @pytest.mark.parametrize("images", [(1,), (1, 0, 2)])
-def test_decoding_without_a_cache_equals_decoding_with_one(model: Any, spec: str, images: tuple[int, ...]) -> None:
+def test_decoding_without_a_cache_equals_decoding_with_one(
+    model: Any, spec: str, images: tuple[int, ...]
+) -> None:
     """What was chosen for the prompt stays chosen, though every step reads the prompt again."""
     for seed in range(4):
         inputs = tiny_inputs(images=images, seed=seed)
@@ -393,6 +447,8 @@ def test_layers_that_ran_without_their_hooks_are_an_error(model: Any) -> None:
             hooks = model.model.language_model.layers[2]._forward_pre_hooks
             held = dict(hooks)
             hooks.clear()
-            with pytest.raises(InvariantError, match=r"acts at decoder layers \[2.*\], but these ran without its hooks"):
+            with pytest.raises(
+                InvariantError, match=r"acts at decoder layers \[2.*\], but these ran without its hooks"
+            ):
                 generate(model, inputs)
             hooks.update(held)

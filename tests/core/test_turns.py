@@ -37,9 +37,14 @@ def joined(first: Inputs, answer: Tensor, second: Inputs) -> Inputs:
 
 
 def second_turn(model: Any, first: Inputs, answer: Tensor, second: Inputs, cache: Any) -> Tensor:
-    """(B, n) answer to the second prompt on the kept cache: all ids, but the pixels of the new images only."""
-    return generate(model, second | {name: joined(first, answer, second)[name] for name in ("input_ids", "attention_mask")},
-                    cache=cache, max_new_tokens=NEW)  # fmt: skip
+    """(B, n) answer to the second prompt on the kept cache: all ids, but the pixels of the new images
+    only."""
+    return generate(
+        model,
+        second | {name: joined(first, answer, second)[name] for name in ("input_ids", "attention_mask")},
+        cache=cache,
+        max_new_tokens=NEW,
+    )
 
 
 def skip_unless_plain_model_can(model: Any, first: Inputs, second: Inputs) -> None:
@@ -47,7 +52,9 @@ def skip_unless_plain_model_can(model: Any, first: Inputs, second: Inputs) -> No
     answer, cache = first_turn(model, first)
     got = second_turn(model, first, answer, second, cache)
     if not torch.equal(got, generate(model, joined(first, answer, second), max_new_tokens=NEW)):
-        pytest.skip("this transformers drops the pixels of a second turn on a kept cache, also without pruning")
+        pytest.skip(
+            "this transformers drops the pixels of a second turn on a kept cache, also without pruning"
+        )
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -71,7 +78,10 @@ def test_a_new_image_in_turn_two_is_cut_too(family: str, positions: str) -> None
 def test_a_ragged_batch_takes_new_images_in_turn_two(positions: str) -> None:
     model = shared_model("llava", None, None)
     first, second = tiny_inputs(images=(1, 0), seed=0), tiny_inputs(images=(1, 1), seed=1, text_len=4)
-    second = {**second, "attention_mask": torch.ones_like(second["attention_mask"])}  # padding reads as words here
+    second = {
+        **second,
+        "attention_mask": torch.ones_like(second["attention_mask"]),
+    }  # padding reads as words here
     skip_unless_plain_model_can(model, first, second)
     with prune(model, "fastervlm@9", positions=positions) as run:
         answer, cache = first_turn(model, first)
@@ -121,7 +131,9 @@ def test_drafts_from_the_prompt_change_no_answer() -> None:
         with prune(model, "fastervlm@9"):
             want = generate(model, inputs, **options)
             widths: list[int] = []
-            hook = model.lm_head.register_forward_pre_hook(lambda module, args, widths=widths: widths.append(args[0].shape[1]))
+            hook = model.lm_head.register_forward_pre_hook(
+                lambda module, args, widths=widths: widths.append(args[0].shape[1])
+            )
             try:
                 got = generate(model, inputs, **options, **drafts)
             finally:
@@ -147,14 +159,19 @@ def test_text_after_the_last_image_can_be_cropped_away(positions: str) -> None:
         cropped, fresh = cut_run(model, inputs), cut_run(model, short)
         cropped.crop(-3)
         assert cropped.get_seq_length() == fresh.get_seq_length() == short["input_ids"].shape[1]
-        step = {"input_ids": inputs["input_ids"][:, -3:-2], "attention_mask": inputs["attention_mask"][:, :-2]}
+        step = {
+            "input_ids": inputs["input_ids"][:, -3:-2],
+            "attention_mask": inputs["attention_mask"][:, :-2],
+        }
         logits = [model(**step, past_key_values=cache).logits for cache in (cropped, fresh)]
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)
 
 
 def test_an_image_that_was_cut_cannot_be_cropped() -> None:
     model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,), text_len=6)
-    with prune(model, "uniform@9"):  # ends before the last patch, so the last column that lost something is known
+    with prune(
+        model, "uniform@9"
+    ):  # ends before the last patch, so the last column that lost something is known
         cache = cut_run(model, inputs)
         seen = inputs["input_ids"].shape[1]
         with pytest.raises(InvariantError, match="after the last image"):
@@ -163,7 +180,9 @@ def test_an_image_that_was_cut_cannot_be_cropped() -> None:
 
 
 def test_static_caches_are_used_again_for_other_prompts() -> None:
-    """generate keeps a static cache on the model: a long cut prompt, a short one, text alone, all as with a fresh cache."""
+    """generate keeps a static cache on the model: a long cut prompt, a short one, text alone, all as with a
+    fresh cache.
+    """
     model = shared_model("llava", None, None)
     calls = [tiny_inputs(images=images, seed=seed) for seed, images in enumerate([(1,), (2,), (0,), (1,)])]
     with prune(model, "fastervlm@9"):
@@ -171,7 +190,9 @@ def test_static_caches_are_used_again_for_other_prompts() -> None:
         got = [generate(model, call, cache_implementation="static") for call in calls]
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
     dense = generate(model, calls[0])
-    assert torch.equal(generate(model, calls[0], cache_implementation="static"), dense), "the kept static cache is dense again"
+    assert torch.equal(generate(model, calls[0], cache_implementation="static"), dense), (
+        "the kept static cache is dense again"
+    )
 
 
 def test_beams_keep_their_own_rows() -> None:
@@ -192,7 +213,9 @@ def test_an_assistant_model_changes_no_answer(spec: str) -> None:
     model, assistant, inputs = shared_model("llava", None, None), tiny_model("llava"), tiny_inputs("llava")
     with torch.no_grad():
         for weight in assistant.parameters():
-            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+            weight.add_(
+                0.02 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            )
     if not torch.equal(generate(model, inputs), generate(model, inputs, assistant_model=assistant)):
         pytest.skip("assisted decoding differs from greedy in the model without hooks")
     with prune(model, spec):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Golden vectors: recorded inputs and answers of reference code, run through this package.
 
-A folder of vectors holds one sub-folder per method with an ``index.json`` and the ``.npz`` files it names. Each case is run by
-the function that ``runners/<registered name>.py`` lists in ``RUNNERS`` under the kind of the case. Nothing is skipped: an unknown
-kind, a missing file and an expected array that no runner looked at are failures, and methods that are not registered are named
-in the summary.
+A folder of vectors holds one sub-folder per method with an ``index.json`` and the ``.npz`` files it names.
+Each case is run by the function that ``runners/<registered name>.py`` lists in ``RUNNERS`` under the kind of
+the case. Nothing is skipped: an unknown kind, a missing file and an expected array that no runner looked at
+are failures, and methods that are not registered are named in the summary.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ import torch
 from vlmprune.registry import list_methods
 
 HERE = Path(__file__).parent
-REGISTERED_AS = {"zoo_prune": "zooprune", "visual_sink_var": "var", "attention_debiasing": "debias"}  # folder -> method
+REGISTERED_AS = {
+    "zoo_prune": "zooprune",
+    "visual_sink_var": "var",
+    "attention_debiasing": "debias",
+}  # folder -> method
 
 
 class Case:
-    """One case of an index: its input arrays, its hyper-parameters, and the comparison with its expected arrays."""
+    """One case of an index: its input arrays, its hyper-parameters, and the comparison with its expected
+    arrays.
+    """
 
     def __init__(self, folder: Path, entry: dict) -> None:
         self.method = REGISTERED_AS.get(folder.name, folder.name)
@@ -54,10 +60,18 @@ class Case:
     def load(self, model: torch.nn.Module) -> torch.nn.Module:
         """Give the model the arrays ``param/*`` and set it to evaluation."""
         # transformers before 5 keeps a tower one level down
-        prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
-        state = {prefix + name.removeprefix("param/"): self.tensor(name) for name in self.arrays if name.startswith("param/")}
+        prefix = (
+            "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
+        )
+        state = {
+            prefix + name.removeprefix("param/"): self.tensor(name)
+            for name in self.arrays
+            if name.startswith("param/")
+        }
         missing, unexpected = model.load_state_dict(state, strict=False)
-        assert not unexpected and all(name.endswith("position_ids") for name in missing), f"{self}: {missing=} {unexpected=}"
+        assert not unexpected and all(name.endswith("position_ids") for name in missing), (
+            f"{self}: {missing=} {unexpected=}"
+        )
         return model.eval()
 
     def check(self, name: str, actual: torch.Tensor, word: str = "", at: tuple | EllipsisType = ...) -> None:
@@ -67,7 +81,9 @@ class Case:
         """
         expected, actual = self.arrays[name][at], actual.detach().cpu().numpy()
         self.checked.add(name)
-        assert actual.shape == expected.shape, f"{self}: {name} has shape {actual.shape}, expected {expected.shape}"
+        assert actual.shape == expected.shape, (
+            f"{self}: {name} has shape {actual.shape}, expected {expected.shape}"
+        )
         text = self._tolerance_of(name, word or name, expected)
         if "exact" in text:
             np.testing.assert_array_equal(actual, expected, err_msg=f"{self}: {name}")
@@ -76,7 +92,9 @@ class Case:
 
     def _tolerance_of(self, name: str, word: str, expected: np.ndarray) -> str:
         if isinstance(self.tolerance, dict):
-            found = [text for pattern, text in self.tolerance.items() if fnmatchcase(name.split("/")[0], pattern)]
+            found = [
+                text for pattern, text in self.tolerance.items() if fnmatchcase(name.split("/")[0], pattern)
+            ]
         else:
             clauses = self.tolerance.split(";")
             found = [clause for clause in clauses if word in clause] or (clauses if len(clauses) == 1 else [])
@@ -88,7 +106,11 @@ class Case:
     def unchecked(self) -> list[str]:
         """Arrays that the index gives a tolerance, hence expects, and that were not compared."""
         patterns = self.tolerance if isinstance(self.tolerance, dict) else ()
-        return [n for n in self.arrays if n not in self.checked and any(fnmatchcase(n.split("/")[0], p) for p in patterns)]
+        return [
+            n
+            for n in self.arrays
+            if n not in self.checked and any(fnmatchcase(n.split("/")[0], p) for p in patterns)
+        ]
 
 
 def bounds(text: str) -> dict[str, float]:
@@ -99,11 +121,17 @@ def bounds(text: str) -> dict[str, float]:
 
 
 def read_cases(directory: Path) -> list[Case]:
-    """All cases of a folder of vectors, in both forms of index: {"files": {name: case}} and {"cases": [case]}."""
+    """All cases of a folder of vectors, in both forms of index: {"files": {name: case}} and {"cases":
+    [case]}.
+    """
     cases = []
     for index in sorted(directory.glob("*/index.json")):
         content = json.loads(index.read_text())
-        entries = content["cases"] if "cases" in content else [{"file": file} | case for file, case in content["files"].items()]
+        entries = (
+            content["cases"]
+            if "cases" in content
+            else [{"file": file} | case for file, case in content["files"].items()]
+        )
         cases += [Case(index.parent, entry) for entry in entries]
     return cases
 
@@ -129,11 +157,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     directory = golden_dir(metafunc.config)
     cases = read_cases(directory)
     if not cases:
-        raise pytest.UsageError(f"no golden vectors under {directory}; expected <method>/index.json files there")
+        raise pytest.UsageError(
+            f"no golden vectors under {directory}; expected <method>/index.json files there"
+        )
     known = set(list_methods())
     runnable = [case for case in cases if case.method in known]
     if not runnable:
-        raise pytest.UsageError(f"no method of {directory} is registered: {sorted({case.method for case in cases})}")
+        raise pytest.UsageError(
+            f"no method of {directory} is registered: {sorted({case.method for case in cases})}"
+        )
     metafunc.parametrize("case", runnable, ids=str)
 
 

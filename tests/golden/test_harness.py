@@ -27,8 +27,20 @@ def case(file, kind="selection", tolerance=None):
 
 
 def run(directory):
-    command = [sys.executable, "-m", "pytest", str(SUITE), "--golden-dir", str(directory), "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(SUITE),
+        "--golden-dir",
+        str(directory),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False, capture_output=True, text=True
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -48,7 +60,9 @@ def test_mismatch_unknown_kind_missing_file_and_forgotten_array_fail(tmp_path):
         case("extra.npz", tolerance={"kept_indices": "exact", "scores": "rtol 1e-5", "surprise": "exact"}),
     ]
     (folder / "index.json").write_text(json.dumps({"cases": cases}))
-    (stranger / "index.json").write_text(json.dumps({"files": {"a.npz": {"kind": "selection"}, "b.npz": {"kind": "selection"}}}))
+    (stranger / "index.json").write_text(
+        json.dumps({"files": {"a.npz": {"kind": "selection"}, "b.npz": {"kind": "selection"}}})
+    )
 
     code, output = run(tmp_path)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels are tested three ways, each in a process of its own, since Triton decides at its import whether it interprets:
+"""Kernels are tested three ways, each in a process of its own, since Triton decides at its import whether it
+interprets:
 
-    TRITON_INTERPRET=1 pytest tests/kernels -m "interpret and not slow"
-    pytest tests/kernels -m "compile_gate and not slow"
-    pytest tests/kernels -m gpu                                             # where there is a GPU
+TRITON_INTERPRET=1 pytest tests/kernels -m "interpret and not slow"
+pytest tests/kernels -m "compile_gate and not slow"
+pytest tests/kernels -m gpu                                             # where there is a GPU
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ GUARD, POISON = 2**16, 0x7B
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every tensor that ``torch.empty`` returns is full of poison and lies between guards: (memory, bytes in the middle)."""
+    """Every tensor that ``torch.empty`` returns is full of poison and lies between guards: (memory, bytes in
+    the middle).
+    """
     made, empty = [], torch.empty
 
     def guarded_empty(*size, dtype=None, device=None):

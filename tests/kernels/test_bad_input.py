@@ -35,12 +35,24 @@ META = torch.zeros(2, 5, 3, device="meta")
         (lambda: dispatch.prune(S, 2, [X], 0, -2), "post=-2"),
         (lambda: dispatch.prune(S, 2, [META]), r"xs\[0\] is on meta.*cpu"),
         (lambda: dispatch.topk_select_varlen(S, CU_N, KS, CU_K, 7, 5), "packed scores"),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N.float(), KS, CU_K, 7, 5), "cu_n is torch.float32.*int32"),
+        (
+            lambda: dispatch.topk_select_varlen(FLAT, CU_N.float(), KS, CU_K, 7, 5),
+            "cu_n is torch.float32.*int32",
+        ),
         (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS[:1], CU_K, 7, 5), r"\(S\+1,\), \(S,\)"),
-        (lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 4, 8]), KS, CU_K, 7, 5), "cu_n is .*from 0 to 9"),
-        (lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 10, 9]), KS, CU_K, 7, 5), "cu_n is .*ascending"),
+        (
+            lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 4, 8]), KS, CU_K, 7, 5),
+            "cu_n is .*from 0 to 9",
+        ),
+        (
+            lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 10, 9]), KS, CU_K, 7, 5),
+            "cu_n is .*ascending",
+        ),
         (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, CU_K, 6, 5), "cu_k is .*from 0 to 6"),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, torch.tensor([0, 2, 11]), 11, 5), r"room for \[2, 9\].*\[2, 5\]"),
+        (
+            lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, torch.tensor([0, 2, 11]), 11, 5),
+            r"room for \[2, 9\].*\[2, 5\]",
+        ),
         (lambda: dispatch.topk_select_varlen(FLAT, CU_N, -KS, CU_K, 7, 5), "k holds -9"),
         (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, CU_K, 7, 4), "max_n=4.*5 tokens"),
         (lambda: dispatch.prune_varlen(FLAT, CU_N, KS, CU_K, 7, 5, [X[0]]), r"xs\[0\].*\(9, \*\)"),

@@ -17,7 +17,9 @@ RESULTS = FOLDER / "results"
 
 def run(*options):
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
-    return subprocess.run([sys.executable, FOLDER / "bench_gpu.py", *options], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, FOLDER / "bench_gpu.py", *options], capture_output=True, text=True, env=env
+    )
 
 
 def written():

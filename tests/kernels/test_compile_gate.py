@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compile, for GPUs that need not be there, into code without spills, with wide accesses, once for all budgets."""
+"""Kernels compile, for GPUs that need not be there, into code without spills, with wide accesses, once for
+all budgets.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SCRIPT = Path(__file__).parents[2] / "kernels" / "compile_gate.py"
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):
-    """The script that writes the published table, with a cache of its own: nothing compiled earlier may hide a failure."""
+    """The script that writes the published table, with a cache of its own: nothing compiled earlier may hide
+    a failure.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         spec = importlib.util.spec_from_file_location("compile_gate", SCRIPT)
@@ -37,7 +41,9 @@ def test_usual_launches_compile_well(gate, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_launch_compiles_well(gate, target):
-    wrong = [fault for case in gate.CASES for row in gate.rows(case, target) for fault in gate.faults(row, case)]
+    wrong = [
+        fault for case in gate.CASES for row in gate.rows(case, target) for fault in gate.faults(row, case)
+    ]
     assert wrong == []
 
 
@@ -74,12 +80,21 @@ def test_no_step_compiles_anew(gate, ops):
 
 def test_launches_with_the_same_facts_are_the_same_kernel(gate, ops):
     wide = torch.empty(1, 641, 2048, dtype=torch.bfloat16)
-    views = wide[:, 1:], wide[:, :640], wide[..., 1:1025], wide[..., :1000], wide[..., :1024], wide.float()[:, 1:]
+    views = (
+        wide[:, 1:],
+        wide[:, :640],
+        wide[..., 1:1025],
+        wide[..., :1000],
+        wide[..., :1024],
+        wide.float()[:, 1:],
+    )
     found = {}
     for x in views:
         for k in (1, 16, 64):
             idx = torch.empty(1, k, dtype=torch.int32)
-            for launch in gate.compile_calls(lambda x=x, idx=idx: ops.gather_rows([x], idx), gate.TARGETS["sm_90"]):
+            for launch in gate.compile_calls(
+                lambda x=x, idx=idx: ops.gather_rows([x], idx), gate.TARGETS["sm_90"]
+            ):
                 found.setdefault(launch.facts, set()).add(launch.compiled.hash)
     assert len(found) > 2
     assert all(len(names) == 1 for names in found.values())
@@ -92,7 +107,9 @@ def test_the_gate_sees_what_it_looks_for(gate):
 
     case = next(case for case in gate.CASES if case.name.startswith("gather"))
     kernel = triton_rows.gather_kernel
-    blind = triton.jit(do_not_specialize=["d0", "b0", "r0", "n", "k", "pre", "post", "blocks", "split"])(kernel.fn)
+    blind = triton.jit(do_not_specialize=["d0", "b0", "r0", "n", "k", "pre", "post", "blocks", "split"])(
+        kernel.fn
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_rows, "gather_kernel", blind)
         (row,) = gate.rows(case, "sm_90")

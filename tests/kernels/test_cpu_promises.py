@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README promises of the CPU: times as ratios within one run, and the memory of a choice among many tokens."""
+"""What the README promises of the CPU: times as ratios within one run, and the memory of a choice among many
+tokens.
+"""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import CASES
+from kernel_check import check, compare, tensors, to
 
 from vlmprune.kernels import reference
-from vlmprune.testing.kernel_cases import CASES
-from vlmprune.testing.kernel_check import check, compare, tensors, to
 
 pytestmark = pytest.mark.gpu
 REPEATS = 100
@@ -49,14 +49,20 @@ def test_every_run_gives_the_same_bits(case, ops):
 
 
 def float_tensors(args):
-    return [t for t in tensors([a for a in args if isinstance(a, (list, torch.Tensor))]) if t.dtype == torch.float32]
+    return [
+        t
+        for t in tensors([a for a in args if isinstance(a, (list, torch.Tensor))])
+        if t.dtype == torch.float32
+    ]
 
 
 GRAPHED = [op for op in dict.fromkeys(case.op for case in CASES) if not op.startswith("greedy")]
 QUICK = {op: [param for param in cases(op) if not param.values[0].slow] for op in GRAPHED}
 
 
-@pytest.mark.parametrize("case", [*(QUICK[op][0] for op in GRAPHED), *[p for p in QUICK["topk_select"] if "long" in p.id]])
+@pytest.mark.parametrize(
+    "case", [*(QUICK[op][0] for op in GRAPHED), *[p for p in QUICK["topk_select"] if "long" in p.id]]
+)
 def test_a_captured_graph_reads_its_inputs_anew(case, ops):
     args = to(list(case.arguments()), "cuda")
     call = getattr(ops, case.op)
@@ -72,7 +78,9 @@ def test_a_captured_graph_reads_its_inputs_anew(case, ops):
         compare(case, tensors(getattr(reference, case.op)(*to(list(args), "cpu"))), found)
 
 
-@pytest.mark.parametrize("op", ["greedy_maxmin", "greedy_maxmin_features", "greedy_dpp", "greedy_dpp_features"])
+@pytest.mark.parametrize(
+    "op", ["greedy_maxmin", "greedy_maxmin_features", "greedy_dpp", "greedy_dpp_features"]
+)
 def test_greedy_choice_can_be_captured(op, ops):
     (case, *_) = [param.values[0] for param in cases(op) if "21-7" in param.id]
     args = to(list(case.arguments()), "cuda")

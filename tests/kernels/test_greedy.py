@@ -40,7 +40,7 @@ def determinant(kernel, picks):
     return np.linalg.det(kernel[np.ix_(picks, picks)])
 
 
-# --- max-min ----------------------------------------------------------------------------------------------------------------
+# --- max-min --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", PLAIN)
@@ -65,7 +65,11 @@ def test_numbers_that_are_none_have_their_place(first, weighted, special):
     generator = torch.Generator().manual_seed(1)
     for seed in range(20):
         sim = unit_rows(2, 12, seed=seed) @ unit_rows(2, 12, seed=seed).mT
-        sim[0, torch.randint(0, 12, (2,), generator=generator), torch.randint(0, 12, (2,), generator=generator)] = special
+        sim[
+            0,
+            torch.randint(0, 12, (2,), generator=generator),
+            torch.randint(0, 12, (2,), generator=generator),
+        ] = special
         weight = torch.rand(2, 12, generator=generator) if weighted else None
         if weighted:
             weight[1, seed % 12] = special
@@ -80,7 +84,9 @@ def test_a_token_without_a_number_is_the_last_pick():
     features = unit_rows(1, 9)
     features[0, 4] = math.nan
     for backend in PLAIN:
-        order, worth = dispatch.greedy_maxmin_features(features, 9, torch.ones(1, 9), "argmax", backend=backend)
+        order, worth = dispatch.greedy_maxmin_features(
+            features, 9, torch.ones(1, 9), "argmax", backend=backend
+        )
         assert order[0, -1] == 4 and worth[0, -1].isnan() and worth[0, :-1].isfinite().all()
 
 
@@ -95,7 +101,10 @@ def test_features_and_their_similarities_lead_the_same_way(monkeypatch, first, n
     monkeypatch.setattr(cpu_greedy, "GRAM", 0)
     monkeypatch.setattr(cpu_greedy, "_BLOCK", 7)
     monkeypatch.setattr(eager, "_CHUNK", 7)
-    ways += [dispatch.greedy_maxmin_features(x, n, weight, first), eager.greedy_maxmin_features(x, n, weight, first)]
+    ways += [
+        dispatch.greedy_maxmin_features(x, n, weight, first),
+        eager.greedy_maxmin_features(x, n, weight, first),
+    ]
     for order, worth in ways:
         assert torch.equal(order, expected[0])
         torch.testing.assert_close(worth, expected[1], rtol=1e-4, atol=1e-5)
@@ -124,7 +133,7 @@ def test_half_precision_is_compared_in_float32(dtype):
     assert torch.equal(order, dispatch.greedy_maxmin_features(x.float(), 9)[0])
 
 
-# --- determinantal point process --------------------------------------------------------------------------------------------
+# --- determinantal point process ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", PLAIN)
@@ -152,7 +161,11 @@ def test_when_nothing_is_left_tokens_come_by_index(monkeypatch, width):
     expected = dispatch.greedy_dpp(x @ x.mT, r, 30, backend="reference")
     rest = expected[0][:, width:].tolist()
     assert (expected[1][:, width:] == 0).all() and rest == [sorted(row) for row in rest]
-    ways = [dispatch.greedy_dpp(x @ x.mT, r, 30), dispatch.greedy_dpp_features(x, r, 30), eager.greedy_dpp_features(x, r, 30)]
+    ways = [
+        dispatch.greedy_dpp(x @ x.mT, r, 30),
+        dispatch.greedy_dpp_features(x, r, 30),
+        eager.greedy_dpp_features(x, r, 30),
+    ]
     monkeypatch.setattr(cpu_greedy, "GRAM", 0)
     ways.append(dispatch.greedy_dpp_features(x, r, 30))
     for order, gain in ways:
@@ -178,12 +191,15 @@ def test_relevance_that_is_no_number_comes_last(backend):
         assert order[0, -1] == 2 and gain[0, -1].isnan()
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def test_samples_choose_as_if_alone():
     x, w = unit_rows(3, 50), torch.rand(3, 50, generator=torch.Generator().manual_seed(5))
-    for choose in (lambda x, w: dispatch.greedy_maxmin_features(x, 20, w), lambda x, w: dispatch.greedy_dpp_features(x, w, 20)):
+    for choose in (
+        lambda x, w: dispatch.greedy_maxmin_features(x, 20, w),
+        lambda x, w: dispatch.greedy_dpp_features(x, w, 20),
+    ):
         together = choose(x, w)
         for b in range(3):
             alone = choose(x[b : b + 1], w[b : b + 1])
@@ -210,5 +226,6 @@ def test_layouts_do_not_matter():
     assert torch.equal(dispatch.greedy_maxmin(odd, 9)[0], dispatch.greedy_maxmin(sim, 9)[0])
     turned = x.mT.contiguous().mT
     assert torch.equal(
-        dispatch.greedy_dpp_features(turned, torch.ones(2, 30), 5)[0], dispatch.greedy_dpp_features(x, torch.ones(2, 30), 5)[0]
+        dispatch.greedy_dpp_features(turned, torch.ones(2, 30), 5)[0],
+        dispatch.greedy_dpp_features(x, torch.ones(2, 30), 5)[0],
     )

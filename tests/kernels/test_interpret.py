@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import CASES
+from kernel_check import KernelCase, check, compare, tensors
 
 from vlmprune.kernels import reference
-from vlmprune.testing.kernel_cases import CASES
-from vlmprune.testing.kernel_check import KernelCase, check, compare, tensors
 
 pytestmark = [
     pytest.mark.interpret,
     # the interpreter computes lanes that are masked off as well
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:invalid value encountered:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning"
+    ),
 ]
 
 
@@ -31,7 +33,9 @@ def ops():
 
 def cases(*names):
     return [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.slow) for case in CASES if not names or case.op in names
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] * case.slow)
+        for case in CASES
+        if not names or case.op in names
     ]
 
 
@@ -48,7 +52,11 @@ def test_a_launch_per_pick_makes_the_same_picks(case, ops, monkeypatch, guarded)
     check(case, ops)
 
 
-MANY_COLUMNS = [param for param in cases("prune", "gather_rows", "unprune") if "many columns" in param.id or "700" in param.id]
+MANY_COLUMNS = [
+    param
+    for param in cases("prune", "gather_rows", "unprune")
+    if "many columns" in param.id or "700" in param.id
+]
 
 
 @pytest.mark.parametrize("case", MANY_COLUMNS)
@@ -98,8 +106,15 @@ def test_gradients_of_pruned_rows_go_back_through_triton(ops):
     assert torch.equal(x.grad, torch.zeros_like(x).scatter(1, kept.expand(-1, -1, 5), 2 * y.detach()))
 
 
-VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, math.inf, -math.inf, math.nan, 3e38, -3e38]) | st.floats(width=32)
-few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+VALUES = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, math.inf, -math.inf, math.nan, 3e38, -3e38]
+) | st.floats(width=32)
+few = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 
 
 @few
@@ -110,7 +125,9 @@ def test_any_scores_are_ranked_as_by_the_reference(values, k, ops):
 
 
 @few
-@given(data=st.data(), pre=st.integers(0, 20), n=st.integers(0, 30), post=st.integers(0, 5), k=st.integers(0, 35))
+@given(
+    data=st.data(), pre=st.integers(0, 20), n=st.integers(0, 30), post=st.integers(0, 5), k=st.integers(0, 35)
+)
 def test_any_ends_are_kept(data, pre, n, post, k, ops):
     width = data.draw(st.integers(1, 40))
     scores = torch.randint(0, 4, (1, n)).float()
@@ -153,7 +170,15 @@ def test_many_segments_run_fused_or_apart(ops):
 def test_no_tensor_is_left_out(ops):
     # a row of each dtype that torch can hold and a kernel cannot load by name
     x = torch.arange(24, dtype=torch.float64).view(1, 6, 4)
-    xs = [x, x.to(torch.complex64), x.to(torch.float8_e4m3fn), x.to(torch.uint8), x > 3, x.to(torch.int16), x.half()]
+    xs = [
+        x,
+        x.to(torch.complex64),
+        x.to(torch.float8_e4m3fn),
+        x.to(torch.uint8),
+        x > 3,
+        x.to(torch.int16),
+        x.half(),
+    ]
     idx = torch.tensor([[4, 1]]).int()
     for got, want in zip(ops.gather_rows(xs, idx), xs, strict=True):
         rows = torch.stack([want[:, 4], want[:, 1]], dim=1)

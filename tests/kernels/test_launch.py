@@ -16,11 +16,14 @@ GPU = SimpleNamespace(type="cuda", index=0)
 
 
 class Kernel:
-    """(x, n specialised, k not specialised, BLOCK constant); as the launcher sees a kernel and what it compiles to."""
+    """(x, n specialised, k not specialised, BLOCK constant); as the launcher sees a kernel and what it
+    compiles to.
+    """
 
     arg_names = ("x", "n", "k", "BLOCK")
     params = tuple(
-        SimpleNamespace(num=i, is_constexpr=name == "BLOCK", do_not_specialize=name == "k") for i, name in enumerate(arg_names)
+        SimpleNamespace(num=i, is_constexpr=name == "BLOCK", do_not_specialize=name == "k")
+        for i, name in enumerate(arg_names)
     )
 
     def __init__(self):
@@ -72,7 +75,14 @@ def test_a_kernel_is_compiled_once_per_set_of_facts(kernel):
     ids=str,
 )
 def test_what_a_compiled_kernel_depends_on(kernel, change, again):
-    usual = {"x": torch.zeros(64, dtype=torch.bfloat16), "n": 32, "k": 5, "BLOCK": 128, "num_warps": 4, "device": GPU}
+    usual = {
+        "x": torch.zeros(64, dtype=torch.bfloat16),
+        "n": 32,
+        "k": 5,
+        "BLOCK": 128,
+        "num_warps": 4,
+        "device": GPU,
+    }
     for given in (usual, usual | change):
         args = tuple(given[name] for name in Kernel.arg_names)
         triton_launch.start(kernel, 1, args, given["device"], given["num_warps"])
@@ -102,11 +112,20 @@ def test_an_empty_grid_starts_nothing(kernel):
 def test_steps_count_up(kernel, monkeypatch):
     monkeypatch.setattr(triton_launch, "_on", lambda device: triton_launch.nullcontext())
     start = triton_launch.start
-    monkeypatch.setattr(triton_launch, "start", lambda kernel, grid, args, _, warps: start(kernel, grid, args, GPU, warps))
+    monkeypatch.setattr(
+        triton_launch, "start", lambda kernel, grid, args, _, warps: start(kernel, grid, args, GPU, warps)
+    )
     triton_launch.launch_steps(kernel, 1, 3, "k", torch.zeros(8), 16, 0, 128, num_warps=4)
     assert [(call[0], call[2][1]) for call in kernel.calls] == [("compiled", 0), ("again", 1), ("again", 2)]
 
 
 def test_the_launch_table():
-    assert [triton_launch.block_of(n) for n in (0, 1, 128, 129, 576, 8192)] == [128, 128, 128, 256, 1024, 8192]
+    assert [triton_launch.block_of(n) for n in (0, 1, 128, 129, 576, 8192)] == [
+        128,
+        128,
+        128,
+        256,
+        1024,
+        8192,
+    ]
     assert [triton_launch.warps(block) for block in (128, 1024, 2048, 4096, 8192)] == [4, 4, 8, 8, 16]

@@ -13,11 +13,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_cases import CASES
+from kernel_check import check
 
 import vlmprune
 from vlmprune.errors import InvariantError
-from vlmprune.testing.kernel_cases import CASES
-from vlmprune.testing.kernel_check import check
 
 sys.path.append(str(Path(__file__).parents[1] / "mutation"))
 from mutants_of_triton import MUTANTS, SourceMutant, mutated_source

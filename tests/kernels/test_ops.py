@@ -56,7 +56,9 @@ def test_torch_accepts_the_registration(name):
 def test_the_op_does_what_the_door_does(name):
     args = cases()[name]
     expected, found = getattr(dispatch, name)(*args), getattr(torch.ops.vlmprune, name)(*args)
-    torch.testing.assert_close(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), rtol=0, atol=0
+    )
 
 
 def test_a_budget_above_the_number_of_tokens_takes_them_all():
@@ -73,10 +75,15 @@ def test_a_budget_above_the_number_of_tokens_takes_them_all():
 
 def test_importing_the_package_registers_nothing():
     code = "import torch, vlmprune.kernels.dispatch; print(hasattr(torch.ops.vlmprune, 'prune'))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_scores_and_indices_have_no_gradient():
     assert not dispatch.zoo_sensitivity(x, drawn(3, 3)).requires_grad
 
 
-# --- compiled and exported --------------------------------------------------------------------------------------------------
+# --- compiled and exported ------------------------------------------------------------------------
 
 
 def pruned(scores, x, k):
@@ -135,7 +142,9 @@ def test_one_graph_serves_all_budgets_and_sizes():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(pruned, fullgraph=True, backend=counter)
     for k in (2, 3, 4, 7, 9, 20):
-        torch.testing.assert_close(compiled(SCORES, drawn(2, 12, 4), k), pruned(SCORES, drawn(2, 12, 4), k), rtol=0, atol=0)
+        torch.testing.assert_close(
+            compiled(SCORES, drawn(2, 12, 4), k), pruned(SCORES, drawn(2, 12, 4), k), rtol=0, atol=0
+        )
     graphs = counter.frame_count
     assert graphs <= 3
     for n in (5, 17, 33):
@@ -178,7 +187,7 @@ def test_export_with_any_batch_and_length(k):
         torch.testing.assert_close(program.module()(*inputs), Chain()(*inputs), rtol=0, atol=0)
 
 
-# --- forcing ----------------------------------------------------------------------------------------------------------------
+# --- forcing --------------------------------------------------------------------------------------
 
 
 def test_a_block_forces_in_its_own_thread_only(monkeypatch):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection and rows: the reference against a stable order in plain Python, and every other path against the reference."""
+"""Selection and rows: the reference against a stable order in plain Python, and every other path against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def drawn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# --- one budget -------------------------------------------------------------------------------------------------------------
+# --- one budget -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", PLAIN)
@@ -57,7 +59,12 @@ def test_the_highest_are_kept(backend, data):
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", ["drawn", "tied", "equal", "half"])
 def test_all_sizes_and_budgets(n, kind):
-    scores = {"drawn": drawn(2, n), "tied": tied(2, n, n), "equal": torch.full((2, n), 0.5), "half": drawn(2, n).bfloat16()}[kind]
+    scores = {
+        "drawn": drawn(2, n),
+        "tied": tied(2, n, n),
+        "equal": torch.full((2, n), 0.5),
+        "half": drawn(2, n).bfloat16(),
+    }[kind]
     orders = [stable_order(row) for row in scores.tolist()]
     for k in {0, 1, n // 9, n - 1, n, n + 1}:
         expected = [sorted(order[:k]) for order in orders]
@@ -67,7 +74,9 @@ def test_all_sizes_and_budgets(n, kind):
 
 @pytest.mark.parametrize("backend", PLAIN)
 def test_partial_scores_are_added_in_their_order(backend):
-    parts = torch.tensor([[[1e8, 1.0, 0.0]], [[1.0, 0.0, 3.0]], [[-1e8, 1.0, 0.0]]])  # (1e8 + 1) - 1e8 is 0 in float32
+    parts = torch.tensor(
+        [[[1e8, 1.0, 0.0]], [[1.0, 0.0, 3.0]], [[-1e8, 1.0, 0.0]]]
+    )  # (1e8 + 1) - 1e8 is 0 in float32
     assert dispatch.topk_select(parts, 2, backend=backend).tolist() == [[1, 2]]
 
 
@@ -78,7 +87,7 @@ def test_scores_of_any_real_type_are_ranked(dtype):
         assert dispatch.topk_select(scores, 2, backend=backend).tolist() == [[1, 3]]
 
 
-# --- packed segments --------------------------------------------------------------------------------------------------------
+# --- packed segments ------------------------------------------------------------------------------
 
 
 def packed(sizes, budgets):
@@ -107,7 +116,7 @@ def test_segments_are_selected_as_if_alone(backend, segments, seed):
     assert torch.equal(ys[0], xs[0][rows]) and ys[1].tolist() == rows
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", PLAIN)
@@ -116,7 +125,10 @@ def test_segments_are_selected_as_if_alone(backend, segments, seed):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_pruning_keeps_selected_rows_between_the_ends(backend, k, pre, post, batch):
     scores = tied(batch, 9, k)
-    xs = [drawn(batch, pre + 9 + post, 5, dtype=torch.bfloat16), torch.arange(batch * (pre + 9 + post)).view(batch, -1)]
+    xs = [
+        drawn(batch, pre + 9 + post, 5, dtype=torch.bfloat16),
+        torch.arange(batch * (pre + 9 + post)).view(batch, -1),
+    ]
     idx, ys = dispatch.prune(scores, k, xs, pre, post, backend=backend)
     for b in range(batch):
         picks = highest(scores[b].tolist(), k)

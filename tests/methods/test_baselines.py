@@ -31,7 +31,10 @@ def test_random_depends_on_seed_and_ordinal_only():
     assert both[1].tolist() == alone[0].tolist()
     assert both[0].tolist() != both[1].tolist()
     assert both[0].tolist() != choose(Random(2), tokens(ordinal=torch.tensor([4, 7])), 9)[0].tolist()
-    assert both.tolist() == choose(Random(1), tokens(ordinal=torch.tensor([4, 7]), dtype=torch.bfloat16), 9).tolist()
+    assert (
+        both.tolist()
+        == choose(Random(1), tokens(ordinal=torch.tensor([4, 7]), dtype=torch.bfloat16), 9).tolist()
+    )
 
 
 def test_the_next_seed_is_not_the_next_image():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debiasing against literal transcriptions of its formulas, around every base method, and its calibration files."""
+"""Debiasing against literal transcriptions of its formulas, around every base method, and its calibration
+files.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ import vlmprune
 from vlmprune.core.select import choose, top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
-from vlmprune.methods.calibration import Calibration, fit_exponential, fit_log_linear, identity
 from vlmprune.methods.debias import PUBLISHED, Debias, calibrate
+from vlmprune.methods.debias.calibration import Calibration, fit_exponential, fit_log_linear, identity
+from vlmprune.methods.debias.padding import real_patches
 from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.methods.fastv import FastV
-from vlmprune.methods.padding import real_patches
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.testing.conformance import generate
@@ -37,21 +39,27 @@ def attention(batch=2, heads=3, rows=2, n=36, sigma=1.5, seed=0):
     return (noise * np.exp(sigma * np.arange(n) / n) / n).astype(np.float32)
 
 
-def tokens(a, stage=0, grids=((6, 6),)):
-    features = torch.from_numpy(np.random.default_rng(1).normal(size=(*a.shape[:1], a.shape[-1], 5)).astype(np.float32))
+def tokens(a, cut=0, grids=((6, 6),)):
+    features = torch.from_numpy(
+        np.random.default_rng(1).normal(size=(*a.shape[:1], a.shape[-1], 5)).astype(np.float32)
+    )
     rows = torch.from_numpy(a)
     mask = torch.ones(a.shape[0], a.shape[2], dtype=torch.bool)
-    return VisualTokens(features, text_attention=rows, cls_attention=rows[:, :, 0], query_mask=mask, stage=stage, grids=grids)
+    return VisualTokens(
+        features, text_attention=rows, cls_attention=rows[:, :, 0], query_mask=mask, cut=cut, grids=grids
+    )
 
 
 def weight_by_hand(curve, n):
     """One factor after the other, as the tables of the release are made."""
     if curve == "cubic":
-        return np.array([1 / (1 + 3.0151976e-3 * i - 1.4597908e-5 * i**2 + 2.5691135e-8 * i**3) for i in range(n)])
+        return np.array(
+            [1 / (1 + 3.0151976e-3 * i - 1.4597908e-5 * i**2 + 2.5691135e-8 * i**3) for i in range(n)]
+        )
     return np.array([np.exp(-curve * i / n) for i in range(n)])
 
 
-# --- trend ------------------------------------------------------------------------------------------------------------------
+# --- trend ----------------------------------------------------------------------------------------
 
 
 def test_the_constants_are_the_means_of_the_released_ones():
@@ -98,7 +106,9 @@ def test_the_own_trend_of_every_picture_is_flat_afterwards(inner):
 def test_fastervlm_has_no_constants_and_fits_its_own_trend():
     given = tokens(attention())
     assert Debias(FasterVLM()).score(given).equal(Debias(FasterVLM(), trend="self").score(given))
-    with pytest.raises(SpecError, match=r"no constants are published for 'fastervlm', only for \['fastv'.*trend=self"):
+    with pytest.raises(
+        SpecError, match=r"no constants are published for 'fastervlm', only for \['fastv'.*trend=self"
+    ):
         Debias(FasterVLM(), trend="constants")
 
 
@@ -108,7 +118,9 @@ def test_scores_of_zero_are_left_out_of_the_fit():
     x, used = np.arange(36) / 36, np.arange(36) != 5
     raw = FastV().score(tokens(a))[0].numpy()
     slope, _ = np.polyfit(x[used], np.log(raw[used]), 1)
-    np.testing.assert_allclose(Debias(FastV(), trend="self").score(tokens(a))[0].numpy(), raw * np.exp(-slope * x), rtol=1e-5)
+    np.testing.assert_allclose(
+        Debias(FastV(), trend="self").score(tokens(a))[0].numpy(), raw * np.exp(-slope * x), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("alive", [0, 1])
@@ -126,7 +138,7 @@ def test_without_trend_and_padding_scores_stay():
 
 @pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm"])
 def test_later_stages_are_plain(name):
-    given, method = tokens(attention(), stage=1), Debias(BASES[name], sigma=2.0)
+    given, method = tokens(attention(), cut=1), Debias(BASES[name], sigma=2.0)
     assert method.score(given).equal(BASES[name].score(given))
     plain, wrapped = choose(BASES[name], given, 20), choose(method, given, 20)
     if name == "sparsevlm":
@@ -147,7 +159,7 @@ def test_recycling_ranks_by_the_uncorrected_score():
     torch.testing.assert_close(merged.features[0, 24], given.features[0, rest[:4]].mean(0))
 
 
-# --- padding ----------------------------------------------------------------------------------------------------------------
+# --- padding --------------------------------------------------------------------------------------
 
 
 def stripes(bits, upright=False):
@@ -229,7 +241,7 @@ def test_padding_needs_one_square_of_patches(grids):
         method.score(tokens(attention(), grids=()))
 
 
-# --- spec -------------------------------------------------------------------------------------------------------------------
+# --- spec -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,16 +260,22 @@ def test_specs_round_trip(text):
 
 
 def test_a_wrapper_declares_what_its_inner_method_does():
-    for inner in (*BASES.values(), FasterVLM(cls="mean", layer=-1, anyres="spatial"), SparseVLM(version="plus")):
+    for inner in (
+        *BASES.values(),
+        FasterVLM(cls="mean", layer=-1, anyres="spatial"),
+        SparseVLM(version="plus"),
+    ):
         method = Debias(inner)
-        for name in ("stage", "needs", "layout", "positions", "query_aware", "nested", "budgeted"):
+        for name in ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted"):
             assert getattr(method, name) == getattr(inner, name)
-        assert method.kind() == inner.kind() and getattr(method, "layer", None) == getattr(inner, "layer", None)
+        assert method.kind() == inner.kind()
     assert replace(Debias(FastV()), sigma=1.0).curve == 1.0
     assert pickle.loads(pickle.dumps(Debias(SparseVLM()))) == Debias(SparseVLM())
 
 
-@pytest.mark.parametrize("inner", ["random@9", "uniform@9", "divprune@9", "pool@9", "dense", "visionzip@20", "debias+fastv@9"])
+@pytest.mark.parametrize(
+    "inner", ["random@9", "uniform@9", "divprune@9", "pool@9", "dense", "visionzip@20", "debias+fastv@9"]
+)
 def test_only_what_ranks_by_attention_can_be_debiased(inner):
     name = inner.split("@")[0].split("+")[0]
     with pytest.raises(SpecError, match=f"'{name}'.*fastv, pyramiddrop, sparsevlm or fastervlm"):
@@ -300,7 +318,7 @@ def test_select_works_from_plain_tensors():
     assert keep.tolist() == by_hand.tolist()
 
 
-# --- in models --------------------------------------------------------------------------------------------------------------
+# --- in models ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +350,9 @@ def test_without_trend_and_padding_it_is_the_inner_method(model, spec):
     assert kept[0] == kept[1] != kept[2]
 
 
-@pytest.mark.parametrize("spec", ["debias+fastv@1.0", "debias+pyramiddrop@1.0", "debias+sparsevlm@1.0", "debias+fastervlm@1.0"])
+@pytest.mark.parametrize(
+    "spec", ["debias+fastv@1.0", "debias+pyramiddrop@1.0", "debias+sparsevlm@1.0", "debias+fastervlm@1.0"]
+)
 def test_keeping_all_is_dense(model, spec):
     inputs = tiny_inputs("llava", images=(1, 2))
     dense = model(**inputs).logits
@@ -356,7 +376,7 @@ def test_padding_of_tiled_pictures_is_refused():
         tiled(**tiny_inputs("llava_next"))
 
 
-# --- calibration ------------------------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma", [-1.0, 0.0, 1.3, 3.0])
@@ -380,7 +400,9 @@ def test_the_fit_has_the_least_squares():
     assert error(mu, sigma) < error(*fit_log_linear(mean))
 
 
-@pytest.mark.parametrize("mean", [np.array([1.0]), np.array([1.0, 0.0]), np.array([1.0, np.nan]), np.ones((2, 2))])
+@pytest.mark.parametrize(
+    "mean", [np.array([1.0]), np.array([1.0, 0.0]), np.array([1.0, np.nan]), np.ones((2, 2))]
+)
 def test_what_has_no_trend_is_refused(mean):
     with pytest.raises(SpecError, match="two or more finite numbers above zero"):
         fit_exponential(mean)
@@ -389,15 +411,19 @@ def test_what_has_no_trend_is_refused(mean):
 @pytest.fixture
 def made(model, tmp_path):
     path = tmp_path / "fastv.json"
-    return path, calibrate(model, [tiny_inputs("llava", images=(1, 2)), tiny_inputs("llava")], "fastv@9", path)
+    return path, calibrate(
+        model, [tiny_inputs("llava", images=(1, 2)), tiny_inputs("llava")], "fastv@9", path
+    )
 
 
-@pytest.mark.parametrize("base", ["fastv@9", "pyramiddrop", "pyramiddrop(shares=(0.5,0.3,0.2))", "sparsevlm@20", "fastervlm"])
+@pytest.mark.parametrize(
+    "base", ["fastv@9", "pyramiddrop", "pyramiddrop(shares=(0.5,0.3,0.2))", "sparsevlm@20", "fastervlm"]
+)
 def test_a_calibration_fits_the_mean_score_of_every_place(model, tmp_path, base, monkeypatch):
     seen = []
     cls = type(vlmprune.parse(base).build()[0].method)
     score = cls.score
-    monkeypatch.setattr(cls, "score", lambda self, t: seen.append((t.stage, score(self, t))) or score(self, t))
+    monkeypatch.setattr(cls, "score", lambda self, t: seen.append((t.cut, score(self, t))) or score(self, t))
     samples = [tiny_inputs("llava", images=(1, 2)), tiny_inputs("llava")]
     found = calibrate(model, samples, base, tmp_path / "c.json")
     assert {stage for stage, _ in seen} == {0}
@@ -427,7 +453,9 @@ def test_a_calibration_of_another_method_is_refused(made):
 
 @pytest.mark.parametrize("other", ["siglip", "deeper", "renamed"])
 def test_a_calibration_of_another_model_is_refused_before_anything_is_attached(made, other):
-    stranger = tiny_model("llava", **{"siglip": {"tower": "siglip"}, "deeper": {"layers": 5}, "renamed": {}}[other])
+    stranger = tiny_model(
+        "llava", **{"siglip": {"tower": "siglip"}, "deeper": {"layers": 5}, "renamed": {}}[other]
+    )
     if other == "renamed":
         stranger.config._name_or_path = "someone/finetuned"
     with pytest.raises(SpecError, match=r"calibrated on model ''.*calibrate on this one"):
@@ -440,7 +468,9 @@ def test_score_asks_for_the_model_too(model, tmp_path):
     calibrate(model, [tiny_inputs("llava", images=(1, 2)), tiny_inputs("llava")], "fastervlm", path)
     assert len(vlmprune.score(model, tiny_inputs("llava"), f"debias(trend='{path}')+fastervlm")) == 1
     with pytest.raises(SpecError, match="calibrate on this one"):
-        vlmprune.score(tiny_model("llava", layers=5), tiny_inputs("llava"), f"debias(trend='{path}')+fastervlm")
+        vlmprune.score(
+            tiny_model("llava", layers=5), tiny_inputs("llava"), f"debias(trend='{path}')+fastervlm"
+        )
 
 
 def test_the_folder_of_a_model_does_not_count(model):
@@ -449,7 +479,9 @@ def test_the_folder_of_a_model_does_not_count(model):
     for path in ("llava-hf/llava-1.5-7b-hf", "/data/models/llava-1.5-7b-hf"):
         config._name_or_path = path
         names.append(identity(config))
-    assert names[0] == names[1] and names[0][0] == "llava-1.5-7b-hf" and names[0][1] == identity(model.config)[1]
+    assert (
+        names[0] == names[1] and names[0][0] == "llava-1.5-7b-hf" and names[0][1] == identity(model.config)[1]
+    )
 
 
 @pytest.mark.parametrize(

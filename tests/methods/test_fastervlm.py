@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlmprune.core.method import Need
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError
@@ -59,12 +60,12 @@ def test_half_precision_heads_are_averaged_in_float32():
 def test_towers_without_cls_use_received_attention():
     received = torch.tensor([[0.1, 0.5, 0.4]])
     method = FasterVLM(cls="mean")
-    assert method.needs == ("received_attention",)
+    assert method.needs == (Need("received_attention"),)
     assert choose(method, VisualTokens(received_attention=received), 2).tolist() == [[1, 2]]
 
 
 def test_needs_and_layout_follow_the_options():
-    assert FasterVLM().needs == ("cls_attention",)
+    assert FasterVLM(layer=1).needs == (Need("cls_attention", 1),)
     assert (FasterVLM().layout, FasterVLM(anyres="spatial").layout) == ("packed", "spatial")
     assert FasterVLM(anyres="spatial") == FasterVLM(anyres="spatial") != FasterVLM()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vlmprune
-from vlmprune.core.base import Stage
+from vlmprune.core.method import CutPoint
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError, UnsupportedError
@@ -55,15 +55,19 @@ def test_ties_go_to_the_lower_index():
 
 
 @pytest.mark.parametrize(
-    ("layer", "keep", "count", "want"), [(2, 0.5, 576, 288), (3, 0.25, 576, 144), (2, 128, 576, 128), (2, 128, 64, 64)]
+    ("layer", "keep", "count", "want"),
+    [(2, 0.5, 576, 288), (3, 0.25, 576, 144), (2, 128, 576, 128), (2, 128, 64, 64)],
 )
 def test_one_cut_ranked_by_the_layer_before_it(layer, keep, count, want):
-    assert FastV(layer=layer).stages(32, Budget(keep), count) == (Stage(layer, want, source=layer - 1),)
+    assert FastV(layer=layer).cuts(32, Budget(keep), count) == (CutPoint(layer, want, source=layer - 1),)
 
 
 def test_official_roundings():
     assert [official_keep(5, 0.5), official_keep(3, 0.5), official_keep(576, 0.778)] == [2, 2, 128]
-    assert [official_keep(576, 0.778, "truncate"), official_keep(100, 0.9, "truncate")] == [127, 9]  # 9.999999999999998
+    assert [official_keep(576, 0.778, "truncate"), official_keep(100, 0.9, "truncate")] == [
+        127,
+        9,
+    ]  # 9.999999999999998
     assert Budget(0.1).count(100) == 10
     with pytest.raises(SpecError, match="rounding='floor'"):
         official_keep(5, 0.5, "floor")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.core.grid import cells
+from vlmprune.core.method import Need
 from vlmprune.core.select import choose, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError
@@ -54,7 +55,9 @@ def paper_transcription(x, a, crop_of, k, alpha=1.0, tau=1.0):
     quota += np.minimum(np.floor(surplus * pull / max(pull.sum(), 1e-300)).astype(int), size - quota)
     for c in np.argsort(-weight, kind="stable"):
         quota[c] += min(k - quota.sum(), size[c] - quota[c])
-    return sorted(i for c, one, q in zip(crops, h, quota, strict=True) for i in c[np.argsort(-one, kind="stable")[:q]])
+    return sorted(
+        i for c, one, q in zip(crops, h, quota, strict=True) for i in c[np.argsort(-one, kind="stable")[:q]]
+    )
 
 
 def official_transcription(x, a, crops, k, alpha=0.09):
@@ -91,7 +94,9 @@ def test_the_paper_rule_is_followed(grids, peak, crops, alpha, tau):
         assert choose(method, tokens(x, a, grids), k)[0].tolist() == expected
 
 
-@pytest.mark.parametrize(("n", "crops", "peak"), [(144, 16, 0.3), (144, 5, 1.0), (100, 7, 1.0), (144, 9, 4.0), (30, 20, 1.0)])
+@pytest.mark.parametrize(
+    ("n", "crops", "peak"), [(144, 16, 0.3), (144, 5, 1.0), (100, 7, 1.0), (144, 9, 4.0), (30, 20, 1.0)]
+)
 def test_the_official_rule_is_followed_up_to_its_zero_rows(n, crops, peak):
     x, a = picture(((1, n),), peak=peak, seed=4)
     held = torch.from_numpy(a).float()
@@ -112,7 +117,7 @@ def test_official_selection_ignores_features_and_the_paper_does_not():
     assert official_transcription(x[0], a[0], 16, 20) == official_transcription(noise[0], a[0], 16, 20)
     both = [choose(HoloV(variant="official", crops=16), tokens(f, a), 20).tolist() for f in (x, noise)]
     assert both[0] == both[1]
-    assert HoloV(variant="official").needs == ("cls_attention",)
+    assert HoloV(variant="official").needs == (Need("cls_attention"),)
     both = [choose(HoloV(crops=16), tokens(f, a), 20).tolist() for f in (x, noise)]
     assert both[0] != both[1]
 
@@ -120,7 +125,10 @@ def test_official_selection_ignores_features_and_the_paper_does_not():
 def test_the_quotas_of_the_paper_ignore_features():
     (x, a), noise = picture(), picture(seed=9)[0]
     crop_of = cells(((12, 12),), 4)
-    counts = [crop_of[choose(HoloV(crops=4), tokens(f, a), 20)[0]].bincount(minlength=4).tolist() for f in (x, noise)]
+    counts = [
+        crop_of[choose(HoloV(crops=4), tokens(f, a), 20)[0]].bincount(minlength=4).tolist()
+        for f in (x, noise)
+    ]
     assert counts[0] == counts[1]
 
 
@@ -134,11 +142,15 @@ def test_no_window_spans_two_blocks_and_every_block_has_one():
     assert windows(((1, 2), (2, 4)), 1).tolist() == [[2, 3, 4, 5, 6, 7, 8, 9], [0, 1, -1, -1, -1, -1, -1, -1]]
 
 
-@pytest.mark.parametrize(("n", "k", "count"), [(576, 64, 16), (576, 128, 8), (576, 192, 5), (2880, 320, 16), (576, 575, 1)])
+@pytest.mark.parametrize(
+    ("n", "k", "count"), [(576, 64, 16), (576, 128, 8), (576, 192, 5), (2880, 320, 16), (576, 575, 1)]
+)
 def test_the_number_of_crops_is_that_of_the_appendix(n, k, count):
     _, a = picture(((1, n),))
     attention = tokens(None, a, ())
-    default, explicit = (choose(HoloV(variant="official", crops=crops), attention, k) for crops in (None, count))
+    default, explicit = (
+        choose(HoloV(variant="official", crops=crops), attention, k) for crops in (None, count)
+    )
     assert default.tolist() == explicit.tolist()
 
 
@@ -155,7 +167,9 @@ def test_similarity_matrices_may_be_cut_into_chunks(monkeypatch):
     whole = variance(x, members)
     for row, real in zip(members, whole[0], strict=True):
         inside = row[row >= 0]
-        np.testing.assert_allclose(real[: len(inside)], token_variance(x[0, inside].double().numpy()), rtol=1e-4)
+        np.testing.assert_allclose(
+            real[: len(inside)], token_variance(x[0, inside].double().numpy()), rtol=1e-4
+        )
         assert (real[len(inside) :] == 0).all()
     monkeypatch.setattr(holov, "_CHUNK", 7)
     torch.testing.assert_close(variance(x, members), whole)
@@ -186,11 +200,18 @@ def test_equal_crops_get_equal_quotas(crops):
 @given(st.data())
 @settings(deadline=None, max_examples=150)
 def test_exactly_k_are_kept_always(data):
-    grids = tuple(data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=3)))
+    grids = tuple(
+        data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=3))
+    )
     n = sum(rows * cols for rows, cols in grids)
     k, crops = data.draw(st.integers(1, n)), data.draw(st.none() | st.integers(1, n + 3))
-    variant, tau = data.draw(st.sampled_from(["paper", "official"])), data.draw(st.sampled_from([0.0, 1.0, 50.0]))
-    x, a = picture(grids, batch=2, seed=data.draw(st.integers(0, 99)), peak=data.draw(st.sampled_from([0.0, 1.0, 9.0])))
+    variant, tau = (
+        data.draw(st.sampled_from(["paper", "official"])),
+        data.draw(st.sampled_from([0.0, 1.0, 50.0])),
+    )
+    x, a = picture(
+        grids, batch=2, seed=data.draw(st.integers(0, 99)), peak=data.draw(st.sampled_from([0.0, 1.0, 9.0]))
+    )
     a[0] *= data.draw(st.sampled_from([0.0, 1e-30, 1.0, 1e6]))
     keep = choose(HoloV(crops=crops, variant=variant, tau=tau), tokens(x, a, grids), k)
     assert keep.shape == (2, k) and all(len(set(row)) == k for row in keep.tolist())
@@ -209,7 +230,10 @@ def test_rows_are_independent(variant):
     x, a = picture(batch=3, peak=3.0)
     together = choose(HoloV(variant=variant), tokens(x, a), 20)
     for row in range(3):
-        assert choose(HoloV(variant=variant), tokens(x[[row]], a[[row]]), 20)[0].tolist() == together[row].tolist()
+        assert (
+            choose(HoloV(variant=variant), tokens(x[[row]], a[[row]]), 20)[0].tolist()
+            == together[row].tolist()
+        )
 
 
 def test_half_precision_is_computed_in_float32():
@@ -224,7 +248,7 @@ def test_heads_are_averaged_and_towers_without_cls_use_received_attention():
     x, a = torch.from_numpy(x[:1]).float(), torch.from_numpy(a).float()
     heads = VisualTokens(features=x, cls_attention=a[None], grids=((12, 12),))
     received = VisualTokens(features=x, received_attention=a.mean(0)[None], grids=((12, 12),))
-    assert HoloV(cls="mean").needs == ("received_attention", "features")
+    assert HoloV(cls="mean").needs == (Need("received_attention"), Need("features"))
     assert choose(HoloV(cls="mean"), received, 20).tolist() == choose(HoloV(), heads, 20).tolist()
 
 
@@ -245,7 +269,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), [*REFUSED, ("tau", None), ("variant", "code"), ("cls", "tokn"), ("layer", "last")])
+@pytest.mark.parametrize(
+    ("name", "value"), [*REFUSED, ("tau", None), ("variant", "code"), ("cls", "tokn"), ("layer", "last")]
+)
 def test_unknown_options_are_refused(name, value):
     with pytest.raises(SpecError, match=f"{name}="):
         HoloV(**{name: value})

@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 import vlmprune
-from vlmprune.core.base import Stage
-from vlmprune.core.attention_tap import AttentionTap, find_attention, probe
+from vlmprune.core.method import CutPoint
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
+from vlmprune.hooks.attention_tap import AttentionTap, find_attention, probe
 from vlmprune.methods.pyramiddrop import PyramidDrop, geometric_shares
 from vlmprune.registry import method_info
 from vlmprune.spec import Budget
@@ -23,7 +23,10 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 
 def counts(method, keep=None, depth=32, count=576):
-    return [(stage.layer, stage.keep) for stage in method.stages(depth, None if keep is None else Budget(keep), count)]
+    return [
+        (stage.layer, stage.keep)
+        for stage in method.cuts(depth, None if keep is None else Budget(keep), count)
+    ]
 
 
 def mean_over_layers(stages, depth=32, count=576):
@@ -48,7 +51,7 @@ def test_shares_are_of_the_original_count_and_truncated():
 
 
 def test_every_cut_is_ranked_by_the_layer_that_follows_it():
-    assert PyramidDrop(layers=(3,), shares=(0.5,)).stages(8, None, 10) == (Stage(3, 5, source=3),)
+    assert PyramidDrop(layers=(3,), shares=(0.5,)).cuts(8, None, 10) == (CutPoint(3, 5, source=3),)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.9, 200, 400])
@@ -74,7 +77,9 @@ def test_shares_fall_by_one_ratio():
 @pytest.mark.parametrize(("layers", "keep"), [(None, 0.25), (None, 144), ((16,), 0.5)])
 def test_budgets_below_what_the_first_layers_read_are_refused(layers, keep):
     last = (layers or (8,))[0] - 1
-    with pytest.raises(SpecError, match=rf"layers 0\.\.{last} of 32 read all of them, which is .* cut earlier"):
+    with pytest.raises(
+        SpecError, match=rf"layers 0\.\.{last} of 32 read all of them, which is .* cut earlier"
+    ):
         counts(PyramidDrop(layers=layers), keep)
 
 
@@ -109,9 +114,16 @@ def test_it_recounts_positions_as_the_official_code_does():
 
 
 def test_ranking_is_one_row_of_the_next_layer_on_the_uncut_sequence():
-    """Norm, projections, rotation with half pairs, softmax over all keys, mean over heads, then the visual slice."""
+    """Norm, projections, rotation with half pairs, softmax over all keys, mean over heads, then the visual
+    slice.
+    """
     config = LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     torch.manual_seed(0)
     model = LlamaModel(config).eval()
@@ -137,7 +149,9 @@ def test_ranking_is_one_row_of_the_next_layer_on_the_uncut_sequence():
             scores.append(np.exp(row) / np.exp(row).sum())
         want = np.mean(scores, axis=0)[first : first + n]
         np.testing.assert_allclose(PyramidDrop().score(tokens)[0].numpy(), want, rtol=1e-5)
-        assert choose(PyramidDrop(), tokens, 2).tolist() == [sorted(np.argsort(-want, kind="stable")[:2].tolist())]
+        assert choose(PyramidDrop(), tokens, 2).tolist() == [
+            sorted(np.argsort(-want, kind="stable")[:2].tolist())
+        ]
 
 
 def test_a_method_object_needs_no_budget_either():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sensitivity of a projector: estimators against the Jacobian and each other, and what is remembered of a projector."""
+"""Sensitivity of a projector: estimators against the Jacobian and each other, and what is remembered of a
+projector.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import torch
 from torch import nn
 
 from vlmprune.methods import sensitivity
-from vlmprune.methods.sensitivity import closed_form, directional, finite_difference, two_layers, unit_directions
+from vlmprune.methods.zooprune.projector import (
+    closed_form,
+    directional,
+    finite_difference,
+    two_layers,
+    unit_directions,
+)
 from vlmprune.testing.conformance import shared_model
 
 
@@ -45,7 +53,9 @@ def test_estimators_agree_with_the_jacobian(norm, act, rank):
     layers = two_layers(projector, torch.float64, rank)
     if rank is None:
         torch.testing.assert_close(layers(x), projector(x))
-    jacobian = torch.stack([torch.autograd.functional.jacobian(layers, token) for token in x.flatten(0, 1)])  # (12, D, C)
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(layers, token) for token in x.flatten(0, 1)]
+    )  # (12, D, C)
     length = jacobian.flatten(1).norm(dim=1).view(2, 6) / 12**0.5
     torch.testing.assert_close(closed_form(projector, x, rank), length, rtol=1e-9, atol=0)
     u = unit_directions(30, 12, seed=1).double()
@@ -58,11 +68,18 @@ def test_estimators_agree_with_the_jacobian(norm, act, rank):
 def test_estimators_rank_the_tokens_of_a_model_alike(family):
     projector = shared_model(family, None, None).model.multi_modal_projector
     width = two_layers(projector).first.matrix.shape[1]
-    x, many = torch.randn(1, 144, width, generator=torch.Generator().manual_seed(0)), unit_directions(1024, width, seed=1)
+    x, many = (
+        torch.randn(1, 144, width, generator=torch.Generator().manual_seed(0)),
+        unit_directions(1024, width, seed=1),
+    )
     reference = finite_difference(projector, x, many, 0.01)
     assert spearman(directional(projector, x, many), reference) > 0.9999
     assert spearman(closed_form(projector, x), reference) > 0.99
-    assert 0.9 < spearman(finite_difference(projector, x, unit_directions(64, width, seed=0), 0.01), reference) < 0.9999
+    assert (
+        0.9
+        < spearman(finite_difference(projector, x, unit_directions(64, width, seed=0), 0.01), reference)
+        < 0.9999
+    )
 
 
 def test_low_rank_is_the_best_approximation_and_full_rank_changes_nothing():
@@ -76,7 +93,7 @@ def test_low_rank_is_the_best_approximation_and_full_rank_changes_nothing():
     assert not torch.allclose(cut(x), projector(x), atol=1e-2)
 
 
-# --- what is remembered of a projector --------------------------------------------------------------------------------------
+# --- what is remembered of a projector ------------------------------------------------------------
 
 
 def change_by_optimizer(projector):
@@ -120,7 +137,7 @@ def test_the_matrix_is_made_once_and_dies_with_its_projector(monkeypatch):
     assert len(sensitivity._KNOWN) == held - 1
 
 
-# --- mergers ---------------------------------------------------------------------------------------------------------------
+# --- mergers --------------------------------------------------------------------------------------
 
 
 class Merger(nn.Module):
@@ -140,7 +157,10 @@ def test_a_merger_is_probed_at_its_patches():
     with torch.no_grad():
         lengths = [(merger(patches + 0.01 * d) - merger(patches - 0.01 * d)).norm(dim=-1) / 0.02 for d in u]
     torch.testing.assert_close(
-        finite_difference(merger, patches, u, 0.01), torch.stack(lengths).mean(0).view(2, 8), rtol=2e-4, atol=0
+        finite_difference(merger, patches, u, 0.01),
+        torch.stack(lengths).mean(0).view(2, 8),
+        rtol=2e-4,
+        atol=0,
     )
     half = finite_difference(copy.deepcopy(merger).bfloat16(), patches, u, 0.01)
     torch.testing.assert_close(half, torch.stack(lengths).mean(0).view(2, 8), rtol=0.05, atol=0)

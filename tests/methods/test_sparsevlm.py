@@ -13,7 +13,6 @@ import torch
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError
-from vlmprune.methods.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm import (
     SparseVLM,
     cluster_count,
@@ -24,9 +23,10 @@ from vlmprune.methods.sparsevlm import (
     rope_weight,
     scaled_layers,
 )
+from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
 from vlmprune.spec import Budget
 
-# --- transcriptions ---------------------------------------------------------------------------------------------------------
+# --- transcriptions -------------------------------------------------------------------------------
 
 
 def raters_by_hand(text, visual):
@@ -41,7 +41,10 @@ def scores_by_hand(a, mask):
 
 
 def plus_scores_by_hand(a, mask, queries, places, theta, heads):
-    w = [[2 / np.sqrt(2 * len(theta)) * sum(np.cos(abs(q - p) * t) for t in theta) for p in places] for q in queries]
+    w = [
+        [2 / np.sqrt(2 * len(theta)) * sum(np.cos(abs(q - p) * t) for t in theta) for p in places]
+        for q in queries
+    ]
     a = a / np.maximum(w, 0.01 * np.sqrt(2 * len(theta)))
     mass = a[:, mask].sum((1, 2))
     return scores_by_hand(a[np.argsort(-mass, kind="stable")[:heads]], mask)
@@ -64,7 +67,7 @@ def recycle_by_hand(x, scores, kept):
     return sorted(best[:kept].tolist()), clusters_by_hand(x[best[kept : kept + n1]], int(n1 / 10) + 1)
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def draw(*shape, seed=0):
@@ -98,7 +101,9 @@ def test_all_text_tokens_rate_where_none_stands_out():
 
 def test_scores_average_heads_and_real_raters():
     tokens = inputs()
-    for scores, a, mask in zip(SparseVLM().score(tokens), tokens.text_attention, tokens.query_mask, strict=True):
+    for scores, a, mask in zip(
+        SparseVLM().score(tokens), tokens.text_attention, tokens.query_mask, strict=True
+    ):
         np.testing.assert_allclose(scores, scores_by_hand(a.numpy(), mask.numpy()), rtol=1e-5)
 
 
@@ -193,7 +198,7 @@ def test_the_rank_rule_scales_the_rank():
     assert rank_budget(block, 40) == (2, 63)
 
 
-# --- budgets ----------------------------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,39 +212,46 @@ def test_the_rank_rule_scales_the_rank():
     ],
 )
 def test_published_budgets(keep, recycled, plain):
-    for method, rows in ((SparseVLM(), recycled), (SparseVLM(version="plus"), plain), (SparseVLM(recycle=False), plain)):
-        stages = method.stages(32, Budget(keep), 576)
+    for method, rows in (
+        (SparseVLM(), recycled),
+        (SparseVLM(version="plus"), plain),
+        (SparseVLM(recycle=False), plain),
+    ):
+        stages = method.cuts(32, Budget(keep), 576)
         assert [(s.layer, s.source) for s in stages] == [(3, 2), (7, 6), (16, 15)]
         assert tuple(s.keep for s in stages) == rows
-        lengths = [576] * 2 + [rows[0]] * 4 + [rows[1]] * 9 + [rows[2]] * 17  # the layers that rank count as cut
+        lengths = (
+            [576] * 2 + [rows[0]] * 4 + [rows[1]] * 9 + [rows[2]] * 17
+        )  # the layers that rank count as cut
         assert np.mean(lengths) == pytest.approx(keep, abs=1)
 
 
 @pytest.mark.parametrize("keep", [40, 50, 80, 112, 160, 240, 400])
 @pytest.mark.parametrize("version", ["v1.5", "plus"])
 def test_budgets_between_published_ones_have_the_mean_they_name(keep, version):
-    first, second, third = (s.keep for s in SparseVLM(version=version).stages(32, Budget(keep), 576))
+    first, second, third = (s.keep for s in SparseVLM(version=version).cuts(32, Budget(keep), 576))
     assert (2 * 576 + 4 * first + 9 * second + 17 * third) / 32 == pytest.approx(keep, abs=2.5)
 
 
 def test_budgets_scale_with_the_patches():
-    by_share = SparseVLM(version="plus").stages(32, Budget(1 / 3), 2880)
+    by_share = SparseVLM(version="plus").cuts(32, Budget(1 / 3), 2880)
     assert (
         [s.keep for s in by_share]
-        == [s.keep for s in SparseVLM(version="plus").stages(32, Budget(960), 2880)]
+        == [s.keep for s in SparseVLM(version="plus").cuts(32, Budget(960), 2880)]
         == [1500, 1000, 590]
     )
 
 
 def test_every_budget_gives_shrinking_stages():
     for keep in range(40, 577):
-        rows = [s.keep for s in SparseVLM().stages(32, Budget(keep), 576)]
+        rows = [s.keep for s in SparseVLM().cuts(32, Budget(keep), 576)]
         assert rows == sorted(rows, reverse=True)
         assert all(kept_of(n, k) >= 1 for n, k in pairwise([576, *rows]) if k < n)
 
 
 @pytest.mark.parametrize(
-    ("depth", "layers"), [(80, (2, 6, 15)), (40, (2, 6, 15)), (32, (2, 6, 15)), (28, (2, 5, 13)), (16, (1, 3, 8)), (4, (0, 1, 2))]
+    ("depth", "layers"),
+    [(80, (2, 6, 15)), (40, (2, 6, 15)), (32, (2, 6, 15)), (28, (2, 5, 13)), (16, (1, 3, 8)), (4, (0, 1, 2))],
 )
 def test_layers_scale_to_shallow_models(depth, layers):
     assert scaled_layers(depth) == layers
@@ -256,7 +268,7 @@ def test_layers_scale_to_shallow_models(depth, layers):
 )
 def test_what_cannot_be_met_is_refused(method, depth, budget, message):
     with pytest.raises(SpecError, match=message):
-        method.stages(depth, budget, 576)
+        method.cuts(depth, budget, 576)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +298,11 @@ def test_plus_needs_positions():
 
 
 def test_positions_follow_the_version():
-    assert (SparseVLM().positions, SparseVLM(version="plus").positions, SparseVLM.positions) == ("compact", "original", "compact")
+    assert (SparseVLM().positions, SparseVLM(version="plus").positions, SparseVLM.positions) == (
+        "compact",
+        "original",
+        "compact",
+    )
 
 
 def test_published_rows_meet_at_the_published_budgets():

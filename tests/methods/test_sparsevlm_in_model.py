@@ -36,10 +36,17 @@ class ByHand:
     def logits(self, new):
         """(n, V) logits after the prompt and ``new`` (t, D) embeddings."""
         lm, hidden = self.model.model.language_model, torch.cat([self.embeds, new])
-        owner, raters, numbers = self.owner + [-1] * len(new), self.raters + [False] * len(new), list(range(len(hidden)))
+        owner, raters, numbers = (
+            self.owner + [-1] * len(new),
+            self.raters + [False] * len(new),
+            list(range(len(hidden))),
+        )
         for index, layer in enumerate(lm.layers):
             mask = torch.full((1, 1, len(hidden), len(hidden)), torch.finfo(torch.float32).min).triu(1)
-            given = {"position_embeddings": lm.rotary_emb(hidden[None], torch.tensor([numbers])), "attention_mask": mask}
+            given = {
+                "position_embeddings": lm.rotary_emb(hidden[None], torch.tensor([numbers])),
+                "attention_mask": mask,
+            }
             maps = layer.self_attn(hidden_states=layer.input_layernorm(hidden[None]), **given)[1]
             out = layer(hidden[None], **given)
             hidden = (out[0] if isinstance(out, tuple) else out)[0]
@@ -54,7 +61,11 @@ class ByHand:
             at = list(block)
             if picture < 0:
                 rows.append(hidden[at])
-                left, rate, places = left + [-1] * len(at), rate + [raters[i] for i in at], places + [numbers[i] for i in at]
+                left, rate, places = (
+                    left + [-1] * len(at),
+                    rate + [raters[i] for i in at],
+                    places + [numbers[i] for i in at],
+                )
                 continue
             tokens = VisualTokens(
                 text_attention=maps[:, :, queries][..., at],
@@ -92,7 +103,10 @@ def test_rows_of_a_ragged_batch_answer_as_by_hand(model, version):
     batch = tiny_inputs("llava", images=images, text_len=8)
     with vlmprune.prune(model, SparseVLM(version=version), keep=20) as run, torch.no_grad():
         answers = generate(model, batch, max_new_tokens=3)
-        assert (run.last.tokens_per_layer, run.last.realised_tokens) == (READ[version], [READ[version][-1]] * 4)
+        assert (run.last.tokens_per_layer, run.last.realised_tokens) == (
+            READ[version],
+            [READ[version][-1]] * 4,
+        )
         logits = [model(**tiny_row(batch, "llava", i, images)).logits[0, -1] for i in range(4)]
     for i in (0, 1, 3):
         twin = ByHand(model, tiny_row(batch, "llava", i, images), version)
@@ -106,7 +120,9 @@ def test_beams_static_caches_and_second_turns(model, version):
     batch = tiny_inputs("llava", images=images)
     with vlmprune.prune(model, SparseVLM(version=version), keep=20), torch.no_grad():
         first = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-        assert torch.equal(generate(model, batch, max_new_tokens=3, cache_implementation="static"), first.sequences[:, -3:])
+        assert torch.equal(
+            generate(model, batch, max_new_tokens=3, cache_implementation="static"), first.sequences[:, -3:]
+        )
         beams = generate(model, batch, num_beams=3)
         for i in range(2):
             assert torch.equal(generate(model, tiny_row(batch, "llava", i, images), num_beams=3)[0], beams[i])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VAR against a literal transcription of its three steps; inside a model it is held by tests/core/test_reweight.py."""
+"""VAR against a literal transcription of its three steps; inside a model it is held by
+tests/core/test_reweight.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def strength(x, dims):
 
 
 def transcription(row, sinks, visual, keep, rho, least):
-    """Sections "heads" and "redistribution" for one attention row: the edited row, None where it is left alone."""
+    """Sections "heads" and "redistribution" for one attention row: the edited row, None where it is left
+    alone.
+    """
     on_picture = [j for j in range(KEYS) if visual[j]]
     picture_sinks = [j for j in on_picture if sinks[j]]
     others = [j for j in on_picture if not sinks[j]]
@@ -57,12 +61,17 @@ def transcription(row, sinks, visual, keep, rho, least):
     return out
 
 
-# --- the definition ---------------------------------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
 def test_sinks_follow_the_transcription():
     x = np.random.default_rng(1).normal(size=(2, 30, 640)).astype(np.float32)
-    x[0, 3, 100], x[0, 7, 300], x[1, 0, 100], x[1, 5, 200] = 60.0, -90.0, 150.0, 150.0  # 200 is no sink dimension
+    x[0, 3, 100], x[0, 7, 300], x[1, 0, 100], x[1, 5, 200] = (
+        60.0,
+        -90.0,
+        150.0,
+        150.0,
+    )  # 200 is no sink dimension
     expected = np.array([[strength(token, (100, 300)) for token in row] for row in x])
     np.testing.assert_allclose(sink_strength(torch.from_numpy(x), (100, 300)).numpy(), expected, rtol=1e-5)
     marked = VAR(dims=(100, 300)).mark(torch.from_numpy(x), None)
@@ -70,7 +79,9 @@ def test_sinks_follow_the_transcription():
     assert marked.nonzero().tolist() == [[0, 3], [0, 7], [1, 0]]
 
 
-@pytest.mark.parametrize(("keep", "rho", "least"), [(0.6, 0.5, 0.2), (0.4, 0.2, 0.5), (0.0, 1.0, 0.0), (1.0, 0.5, 0.2)])
+@pytest.mark.parametrize(
+    ("keep", "rho", "least"), [(0.6, 0.5, 0.2), (0.4, 0.2, 0.5), (0.0, 1.0, 0.0), (1.0, 0.5, 0.2)]
+)
 def test_edited_rows_follow_the_transcription(keep, rho, least):
     rows = attention()
     method = VAR(sink_keep=keep, max_sink_portion=rho, min_visual_mass=least)
@@ -80,10 +91,14 @@ def test_edited_rows_follow_the_transcription(keep, rho, least):
         row = rows[0, head, line]
         expected = transcription(row, SINKS[0], VISUAL[0], keep, rho, least)
         assert bool(chosen[0, head, line]) == (expected is not None)
-        np.testing.assert_allclose(edited[0, head, line].numpy(), row if expected is None else expected, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(
+            edited[0, head, line].numpy(), row if expected is None else expected, rtol=1e-5, atol=1e-8
+        )
     np.testing.assert_allclose(edited.sum(-1).numpy(), 1.0, atol=2e-6)
     np.testing.assert_allclose(mass.numpy(), rows[..., FIRST:LAST].sum(-1), rtol=1e-5)
-    np.testing.assert_allclose(portion.numpy(), rows[..., [6, 9]].sum(-1) / rows[..., FIRST:LAST].sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        portion.numpy(), rows[..., [6, 9]].sum(-1) / rows[..., FIRST:LAST].sum(-1), rtol=1e-4
+    )
 
 
 def test_some_rows_are_edited_and_some_are_not():
@@ -109,11 +124,13 @@ def test_a_bias_of_the_logits_gives_the_same_edit():
     others = VISUAL & ~SINKS
     b = (1 - method.sink_keep) * (a * SINKS).sum(-1, keepdim=True) / (a * others).sum(-1, keepdim=True)
     bias = torch.where(SINKS, np.log(method.sink_keep), torch.where(others, torch.log1p(b), 0.0))
-    torch.testing.assert_close((z + bias * chosen).softmax(-1), method.reweight(a, SINKS, VISUAL), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        (z + bias * chosen).softmax(-1), method.reweight(a, SINKS, VISUAL), rtol=1e-5, atol=1e-7
+    )
     assert chosen.any()
 
 
-# --- what is left alone -----------------------------------------------------------------------------------------------------
+# --- what is left alone ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +160,9 @@ def test_padding_is_never_a_sink(monkeypatch):
     marks, seen = [], []
     mark, reweight = VAR.mark, VAR.reweight
     monkeypatch.setattr(VAR, "mark", lambda self, *given: marks.append(mark(self, *given)) or marks[-1])
-    monkeypatch.setattr(VAR, "reweight", lambda self, a, sinks, v: seen.append(sinks) or reweight(self, a, sinks, v))
+    monkeypatch.setattr(
+        VAR, "reweight", lambda self, a, sinks, v: seen.append(sinks) or reweight(self, a, sinks, v)
+    )
     with vlmprune.prune(model, "var(dims=[7,21],tau=2.0,first_layer=1)"), torch.no_grad():
         model(**inputs)
     assert marks and len(marks) == len(seen)
@@ -152,7 +171,7 @@ def test_padding_is_never_a_sink(monkeypatch):
         assert torch.equal(sinks, marked & ~padding)
 
 
-# --- options, backbones, registry -------------------------------------------------------------------------------------------
+# --- options, backbones, registry -----------------------------------------------------------------
 
 
 def backbone(**known):
@@ -162,7 +181,10 @@ def backbone(**known):
 
 def test_published_sink_dimensions_are_used_for_their_backbones():
     assert VAR().prepare(backbone()).dims == (1415, 2533)
-    assert VAR().prepare(backbone(hidden_size=5120, num_hidden_layers=40, num_key_value_heads=40)).dims == (2100, 4743)
+    assert VAR().prepare(backbone(hidden_size=5120, num_hidden_layers=40, num_key_value_heads=40)).dims == (
+        2100,
+        4743,
+    )
     assert VAR(dims=(3, 5)).prepare(backbone()).dims == (3, 5)
     assert all(max(dims) < width for (_, width, _, _), dims in SINK_DIMS.items())
 
@@ -208,7 +230,13 @@ def test_layers_are_those_of_the_paper():
 
 def test_the_registry_describes_it():
     info = vlmprune.method_info("var")
-    assert (info.stage, info.budgeted, info.query_aware, info.needs, info.kind) == ("attention", False, True, (), "")
+    assert (info.stage, info.budgeted, info.query_aware, info.needs, info.kind) == (
+        "attention",
+        False,
+        True,
+        (),
+        "",
+    )
     assert [option.name for option in info.options] == [
         "dims",
         "tau",
@@ -222,7 +250,9 @@ def test_the_registry_describes_it():
     assert all(option.help for option in info.options)
 
 
-@pytest.mark.parametrize("text", ["var", "var+fastervlm@128", "var(dims=[7,21],tau=4.0,skip_last_layer=False)"])
+@pytest.mark.parametrize(
+    "text", ["var", "var+fastervlm@128", "var(dims=[7,21],tau=4.0,skip_last_layer=False)"]
+)
 def test_specs_round_trip(text):
     spec = vlmprune.parse(text)
     assert vlmprune.parse(str(spec)) == spec

@@ -44,7 +44,9 @@ def tokens_of(projector, batch=2, n=40, width=12, seed=0, dtype=torch.float32):
 def transcription(project, x, z, u, h, k):
     """One image: patches x (N, C), tokens z (N, D), raw directions u (m, C)."""
     u = u / (np.linalg.norm(u, axis=1, keepdims=True) + 1e-12)
-    s = np.mean([np.linalg.norm((project(x + h * d) - project(x - h * d)) / (2 * h), axis=1) for d in u], axis=0)
+    s = np.mean(
+        [np.linalg.norm((project(x + h * d) - project(x - h * d)) / (2 * h), axis=1) for d in u], axis=0
+    )
     weight = (s - s.min()) / (s.max() - s.min() + 1e-8)
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     picks = [int(weight.argmax())]
@@ -55,7 +57,7 @@ def transcription(project, x, z, u, h, k):
     return s, picks
 
 
-# --- the definition ---------------------------------------------------------------------------------------------------------
+# --- the definition -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -76,13 +78,17 @@ def test_sensitivities_and_picks_follow_the_transcription(k, norm):
 
 
 def test_the_most_sensitive_token_is_first_and_a_copy_of_it_late():
-    """Token 1 is the most sensitive, 2 its copy, 0 and 3 are less sensitive but different, 4 is not sensitive at all."""
+    """Token 1 is the most sensitive, 2 its copy, 0 and 3 are less sensitive but different, 4 is not sensitive
+    at all.
+    """
     weight = torch.tensor([[0.5, 1.0, 1.0, 0.2, 0.0]])
     features = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.1], [-1.0, -1.0]]])
     order, worth = hybrid_greedy(weight, features, 5)
     assert order[0, :3].tolist() == [1, 0, 3]
     torch.testing.assert_close(worth[0, :2], torch.tensor([1.0, 0.5]))
-    assert sorted(order[0].tolist()) == [0, 1, 2, 3, 4], "each once, though all that are left are worth nothing"
+    assert sorted(order[0].tolist()) == [0, 1, 2, 3, 4], (
+        "each once, though all that are left are worth nothing"
+    )
 
 
 def test_lower_indices_win_ties_and_zero_vectors_are_far_from_all():
@@ -102,7 +108,10 @@ def test_a_linear_projector_leaves_diversity_alone(linear):
         tokens = tokens_of(linear)
         method = ZOOPrune(estimator="zo")
         assert (method.score(tokens) == 1).all()
-        assert choose(method, tokens, 9)[:, 0].tolist() == [0, 0]  # all weigh the same, so the first token is picked first
+        assert choose(method, tokens, 9)[:, 0].tolist() == [
+            0,
+            0,
+        ]  # all weigh the same, so the first token is picked first
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -119,19 +128,22 @@ def test_the_norm_ablation_needs_features_only():
     assert choose(method, alone, 9).shape == (2, 9)
 
 
-# --- what must not change the answer ----------------------------------------------------------------------------------------
+# --- what must not change the answer --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_rows_are_independent_walks_nested_and_runs_reproduce(estimator):
     tokens, method = tokens_of(mlp(norm=True)), ZOOPrune(estimator=estimator)
     keep = choose(method, tokens, 20)
-    second = VisualTokens(features=tokens.features[1:], encoder_features=tokens.encoder_features[1:], projector=tokens.projector)
+    second = VisualTokens(
+        features=tokens.features[1:], encoder_features=tokens.encoder_features[1:], projector=tokens.projector
+    )
     torch.rand(3)  # the global generator takes no part
     assert torch.equal(choose(method, second, 20)[0], keep[1])
     assert torch.equal(choose(method, tokens, 20), keep)
     assert method.nested and all(
-        set(few) < set(many) for few, many in zip(choose(method, tokens, 7).tolist(), keep.tolist(), strict=True)
+        set(few) < set(many)
+        for few, many in zip(choose(method, tokens, 7).tolist(), keep.tolist(), strict=True)
     )
 
 
@@ -157,11 +169,16 @@ def test_half_precision_is_probed_in_float32(estimator, norm):
     single = copy.deepcopy(half).float()
     x = torch.randn(1, 60, 64).bfloat16()
     method = ZOOPrune(estimator=estimator)
-    given = [VisualTokens(features=half(x), encoder_features=x, projector=projector) for projector in (half, single)]
+    given = [
+        VisualTokens(features=half(x), encoder_features=x, projector=projector)
+        for projector in (half, single)
+    ]
     keep = [set(choose(method, tokens, 20)[0].tolist()) for tokens in given]
     assert keep[0] == keep[1], "the weights are the same numbers, so nothing may differ"
     exact = VisualTokens(features=single(x.float()), encoder_features=x.float(), projector=single)
-    assert len(keep[0] & set(choose(method, exact, 20)[0].tolist())) >= 19  # features rounded to bfloat16 may turn a close call
+    assert (
+        len(keep[0] & set(choose(method, exact, 20)[0].tolist())) >= 19
+    )  # features rounded to bfloat16 may turn a close call
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
@@ -178,10 +195,12 @@ def test_the_mode_of_the_caller_does_not_matter(estimator):
         inside = VisualTokens(features=projector(x), encoder_features=x, projector=projector)
         assert torch.equal(method.sensitivity(inside), plain)
         born = mlp(norm=True)  # its weights have no version counter
-        assert torch.equal(method.sensitivity(VisualTokens(features=born(x), encoder_features=x, projector=born)), plain)
+        assert torch.equal(
+            method.sensitivity(VisualTokens(features=born(x), encoder_features=x, projector=born)), plain
+        )
 
 
-# --- other projectors -------------------------------------------------------------------------------------------------------
+# --- other projectors -----------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -195,7 +214,9 @@ class Residual(nn.Module):
         return x.sin() + self.layers(x)
 
 
-@pytest.mark.parametrize("projector", [lambda x: x.sin(), Residual(), nn.Linear(12, 16), nn.Sequential(mlp(), nn.GELU())])
+@pytest.mark.parametrize(
+    "projector", [lambda x: x.sin(), Residual(), nn.Linear(12, 16), nn.Sequential(mlp(), nn.GELU())]
+)
 def test_projectors_of_another_form_are_for_zo_alone(projector):
     with torch.no_grad():
         tokens = tokens_of(projector)
@@ -244,7 +265,7 @@ def test_impossible_budgets_are_refused():
         hybrid_greedy(torch.ones(1, 4), torch.ones(1, 4, 2), 5)
 
 
-# --- in a model -------------------------------------------------------------------------------------------------------------
+# --- in a model -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -252,7 +273,9 @@ def test_every_tile_has_its_own_run(estimator):
     """Scope crop: an equal share of every tile, chosen as if the tile were alone; newlines stay."""
     model, inputs = shared_model("llava_next", None, None), tiny_inputs("llava_next", size=(168, 168))
     seen = []
-    hook = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, output: seen.append((args[0], output))
+    )
     with torch.no_grad():
         model(**inputs)
     hook.remove()
@@ -286,7 +309,11 @@ def test_a_merging_projector_is_probed_through_the_public_verb() -> None:
     keep_idx = vlmprune.select("zooprune(estimator=zo)", keep=3, **tokens)
     assert keep_idx.shape == (2, 3) and bool((keep_idx.diff() > 0).all()) and int(keep_idx.max()) < 9
     alone = vlmprune.select(
-        "zooprune(estimator=zo)", keep=3, features=tokens["features"][1:], encoder_features=patches[1:], projector=merger
+        "zooprune(estimator=zo)",
+        keep=3,
+        features=tokens["features"][1:],
+        encoder_features=patches[1:],
+        projector=merger,
     )
     assert torch.equal(alone[0], keep_idx[1])
     with pytest.raises(vlmprune.VlmPruneError, match="36 patches become 9 tokens"):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families: clips and images in one prompt, budgets per tile and frame, newline and [CLS] slots, what is refused."""
+"""Families: clips and images in one prompt, budgets per tile and frame, newline and [CLS] slots, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,23 @@ import vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.models import adapter_for, families
 from vlmprune.testing.conformance import generate, shared_model
-from vlmprune.testing.reference import by_row, greedy, kept_by_hand, logits_of, merged_embeddings, placeholder_columns
+from vlmprune.testing.reference import (
+    by_row,
+    greedy,
+    kept_by_hand,
+    logits_of,
+    merged_embeddings,
+    placeholder_columns,
+)
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 
 FRAMES, PER_FRAME = 3, 9
 
 
-def check_by_hand(model: Any, inputs: dict[str, Tensor], spec: str, images: Sequence[int], positions: str = "compact") -> Any:
+def check_by_hand(
+    model: Any, inputs: dict[str, Tensor], spec: str, images: Sequence[int], positions: str = "compact"
+) -> Any:
     """Every row answers as the language model does on hand-built embeddings; returns the report."""
     with vlmprune.prune(model, spec, positions=positions) as run:
         ids = generate(model, inputs, max_new_tokens=4)
@@ -36,17 +47,30 @@ def check_by_hand(model: Any, inputs: dict[str, Tensor], spec: str, images: Sequ
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
 @pytest.mark.parametrize("images", [(0,), (1,), (2,), (1, 0, 2)])
 def test_clips_beside_images_equal_hand_built(images: tuple[int, ...], tower: str) -> None:
-    model, inputs = shared_model("llava_onevision", tower, None), tiny_inputs("llava_onevision", images=images, video=True)
+    model, inputs = (
+        shared_model("llava_onevision", tower, None),
+        tiny_inputs("llava_onevision", images=images, video=True),
+    )
     report = check_by_hand(model, inputs, "fastervlm(cls=mean)@7", images)
     assert report.realised_tokens == [7] * (sum(images) + len(images))
     assert report.dense_tokens[sum(images) :] == [FRAMES * PER_FRAME] * len(images)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize(("spec", "frames", "clip"), [("random@4/crop", [4, 4, 4], 12), ("random@20/crop", [9, 9, 9], 27),
-                                                      ("random@20/total", None, 20), ("random@0.5", None, 13)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "frames", "clip"),
+    [
+        ("random@4/crop", [4, 4, 4], 12),
+        ("random@20/crop", [9, 9, 9], 27),
+        ("random@20/total", None, 20),
+        ("random@0.5", None, 13),
+    ],
+)
 def test_budgets_of_a_clip(spec: str, frames: list[int] | None, clip: int, positions: str) -> None:
-    model, inputs = shared_model("llava_onevision", None, None), tiny_inputs("llava_onevision", images=(0,), video=True)
+    model, inputs = (
+        shared_model("llava_onevision", None, None),
+        tiny_inputs("llava_onevision", images=(0,), video=True),
+    )
     report = check_by_hand(model, inputs, spec, (0,), positions)
     assert report.realised_tokens == [clip] and sum(map(len, report.keep)) == clip
     if frames is not None:
@@ -54,11 +78,16 @@ def test_budgets_of_a_clip(spec: str, frames: list[int] | None, clip: int, posit
 
 
 def test_a_clip_has_one_map_per_frame() -> None:
-    model, inputs = shared_model("llava_onevision", None, None), tiny_inputs("llava_onevision", images=(1, 0), video=True)
+    model, inputs = (
+        shared_model("llava_onevision", None, None),
+        tiny_inputs("llava_onevision", images=(1, 0), video=True),
+    )
     with vlmprune.prune(model, "fastervlm(cls=mean)@7") as run, torch.no_grad():
         model(**inputs)
     found = [(one.index, one.frame, one.total, one.grids) for one in run.last.keep]
-    clips = [(clip, frame, PER_FRAME, ((3, 3),)) for clip in (1, 2) for frame in range(FRAMES)]  # the image is picture 0
+    clips = [
+        (clip, frame, PER_FRAME, ((3, 3),)) for clip in (1, 2) for frame in range(FRAMES)
+    ]  # the image is picture 0
     assert found[0][:2] == (0, None) and found[1:] == clips
     maps = vlmprune.score(model, inputs, "fastervlm(cls=mean)")
     assert [(one.index, one.frame, len(one), one.grids) for one in maps] == found
@@ -85,7 +114,9 @@ def rows_read(model: Any, inputs: dict[str, Tensor], spec: str) -> tuple[Tensor,
     return seen[0][0], run.last
 
 
-@pytest.mark.parametrize(("family", "video"), [("llava_next", False), ("llava_onevision", False), ("llava_onevision", True)])
+@pytest.mark.parametrize(
+    ("family", "video"), [("llava_next", False), ("llava_onevision", False), ("llava_onevision", True)]
+)
 @pytest.mark.parametrize("spec", ["random@6", "random@2/crop", "random@9/total", "pool@6"])
 def test_newlines_stay_in_place_and_are_not_counted(family: str, video: bool, spec: str) -> None:
     model = shared_model(family, None, None)
@@ -104,7 +135,9 @@ SIZES = [(100, 190), (190, 100), (84, 84), (70, 250), (250, 70), (168, 160)]
 
 
 def tile_of_every_token(model: Any, size: tuple[int, int]) -> Tensor:
-    """(N,) tile of each patch of a LLaVA-NeXT picture: 0 the overview, then tiles in reading order, un-padded by the model."""
+    """(N,) tile of each patch of a LLaVA-NeXT picture: 0 the overview, then tiles in reading order, un-padded
+    by the model.
+    """
     module = sys.modules[type(model.model).__module__]
     down, across = module.get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, 84)
     rows, cols = torch.meshgrid(torch.arange(down * 6), torch.arange(across * 6), indexing="ij")
@@ -132,10 +165,14 @@ def test_grids_of_a_tiled_picture_are_its_overview_and_its_unpadded_detail() -> 
     for size in SIZES:
         inputs = tiny_inputs("llava_next", images=(1,), size=size)
         dense = merged_embeddings(model, inputs)
-        newlines = int((dense[0] == model.model.image_newline).all(-1).sum())  # one ends each row of the detail
+        newlines = int(
+            (dense[0] == model.model.image_newline).all(-1).sum()
+        )  # one ends each row of the detail
         grids = vlmprune.score(model, inputs, "random")[0].grids
         assert grids[0] == (6, 6) and len(grids) == 2 and grids[1][0] == newlines
-        assert sum(rows * cols for rows, cols in grids) == len(placeholder_columns(model, inputs["input_ids"], dense)[0])
+        assert sum(rows * cols for rows, cols in grids) == len(
+            placeholder_columns(model, inputs["input_ids"], dense)[0]
+        )
 
 
 def test_a_cls_token_that_the_model_reads_is_kept_and_not_counted() -> None:
@@ -144,7 +181,11 @@ def test_a_cls_token_that_the_model_reads_is_kept_and_not_counted() -> None:
     inputs = tiny_inputs(images=(1,))
     ids = inputs["input_ids"][0].tolist()
     ids.insert(ids.index(model.config.image_token_id), model.config.image_token_id)
-    inputs = {**inputs, "input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    inputs = {
+        **inputs,
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
     dense = merged_embeddings(model, inputs)[0]
     rows, report = rows_read(model, inputs, "fastervlm@9")
     first = ids.index(model.config.image_token_id)
@@ -186,13 +227,21 @@ def test_wrapped_models_are_unwrapped() -> None:
 
 
 def causal_lm() -> nn.Module:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
 def foreign(model_type: str) -> nn.Module:
     module = nn.Linear(1, 1)
-    module.config = SimpleNamespace(model_type=model_type, vision_config=SimpleNamespace(model_type="clip_vision_model"))
+    module.config = SimpleNamespace(
+        model_type=model_type, vision_config=SimpleNamespace(model_type="clip_vision_model")
+    )
     return module
 
 
@@ -219,9 +268,18 @@ def wrapped(model: nn.Module) -> nn.Module:
         (lambda: nn.DataParallel(shared_model("llava", None, None)), "one process per device"),
         (lambda: foreign("kosmos-2"), r"'kosmos-2' is not supported; families with an adapter: \['fast_vlm'"),
         (lambda: foreign("mllama"), r"cross-attention.*'qwen2_5_vl'.*Run it dense"),
-        (lambda: foreign("llava_nxt"), r"'llava_nxt' is not supported; .*Run it dense, or .*vlmprune\.select"),
-        (lambda: foreign("internvl_chat"), r"authors' code; .* ends in -hf, such as OpenGVLab/InternVL3-1B-hf"),
-        (lambda: wrapped(shared_model("llava", None, None)), r"Wrapper wraps a model; give the one inside, its \.module"),
+        (
+            lambda: foreign("llava_nxt"),
+            r"'llava_nxt' is not supported; .*Run it dense, or .*vlmprune\.select",
+        ),
+        (
+            lambda: foreign("internvl_chat"),
+            r"authors' code; .* ends in -hf, such as OpenGVLab/InternVL3-1B-hf",
+        ),
+        (
+            lambda: wrapped(shared_model("llava", None, None)),
+            r"Wrapper wraps a model; give the one inside, its \.module",
+        ),
         (lambda: nn.Linear(2, 2), "no vision tower"),
     ],
 )
@@ -230,7 +288,9 @@ def test_what_cannot_be_pruned_is_refused(make: Any, message: str) -> None:
         vlmprune.attach(make(), "random@9")
 
 
-@pytest.mark.parametrize("model_type", ["llava_nxt", "qwen3_5", "mistral3", "llama4", "vision-encoder-decoder"])
+@pytest.mark.parametrize(
+    "model_type", ["llava_nxt", "qwen3_5", "mistral3", "llama4", "vision-encoder-decoder"]
+)
 def test_no_other_model_type_is_suggested(model_type: str) -> None:
     """A model type is a fact about a model: it cannot be typed in another way."""
     with pytest.raises(UnsupportedError) as error:
@@ -252,4 +312,6 @@ def test_every_family_finds_its_parts() -> None:
         adapter = adapter_for(shared_model(family, None, None))
         assert adapter.model_type == family == adapter.config.model_type
         assert len(adapter.language_model.layers) == 4 and isinstance(adapter.projector, nn.Module)
-        assert adapter.cls == (family in ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl"))
+        assert adapter.cls == (
+            family in ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl")
+        )

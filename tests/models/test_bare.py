@@ -74,7 +74,9 @@ def test_received_attention_is_that_of_the_slow_map(kind: str, layer: int | None
 def test_cls_attention_is_the_row_of_the_slow_map_or_that_of_the_pooling(kind: str) -> None:
     model = tower(kind)
     want = slow_pooling(model) if kind == "SigLIP" else slow_map(model, 2)[:, :, 0, model.num_prefix_tokens :]
-    found = torch.stack([one.scores for one in vlmprune.score(model, {"pixel_values": pixels()}, "fastervlm")])
+    found = torch.stack(
+        [one.scores for one in vlmprune.score(model, {"pixel_values": pixels()}, "fastervlm")]
+    )
     torch.testing.assert_close(found, want.mean(dim=1), atol=1e-6, rtol=1e-4)
     keep = vlmprune.select("fastervlm", keep=5, tower=model, pixels=pixels())
     assert torch.equal(keep, vlmprune.select("fastervlm", keep=5, cls_attention=want))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families that merge patches, read clips or see pictures of any size: which patch is in which token, and what is refused."""
+"""Families that merge patches, read clips or see pictures of any size: which patch is in which token, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import vlmprune
-from vlmprune.benchmarks.speed.memory import memory_profile
-from vlmprune.core.base import Method
-from vlmprune.core.cache import cache_name
+from vlmprune.core.method import Method, Need, What
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.core.tower import find_blocks
 from vlmprune.errors import CaptureError, InvariantError, UnsupportedError
+from vlmprune.hooks.sequence.cache import cache_name
+from vlmprune.hooks.vision.tower import find_blocks
 from vlmprune.models import adapter_for
+from vlmprune.speed.memory import memory_profile
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand, logits_of
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -29,7 +31,13 @@ from vlmprune.testing.tiny_pictures import FRAMES, layout_of
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3")
 TYPED = ("paligemma", "gemma3")
-WITH_CLIPS = {"llava_next_video": 9, "video_llava": 36, "qwen2_vl": 36, "qwen2_5_vl": 36, "qwen3_vl": 36}  # tokens per frame
+WITH_CLIPS = {
+    "llava_next_video": 9,
+    "video_llava": 36,
+    "qwen2_vl": 36,
+    "qwen2_5_vl": 36,
+    "qwen3_vl": 36,
+}  # tokens per frame
 
 
 def available(family: str) -> Any:
@@ -38,15 +46,16 @@ def available(family: str) -> Any:
     return shared_model(family, None, None)
 
 
-# --- which patch stands behind which token ----------------------------------------------------------------------------------
+# --- which patch stands behind which token --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FirstKeys(Method):
-    """Scores a token by its attention keys in the first block of the tower, which depend on its own patches only."""
+    """Scores a token by its attention keys in the first block of the tower, which depend on its own patches
+    only.
+    """
 
-    layer: int = 1
-    needs: ClassVar[tuple[str, ...]] = ("keys", "features")
+    needs: ClassVar[tuple[Need | What, ...]] = (Need("keys", 1), "features")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.cat([tokens.need("keys"), tokens.need("features")], dim=-1).norm(dim=-1)
@@ -58,7 +67,9 @@ def blind(family: str) -> Any:
     model = tiny_model(family)
     blocks = find_blocks(adapter_for(model).vision_tower)
     for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear) and not (name.startswith("0.") and name.endswith(("q_proj", "k_proj", "qkv"))):
+        if isinstance(module, nn.Linear) and not (
+            name.startswith("0.") and name.endswith(("q_proj", "k_proj", "qkv"))
+        ):
             module.weight.zero_()
             if module.bias is not None:
                 module.bias.zero_()
@@ -96,8 +107,13 @@ def test_what_is_captured_lands_on_the_token_that_its_patch_becomes(family: str)
     model, inputs = blind(family), tiny_inputs(family, images=(1, 1))
     plain, width = what_was_captured(model, inputs), 32 // 4
     for patch in (0, 1, 17, 77, 143):
-        changed = [(a != b) for a, b in zip(plain, what_was_captured(model, with_other_patch(inputs, patch)), strict=True)]
-        by_keys, by_features = ([one[:, part].any(dim=1) for one in changed] for part in (slice(0, width), slice(width, None)))
+        changed = [
+            (a != b)
+            for a, b in zip(plain, what_was_captured(model, with_other_patch(inputs, patch)), strict=True)
+        ]
+        by_keys, by_features = (
+            [one[:, part].any(dim=1) for one in changed] for part in (slice(0, width), slice(width, None))
+        )
         assert sum(int(one.sum()) for one in by_features) == 1, f"patch {patch} is in one token"
         assert all(torch.equal(a, b) for a, b in zip(by_keys, by_features, strict=True)), f"patch {patch}"
 
@@ -117,10 +133,13 @@ def test_received_attention_of_a_packed_tower_is_that_of_every_picture_alone(fam
 
 @torch.no_grad()
 def slow_received(adapter: Any, pixels: Tensor, grid: Tensor) -> Tensor:
-    """(tokens,) mean attention that the last block pays to each token's patches, one softmaxed map per frame."""
+    """(tokens,) mean attention that the last block pays to each token's patches, one softmaxed map per
+    frame."""
     tower = adapter.vision_tower
     block, seen = tower.blocks[-1].attn, []
-    hook = block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    hook = block.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     merged = []
     see = tower.merger.register_forward_hook(lambda module, args, output: merged.append(output))
     try:
@@ -133,7 +152,10 @@ def slow_received(adapter: Any, pixels: Tensor, grid: Tensor) -> Tensor:
     cos, sin = kwargs["position_embeddings"]
     heads = block.num_heads
     q, k, _ = block.qkv(hidden).unflatten(-1, (3, heads, -1)).unbind(1)  # (S, H, d)
-    rotated = [x * cos[:, None] + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin[:, None] for x in (q, k)]
+    rotated = [
+        x * cos[:, None] + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin[:, None]
+        for x in (q, k)
+    ]
     lengths = [rows * cols for frames, rows, cols in grid.tolist() for _ in range(frames)]
     received = []
     for q, k in zip(*(x.split(lengths) for x in rotated), strict=True):
@@ -145,7 +167,7 @@ def slow_received(adapter: Any, pixels: Tensor, grid: Tensor) -> Tensor:
     return in_tower[order]
 
 
-# --- clips --------------------------------------------------------------------------------------------------------------------
+# --- clips ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "clip"), [("random@4/crop", 4 * FRAMES), ("fastervlm(cls=mean)@7", 7)])
@@ -187,7 +209,7 @@ def test_memory_grows_linearly_in_frames(family: str) -> None:
     assert peaks[64] < 8e9
 
 
-# --- places in pictures, and features stacked after layers -------------------------------------------------------------------
+# --- places in pictures, and features stacked after layers ----------------------------------------
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -198,16 +220,24 @@ def test_places_in_pictures_stay(family: str) -> None:
     dense, seen = dense_rows(model, inputs)[0], []
     layer = adapter_for(model).language_model
     with vlmprune.prune(model, "uniform@9") as run, torch.no_grad():
-        hook = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        hook = layer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        )
         model(**inputs)
         hook.remove()
     first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
-    columns = [*range(first), *(first + run.last.keep[0].keep_idx).tolist(), *range(first + 36, inputs["input_ids"].shape[1])]
+    columns = [
+        *range(first),
+        *(first + run.last.keep[0].keep_idx).tolist(),
+        *range(first + 36, inputs["input_ids"].shape[1]),
+    ]
     assert torch.equal(seen[0]["position_ids"], dense.positions[..., columns])
 
 
 def test_stacked_features_matter() -> None:
-    """The references of the other checks would not notice their loss if they were too small to change an answer."""
+    """The references of the other checks would not notice their loss if they were too small to change an
+    answer.
+    """
     model, inputs = available("qwen3_vl"), tiny_inputs("qwen3_vl", images=(1,))
     kept = dense_rows(model, inputs)[0]
     without = type(kept)(kept.embeds, kept.positions)
@@ -223,7 +253,7 @@ def test_a_cut_between_stacked_layers_equals_its_twin(layer: int) -> None:
     cut_equals_twin(Subject(f"fastv(layer={layer})@9", "qwen3_vl"))
 
 
-# --- tokens that attend both ways ---------------------------------------------------------------------------------------------
+# --- tokens that attend both ways -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TYPED)
@@ -278,19 +308,30 @@ def test_a_cache_cut_in_one_turn_takes_an_image_in_the_next(family: str) -> None
     with vlmprune.prune(model, "uniform@9", positions="original") as run, torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
         maps = run.last.keep
-        given = {**second, "attention_mask": torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1])}
+        given = {
+            **second,
+            "attention_mask": torch.ones(1, first["input_ids"].shape[1] + second["input_ids"].shape[1]),
+        }
         logits = model(**given, **{cache_name(signature(model.forward).parameters): cache}).logits[0, -1]
         maps = [*maps, *run.last.keep]
-    both = {name: torch.cat([first[name], second[name]], dim=0 if name == "pixel_values" else 1) for name in first}
+    both = {
+        name: torch.cat([first[name], second[name]], dim=0 if name == "pixel_values" else 1) for name in first
+    }
     (kept,) = kept_by_hand(model, both, maps, "original")
     late = kept.positions[0] - kept.positions[0, 0] >= first["input_ids"].shape[1]
     # the second prompt is a block of its own, the first does not see it
-    blocks = torch.where(late & (kept.blocks >= 0), kept.blocks + 1, kept.blocks) if family == "paligemma" else kept.blocks
+    blocks = (
+        torch.where(late & (kept.blocks >= 0), kept.blocks + 1, kept.blocks)
+        if family == "paligemma"
+        else kept.blocks
+    )
     assert len(maps) == 2 and 0 < int(late.sum()) < len(late)
-    torch.testing.assert_close(logits, logits_of(model, replace(kept, blocks=blocks))[-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits, logits_of(model, replace(kept, blocks=blocks))[-1], atol=1e-4, rtol=1e-4
+    )
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,7 +361,9 @@ def test_what_a_tower_cannot_give_is_refused_when_attached(family: str, spec: st
         ("qwen2_vl", "sparsevlm(version=plus)@0.5", "v1.5"),
     ],
 )
-def test_what_a_projector_or_positions_cannot_give_is_refused_in_the_call(family: str, spec: str, hint: str) -> None:
+def test_what_a_projector_or_positions_cannot_give_is_refused_in_the_call(
+    family: str, spec: str, hint: str
+) -> None:
     model, inputs = available(family), tiny_inputs(family)
     with pytest.raises(UnsupportedError, match=hint), vlmprune.prune(model, spec), torch.no_grad():
         model(**inputs)
@@ -331,7 +374,11 @@ def test_attention_over_a_padded_picture_is_refused_and_other_methods_run() -> N
     side = layout_of("idefics3").pixels
     mask = torch.ones(1, 1, side, side, dtype=torch.long)
     mask[..., side // 2 :] = 0
-    with pytest.raises(UnsupportedError, match="divprune"), vlmprune.prune(model, "fastervlm(cls=mean)@9"), torch.no_grad():
+    with (
+        pytest.raises(UnsupportedError, match="divprune"),
+        vlmprune.prune(model, "fastervlm(cls=mean)@9"),
+        torch.no_grad(),
+    ):
         model(**inputs, pixel_attention_mask=mask)
     with vlmprune.prune(model, "divprune@9") as run, torch.no_grad():
         model(**inputs, pixel_attention_mask=mask)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""anyres="spatial", the layout of the FasterVLM and VisionZip authors for LLaVA-NeXT, built by hand from tower and projector."""
+"""anyres="spatial", the layout of the FasterVLM and VisionZip authors for LLaVA-NeXT, built by hand from
+tower and projector.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,29 @@ SIDE = 6
 
 @torch.no_grad()
 def tower(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H, 37) attention of [CLS], (T, 37, C) feature layer, (T, 36, d) mean keys of all tiles, from an eager twin."""
+    """(T, H, 37) attention of [CLS], (T, 37, C) feature layer, (T, 36, d) mean keys of all tiles, from an
+    eager twin.
+    """
     twin = tiny_model("llava_next")
     twin.set_attn_implementation("eager")
     keys: list[Tensor] = []
     block = [m for m in twin.model.vision_tower.modules() if hasattr(m, "self_attn")][2]
     hook = block.self_attn.k_proj.register_forward_hook(lambda module, args, output: keys.append(output))
-    output = twin.model.vision_tower(inputs["pixel_values"][0], output_hidden_states=True, output_attentions=True)
+    output = twin.model.vision_tower(
+        inputs["pixel_values"][0], output_hidden_states=True, output_attentions=True
+    )
     hook.remove()
-    return output.attentions[2][:, :, 0], output.hidden_states[-2], keys[0].unflatten(-1, (4, 8)).mean(2)[:, 1:]
+    return (
+        output.attentions[2][:, :, 0],
+        output.hidden_states[-2],
+        keys[0].unflatten(-1, (4, 8)).mean(2)[:, 1:],
+    )
 
 
 def tiles_across(model: Any, size: tuple[int, int]) -> int:
-    return sys.modules[type(model.model).__module__].get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, 84)[1]
+    return sys.modules[type(model.model).__module__].get_anyres_image_grid_shape(
+        size, model.config.image_grid_pinpoints, 84
+    )[1]
 
 
 def raster(tile: int, patch: int, across: int) -> tuple[int, int]:
@@ -73,7 +85,9 @@ def check_rows(model: Any, inputs: dict[str, Tensor], spec: str, visual: Tensor)
 
 @pytest.mark.parametrize("size", SIZES)
 def test_fastervlm(size: tuple[int, int]) -> None:
-    """The best k of every tile, overview first, then the detail tiles as one picture in raster order, without newlines."""
+    """The best k of every tile, overview first, then the detail tiles as one picture in raster order, without
+    newlines.
+    """
     model, inputs = shared_model("llava_next", None, None), tiny_inputs("llava_next", images=(1,), size=size)
     attention, hidden, _ = tower(inputs)
     with torch.no_grad():
@@ -82,9 +96,13 @@ def test_fastervlm(size: tuple[int, int]) -> None:
     across = tiles_across(model, size)
     detail = sorted((raster(t - 1, p, across), t, p) for t in range(1, len(kept)) for p in kept[t])
     order = [(0, p) for p in kept[0]] + [(t, p) for _, t, p in detail]
-    report = check_rows(model, inputs, "fastervlm(anyres=spatial)@7/crop", torch.stack([rows[t, p] for t, p in order]))
+    report = check_rows(
+        model, inputs, "fastervlm(anyres=spatial)@7/crop", torch.stack([rows[t, p] for t, p in order])
+    )
     width = across * SIDE
-    assert report.keep[0].keep_idx.tolist() == kept[0] + [36 + row * width + col for (row, col), _, _ in detail]
+    assert report.keep[0].keep_idx.tolist() == kept[0] + [
+        36 + row * width + col for (row, col), _, _ in detail
+    ]
     assert report.keep[0].grids == ((6, 6), ((len(kept) - 1) // across * SIDE, width))
 
 
@@ -101,13 +119,17 @@ def visionzip_tile(
         likeness = [float(torch.cosine_similarity(keys[patch], keys[target], dim=0)) for target in targets]
         groups[targets[likeness.index(max(likeness))]].append(patch)
     patches = hidden[1:]
-    merged = [patches[target] + (patches[members].mean(0) if members else 0) for target, members in groups.items()]
+    merged = [
+        patches[target] + (patches[members].mean(0) if members else 0) for target, members in groups.items()
+    ]
     return hidden[0], best, torch.stack(merged)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_visionzip(size: tuple[int, int]) -> None:
-    """The overview as it is; then of the detail tiles the dominant patches in raster order, [CLS] rows, contextual rows."""
+    """The overview as it is; then of the detail tiles the dominant patches in raster order, [CLS] rows,
+    contextual rows.
+    """
     model, inputs = shared_model("llava_next", None, None), tiny_inputs("llava_next", images=(1,), size=size)
     tiles = [visionzip_tile(*parts, dominant=7, contextual=2) for parts in zip(*tower(inputs), strict=True)]
     hidden, across = tower(inputs)[1], tiles_across(model, size)
@@ -142,8 +164,14 @@ def test_a_budget_that_is_not_per_tile_is_refused(spec: str) -> None:
 
 def test_more_tokens_than_the_prompt_has_places_are_refused() -> None:
     """Without un-padding there may be more patches than placeholders."""
-    model, inputs = shared_model("llava_next", None, None), tiny_inputs("llava_next", images=(1,), size=(100, 190))
-    with vlmprune.prune(model, "fastervlm(anyres=spatial)@35/crop"), pytest.raises(UnsupportedError, match="lower keep"):
+    model, inputs = (
+        shared_model("llava_next", None, None),
+        tiny_inputs("llava_next", images=(1,), size=(100, 190)),
+    )
+    with (
+        vlmprune.prune(model, "fastervlm(anyres=spatial)@35/crop"),
+        pytest.raises(UnsupportedError, match="lower keep"),
+    ):
         model(**inputs)
 
 

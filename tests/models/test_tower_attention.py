@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is captured of a vision tower equals the tower's own eager attention, in every family that has one to read."""
+"""What is captured of a vision tower equals the tower's own eager attention, in every family that has one to
+read.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune.core.attention_tap import AttentionCall, AttentionTap, reads_interface
-from vlmprune.core.shelf import run_encoder
-from vlmprune.core.tower import TapReader, attention_of, find_blocks
+from vlmprune.hooks.attention_tap import AttentionCall, AttentionTap, reads_interface
+from vlmprune.hooks.vision.encode import run_encoder
+from vlmprune.hooks.vision.tower import TapReader, attention_of, find_blocks
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
@@ -22,13 +24,15 @@ NEEDS = ("cls_attention", "received_attention")
 
 def encoded(model: Any, inputs: dict[str, Tensor], needs: tuple[str, ...]) -> tuple[dict[str, Tensor], Any]:
     adapter = adapter_for(model)
-    capture = adapter.capture(needs, None)
+    capture = adapter.capture(needs)
     with capture as record, torch.no_grad():
         run_encoder(adapter, adapter.modalities[0], inputs, [])
-    return record.take(), capture
+    return {need.what: value for need, value in record.take().items()}, capture
 
 
-def eager_maps(model: Any, inputs: dict[str, Tensor], attention: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def eager_maps(
+    model: Any, inputs: dict[str, Tensor], attention: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor]:
     """Every (crops, H, S, S) map that the eager function of the tower returns for one block."""
     model.set_attn_implementation("eager")
     module, maps = sys.modules[type(attention).__module__], []
@@ -47,17 +51,19 @@ def eager_maps(model: Any, inputs: dict[str, Tensor], attention: torch.nn.Module
     return maps
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if missing(family) is None and family != "fast_vlm"])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if missing(family) is None and family != "fast_vlm"]
+)
 def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tiny_inputs(family, images=(1, 2))
     model = tiny_model(family)
     needs = NEEDS if adapter_for(model).cls else NEEDS[1:]
     found, capture = encoded(model, inputs, needs)
     first = capture.prefix
-    assert all(isinstance(reader, TapReader) for reader in capture.readers)
+    assert all(isinstance(reader, TapReader) for _, reader in capture.readers)
     twin = tiny_model(family)
-    blocks = find_blocks(adapter_for(twin).capture((), None).towers[0])
-    maps = eager_maps(twin, inputs, attention_of(blocks[capture.layer]), monkeypatch)
+    blocks = find_blocks(adapter_for(twin).capture(()).towers[0])
+    maps = eager_maps(twin, inputs, attention_of(blocks[capture.readers[0][0]]), monkeypatch)
     assert maps, "the block did not run"
     received = [one.mean(dim=(1, 2))[:, first:] for one in maps]  # (crops, N) each
     received = received[0] if len(received) == 1 else torch.cat([one.flatten() for one in received])[None]
@@ -67,7 +73,9 @@ def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: p
 
 
 class Rotated(torch.nn.Module):
-    """Pixtral's way: all pictures in one sequence, a mask that keeps them apart, queries and keys rotated by place."""
+    """Pixtral's way: all pictures in one sequence, a mask that keeps them apart, queries and keys rotated by
+    place.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ Function = Callable[..., Any]
 
 
 def of(name: str, test: str = "") -> Pytest:
-    return Pytest(f"tests/benchmarks/test_{name}.py{'::' * bool(test)}{test}")
+    return Pytest(f"tests/evaluation/test_{name}.py{'::' * bool(test)}{test}")
 
 
 # statistics -----------------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ def p_may_be_zero(swap_test: Function) -> Function:
 
 def corrected_per_budget(against_random: Function) -> Function:
     def changed(table: Any, specs: Any, resamples: int, seed: int) -> Any:
-        from vlmprune.benchmarks.stats import holm
-        from vlmprune.benchmarks.summary import budget_of
+        from vlmprune.evaluation.stats.estimates import holm
+        from vlmprune.evaluation.stats.summary import budget_of
 
         groups: dict[Any, dict[str, Any]] = defaultdict(dict)
         for spec, one in against_random(table, specs, resamples, seed).items():
@@ -67,7 +67,7 @@ def any_margin(headline: Function) -> Function:
 
 def least_accurate(worst: Function) -> Function:
     def changed(table: Any, spec: str) -> dict[str, Any]:
-        from vlmprune.benchmarks.stats import by
+        from vlmprune.evaluation.stats.estimates import by
 
         mine = by(table, "families", spec)
         family = min(mine, key=mine.get)

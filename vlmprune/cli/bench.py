@@ -12,7 +12,7 @@ from ..errors import SpecError, VlmPruneError
 from .screen import Json, complain, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
-    from ..benchmarks.speed.row import SpeedRow
+    from ..speed.row import SpeedRow
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
 SHAPES = (
@@ -62,11 +62,11 @@ def bench(
     if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
         raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
 
-    from ..benchmarks.plain import plain as plain_values
-    from ..benchmarks.speed.card import Effort, LeftOut, measure, save
-    from ..benchmarks.speed.conditions import conditions
-    from ..benchmarks.speed.shapes import unsupported
-    from ..benchmarks.speed.workload import make_workload
+    from ..plain import plain as plain_values
+    from ..speed.card import Effort, LeftOut, measure, save
+    from ..speed.conditions import conditions
+    from ..speed.shapes import unsupported
+    from ..speed.workload import make_workload
 
     rows: list[SpeedRow] = []
     left_out: list[LeftOut] = []
@@ -119,10 +119,10 @@ def plan(
     if spec is not None and prune is not None:
         raise SpecError(f"{spec!r} and --prune {prune!r} were given; plan takes one spec: leave one out")
 
-    from ..benchmarks.speed.card import Effort
-    from ..benchmarks.speed.plan import plan as make_plan
-    from ..benchmarks.speed.plan import plannable
-    from ..benchmarks.speed.workload import make_workload
+    from ..speed.card import Effort
+    from ..speed.plan import plan as make_plan
+    from ..speed.plan import plannable
+    from ..speed.workload import make_workload
 
     wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     with stderr().status(f"building {model}") as status:
@@ -151,7 +151,7 @@ def _specs(texts: list[str]) -> list[str]:
 
 
 def _show_card(rows: list[SpeedRow], start: dict[str, Any], missing: dict[str, str]) -> None:
-    from ..benchmarks.report.speed import EXPLAINED, SPEED_COLUMNS, speed_groups, speed_notes
+    from ..evaluation.report.speed import EXPLAINED, SPEED_COLUMNS, speed_groups, speed_notes
     from .board import fitting, grid
 
     screen = stdout()
@@ -187,15 +187,17 @@ def _show_plan(found: dict[str, Any]) -> None:
     screen.print(rows)
     screen.print(
         plain(
-            "Each line changes one number and leaves the others as above. Beyond what was measured it is an estimate."
+            "Each line changes one number and leaves the others as above. Beyond what was measured it is an "
+            "estimate."
         ),
         style="dim",
     )
     costs = found["costs"]
     screen.print(
         plain(
-            f"Choosing tokens takes {costs['choose'] * 1e3:.1f} ms per prompt, the vision tower {costs['encode'] * 1e3:.1f} ms. "
-            f"{found['device']}, {found['dtype']}, attention: {found['attention']}."
+            f"Choosing tokens takes {costs['choose'] * 1e3:.1f} ms per prompt, the vision tower "
+            f"{costs['encode'] * 1e3:.1f} ms. {found['device']}, {found['dtype']}, attention: "
+            f"{found['attention']}."
         ),
         style="dim",
     )
@@ -207,8 +209,14 @@ def _expected(found: dict[str, Any]) -> str:
     """What is predicted, how far off predictions were, and how much must be saved for an advice to prune."""
     gain, least, check = found["gain"], found["threshold"], found["check"]
     said = f"Predicted: {found['pruned_s']:.3g} s instead of {found['dense_s']:.3g} s, {abs(gain):.1%} "
-    said += f"{'saved' if gain > 0 else 'lost'}. Prediction error: {check['error']:.1%} of the time (for answers of "
-    said += f"{check['answer_tokens']} tokens {check['gain_foreseen']:+.1%} were predicted and {check['gain']:+.1%} measured). "
+    said += (
+        f"{'saved' if gain > 0 else 'lost'}. Prediction error: {check['error']:.1%} of the time (for answers "
+        "of "
+    )
+    said += (
+        f"{check['answer_tokens']} tokens {check['gain_foreseen']:+.1%} were predicted and "
+        f"{check['gain']:+.1%} measured). "
+    )
     if least > found["worth"]:
         return said + f"Pruning is advised where more than that is saved, here {least:.1%}."
     return said + f"Pruning is advised where more than {least:.1%} is saved (--worth)."

@@ -13,15 +13,15 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmarks.report.columns import COLUMNS
-from ..benchmarks.report.export import BOLD
-from ..benchmarks.report.judge import BASELINES, merged, ordered, settings
-from ..benchmarks.report.load import Results
-from ..benchmarks.report.pivot import Across, Pivot, pivots
-from ..benchmarks.report.table import Column, used, winners
-from ..benchmarks.report.text import plural, ratio
-from ..benchmarks.report.verdict import limits, verdict
-from ..benchmarks.summary import Headline, Row
+from ..evaluation.report.columns import COLUMNS
+from ..evaluation.report.export import BOLD
+from ..evaluation.report.judge import BASELINES, merged, ordered, settings
+from ..evaluation.report.load import Results
+from ..evaluation.report.pivot import Across, Pivot, pivots
+from ..evaluation.report.table import Column, used, winners
+from ..evaluation.report.text import plural, ratio
+from ..evaluation.report.verdict import limits, verdict
+from ..evaluation.stats.summary import Headline, Row
 from .screen import plain, table
 
 R = TypeVar("R")
@@ -90,7 +90,7 @@ def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
     yield block
 
 
-# --- any table --------------------------------------------------------------------------------------------
+# --- any table ------------------------------------------------------------------------------------
 
 
 def fitting(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) -> list[Column[R]]:

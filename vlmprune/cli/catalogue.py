@@ -47,7 +47,7 @@ def list_methods(
 
 
 # what a narrow screen does without first; `show` and --json have all of it
-_SPARE = ("options", "query", "stage", "needs")
+_SPARE = ("options", "query", "slot", "needs")
 
 
 def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
@@ -75,7 +75,7 @@ def _method_cells(info: MethodInfo) -> dict[str, Text]:
     plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
     return {
         "method": Text(info.name, style="bold") + Text(plug_in, style="dim"),
-        "stage": Text(info.stage),
+        "slot": Text(info.slot),
         "needs": Text(", ".join(info.needs) or "-"),
         "query": Text("yes" if info.query_aware else "no"),
         "options": Text(", ".join(option.name for option in info.options) or "-"),
@@ -149,7 +149,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
     }
     return {
         "example": example(info),
-        "stage": info.stage,
+        "stage": info.slot,
         "needs": ", ".join(info.needs) or "nothing from the model",
         "how": verbs[info.kind],
         "query-aware": "yes, it reads the question" if info.query_aware else "no",
@@ -168,7 +168,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
 def _budget(info: MethodInfo) -> str:
     if not info.budgeted:
         return "takes none"
-    if info.stage == "inside_lm":
+    if info.slot == "inside_lm":
         return "as in @64 or @0.25; a method with a schedule of its own runs without"
     return "keep is required, as in @64 or @0.25"
 
@@ -183,9 +183,8 @@ def example(info: MethodInfo) -> str:
         return f"{text}+fastervlm@64"
     if not info.budgeted:
         return text
-    return (
-        f"{text}@0.5" if info.stage == "inside_lm" else f"{text}@64"
-    )  # schedules start late: few can meet 64 of 576 on average
+    # schedules start late: few can meet 64 of 576 on average
+    return f"{text}@0.5" if info.slot == "inside_lm" else f"{text}@64"
 
 
 def _default(option: Option) -> str:

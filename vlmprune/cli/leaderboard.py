@@ -16,8 +16,8 @@ from .screen import Json, plain, print_json, stderr, stdout
 from .threads import Threads
 
 if TYPE_CHECKING:
-    from ..benchmarks.sweep.engines import Engine
-    from ..config import Config
+    from ..evaluation.leaderboard.config import Config
+    from ..evaluation.leaderboard.engines import Engine
 
 
 def leaderboard(
@@ -67,7 +67,7 @@ def leaderboard(
     if repair:
         _repair(config, out, as_json)
         return
-    from ..benchmarks.sweep import Settings
+    from ..evaluation.leaderboard import Settings
 
     wanted = _config(config, specs, quick, {"limit": limit, "batch_size": batch_size, "positions": positions})
     settings = Settings(
@@ -82,8 +82,8 @@ def leaderboard(
 
 
 def _compare(config: Config, folder: Path, settings: Any, as_json: bool) -> None:
-    from ..benchmarks import sweep
-    from ..benchmarks.process import Terminated, quiet, terminable
+    from ..evaluation import sweep
+    from ..evaluation.leaderboard.process import Terminated, quiet, terminable
     from . import board
     from .progress import progress
 
@@ -122,7 +122,7 @@ def _repair(config: Path | None, out: Path | None, as_json: bool) -> None:
         raise SpecError(
             f"--repair got {given}; it mends a folder as it is: vlmprune leaderboard --repair --out RUN"
         )
-    from ..benchmarks.sweep.repair import repair
+    from ..evaluation.leaderboard.repair import repair
 
     done: list[str] = []
     answers = repair(out, done.append)
@@ -137,9 +137,9 @@ def _repair(config: Path | None, out: Path | None, as_json: bool) -> None:
 
 
 def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str, Any]) -> Config:
-    from ..benchmarks.sweep.plan import QUICK_QUESTIONS, default_config
-    from ..config import POSITIONS, Config, load
-    from ..core.base import one_of
+    from ..checks import one_of
+    from ..evaluation.leaderboard.config import POSITIONS, Config, load
+    from ..evaluation.leaderboard.plan import QUICK_QUESTIONS, default_config
 
     if changes.get("positions") is not None:
         one_of("--positions", changes["positions"], POSITIONS)
@@ -172,8 +172,8 @@ def _folder(config: Path | None, quick: bool) -> str:
 
 
 def _engine(name: str, address: str | None, device: str, cpus: float, gpus: float | None) -> Engine:
-    from ..benchmarks.sweep.engines import Local, Ray
-    from ..core.base import one_of
+    from ..checks import one_of
+    from ..evaluation.leaderboard.engines import Local, Ray
 
     one_of("--engine", name, ("local", "ray"))
     if name == "ray":

@@ -12,11 +12,17 @@ from .screen import stdout
 
 
 def lmms_tasks(
-    folder: Annotated[Path, typer.Argument(help="Made where it is missing; give it to lmms-eval as --include_path.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples of the synthetic benchmark; all of them by default.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Made where it is missing; give it to lmms-eval as --include_path.")
+    ],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of the synthetic benchmark; all of them by default.")
+    ] = None,
 ) -> None:
-    """Write the tasks of this package for lmms-eval, and the data of the synthetic benchmark, without a network."""
-    from ..benchmarks.lmms.loading import write_tasks
+    """Write the tasks of this package for lmms-eval, and the data of the synthetic benchmark, without a
+    network.
+    """
+    from ..evaluation.tasks.lmms.loading import write_tasks
 
     names = write_tasks(folder, limit)
     stdout().print(f"{len(names)} tasks in {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)

@@ -13,11 +13,13 @@ from .screen import Json, plain, print_json, stdout
 
 def new(
     method: Annotated[str, typer.Argument(help="Name of the new method, in lower case.")],
-    folder: Annotated[Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own.")] = Path(),
+    folder: Annotated[
+        Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own.")
+    ] = Path(),
     as_json: Json = False,
 ) -> None:
     """Write a method that works, with its test, card and ledger; nothing is overwritten."""
-    from ..testing.scaffold import scaffold
+    from .scaffold import scaffold
 
     made = scaffold(method, folder)
     if as_json:
@@ -29,4 +31,6 @@ def new(
     screen.print("Next steps:", style="bold")
     for number, step in enumerate(made.steps, 1):
         first, *rest = step.rstrip().splitlines()
-        screen.print(plain("\n".join([f"{number}. {first}", *(f"     {line}" for line in rest)])), soft_wrap=True)
+        screen.print(
+            plain("\n".join([f"{number}. {first}", *(f"     {line}" for line in rest)])), soft_wrap=True
+        )

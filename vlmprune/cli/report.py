@@ -33,8 +33,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a run as one offline page or as a table; rows that fail validation are refused by name."""
-    from ..benchmarks.report import Options, is_folder, write_report
     from ..errors import SpecError
+    from ..evaluation.report import Options, is_folder, write_report
 
     forms: list[str | None] = [*dict.fromkeys(form or [])] or [None]
     if len(forms) > 1 and out is not None and not is_folder(out):

@@ -59,8 +59,8 @@ def run(
     if draw is not None:
         _check_draw(draw, spec)
 
+    from ..evaluation.tasks.shapes.example import example
     from ..models.loading import TINY, TINY_NOTE, encode, load
-    from ..testing.picture import example
 
     limit_threads(context, model, threads)
     if image is None and model == TINY:
@@ -79,8 +79,8 @@ def run(
     found |= _counts(report, pruned, whole)
     how = "after a warm-up" if warm else "without a warm-up, pruned first"
     found["measured"] = (
-        f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each {how}; "
-        "preparing the picture is not counted"
+        f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
+        f"{how}; preparing the picture is not counted"
     )
     found |= {"draw": draw and str(draw), "note": TINY_NOTE if model == TINY and expected is None else None}
     print_json(found) if as_json else _show(found)
@@ -123,7 +123,7 @@ def _counts(report: Report, pruned: Answer, whole: Answer | None) -> dict[str, A
 
 def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
     """One greedy call of generate, with its clock."""
-    from ..benchmarks.generation import Clock
+    from ..evaluation.answer.generation import Clock
 
     clock = Clock(model.device)
     clock.start()
@@ -143,7 +143,7 @@ def _spec(text: str) -> Spec:
 
 def _picture(path: str | None) -> Any:
     if path is None:
-        from ..testing.picture import picture
+        from ..example_picture import picture
 
         return picture()
     if not Path(path).exists() and "://" not in path:
@@ -169,7 +169,8 @@ def _check_draw(path: Path, spec: Spec) -> None:
         )
     if not spec.prunes:
         raise SpecError(
-            f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in fastervlm@0.25"
+            f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in "
+            "fastervlm@0.25"
         )
 
 

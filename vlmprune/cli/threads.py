@@ -15,6 +15,6 @@ Threads = Annotated[
 
 def limit_threads(context: typer.Context, model: str, wanted: int | None) -> None:
     """Until the command ends."""
-    from ..benchmarks.process import threads
+    from ..evaluation.leaderboard.process import threads
 
     context.with_resource(threads(model, wanted))

@@ -12,10 +12,11 @@ from .screen import Json, complain, plain, print_json, stdout, table
 
 
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML configs, as in configs/.")], as_json: Json = False
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML configs, as in configs/.")],
+    as_json: Json = False,
 ) -> None:
     """Check configs: every key, and every spec down to its options."""
-    from ..config import load
+    from ..evaluation.leaderboard.config import load
 
     found, wrong = {}, []
     for file in files:

@@ -16,12 +16,20 @@ if TYPE_CHECKING:
     from ..testing.conformance import CheckResult
 
 # worst first: what a cell shows where a check of a family has several results
-_SHOWN = {"fail": Text("FAIL", style="bold red"), "pass": Text("pass", style="green"), "unsupported": Text("n/a", style="yellow")}
+_SHOWN = {
+    "fail": Text("FAIL", style="bold red"),
+    "pass": Text("pass", style="green"),
+    "unsupported": Text("n/a", style="yellow"),
+}
 
 
 def verify(
-    method: Annotated[str, typer.Argument(help="A method or a spec; without a budget, @0.25, or what its schedule allows.")],
-    family: Annotated[list[str] | None, typer.Option("--family", "-f", help="Only this model family; may be repeated.")] = None,
+    method: Annotated[
+        str, typer.Argument(help="A method or a spec; without a budget, @0.25, or what its schedule allows.")
+    ],
+    family: Annotated[
+        list[str] | None, typer.Option("--family", "-f", help="Only this model family; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the conformance checks on tiny models of every family; exit code 1 if one fails."""
@@ -43,11 +51,19 @@ def verify(
         if results:
             screen.print(_table(spec, results), *_details(results), sep="\n")
     if not results:
-        raise InvariantError(f"no check ran for {spec!r}, so nothing was verified; expected at least one result per family")
+        raise InvariantError(
+            f"no check ran for {spec!r}, so nothing was verified; expected at least one result per family"
+        )
     failed = sum(result.status == "fail" for result in results)
     if as_json:
         names = ("check", "family", "status", "detail", "seconds")
-        print_json({"spec": spec, "failed": failed, "results": [{name: getattr(r, name) for name in names} for r in results]})
+        print_json(
+            {
+                "spec": spec,
+                "failed": failed,
+                "results": [{name: getattr(r, name) for name in names} for r in results],
+            }
+        )
     if failed:
         raise typer.Exit(1)
 

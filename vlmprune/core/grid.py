@@ -2,11 +2,12 @@
 """Partitions of a token grid into exactly k near-square cells: the geometry behind ``uniform`` and ``pool``.
 
 One grid of R x C tokens gets r row bands, r chosen so that cells come out as square as possible; band i gets
-floor((i+1)k/r) - floor(ik/r) columns, so the cells number exactly k for every 1 <= k <= R*C. All edges are rounded to
-whole tokens; a band or column is never narrower than one token, hence no cell is empty.
+floor((i+1)k/r) - floor(ik/r) columns, so the cells number exactly k for every 1 <= k <= R*C. All edges are
+rounded to whole tokens; a band or column is never narrower than one token, hence no cell is empty.
 
-Several grids share k in proportion to their token counts (largest remainder, ties to the earlier grid). A grid whose
-share comes out as zero, which must happen when k is smaller than the number of grids, has no cell: its tokens carry the id -1.
+Several grids share k in proportion to their token counts (largest remainder, ties to the earlier grid). A
+grid whose share comes out as zero, which must happen when k is smaller than the number of grids, has no cell:
+its tokens carry the id -1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Grids = Sequence[tuple[int, int]]
 
 
 def cells(grids: Grids, k: int) -> Tensor:
-    """(N,) int64 cell id of every token, 0..k-1 in raster order of the cells; -1 for a grid that got no cell."""
+    """(N,) int64 cell id of every token, 0..k-1 in raster order of the cells; -1 for a grid that got no
+    cell."""
     ids, first = [], 0
     for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
         if share == 0:
@@ -38,7 +40,8 @@ def cells(grids: Grids, k: int) -> Tensor:
 
 
 def centres(grids: Grids, k: int) -> Tensor:
-    """(k,) int64 ascending: the token nearest to the centre of cell 0, 1, ... (the upper left one of equals)."""
+    """(k,) int64 ascending: the token nearest to the centre of cell 0, 1, ... (the upper left one of
+    equals)."""
     found, start = [], 0
     for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
         for top, bottom, edges in _bands(rows, cols, share):
@@ -49,7 +52,8 @@ def centres(grids: Grids, k: int) -> Tensor:
 
 
 def boxes(grids: Grids) -> Tensor:
-    """(N, 4) float32 x0, y0, x1, y1 of every token inside its own grid, each grid spanning [0, 1] both ways."""
+    """(N, 4) float32 x0, y0, x1, y1 of every token inside its own grid, each grid spanning [0, 1] both
+    ways."""
     blocks = []
     for rows, cols in grids:
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
@@ -62,7 +66,9 @@ def _shares(grids: Grids, k: int) -> list[int]:
     sizes = [rows * cols for rows, cols in grids]
     total = sum(sizes)
     if not 1 <= k <= total or min(sizes) < 1:
-        raise InvariantError(f"cannot cut grids {tuple(grids)} into {k} cells; expected 1 to {total} cells and no empty grid")
+        raise InvariantError(
+            f"cannot cut grids {tuple(grids)} into {k} cells; expected 1 to {total} cells and no empty grid"
+        )
     shares = [k * size // total for size in sizes]
     # only grids with a fractional share can receive one more, so no share exceeds its grid
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))

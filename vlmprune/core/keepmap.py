@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ScoreMap and KeepMap: the scores of the tokens of one image, and which were kept; plain tensors with a place in the picture."""
+"""ScoreMap and KeepMap: scores of the tokens of one image, and which of them were kept, as plain tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import one_of
 from ..errors import InvariantError, SpecError, VlmPruneError
-from ..spec import Budget
-from .base import one_of
+from ..viz import VIEWS
+from .budget import Budget
 from .grid import boxes
 from .replay import Replay
 from .select import top_k
@@ -28,11 +29,8 @@ from .select import top_k
 if TYPE_CHECKING:
     from PIL import Image
 
-VIEWS = ("stretch", "center")
-TOKENS, BLOCKS = (
-    2**20,
-    2**16,
-)  # most of one image: a file that says more is refused before memory is asked for
+# most of one image: a file that says more is refused before memory is asked for
+TOKENS, BLOCKS = 2**20, 2**16
 CELLS = 2**26  # of the common grid of blocks of unequal sides
 NOTEBOOK_SIDE = 640  # pixels of the drawing in a notebook
 Grids = tuple[tuple[int, int], ...]
@@ -104,7 +102,8 @@ class _Map:
         """(rows, cols) of the only block."""
         if len(self.grids) != 1:
             raise SpecError(
-                f"this image has {len(self.grids)} blocks of tokens, {_brief(self.grids)}, and no single grid; use .grids"
+                f"this image has {len(self.grids)} blocks of tokens, {_brief(self.grids)}, and no single "
+                "grid; use .grids"
             )
         return self.grids[0]
 
@@ -114,7 +113,9 @@ class _Map:
         return boxes(self.grids)
 
     def save(self, path: PathName) -> None:
-        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly; the picture is not in it."""
+        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly; the picture is not in
+        it.
+        """
         suffix = _suffix(path)
         values = {name: value for name, value in vars(self).items() if value is not None and name != "image"}
         fields = _stamp(type(self)) | values
@@ -167,7 +168,8 @@ class ScoreMap(_Map):
         scores: (N,) finite, kept as float32 on the CPU.
         grids: (rows, cols) of the blocks the N tokens form one after the other, in raster order.
         method: the spec that scored.
-        view: what the blocks cover: "stretch", the whole picture; "center", its largest centred square (resize, then crop).
+        view: what the blocks cover: "stretch", the whole picture; "center", its largest centred square
+            (resize, then crop).
         index: which image of the call.
         frame: which frame of a video, or None.
         image: the picture, or its path, for ``draw``; it is not saved.
@@ -223,7 +225,8 @@ class KeepMap(_Map):
     """Which tokens of one image were kept.
 
     Args:
-        keep_idx: (K,) ascending token indices, kept as int64 on the CPU; empty where a shared budget went elsewhere.
+        keep_idx: (K,) ascending token indices, kept as int64 on the CPU; empty where a shared budget went
+            elsewhere.
         total: N, the tokens there were; without it, what the grids hold.
         scores: (N,) where the method scores, else None.
         grids, method, view, index, frame, image: as in ``ScoreMap``.
@@ -251,7 +254,8 @@ class KeepMap(_Map):
         if len(wrong) or (self.keep_idx.diff() <= 0).any():
             what = f"{wrong.tolist()[:5]} out of range" if len(wrong) else "entries repeated or out of order"
             raise InvariantError(
-                f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them first"
+                f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them "
+                "first"
             )
         if self.scores is not None:
             object.__setattr__(self, "scores", _scores(self.scores))
@@ -282,7 +286,8 @@ class KeepMap(_Map):
         """Jaccard index of the two kept sets: 1 for the same tokens, 0 for none in common."""
         if other.total != self.total:
             raise SpecError(
-                f"maps of {self.total} and {other.total} tokens; overlap expects maps of the same image and model"
+                f"maps of {self.total} and {other.total} tokens; overlap expects maps of the same image and "
+                "model"
             )
         union = int((self.mask | other.mask).sum())
         return int((self.mask & other.mask).sum()) / union if union else 1.0
@@ -290,8 +295,9 @@ class KeepMap(_Map):
     def coverage(self, cells: int | None = None) -> float:
         """Share of the view's area under a kept box of any block.
 
-        With ``cells``, each block is cut into cells x cells coarse cells instead; the share is of those that hold a kept token's
-        centre among those that hold any, so it is 1 if nothing was cut, however small the block.
+        With ``cells``, each block is cut into cells x cells coarse cells instead; the share is of those that
+        hold a kept token's centre among those that hold any, so it is 1 if nothing was cut, however small the
+        block.
         """
         parts = self.mask.split([rows * cols for rows, cols in self.grids])
         blocks = [part.reshape(grid).numpy() for part, grid in zip(parts, self.grids, strict=True)]
@@ -316,7 +322,8 @@ class KeepMap(_Map):
     def draw(
         self, image: Picture | None = None, dim: float = 0.62, *, max_side: int | None = 2000
     ) -> Image.Image:
-        """The picture, dropped patches grey and dark, kept ones clear and outlined; other arguments as in ``ScoreMap``.
+        """The picture, dropped patches grey and dark, kept ones clear and outlined; other arguments as in
+        ``ScoreMap``.
 
         Args:
             dim: 0 leaves the brightness of dropped patches, 1 makes them black.
@@ -370,7 +377,9 @@ def _scores(value: Any) -> Tensor:
 
 
 def _union_area(blocks: list[np.ndarray]) -> float:
-    """Share of the unit square under the true cells of any block, exact: in fractions, between the edges of all blocks."""
+    """Share of the unit square under the true cells of any block, exact: in fractions, between the edges of
+    all blocks.
+    """
     edges = [
         sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)})
         for axis in (0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError
-from .base import Method
+from .method import Method
 from .tokens import VisualTokens
 
 
@@ -39,6 +39,6 @@ class Replay(Method):
     def _check(self, count: int, k: int) -> None:
         if (count, k) != (self.total, self.keep):
             raise InvariantError(
-                f"asked to keep {k} of {count} tokens; this replay holds {self.keep} of {self.total}: "
-                f"use keep={self.keep} and an image that yields {self.total} tokens"
+                f"asked to keep {k} of {count} tokens; this replay holds {self.keep} of {self.total}: use "
+                f"keep={self.keep} and an image that yields {self.total} tokens"
             )

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report: what really happened in a call; counts are realised, never announced."""
+"""Report: what really happened in a forward; counts are realised, never announced."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from .keepmap import KeepMap
+
+Grids = tuple[tuple[int, int], ...]
 
 
 @dataclass(repr=False)
 class Report:
-    """The last call that read images or began a prompt; decode steps that continue it are counted in ``decode_steps``.
+    """The last forward that read images or began a prompt; decode steps that continue it are counted in
+    ``decode_steps``.
 
     Args:
         method: spec of what was attached.
-        keep: one KeepMap per image, one per frame of a clip; expanded beams are listed once.
         dense_tokens: visual tokens per image (or clip) without pruning, newline and [CLS] slots not counted.
         realised_tokens: visual tokens per image that the language model read.
         layer_tokens: visual tokens of every image in each decoder layer.
         sequence: (dense, realised) padded length of the sequence that the decoder layers read.
-        firings: how often each hook did its work in this call: encode, enter, exit.
-        seconds: host seconds in score + select + reassemble; on an accelerator launches only, not their completion.
+        firings: how often each hook did its work in this forward: encode, enter, stage, exit.
+        seconds: host seconds in score, select and place; on an accelerator launches only, not their
+            completion.
+        decode_steps: tokens that were decoded after the prompt.
         note: why nothing was pruned, where that is so ("no images in this call", "disabled").
+        kept: (k,) patches of every image that stay, None for all; -1 for rows that stand for no single patch.
+        grids: blocks that ``kept`` counts in, per image.
+        frames: whether the blocks of an image are frames of a clip.
+        views: how boxes lie on the original picture, per image.
     """
 
     method: str
-    keep: list[KeepMap] = field(default_factory=list)
     dense_tokens: list[int] = field(default_factory=list)
     realised_tokens: list[int] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
@@ -34,6 +45,45 @@ class Report:
     seconds: float = 0.0
     decode_steps: int = 0
     note: str = ""
+    kept: list[Tensor | None] = field(default_factory=list, repr=False)
+    grids: list[Grids] = field(default_factory=list, repr=False)
+    frames: list[bool] = field(default_factory=list, repr=False)
+    views: list[str] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def keep(self) -> list[KeepMap]:
+        """One KeepMap per image, one per frame of a clip; expanded beams are listed once.
+
+        Made when first read: on an accelerator that waits for the choice.
+        """
+        maps: list[KeepMap] = []
+        for number, grids in enumerate(self.grids):
+            count = sum(rows * cols for rows, cols in grids)
+            index = self.kept[number]
+            keep_idx = torch.arange(count) if index is None else index.cpu()
+            keep_idx = keep_idx[keep_idx >= 0].sort().values
+            if not self.frames[number]:
+                maps.append(
+                    KeepMap(keep_idx, count, grids, method=self.method, view=self.views[number], index=number)
+                )
+                continue
+            start = 0
+            for frame, (rows, cols) in enumerate(grids):
+                end = start + rows * cols
+                here = keep_idx[(keep_idx >= start) & (keep_idx < end)] - start
+                maps.append(
+                    KeepMap(
+                        here,
+                        rows * cols,
+                        ((rows, cols),),
+                        method=self.method,
+                        view=self.views[number],
+                        index=number,
+                        frame=frame,
+                    )
+                )
+                start = end
+        return maps
 
     @property
     def tokens_per_layer(self) -> list[float]:
@@ -68,4 +118,5 @@ class Report:
         dense, realised = sum(self.dense_tokens), sum(self.realised_tokens)
         images = f"{len(self.dense_tokens)} image{'' if len(self.dense_tokens) == 1 else 's'}"
         detail = f" ({self.note})" if self.note else ""
-        return f"{self.method}: {realised} of {dense} visual tokens in {images}, {self.seconds * 1e3:.1f} ms to choose{detail}"
+        choosing = f"{self.seconds * 1e3:.1f} ms to choose"
+        return f"{self.method}: {realised} of {dense} visual tokens in {images}, {choosing}{detail}"

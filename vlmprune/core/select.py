@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a method says to validated indices: the one place that sorts, breaks ties and refuses bad answers."""
+"""From what a method says to indices: the one place that sorts, breaks ties and refuses bad answers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from torch import Tensor
 
 from ..errors import InvariantError
 from ..kernels import dispatch
-from .base import Merged, Method
+from .deferred import NOW, Checks
+from .method import Merged, Method
 from .tokens import VisualTokens
 
 _LOOK = "Check the captured tensors for overflow"
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """(B, k) int64 ascending indices of the k highest scores (B, N) in float32; the lower index wins ties, NaN ranks lowest."""
+    """(B, k) int64 ascending indices of the k highest scores (B, N) in float32; the lower index wins ties,
+    NaN ranks lowest.
+    """
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
-        raise InvariantError(f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k <= N")
+        raise InvariantError(
+            f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k "
+            "<= N"
+        )
     return dispatch.topk_select(scores, k).long()
 
 
 def rest_of(keep_idx: Tensor, n: int) -> Tensor:
     """(B, n-k) ascending indices that are not in ``keep_idx`` (B, k), whose entries must differ."""
-    kept = torch.zeros(keep_idx.shape[0], n, dtype=torch.int8, device=keep_idx.device).scatter_(1, keep_idx, 1)
+    kept = torch.zeros(keep_idx.shape[0], n, dtype=torch.int8, device=keep_idx.device).scatter_(
+        1, keep_idx, 1
+    )
     return torch.sort(kept, dim=-1, stable=True).indices[:, : n - keep_idx.shape[1]]
 
 
@@ -37,7 +45,9 @@ def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> T
         k: length of the rows. What the groups give beyond k is cut off; -1 fills up what they give less.
     """
     batch, real = scores.shape[0], members >= 0
-    taken = torch.arange(members.shape[1], device=members.device) < quota.clamp_max(real.sum(1))[..., None]  # (B, G, M)
+    taken = (
+        torch.arange(members.shape[1], device=members.device) < quota.clamp_max(real.sum(1))[..., None]
+    )  # (B, G, M)
     scores = torch.where((quota >= real.sum(1))[..., None], 0.0, scores).masked_fill(~real, -torch.inf)
     order = torch.sort(0.0 - scores, dim=-1, stable=True).indices
     tokens = members.expand(batch, -1, -1).gather(2, order).masked_fill(~taken, -1).flatten(1)
@@ -45,49 +55,64 @@ def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> T
     return tokens.gather(1, front)
 
 
-def choose(method: Method, tokens: VisualTokens, k: int) -> Tensor | Merged:
-    """What ``method`` keeps of every unit at a budget of k tokens, validated.
+def choose(method: Method, tokens: VisualTokens, k: int, checks: Checks = NOW) -> Tensor | Merged:
+    """What ``method`` keeps of every unit at a budget of k tokens.
+
+    Args:
+        checks: gathers what has to be true of the values; by default each is checked at once.
 
     Returns:
-        (B, k) int64 ascending indices, or the rows of a merging method. Keeping all N tokens asks no method: that is the
-        dense model.
+        (B, k) int64 ascending indices, or the rows of a merging method. Keeping all N tokens asks no method:
+        that is the dense model.
     """
     batch, n = tokens.batch, tokens.count
     if not 1 <= k <= n:
-        raise InvariantError(f"{method.name}: got a budget of {k} for {n} tokens; expected 1 <= k <= {n}, so clamp it before")
-    everything = torch.arange(n, device=tokens.device).expand(batch, n)
+        raise InvariantError(
+            f"{method.name}: got a budget of {k} for {n} tokens; expected 1 <= k <= {n}, so clamp it before"
+        )
     kind = method.kind()
-    if kind == "merge":
-        if k == n:
-            return Merged(tokens.need("features"), everything)
-        return _check_merged(method, method.merge(tokens, k), tokens, k)
     if k == n:
-        return everything
+        everything = torch.arange(n, device=tokens.device).expand(batch, n)
+        return Merged(tokens.need("features"), everything) if kind == "merge" else everything
+    if kind == "merge":
+        return _checked_rows(method, method.merge(tokens, k), tokens, k, checks)
     if kind == "score":
-        return top_k(_check_scores(method, method.score(tokens), batch, n), k)
-    return _check_indices(method, method.select(tokens, k), batch, n, k)
+        return top_k(_checked_scores(method, method.score(tokens), batch, n, checks), k)
+    return _checked_indices(method, method.select(tokens, k), batch, n, k, checks)
 
 
-def _check_scores(method: Method, scores: Tensor, batch: int, n: int) -> Tensor:
+def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: Checks) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (batch, n):
-        raise InvariantError(f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}")
-    bad = int((~torch.isfinite(scores)).sum())
-    if bad:
-        raise InvariantError(f"{method.name}: {bad} of {batch * n} scores are not finite and cannot be ranked. {_LOOK}")
+        raise InvariantError(
+            f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}"
+        )
+    checks.require(
+        torch.isfinite(scores).all(),
+        lambda: InvariantError(
+            f"{method.name}: {int((~torch.isfinite(scores)).sum())} of {batch * n} scores are not finite and "
+            f"cannot be ranked. {_LOOK}"
+        ),
+    )
     return scores
 
 
-def _check_indices(method: Method, keep: Tensor, batch: int, n: int, k: int) -> Tensor:
+def _checked_indices(method: Method, keep: Tensor, batch: int, n: int, k: int, checks: Checks) -> Tensor:
     if not isinstance(keep, Tensor) or keep.shape != (batch, k) or keep.dtype != torch.int64:
-        raise InvariantError(f"{method.name}: select returned {_describe(keep)}; expected int64 indices of shape {(batch, k)}")
+        raise InvariantError(
+            f"{method.name}: select returned {_describe(keep)}; expected int64 indices of shape {(batch, k)}"
+        )
     keep = keep.sort(dim=-1).values
-    if bool(_misplaced(keep, 0, n).any()):
-        expected = f"{k} distinct indices in 0..{n - 1} per row"
-        raise InvariantError(f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {expected}")
+    checks.require(
+        ~_misplaced(keep, 0, n).any(),
+        lambda: InvariantError(
+            f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices "
+            f"in 0..{n - 1} per row"
+        ),
+    )
     return keep
 
 
-def _check_merged(method: Method, merged: Merged, tokens: VisualTokens, k: int) -> Merged:
+def _checked_rows(method: Method, merged: Merged, tokens: VisualTokens, k: int, checks: Checks) -> Merged:
     batch, n, dense = tokens.batch, tokens.count, tokens.features
     if not isinstance(merged, Merged):
         raise InvariantError(f"{method.name}: merge returned {_describe(merged)}; expected a Merged")
@@ -97,14 +122,21 @@ def _check_merged(method: Method, merged: Merged, tokens: VisualTokens, k: int) 
         expected = f"{like.dtype} of shape {(batch, k, like.shape[-1])}"
         raise InvariantError(f"{method.name}: merge returned features {_describe(rows)}; expected {expected}")
     if slots.shape != (batch, k) or slots.dtype != torch.int64:
-        raise InvariantError(f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}")
+        raise InvariantError(
+            f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}"
+        )
     ordered = slots.sort(dim=-1).values
-    finite, placed = torch.stack([torch.isfinite(rows).all(), ~_misplaced(ordered, -1, n).any()]).tolist()
-    if not finite:
-        raise InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}")
-    if not placed:
-        expected = f"-1 or distinct indices in 0..{n - 1} per row"
-        raise InvariantError(f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected {expected}")
+    checks.require(
+        torch.isfinite(rows).all(),
+        lambda: InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}"),
+    )
+    checks.require(
+        ~_misplaced(ordered, -1, n).any(),
+        lambda: InvariantError(
+            f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct "
+            f"indices in 0..{n - 1} per row"
+        ),
+    )
     return merged
 
 
@@ -120,8 +152,14 @@ def _culprits(ordered: Tensor, lowest: int, n: int) -> str:
     wrong = ordered[rows, places].tolist()
     outside = [i for i in wrong if not lowest <= i < n]
     twice = [i for i in wrong if lowest <= i < n]
-    return "; ".join(f"{word} {some[:5]}" for word, some in (("out of range", outside), ("repeated", twice)) if some)
+    return "; ".join(
+        f"{word} {some[:5]}" for word, some in (("out of range", outside), ("repeated", twice)) if some
+    )
 
 
 def _describe(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )

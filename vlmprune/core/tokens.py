@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """VisualTokens: all that a method may look at, for a batch of units with the same number of tokens.
 
-A *unit* is what one budget is spent on: an image (default), a crop (tile or frame), or all images of a sample.
-B counts units, N the tokens of a unit (patches only: newline and [CLS] embeddings are never tokens), H attention heads,
-D the width of the language model, C the width of the vision encoder.
+A *unit* is what one budget is spent on: an image (default), a crop (tile or frame), or all images of a
+sample. B counts units, N the tokens of a unit (patches only: newline and [CLS] embeddings are never tokens),
+H attention heads, D the width of the language model, C the width of the vision encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import CaptureError, SpecError
+
+if TYPE_CHECKING:
+    from .method import Need
 
 _TensorField = Literal[
     "features",
@@ -44,20 +47,29 @@ class VisualTokens:
 
     Args:
         features: (B, N, D) tokens as the language model would get them (after the projector).
-        cls_attention: (B, H, N) softmaxed attention of [CLS] to the patches, [CLS] entry removed, not renormalised.
+        cls_attention: (B, H, N) softmaxed attention of [CLS] to the patches, [CLS] entry removed, not
+            renormalised.
         received_attention: (B, N) attention received by each patch, mean over queries and heads.
-        encoder_features: (B, N, C) patches as the projector takes them, or (B, r * N, C) where it merges r of them to a token.
+        encoder_features: (B, N, C) patches as the projector takes them, or (B, r * N, C) where it merges r of
+            them to a token.
         keys: (B, N, d) attention keys of the feature layer, mean over heads, unscaled.
-        cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0 without [CLS]).
+        cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0
+            without [CLS]).
         projector: maps (..., C) to (..., D).
-        text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the whole sequence.
+        text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the
+            whole sequence.
         query_mask: (B, R) bool, queries that are real; shorter units repeat their last one.
         query_positions, positions: (B, R) and (B, N) position ids.
         rotary_frequencies: (d / 2,) angle per position of each pair of a head of width d.
-        stage: number of the cut inside the language model.
-        grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster order.
-        ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images.
+        cut: number of the cut inside the language model.
+        grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster
+            order.
+        frames: whether these blocks are the frames of one clip.
+        ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images; on
+            the CPU.
         size: (B, N), for methods that need no tensor at all.
+        like: any tensor on the device of the tokens, for such methods.
+        of_layers: what was captured of further layers of the tower, by need.
     """
 
     features: Tensor | None = None
@@ -74,8 +86,11 @@ class VisualTokens:
     query_positions: Tensor | None = None
     positions: Tensor | None = None
     rotary_frequencies: Tensor | None = None
-    stage: int = 0
+    cut: int = 0
+    frames: bool = False
     size: tuple[int, int] | None = None
+    like: Tensor | None = None
+    of_layers: Mapping[Need, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
@@ -84,35 +99,61 @@ class VisualTokens:
                 raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
             if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
                 held = f"{value.dtype}, {value.layout}, on {value.device}"
-                raise SpecError(f"{name} of shape {tuple(value.shape)} is {held}; expected a dense tensor of floats")
+                raise SpecError(
+                    f"{name} of shape {tuple(value.shape)} is {held}; expected a dense tensor of floats"
+                )
             if value.ndim not in _RANKS[name]:
                 raise SpecError(
-                    f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} axes, batch first"
+                    f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} "
+                    "axes, batch first"
                 )
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
-        shapes = {name: (value.shape[0], _count(name, value)) for name, value in given.items() if name != "cls_features"}
+        shapes = {
+            name: (value.shape[0], _count(name, value))
+            for name, value in given.items()
+            if name != "cls_features"
+        }
         if "encoder_features" in shapes and len(shapes) > 1:
             batch, patches = shapes.pop("encoder_features")
             units, tokens = next(iter(shapes.values()))
-            if batch != units or patches < tokens or patches % max(tokens, 1):  # a merging projector reads r patches per token
+            if (
+                batch != units or patches < tokens or patches % max(tokens, 1)
+            ):  # a merging projector reads r patches per token
                 shapes["encoder_features"] = (batch, patches)
         if len(set(shapes.values())) > 1:
-            raise SpecError(f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units")
+            raise SpecError(
+                f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units"
+            )
         if self.cls_features is not None and shapes and self.cls_features.shape[0] != self.batch:
             shape = tuple(self.cls_features.shape)
-            raise SpecError(f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}")
-        widths = {name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given}
+            raise SpecError(
+                f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}"
+            )
+        widths = {
+            name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given
+        }
         if len(set(widths.values())) > 1:
-            raise SpecError(f"tensors disagree on the width of the encoder: {widths}; give both as the projector takes them")
+            raise SpecError(
+                f"tensors disagree on the width of the encoder: {widths}; give both as the projector takes "
+                "them"
+            )
         if self.projector is not None and not callable(self.projector):
-            raise SpecError(f"projector={self.projector!r}; expected a module or a function from (..., C) to (..., D)")
+            raise SpecError(
+                f"projector={self.projector!r}; expected a module or a function from (..., C) to (..., D)"
+            )
         ordinal = self.ordinal
         numbers = isinstance(ordinal, Tensor) and ordinal.dtype == torch.int64
         if ordinal is not None and shapes and not (numbers and ordinal.shape == (self.batch,)):
-            raise SpecError(f"ordinal={ordinal!r}; expected int64 of shape {(self.batch,)}, counting the units of a sample")
+            raise SpecError(
+                f"ordinal={ordinal!r}; expected int64 of shape {(self.batch,)}, counting the units of a "
+                "sample"
+            )
         if self.grids and shapes and sum(r * c for r, c in self.grids) != self.count:
-            raise SpecError(f"grid {self.grids} holds {sum(r * c for r, c in self.grids)} tokens; the tensors hold {self.count}")
+            raise SpecError(
+                f"grid {self.grids} holds {sum(r * c for r, c in self.grids)} tokens; the tensors hold "
+                f"{self.count}"
+            )
 
     def _any(self) -> tuple[str, Tensor]:
         for name in _RANKS:
@@ -120,7 +161,8 @@ class VisualTokens:
             if value is not None and name != "cls_features":
                 return name, value
         raise CaptureError(
-            "no token tensor was given: pass at least one of " + ", ".join(n for n in _RANKS if n != "cls_features")
+            "no token tensor was given: pass at least one of "
+            + ", ".join(n for n in _RANKS if n != "cls_features")
         )
 
     @property
@@ -135,10 +177,34 @@ class VisualTokens:
 
     @property
     def device(self) -> torch.device:
-        return self._any()[1].device if self.size is None or self.ordinal is None else self.ordinal.device
+        """Where the tokens are."""
+        return self.like.device if self.like is not None else self._any()[1].device
+
+    @classmethod
+    def of(cls, captured: Mapping[Need, Tensor], ordinals: Sequence[int], **others: Any) -> VisualTokens:
+        """Tokens from what was captured, patches first; the caller made these tensors, so that nothing is
+        checked again.
+
+        Args:
+            captured: with (B, N, H) of [CLS] attention and (B, N, 1) of received attention, see
+                ``patches_first``.
+            ordinals: of the units.
+            others: further fields.
+        """
+        tokens, further = object.__new__(cls), {}
+        values: dict[str, Any] = {"ordinal": torch.tensor(list(ordinals)), "of_layers": further, **others}
+        for need, value in captured.items():
+            if need.what in values:
+                further[need] = patches_last(need.what, value)
+            else:
+                values[need.what] = patches_last(need.what, value)
+        for one in fields(cls):
+            default = {} if one.default is MISSING else one.default
+            object.__setattr__(tokens, one.name, values.get(one.name, default))
+        return tokens
 
     @overload
-    def need(self, name: _TensorField) -> Tensor: ...
+    def need(self, name: _TensorField, layer: int | None = None) -> Tensor: ...
     @overload
     def need(self, name: Literal["projector"]) -> Callable[[Tensor], Tensor]: ...
     @overload
@@ -146,16 +212,42 @@ class VisualTokens:
     @overload
     def need(self, name: str) -> Any: ...
 
-    def need(self, name: str) -> Any:
-        """Return a captured field, or raise naming what is missing."""
+    def need(self, name: str, layer: int | None = None) -> Any:
+        """Return a captured field, or raise naming what is missing; ``layer`` asks for that of one layer of
+        the tower.
+        """
+        for need, tensor in self.of_layers.items():
+            if layer is not None and (need.what, need.layer) == (name, layer):
+                return tensor
         value = getattr(self, name)
         if value is None or value == ():
-            have = [f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != ()]
+            have = [
+                f.name
+                for f in fields(self)
+                if getattr(self, f.name) is not None and getattr(self, f.name) != ()
+            ]
             keyword = "grid" if name == "grids" else name  # of select
             raise CaptureError(
-                f"this method needs {name!r}; given were {have}. Pass {keyword}=..., or declare it in the method's needs"
+                f"this method needs {name!r}; given were {have}. Pass {keyword}=..., or declare it in the "
+                "method's needs"
             )
         return value
+
+
+def patches_first(what: str, value: Tensor) -> Tensor:
+    """Captured attention as all else is stored, patches before channels: (T, H, n) -> (T, n, H), (T, n) ->
+    (T, n, 1).
+    """
+    if what == "cls_attention":
+        return value.transpose(1, 2)
+    return value[..., None] if what == "received_attention" else value
+
+
+def patches_last(what: str, value: Tensor) -> Tensor:
+    """The same back, as methods read it."""
+    if what == "cls_attention":
+        return value.transpose(1, 2)
+    return value[..., 0] if what == "received_attention" else value
 
 
 def _count(name: str, value: Tensor) -> int:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection, gathering, greedy choice and attention rows: one door, ``dispatch``, to the fastest implementation that is there.
+"""Selection, gathering, greedy choice and attention rows: one door, ``dispatch``, to the fastest
+implementation that is there.
 
-``with vlmprune.kernels.use("reference"):`` forces one; every function takes ``backend=`` as well. Names are loaded on first use.
+``with vlmprune.kernels.use("reference"):`` forces one; every function takes ``backend=`` as well. Names are
+loaded on first use.
 """
 
 from __future__ import annotations

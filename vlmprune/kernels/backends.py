@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation runs: forced by an argument or a context manager, else chosen by device, dtype and size."""
+"""Which implementation runs: forced by an argument or a context manager, else chosen by device, dtype and
+size.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ _forced: ContextVar[str] = ContextVar("vlmprune_kernels", default="")
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Force a backend inside the block, in this thread: "reference", "torch" (the fast path without Triton), or "triton".
+    """Force a backend inside the block, in this thread: "reference", "torch" (the fast path without Triton),
+    or "triton".
 
-    What is not there raises; nothing falls back to another one. Of a compiled function, the block around its *call* counts.
+    What is not there raises; nothing falls back to another one. Of a compiled function, the block around its
+    *call* counts.
     """
     token = _forced.set(known(backend))
     try:
@@ -38,7 +42,9 @@ def use(backend: str) -> Iterator[None]:
 
 def known(backend: str) -> str:
     if backend not in BACKENDS:
-        raise SpecError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}")
+        raise SpecError(
+            f"backend={backend!r}; expected one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}"
+        )
     return backend
 
 
@@ -51,7 +57,9 @@ def implementation(name: str, like: Tensor, backend: str | None, ordered: bool =
     """The function that does ``name`` to validated arguments such as ``like``."""
     wanted = forced(backend)
     if wanted == "triton" and (obstacle := _obstacle(name, like, ordered)):
-        raise UnsupportedError(f"backend 'triton' cannot do {name}: {obstacle}. Use backend 'torch', or name none")
+        raise UnsupportedError(
+            f"backend 'triton' cannot do {name}: {obstacle}. Use backend 'torch', or name none"
+        )
     if wanted == "reference" or like.numel() == 0:  # a kernel needs something to do
         return getattr(reference, name)
     # not measured on a GPU yet: by the estimates, Triton is ahead wherever it can run
@@ -66,7 +74,10 @@ def _obstacle(name: str, like: Tensor, ordered: bool) -> str:
     if not _has_triton():
         return "Triton is not installed"
     if like.device.type != "cuda" and not (like.device.type == "cpu" and _interpreted()):
-        return f"the tensors are on {like.device.type}; it runs on GPUs, or with TRITON_INTERPRET=1 set from the start on the CPU"
+        return (
+            f"the tensors are on {like.device.type}; it runs on GPUs, or with TRITON_INTERPRET=1 set from "
+            "the start on the CPU"
+        )
     if like.dtype == torch.float64 and name not in _COPIES:
         return "its kernels compute in float32, and the tensors are float64"
     if name == "unprune" and not ordered:
@@ -86,7 +97,8 @@ def _interpreted() -> bool:
 def _launcher(name: str, like: Tensor, wanted: str) -> Callable[..., Any]:
     from . import triton_ops
 
-    # by estimate, one matrix product and lookups in it beat products row by row while the matrix stays in the cache
+    # by estimate, one matrix product and lookups in it beat products row by row while the matrix stays in the
+    # cache
     if not wanted and name.endswith("_features") and like.shape[1] <= GRAM:
         pick = getattr(triton_ops, name.removesuffix("_features"))
         return lambda features, *rest: pick(features @ features.transpose(1, 2), *rest)

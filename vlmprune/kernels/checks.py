@@ -13,20 +13,30 @@ from ..errors import InvariantError, SpecError, did_you_mean
 
 
 def described(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
 
 
-def tensor(name: str, value: object, ranks: tuple[int, ...], expected: str, like: Tensor | None = None) -> None:
+def tensor(
+    name: str, value: object, ranks: tuple[int, ...], expected: str, like: Tensor | None = None
+) -> None:
     """A real tensor of one of the ranks, on the device of ``like``."""
     if not isinstance(value, Tensor) or value.ndim not in ranks or value.is_complex():
         raise InvariantError(f"{name} is {described(value)}; expected {expected}")
     if like is not None and value.device != like.device:
-        raise InvariantError(f"{name} is on {value.device}, and the other tensors are on {like.device}; move it there")
+        raise InvariantError(
+            f"{name} is on {value.device}, and the other tensors are on {like.device}; move it there"
+        )
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape[: len(expected)]) != tuple(expected):
-        raise InvariantError(f"{name} is {described(value)}; expected a shape of {_pattern(expected, value.ndim)}")
+        raise InvariantError(
+            f"{name} is {described(value)}; expected a shape of {_pattern(expected, value.ndim)}"
+        )
 
 
 def _pattern(expected: tuple[int, ...], rank: int) -> str:
@@ -47,9 +57,13 @@ def rows(name: str, xs: object, lead: tuple[int, ...], like: Tensor) -> None:
         if isinstance(x, Tensor) and x.shape[:rank] == lead and x.device == device:
             continue
         if not isinstance(x, Tensor) or x.ndim < rank:
-            raise InvariantError(f"{name}[{at}] is {described(x)}; expected a tensor of shape {_pattern(lead, len(lead) + 1)}")
+            raise InvariantError(
+                f"{name}[{at}] is {described(x)}; expected a tensor of shape {_pattern(lead, len(lead) + 1)}"
+            )
         if x.device != like.device:
-            raise InvariantError(f"{name}[{at}] is on {x.device}, and the other tensors are on {like.device}; move it there")
+            raise InvariantError(
+                f"{name}[{at}] is on {x.device}, and the other tensors are on {like.device}; move it there"
+            )
         shape(f"{name}[{at}]", x, lead)
 
 
@@ -66,7 +80,9 @@ def floating(name: str, value: Tensor) -> None:
 
 def choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise SpecError(f"{name}={value!r}; expected one of {', '.join(known)}.{did_you_mean(str(value), known)}")
+        raise SpecError(
+            f"{name}={value!r}; expected one of {', '.join(known)}.{did_you_mean(str(value), known)}"
+        )
 
 
 def _unseen(x: Tensor) -> bool:
@@ -75,7 +91,9 @@ def _unseen(x: Tensor) -> bool:
 
 
 def inside(idx: Tensor, n: int) -> None:
-    """Indices of the CPU lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for it."""
+    """Indices of the CPU lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for
+    it.
+    """
     if _unseen(idx) or idx.numel() == 0:
         return
     low, high = (int(edge) for edge in idx.aminmax())
@@ -93,7 +111,9 @@ def segments(total: int, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, ma
     _edges("cu_n", cu_n.tolist(), total)
     sizes = [end - start for start, end in pairwise(cu_n.tolist())]
     if max(sizes, default=0) > max_n:
-        raise InvariantError(f"max_n={max_n}, but a segment has {max(sizes)} tokens; expected the largest of them")
+        raise InvariantError(
+            f"max_n={max_n}, but a segment has {max(sizes)} tokens; expected the largest of them"
+        )
     most = k.tolist()
     if min(most, default=0) < 0:
         raise InvariantError(f"k holds {min(most)}; expected numbers of tokens from 0 on")
@@ -101,7 +121,9 @@ def segments(total: int, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, ma
     kept = [end - start for start, end in pairwise(cu_k.tolist())]
     wanted = [min(size, each) for size, each in zip(sizes, most, strict=True)]
     if kept != wanted:
-        raise InvariantError(f"cu_k makes room for {kept} tokens; expected {wanted}: k, or all of a smaller segment")
+        raise InvariantError(
+            f"cu_k makes room for {kept} tokens; expected {wanted}: k, or all of a smaller segment"
+        )
 
 
 def _edges(name: str, edges: Sequence[int], total: int) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels for the CPU: the choices that measured best on one thread, each exactly what ``reference`` says.
+"""The kernels for the CPU: the choices that measured best on one thread, each exactly what ``reference``
+says.
 
-NumPy takes the small steps, because a call of it costs a fraction of a call of torch. Greedy choices: see ``cpu_greedy``.
+NumPy takes the small steps, because a call of it costs a fraction of a call of torch. Greedy choices: see
+``cpu_greedy``.
 """
 
 from __future__ import annotations
@@ -25,12 +27,17 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
         return torch.arange(n, dtype=torch.int32).expand(batch, n).contiguous()
     if k == 0:
         return torch.empty(batch, 0, dtype=torch.int32)
-    # the k-th largest value, found without sorting; NaN where the row holds one, since torch ranks NaN highest
+    # the k-th largest value, found without sorting; NaN where the row holds one, since torch ranks NaN
+    # highest
     limits = scores.topk(k, sorted=False).values.numpy().min(axis=1)
     idx, rows = np.empty((batch, k), np.int32), scores.numpy()
     for b in range(batch):
         limit = limits[b]
-        idx[b] = _at_least(rows[b], limit, k) if limit == limit else reference.topk_select(scores[b : b + 1], k)[0].numpy()
+        idx[b] = (
+            _at_least(rows[b], limit, k)
+            if limit == limit
+            else reference.topk_select(scores[b : b + 1], k)[0].numpy()
+        )
     return torch.from_numpy(idx)
 
 
@@ -44,7 +51,9 @@ def _at_least(row: np.ndarray, limit: np.float32, k: int) -> np.ndarray:
     return np.flatnonzero(keep)
 
 
-def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> Tensor:
+def topk_select_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
+) -> Tensor:
     idx = torch.empty(total_k, dtype=torch.int32)
     sources, places = pairwise(cu_n.tolist()), pairwise(cu_k.tolist())
     for (start, end), (to, behind), most in zip(sources, places, k.tolist(), strict=True):
@@ -53,7 +62,9 @@ def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, to
     return idx
 
 
-def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
+def prune(
+    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
     rows = reference.with_ends(idx, scores.shape[-1], pre, post) if pre or post else idx
     return idx, gather_rows(xs, rows)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choices on the CPU: a running state per token, four or five NumPy calls per pick.
 
-From features, the similarities of few tokens are computed once as a matrix. Those of many are computed row by row where they
-are needed, in memory that grows with N only. The limit is on N alone, so that a longer walk begins as a shorter one does.
+From features, the similarities of few tokens are computed once as a matrix. Those of many are computed row by
+row where they are needed, in memory that grows with N only. The limit is on N alone, so that a longer walk
+begins as a shorter one does.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from .reference import RESIDUAL
 
 GRAM = 4096  # tokens up to which all similarities are held: 64 MB
 _BLOCK = 1024  # tokens on a side of the blocks in which nearest neighbours of many are searched
-_ROWS = 64  # rows of a matrix in which nearest neighbours are searched at a time, so that they stay in the cache
+# rows of a matrix in which nearest neighbours are searched at a time, so that they stay in the cache
+_ROWS = 64
 
 Pick = tuple[int, float]
 
 
-def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+def greedy_maxmin(
+    sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
         matrix = sim[b].detach().numpy()
         return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _row(weight, b), first, len(matrix), k)
@@ -30,7 +34,9 @@ def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str 
     return _each(sim, k, walk)
 
 
-def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+def greedy_maxmin_features(
+    features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
         rows = np.ascontiguousarray(features[b].detach().numpy())
         n = len(rows)
@@ -81,13 +87,19 @@ def _best(value: np.ndarray, taken: np.ndarray) -> int:
     return int(numbers[value[numbers].argmax()] if len(numbers) else free[0])
 
 
-# max-min ------------------------------------------------------------------------------------------------------------------
+# --- max-min --------------------------------------------------------------------------------------
 
 
 def _maxmin(
-    row: Callable[[int], np.ndarray], nearest: Callable[[], np.ndarray], weight: np.ndarray | None, first: str, n: int, k: int
+    row: Callable[[int], np.ndarray],
+    nearest: Callable[[], np.ndarray],
+    weight: np.ndarray | None,
+    first: str,
+    n: int,
+    k: int,
 ) -> Iterator[Pick]:
-    """``row`` gives the similarities of a pick, ``nearest`` those of all tokens to their nearest neighbours."""
+    """``row`` gives the similarities of a pick, ``nearest`` those of all tokens to their nearest
+    neighbours."""
     taken = np.zeros(n, bool)
     if first == "nn":
         value = 1 - nearest()
@@ -141,7 +153,7 @@ def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
     return found
 
 
-# determinantal point process ----------------------------------------------------------------------------------------------
+# --- determinantal point process ------------------------------------------------------------------
 
 Part = Callable[[int, np.ndarray], np.ndarray]
 
@@ -178,7 +190,9 @@ def _cholesky(sim: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarra
 
 
 def _gram_schmidt(features: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, Part]:
-    """The same without a matrix: the part of a token along the new direction of a pick is its entry of the Cholesky row."""
+    """The same without a matrix: the part of a token along the new direction of a pick is its entry of the
+    Cholesky row.
+    """
     basis, filled = np.empty((min(k, features.shape[1]), features.shape[1]), features.dtype), 0
 
     def part(token: int, residual: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door to the kernels: input is checked here, and the implementation chosen. ``reference`` says what each one computes.
+"""The door to the kernels: input is checked here, and the implementation chosen. ``reference`` says what each
+one computes.
 
-Every function takes ``backend``: "reference", "torch", "triton", or None for the choice of ``use`` or the automatic one.
-Indices come as int32; gradients flow through rows, never through scores or indices.
+Every function takes ``backend``: "reference", "torch", "triton", or None for the choice of ``use`` or the
+automatic one. Indices come as int32; gradients flow through rows, never through scores or indices.
 """
 
 from __future__ import annotations
@@ -23,19 +24,30 @@ _PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in th
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
-    """(B, min(k, N)) ascending indices of the k highest scores (B, N); or of partial scores (R, B, N), added up."""
+    """(B, min(k, N)) ascending indices of the k highest scores (B, N); or of partial scores (R, B, N), added
+    up.
+    """
     scores, k = _scored(scores, k)
     return _run("topk_select", (scores, k), (scores,), backend)
 
 
 def topk_select_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, *, backend: str | None = None
+    scores: Tensor,
+    cu_n: Tensor,
+    k: Tensor,
+    cu_k: Tensor,
+    total_k: int,
+    max_n: int,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """(total_k,) indices within their segments: of segment s, cu_n[s] : cu_n[s+1] of scores (T,), the k[s] highest.
+    """(total_k,) indices within their segments: of segment s, cu_n[s] : cu_n[s+1] of scores (T,), the k[s]
+    highest.
 
     Args:
         cu_n, k, cu_k: (S+1,), (S,) and (S+1,); cu_k adds up min(k, size of the segment).
-        total_k, max_n: the last entry of cu_k and the size of the largest segment, known without asking the device.
+        total_k, max_n: the last entry of cu_k and the size of the largest segment, known without asking the
+            device.
     """
     args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
     return _run("topk_select_varlen", args, args[:4], backend)
@@ -44,7 +56,8 @@ def topk_select_varlen(
 def prune(
     scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0, *, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Select by scores as ``topk_select`` does, and keep these rows of xs (B, pre+N+post, *), with those before and behind.
+    """Select by scores as ``topk_select`` does, and keep these rows of xs (B, pre+N+post, *), with those
+    before and behind.
 
     Returns:
         idx (B, k), which counts from the first row behind ``pre``, and one (B, pre+k+post, *) for each of xs.
@@ -68,15 +81,21 @@ def prune_varlen(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Select by packed scores as ``topk_select_varlen`` does, and keep these rows of packed xs (T, *), as (total_k, *)."""
+    """Select by packed scores as ``topk_select_varlen`` does, and keep these rows of packed xs (T, *), as
+    (total_k, *).
+    """
     args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
     checks.rows("xs", xs, (scores.shape[0],), scores)
     idx, ys = _run("prune_varlen", (*args, list(xs)), (*args[:4], *xs), backend, xs)
     return idx, list(ys)
 
 
-def gather_rows(xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None) -> list[Tensor]:
-    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K), in any order; ``ordered`` promises ascending, distinct ones."""
+def gather_rows(
+    xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None
+) -> list[Tensor]:
+    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K), in any order; ``ordered`` promises ascending,
+    distinct ones.
+    """
     if not isinstance(xs, list | tuple) or not xs:
         return [] if isinstance(xs, list | tuple) else checks.rows("xs", xs, (), idx)
     checks.integers("idx", idx, 2, "(B, K)", xs[0] if isinstance(xs[0], Tensor) else idx)
@@ -120,36 +139,55 @@ def greedy_maxmin(
 def greedy_maxmin_features(
     features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn", *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``greedy_maxmin`` by the cosine of features (B, N, D) of unit length. Many tokens need memory of order N only."""
+    """``greedy_maxmin`` by the cosine of features (B, N, D) of unit length. Many tokens need memory of order
+    N only.
+    """
     features = _features(features, k)
     weight = _weights("weight", weight, features)
     checks.choice("first", first, FIRST)
-    return _run("greedy_maxmin_features", (features, min(k, features.shape[1]), weight, first), (features, weight), backend)
+    return _run(
+        "greedy_maxmin_features",
+        (features, min(k, features.shape[1]), weight, first),
+        (features, weight),
+        backend,
+    )
 
 
-def greedy_dpp(sim: Tensor, relevance: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Greedy MAP of the determinantal point process r_i * sim_ij * r_j, for sim (B, N, N) and relevance r (B, N).
+def greedy_dpp(
+    sim: Tensor, relevance: Tensor, k: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy MAP of the determinantal point process r_i * sim_ij * r_j, for sim (B, N, N) and relevance r (B,
+    N).
 
     Returns:
-        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B, k): 0 where the
-        tokens picked before span all others, which then come by index.
+        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B,
+        k): 0 where the tokens picked before span all others, which then come by index.
     """
     sim = _square(sim, k)
     relevance = _weights("relevance", relevance, sim, needed=True)
     return _run("greedy_dpp", (sim, relevance, min(k, sim.shape[1])), (sim, relevance), backend)
 
 
-def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """``greedy_dpp`` by inner products of features (B, N, D). Many tokens need memory of order N + k D only."""
+def greedy_dpp_features(
+    features: Tensor, relevance: Tensor, k: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``greedy_dpp`` by inner products of features (B, N, D). Many tokens need memory of order N + k D
+    only."""
     features = _features(features, k)
     relevance = _weights("relevance", relevance, features, needed=True)
-    return _run("greedy_dpp_features", (features, relevance, min(k, features.shape[1])), (features, relevance), backend)
+    return _run(
+        "greedy_dpp_features",
+        (features, relevance, min(k, features.shape[1])),
+        (features, relevance),
+        backend,
+    )
 
 
 def attn_row_scores(
     q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float, *, backend: str | None = None
 ) -> Tensor:
-    """(R, B, nv) float32 parts whose sum is the attention of a query to nv keys from v0 on, softmaxed over all, mean over heads.
+    """(R, B, nv) float32 parts whose sum is the attention of a query to nv keys from v0 on, softmaxed over
+    all, mean over heads.
 
     Args:
         q: (B, H, d).
@@ -164,7 +202,9 @@ def attn_row_scores(
     (batch, heads, width), shared = q.shape, k.shape[1]
     if k.shape[0] != batch or k.shape[3] != width or shared == 0 or heads % shared:
         shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-        raise InvariantError(f"q and k have shapes {shapes}; expected (B, H, d) and (B, Hk, S, d) with H a multiple of Hk")
+        raise InvariantError(
+            f"q and k have shapes {shapes}; expected (B, H, d) and (B, Hk, S, d) with H a multiple of Hk"
+        )
     if lse is not None:
         checks.tensor("lse", lse, (2,), "(B, H)", q)
         checks.shape("lse", lse, (batch, heads))
@@ -187,7 +227,7 @@ def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None
     return _run("zoo_sensitivity", (slope, kernel), (slope, kernel), backend)
 
 
-# input --------------------------------------------------------------------------------------------------------------------
+# --- input ----------------------------------------------------------------------------------------
 
 
 def _scored(scores: Tensor, k: int) -> tuple[Tensor, int]:
@@ -236,7 +276,7 @@ def _weights(name: str, value: Tensor | None, like: Tensor, needed: bool = False
     return value.to(like.dtype)
 
 
-# start --------------------------------------------------------------------------------------------------------------------
+# --- start ----------------------------------------------------------------------------------------
 
 
 def _run(
@@ -247,7 +287,9 @@ def _run(
     differentiable: Sequence[Tensor] = (),
     ordered: bool = False,
 ) -> Any:
-    """Straight to the implementation, or through ``torch.ops`` where something looks on: a compiler, autograd, a fake mode."""
+    """Straight to the implementation, or through ``torch.ops`` where something looks on: a compiler,
+    autograd, a fake mode.
+    """
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     recorded = grad and any([x.requires_grad for x in differentiable])
     if not compiling and not recorded and all([x is None or type(x) in _PLAIN for x in tensors]):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels in plain torch without host syncs, on any device: for accelerators where Triton is missing or not faster."""
+"""The kernels in plain torch without host syncs, on any device: for accelerators where Triton is missing or
+not faster.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ _KEYS = 1024  # keys cast to float32 at a time: bounds the extra memory in half 
 _CHUNK = 512  # rows of similarities held at a time
 
 
-# rows ---------------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
+def prune(
+    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
     return idx, gather_rows(xs, reference.with_ends(idx, scores.shape[-1], pre, post))
 
@@ -53,10 +57,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-# greedy choice, in memory that grows with N only ---------------------------------------------------------------------------
+# --- greedy choice, in memory that grows with N only ----------------------------------------------
 
 
-def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+def greedy_maxmin_features(
+    features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
     taken = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
     if first == "nn":
         value = reference.worth_of(_nearest(features), weight)
@@ -75,7 +81,8 @@ def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = Non
 
 
 def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt: the part of a token along the new direction q of a pick is its entry of the Cholesky row."""
+    """Gram-Schmidt: the part of a token along the new direction q of a pick is its entry of the Cholesky
+    row."""
     k = min(k, features.shape[1])
     residual = relevance * features.square().sum(-1) * relevance
     floor = reference.RESIDUAL * residual.clamp_min(0)
@@ -126,7 +133,7 @@ def _nearest(features: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-# scores -------------------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
@@ -134,7 +141,9 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
         k, v0 = k[:, :, v0 : v0 + nv], 0  # the other columns are in the log-sum-exp already
     groups = q.shape[1] // k.shape[1]
     folded = (q.float() * scale).unflatten(1, (-1, groups))  # (B, Hk, G, d)
-    logits = torch.cat([folded @ part.float().transpose(2, 3) for part in k.split(_KEYS, dim=2)], dim=-1).flatten(1, 2)
+    logits = torch.cat(
+        [folded @ part.float().transpose(2, 3) for part in k.split(_KEYS, dim=2)], dim=-1
+    ).flatten(1, 2)
     weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
     return weights[..., v0 : v0 + nv].mean(1)[None]
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as ``torch.ops.vlmprune.*``: what torch.compile, torch.export and autograd see. Registered when first imported.
+"""The kernels as ``torch.ops.vlmprune.*``: what torch.compile, torch.export and autograd see. Registered when
+first imported.
 
-Each is opaque: its implementation is chosen while it runs. Rows are differentiable, indices and scores are not.
+Each is opaque: its implementation is chosen while it runs. Rows are differentiable, indices and scores are
+not.
 """
 
 from __future__ import annotations
@@ -18,18 +20,25 @@ from .backends import implementation
 # forward and backward may run in different threads, so that the forced backend travels as an argument
 SCHEMAS = {
     "topk_select": "(Tensor scores, SymInt k, *, str backend='') -> Tensor",
-    "topk_select_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt max_n, *, str backend='')"
+    "topk_select_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt "
+    "max_n, *, str backend='')"
     " -> Tensor",
-    "prune": "(Tensor scores, SymInt k, Tensor[] xs, SymInt pre, SymInt post, *, str backend='') -> (Tensor, Tensor[])",
-    "prune_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt max_n, Tensor[] xs, *,"
+    "prune": "(Tensor scores, SymInt k, Tensor[] xs, SymInt pre, SymInt post, *, str backend='') -> "
+    "(Tensor, Tensor[])",
+    "prune_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt max_n, "
+    "Tensor[] xs, *,"
     " str backend='') -> (Tensor, Tensor[])",
     "gather_rows": "(Tensor[] xs, Tensor idx, *, bool ordered=False, str backend='') -> Tensor[]",
     "unprune": "(Tensor g, Tensor idx, SymInt n, *, bool ordered=False, str backend='') -> Tensor",
-    "greedy_maxmin": "(Tensor sim, SymInt k, Tensor? weight, str first, *, str backend='') -> (Tensor, Tensor)",
-    "greedy_maxmin_features": "(Tensor features, SymInt k, Tensor? weight, str first, *, str backend='') -> (Tensor, Tensor)",
+    "greedy_maxmin": "(Tensor sim, SymInt k, Tensor? weight, str first, *, str backend='') -> (Tensor, "
+    "Tensor)",
+    "greedy_maxmin_features": "(Tensor features, SymInt k, Tensor? weight, str first, *, str "
+    "backend='') -> (Tensor, Tensor)",
     "greedy_dpp": "(Tensor sim, Tensor relevance, SymInt k, *, str backend='') -> (Tensor, Tensor)",
-    "greedy_dpp_features": "(Tensor features, Tensor relevance, SymInt k, *, str backend='') -> (Tensor, Tensor)",
-    "attn_row_scores": "(Tensor q, Tensor k, Tensor? lse, SymInt v0, SymInt nv, float scale, *, str backend='') -> Tensor",
+    "greedy_dpp_features": "(Tensor features, Tensor relevance, SymInt k, *, str backend='') -> "
+    "(Tensor, Tensor)",
+    "attn_row_scores": "(Tensor q, Tensor k, Tensor? lse, SymInt v0, SymInt nv, float scale, *, str "
+    "backend='') -> Tensor",
     "zoo_sensitivity": "(Tensor slope, Tensor kernel, *, str backend='') -> Tensor",
 }
 
@@ -49,12 +58,14 @@ def _runner(name: str) -> Callable[..., Any]:
         elif name == "unprune":
             checks.inside(args[1], args[2])
         made = implementation(name, like, backend, ordered)(*args)
-        return reference.added(made)[None] if name == "attn_row_scores" else made  # how many parts there are must not depend
+        return (
+            reference.added(made)[None] if name == "attn_row_scores" else made
+        )  # how many parts there are must not depend
 
     return run
 
 
-# shapes -------------------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
 def _indices(like: Tensor, *shape: Any) -> Tensor:
@@ -69,7 +80,9 @@ def _topk_select(scores: Tensor, k: Any) -> Tensor:
     return _indices(scores, scores.shape[-2], _kept(k, scores.shape[-1]))
 
 
-def _topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: Any, max_n: Any) -> Tensor:
+def _topk_select_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: Any, max_n: Any
+) -> Tensor:
     return _indices(scores, total_k)
 
 
@@ -125,7 +138,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
-# gradients ----------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def _gather_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -169,7 +182,13 @@ def _prune_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], o
 def _prune_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     (idx,) = ctx.saved_tensors
     rows = reference.with_ends(idx, *ctx.ends)
-    return None, None, [_scatter(g, rows, n, ctx.options) for g, n in zip(grads, ctx.sizes, strict=True)], None, None
+    return (
+        None,
+        None,
+        [_scatter(g, rows, n, ctx.options) for g, n in zip(grads, ctx.sizes, strict=True)],
+        None,
+        None,
+    )
 
 
 def _prune_varlen_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -211,7 +230,9 @@ def _register() -> None:
         LIBRARY.impl(name, _runner(name), "CompositeExplicitAutograd")
         shapes = _SHAPES[name]
         torch.library.register_fake(
-            f"vlmprune::{name}", lambda *args, shapes=shapes, backend="", ordered=False: shapes(*args), lib=LIBRARY
+            f"vlmprune::{name}",
+            lambda *args, shapes=shapes, backend="", ordered=False: shapes(*args),
+            lib=LIBRARY,
         )
         setup, backward = _GRADIENTS.get(name, (_plain_setup, _no_gradient))
         torch.library.register_autograd(f"vlmprune::{name}", backward, setup_context=setup, lib=LIBRARY)

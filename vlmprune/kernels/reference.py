@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel means, in plain torch: slow, clear, on any device. All other implementations are tested against this.
+"""What every kernel means, in plain torch: slow, clear, on any device. All other implementations are tested
+against this.
 
-Ranking: the lower index wins ties, NaN ranks lowest, both zeros are the same zero. Indices are int32, those of a
-selection ascend. A budget above the number of tokens takes them all. Inputs are validated by ``dispatch``.
+Ranking: the lower index wins ties, NaN ranks lowest, both zeros are the same zero. Indices are int32, those
+of a selection ascend. A budget above the number of tokens takes them all. Inputs are validated by
+``dispatch``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 RESIDUAL = 1e-5  # of its start, where the residual of a token is rounding noise: it counts as 0
 
 
-# selection and rows -------------------------------------------------------------------------------------------------------
+# --- selection and rows ---------------------------------------------------------------------------
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -36,20 +38,29 @@ def added(scores: Tensor) -> Tensor:
 
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
-    """(B, min(k, N)) ascending indices of the highest of scores (B, N), or of partial scores (R, B, N) added up."""
+    """(B, min(k, N)) ascending indices of the highest of scores (B, N), or of partial scores (R, B, N) added
+    up.
+    """
     return ranked(added(scores))[:, :k].sort(dim=-1).values.int()
 
 
-def topk_select_varlen(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> Tensor:
-    """``topk_select`` of the segments cu_n[s] : cu_n[s+1] of packed scores (T,), k[s] of each; indices count from their start."""
+def topk_select_varlen(
+    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
+) -> Tensor:
+    """``topk_select`` of the segments cu_n[s] : cu_n[s+1] of packed scores (T,), k[s] of each; indices count
+    from their start.
+    """
     edges = cu_n.tolist()
     segments = [scores[start:end] for start, end in pairwise(edges)]
     picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]
     return torch.cat([scores.new_empty(0, dtype=torch.int32), *picks])
 
 
-def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Select, and keep these rows of xs (B, pre+N+post, *) with the first ``pre`` and the last ``post`` of them.
+def prune(
+    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Select, and keep these rows of xs (B, pre+N+post, *) with the first ``pre`` and the last ``post`` of
+    them.
 
     Returns:
         idx (B, k) from ``topk_select``, and one (B, pre+k+post, *) for each of xs.
@@ -60,7 +71,10 @@ def prune(scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int 
 
 def with_ends(idx: Tensor, n: int, pre: int, post: int) -> Tensor:
     """(B, pre+k+post) rows that ``prune`` keeps, for its idx (B, k)."""
-    first, last = (torch.arange(size, device=idx.device, dtype=idx.dtype).expand(idx.shape[0], -1) for size in (pre, post))
+    first, last = (
+        torch.arange(size, device=idx.device, dtype=idx.dtype).expand(idx.shape[0], -1)
+        for size in (pre, post)
+    )
     return torch.cat([first, idx + pre, last + (pre + n)], dim=1)
 
 
@@ -92,14 +106,16 @@ def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
     return full.index_put((batch, idx.long()), g, accumulate=True)
 
 
-# greedy choice ------------------------------------------------------------------------------------------------------------
+# --- greedy choice --------------------------------------------------------------------------------
 
 
 def best_of(value: Tensor, taken: Tensor) -> Tensor:
     """(B, 1) token of the largest value (B, N) that is not taken; NaN after all numbers, taken ones never."""
     low = torch.where(value.isnan(), -torch.inf, value)
     rank = torch.where(taken, 0, torch.where(value.isnan(), 1, 2))
-    top = torch.where(rank == rank.amax(-1, keepdim=True), 1, 0).bool()  # tokens, or NaN if no others are left
+    top = torch.where(
+        rank == rank.amax(-1, keepdim=True), 1, 0
+    ).bool()  # tokens, or NaN if no others are left
     highest = torch.where(top, low, -torch.inf).amax(-1, keepdim=True)
     return (top & (low == highest)).int().argmax(-1, keepdim=True)
 
@@ -112,20 +128,29 @@ def nearest(sim: Tensor) -> Tensor:
     return sim.masked_fill(itself, -torch.inf).amax(-1)
 
 
-def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+def greedy_maxmin(
+    sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
     """k times the token of the largest weight * (1 - its largest similarity to the tokens picked before).
 
     Args:
         sim: (B, N, N); row j holds what the pick j is compared with.
         k: number of picks; at most N are made.
         weight: (B, N), default all ones.
-        first: for the first pick, "nn" compares every token with all others, "argmax" takes the largest weight.
+        first: for the first pick, "nn" compares every token with all others, "argmax" takes the largest
+            weight.
 
     Returns:
         order (B, k) int32 in the order of picking, and what each pick was worth (B, k).
     """
     taken = torch.zeros(sim.shape[:2], dtype=torch.bool, device=sim.device)
-    value = worth_of(nearest(sim), weight) if first == "nn" else sim.new_ones(sim.shape[:2]) if weight is None else weight
+    value = (
+        worth_of(nearest(sim), weight)
+        if first == "nn"
+        else sim.new_ones(sim.shape[:2])
+        if weight is None
+        else weight
+    )
     order, worth, best = [], [], None
     for _ in range(min(k, sim.shape[-1])):
         pick = best_of(value, taken)
@@ -146,13 +171,16 @@ def joined(columns: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat([like[:, :0], *columns], dim=1)
 
 
-def greedy_maxmin_features(features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
+def greedy_maxmin_features(
+    features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
     """``greedy_maxmin`` by the cosine of features (B, N, D), rows of unit length."""
     return greedy_maxmin(features @ features.transpose(1, 2), k, weight, first)
 
 
 def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Greedy MAP of the determinantal point process L_ij = r_i * sim_ij * r_j, by an incremental Cholesky decomposition.
+    """Greedy MAP of the determinantal point process L_ij = r_i * sim_ij * r_j, by an incremental Cholesky
+    decomposition.
 
     Args:
         sim: (B, N, N).
@@ -160,8 +188,8 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: number of picks; at most N are made.
 
     Returns:
-        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B, k): 0 where the
-        tokens picked before span all others.
+        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B,
+        k): 0 where the tokens picked before span all others.
     """
     kernel = relevance[..., None] * sim * relevance[:, None]
     residual = kernel.diagonal(dim1=1, dim2=2)
@@ -191,11 +219,12 @@ def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Te
     return greedy_dpp(features @ features.transpose(1, 2), relevance, k)
 
 
-# scores -------------------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    """(1, B, nv) attention of one query to the keys v0 .. v0+nv-1, softmaxed over all keys, mean over heads, in float32.
+    """(1, B, nv) attention of one query to the keys v0 .. v0+nv-1, softmaxed over all keys, mean over heads,
+    in float32.
 
     Args:
         q: (B, H, d).

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores by one row of attention, and by the projector's slope: kernels and launchers.
 
-No atomics: heads are summed in their order, and where heads are split among programs, selection adds the partial scores up.
+No atomics: heads are summed in their order, and where heads are split among programs, selection adds the
+partial scores up.
 """
 
 from __future__ import annotations
@@ -19,17 +20,36 @@ _PROGRAMS = 132
 
 @triton.jit
 def logits_of(
-    q, k, head, at, valid, group, q_head, k_row, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """(GROUP, keys) logits of the query heads that share the key head ``k`` points at, of the keys ``at`` (int64)."""
+    q,
+    k,
+    head,
+    at,
+    valid,
+    group,
+    q_head,
+    k_row,
+    scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """(GROUP, keys) logits of the query heads that share the key head ``k`` points at, of the keys ``at``
+    (int64).
+    """
     width = tl.arange(0, WIDTH)
     mine = tl.arange(0, GROUP)
     query = tl.load(
         q + (head * group + mine)[:, None] * (q_head * UNIT) + width[None, :],
-        mask=(mine < group)[:, None] & (width < D)[None, :], other=0.0,
-    )  # fmt: skip
-    key = tl.load(k + at[:, None] * (k_row * UNIT) + width[None, :], mask=valid[:, None] & (width < D)[None, :], other=0.0)
+        mask=(mine < group)[:, None] & (width < D)[None, :],
+        other=0.0,
+    )
+    key = tl.load(
+        k + at[:, None] * (k_row * UNIT) + width[None, :],
+        mask=valid[:, None] & (width < D)[None, :],
+        other=0.0,
+    )
     if UP:
         query = query.to(tl.float32)
         key = key.to(tl.float32)
@@ -38,9 +58,30 @@ def logits_of(
 
 @triton.jit(do_not_specialize=["v0", "nv", "heads", "group", "splits", "blocks"])
 def attn_row_kernel(
-    q, k, lse, out, v0, nv, heads, group, splits, blocks, scale, share, q_batch, q_head, k_batch, k_head, k_row,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    lse,
+    out,
+    v0,
+    nv,
+    heads,
+    group,
+    splits,
+    blocks,
+    scale,
+    share,
+    q_batch,
+    q_head,
+    k_batch,
+    k_head,
+    k_row,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    UP: tl.constexpr,
+):
     """``heads``: key heads of a program. Partial scores (splits, B, nv)."""
     b = (tl.program_id(0) // (splits * blocks)).to(tl.int64)
     split = tl.program_id(0) // blocks % splits
@@ -63,10 +104,33 @@ def attn_row_kernel(
 
 @triton.jit(do_not_specialize=["v0", "nv", "keys", "heads", "group", "blocks"])
 def attn_logits_kernel(
-    q, k, logits, most, total, v0, nv, keys, heads, group, blocks, scale, q_batch, q_head, k_batch, k_head, k_row,
-    KEYS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """Logits (B, H, nv) of the columns asked for; maximum and sum of exponentials (B, H, blocks) of all columns."""
+    q,
+    k,
+    logits,
+    most,
+    total,
+    v0,
+    nv,
+    keys,
+    heads,
+    group,
+    blocks,
+    scale,
+    q_batch,
+    q_head,
+    k_batch,
+    k_head,
+    k_row,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """Logits (B, H, nv) of the columns asked for; maximum and sum of exponentials (B, H, blocks) of all
+    columns.
+    """
     b = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
     head = tl.program_id(0) // blocks % heads
     block = tl.program_id(0) % blocks
@@ -74,12 +138,16 @@ def attn_logits_kernel(
     valid = key < keys
     q += b * (q_batch * UNIT)
     k += b * (k_batch * UNIT) + head.to(tl.int64) * (k_head * UNIT)
-    found = logits_of(q, k, head, key.to(tl.int64), valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UNIT, UP)
+    found = logits_of(
+        q, k, head, key.to(tl.int64), valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UNIT, UP
+    )
     found = tl.where(valid[None, :], found, -float("inf"))
     mine = tl.arange(0, GROUP)
     row = (b * heads + head) * group + mine
     asked = (key >= v0) & (key < v0 + nv)
-    tl.store(logits + row[:, None] * nv + (key - v0)[None, :], found, mask=(mine < group)[:, None] & asked[None, :])
+    tl.store(
+        logits + row[:, None] * nv + (key - v0)[None, :], found, mask=(mine < group)[:, None] & asked[None, :]
+    )
     top = tl.max(found, 1)
     tl.store(most + row * blocks + block, top, mask=mine < group)
     tl.store(total + row * blocks + block, tl.sum(tl.exp(found - top[:, None]), 1), mask=mine < group)
@@ -88,7 +156,7 @@ def attn_logits_kernel(
 @triton.jit(do_not_specialize=["nv", "heads", "blocks", "columns"])
 def attn_combine_kernel(
     logits, most, total, out, nv, heads, blocks, columns, share, KEYS: tl.constexpr, BLOCKS: tl.constexpr
-):  # fmt: skip
+):
     b = (tl.program_id(0) // columns).to(tl.int64)
     key = tl.program_id(0) % columns * KEYS + tl.arange(0, KEYS)
     lane = tl.arange(0, BLOCKS)
@@ -121,7 +189,8 @@ def row_dot_kernel(x, y, out, rows, width, ROWS: tl.constexpr, WIDTH: tl.constex
 
 
 def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    """(R, B, nv) partial scores of ``reference.attn_row_scores``: attention of one query to keys v0 .. v0+nv-1, mean over heads.
+    """(R, B, nv) partial scores of ``reference.attn_row_scores``: attention of one query to keys v0 ..
+    v0+nv-1, mean over heads.
 
     Args:
         q: (B, H, d).
@@ -134,11 +203,14 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     key_heads, keys = k.shape[1:3]
     group = heads // key_heads
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2)
-    # Triton knows strides to be multiples of 16 or of nothing; heads of 72 numbers, say, want accesses of 8 all the same
+    # Triton knows strides to be multiples of 16 or of nothing; heads of 72 numbers, say, want accesses of 8
+    # all the same
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     strides = tuple(stride // unit for stride in strides)
     # the interpreter takes the bits of half precision for integers in tl.dot
-    up = q.dtype != k.dtype or (q.dtype != torch.float32 and q.device.type == "cpu" and triton.knobs.runtime.interpret)
+    up = q.dtype != k.dtype or (
+        q.dtype != torch.float32 and q.device.type == "cpu" and triton.knobs.runtime.interpret
+    )
     shape = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), unit, up
     new = {"dtype": torch.float32, "device": q.device}
     columns = -(-nv // _KEYS)
@@ -147,8 +219,17 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
         out = torch.empty(splits, batch, nv, **new)
         sizes = v0, nv, key_heads // splits, group, splits, columns, float(scale), 1.0 / heads
         launch(
-            attn_row_kernel, batch * splits * columns, q, k, lse.contiguous(), out, *sizes, *strides, *shape, num_warps=4
-        )  # fmt: skip
+            attn_row_kernel,
+            batch * splits * columns,
+            q,
+            k,
+            lse.contiguous(),
+            out,
+            *sizes,
+            *strides,
+            *shape,
+            num_warps=4,
+        )
         return out
     blocks = -(-keys // _KEYS)
     logits = torch.empty(batch, heads, nv, **new)
@@ -156,15 +237,27 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     out = torch.empty(1, batch, nv, **new)
     sizes = v0, nv, keys, key_heads, group, blocks, float(scale)
     launch(
-        attn_logits_kernel, batch * key_heads * blocks, q, k, logits, most, total, *sizes, *strides, *shape, num_warps=4
-    )  # fmt: skip
+        attn_logits_kernel,
+        batch * key_heads * blocks,
+        q,
+        k,
+        logits,
+        most,
+        total,
+        *sizes,
+        *strides,
+        *shape,
+        num_warps=4,
+    )
     sizes = nv, heads, blocks, columns, 1.0 / heads, _KEYS, max(16, next_power_of_2(blocks))
     launch(attn_combine_kernel, batch * columns, logits, most, total, out, *sizes, num_warps=1)
     return out
 
 
 def _splits(heads: int, programs: int) -> int:
-    """Into how many parts the key heads are split, so that the GPU is busy; at most 8, which selection adds up."""
+    """Into how many parts the key heads are split, so that the GPU is busy; at most 8, which selection adds
+    up.
+    """
     possible = [parts for parts in (1, 2, 4, 8) if heads % parts == 0]
     return next((parts for parts in possible if parts * programs >= _PROGRAMS), possible[-1])
 
@@ -177,5 +270,16 @@ def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
     out = torch.empty(slope.shape[:-1], dtype=torch.float32, device=slope.device)
     rows = 4
     tile = min(1024, max(16, next_power_of_2(width)))
-    launch(row_dot_kernel, -(-out.numel() // rows), slope, product, out, out.numel(), width, rows, tile, num_warps=4)
+    launch(
+        row_dot_kernel,
+        -(-out.numel() // rows),
+        slope,
+        product,
+        out,
+        out.numel(),
+        width,
+        rows,
+        tile,
+        num_warps=4,
+    )
     return out

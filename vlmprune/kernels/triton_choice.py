@@ -11,7 +11,9 @@ from .triton_greedy import dpp_kernel, maxmin_kernel, nearest_kernel
 from .triton_launch import MAX_BLOCK, block_of, launch, launch_steps, next_power_of_2, warps
 from .triton_steps import dpp_step_kernel, maxmin_step_kernel
 
-_HISTORY = 200 * 1024  # bytes of a decomposition that one program reads over and over; a longer one is worth a launch per pick
+_HISTORY = (
+    200 * 1024
+)  # bytes of a decomposition that one program reads over and over; a longer one is worth a launch per pick
 _DPP_BLOCK = 4096  # tokens that one program holds with rows of the decomposition; more spill
 _DPP_ROWS = 8
 _PROGRAMS = 1024  # per batch entry of a step: each reads what all of them left
@@ -25,7 +27,9 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _outputs(like: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = like.shape[0], min(k, like.shape[1])
-    return torch.empty(size, dtype=torch.int32, device=like.device), torch.empty(size, dtype=torch.float32, device=like.device)
+    return torch.empty(size, dtype=torch.int32, device=like.device), torch.empty(
+        size, dtype=torch.float32, device=like.device
+    )
 
 
 def _first_values(source: Tensor, weight: Tensor | None, first: str, features: bool) -> Tensor:
@@ -42,8 +46,18 @@ def _first_values(source: Tensor, weight: Tensor | None, first: str, features: b
     scale = value if weight is None else weight
     strides = source.stride(0), source.stride(1)
     launch(
-        nearest_kernel, batch * -(-n // rows), source, scale, value, n, *strides, rows, block, weight is not None, num_warps=4
-    )  # fmt: skip
+        nearest_kernel,
+        batch * -(-n // rows),
+        source,
+        scale,
+        value,
+        n,
+        *strides,
+        rows,
+        block,
+        weight is not None,
+        num_warps=4,
+    )
     return value
 
 
@@ -61,8 +75,12 @@ def _nearest_by_features(features: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn") -> tuple[Tensor, Tensor]:
-    """Order of picks (B, min(k, N)) and what each was worth, by similarities (B, N, N); see ``reference.greedy_maxmin``."""
+def greedy_maxmin(
+    sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
+) -> tuple[Tensor, Tensor]:
+    """Order of picks (B, min(k, N)) and what each was worth, by similarities (B, N, N); see
+    ``reference.greedy_maxmin``.
+    """
     batch, n = sim.shape[:2]
     if n > MAX_BLOCK:
         return _maxmin_steps(_rows_contiguous(sim), k, weight, first, features=False)
@@ -79,7 +97,8 @@ def greedy_maxmin(sim: Tensor, k: int, weight: Tensor | None = None, first: str 
 def greedy_maxmin_features(
     features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
 ) -> tuple[Tensor, Tensor]:
-    """``greedy_maxmin`` by features (B, N, D) of unit length: a launch per pick, and never an N x N matrix."""
+    """``greedy_maxmin`` by features (B, N, D) of unit length: a launch per pick, and never an N x N
+    matrix."""
     return _maxmin_steps(_rows_contiguous(features), k, weight, first, features=True)
 
 
@@ -104,21 +123,35 @@ class _Steps:
         return source.shape[1], k, 0, self.programs, source.shape[2], source.stride(0), source.stride(1)
 
 
-def _maxmin_steps(source: Tensor, k: int, weight: Tensor | None, first: str, features: bool) -> tuple[Tensor, Tensor]:
+def _maxmin_steps(
+    source: Tensor, k: int, weight: Tensor | None, first: str, features: bool
+) -> tuple[Tensor, Tensor]:
     weight = None if weight is None else weight.contiguous()
     order, worth = _outputs(source, k)
     start = _first_values(source, weight, first, features)
     steps = _Steps(source)
     scale = start if weight is None else weight
     best = steps.state(torch.float32)
-    args = (source, scale, start, best, steps.taken, *steps.left, order, worth, *steps.sizes(source, order.shape[1]))
+    args = (
+        source,
+        scale,
+        start,
+        best,
+        steps.taken,
+        *steps.left,
+        order,
+        worth,
+        *steps.sizes(source, order.shape[1]),
+    )
     flags = (*steps.tiles, features, weight is not None)
     launch_steps(maxmin_step_kernel, steps.grid, order.shape[1] + 1, "step", *args, *flags, num_warps=4)
     return order, worth
 
 
 def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Order of picks (B, min(k, N)) and the gain of each, by similarities (B, N, N); see ``reference.greedy_dpp``."""
+    """Order of picks (B, min(k, N)) and the gain of each, by similarities (B, N, N); see
+    ``reference.greedy_dpp``.
+    """
     batch, n = sim.shape[:2]
     k = min(k, n)
     sim = _rows_contiguous(sim)
@@ -134,7 +167,9 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``greedy_dpp`` by inner products of features (B, N, D): memory for N x k numbers, never an N x N matrix."""
+    """``greedy_dpp`` by inner products of features (B, N, D): memory for N x k numbers, never an N x N
+    matrix.
+    """
     return _dpp_steps(_rows_contiguous(features), relevance, min(k, features.shape[1]), features=True)
 
 
@@ -144,6 +179,16 @@ def _dpp_steps(source: Tensor, relevance: Tensor, k: int, features: bool) -> tup
     width = -(-k // steps.tiles[1]) * steps.tiles[1]
     history = torch.zeros(*source.shape[:2], width, dtype=torch.float32, device=source.device)
     state = steps.state(torch.float32), steps.state(torch.float32), steps.taken, history
-    args = (source, relevance.contiguous(), *state, *steps.left, order, gain, *steps.sizes(source, k), width, RESIDUAL)
+    args = (
+        source,
+        relevance.contiguous(),
+        *state,
+        *steps.left,
+        order,
+        gain,
+        *steps.sizes(source, k),
+        width,
+        RESIDUAL,
+    )
     launch_steps(dpp_step_kernel, steps.grid, k + 1, "step", *args, *steps.tiles, features, num_warps=4)
     return order, gain

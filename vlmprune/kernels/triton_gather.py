@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows copied by selection: select and copy in one launch, copy by known indices, and the way back.
 
-Up to four tensors ride in one launch, (B, rows, D) or side tensors (B, rows) with D = 1. Widths and strides must stay
-specialised: without their divisibility known, copies fall back to two-byte accesses. Offsets are 64 bits wide.
+Up to four tensors ride in one launch, (B, rows, D) or side tensors (B, rows) with D = 1. Widths and strides
+must stay specialised: without their divisibility known, copies fall back to two-byte accesses. Offsets are 64
+bits wide.
 """
 
 from __future__ import annotations
@@ -15,20 +16,56 @@ from .triton_select import keep_rank, kth_key, load_keys, segment
 
 @triton.jit
 def copy_rows(x, y, source, target, keep, width, part, split, BD: tl.constexpr):
-    """Columns of share ``part`` of ``split`` of the rows at offset ``source`` of x to offset ``target`` of y, where ``keep``."""
+    """Columns of share ``part`` of ``split`` of the rows at offset ``source`` of x to offset ``target`` of y,
+    where ``keep``.
+    """
     for column in range(part * BD, width, split * BD):
         at = column + tl.arange(0, BD)
         mask = keep[:, None] & (at < width)[None, :]
-        tl.store(y + target[:, None] + at[None, :], tl.load(x + source[:, None] + at[None, :], mask=mask), mask=mask)
+        tl.store(
+            y + target[:, None] + at[None, :],
+            tl.load(x + source[:, None] + at[None, :], mask=mask),
+            mask=mask,
+        )
 
 
 @triton.jit
 def copy_all(
-    x0, y0, d0, b0, r0, x1, y1, d1, b1, r1, x2, y2, d2, b2, r2, x3, y3, d3, b3, r3,
-    batch, row, target, keep, part, split,
-    BD0: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BD3: tl.constexpr, TENSORS: tl.constexpr,
-):  # fmt: skip
-    """``row`` and ``target``: int64. Tensor i: width d, strides b of a batch entry (0 when packed) and r of a row."""
+    x0,
+    y0,
+    d0,
+    b0,
+    r0,
+    x1,
+    y1,
+    d1,
+    b1,
+    r1,
+    x2,
+    y2,
+    d2,
+    b2,
+    r2,
+    x3,
+    y3,
+    d3,
+    b3,
+    r3,
+    batch,
+    row,
+    target,
+    keep,
+    part,
+    split,
+    BD0: tl.constexpr,
+    BD1: tl.constexpr,
+    BD2: tl.constexpr,
+    BD3: tl.constexpr,
+    TENSORS: tl.constexpr,
+):
+    """``row`` and ``target``: int64. Tensor i: width d, strides b of a batch entry (0 when packed) and r of a
+    row.
+    """
     copy_rows(x0, y0, batch * b0 + row * r0, target * d0, keep, d0, part, split, BD0)
     if TENSORS > 1:
         copy_rows(x1, y1, batch * b1 + row * r1, target * d1, keep, d1, part, split, BD1)
@@ -40,13 +77,51 @@ def copy_all(
 
 @triton.jit(do_not_specialize=["n", "k", "pre", "post", "parts", "stride", "blocks", "split"])
 def prune_kernel(
-    scores, idx, cu_n, ks, cu_k,
-    x0, y0, d0, b0, r0, x1, y1, d1, b1, r1, x2, y2, d2, b2, r2, x3, y3, d3, b3, r3,
-    n, k, pre, post, parts, stride, blocks, split,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, BD0: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BD3: tl.constexpr,
-    TENSORS: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """Every program selects anew, which is cheap, and copies its own slice of source rows: no scratch, no second launch."""
+    scores,
+    idx,
+    cu_n,
+    ks,
+    cu_k,
+    x0,
+    y0,
+    d0,
+    b0,
+    r0,
+    x1,
+    y1,
+    d1,
+    b1,
+    r1,
+    x2,
+    y2,
+    d2,
+    b2,
+    r2,
+    x3,
+    y3,
+    d3,
+    b3,
+    r3,
+    n,
+    k,
+    pre,
+    post,
+    parts,
+    stride,
+    blocks,
+    split,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD0: tl.constexpr,
+    BD1: tl.constexpr,
+    BD2: tl.constexpr,
+    BD3: tl.constexpr,
+    TENSORS: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """Every program selects anew, which is cheap, and copies its own slice of source rows: no scratch, no
+    second launch.
+    """
     pid = tl.program_id(0)
     s = pid // (blocks * split)
     block = pid // split % blocks
@@ -74,19 +149,80 @@ def prune_kernel(
         source = row.to(tl.int64) if not VARLEN else start + row
         out = batch * (pre + k + post) if not VARLEN else first
         copy_all(
-            x0, y0, d0, b0, r0, x1, y1, d1, b1, r1, x2, y2, d2, b2, r2, x3, y3, d3, b3, r3,
-            batch, source, out + target, keep, pid % split, split, BD0, BD1, BD2, BD3, TENSORS,
-        )  # fmt: skip
+            x0,
+            y0,
+            d0,
+            b0,
+            r0,
+            x1,
+            y1,
+            d1,
+            b1,
+            r1,
+            x2,
+            y2,
+            d2,
+            b2,
+            r2,
+            x3,
+            y3,
+            d3,
+            b3,
+            r3,
+            batch,
+            source,
+            out + target,
+            keep,
+            pid % split,
+            split,
+            BD0,
+            BD1,
+            BD2,
+            BD3,
+            TENSORS,
+        )
 
 
 @triton.jit(do_not_specialize=["n", "k", "pre", "post", "blocks", "split"])
 def gather_kernel(
-    idx, cu_n, ks, cu_k,
-    x0, y0, d0, b0, r0, x1, y1, d1, b1, r1, x2, y2, d2, b2, r2, x3, y3, d3, b3, r3,
-    n, k, pre, post, blocks, split,
-    ROWS: tl.constexpr, BD0: tl.constexpr, BD1: tl.constexpr, BD2: tl.constexpr, BD3: tl.constexpr,
-    TENSORS: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
+    idx,
+    cu_n,
+    ks,
+    cu_k,
+    x0,
+    y0,
+    d0,
+    b0,
+    r0,
+    x1,
+    y1,
+    d1,
+    b1,
+    r1,
+    x2,
+    y2,
+    d2,
+    b2,
+    r2,
+    x3,
+    y3,
+    d3,
+    b3,
+    r3,
+    n,
+    k,
+    pre,
+    post,
+    blocks,
+    split,
+    ROWS: tl.constexpr,
+    BD0: tl.constexpr,
+    BD1: tl.constexpr,
+    BD2: tl.constexpr,
+    BD3: tl.constexpr,
+    TENSORS: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
     """The slice of output rows of every program; rows before and behind the tokens are kept."""
     pid = tl.program_id(0)
     s = pid // (blocks * split)
@@ -100,16 +236,45 @@ def gather_kernel(
     source = row.to(tl.int64) if not VARLEN else start + row
     out = batch * (pre + k + post) if not VARLEN else first
     copy_all(
-        x0, y0, d0, b0, r0, x1, y1, d1, b1, r1, x2, y2, d2, b2, r2, x3, y3, d3, b3, r3,
-        batch, source, out + target, keep, pid % split, split, BD0, BD1, BD2, BD3, TENSORS,
-    )  # fmt: skip
+        x0,
+        y0,
+        d0,
+        b0,
+        r0,
+        x1,
+        y1,
+        d1,
+        b1,
+        r1,
+        x2,
+        y2,
+        d2,
+        b2,
+        r2,
+        x3,
+        y3,
+        d3,
+        b3,
+        r3,
+        batch,
+        source,
+        out + target,
+        keep,
+        pid % split,
+        split,
+        BD0,
+        BD1,
+        BD2,
+        BD3,
+        TENSORS,
+    )
 
 
 @triton.jit(do_not_specialize=["n", "k", "steps", "blocks", "split"])
-def unprune_kernel(
-    idx, g, y, d, b, r, n, k, steps, blocks, split, ROWS: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    """Every output row looks for itself in the ascending indices: no atomics, and dropped rows are written as zeros."""
+def unprune_kernel(idx, g, y, d, b, r, n, k, steps, blocks, split, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Every output row looks for itself in the ascending indices: no atomics, and dropped rows are written as
+    zeros.
+    """
     pid = tl.program_id(0)
     s = (pid // (blocks * split)).to(tl.int64)
     row = pid // split % blocks * ROWS + tl.arange(0, ROWS)

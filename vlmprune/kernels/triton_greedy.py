@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choice with one program per sample: all its tokens in registers, all picks in one launch.
 
-A pick is the largest value among the tokens not taken, the lower index of equals, NaN last: the largest key, where taken
-ones have key 0.
+A pick is the largest value among the tokens not taken, the lower index of equals, NaN last: the largest key,
+where taken ones have key 0.
 """
 
 from __future__ import annotations
@@ -40,8 +40,16 @@ def worth_of(best, weight, at, valid, WEIGHTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def nearest_kernel(
-    sim, weight, first, n, batch_stride, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
-):  # fmt: skip
+    sim,
+    weight,
+    first,
+    n,
+    batch_stride,
+    row_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """What each token is worth by its most similar other one; a NaN among its similarities makes NaN."""
     blocks = tl.cdiv(n, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -64,8 +72,18 @@ def nearest_kernel(
 
 @triton.jit(do_not_specialize=["n", "k"])
 def maxmin_kernel(
-    sim, weight, first, order, worth, n, k, batch_stride, row_stride, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
-):  # fmt: skip
+    sim,
+    weight,
+    first,
+    order,
+    worth,
+    n,
+    k,
+    batch_stride,
+    row_stride,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     valid = lane < n
@@ -99,8 +117,19 @@ def new_row(line, explained, left):
 
 @triton.jit(do_not_specialize=["n", "k"])
 def dpp_kernel(
-    sim, relevance, history, order, gain, n, k, batch_stride, row_stride, noise, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    sim,
+    relevance,
+    history,
+    order,
+    gain,
+    n,
+    k,
+    batch_stride,
+    row_stride,
+    noise,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """history (B, k, BLOCK): rows of the decomposition so far, written and read by this program alone."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k of segments too long for one program: three histograms of 11, 11 and 10 bits, then one ordered compaction.
+"""Top-k of segments too long for one program: three histograms of 11, 11 and 10 bits, then one ordered
+compaction.
 
 Each launch reads the counts that the ones before it have written, so no program waits for another.
 """
@@ -27,10 +28,24 @@ def narrow(hist, k, BINS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "k", "parts", "stride", "chunks"])
 def histogram_kernel(
-    scores, hist, cu_n, ks, cu_k, n, k, parts, stride, chunks,
-    DIGIT: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """Adds the digits of one chunk to hist (S, 3, BINS), of the keys that share the digits before with the k-th largest."""
+    scores,
+    hist,
+    cu_n,
+    ks,
+    cu_k,
+    n,
+    k,
+    parts,
+    stride,
+    chunks,
+    DIGIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """Adds the digits of one chunk to hist (S, 3, BINS), of the keys that share the digits before with the
+    k-th largest.
+    """
     s = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     start, n, _, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
@@ -57,9 +72,21 @@ def histogram_kernel(
 
 @triton.jit(do_not_specialize=["n", "k", "parts", "stride", "chunks"])
 def compact_kernel(
-    scores, hist, idx, cu_n, ks, cu_k, n, k, parts, stride, chunks,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
+    scores,
+    hist,
+    idx,
+    cu_n,
+    ks,
+    cu_k,
+    n,
+    k,
+    parts,
+    stride,
+    chunks,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
     s = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels are started: the static launch table, and a cache of compiled kernels.
 
-Triton's own launcher binds and inspects every argument anew, which takes longer than most kernels here run. A compiled kernel
-found under the facts that it was compiled for is started without that.
+Triton's own launcher binds and inspects every argument anew, which takes longer than most kernels here run. A
+compiled kernel found under the facts that it was compiled for is started without that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ TILE = 16 * 1024  # bytes of a tile of rows in registers
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
 _compiled: dict[tuple, object] = {}
-_kinds: dict[object, tuple[frozenset[int], frozenset[int]]] = {}  # of a kernel: constants, and what it specialises on
+_kinds: dict[
+    object, tuple[frozenset[int], frozenset[int]]
+] = {}  # of a kernel: constants, and what it specialises on
 
 
 def next_power_of_2(n: int) -> int:
@@ -39,14 +41,18 @@ def warps(block: int) -> int:
 
 
 def launch(kernel, grid: int, *args, num_warps: int) -> None:
-    """Start ``grid`` programs. All arguments are positional, constants included; the first is a tensor on the device."""
+    """Start ``grid`` programs. All arguments are positional, constants included; the first is a tensor on the
+    device.
+    """
     if grid:
         with _on(args[0].device):
             start(kernel, grid, args, args[0].device, num_warps)
 
 
 def launch_steps(kernel, grid: int, count: int, step: str, *args, num_warps: int) -> None:
-    """``launch`` ``count`` times, with the argument named ``step``, which must not be specialised, counting up from 0."""
+    """``launch`` ``count`` times, with the argument named ``step``, which must not be specialised, counting
+    up from 0.
+    """
     at = kernel.arg_names.index(step)
     device = args[0].device
     again = None
@@ -65,7 +71,8 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) -> Callable | None:
-    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere (interpreter, AMD: it looks at sizes of tensors too).
+    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere (interpreter, AMD: it looks at sizes
+    of tensors too).
 
     Returns:
         What starts the same kernel again, where that is known.

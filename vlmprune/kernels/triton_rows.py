@@ -27,7 +27,9 @@ def plain(x: Tensor) -> Tensor:
     if x.dtype in _PLAIN:
         return x
     if x.dtype.itemsize not in _SAME_SIZE:
-        raise UnsupportedError(f"cannot copy rows of {x.dtype}; view it as a type of 8 bytes, such as torch.view_as_real(x)")
+        raise UnsupportedError(
+            f"cannot copy rows of {x.dtype}; view it as a type of 8 bytes, such as torch.view_as_real(x)"
+        )
     return x.view(_SAME_SIZE[x.dtype.itemsize])
 
 
@@ -53,7 +55,9 @@ class Rows:
 
     def tiles(self, rows: int, warps: int) -> list[int]:
         """Columns of a tile of ``rows`` rows, per tensor."""
-        tile = TILE if self.count <= 2 or warps > 8 else TILE // 2  # registers; 16 bytes for each thread at least
+        tile = (
+            TILE if self.count <= 2 or warps > 8 else TILE // 2
+        )  # registers; 16 bytes for each thread at least
         widths = [min(next_power_of_2(x.shape[-1]), tile // (rows * x.element_size())) for x in self.flat]
         return widths + widths[:1] * (_TENSORS - len(widths))
 
@@ -65,7 +69,9 @@ class Rows:
 
 
 def fused_rows(segments: int, rows: int) -> int | None:
-    """Source rows of a program of the fused kernel; None where so many programs would select anew that two launches are less."""
+    """Source rows of a program of the fused kernel; None where so many programs would select anew that two
+    launches are less.
+    """
     return next((block for block in (16, 32, 64) if segments * -(-rows // block) <= PROGRAMS), None)
 
 
@@ -92,14 +98,31 @@ def prune(
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
     ys = outputs(xs, (batch, pre + k + post))
-    run(parts_of(scores), idx, (idx, idx, idx), (batch, n, k, n, k), (pre, post), batches(xs, ys, False), False, form)
+    run(
+        parts_of(scores),
+        idx,
+        (idx, idx, idx),
+        (batch, n, k, n, k),
+        (pre, post),
+        batches(xs, ys, False),
+        False,
+        form,
+    )
     return idx, ys
 
 
 def prune_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: list[Tensor], form: Form = "auto"
+    scores: Tensor,
+    cu_n: Tensor,
+    k: Tensor,
+    cu_k: Tensor,
+    total_k: int,
+    max_n: int,
+    xs: list[Tensor],
+    form: Form = "auto",
 ) -> tuple[Tensor, list[Tensor]]:
-    """``prune`` of packed scores (T,) and xs (T, *): idx (total_k,) within segments, and copies (total_k, *)."""
+    """``prune`` of packed scores (T,) and xs (T, *): idx (total_k,) within segments, and copies (total_k,
+    *)."""
     idx = torch.empty(total_k, dtype=torch.int32, device=scores.device)
     ys = outputs(xs, (total_k,))
     sizes = (k.shape[0], 0, 0, max_n, min(max_n, total_k))
@@ -108,7 +131,9 @@ def prune_varlen(
 
 
 def run(parts, idx, segments, sizes, extra, groups, varlen: bool, form: Form) -> None:
-    """Fused launches, or selection and copy apart. ``sizes``: segments, n, k, and the largest n and k of a segment."""
+    """Fused launches, or selection and copy apart. ``sizes``: segments, n, k, and the largest n and k of a
+    segment.
+    """
     count, n, k, max_n, max_k = sizes
     rows = fused_rows(count, max_n + sum(extra))
     rows = (rows or 64) if form == "fused" else rows if form == "auto" else None
@@ -126,8 +151,15 @@ def run(parts, idx, segments, sizes, extra, groups, varlen: bool, form: Form) ->
         split = group.split(count, blocks, max_k + sum(extra), tiles)
         shape = (n, k, *extra, number, stride, blocks, split, block, rows, *tiles, group.count, varlen)
         launch(
-            prune_kernel, count * blocks * split, scores, idx, *segments, *group.args, *shape, num_warps=warps(block)
-        )  # fmt: skip
+            prune_kernel,
+            count * blocks * split,
+            scores,
+            idx,
+            *segments,
+            *group.args,
+            *shape,
+            num_warps=warps(block),
+        )
 
 
 def gather(idx, segments, sizes, extra, group: Rows, varlen: bool) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k by bisection over sortable keys in registers: one program per segment of up to 8192 tokens.
 
-A segment is one row of a batch, or one stretch of a packed batch (VARLEN). Score bits become unsigned keys that sort as the
-scores do: NaN lowest, both zeros equal. 0 stands for "not a token".
+A segment is one row of a batch, or one stretch of a packed batch (VARLEN). Score bits become unsigned keys
+that sort as the scores do: NaN lowest, both zeros equal. 0 stands for "not a token".
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
-    """First token (int64), tokens, first output (int64) and outputs, never more than tokens, of segment ``s``."""
+    """First token (int64), tokens, first output (int64) and outputs, never more than tokens, of segment
+    ``s``.
+    """
     if VARLEN:
         start = tl.load(cu_n + s)
         n = tl.load(cu_n + s + 1) - start
@@ -25,17 +27,23 @@ def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
 
 @triton.jit
 def sortable(x):
-    """uint32 keys > 0 in the order of float32 ``x``. No flush of denormals, and no select, on which AMD's compiler trips."""
+    """uint32 keys > 0 in the order of float32 ``x``. No flush of denormals, and no select, on which AMD's
+    compiler trips.
+    """
     bits = x.to(tl.int32, bitcast=True)
     sign = bits >> 31
     value = (bits ^ (sign & 0x7FFFFFFF)) - sign  # sign and magnitude to two's complement: both zeros are 0
-    key = value.to(tl.uint32, bitcast=True) + 0x807FFFFF  # to unsigned order; positive NaN wrap around to the bottom
+    key = (
+        value.to(tl.uint32, bitcast=True) + 0x807FFFFF
+    )  # to unsigned order; positive NaN wrap around to the bottom
     return tl.maximum(key, 0x00FFFFFE)  # every NaN is one key, just below that of -inf
 
 
 @triton.jit
 def load_keys(scores, at, valid, parts, stride):
-    """Keys of the scores at ``at`` (int64), summed over ``parts`` partial scores in their order; 0 where not ``valid``."""
+    """Keys of the scores at ``at`` (int64), summed over ``parts`` partial scores in their order; 0 where not
+    ``valid``.
+    """
     total = tl.load(scores + at, mask=valid, other=0.0).to(tl.float32)
     for _ in range(1, parts):
         at += stride
@@ -58,7 +66,9 @@ def kth_key(key, k):
 
 @triton.jit
 def keep_rank(key, bound, need, above_before, equal_before):
-    """Which keys are kept, and the place of each in the output, when ``need`` of those equal to the bound are."""
+    """Which keys are kept, and the place of each in the output, when ``need`` of those equal to the bound
+    are.
+    """
     above = key > bound
     equal = key == bound
     # both ranks from one scan: counts stay below 2**15
@@ -72,7 +82,7 @@ def keep_rank(key, bound, need, above_before, equal_before):
 @triton.jit(do_not_specialize=["n", "k", "parts", "stride"])
 def select_kernel(
     scores, idx, cu_n, ks, cu_k, n, k, parts, stride, BLOCK: tl.constexpr, VARLEN: tl.constexpr
-):  # fmt: skip
+):
     start, n, first, k = segment(tl.program_id(0), n, k, cu_n, ks, cu_k, VARLEN)
     lane = tl.arange(0, BLOCK)
     key = load_keys(scores, start + lane, lane < n, parts, stride)

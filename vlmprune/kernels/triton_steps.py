@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy choice with one launch per pick, for more tokens or longer sums than one program can take.
 
-Each program owns some tokens. It leaves the best of them behind, and in the next launch all programs find the best of these:
-what a launch reads was written by the one before (two sets of leavings take turns), so no program waits for another. Launch 0
-prepares, launch ``step`` makes pick ``step - 1``, and launch ``k`` makes the last.
+Each program owns some tokens. It leaves the best of them behind, and in the next launch all programs find the
+best of these: what a launch reads was written by the one before (two sets of leavings take turns), so no
+program waits for another. Launch 0 prepares, launch ``step`` makes pick ``step - 1``, and launch ``k`` makes
+the last.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def leave(keys, tokens, step, value, taken, token):
 
 @triton.jit
 def pick_left(keys, tokens, order, worth, step, k, programs, PARTIALS: tl.constexpr):
-    """The pick of the launch before, which the first program of each batch entry writes down, and its value."""
+    """The pick of the launch before, which the first program of each batch entry writes down, and its
+    value."""
     b = tl.program_id(0) // programs
     lane = tl.arange(0, PARTIALS)
     there = lane < programs
@@ -49,18 +51,27 @@ def pick_left(keys, tokens, order, worth, step, k, programs, PARTIALS: tl.conste
 
 @triton.jit
 def dots(x, own, pick, valid, used, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Inner products of the rows ``own`` (int64) of x with row ``pick``, over the first ``used`` columns of ``width``."""
+    """Inner products of the rows ``own`` (int64) of x with row ``pick``, over the first ``used`` columns of
+    ``width``.
+    """
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for column in range(0, used, WIDTH):
         at = column + tl.arange(0, WIDTH)
         inside = at < width
-        mine = tl.load(x + own[:, None] * stride + at[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
-        total += mine.to(tl.float32) * tl.load(x + pick * stride + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        mine = tl.load(
+            x + own[:, None] * stride + at[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+        )
+        total += (
+            mine.to(tl.float32)
+            * tl.load(x + pick * stride + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        )
     return tl.sum(total, 1)
 
 
 @triton.jit
-def similarity(source, token, pick, valid, d, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr):
+def similarity(
+    source, token, pick, valid, d, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr
+):
     if FEATURES:
         return dots(source, token.to(tl.int64), pick, valid, d, d, row_stride, ROWS, WIDTH)
     return tl.load(source + pick * row_stride + token, mask=valid, other=0.0).to(tl.float32)
@@ -68,9 +79,28 @@ def similarity(source, token, pick, valid, d, row_stride, ROWS: tl.constexpr, WI
 
 @triton.jit(do_not_specialize=["n", "k", "step", "programs"])
 def maxmin_step_kernel(
-    source, weight, first, best, taken, keys, tokens, order, worth, n, k, step, programs, d, batch_stride, row_stride,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTIALS: tl.constexpr, FEATURES: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
+    source,
+    weight,
+    first,
+    best,
+    taken,
+    keys,
+    tokens,
+    order,
+    worth,
+    n,
+    k,
+    step,
+    programs,
+    d,
+    batch_stride,
+    row_stride,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     """source: similarities (B, N, N), or features (B, N, D). best, taken: (B, N), of this call."""
     b, token, at = place(n, programs, ROWS)
     valid = token < n
@@ -81,8 +111,12 @@ def maxmin_step_kernel(
     else:
         pick, _ = pick_left(keys, tokens, order, worth, step, k, programs, PARTIALS)
         if step < k:
-            row = similarity(source + b * batch_stride, token, pick, valid, d, row_stride, ROWS, WIDTH, FEATURES)
-            near = tl.maximum(tl.load(best + at, mask=valid, other=0.0), row, propagate_nan=tl.PropagateNan.ALL)
+            row = similarity(
+                source + b * batch_stride, token, pick, valid, d, row_stride, ROWS, WIDTH, FEATURES
+            )
+            near = tl.maximum(
+                tl.load(best + at, mask=valid, other=0.0), row, propagate_nan=tl.PropagateNan.ALL
+            )
             gone = (tl.load(taken + at, mask=valid, other=1) != 0) | (token == pick)
             tl.store(best + at, near, mask=valid)
             tl.store(taken + at, gone.to(tl.int8), mask=valid)
@@ -91,10 +125,30 @@ def maxmin_step_kernel(
 
 @triton.jit(do_not_specialize=["n", "k", "step", "programs"])
 def dpp_step_kernel(
-    source, relevance, residual, floor, taken, history, keys, tokens, order, gain,
-    n, k, step, programs, d, batch_stride, row_stride, history_stride, noise,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTIALS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
+    source,
+    relevance,
+    residual,
+    floor,
+    taken,
+    history,
+    keys,
+    tokens,
+    order,
+    gain,
+    n,
+    k,
+    step,
+    programs,
+    d,
+    batch_stride,
+    row_stride,
+    history_stride,
+    noise,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
     """history (B, N, at least k), zeros at first: columns of the decomposition, a row for each token."""
     b, token, at = place(n, programs, ROWS)
     valid = token < n
@@ -106,11 +160,15 @@ def dpp_step_kernel(
             for column in range(0, d, WIDTH):
                 across = column + tl.arange(0, WIDTH)
                 mask = valid[:, None] & (across < d)[None, :]
-                row = tl.load(source + token.to(tl.int64)[:, None] * row_stride + across[None, :], mask=mask, other=0.0)
+                row = tl.load(
+                    source + token.to(tl.int64)[:, None] * row_stride + across[None, :], mask=mask, other=0.0
+                )
                 norm += row.to(tl.float32) * row.to(tl.float32)
             itself = tl.sum(norm, 1)
         else:
-            itself = tl.load(source + token.to(tl.int64) * (row_stride + 1), mask=valid, other=0.0).to(tl.float32)
+            itself = tl.load(source + token.to(tl.int64) * (row_stride + 1), mask=valid, other=0.0).to(
+                tl.float32
+            )
         start = own * itself * own
         least = noise * tl.maximum(start, 0.0)
         start = settled(start, least)
@@ -124,7 +182,9 @@ def dpp_step_kernel(
             row = similarity(source, token, pick, valid, d, row_stride, ROWS, WIDTH, FEATURES)
             history += b * n * history_stride
             mine = token.to(tl.int64)
-            explained = dots(history, mine, pick, valid, step - 1, history_stride, history_stride, ROWS, WIDTH)
+            explained = dots(
+                history, mine, pick, valid, step - 1, history_stride, history_stride, ROWS, WIDTH
+            )
             row = new_row(tl.load(relevance + b * n + pick) * row * own, explained, left)
             tl.store(history + mine * history_stride + step - 1, row, mask=valid)
             rest = tl.load(residual + at, mask=valid, other=0.0) - row * row

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baselines every method has to beat: keep all, keep at random, keep a regular grid, average over a regular grid.
+"""The baselines every method has to beat: keep all, keep at random, keep a regular grid, average over a
+regular grid.
 
 No paper. Provenance: written for this package; no code was read.
 """
@@ -12,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.base import Merged, Method
 from ..core.grid import cells, centres
+from ..core.method import Merged, Method, What
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
@@ -33,7 +34,8 @@ class Dense(Method):
 @register("random")
 @dataclass(frozen=True)
 class Random(Method):
-    """Keeps a random subset that depends on the seed, the place of the image in its sample and N, on nothing else.
+    """Keeps a random subset that depends on the seed, the place of the image in its sample and N, on nothing
+    else.
 
     Without ``tokens.ordinal`` the rows are taken for the images of one sample.
 
@@ -52,7 +54,8 @@ class Random(Method):
         return torch.stack([self._row(i, tokens.count) for i in ordinal]).to(tokens.device)
 
     def _row(self, ordinal: int, n: int) -> Tensor:
-        # drawn on the CPU so that all devices keep the same tokens; a large prime keeps (seed, ordinal) pairs apart
+        # drawn on the CPU so that all devices keep the same tokens; a large prime keeps (seed, ordinal) pairs
+        # apart
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
         return torch.rand(n, generator=generator)
 
@@ -71,14 +74,17 @@ class Uniform(Method):
 @register("pool")
 @dataclass(frozen=True)
 class Pool(Method):
-    """Replaces the tokens of each of k near-square cells by their mean, standing at the centre of the cell."""
+    """Replaces the tokens of each of k near-square cells by their mean, standing at the centre of the
+    cell."""
 
     nested: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("features",)
+    needs: ClassVar[tuple[What, ...]] = ("features",)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         features, grids = tokens.need("features"), tokens.need("grids")
         member = cells(grids, k) == torch.arange(k)[:, None]  # (k, N)
         weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
-        pooled = weight @ features.float()  # (B, k, D); a matrix product, because index_add is not deterministic on CUDA
+        pooled = (
+            weight @ features.float()
+        )  # (B, k, D); a matrix product, because index_add is not deterministic on CUDA
         return Merged(pooled.to(features.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))

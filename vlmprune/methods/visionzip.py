@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: keep the patches [CLS] attends to, merge the rest into a few contextual tokens, keep [CLS] itself.
+"""VisionZip: keep the patches [CLS] attends to, merge the rest into a few contextual tokens, keep [CLS]
+itself.
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv:2412.04467.
 
-Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and cosines in
-float32; key norms are clamped, where the official code gives NaN for a zero key; ``combine="mean"`` is the averaging that the
-method is described with, the default "add" is the official code, which adds the mean of the members to the target.
-Provenance: written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code copied.
+Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and
+cosines in float32; key norms are clamped, where the official code gives NaN for a zero key;
+``combine="mean"`` is the averaging that the method is described with, the default "add" is the official code,
+which adds the mean of the members to the target.
+Provenance: written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code
+copied.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.base import Merged, Method, one_of
+from ..checks import one_of
+from ..core.method import Merged, Method, Need
 from ..core.select import rest_of, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError, UnsupportedError
@@ -36,7 +40,9 @@ class Groups(NamedTuple):
 
 
 def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Groups:
-    """Split N patches by scores (B, N) and keys (B, N, d) into dominant patches, evenly spaced targets and their members."""
+    """Split N patches by scores (B, N) and keys (B, N, d) into dominant patches, evenly spaced targets and
+    their members.
+    """
     batch, n = scores.shape
     kept = top_k(scores, dominant) if dominant else scores.new_empty(batch, 0, dtype=torch.int64)
     rest = rest_of(kept, n)  # (B, R) raster order
@@ -64,13 +70,16 @@ def contextual_rows(features: Tensor, groups: Groups, rule: str) -> Tensor:
 @register("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Rows: [CLS] of every crop, dominant patches in raster order, contextual tokens. ``keep`` counts all of them.
+    """Rows: [CLS] of every crop, dominant patches in raster order, contextual tokens. ``keep`` counts all of
+    them.
 
     Args:
-        contextual: how many contextual tokens; None: 5/32 of the budget (64 -> 10), at least one once a dominant patch has room.
+        contextual: how many contextual tokens; None: 5/32 of the budget (64 -> 10), at least one once a
+            dominant patch has room.
         combine: "add" (official: target + mean of its members) or "mean" (of target and members).
         cls: "token", or "mean" for towers without [CLS]: rank by received attention, no [CLS] row.
-        layer: index into the hidden states of the tower, such as -2; None: the layer the model takes its features from.
+        layer: index into the hidden states of the tower, such as -2; None: the layer the model takes its
+            features from.
         anyres: "unpad", or "spatial", the authors' LLaVA-NeXT layout (budget per raw tile, no newline).
     """
 
@@ -90,12 +99,23 @@ class VisionZip(Method):
             object.__setattr__(self, "layout", "spatial")
         one_of("combine", self.combine, ("add", "mean"))
         if self.contextual is not None and (type(self.contextual) is not int or self.contextual < 0):
-            raise SpecError(f"contextual={self.contextual!r} is not a number of tokens; expected None or an integer >= 0")
+            raise SpecError(
+                f"contextual={self.contextual!r} is not a number of tokens; expected None or an integer >= 0"
+            )
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        attention = ("cls_attention", "cls_features") if self.cls == "token" else ("received_attention",)
-        return (*attention, "encoder_features", "keys", "features", "projector")
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        if self.cls == "token":
+            attention = (Need("cls_attention", self.layer), Need("cls_features"))
+        else:
+            attention = (Need("received_attention", self.layer),)
+        return (
+            *attention,
+            Need("keys", self.layer),
+            Need("encoder_features"),
+            Need("features"),
+            Need("projector"),
+        )
 
     def split(self, k: int, crops: int = 1) -> tuple[int, int, int]:
         """How many ([CLS], dominant, contextual) rows a budget of k buys a unit of ``crops`` crops."""
@@ -104,7 +124,8 @@ class VisionZip(Method):
         if room < (self.contextual or 0):
             fixed = f"{cls_rows} [CLS] rows and {self.contextual or 0} contextual tokens"
             raise SpecError(
-                f"keep={k} is too small for the {fixed} of visionzip; keep at least {k - room + (self.contextual or 0)}"
+                f"keep={k} is too small for the {fixed} of visionzip; keep at least "
+                f"{k - room + (self.contextual or 0)}"
             )
         contextual = self.contextual
         if contextual is None:
@@ -112,7 +133,9 @@ class VisionZip(Method):
         return cls_rows, room - contextual, contextual
 
     def interleaved(self, k: int, crops: int = 1) -> Tensor:
-        """(k,) bool: the rows that take their place in the big image of a spatial layout, that is the dominant ones."""
+        """(k,) bool: the rows that take their place in the big image of a spatial layout, that is the
+        dominant ones.
+        """
         cls_rows, dominant, _ = self.split(k, crops)
         row = torch.arange(k)
         return (row >= cls_rows) & (row < cls_rows + dominant)
@@ -123,10 +146,15 @@ class VisionZip(Method):
         return tokens.need("cls_attention").float().sum(1)  # (B, H, N) -> (B, N)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
-        features, encoded, project = tokens.need("features"), tokens.need("encoder_features"), tokens.need("projector")
+        features, encoded, project = (
+            tokens.need("features"),
+            tokens.need("encoder_features"),
+            tokens.need("projector"),
+        )
         if encoded.shape[1] != tokens.count:
             raise UnsupportedError(
-                f"visionzip merges before the projector, but {encoded.shape[1]} patches become {tokens.count} tokens in this one"
+                f"visionzip merges before the projector, but {encoded.shape[1]} patches become "
+                f"{tokens.count} tokens in this one"
             )
         cls_rows = tokens.need("cls_features") if self.cls == "token" else encoded[:, :0]  # (B, T, C)
         _, dominant, contextual = self.split(k, cls_rows.shape[1])

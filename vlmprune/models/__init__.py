@@ -31,7 +31,8 @@ _ADAPTERS = {
     "paligemma": "gemma:PaliGemmaAdapter",
     "gemma3": "gemma:Gemma3Adapter",
 }
-# families that were never tried where generate does not encode pictures by itself, which is before transformers 5.20
+# families that were never tried where generate does not encode pictures by itself, which is before
+# transformers 5.20
 _RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
 # families that are known and cannot be cut, and why
 _REFUSED = {
@@ -46,8 +47,8 @@ _CONVERTED = {
     "llava_qwen": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
 _INSTEAD = (
-    "Run it dense, or choose among tokens of your own with vlmprune.select, which needs no model: divprune reads their features, "
-    "fastervlm the attention of [CLS]"
+    "Run it dense, or choose among tokens of your own with vlmprune.select, which needs no model: divprune "
+    "reads their features, fastervlm the attention of [CLS]"
 )
 
 
@@ -57,7 +58,9 @@ def families() -> list[str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside what torch.compile and PEFT put around it: that is where ``generate`` runs."""
+    """The transformers model inside what torch.compile and PEFT put around it: that is where ``generate``
+    runs.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -68,18 +71,24 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_family(model_type: str | None, config: Mapping[str, Any] | None = None) -> None:
-    """Raise unless models of this type have an adapter; ``config`` is the content of a config.json, where there is one.
+    """Raise unless models of this type have an adapter; ``config`` is the content of a config.json, where
+    there is one.
 
     A model type is a fact and no word that a user types, so none is suggested in place of it.
     """
     config = config or {}
-    authors = model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
+    authors = (
+        model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
+    )
     if model_type in _ADAPTERS and not authors:
         return
     why = f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
     if model_type in _CONVERTED or authors:
         example = _CONVERTED.get(model_type or "", _CONVERTED["llava_llama"])
-        why = f" in the format of its authors' code; give a converted checkpoint, whose name ends in -hf, such as {example}"
+        why = (
+            " in the format of its authors' code; give a converted checkpoint, whose name ends in -hf, such "
+            f"as {example}"
+        )
     elif config.get("auto_map"):
         why = ", and the code that comes with it was not run"
     raise UnsupportedError(
@@ -88,31 +97,38 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, wrappers of PEFT and torch.compile taken off; raises for what cannot be pruned right."""
+    """The adapter of a model, wrappers of PEFT and torch.compile taken off; raises for what cannot be pruned
+    right.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
-            f"expected a loaded transformers model, got {type(model).__name__}; load it first with from_pretrained"
+            f"expected a loaded transformers model, got {type(model).__name__}; load it first with "
+            "from_pretrained"
         )
     if isinstance(model, nn.DataParallel):
         raise UnsupportedError(
-            "nn.DataParallel copies the model, hooks stay with the original; use one process per device instead"
+            "nn.DataParallel copies the model, hooks stay with the original; use one process per device "
+            "instead"
         )
     model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None and isinstance(getattr(model, "module", None), nn.Module):
-        raise UnsupportedError(f"{type(model).__name__} wraps a model; give the one inside, its .module, or wrap it later")
+        raise UnsupportedError(
+            f"{type(model).__name__} wraps a model; give the one inside, its .module, or wrap it later"
+        )
     if getattr(config, "vision_config", None) is None:
         raise UnsupportedError(
-            f"{type(model).__name__} (model type {model_type!r}) has no vision tower in its config; "
-            f"families with an adapter: {families()}"
+            f"{type(model).__name__} (model type {model_type!r}) has no vision tower in its config; families "
+            f"with an adapter: {families()}"
         )
     check_family(model_type)
     module, name = _ADAPTERS[model_type].split(":")
     adapter = getattr(import_module(f".{module}", __name__), name)
     if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
-            f"{type(model).__name__} is a part of a {model_type} model; attach to the whole ...ForConditionalGeneration"
+            f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "
+            "...ForConditionalGeneration"
         )
     if too_old(model_type, type(model)):
         here = version("transformers")
@@ -122,5 +138,7 @@ def adapter_for(model: Any) -> Adapter:
 
 def too_old(model_type: str, model_class: type) -> bool:
     """Whether the class of a model is of a transformers version that its family was not tried with."""
-    known = signature(model_class.forward).parameters  # Video-LLaVA has called its pixels so since transformers 5.23
+    known = signature(
+        model_class.forward
+    ).parameters  # Video-LLaVA has called its pixels so since transformers 5.23
     return model_type in _RECENT and not {"mm_encoder_outputs", "pixel_values"} <= set(known)

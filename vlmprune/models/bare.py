@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bare vision towers: what a method needs of a ViT of timm, without any language model behind it.
 
-CLIP, DINOv2 (registers are no patches) and SigLIP, whose attention pooling stands in for [CLS]. Fused attention stays on.
+CLIP, DINOv2 (registers are no patches) and SigLIP, whose attention pooling stands in for [CLS]. Fused
+attention stays on.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.base import Method
-from ..core.capture import ATTENTION_NEEDS, VisionCapture, row_attention
+from ..core.method import OF_TOWER, Method, needs, needs_of
 from ..errors import CaptureError, SpecError, UnsupportedError
+from ..hooks.vision.capture import VisionCapture, row_attention
 from .base import check_pixels
 
-_GIVEN = {*ATTENTION_NEEDS, "features"}
+_GIVEN = {*OF_TOWER, "features"}
 
 
 def is_tower(model: Any) -> bool:
@@ -27,7 +28,8 @@ def is_tower(model: Any) -> bool:
 
 
 def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The tensors that ``method`` needs, as ``vlmprune.select`` takes them, and the grid (rows, cols) of the patches.
+    """The tensors that ``method`` needs, as ``vlmprune.select`` takes them, and the grid (rows, cols) of the
+    patches.
 
     Args:
         tower: a ViT of timm.
@@ -35,30 +37,39 @@ def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, Te
         method: attention is read at its ``layer``, by default in the last block.
     """
     if not is_tower(tower):
-        raise UnsupportedError(f"expected a ViT of timm, such as timm.create_model('vit_base_patch16_224'), got {type(tower)}")
-    missing = sorted(set(method.needs) - _GIVEN)
+        raise UnsupportedError(
+            f"expected a ViT of timm, such as timm.create_model('vit_base_patch16_224'), got {type(tower)}"
+        )
+    wanted = needs_of(method)
+    missing = sorted({need.what for need in wanted} - _GIVEN)
     if missing:
-        raise UnsupportedError(f"{method.name} needs {missing}, which a bare tower lacks; use e.g. 'fastervlm', or a whole model")
+        raise UnsupportedError(
+            f"{method.name} needs {missing}, which a bare tower lacks; use e.g. 'fastervlm', or a whole model"
+        )
     pixels = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
     if pixels is None:
         raise SpecError("no pixels were given; expected a tensor (images, channels, height, width)")
     check_pixels("pixels", pixels, 4, "(images, channels, height, width)")
-    needs, pool = set(method.needs), pooling_of(tower)
-    pooled = "cls_attention" in needs and pool is not None and not _has_cls(tower)
-    capture = VisionCapture(tower, sorted(needs - ({"cls_attention"} if pooled else set())), [-1], getattr(method, "layer", None))
+    pooled = needs(method, "cls_attention") and pooling_of(tower) is not None and not _has_cls(tower)
+    watched = [need for need in wanted if not (pooled and need.what == "cls_attention")]
+    capture = VisionCapture(tower, watched, [-1])
     _check_attention(capture)
     with torch.no_grad(), capture as record:
         hidden = tower.forward_features(pixels)  # (B, prefix + N, C)
-    found = record.take()
+    found = {need.what: value for need, value in record.take().items()}
     first = tower.num_prefix_tokens
     if pooled:
         found["cls_attention"] = pooling_attention(tower, hidden)
     found["features"] = hidden[:, first:]
-    rows, cols = (side // patch for side, patch in zip(pixels.shape[-2:], tower.patch_embed.patch_size, strict=True))
+    rows, cols = (
+        side // patch for side, patch in zip(pixels.shape[-2:], tower.patch_embed.patch_size, strict=True)
+    )
     if rows * cols != found["features"].shape[1]:
         count = found["features"].shape[1]
-        raise CaptureError(f"{count} patches do not form {rows} rows of {cols}; give pixels of the size that the tower takes")
-    return {name: value for name, value in found.items() if name in needs | {"features"}}, (rows, cols)
+        raise CaptureError(
+            f"{count} patches do not form {rows} rows of {cols}; give pixels of the size that the tower takes"
+        )
+    return found, (rows, cols)
 
 
 def _has_cls(tower: Any) -> bool:
@@ -66,11 +77,11 @@ def _has_cls(tower: Any) -> bool:
 
 
 def _check_attention(capture: VisionCapture) -> None:
-    for reader in capture.readers:  # others turn queries and keys, add biases, or attend in windows
+    for _, reader in capture.readers:  # others turn queries and keys, add biases, or attend in windows
         if type(reader.attention).__name__ != "Attention":
             raise UnsupportedError(
-                f"attention of a {type(reader.attention).__name__} cannot be read; use a ViT with plain attention, "
-                "or a method that needs none, e.g. 'divprune'"
+                f"attention of a {type(reader.attention).__name__} cannot be read; use a ViT with plain "
+                "attention, or a method that needs none, e.g. 'divprune'"
             )
 
 
@@ -93,4 +104,3 @@ def pooling_attention(tower: Any, hidden: Tensor) -> Tensor:
     keys = pool.k_norm(pool.kv(tokens).chunk(2, dim=-1)[0].unflatten(-1, (heads, -1)))
     rows = row_attention(query[:, 0].flatten(1).expand(len(tokens), -1), keys.flatten(2), heads, pool.scale)
     return rows[..., drop:]
-

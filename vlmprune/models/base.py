@@ -1,42 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter: where the parts of a model family are. Subclasses are declarations; all pruning happens in the core.
+"""Adapter: where the parts of a model family are. Subclasses are declarations; all pruning happens in the
+core.
 
-Geometry is never re-implemented: captured quantities are pushed as extra channels through the model's own packing
-function, with NaN in place of the newline embedding, so that what comes out NaN is not a patch.
+Geometry is never re-implemented: captured quantities are pushed as extra channels through the model's own
+packing function, with NaN in place of the newline embedding, so that what comes out NaN is not a patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import PROJECTOR_NEEDS, VisionCapture
-from ..core.pictures import Picture, Tiles
-from ..core.tower import has_cls
+from ..core.deferred import Checks
+from ..core.method import Need, Positions, What
+from ..core.tokens import patches_first
 from ..errors import CaptureError, UnsupportedError
-
-
-@dataclass(frozen=True)
-class Modality:
-    """One kind of visual input."""
-
-    name: str  # key in pre-encoded outputs: "image" or "video"
-    encode: str  # method of the inner model that turns pixels into features
-    pixels: str  # its first argument
-    token: str  # config attribute with the placeholder id
-
+from ..hooks.adapter import Modality
+from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
+from ..hooks.vision.pictures import Grids, Picture
+from ..hooks.vision.tiles import Tiles
+from ..hooks.vision.tower import has_cls
 
 IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
+CLS_FEATURES, TILE_FEATURES, FEATURES = Need("cls_features"), Need("tile_features"), Need("features")
 
 
 class Adapter:
-    """Base of all adapters: LLaVA-like models with one vision tower, a token-wise projector and a language model."""
+    """Base of all adapters: LLaVA-like models with one vision tower, a token-wise projector and a language
+    model.
+    """
 
     model_type: ClassVar[str] = ""
     modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
@@ -45,12 +42,17 @@ class Adapter:
     text: ClassVar[str] = "language_model"
     tower: ClassVar[str] = "vision_tower"
     connector: ClassVar[str] = "multi_modal_projector"
-    towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")  # model types that it may have
+    towers: ClassVar[tuple[str, ...]] = (
+        "clip_vision_model",
+        "siglip_vision_model",
+    )  # model types that it may have
     # what position ids may be after a cut; the first is taken where a method wants another one
-    positions: ClassVar[tuple[str, ...]] = ("compact", "original")
-    # type (token_type_ids) of tokens that see earlier ones only, where others see later ones too; None: all are like that
+    positions: ClassVar[tuple[Positions, ...]] = ("compact", "original")
+    # type (token_type_ids) of tokens that see earlier ones only, where others see later ones too; None: all
+    # are like that
     text_type: ClassVar[int | None] = None
-    deepstack: ClassVar[str | None] = None  # method of the language model that adds features to hidden states after a layer
+    # method of the language model that adds features to hidden states after a layer
+    deepstack: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -61,7 +63,8 @@ class Adapter:
         vision = model.config.vision_config
         if vision.model_type not in self.towers:
             raise UnsupportedError(
-                f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are {list(self.towers)}"
+                f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are "
+                f"{list(self.towers)}"
             )
         self.cls = has_cls(self.vision_tower)
 
@@ -71,6 +74,11 @@ class Adapter:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers."""
+        return self.language_model.config.num_hidden_layers
 
     @property
     def layers(self) -> list[int]:
@@ -84,14 +92,14 @@ class Adapter:
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         """A capture for this model's tower and projector."""
-        return VisionCapture(self.vision_tower, needs, self.layers, layer, self.projector)
+        return VisionCapture(self.vision_tower, needs, self.layers, self.projector)
 
     def token_id(self, modality: Modality) -> int:
         return getattr(self.config, modality.token)
 
-    # what a family may override -------------------------------------------------------------------------------------
+    # --- what a family may override ---------------------------------------------------------------
 
     def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         """(length, D) features of every picture, in order."""
@@ -112,52 +120,82 @@ class Adapter:
         return value.split(list(counts))
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        """(crops, n, channels) of a picture -> (length, channels) through the model's own geometry, NaN for newlines."""
+        """(crops, n, channels) of a picture -> (length, channels) through the model's own geometry, NaN for
+        newlines.
+        """
         return crops[0]
 
     def projects_tokens(self, modality: Modality) -> bool:
-        """Whether the projector comes after that geometry or is part of it, so that what it reads needs no packing."""
+        """Whether the projector comes after that geometry or is part of it, so that what it reads needs no
+        packing.
+        """
         return False
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """(across, down) detail crops of a tiled picture."""
         raise UnsupportedError(f"{self.model_type} has no tiles")
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Rectangular blocks of tokens; ``special`` (length,) marks slots that are not patches, ``grid`` is that of a crop."""
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Rectangular blocks of tokens; ``special`` (length,) marks slots that are not patches, ``grid`` is
+        that of a crop.
+        """
         return tile_grids(special, self.side)
 
-    # what the core calls --------------------------------------------------------------------------------------------
+    # --- what the core calls ----------------------------------------------------------------------
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
         check_pixels(modality.pixels, pixels, 4, "(images, [crops,] channels, height, width)")
-        for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLLaVA has the plural before transformers 5
+        for name in (
+            "vision_feature_layer",
+            "vision_feature_layers",
+        ):  # VipLLaVA has the plural before transformers 5
             layer, held = arguments.get(name), getattr(self.config, name, None)
             if layer is not None and layer != held:
-                raise UnsupportedError(f"{name}={layer} in the call but {held} in the config; set it there before attaching")
+                raise UnsupportedError(
+                    f"{name}={layer} in the call but {held} in the config; set it there before attaching"
+                )
 
     def pictures(
-        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
+        self,
+        modality: Modality,
+        output: Any,
+        arguments: Mapping[str, Any],
+        found: Mapping[Need, Tensor],
+        checks: Checks,
     ) -> list[Picture]:
-        """Describe every picture of one encoder call; ``found`` holds captured tensors (T, n, channels), T crops."""
-        found = dict(found)
-        if "cls_attention" in found:
-            found["cls_attention"] = found["cls_attention"].transpose(1, 2)  # (T, n, H)
-        if "received_attention" in found:
-            found["received_attention"] = found["received_attention"][..., None]
-        if found and not bool(torch.stack([value.isfinite().all() for value in found.values()]).all()):  # NaN marks newlines
-            bad = sorted(name for name, value in found.items() if not bool(value.isfinite().all()))
-            raise CaptureError(f"{modality.pixels} gave {bad}, not finite; check the pixels, and the tower for overflow")
+        """Describe every picture of one encoder call; ``found`` holds captured tensors (T, n, channels), T
+        crops.
+        """
+        captured = {need: patches_first(need.what, value) for need, value in found.items()}
+        if captured:
+            finite = torch.stack([value.isfinite().all() for value in captured.values()])
+
+            def explain() -> CaptureError:
+                bad = [str(need) for need, good in zip(captured, finite.tolist(), strict=True) if not good]
+                return CaptureError(
+                    f"{modality.pixels} gave {sorted(bad)}, not finite; check the pixels, and the tower for "
+                    "overflow"
+                )
+
+            checks.require(finite.all(), explain)
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
-        parts = {name: self.divide(modality, value, counts, arguments) for name, value in found.items()}
-        pictures = []
-        for number, count in enumerate(counts):
-            own = {name: part[number] for name, part in parts.items()}
-            pictures.append(self._picture(modality, number, features[number], count, own, arguments))
-        return pictures
+        parts = {need: self.divide(modality, value, counts, arguments) for need, value in captured.items()}
+        return [
+            self._picture(
+                modality,
+                number,
+                features[number],
+                count,
+                {need: part[number] for need, part in parts.items()},
+                arguments,
+            )
+            for number, count in enumerate(counts)
+        ]
 
     def _picture(
         self,
@@ -165,55 +203,77 @@ class Adapter:
         number: int,
         features: Tensor,
         count: int,
-        found: dict[str, Tensor],
+        found: dict[Need, Tensor],
         arguments: Mapping[str, Any],
     ) -> Picture:
         """One picture of ``count`` crops; ``found`` holds (count, n, channels) of it."""
         grid = self.grid(modality, number, arguments)
         n = grid[0] * grid[1]
-        pack = partial(self._pack_one, modality, number, count, arguments, features)
-        cls_features, tile_features = found.pop("cls_features", None), found.pop("tile_features", None)
-        tensors: dict[str, Tensor] = {}
+        pack = partial(self._pack_one, modality, number, count, arguments, features.shape[0])
+        cls_features, tile_features = found.pop(CLS_FEATURES, None), found.pop(TILE_FEATURES, None)
+        captured: dict[Need, Tensor] = {}
         if self.projects_tokens(modality):
-            tensors = {name: found.pop(name).flatten(0, 1) for name in PROJECTOR_NEEDS if name in found}
-        raw = {name: value[:, value.shape[1] - n :] for name, value in found.items()}  # [CLS] rows may stand in front
-        channels = torch.cat([value.float() for value in raw.values()], dim=-1) if raw else None
-        packed = pack(torch.zeros(count, n, 1) if channels is None else channels)  # (length, channels)
-        special = packed[:, 0].isnan()
-        patches = (~special).nonzero()[:, 0]
+            captured = {
+                need: found.pop(need).flatten(0, 1) for need in list(found) if need.what in OF_PROJECTOR
+            }
+        raw = {
+            need: value[:, value.shape[1] - n :] for need, value in found.items()
+        }  # [CLS] rows may stand in front
+        special = self.special(
+            pack(torch.zeros(count, n, 1))
+        )  # on the CPU: asks no device where the newlines are
         if raw:
-            carried = packed[patches].split([value.shape[-1] for value in raw.values()], dim=-1)
-            tensors |= {name: value.to(raw[name].dtype) for name, value in zip(raw, carried, strict=True)}
+            packed = pack(torch.cat([value.float() for value in raw.values()], dim=-1))  # (length, channels)
+            if special is not None:
+                packed = packed[(~special).nonzero()[:, 0].to(packed.device)]
+            carried = packed.split([value.shape[-1] for value in raw.values()], dim=-1)
+            captured |= {need: value.to(raw[need].dtype) for need, value in zip(raw, carried, strict=True)}
         tiles = None
         if tile_features is not None and count > 1 and modality.name == "image":
-            whole = raw | {"features": tile_features[:, -n:]}
+            whole = raw | {FEATURES: tile_features[:, -n:]}
             if cls_features is not None:
-                whole["cls_features"] = cls_features
+                whole[CLS_FEATURES] = cls_features
             tiles = Tiles(whole, grid, self.layout(number, arguments))
         if cls_features is not None:
-            tensors["cls_features"] = cls_features[:, 0]
+            captured[CLS_FEATURES] = cls_features[:, 0]
+        marks = torch.zeros(features.shape[0], dtype=torch.bool) if special is None else special
         return Picture(
-            length=features.shape[0],
-            patches=patches,
-            features=features,
-            grids=self.grids(modality, special, count, grid),
-            tensors=tensors,
-            crops=partial(_crop_of, pack, patches, count, n),
+            features,
+            self.grids(modality, marks, count, grid),
+            captured,
+            special,
+            crops=partial(_crop_of, pack, special, count, n),
             tiles=tiles,
             frames=modality.name == "video",
             view=self.view,
         )
 
+    @staticmethod
+    def special(packed: Tensor) -> Tensor | None:
+        """(length,) bool, slots that are no patches, from packed channels (length, 1); None where all are
+        patches.
+        """
+        marks = packed[:, 0].isnan()
+        return marks if bool(marks.any()) else None
+
     def _pack_one(
-        self, modality: Modality, number: int, count: int, arguments: Mapping[str, Any], features: Tensor, channels: Tensor
+        self,
+        modality: Modality,
+        number: int,
+        count: int,
+        arguments: Mapping[str, Any],
+        length: int,
+        channels: Tensor,
     ) -> Tensor:
-        """Pack one picture's channels and check them against its features; a [CLS] token that the model reads is NaN too."""
+        """Pack one picture's channels into its ``length`` slots; a [CLS] token that the model reads is NaN
+        too.
+        """
         packed = self.pack(modality, channels, number, arguments)
-        if packed.shape[0] == features.shape[0] - 1 and self.cls and count == 1:
+        if packed.shape[0] == length - 1 and self.cls and count == 1:
             packed = torch.cat([packed.new_full((1, packed.shape[1]), torch.nan), packed])
-        if packed.shape[0] != features.shape[0]:
+        if packed.shape[0] != length:
             raise CaptureError(
-                f"picture {number} has {features.shape[0]} tokens but its captured scores pack to {packed.shape[0]}; "
+                f"picture {number} has {length} tokens but its captured scores pack to {packed.shape[0]}; "
                 f"this {self.model_type} lays its tokens out in a way that is not supported"
             )
         return packed
@@ -224,19 +284,25 @@ def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
     if pixels is None:
         return
     if not isinstance(pixels, Tensor) or pixels.ndim < axes:
-        given = f"has shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"is a {type(pixels).__name__}"
+        given = (
+            f"has shape {tuple(pixels.shape)}"
+            if isinstance(pixels, Tensor)
+            else f"is a {type(pixels).__name__}"
+        )
         raise CaptureError(f"{name} {given}; expected {expected} as processed")
     if pixels.numel() == 0:
-        raise CaptureError(f"{name} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch")
+        raise CaptureError(
+            f"{name} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
+        )
 
 
-def _crop_of(pack: Callable[[Tensor], Tensor], patches: Tensor, count: int, n: int) -> Tensor:
+def _crop_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: int, n: int) -> Tensor:
     """(N,) crop of every patch: one channel per crop, since down-scaling mixes neighbouring crops."""
-    one_hot = torch.eye(count)[:, None].expand(count, n, count)
-    return pack(one_hot)[patches.cpu()].argmax(dim=-1)
+    packed = pack(torch.eye(count)[:, None].expand(count, n, count))
+    return (packed if special is None else packed[~special]).argmax(dim=-1)
 
 
-def tile_grids(special: Tensor, side: int) -> tuple[tuple[int, int], ...]:
+def tile_grids(special: Tensor, side: int) -> Grids:
     """Blocks of a picture: its base crop, then the unpadded detail image with one newline per row."""
     special = special.cpu()
     lead = int(special.to(torch.uint8).argmin())
@@ -246,7 +312,9 @@ def tile_grids(special: Tensor, side: int) -> tuple[tuple[int, int], ...]:
     if patches == 0:
         return ((side, side),)
     if rows == 0 or patches % rows:
-        raise CaptureError(f"{patches} detail tokens with {rows} newlines do not form rows; this packing is not supported")
+        raise CaptureError(
+            f"{patches} detail tokens with {rows} newlines do not form rows; this packing is not supported"
+        )
     return ((side, side), (rows, patches // rows))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM: a hybrid tower of timm whose last stage attends over exactly the tokens that the projector reads."""
+"""FastVLM: a hybrid tower of timm whose last stage attends over exactly the tokens that the projector
+reads."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.capture import VisionCapture
+from ..core.method import Need, What
+from ..hooks.vision.capture import VisionCapture
 from .base import Adapter, Modality
 
 
@@ -26,13 +28,17 @@ class FastVlmAdapter(Adapter):
     def last_stage(self) -> nn.Module:
         return self.vision_tower.timm_model.stages[-1]
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
-        return VisionCapture(self.last_stage, needs, self.layers, layer, self.projector)
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        return VisionCapture(self.last_stage, needs, self.layers, self.projector)
 
     def grid(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         stride = self.vision_tower.timm_model.feature_info[-1]["reduction"]
-        rows, cols = (-(-side // stride) for side in arguments[modality.pixels].shape[-2:])  # every stage rounds up
+        rows, cols = (
+            -(-side // stride) for side in arguments[modality.pixels].shape[-2:]
+        )  # every stage rounds up
         return rows, cols
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         return (grid,)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PaliGemma and Gemma 3: some tokens attend both ways, by masks that the model makes of token types.
 
-PaliGemma's whole prompt does, in Gemma 3 the tokens of one image do among themselves. After a cut the model's own function makes
-these masks again, from the types of what is left.
+PaliGemma's whole prompt does, in Gemma 3 the tokens of one image do among themselves. After a cut the model's
+own function makes these masks again, from the types of what is left.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.capture import VisionCapture
+from ..core.method import Need, What
+from ..hooks.vision.capture import VisionCapture
 from .base import Adapter, Modality
 
 
 class PaliGemmaAdapter(Adapter):
-    """PaliGemmaForConditionalGeneration, both generations of it: one square crop per image, patches in raster order."""
+    """PaliGemmaForConditionalGeneration, both generations of it: one square crop per image, patches in raster
+    order.
+    """
 
     model_type = "paligemma"
     towers = ("siglip_vision_model",)
@@ -26,7 +29,9 @@ class PaliGemmaAdapter(Adapter):
 
 
 class AfterPooling(nn.Module):
-    """What Gemma 3's projector does after it has averaged patches: (..., C) tokens to (..., D), each by itself."""
+    """What Gemma 3's projector does after it has averaged patches: (..., C) tokens to (..., D), each by
+    itself.
+    """
 
     def __init__(self, connector: nn.Module) -> None:
         super().__init__()
@@ -47,21 +52,25 @@ class Gemma3Adapter(Adapter):
     view = "stretch"
     text_type = 0  # image tokens are 1
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         # the projector as a whole reads patches, its norm reads averaged tokens
-        return VisionCapture(self.vision_tower, needs, self.layers, layer, self.projector.connector.mm_soft_emb_norm)
+        return VisionCapture(self.vision_tower, needs, self.layers, self.projector.connector.mm_soft_emb_norm)
 
     def _projector(self) -> nn.Module:
         return AfterPooling(self.inner.multi_modal_projector)
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         rows, cols = self.grid(modality, number, arguments)
-        pooled = self.projector.connector.avg_pool(crops[0].T.unflatten(1, (rows, cols)))  # (channels, rows, cols) shrink
+        pooled = self.projector.connector.avg_pool(
+            crops[0].T.unflatten(1, (rows, cols))
+        )  # (channels, rows, cols) shrink
         return pooled.flatten(1).T
 
     def projects_tokens(self, modality: Modality) -> bool:
         return True
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         side = self.projector.connector.tokens_per_side
         return ((side, side),)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.method import Need, What
 from ..errors import UnsupportedError
+from ..hooks.vision.capture import VisionCapture
 from .base import Adapter, Modality, check_pixels, feature_list
 from .internvl import shuffled_mean
 
@@ -29,7 +31,9 @@ class Idefics3Adapter(Adapter):
         return self.inner.connector.modality_projection  # what comes after the shuffle
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
-        check_pixels(modality.pixels, arguments.get(modality.pixels), 5, "(rows, pictures, channels, height, width)")
+        check_pixels(
+            modality.pixels, arguments.get(modality.pixels), 5, "(rows, pictures, channels, height, width)"
+        )
         mask = arguments.get("pixel_attention_mask")
         if mask is None or not self._reads_attention:
             return
@@ -42,8 +46,8 @@ class Idefics3Adapter(Adapter):
 
     _reads_attention = False
 
-    def capture(self, needs: Any, layer: int | None) -> Any:
-        capture = super().capture(needs, layer)
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        capture = super().capture(needs)
         self._reads_attention = bool(capture.readers)
         return capture
 
@@ -60,7 +64,9 @@ class Idefics3Adapter(Adapter):
     def projects_tokens(self, modality: Modality) -> bool:
         return True
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         rows, cols = (n // self.config.scale_factor for n in grid)
         return ((rows, cols),)
 

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.capture import VisionCapture
+from ..core.method import Need, What, as_needs
 from ..errors import UnsupportedError
+from ..hooks.vision.capture import VisionCapture
 from .base import Adapter, Modality
 
 
 class InternVLAdapter(Adapter):
     """InternVLForConditionalGeneration.
 
-    Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of them.
+    Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of
+    them.
     """
 
     model_type = "internvl"
@@ -28,13 +30,13 @@ class InternVLAdapter(Adapter):
         vision = self.config.vision_config
         return vision.image_size[0] // vision.patch_size[0]
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
-        if "cls_features" in needs:
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        if Need("cls_features") in as_needs(needs):
             raise UnsupportedError(
-                "the projector of internvl reads four shuffled patches at once, so a [CLS] token cannot pass it: "
-                "use cls='mean', e.g. visionzip(cls='mean')"
+                "the projector of internvl reads four shuffled patches at once, so a [CLS] token cannot pass "
+                "it: use cls='mean', e.g. visionzip(cls='mean')"
             )
-        return super().capture(needs, layer)
+        return super().capture(needs)
 
     def _shrunk(self, grid: tuple[int, int]) -> tuple[int, int]:
         rows, cols = (round(n * self.config.downsample_ratio) for n in grid)
@@ -49,12 +51,15 @@ class InternVLAdapter(Adapter):
     def projects_tokens(self, modality: Modality) -> bool:
         return True
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         return (self._shrunk(grid),)
 
 
 def shuffled_mean(patches: Tensor, grid: tuple[int, int], shuffle: Any) -> Tensor:
-    """(n, channels) of patches -> (N, channels), the mean over the patches that a model's own ``shuffle`` puts into a token.
+    """(n, channels) of patches -> (N, channels), the mean over the patches that a model's own ``shuffle``
+    puts into a token.
 
     ``shuffle`` maps (crops, rows, cols, 1) to (crops, N, r); every channel goes as a crop of its own.
     """

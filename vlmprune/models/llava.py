@@ -7,7 +7,9 @@ from .base import Adapter
 
 
 class LlavaAdapter(Adapter):
-    """LlavaForConditionalGeneration with a CLIP or SigLIP tower and any decoder that transformers builds its masks for."""
+    """LlavaForConditionalGeneration with a CLIP or SigLIP tower and any decoder that transformers builds its
+    masks for.
+    """
 
     model_type = "llava"
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT: a base crop, then tiles assembled to one big image, unpadded, with a newline embedding after each row."""
+"""LLaVA-NeXT: a base crop, then tiles assembled to one big image, unpadded, with a newline embedding after
+each row.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,17 @@ class LlavaNextAdapter(Adapter):
         if modality.name != "image" or pixels is None:
             return
         if sizes is None:
-            raise CaptureError("image_sizes is missing; pass it as the processor returns it: (height, width) of every image")
+            raise CaptureError(
+                "image_sizes is missing; pass it as the processor returns it: (height, width) of every image"
+            )
         sizes = torch.as_tensor(sizes)
         if sizes.ndim != 2 or sizes.shape[1] != 2 or (pixels.ndim == 5 and len(sizes) != len(pixels)):
             given = f"{tuple(sizes.shape)} for pixel_values of shape {tuple(pixels.shape)}"
             raise CaptureError(f"image_sizes has shape {given}; expected (height, width) of every image")
         if bool((sizes < 1).any()):
-            raise CaptureError(f"image_sizes={sizes.tolist()} has an image of size zero; drop it from the batch")
+            raise CaptureError(
+                f"image_sizes={sizes.tolist()} has an image of size zero; drop it from the batch"
+            )
 
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         count = self._geometry("image_size_to_num_patches")
@@ -49,15 +55,21 @@ class LlavaNextAdapter(Adapter):
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         newline = torch.full(crops.shape[-1:], torch.nan, device=crops.device)
         size = [arguments["image_sizes"][number]]
-        return self.inner.pack_image_features([crops], size, image_newline=newline, **self._options(arguments))[0][0]
+        return self.inner.pack_image_features(
+            [crops], size, image_newline=newline, **self._options(arguments)
+        )[0][0]
 
     def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        strategy = (
+            arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        )
         return {"vision_feature_select_strategy": strategy}
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = self._geometry("get_anyres_image_grid_shape")
         down, across = shape(
-            arguments["image_sizes"][number], self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            arguments["image_sizes"][number],
+            self.config.image_grid_pinpoints,
+            self.config.vision_config.image_size,
         )
         return across, down

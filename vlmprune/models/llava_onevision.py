@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision: tiles that are scaled down when there are too many; frames of a clip pooled to a quarter."""
+"""LLaVA-OneVision: tiles that are scaled down when there are too many; frames of a clip pooled to a
+quarter."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from .llava_next import LlavaNextAdapter
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """LlavaOnevisionForConditionalGeneration: images and video. Several images of one prompt are one crop each."""
+    """LlavaOnevisionForConditionalGeneration: images and video. Several images of one prompt are one crop
+    each.
+    """
 
     model_type = "llava_onevision"
     modalities = (IMAGE, VIDEO)
@@ -26,17 +29,24 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         images, sizes = arguments.get("batch_num_images"), arguments.get("image_sizes")
         if images is not None and sizes is not None and sum(int(n) for n in images) != len(sizes):
             given = [int(n) for n in images]
-            raise CaptureError(f"batch_num_images={given} counts {sum(given)}, image_sizes {len(sizes)}; give all of both")
+            raise CaptureError(
+                f"batch_num_images={given} counts {sum(given)}, image_sizes {len(sizes)}; give all of both"
+            )
 
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         if modality.name == "video":
             return [arguments["pixel_values_videos"].shape[1]] * total
         images = arguments.get("batch_num_images")
         tiled = [True] * total if images is None else [int(n) == 1 for n in images for _ in range(int(n))]
-        return [count if tile else 1 for count, tile in zip(super().crops(modality, arguments, total), tiled, strict=True)]
+        return [
+            count if tile else 1
+            for count, tile in zip(super().crops(modality, arguments, total), tiled, strict=True)
+        ]
 
     def _options(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {"vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
+        return {
+            "vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        }
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if modality.name != "video":
@@ -52,7 +62,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             found = [one if len(one) > patches else torch.cat([one, newline[None].to(one)]) for one in found]
         return found
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         if modality.name != "video":
             return super().grids(modality, special, crops, grid)
         side = math.ceil(self.side / 2)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import VisionCapture
+from ..core.method import Need, What
+from ..hooks.vision.capture import VisionCapture
 from .base import IMAGE, VIDEO, Adapter, Modality, feature_list
 from .llava_next import LlavaNextAdapter
 
@@ -32,21 +33,26 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if modality.name != "video":
             return super().pack(modality, crops, number, arguments)
-        # scores are averaged over the cell that a token is made of, also where the model takes its maximum or learned to pool
+        # scores are averaged over the cell that a token is made of, also where the model takes its maximum or
+        # learned to pool
         cells = crops.transpose(1, 2).unflatten(2, (self.side, self.side))
         return nn.functional.avg_pool2d(cells, self._stride()).flatten(2).transpose(1, 2).flatten(0, 1)
 
     def projects_tokens(self, modality: Modality) -> bool:
         return modality.name == "video"
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         if modality.name != "video":
             return super().grids(modality, special, crops, grid)
         return ((self.side // self._stride(),) * 2,) * crops
 
 
 class VideoLlavaAdapter(Adapter):
-    """VideoLlavaForConditionalGeneration: a tower for images and one for frames, whose [CLS] tokens the language model reads."""
+    """VideoLlavaForConditionalGeneration: a tower for images and one for frames, whose [CLS] tokens the
+    language model reads.
+    """
 
     model_type = "video_llava"
     modalities = (IMAGE, VIDEO)
@@ -55,10 +61,13 @@ class VideoLlavaAdapter(Adapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         if "pixel_values" not in inspect.signature(self.inner.forward).parameters:  # older transformers
-            self.modalities = (Modality("image", "get_image_features", "pixel_values_images", "image_token_id"), VIDEO)
+            self.modalities = (
+                Modality("image", "get_image_features", "pixel_values_images", "image_token_id"),
+                VIDEO,
+            )
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
-        return VisionCapture((self.vision_tower, self.inner.video_tower), needs, self.layers, layer, self.projector)
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        return VisionCapture((self.vision_tower, self.inner.video_tower), needs, self.layers, self.projector)
 
     def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         frames = feature_list(output)  # (1 + n, D) each
@@ -73,7 +82,11 @@ class VideoLlavaAdapter(Adapter):
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if modality.name != "video":
             return super().pack(modality, crops, number, arguments)
-        return nn.functional.pad(crops, (0, 0, 1, 0), value=torch.nan).flatten(0, 1)  # [CLS] in front of every frame
+        return nn.functional.pad(crops, (0, 0, 1, 0), value=torch.nan).flatten(
+            0, 1
+        )  # [CLS] in front of every frame
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         return (grid,) * crops

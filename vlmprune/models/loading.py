@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a name to a model and a processor, and from a picture and a question to model inputs.
 
-What cannot be pruned is refused by its config.json, before any weight is read and before any code of a checkpoint runs.
+What cannot be pruned is refused by its config.json, before any weight is read and before any code of a
+checkpoint runs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..config import DTYPES
-from ..core.base import one_of
+from ..checks import one_of
 from ..errors import SpecError, UnsupportedError, VlmPruneError
 from . import check_family
 
 TINY = "tiny"
-TINY_NOTE = "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean nothing"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TINY_NOTE = (
+    "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean "
+    "nothing"
+)
 
 
 def load(
@@ -28,16 +32,17 @@ def load(
     """``(model, processor)``, the model in eval mode.
 
     Args:
-        name: ``"tiny"``, the trained model of the package, a folder written by ``save_pretrained``, or an HF id.
+        name: ``"tiny"``, the trained model of the package, a folder written by ``save_pretrained``, or an HF
+            id.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: one of ``DTYPES``; "auto" is what the checkpoint says.
-        trust_remote_code: let processor and tokenizer run Python code that comes with them. The model is always that of
-            transformers, so no supported family needs it.
+        trust_remote_code: let processor and tokenizer run Python code that comes with them. The model is
+            always that of transformers, so no supported family needs it.
     """
     one_of("dtype", dtype, DTYPES)
     check_device(device)
     if name == TINY:
-        from ..benchmarks.tiny import load_tiny
+        from .tiny import load_tiny
 
         return load_tiny(device, torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
@@ -72,7 +77,9 @@ def load(
 
 
 def check_config(name: str) -> None:
-    """Raise unless the config.json of a checkpoint is that of a supported family; reads this one file and runs no code."""
+    """Raise unless the config.json of a checkpoint is that of a supported family; reads this one file and
+    runs no code.
+    """
     from transformers import PretrainedConfig
 
     config, _ = read_pretrained(name, "config", PretrainedConfig.get_config_dict)
@@ -104,7 +111,8 @@ def check_device(device: str) -> None:
 
 
 def prompt(processor: Any, question: str) -> str:
-    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where it has none.
+    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where
+    it has none.
 
     PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
     """
@@ -132,7 +140,8 @@ def prompt(processor: Any, question: str) -> str:
 
 
 def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
-    """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the model.
+    """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the
+    model.
 
     Args:
         model, processor: as ``load`` gives them, or as transformers loads them.
@@ -151,13 +160,15 @@ def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: A
     ):
         state = "is a file" if path.is_file() else "does not exist"
         raise VlmPruneError(
-            f"the folder {name!r} {state}; expected {TINY!r}, a folder written by save_pretrained, or an HF id"
+            f"the folder {name!r} {state}; expected {TINY!r}, a folder written by save_pretrained, or an HF "
+            "id"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise VlmPruneError(f"the folder {name!r} holds no config.json; expected what save_pretrained writes")
     try:
         return read(str(path) if path.is_dir() else name, **options)
-    # a file of another shape than expected fails where transformers reads it: TypeError, AttributeError, RecursionError
+    # a file of another shape than expected fails where transformers reads it: TypeError, AttributeError,
+    # RecursionError
     except (
         OSError,
         ValueError,
@@ -174,10 +185,13 @@ def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: A
         if isinstance(error, ImportError):
             todo = "install what is missing"
         elif path.is_dir():
-            todo = "expected the files that save_pretrained of model and processor write, weights as *.safetensors"
+            todo = (
+                "expected the files that save_pretrained of model and processor write, weights as "
+                "*.safetensors"
+            )
         else:
             todo = (
-                "no folder of this name is here, so it was looked up as an HF id: check spelling and network, "
-                "log in if the model is gated, or give a folder"
+                "no folder of this name is here, so it was looked up as an HF id: check spelling and "
+                "network, log in if the model is gated, or give a folder"
             )
         raise VlmPruneError(f"the {what} of {name!r} cannot be read: {reason} ({todo})") from error

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size in one packed sequence, patches merged to tokens by the projector.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size in one packed sequence, patches merged to tokens by
+the projector.
 
 Tokens have places in their picture (M-RoPE), which a cut leaves as they are.
 """
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import VisionCapture
-from ..core.pictures import Picture
+from ..core.deferred import Checks
+from ..core.method import Need, What, as_needs
 from ..errors import CaptureError, UnsupportedError
+from ..hooks.vision.capture import VisionCapture
+from ..hooks.vision.pictures import Picture
 from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 class Qwen2VLAdapter(Adapter):
-    """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid stands for two frames of the clip."""
+    """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid stands for two frames of the
+    clip.
+    """
 
     model_type = "qwen2_vl"
     modalities = (IMAGE, VIDEO)
@@ -36,8 +41,10 @@ class Qwen2VLAdapter(Adapter):
         """Patches along each side of a token."""
         return self.vision_tower.spatial_merge_size
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
-        return super().capture([name for name in needs if name != "tile_features"], layer)  # it has no tiles
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        return super().capture(
+            [need for need in as_needs(needs) if need.what != "tile_features"]
+        )  # it has no tiles
 
     def _projector(self) -> nn.Module:
         return self.vision_tower.merger
@@ -52,17 +59,28 @@ class Qwen2VLAdapter(Adapter):
         if pixels is None:
             return
         if arguments.get(name) is None:
-            raise CaptureError(f"{name} is missing; pass it as the processor returns it: frames, rows, columns of every picture")
+            raise CaptureError(
+                f"{name} is missing; pass it as the processor returns it: frames, rows, columns of every "
+                "picture"
+            )
         grid = torch.as_tensor(arguments[name])
         if grid.ndim != 2 or grid.shape[1] != 3 or int(grid.prod(dim=1).sum()) != pixels.shape[0]:
             given = f"{grid.tolist()} for {modality.pixels} of shape {tuple(pixels.shape)}"
-            raise CaptureError(f"{name}={given}; expected (frames, rows, columns) whose products sum to the patches")
+            raise CaptureError(
+                f"{name}={given}; expected (frames, rows, columns) whose products sum to the patches"
+            )
 
     def pictures(
-        self, modality: Modality, output: Any, arguments: Mapping[str, Any], found: Mapping[str, Tensor]
+        self,
+        modality: Modality,
+        output: Any,
+        arguments: Mapping[str, Any],
+        found: Mapping[Need, Tensor],
+        checks: Checks,
     ) -> list[Picture]:
         name = GRIDS[modality.name]  # read many times, so it comes to the CPU once
-        return super().pictures(modality, output, {**arguments, name: torch.as_tensor(arguments[name]).cpu()}, found)
+        arguments = {**arguments, name: torch.as_tensor(arguments[name]).cpu()}
+        return super().pictures(modality, output, arguments, found, checks)
 
     def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
         return [frames for frames, _, _ in self._thw(modality, arguments)]
@@ -77,7 +95,10 @@ class Qwen2VLAdapter(Adapter):
         grids = self._thw(modality, arguments)
         packed = self.in_order(value.flatten(0, -2), modality, arguments)  # (S, channels)
         lengths = [frames * rows * cols for frames, rows, cols in grids]
-        return [part.unflatten(0, (frames, -1)) for part, (frames, _, _) in zip(packed.split(lengths), grids, strict=True)]
+        return [
+            part.unflatten(0, (frames, -1))
+            for part, (frames, _, _) in zip(packed.split(lengths), grids, strict=True)
+        ]
 
     def in_order(self, packed: Tensor, modality: Modality, arguments: Mapping[str, Any]) -> Tensor:
         """(S, channels) of all patches in the order of the pixels, where the tower works in another."""
@@ -90,25 +111,30 @@ class Qwen2VLAdapter(Adapter):
     def projects_tokens(self, modality: Modality) -> bool:
         return True
 
-    def grids(self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
         rows, cols = (n // self.merge for n in grid)
         return ((rows, cols),) * crops
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
-    """Qwen2_5_VLForConditionalGeneration: the tower sorts patches by window, and most of its blocks attend inside windows."""
+    """Qwen2_5_VLForConditionalGeneration: the tower sorts patches by window, and most of its blocks attend
+    inside windows.
+    """
 
     model_type = "qwen2_5_vl"
     towers = ("qwen2_5_vl", "qwen2_5_vl_vision")
 
-    def capture(self, needs: Sequence[str], layer: int | None) -> VisionCapture:
-        capture = super().capture(needs, layer)
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        capture = super().capture(needs)
         full, count = sorted(self.vision_tower.fullatt_block_indexes), len(self.vision_tower.blocks)
-        if "received_attention" in needs and capture.layer not in full:
-            raise UnsupportedError(
-                f"block {capture.layer} of this tower attends inside windows, whose scores cannot be compared; "
-                f"use one of layer={[index - count for index in full]}"
-            )
+        for need, block in capture.blocks_of.items():
+            if need.what == "received_attention" and block not in full:
+                raise UnsupportedError(
+                    f"block {block} of this tower attends inside windows, whose scores cannot be compared; "
+                    f"use one of layer={[index - count for index in full]}"
+                )
         return capture
 
     def in_order(self, packed: Tensor, modality: Modality, arguments: Mapping[str, Any]) -> Tensor:
@@ -118,14 +144,18 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
             windows = tower.get_window_index(grid)[0]
         else:
             windows = module.get_vision_window_index(
-                grid, spatial_merge_size=self.merge, window_size=tower.window_size, patch_size=tower.patch_size
+                grid,
+                spatial_merge_size=self.merge,
+                window_size=tower.window_size,
+                patch_size=tower.patch_size,
             )[0]
         cells = packed.unflatten(0, (-1, self.merge**2))
         return cells[torch.argsort(windows.to(cells.device))].flatten(0, 1)
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
-    """Qwen3VLForConditionalGeneration: features of early tower layers are added after the first decoder layers (DeepStack).
+    """Qwen3VLForConditionalGeneration: features of early tower layers are added after the first decoder
+    layers (DeepStack).
 
     A row that a merging method makes is given those of the token whose place it takes.
     """

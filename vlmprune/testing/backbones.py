@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Language models that a VLM may have behind its projector, as fields of tiny configs: one entry per rule of attention.
+"""Language models that a VLM may have behind its projector, as fields of tiny configs: one entry per rule of
+attention.
 
-``tiny_model("llava", text=name)`` takes any of them. They differ in what is easy to get wrong from outside: rotation in halves or
-interleaved, on a part of a head or on some layers only, norms before or after it, sinks, soft caps, latent keys, windows, chunks,
-and layers without attention between those with it.
+``tiny_model("llava", text=name)`` takes any of them. They differ in what is easy to get wrong from outside:
+rotation in halves or interleaved, on a part of a head or on some layers only, norms before or after it,
+sinks, soft caps, latent keys, windows, chunks, and layers without attention between those with it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,26 @@ _MOE: dict[str, Any] = {
     "topk_group": 1,
 }
 _HEADS: dict[str, Any] = {"head_dim": 16}
-_WINDOW: dict[str, Any] = {"sliding_window": 64}  # wider than most tests' prompts; the rule of its layers applies all the same
+_WINDOW: dict[str, Any] = {
+    "sliding_window": 64
+}  # wider than most tests' prompts; the rule of its layers applies all the same
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 20}
-_HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}
+_HYBRID: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+}
 _DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
 _LATENT: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -83,8 +94,14 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", _HEADS | _DELTA | _HYBRID),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "full_attention", "conv"]}),
     "falcon_h1": ("FalconH1", _HEADS | _MAMBA | {"mamba_d_ssm": 64, "mamba_n_heads": 4}),
-    "granite_hybrid": ("GraniteMoeHybrid", _MOE | _MAMBA | {"shared_intermediate_size": 32}
-                       | {"layer_types": ["mamba", "attention", "attention", "mamba"]}),
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        _MOE
+        | _MAMBA
+        | {"shared_intermediate_size": 32}
+        | {"layer_types": ["mamba", "attention", "attention", "mamba"]},
+    ),
 }
-# backbones with layers that keep a running state instead of keys: what entered them cannot be masked out later
+# backbones with layers that keep a running state instead of keys: what entered them cannot be masked out
+# later
 RECURRENT = ("qwen3_next", "qwen3_5_text", "lfm2", "falcon_h1", "granite_hybrid")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family can do, as data: measured by conformance checks on tiny models, kept in ``assets/capabilities.json``.
+"""What every family can do, as data: measured by conformance checks on tiny models, kept in
+``assets/capabilities.json``.
 
-``python docs/capabilities.py`` measures and writes it; ``vlmprune list --families`` shows it; a test fails when it is stale.
+``python docs/capabilities.py`` measures and writes it; ``vlmprune list --families`` shows it; a test fails
+when it is stale.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..api import prune
-from ..core.session import Session
 from ..errors import UnsupportedError
+from ..hooks.session import Session
 from ..models import adapter_for, families
 from ..registry import get, list_methods
 from .checks_generation import MODES, batched_modes_agree, hand_written_loop, second_turn
@@ -56,11 +58,16 @@ def video(subject: Subject) -> None:
 
 
 def check_counts(run: Session, pictures: int) -> None:
-    """Every picture kept what the budget gives it, or no more than it had where a schedule or no budget decides."""
+    """Every picture kept what the budget gives it, or no more than it had where a schedule or no budget
+    decides.
+    """
     dense, realised = run.last.dense_tokens, run.last.realised_tokens
     expect(len(realised) == pictures, f"{len(realised)} pictures were reported, expected {pictures}")
-    if run.before is None or run.budget is None:
-        expect(all(0 < kept <= count for kept, count in zip(realised, dense, strict=True)), f"{realised} of {dense} tokens kept")
+    if "before_lm" not in run.slots or run.budget is None:
+        expect(
+            all(0 < kept <= count for kept, count in zip(realised, dense, strict=True)),
+            f"{realised} of {dense} tokens kept",
+        )
         return
     wanted = [run.budget.count(count) for count in dense]
     expect(realised == wanted, f"{realised} tokens kept, the budget gives {wanted}")
@@ -78,7 +85,9 @@ def _mode(name: str) -> Callable[[Subject], None]:
 
 
 def compiled(subject: Subject) -> None:
-    """torch.compile of the whole model while attached, and of its language model before: the same answer, no faster."""
+    """torch.compile of the whole model while attached, and of its language model before: the same answer, no
+    faster.
+    """
     inputs, graphs = subject.inputs((1,)), []
 
     def count(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
@@ -93,7 +102,9 @@ def compiled(subject: Subject) -> None:
     with torch.no_grad():
         with subject.prune(whole):
             want = last_logits(whole)
-            close(last_logits(torch.compile(whole, backend=count)), want, "compiled while attached, the answer")
+            close(
+                last_logits(torch.compile(whole, backend=count)), want, "compiled while attached, the answer"
+            )
         expect(len(graphs) > 1, f"{len(graphs)} graphs were compiled: the model ran as it is")
         language_model(part).compile(backend=count)
         dense = last_logits(part)
@@ -104,7 +115,9 @@ def compiled(subject: Subject) -> None:
 
 
 def device_map(subject: Subject) -> None:
-    """Weights placed by accelerate: every second decoder layer on disk, loaded when it runs, the rest on the CPU."""
+    """Weights placed by accelerate: every second decoder layer on disk, loaded when it runs, the rest on the
+    CPU.
+    """
     try:
         from accelerate import dispatch_model
     except ImportError as error:
@@ -113,7 +126,9 @@ def device_map(subject: Subject) -> None:
     adapter = adapter_for(model)
     parts = [name for name, _ in model.model.named_children() if name != adapter.text]
     parts += [name for name, _ in model.model.named_parameters(recurse=False)]  # such as an image newline
-    text = [f"{adapter.text}.{name}" for name, _ in adapter.language_model.named_children() if name != "layers"]
+    text = [
+        f"{adapter.text}.{name}" for name, _ in adapter.language_model.named_children() if name != "layers"
+    ]
     places = {f"model.{name}": "cpu" for name in (*parts, *text)} | {"lm_head": "cpu"}
     for i in range(len(adapter.language_model.layers)):
         places[f"model.{adapter.text}.layers.{i}"] = "cpu" if i % 2 else "disk"
@@ -157,8 +172,21 @@ CAPABILITIES: dict[str, Callable[[Subject], None]] = {
     "device_map": device_map,
 }
 # what is measured for every method; the others do not depend on it
-OF_METHODS = ("batch", "several images", "video", "eager, sdpa", "flash", "static cache", "beams", "compile", "device_map")
-OPTIONS = {"cls='mean'": "cls=mean", "estimator='zo'": "estimator=zo"}  # what a refusal says, and the option in a spec
+OF_METHODS = (
+    "batch",
+    "several images",
+    "video",
+    "eager, sdpa",
+    "flash",
+    "static cache",
+    "beams",
+    "compile",
+    "device_map",
+)
+OPTIONS = {
+    "cls='mean'": "cls=mean",
+    "estimator='zo'": "estimator=zo",
+}  # what a refusal says, and the option in a spec
 
 
 def method_names() -> list[str]:
@@ -170,7 +198,7 @@ def runs(subject: Subject) -> None:
     """A method on a family: equal to its reference, or the edit it makes equal to its eager twin."""
     from .checks_attention import edit_equals_eager_twin
 
-    (edit_equals_eager_twin if subject.method.stage == "attention" else cut_equals_hand_built)(subject)
+    (edit_equals_eager_twin if subject.method.slot == "attention" else cut_equals_hand_built)(subject)
 
 
 def measure(family: str, method: str) -> dict[str, str]:
@@ -180,7 +208,9 @@ def measure(family: str, method: str) -> dict[str, str]:
     """
     spec = default_spec(method)
     found = cell(family, spec)
-    option = next((text for hint, text in OPTIONS.items() if found.startswith("no: ") and hint in found), None)
+    option = next(
+        (text for hint, text in OPTIONS.items() if found.startswith("no: ") and hint in found), None
+    )
     if option is not None:
         spec = default_spec(f"{method}+fastervlm({option})" if get(method).wraps else f"{method}({option})")
         found = cell(family, spec)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of methods that re-weight attention: nothing is cut, answers equal an eager twin that edits its maps."""
+"""Checks of methods that re-weight attention: nothing is cut, answers equal an eager twin that edits its
+maps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from .reference_attention import AttentionTwin, visual_columns
 
 
 def edit_equals_eager_twin(subject: Subject) -> None:
-    """Greedy answers of a ragged batch equal those of an eager model whose maps are edited, token by token."""
+    """Greedy answers of a ragged batch equal those of an eager model whose maps are edited, token by
+    token."""
     model, inputs = subject.fresh_model(), subject.inputs(RAGGED)
     model.set_attn_implementation("eager")
     rows = dense_rows(model, inputs)
@@ -34,7 +37,7 @@ def composes_with_a_cut(subject: Subject) -> None:
         ids = generate(subject.model, inputs)[0].tolist()
     expect(run.last.realised_tokens == [9], f"{run.last.realised_tokens} tokens kept, expected [9]")
     plain = visual_columns(model, inputs["input_ids"][0])
-    kept = kept_by_hand(model, inputs, run.last.keep, run.policy(run.before[0]))[0]
+    kept = kept_by_hand(model, inputs, run.last.keep, run.attachment.policy(run.slots["before_lm"].method))[0]
     first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
     visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
     want = AttentionTwin(model, method, kept, visual).greedy(len(ids))

@@ -36,7 +36,9 @@ MODES: dict[str, dict[str, Any]] = {
 def every_mode_equals_kept_embeddings(subject: Subject) -> None:
     """Greedy, sampling with a seed, beams, returned sequences, static cache, no cache."""
     if subject.inside:
-        if subject.family != "paligemma":  # whose drafts take part in a prompt that attends both ways, also without pruning
+        if (
+            subject.family != "paligemma"
+        ):  # whose drafts take part in a prompt that attends both ways, also without pruning
             drafts_are_no_prompt(subject)
         return every_mode_equals_twin(subject, MODES)
     inputs = subject.inputs((1,))
@@ -45,12 +47,17 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
     with subject.prune(**places):
         kept, columns = read_rows(subject.model, inputs, dense)
     narrow = any_window(subject.model, inputs["input_ids"].shape[1] + 5)
-    plain = {"inputs_embeds": kept.embeds, "attention_mask": torch.ones(kept.embeds.shape[:2], dtype=torch.long)}
+    plain = {
+        "inputs_embeds": kept.embeds,
+        "attention_mask": torch.ones(kept.embeds.shape[:2], dtype=torch.long),
+    }
     for mode, options in MODES.items():
         torch.manual_seed(0)
         if columns is None:
             want = generate(subject.model, plain, **options)
-        elif not narrow:  # generate cannot be told places in pictures or token types: the reference masks what is cut
+        elif (
+            not narrow
+        ):  # generate cannot be told places in pictures or token types: the reference masks what is cut
             model = eager_model(subject.family, subject.tower, subject.text)
             with masked(model, {0: columns}, {0: (columns, kept.embeds[0])}):
                 want = generate(model, inputs, **with_any_cache(options))
@@ -66,14 +73,19 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
 
 
 def batched_modes_agree(subject: Subject) -> None:
-    """In a ragged batch static cache and no cache equal the dynamic cache; beams of every row equal those of the row alone."""
+    """In a ragged batch static cache and no cache equal the dynamic cache; beams of every row equal those of
+    the row alone.
+    """
     images = (1, 0, 1)
     inputs = subject.inputs(images)
     with subject.prune():
         beams = generate(subject.model, inputs, num_beams=3)
         for i in range(len(images)):
             alone = generate(subject.model, tiny_row(inputs, subject.family, i, images), num_beams=3)[0]
-            expect(torch.equal(beams[i], alone), f"beams of row {i}: {beams[i].tolist()} in the batch, {alone.tolist()} alone")
+            expect(
+                torch.equal(beams[i], alone),
+                f"beams of row {i}: {beams[i].tolist()} in the batch, {alone.tolist()} alone",
+            )
         want = generate(subject.model, inputs)
         for mode in ("static cache", "no cache"):
             got = generate(subject.model, inputs, **MODES[mode])
@@ -81,7 +93,9 @@ def batched_modes_agree(subject: Subject) -> None:
 
 
 def second_turn(subject: Subject) -> None:
-    """A second question on the kept cache, and on a deep copy of it, equals recomputing the whole dialogue on the kept tokens."""
+    """A second question on the kept cache, and on a deep copy of it, equals recomputing the whole dialogue on
+    the kept tokens.
+    """
     if subject.inside:
         return second_turn_equals_twin(subject)
     for positions in subject.policies:
@@ -89,11 +103,15 @@ def second_turn(subject: Subject) -> None:
         prompt = inputs["input_ids"].shape[1]
         question = subject.inputs((0,), seed=5)["input_ids"]
         with subject.prune(positions=positions) as run, torch.no_grad():
-            first = subject.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            first = subject.model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+            )
             maps, cache = run.last.keep, first.past_key_values
             held, seen = int(cache.get_seq_length(0)), int(cache.get_seq_length())
             dropped = sum(run.last.dense_tokens) - sum(run.last.realised_tokens)
-            expect(seen - held == dropped, f"the cache says {seen} seen and {held} held, {dropped} were dropped")
+            expect(
+                seen - held == dropped, f"the cache says {seen} seen and {held} held, {dropped} were dropped"
+            )
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             copied = copy.deepcopy(cache)
@@ -105,7 +123,10 @@ def second_turn(subject: Subject) -> None:
         with torch.no_grad():
             tail = subject.model.get_input_embeddings()(ids[:, prompt:])
         want = greedy(subject.model, kept.grown(tail), 5)
-        expect(answers[0][0].tolist() == want, f"{positions}: second answer {answers[0][0].tolist()}, by hand {want}")
+        expect(
+            answers[0][0].tolist() == want,
+            f"{positions}: second answer {answers[0][0].tolist()}, by hand {want}",
+        )
     return None
 
 
@@ -113,7 +134,9 @@ def detached_cache_is_refused(subject: Subject) -> None:
     """A cut cache cannot be continued after detach without anyone noticing."""
     inputs = subject.inputs((1,))
     with subject.prune() as run, torch.no_grad():
-        first = subject.model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        first = subject.model.generate(
+            **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        )
         dropped = run.last.pruned
     if not dropped:
         return
@@ -140,7 +163,9 @@ def hand_written_loop(subject: Subject) -> None:
             logits = output.logits[0, -1].clone()
             logits[banned] = -torch.inf
             got.append(int(logits.argmax()))
-            output = subject.model(input_ids=torch.tensor([[got[-1]]]), past_key_values=output.past_key_values, use_cache=True)
+            output = subject.model(
+                input_ids=torch.tensor([[got[-1]]]), past_key_values=output.past_key_values, use_cache=True
+            )
     expect(got == want, f"loop gave {got}, generate {want}")
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conformance checks ask of methods that cut inside the language model: equality with the slow eager twin.
+"""What conformance checks ask of methods that cut inside the language model: equality with the slow eager
+twin.
 
-Cuts before the language model are compared with hand-built embeddings; a cut between layers has none, so the checks of those
-names run these instead. Scores need no check of their own: the twin ranks by the maps of eager attention.
+Cuts before the language model are compared with hand-built embeddings; a cut between layers has none, so the
+checks of those names run these instead. Scores need no check of their own: the twin ranks by the maps of
+eager attention.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def eager_model(family: str, tower: str | None, text: str | None) -> Any:
 
 
 def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], policy: str) -> list[Twin]:
-    """One twin per row; ``counts`` are the patches of the pictures in the order in which they stand in the batch."""
+    """One twin per row; ``counts`` are the patches of the pictures in the order in which they stand in the
+    batch.
+    """
     model = eager_model(subject.family, subject.tower, subject.text)
     embeds, rows = merged_embeddings(model, inputs), dense_rows(model, inputs)
     patches = placeholder_columns(model, inputs["input_ids"], embeds)
@@ -51,18 +55,23 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
 
 
 def cut_equals_twin(subject: Subject) -> None:
-    """Every row of a ragged batch answers as the twin does, and alone has its logits; both position policies."""
+    """Every row of a ragged batch answers as the twin does, and alone has its logits; both position
+    policies."""
     inputs = subject.inputs(RAGGED)
     for positions in subject.policies:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
             counts = run.last.dense_tokens
             rows = [
-                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
+                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
+                for i in range(len(RAGGED))
             ]
         for i, twin in enumerate(twins(subject, inputs, counts, positions)):
             want = twin.greedy(ids.shape[1])
-            expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, the twin says {want}")
+            expect(
+                ids[i].tolist() == want,
+                f"{positions} row {i}: answer {ids[i].tolist()}, the twin says {want}",
+            )
             close(rows[i], twin.logits()[-1], f"{positions} row {i} logits")
 
 
@@ -72,7 +81,7 @@ def counts_follow_the_schedule(run: Any) -> None:
     layers = torch.zeros(run.depth)
     for dense, realised, kept in zip(report.dense_tokens, report.realised_tokens, report.keep, strict=True):
         here = [dense] * run.depth
-        for stage in run.method.stages(run.depth, run.budget, dense):
+        for stage in run.method.cuts(run.depth, run.budget, dense):
             here[stage.layer :] = [min(stage.keep, here[stage.layer])] * (run.depth - stage.layer)
         layers += torch.tensor(here) / len(report.dense_tokens)
         expect(realised == here[-1], f"{realised} tokens realised, the schedule gives {here[-1]} of {dense}")
@@ -85,7 +94,9 @@ def counts_follow_the_schedule(run: Any) -> None:
 
 
 def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -> None:
-    """Every mode equals a model that masks what is cut; what was chosen for the prompt stays chosen without a cache too."""
+    """Every mode equals a model that masks what is cut; what was chosen for the prompt stays chosen without a
+    cache too.
+    """
     inputs = subject.inputs((1,))
     with subject.prune() as run, torch.no_grad():
         subject.model(**inputs)
@@ -108,35 +119,46 @@ def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -
 
 
 def with_any_cache(options: dict[str, Any]) -> dict[str, Any]:
-    """The same mode on the cache that every model has: the answer is to be the same, and PaliGemma 2 has no static one."""
+    """The same mode on the cache that every model has: the answer is to be the same, and PaliGemma 2 has no
+    static one.
+    """
     return {name: option for name, option in options.items() if name != "cache_implementation"}
 
 
 def drafts_are_no_prompt(subject: Subject) -> None:
-    """Prompt look-up appends drafts to the prompt in the very first forward; the cut is still that of the prompt alone."""
+    """Prompt look-up appends drafts to the prompt in the very first forward; the cut is still that of the
+    prompt alone.
+    """
     inputs = subject.inputs((1,), text_len=9)
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -8:-4]  # repeated words are what is looked up
     with subject.prune():
         want = generate(subject.model, inputs, max_new_tokens=8)
         # 4.57 needs an end-of-text id here; this one is never generated
-        got = generate(subject.model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3, eos_token_id=2**20)
+        got = generate(
+            subject.model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3, eos_token_id=2**20
+        )
     expect(torch.equal(got[:, :8], want), f"with drafts {got.tolist()}, without {want.tolist()}")
 
 
 def second_turn_equals_twin(subject: Subject) -> None:
-    """A second question on the kept cache, and on a deep copy, equals recomputing the dialogue with the first turn's cut."""
+    """A second question on the kept cache, and on a deep copy, equals recomputing the dialogue with the first
+    turn's cut.
+    """
     for positions in subject.policies:
         inputs = subject.inputs((1,))
         question = subject.inputs((0,), seed=5)["input_ids"]
         with subject.prune(positions=positions) as run, torch.no_grad():
-            first = subject.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+            first = subject.model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+            )
             counts, cache = run.last.dense_tokens, first.past_key_values
             held = [int(cache.get_seq_length(layer)) for layer in range(run.depth)]
             seen, per_layer = int(cache.get_seq_length()), run.last.tokens_per_layer
             dropped = [seen - slots for slots in held]
             expect(
                 dropped == [round(sum(counts) - tokens) for tokens in per_layer],
-                f"the cache says {seen} seen and {held} held, {per_layer} of {sum(counts)} visual tokens were read",
+                f"the cache says {seen} seen and {held} held, {per_layer} of {sum(counts)} visual tokens "
+                "were read",
             )
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -154,9 +176,15 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
         lengths = {inputs["input_ids"].shape[1]}
-        track = language_model(subject.model).layers[-1].register_forward_pre_hook(
-            lambda module, args, kwargs, lengths=lengths: lengths.add((args[0] if args else kwargs["hidden_states"]).shape[1]),
-            with_kwargs=True,
+        track = (
+            language_model(subject.model)
+            .layers[-1]
+            .register_forward_pre_hook(
+                lambda module, args, kwargs, lengths=lengths: lengths.add(
+                    (args[0] if args else kwargs["hidden_states"]).shape[1]
+                ),
+                with_kwargs=True,
+            )
         )
         try:
             with made() as seen, torch.no_grad():
@@ -165,7 +193,11 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
             track.remove()
             if run is not None:
                 run.detach()
-        lengths.discard(language_model(subject.model).layers[0].self_attn.head_dim)  # those are queries, keys and values
-        found[attached] = [s for s in seen.shapes if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths]
+        lengths.discard(
+            language_model(subject.model).layers[0].self_attn.head_dim
+        )  # those are queries, keys and values
+        found[attached] = [
+            s for s in seen.shapes if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths
+        ]
     new = len(found[True]) - len(found[False])
     expect(new <= 0, f"attached, {new} more maps of the sequence are made: {set(found[True])}")

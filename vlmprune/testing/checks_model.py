@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the model around a session: nothing left behind, nothing leaked, any attention, training, little memory."""
+"""Checks of the model around a session: nothing left behind, nothing leaked, any attention, training, little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,30 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_ho
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """Everything that a session might leave on a model: hooks, attributes, classes, config objects, buffers."""
+    """Everything that a session might leave on a model: hooks, attributes, classes, config objects,
+    buffers."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         hooks = tuple(len(getattr(module, kind)) for kind in HOOKS)
-        found[name] = (type(module), frozenset(module.__dict__), hooks, id(getattr(module, "config", None)), len(module._buffers))
+        found[name] = (
+            type(module),
+            frozenset(module.__dict__),
+            hooks,
+            id(getattr(module, "config", None)),
+            len(module._buffers),
+        )
     found["config"] = str(model.config.to_dict())
     return found
 
 
 def nothing_stays(subject: Subject) -> None:
-    """A-B-A gives A's first answer; after detach, also after an exception inside generate, the model is what it was."""
+    """A-B-A gives A's first answer; after detach, also after an exception inside generate, the model is what
+    it was.
+    """
     model, inputs = subject.fresh_model(), subject.inputs(RAGGED)
-    dense = generate(model, inputs)  # transformers leaves hooks of its own at the first call: snapshot after it
+    dense = generate(
+        model, inputs
+    )  # transformers leaves hooks of its own at the first call: snapshot after it
     before = snapshot(model)
     other = "uniform@5" if subject.method.name != "uniform" else "random@5"
     answers = []
@@ -42,7 +55,10 @@ def nothing_stays(subject: Subject) -> None:
         with prune(model, spec):
             answers.append(generate(model, inputs))
     expect(torch.equal(answers[0], answers[2]), "A-B-A: the second A differs from the first")
-    expect(snapshot(model) == before, f"left behind: {[n for n, s in snapshot(model).items() if before.get(n) != s][:3]}")
+    expect(
+        snapshot(model) == before,
+        f"left behind: {[n for n, s in snapshot(model).items() if before.get(n) != s][:3]}",
+    )
 
     class Boom(Exception):
         pass
@@ -85,10 +101,13 @@ def attach_twice_is_refused(subject: Subject) -> None:
 
 
 def threads_do_not_meet(subject: Subject) -> None:
-    """Four calls at once on one attached model, and two models with two methods, equal one call after the other."""
+    """Four calls at once on one attached model, and two models with two methods, equal one call after the
+    other.
+    """
     if find_spec("transformers.utils.output_capturing") is None:
         raise UnsupportedError(
-            "this transformers swaps forward methods during a call, so calls at once meet even without pruning: use 5.x"
+            "this transformers swaps forward methods during a call, so calls at once meet even without "
+            "pruning: use 5.x"
         )
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
@@ -97,7 +116,9 @@ def threads_do_not_meet(subject: Subject) -> None:
         want = [generate(m, batch) for m, batch in jobs]
         with ThreadPoolExecutor(len(jobs)) as pool:
             got = list(pool.map(lambda job: generate(*job), jobs))
-    expect(all(torch.equal(a, b) for a, b in zip(want, got, strict=True)), "concurrent calls answer differently")
+    expect(
+        all(torch.equal(a, b) for a, b in zip(want, got, strict=True)), "concurrent calls answer differently"
+    )
 
 
 def attention_back_ends_agree(subject: Subject) -> None:
@@ -105,11 +126,16 @@ def attention_back_ends_agree(subject: Subject) -> None:
     inputs, found = subject.inputs(RAGGED), {}
     model = subject.fresh_model()
     if not adapter_for(model).language_model._supports_sdpa:
-        raise UnsupportedError(f"transformers runs {type(adapter_for(model).language_model).__name__} in eager attention only")
+        raise UnsupportedError(
+            f"transformers runs {type(adapter_for(model).language_model).__name__} in eager attention only"
+        )
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with prune(model, subject.spec) as run, torch.no_grad():
-            found[implementation] = (model(**inputs).logits[:, -1], [m.keep_idx.tolist() for m in run.last.keep])
+            found[implementation] = (
+                model(**inputs).logits[:, -1],
+                [m.keep_idx.tolist() for m in run.last.keep],
+            )
     expect(found["eager"][1] == found["sdpa"][1], "eager and SDPA keep different tokens")
     close(found["eager"][0], found["sdpa"][0], "logits under eager and SDPA")
 
@@ -139,7 +165,9 @@ class _Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.shapes += [
-            tuple(t.shape) for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, torch.Tensor)
+            tuple(t.shape)
+            for t in (result if isinstance(result, tuple | list) else (result,))
+            if isinstance(t, torch.Tensor)
         ]
         return result
 
@@ -150,7 +178,10 @@ def no_attention_map(subject: Subject) -> None:
         return no_map_of_the_sequence(subject, _Shapes)
     inputs = subject.inputs((1,))
     model = subject.model
-    names, n = set(inspect.signature(model.model.get_image_features).parameters) & set(inputs), layout_of(subject.family).patches
+    names, n = (
+        set(inspect.signature(model.model.get_image_features).parameters) & set(inputs),
+        layout_of(subject.family).patches,
+    )
     shapes = {}
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
@@ -160,7 +191,9 @@ def no_attention_map(subject: Subject) -> None:
         finally:
             if run is not None:
                 run.detach()
-        shapes[attached] = [s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= n and max(s[-2:]) <= n + 1]
+        shapes[attached] = [
+            s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= n and max(s[-2:]) <= n + 1
+        ]
     new = len(shapes[True]) - len(shapes[False])
     expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
     return None

@@ -34,15 +34,21 @@ def keep_all_is_dense(subject: Subject) -> None:
         ids = generate(subject.model, inputs)
         with everything.prune() as run, torch.no_grad():
             logits = subject.model(**inputs).logits
-            expect(torch.equal(logits, dense), f"logits differ by {float((logits - dense).abs().max()):.1e} with everything kept")
+            expect(
+                torch.equal(logits, dense),
+                f"logits differ by {float((logits - dense).abs().max()):.1e} with everything kept",
+            )
             expect(torch.equal(generate(subject.model, inputs), ids), "ids differ with everything kept")
             expect(
-                run.last is not None and run.last.realised_tokens == run.last.dense_tokens, "tokens were dropped at keep = 1.0"
+                run.last is not None and run.last.realised_tokens == run.last.dense_tokens,
+                "tokens were dropped at keep = 1.0",
             )
 
 
 def cut_equals_hand_built(subject: Subject) -> None:
-    """Cutting equals running the language model on hand-built kept embeddings, or its slow twin; both position policies."""
+    """Cutting equals running the language model on hand-built kept embeddings, or its slow twin; both
+    position policies.
+    """
     if subject.inside:
         return cut_equals_twin(subject)
     if subject.method.kind() == "merge":
@@ -53,7 +59,8 @@ def cut_equals_hand_built(subject: Subject) -> None:
             ids = generate(subject.model, inputs)
             maps = run.last.keep
             rows = [
-                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach() for i in range(len(RAGGED))
+                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
+                for i in range(len(RAGGED))
             ]
         for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
             want = greedy(subject.model, kept, ids.shape[1])
@@ -63,7 +70,9 @@ def cut_equals_hand_built(subject: Subject) -> None:
 
 
 def merged_rows_are_read(subject: Subject) -> None:
-    """A merging method: text rows untouched and in order, the announced number of rows, decoding from those rows by hand."""
+    """A merging method: text rows untouched and in order, the announced number of rows, decoding from those
+    rows by hand.
+    """
     model = subject.fresh_model()
     model.set_attn_implementation("eager")
     for images in ((1,), (2,)):
@@ -93,14 +102,21 @@ def merged_rows_are_read(subject: Subject) -> None:
 
 
 def order_and_report(subject: Subject) -> None:
-    """Kept indices ascend; realised counts are those of the KeepMaps and of the budget; logits keep the full length."""
+    """Kept indices ascend; realised counts are those of the KeepMaps and of the budget; logits keep the full
+    length.
+    """
     inputs = subject.inputs(RAGGED)
     with subject.prune() as run, torch.no_grad():
         output = subject.model(**inputs, output_hidden_states=True)
     report, length = run.last, inputs["input_ids"].shape[1]
-    expect(output.logits.shape[1] == length, f"logits have length {output.logits.shape[1]}, expected {length}")
+    expect(
+        output.logits.shape[1] == length, f"logits have length {output.logits.shape[1]}, expected {length}"
+    )
     expect(all(h.shape[1] == length for h in output.hidden_states), "hidden_states have not the full length")
-    expect(len(report.dense_tokens) == sum(RAGGED), f"{len(report.dense_tokens)} images reported, expected {sum(RAGGED)}")
+    expect(
+        len(report.dense_tokens) == sum(RAGGED),
+        f"{len(report.dense_tokens)} images reported, expected {sum(RAGGED)}",
+    )
     expect(all(bool((one.keep_idx.diff() > 0).all()) for one in report.keep), "kept indices do not ascend")
     expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")
     if subject.inside:
@@ -109,7 +125,8 @@ def order_and_report(subject: Subject) -> None:
     for one, dense, realised in zip(report.keep, report.dense_tokens, report.realised_tokens, strict=True):
         if budget is not None and budget.scope == "image":
             expect(
-                realised == budget.count(dense), f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}"
+                realised == budget.count(dense),
+                f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}",
             )
         if run.method.kind() != "merge":
             expect(len(one) == realised, f"KeepMap holds {len(one)} tokens, {realised} were realised")
@@ -126,7 +143,10 @@ def batch_row_equals_alone(subject: Subject) -> None:
         for i, images in enumerate(RAGGED):
             row = tiny_row(inputs, subject.family, i, RAGGED)
             alone = generate(subject.model, row)[0]
-            expect(torch.equal(alone, together[i]), f"row {i}: {together[i].tolist()} in the batch, {alone.tolist()} alone")
+            expect(
+                torch.equal(alone, together[i]),
+                f"row {i}: {together[i].tolist()} in the batch, {alone.tolist()} alone",
+            )
             alone_counts += run.last.realised_tokens if images else []
         if run.budget is None or run.budget.scope != "total":
             expect(counts == alone_counts, f"realised {counts} in the batch, {alone_counts} alone")
@@ -156,7 +176,8 @@ def more_keeps_more(subject: Subject) -> None:
         return
     inputs = subject.inputs((1,))
     before: list[KeepMap] | None = None
-    # 8 leaves room for the [CLS] rows of five crops; a schedule that reads everything first cannot go below its share
+    # 8 leaves room for the [CLS] rows of five crops; a schedule that reads everything first cannot go below
+    # its share
     for keep in (0.4, 0.6, 0.8) if subject.inside else (8, 16, 24):
         picked = []
         for _ in range(2):
@@ -174,7 +195,9 @@ def more_keeps_more(subject: Subject) -> None:
 
 def highest_scores_are_kept(subject: Subject) -> None:
     """What is cut are the lowest scores, by a plain sort in which the lower index wins ties."""
-    if subject.method.kind() != "score" or not subject.method.budgeted or subject.inside:  # the twin ranks by eager attention
+    if (
+        subject.method.kind() != "score" or not subject.method.budgeted or subject.inside
+    ):  # the twin ranks by eager attention
         return
     inputs = subject.inputs((1,))
     whole = subject.with_keep(7)
@@ -182,11 +205,16 @@ def highest_scores_are_kept(subject: Subject) -> None:
         subject.model(**inputs)
     scores = score(subject.model, inputs, subject.method)[0].scores.tolist()
     want = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:7])
-    expect(run.last.keep[0].keep_idx.tolist() == want, f"kept {run.last.keep[0].keep_idx.tolist()}, highest scores are {want}")
+    expect(
+        run.last.keep[0].keep_idx.tolist() == want,
+        f"kept {run.last.keep[0].keep_idx.tolist()}, highest scores are {want}",
+    )
 
 
 def text_only_is_untouched(subject: Subject) -> None:
-    """A call without images is bit-identical and recorded as such; so is the language model called by itself after a cut."""
+    """A call without images is bit-identical and recorded as such; so is the language model called by itself
+    after a cut.
+    """
     inputs = subject.inputs((0, 0))
     embeds = subject.model.get_input_embeddings()(inputs["input_ids"]).detach()
     with torch.no_grad():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conformance: named checks of what every method must do on every family, on tiny random models, in about a minute on a CPU.
+"""Conformance: named checks of what every method must do on every family, on tiny random models, in about a
+minute on a CPU.
 
-``run_checks("fastervlm@9")`` runs them all; ``vlmprune verify`` prints them; authors of plug-ins call them from a test.
-Each check raises AssertionError with what differed; UnsupportedError counts as "unsupported", not as a failure.
+``run_checks("fastervlm@9")`` runs them all; ``vlmprune verify`` prints them; authors of plug-ins call them
+from a test. Each check raises AssertionError with what differed; UnsupportedError counts as "unsupported",
+not as a failure.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..api import prune, resolve
-from ..core.cache import cache_name
-from ..core.session import Session
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
+from ..hooks.sequence.cache import cache_name
+from ..hooks.session import Session
 from ..models import adapter_for
 from ..registry import get, list_methods
 from ..spec import Budget, parse
@@ -93,7 +95,7 @@ class Subject:
     @property
     def inside(self) -> bool:
         """Whether the method cuts inside the language model."""
-        return self.method.stage == "inside_lm"
+        return self.method.slot == "inside_lm"
 
     def with_keep(self, keep: int | float, scope: str = "image") -> Subject:
         """The same method at another budget."""
@@ -101,10 +103,12 @@ class Subject:
             raise UnsupportedError(f"{self.method.name} takes no budget")
         if self.inside:
             try:
-                self.method.stages(LAYERS, Budget(keep, scope), GRID * GRID)
+                self.method.cuts(LAYERS, Budget(keep, scope), GRID * GRID)
             except SpecError as error:  # its options set a schedule that this budget does not fit
                 raise UnsupportedError(str(error)) from error
-        return Subject(str(parse(self.spec).with_keep(Budget(keep, scope))), self.family, self.tower, self.text)
+        return Subject(
+            str(parse(self.spec).with_keep(Budget(keep, scope))), self.family, self.tower, self.text
+        )
 
 
 @lru_cache(maxsize=16)
@@ -124,7 +128,8 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options
 
 
 def default_spec(method: str) -> str:
-    """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot meet that.
+    """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot
+    meet that.
 
     A bare wrapper is put around fastervlm.
     """
@@ -134,11 +139,11 @@ def default_spec(method: str) -> str:
     built, budget, text = resolve(method, need_keep=False)
     if budget is not None or not built.budgeted:
         return text
-    if built.stage != "inside_lm":
+    if built.slot != "inside_lm":
         return f"{text}@0.25"
     for keep in (0.25, 0.5):
         try:
-            built.stages(LAYERS, Budget(keep), GRID * GRID)
+            built.cuts(LAYERS, Budget(keep), GRID * GRID)
         except SpecError:
             continue
         return f"{text}@{keep}"
@@ -156,9 +161,12 @@ def checks_for(subject: Subject) -> dict[str, Callable[[Subject], None]]:
     """The checks that mean something for a method: those of cuts, or those of re-weighting in their place."""
     from . import checks_attention
 
-    if subject.method.stage != "attention":
+    if subject.method.slot != "attention":
         return all_checks()
-    return {**checks_attention.CHECKS, **{name: check for name, check in all_checks().items() if name not in OF_CUTS}}
+    return {
+        **checks_attention.CHECKS,
+        **{name: check for name, check in all_checks().items() if name not in OF_CUTS},
+    }
 
 
 def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> CheckResult:
@@ -169,7 +177,16 @@ def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> 
         status, detail = "pass", ""
     except UnsupportedError as error:
         status, detail = "unsupported", str(error)
-    except (AssertionError, VlmPruneError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except (
+        AssertionError,
+        VlmPruneError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+    ) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         status, detail = "fail", f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
     return CheckResult(name, subject.family, status, detail, time.perf_counter() - started)
@@ -187,7 +204,10 @@ def run_checks(
     """
     for family in families or ():
         if family not in FAMILIES:
-            raise SpecError(f"unknown family {family!r}; expected one of {list(FAMILIES)}.{did_you_mean(family, FAMILIES)}")
+            raise SpecError(
+                f"unknown family {family!r}; expected one of "
+                f"{list(FAMILIES)}.{did_you_mean(family, FAMILIES)}"
+            )
     results = []
     for family in families or FAMILIES:
         subject = Subject(default_spec(spec), family)
@@ -209,4 +229,7 @@ def close(got: Tensor, want: Tensor, what: str, tolerance: float = 2e-5) -> None
     expect(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     scale = max(1.0, float(want.abs().max()))
     worst = float((got.float() - want.float()).abs().max()) / scale
-    expect(worst <= tolerance, f"{what}: differs by {worst:.2e} (relative to {scale:.1f}), allowed {tolerance:.0e}")
+    expect(
+        worst <= tolerance,
+        f"{what}: differs by {worst:.2e} (relative to {scale:.1f}), allowed {tolerance:.0e}",
+    )

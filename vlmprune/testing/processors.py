@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real HF processors, built offline, that fit the tiny models of ``vlmprune.testing.tiny``.
 
-The tokenizer knows one id per byte, so it encodes any text; image processors are the ones that need Pillow only.
+The tokenizer knows one id per byte, so it encodes any text; image processors are the ones that need Pillow
+only.
 """
 
 from __future__ import annotations
@@ -20,21 +21,35 @@ IMAGE_SIZE, PATCH_SIZE, GRID = 84, 14, 6  # pixels of a crop, of a patch; patche
 PINPOINTS = {
     "llava_next_video": [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]],
     "llava_next": [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]],
-    # every grid of tiles, as in the released models; 4 x 4 exceeds anyres_max_9, so the model scales its features down
+    # every grid of tiles, as in the released models; 4 x 4 exceeds anyres_max_9, so the model scales its
+    # features down
     "llava_onevision": [[84 * rows, 84 * cols] for rows in range(1, 5) for cols in range(1, 5)],
 }
 
 # <pad> is 0, the 256 bytes follow, and the other special ids close the vocabulary
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = ["<pad>", *BYTES, "<s>", "</s>", "<image>", "<video>"]
-PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID = (VOCABULARY.index(token) for token in ("<pad>", "<s>", "</s>", "<image>", "<video>"))
+PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID = (
+    VOCABULARY.index(token) for token in ("<pad>", "<s>", "</s>", "<image>", "<video>")
+)
 SPECIAL_IDS = (PAD_ID, BOS_ID, EOS_ID, IMAGE_ID, VIDEO_ID)
 
 FAMILY_PREFIX = {
-    "llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "vipllava": "VipLlava",
-    "llava_next_video": "LlavaNextVideo", "video_llava": "VideoLlava", "internvl": "InternVL", "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
-    "fast_vlm": "FastVlm", "paligemma": "PaliGemma", "gemma3": "Gemma3",
+    "llava": "Llava",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+    "vipllava": "VipLlava",
+    "llava_next_video": "LlavaNextVideo",
+    "video_llava": "VideoLlava",
+    "internvl": "InternVL",
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+    "fast_vlm": "FastVlm",
+    "paligemma": "PaliGemma",
+    "gemma3": "Gemma3",
 }
 _TOWERS = ("clip", "siglip")
 # families that have one tower, of their own
@@ -44,7 +59,8 @@ OWN_TOWER = {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smol
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] in ('image', 'video') %}{{ '<' + part['type'] + '>\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] in ('image', 'video') %}{{ '<' + "
+    "part['type'] + '>\n' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -63,7 +79,9 @@ def tower_of(family: str, tower: str | None) -> str:
         return known("tower", tower or "siglip", ("siglip",))
     tower = known("tower", tower or ("siglip" if family == "llava_onevision" else "clip"), _TOWERS)
     if family in ("vipllava", "video_llava") and tower != "clip":
-        raise UnsupportedError(f"{family} with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'")
+        raise UnsupportedError(
+            f"{family} with a {tower} tower: it drops a [CLS] token, which only clip has; use tower='clip'"
+        )
     return tower
 
 
@@ -76,10 +94,18 @@ def tiny_tokenizer(**names: str) -> transformers.PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([VOCABULARY[i] for i in SPECIAL_IDS])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        model_max_length=8192, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         **({"extra_special_tokens": names} if names else {}),
     )
 
@@ -87,12 +113,14 @@ def tiny_tokenizer(**names: str) -> transformers.PreTrainedTokenizerFast:
 def tiny_processor(family: str = "llava", tower: str | None = None) -> Any:
     """The HF processor of a family, sized for ``tiny_model(family, tower)``.
 
-    Without torchvision transformers has no video processors: families with clips then take pictures and text only (and cannot be
-    saved); ``tiny_inputs(family, video=True)`` builds the tensors of clips by hand.
+    Without torchvision transformers has no video processors: families with clips then take pictures and text
+    only (and cannot be saved); ``tiny_inputs(family, video=True)`` builds the tensors of clips by hand.
     """
     prefix, tower = family_prefix(family), tower_of(family, tower)
     if family not in _PROCESSORS:
-        raise UnsupportedError(f"no tiny processor of {family}; build tensors with tiny_inputs, or use one of {[*_PROCESSORS]}")
+        raise UnsupportedError(
+            f"no tiny processor of {family}; build tensors with tiny_inputs, or use one of {[*_PROCESSORS]}"
+        )
     arguments = _PROCESSORS[family](prefix, tower)
     kind = getattr(transformers, _PROCESSOR_OF.get(family, prefix) + "Processor")
     return _build(kind, prefix, {"chat_template": _TEMPLATE, "tokenizer": tiny_tokenizer(), **arguments})
@@ -105,21 +133,32 @@ _PROCESSOR_OF = {"vipllava": "Llava"}
 def _llava(prefix: str, tower: str) -> dict[str, Any]:
     clip = tower == "clip"
     if prefix.startswith("LlavaNext"):
-        images = _image_processor("LlavaNext", size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_next"])
+        images = _image_processor(
+            "LlavaNext", size=_EDGE, crop_size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_next"]
+        )
     elif prefix == "VideoLlava":
         images = _image_processor(prefix, size=_EDGE, crop_size=_SQUARE)
     else:
-        images = _image_processor("CLIP", size=_EDGE, crop_size=_SQUARE) if clip else _image_processor("Siglip", size=_SQUARE)
+        images = (
+            _image_processor("CLIP", size=_EDGE, crop_size=_SQUARE)
+            if clip
+            else _image_processor("Siglip", size=_SQUARE)
+        )
     return {
-        "image_processor": images, "patch_size": PATCH_SIZE, "num_additional_image_tokens": int(clip),
+        "image_processor": images,
+        "patch_size": PATCH_SIZE,
+        "num_additional_image_tokens": int(clip),
         "vision_feature_select_strategy": "default" if clip else "full",
     }
 
 
 def _onevision(prefix: str, tower: str) -> dict[str, Any]:
     return {
-        "image_processor": _image_processor(prefix, size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_onevision"]),
-        "num_image_tokens": GRID * GRID + (tower == "clip"), "vision_aspect_ratio": "anyres_max_9",
+        "image_processor": _image_processor(
+            prefix, size=_SQUARE, image_grid_pinpoints=PINPOINTS["llava_onevision"]
+        ),
+        "num_image_tokens": GRID * GRID + (tower == "clip"),
+        "vision_aspect_ratio": "anyres_max_9",
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
     }
 
@@ -127,22 +166,43 @@ def _onevision(prefix: str, tower: str) -> dict[str, Any]:
 def _internvl(prefix: str, tower: str) -> dict[str, Any]:
     side = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
     images = _image_processor("GotOcr2", size=side, crop_to_patches=True, min_patches=1, max_patches=3)
-    tokens = {"start_image_token": "<s>", "end_image_token": "</s>", "context_image_token": "<image>", "video_token": "<video>"}
+    tokens = {
+        "start_image_token": "<s>",
+        "end_image_token": "</s>",
+        "context_image_token": "<image>",
+        "video_token": "<video>",
+    }
     return {"image_processor": images, "image_seq_length": GRID * GRID, "tokenizer": tiny_tokenizer(**tokens)}
 
 
 def _qwen(prefix: str, tower: str) -> dict[str, Any]:
     area = (2 * IMAGE_SIZE) ** 2  # of pixels: pictures of all shapes give about GRID x GRID tokens
     images = _image_processor(
-        "Qwen2VL", size={"shortest_edge": area // 2, "longest_edge": area + area // 9}, patch_size=PATCH_SIZE, merge_size=2
+        "Qwen2VL",
+        size={"shortest_edge": area // 2, "longest_edge": area + area // 9},
+        patch_size=PATCH_SIZE,
+        merge_size=2,
     )
-    tokens = {"image_token": "<image>", "video_token": "<video>", "vision_start_token": "<s>", "vision_end_token": "</s>"}
+    tokens = {
+        "image_token": "<image>",
+        "video_token": "<video>",
+        "vision_start_token": "<s>",
+        "vision_end_token": "</s>",
+    }
     return {"image_processor": images, "tokenizer": tiny_tokenizer(**tokens)}
 
 
 _PROCESSORS: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "llava": _llava, "vipllava": _llava, "llava_next": _llava, "llava_next_video": _llava, "video_llava": _llava,
-    "llava_onevision": _onevision, "internvl": _internvl, "qwen2_vl": _qwen, "qwen2_5_vl": _qwen, "qwen3_vl": _qwen,
+    "llava": _llava,
+    "vipllava": _llava,
+    "llava_next": _llava,
+    "llava_next_video": _llava,
+    "video_llava": _llava,
+    "llava_onevision": _onevision,
+    "internvl": _internvl,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
 }
 
 
@@ -150,13 +210,16 @@ PROCESSED = tuple(_PROCESSORS)  # families that have a tiny processor
 
 
 def _image_processor(prefix: str, **sizes: Any) -> Any:
-    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere the plain name is the Pillow one
+    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere the plain name is the
+    # Pillow one
     name = prefix + "ImageProcessor"
     return (getattr(transformers, name + "Pil", None) or getattr(transformers, name))(**sizes)
 
 
 def _build(kind: Any, prefix: str, arguments: dict[str, Any]) -> Any:
-    """A processor; one for pictures and text only where it would need a video processor and torchvision is missing."""
+    """A processor; one for pictures and text only where it would need a video processor and torchvision is
+    missing.
+    """
     if "video_processor" not in inspect.signature(kind.__init__).parameters:
         return kind(**arguments)
     if is_torchvision_available():
@@ -176,5 +239,7 @@ def _build(kind: Any, prefix: str, arguments: dict[str, Any]) -> Any:
 def known(what: str, name: str, names: tuple[str, ...]) -> str:
     """Return a name that has a tiny model, or raise naming those that have."""
     if name not in names:
-        raise UnsupportedError(f"no tiny model of {what} {name!r}; expected one of {list(names)}.{did_you_mean(name, names)}")
+        raise UnsupportedError(
+            f"no tiny model of {what} {name!r}; expected one of {list(names)}.{did_you_mean(name, names)}"
+        )
     return name

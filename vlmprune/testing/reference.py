@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slow twin: pruning before the language model done by hand, sharing no code with the hooks.
 
-A dense model is run once to read the merged embeddings of every sample; kept rows are picked with plain indexing, and the
-language model is called on them alone, unpadded, without a cache, with positions written out. Greedy decoding recomputes
-the whole sequence for every token.
+A dense model is run once to read the merged embeddings of every sample; kept rows are picked with plain
+indexing, and the language model is called on them alone, unpadded, without a cache, with positions written
+out. Greedy decoding recomputes the whole sequence for every token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from .reference_masks import blocks_of, mask_by_hand
 
 @dataclass
 class Kept:
-    """One sample without padding: (1, n, D) embeddings, (1, n) or (3, 1, n) positions, and what is added after early layers.
+    """One sample without padding: (1, n, D) embeddings, (1, n) or (3, 1, n) positions, and what is added
+    after early layers.
 
-    ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack). ``blocks`` (n,) numbers the sets of tokens
-    that attend to each other both ways, -1 for tokens that are in none.
+    ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack). ``blocks`` (n,) numbers
+    the sets of tokens that attend to each other both ways, -1 for tokens that are in none.
     """
 
     embeds: Tensor
@@ -38,12 +39,16 @@ class Kept:
         numbers = self.positions[..., -1:] + 1 + torch.arange(rows.shape[1])
         stacked = [torch.cat([one, torch.zeros_like(rows[0])]) for one in self.stacked]
         blocks = None if self.blocks is None else nn.functional.pad(self.blocks, (0, rows.shape[1]), value=-1)
-        return Kept(torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked, blocks)
+        return Kept(
+            torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked, blocks
+        )
 
     def columns(self, keep: Tensor) -> Kept:
         """Only the columns of a mask or of indices (n,)."""
         blocks = None if self.blocks is None else self.blocks[keep]
-        return Kept(self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked], blocks)
+        return Kept(
+            self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked], blocks
+        )
 
     def recounted(self) -> Kept:
         """At positions without gaps."""
@@ -85,7 +90,9 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
         stacked.append(full)
     rows = []
     for row, mask in enumerate(inputs["attention_mask"].bool()):
-        numbers = torch.arange(int(mask.sum()))[None] + (model.config.model_type == "paligemma")  # which counts from 1
+        numbers = torch.arange(int(mask.sum()))[None] + (
+            model.config.model_type == "paligemma"
+        )  # which counts from 1
         if places is not None and places.ndim == 3:  # places in pictures, which the model knows
             numbers = places[-3:, row : row + 1, mask]
         blocks = None
@@ -98,7 +105,9 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:
     """Per row the columns of patches, newline and [CLS] embeddings left out."""
     config = model.config
-    tokens = [config.image_token_id] + ([config.video_token_id] if getattr(config, "video_token_id", None) is not None else [])
+    tokens = [config.image_token_id] + (
+        [config.video_token_id] if getattr(config, "video_token_id", None) is not None else []
+    )
     newline = getattr(model.model, "image_newline", None)
     rows = []
     for ids, row in zip(input_ids, embeds, strict=True):
@@ -107,13 +116,17 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
             columns = [c for c in columns if not torch.equal(row[c], newline.detach().to(row.dtype))]
         if config.model_type == "video_llava":  # a [CLS] in front of every frame
             frames = [c for c in columns if int(ids[c]) == config.video_token_id]
-            first = set(frames[:: (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1])
+            first = set(
+                frames[:: (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1]
+            )
             columns = [c for c in columns if c not in first]
         rows.append(columns)
     return rows
 
 
-def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap], positions: str) -> list[Kept]:
+def kept_by_hand(
+    model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap], positions: str
+) -> list[Kept]:
     """The kept part of every row of a batch, from dense embeddings and the KeepMaps of a pruned run.
 
     KeepMaps lie in the order in which their pictures stand in the batch (images before clips).
@@ -122,7 +135,9 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
     columns = placeholder_columns(model, inputs["input_ids"], embeds)
     kept: list[Kept] = []
     pending = list(maps)
-    for row, (mask, dense) in enumerate(zip(inputs["attention_mask"].bool(), dense_rows(model, inputs), strict=True)):
+    for row, (mask, dense) in enumerate(
+        zip(inputs["attention_mask"].bool(), dense_rows(model, inputs), strict=True)
+    ):
         keep = mask.clone()
         start = 0
         while start < len(columns[row]):
@@ -139,7 +154,9 @@ def kept_by_hand(model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap],
 
 
 def by_row(maps: Sequence[KeepMap], images: Sequence[int], frames: int) -> list[KeepMap]:
-    """Maps of a report (all images, then all frames) in the order in which rows read them: images, then the clip of that row."""
+    """Maps of a report (all images, then all frames) in the order in which rows read them: images, then the
+    clip of that row.
+    """
     stills, moving = ([one for one in maps if (one.frame is None) == still] for still in (True, False))
     ordered = []
     for row, count in enumerate(images):
@@ -154,7 +171,10 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
     extra: dict[str, Any] = {"attention_mask": torch.ones(1, length, dtype=torch.long)}
     if kept.blocks is not None:
         kinds = getattr(language_model(model).config, "layer_types", None)
-        masks = {kind: mask_by_hand(model.config, i, length, kept.blocks) for i, kind in enumerate(kinds or ["all"])}
+        masks = {
+            kind: mask_by_hand(model.config, i, length, kept.blocks)
+            for i, kind in enumerate(kinds or ["all"])
+        }
         extra["attention_mask"] = masks if kinds else masks["all"]
     if kept.stacked:
         extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
@@ -186,8 +206,9 @@ def greedy(model: Any, kept: Kept, new_tokens: int) -> list[int]:
 def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
     """Per sample the (n, D) rows that the first decoder layer really reads, dead slots and padding left out.
 
-    For merging methods, whose rows cannot be picked from the dense embeddings. Run it with the method attached; the mask is
-    read off an eager attention mask, so the model must use ``attn_implementation="eager"``.
+    For merging methods, whose rows cannot be picked from the dense embeddings. Run it with the method
+    attached; the mask is read off an eager attention mask, so the model must use
+    ``attn_implementation="eager"``.
     """
     seen: list[tuple[Tensor, Tensor | None]] = []
 
@@ -204,7 +225,9 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
     hidden, mask = seen[0]
     if mask is None:
         return list(hidden)
-    read = (mask == 0 if mask.is_floating_point() else mask)[:, 0].any(dim=1)  # (B, n) what some token may read
+    read = (mask == 0 if mask.is_floating_point() else mask)[:, 0].any(
+        dim=1
+    )  # (B, n) what some token may read
     return [row[allowed] for row, allowed in zip(hidden, read, strict=True)]
 
 
@@ -216,8 +239,8 @@ def legible(dense: Kept) -> dict[str, str]:
 def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:
     """What the language model reads of a batch of one while a method is attached, merged rows included.
 
-    Positions count on; where tokens have places in pictures, or attend both ways, they are those of ``dense`` at the columns that
-    are read, which are given as well.
+    Positions count on; where tokens have places in pictures, or attend both ways, they are those of ``dense``
+    at the columns that are read, which are given as well.
     """
     seen: list[dict[str, Any]] = []
     handle = language_model(model).register_forward_pre_hook(

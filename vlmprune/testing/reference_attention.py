@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slow eager twin of attention re-weighting: maps are edited as maps, everything is recomputed for every token."""
+"""The slow eager twin of attention re-weighting: maps are edited as maps, everything is recomputed for every
+token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.base import Method
+from ..core.method import Method
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, mask_by_hand
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slow eager twin of cuts inside the language model: layers called one by one, tokens physically removed, no cache.
+"""The slow eager twin of cuts inside the language model: layers called one by one, tokens physically removed,
+no cache.
 
-Needs a model with ``attn_implementation="eager"``; scores are read off the attention maps that eager attention returns.
+Needs a model with ``attn_implementation="eager"``; scores are read off the attention maps that eager
+attention returns.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.base import Merged, Method, Stage
-from ..core.cache import cache_in
+from ..core.method import CutPoint, Merged, Method
 from ..core.select import choose
 from ..core.tokens import VisualTokens
+from ..hooks.sequence.cache import cache_in
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
@@ -34,8 +36,12 @@ class Twin:
     dense: Kept
     pictures: list[list[int]]
     text: list[int]
-    kept: dict[int, list[int]] = field(default_factory=dict)  # layer -> prompt columns that it and later layers read
-    merged: dict[int, tuple[list[int], Tensor]] = field(default_factory=dict)  # layer -> columns and the rows put there
+    kept: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # layer -> prompt columns that it and later layers read
+    merged: dict[int, tuple[list[int], Tensor]] = field(
+        default_factory=dict
+    )  # layer -> columns and the rows put there
 
     @property
     def language_model(self) -> Any:
@@ -45,20 +51,29 @@ class Twin:
     def embeds(self) -> Tensor:
         return self.dense.embeds
 
-    def stages(self, count: int) -> tuple[Stage, ...]:
+    def points(self, count: int) -> tuple[CutPoint, ...]:
         """Cuts of a picture of ``count`` tokens."""
-        return self.method.stages(len(self.language_model.layers), self.budget, count)
+        return self.method.cuts(len(self.language_model.layers), self.budget, count)
 
     @torch.no_grad()
     def logits(self, new: Tensor | None = None) -> Tensor:
-        """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the first call."""
+        """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the first
+        call.
+        """
         choosing = not self.kept
         length = self.embeds.shape[1]
         whole = self.dense if new is None else self.dense.grown(new)
-        hidden, numbers, blocks = whole.embeds, whole.positions[..., 0, :], whole.blocks  # positions (L,) or (3, L)
+        hidden, numbers, blocks = (
+            whole.embeds,
+            whole.positions[..., 0, :],
+            whole.blocks,
+        )  # positions (L,) or (3, L)
         columns = list(range(hidden.shape[1]))
         spans, maps = [list(picture) for picture in self.pictures], torch.empty(0)
-        cuts = {stage.layer: (number, stage) for number, stage in enumerate(self.stages(len(spans[0]) if spans else 1))}
+        cuts = {
+            stage.layer: (number, stage)
+            for number, stage in enumerate(self.points(len(spans[0]) if spans else 1))
+        }
         for index in range(len(self.language_model.layers)):
             if index in cuts and spans:
                 number, stage = cuts[index]
@@ -83,17 +98,28 @@ class Twin:
             return [self.embeds.shape[1] - 1]
         visual = torch.cat([self.embeds[0, picture] for picture in self.pictures])
         chosen = self.method.raters(self.embeds[0, self.text], visual)
-        return self.text[-1:] if chosen is None else [c for c, yes in zip(self.text, chosen.tolist(), strict=True) if yes]
+        return (
+            self.text[-1:]
+            if chosen is None
+            else [c for c, yes in zip(self.text, chosen.tolist(), strict=True) if yes]
+        )
 
     def _cut(
-        self, index: int, number: int, spans: list[list[int]], columns: list[int], numbers: Tensor, hidden: Tensor, maps: Tensor
+        self,
+        index: int,
+        number: int,
+        spans: list[list[int]],
+        columns: list[int],
+        numbers: Tensor,
+        hidden: Tensor,
+        maps: Tensor,
     ) -> list[list[int]]:
         """Choose at one layer: the columns that stay of every picture; remembers what is kept and merged."""
         queries = [columns.index(c) for c in self._raters()]
-        source = self.stages(len(self.pictures[0]))[number].source
+        source = self.points(len(self.pictures[0]))[number].source
         left, places, rows = [], [], []
         for picture, span in zip(self.pictures, spans, strict=True):
-            keep = self.stages(len(picture))[number].keep
+            keep = self.points(len(picture))[number].keep
             if keep >= len(span):
                 left.append(span)
                 continue
@@ -105,7 +131,7 @@ class Twin:
                 query_positions=numbers[None, queries] if numbers.ndim == 1 else None,
                 positions=numbers[None, at] if numbers.ndim == 1 else None,
                 rotary_frequencies=frequencies(self.language_model, source) if numbers.ndim == 1 else None,
-                stage=number,
+                cut=number,
             )
             result = choose(self.method, tokens, keep)
             stay = (result.slots if isinstance(result, Merged) else result)[0].tolist()
@@ -122,12 +148,16 @@ class Twin:
             self.merged[index] = (places, torch.cat(rows))
         return left
 
-    def _attend(self, index: int, hidden: Tensor, numbers: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, index: int, hidden: Tensor, numbers: Tensor, blocks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Output (1, n, D) and attention maps (1, H, n, n) of a layer."""
         layer = self.language_model.layers[index]
         mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
         angles = angles_by_hand(self.language_model, index, hidden, numbers[..., None, :])
-        maps = layer.self_attn(hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask)[1]
+        maps = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask
+        )[1]
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), maps
 
@@ -151,16 +181,22 @@ class Twin:
 
 @contextmanager
 def masked(
-    model: Any, kept: dict[int, list[int]], merged: dict[int, tuple[list[int], Tensor]], policy: str = "original"
+    model: Any,
+    kept: dict[int, list[int]],
+    merged: dict[int, tuple[list[int], Tensor]],
+    policy: str = "original",
 ) -> Iterator[Any]:
-    """A dense eager model with cuts by masks: no token is removed, layers do not see what was dropped before them.
+    """A dense eager model with cuts by masks: no token is removed, layers do not see what was dropped before
+    them.
 
-    For batches of one prompt (repeated for beams) in every mode of generate with a cache; ``kept`` and ``merged`` are those of
-    a Twin. Windows would count dropped tokens, so the layers must not slide.
+    For batches of one prompt (repeated for beams) in every mode of generate with a cache; ``kept`` and
+    ``merged`` are those of a Twin. Windows would count dropped tokens, so the layers must not slide.
     """
     decoder = language_model(model)
 
-    def hook(index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def hook(
+        index: int, module: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         stage = max((layer for layer in kept if layer <= index), default=None)
         if stage is None:
             return None
@@ -174,7 +210,9 @@ def masked(
             at, rows = merged[index]
             hidden = hidden.index_copy(1, torch.tensor(at), rows.expand(hidden.shape[0], -1, -1))
         mask[..., dropped] = torch.finfo(mask.dtype).min
-        changed = {name: value for name, value in kwargs.items() if name != "hidden_states"} | {"attention_mask": mask}
+        changed = {name: value for name, value in kwargs.items() if name != "hidden_states"} | {
+            "attention_mask": mask
+        }
         if policy == "compact":
             columns = torch.arange(first, first + hidden.shape[1])
             places = (columns - (dropped[:, None] < columns).sum(0))[None]
@@ -183,7 +221,8 @@ def masked(
 
     prompt: dict[str, int] = {}
     handles = [
-        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(decoder.layers)
+        layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
     ]
     try:
         yield model

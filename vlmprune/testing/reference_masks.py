@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 
 def blocks_of(family: str, types: Tensor) -> Tensor:
-    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, each image (a run of 1) of Gemma 3."""
+    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, each image (a run of
+    1) of Gemma 3.
+    """
     if family == "paligemma":
         return torch.where(types == 0, 0, -1)
     number, found = -1, []
@@ -24,17 +26,24 @@ def blocks_of(family: str, types: Tensor) -> Tensor:
 def slides(text_config: Any, layer: int) -> bool:
     """Whether a layer attends to a sliding window."""
     kinds = getattr(text_config, "layer_types", None)
-    return getattr(text_config, "sliding_window", None) is not None if kinds is None else kinds[layer] == "sliding_attention"
+    return (
+        getattr(text_config, "sliding_window", None) is not None
+        if kinds is None
+        else kinds[layer] == "sliding_attention"
+    )
 
 
 def any_window(model: Any, length: int) -> bool:
     """Whether some decoder layer has a window that is narrower than a sequence."""
     text = model.config.get_text_config()
-    return any(slides(text, layer) and text.sliding_window < length for layer in range(text.num_hidden_layers))
+    return any(
+        slides(text, layer) and text.sliding_window < length for layer in range(text.num_hidden_layers)
+    )
 
 
 def mask_by_hand(config: Any, layer: int, length: int, blocks: Tensor | None = None) -> Tensor:
-    """(1, 1, n, n) additive mask of a decoder layer: causal, inside its window, and both ways inside blocks."""
+    """(1, 1, n, n) additive mask of a decoder layer: causal, inside its window, and both ways inside
+    blocks."""
     text, at = config.get_text_config(), torch.arange(length)
     seen = at[None, :] <= at[:, None]
     near = at[None, :] > at[:, None] - text.sliding_window if slides(text, layer) else torch.ones_like(seen)
@@ -46,7 +55,9 @@ def mask_by_hand(config: Any, layer: int, length: int, blocks: Tensor | None = N
     return torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
-def angles_by_hand(language_model: nn.Module, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def angles_by_hand(
+    language_model: nn.Module, layer: int, hidden: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rotary cos and sin of a decoder layer, whose kind has its own in Gemma 3."""
     rotary = language_model.rotary_emb
     own = "layer_type" in inspect.signature(rotary.forward).parameters

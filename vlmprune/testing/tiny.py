@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random vision-language models of the real HF classes, with inputs that fit them; for tests, yours and ours.
+"""Tiny random vision-language models of the real HF classes, with inputs that fit them; for tests, yours and
+ours.
 
-Everything is built from a config and a seed in well under a second: no download, no GPU. All models have 36 patches per crop
-(6 x 6), a vision tower of width 32 and a language model of width 64.
+Everything is built from a config and a seed in well under a second: no download, no GPU. All models have 36
+patches per crop (6 x 6), a vision tower of width 32 and a language model of width 64.
 
     model = tiny_model("llava_next")
     inputs = tiny_inputs("llava_next", images=(1, 2, 0))
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError, UnsupportedError
-from .picture import picture
+from ..example_picture import picture
 from .processors import (
     BOS_ID,
     FAMILY_PREFIX,
@@ -32,8 +33,17 @@ from .processors import (
 from .tiny_configs import model_class, text_of, tiny_config
 from .tiny_pictures import FRAMES, layout_of, words
 
-__all__ = ["FAMILIES", "LLAVA_FAMILIES", "VARIANTS", "picture", "tiny_bundle", "tiny_inputs", "tiny_model", "tiny_processor",
-           "tiny_row"]  # fmt: skip
+__all__ = [
+    "FAMILIES",
+    "LLAVA_FAMILIES",
+    "VARIANTS",
+    "picture",
+    "tiny_bundle",
+    "tiny_inputs",
+    "tiny_model",
+    "tiny_processor",
+    "tiny_row",
+]
 
 FAMILIES: tuple[str, ...] = tuple(FAMILY_PREFIX)
 # the first to be supported, on all transformers versions; between them they have every kind of geometry
@@ -68,15 +78,23 @@ LAYERS = 4  # decoder layers
 
 
 def tiny_model(
-    family: str = "llava", tower: str | None = None, text: str | None = None, *, seed: int = 0, layers: int = LAYERS,
-    dtype: torch.dtype = torch.float32, **text_overrides: Any,
+    family: str = "llava",
+    tower: str | None = None,
+    text: str | None = None,
+    *,
+    seed: int = 0,
+    layers: int = LAYERS,
+    dtype: torch.dtype = torch.float32,
+    **text_overrides: Any,
 ) -> Any:
     """Build a tiny random model, in eval mode on the CPU.
 
     Args:
         family: one of ``FAMILIES``.
-        tower: ``"clip"`` ([CLS] dropped) or ``"siglip"`` (no [CLS]); default is what the family was released with.
-        text: ``"llama"``, ``"mistral"``, ``"mistral_sliding"`` (a window of 8) or ``"qwen2"``; default as released.
+        tower: ``"clip"`` ([CLS] dropped) or ``"siglip"`` (no [CLS]); default is what the family was released
+            with.
+        text: ``"llama"``, ``"mistral"``, ``"mistral_sliding"`` (a window of 8) or ``"qwen2"``; default as
+            released.
         seed: of the weights; the global random state is neither read nor changed.
         layers: decoder layers of the language model; the vision tower always has 4.
         dtype: of the parameters; the same seed gives the same weights up to rounding.
@@ -102,8 +120,14 @@ def tiny_bundle(family: str = "llava", **options: Any) -> tuple[Any, Any]:
 
 
 def tiny_inputs(
-    family: str = "llava", *, images: Sequence[int] = (1,), seed: int = 0, size: tuple[int, int] | None = None, text_len: int = 5,
-    video: bool = False, frames: int = FRAMES,
+    family: str = "llava",
+    *,
+    images: Sequence[int] = (1,),
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    text_len: int = 5,
+    video: bool = False,
+    frames: int = FRAMES,
 ) -> dict[str, Tensor]:
     """A left-padded batch of random text and random pixels, built without a processor.
 
@@ -111,9 +135,10 @@ def tiny_inputs(
         family: one of ``FAMILIES``; the batch fits every tower and language model of it.
         images: images per row, 0 allowed.
         seed: of text and pixels.
-        size: (height, width) of all images before they were tiled; by default sizes alternate between wide, tall and square.
-            Families that see one square crop per image have no sizes.
-        text_len: text ids before, between and after the images; row i has ``i % 3`` more, so that equal rows are ragged too.
+        size: (height, width) of all images before they were tiled; by default sizes alternate between wide,
+            tall and square. Families that see one square crop per image have no sizes.
+        text_len: text ids before, between and after the images; row i has ``i % 3`` more, so that equal rows
+            are ragged too.
         video: end every row with a clip, where the family takes clips.
         frames: of each clip.
     """
@@ -145,31 +170,48 @@ def tiny_inputs(
 
 
 def tiny_row(inputs: dict[str, Tensor], family: str, i: int, images: Sequence[int]) -> dict[str, Tensor]:
-    """Row ``i`` of a batch of ``tiny_inputs(family, images=images)``, alone and without padding: a batch of one.
+    """Row ``i`` of a batch of ``tiny_inputs(family, images=images)``, alone and without padding: a batch of
+    one.
 
-    A plain forward of the batch counts padding as positions. Give it ``position_ids`` that start at the first real token before
-    you compare closely: rotary angles round differently at other positions, which costs up to 3e-5 in the logits.
+    A plain forward of the batch counts padding as positions. Give it ``position_ids`` that start at the first
+    real token before you compare closely: rotary angles round differently at other positions, which costs up
+    to 3e-5 in the logits.
     """
     real, layout = inputs["attention_mask"][i].bool(), layout_of(family)
-    row = {key: value[i : i + 1, real] for key, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    row = {
+        key: value[i : i + 1, real]
+        for key, value in inputs.items()
+        if value.shape == inputs["input_ids"].shape
+    }
     row |= layout.row(inputs, sum(images[:i]), images[i])
     return row | (layout.video_row(inputs, i) if "pixel_values_videos" in inputs else {})
 
 
 @torch.no_grad()
 def _enliven(model: Any, seed: int) -> None:
-    """Draw weights under which every token matters: the usual std of 0.02 leaves argmax blind to what a cut does."""
+    """Draw weights under which every token matters: the usual std of 0.02 leaves argmax blind to what a cut
+    does.
+    """
     random = torch.Generator().manual_seed(seed)
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             draw = torch.randn(weight.shape, generator=random)
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
-                # queries and keys are larger still, so that softmax is peaked and order and masks show in the logits; the many
+                # queries and keys are larger still, so that softmax is peaked and order and masks show in the
+                # logits; the many
                 # convolutions of a timm tower a little, or they would average the picture away
-                gain = 2.0 if path.endswith(("q_proj", "k_proj", "qkv")) else 1.3 if "timm_model" in path else 1.0
+                gain = (
+                    2.0
+                    if path.endswith(("q_proj", "k_proj", "qkv"))
+                    else 1.3
+                    if "timm_model" in path
+                    else 1.0
+                )
                 draw *= gain / math.sqrt(weight[0].numel())
             elif "Norm" in type(module).__name__ and name == "weight":
-                draw = 0.1 * draw + (0 if "Gemma" in type(module).__name__ else 1)  # Gemma's norms add 1 themselves
+                draw = 0.1 * draw + (
+                    0 if "Gemma" in type(module).__name__ else 1
+                )  # Gemma's norms add 1 themselves
             elif "ScaledWordEmbedding" in type(module).__name__:
                 draw /= module.scalar_embed_scale  # so that words are as large as image tokens
             elif name == "mm_input_projection_weight":  # Gemma 3's projector, which is no Linear
@@ -177,6 +219,8 @@ def _enliven(model: Any, seed: int) -> None:
             elif name == "bias":
                 draw *= 0.1
             weight.copy_(draw)  # embeddings, [CLS] and the image newline keep std 1
-    # A placeholder among the new tokens would ask for an image that is not there. suppress_tokens keeps generate() from it; loops
-    # written by hand take the argmax, and a row of zeros gives logit 0, which is below the largest of 256 zero-mean logits.
+    # A placeholder among the new tokens would ask for an image that is not there. suppress_tokens keeps
+    # generate() from it; loops
+    # written by hand take the argmax, and a row of zeros gives logit 0, which is below the largest of 256
+    # zero-mean logits.
     model.lm_head.weight[list(SPECIAL_IDS)] = 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of the tiny models: four layers everywhere, vision towers of width 32, language models of width 64."""
+"""Configs of the tiny models: four layers everywhere, vision towers of width 32, language models of width
+64."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def text_of(family: str, text: str | None) -> str:
         return known("text", text or "own", ("own",))
     if family in _TEXTS_OF:
         return known("text", text or _TEXTS_OF[family][0], _TEXTS_OF[family])
-    return known("text", text or ("qwen2" if family in ("llava_onevision", "internvl", "fast_vlm") else "llama"), tuple(TEXTS))
+    return known(
+        "text",
+        text or ("qwen2" if family in ("llava_onevision", "internvl", "fast_vlm") else "llama"),
+        tuple(TEXTS),
+    )
 
 
 def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
@@ -56,8 +61,16 @@ def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict
     config = model_class(family, "Config")
     if family in _QWEN:
         return config(**_qwen(family, layers, overrides))
-    vision = _OWN_VISION[family]() if family in OWN_TOWER else _vision_config(tower, MERGE if family == "gemma3" else 1)
-    return config(vision_config=vision, text_config=_text_config(text, layers, overrides), **_family_fields(family, tower))
+    vision = (
+        _OWN_VISION[family]()
+        if family in OWN_TOWER
+        else _vision_config(tower, MERGE if family == "gemma3" else 1)
+    )
+    return config(
+        vision_config=vision,
+        text_config=_text_config(text, layers, overrides),
+        **_family_fields(family, tower),
+    )
 
 
 def missing(family: str) -> str | None:
@@ -82,8 +95,12 @@ def model_class(family: str, suffix: str = "ForConditionalGeneration") -> Any:
 
 def _vision_config(tower: str, merge: int) -> Any:
     fields: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE * merge, "patch_size": PATCH_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE * merge,
+        "patch_size": PATCH_SIZE,
     }
     if tower == "siglip":
         return transformers.SiglipVisionConfig(**fields, vision_use_head=False)
@@ -93,9 +110,17 @@ def _vision_config(tower: str, merge: int) -> Any:
 def text_fields(layers: int) -> dict[str, Any]:
     """What all language models share."""
     return {
-        "vocab_size": len(VOCABULARY), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": False,
-        "bos_token_id": BOS_ID, "eos_token_id": None, "pad_token_id": PAD_ID,
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": None,
+        "pad_token_id": PAD_ID,
     }
 
 
@@ -136,21 +161,37 @@ def _family_fields(family: str, tower: str) -> dict[str, Any]:
 def _internvl_vision() -> Any:
     side = IMAGE_SIZE * MERGE
     return transformers.InternVLVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=[side, side],
-        patch_size=[PATCH_SIZE, PATCH_SIZE], use_qk_norm=True, norm_type="rms_norm",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=[side, side],
+        patch_size=[PATCH_SIZE, PATCH_SIZE],
+        use_qk_norm=True,
+        norm_type="rms_norm",
     )
 
 
 def _idefics_vision(prefix: str) -> Any:
     return getattr(transformers, prefix + "VisionConfig")(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        image_size=IMAGE_SIZE * MERGE, patch_size=PATCH_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE * MERGE,
+        patch_size=PATCH_SIZE,
     )
 
 
 def _fastvit() -> Any:
-    args = {"layers": [1, 1, 1, 2], "embed_dims": [8, 8, 16, 64], "inference_mode": True}  # two heads, 32 pixels to a token
-    return transformers.TimmWrapperConfig(architecture="fastvit_mci0", model_args=args, hidden_size=128, do_pooling=True)
+    args = {
+        "layers": [1, 1, 1, 2],
+        "embed_dims": [8, 8, 16, 64],
+        "inference_mode": True,
+    }  # two heads, 32 pixels to a token
+    return transformers.TimmWrapperConfig(
+        architecture="fastvit_mci0", model_args=args, hidden_size=128, do_pooling=True
+    )
 
 
 _OWN_VISION: dict[str, Callable[[], Any]] = {
@@ -160,18 +201,35 @@ _OWN_VISION: dict[str, Callable[[], Any]] = {
     "smolvlm": lambda: _idefics_vision("SmolVLM"),
 }
 
-# what differs between the towers; every second block of 2.5 attends to the whole picture, the others inside 2 x 2 tokens
+# what differs between the towers; every second block of 2.5 attends to the whole picture, the others inside 2
+# x 2 tokens
 _QWEN: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
-    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 4 * PATCH_SIZE,
-                   "fullatt_block_indexes": [1, 3]},
-    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_position_embeddings": 144,
-                 "deepstack_visual_indexes": [0, 1, 2]},
+    "qwen2_5_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 64,
+        "window_size": 4 * PATCH_SIZE,
+        "fullatt_block_indexes": [1, 3],
+    },
+    "qwen3_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [0, 1, 2],
+    },
 }
 
 
 def _qwen(family: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    vision = {"depth": 4, "num_heads": 4, "patch_size": PATCH_SIZE, "spatial_merge_size": MERGE, "temporal_patch_size": 2}
+    vision = {
+        "depth": 4,
+        "num_heads": 4,
+        "patch_size": PATCH_SIZE,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
     text = text_fields(layers) | {key: rope} | overrides
@@ -179,6 +237,10 @@ def _qwen(family: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]
         text["head_dim"] = 16
         rope["mrope_interleaved"] = True
     return {
-        "vision_config": vision | _QWEN[family], "text_config": text, "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID,
-        "vision_start_token_id": BOS_ID, "vision_end_token_id": EOS_ID,
+        "vision_config": vision | _QWEN[family],
+        "text_config": text,
+        "image_token_id": IMAGE_ID,
+        "video_token_id": VIDEO_ID,
+        "vision_start_token_id": BOS_ID,
+        "vision_end_token_id": EOS_ID,
     }

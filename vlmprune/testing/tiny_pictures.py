@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each family makes of pictures: placeholder ids in the prompt and tensors beside it, built without a processor.
+"""What each family makes of pictures: placeholder ids in the prompt and tensors beside it, built without a
+processor.
 
 One ``Layout`` per way of laying pictures out; ``layout_of(family)`` gives the one of a family.
 """
@@ -41,7 +42,9 @@ class Layout:
         """Ids that stand in the prompt for one picture; ``alone`` in its row or not."""
         return [IMAGE_ID] * GRID**2
 
-    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
         """Tensors of all pictures of a batch, ``images`` of them in every row."""
         pixels = [torch.randn(1, 3, self.pixels, self.pixels, generator=random) for _ in sizes]
         return {"pixel_values": torch.cat(pixels)} if pixels else {}
@@ -56,7 +59,9 @@ class Layout:
 
     def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
         """Tensors of one clip per row."""
-        return {"pixel_values_videos": torch.randn(rows, frames, 3, self.pixels, self.pixels, generator=random)}
+        return {
+            "pixel_values_videos": torch.randn(rows, frames, 3, self.pixels, self.pixels, generator=random)
+        }
 
     def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         return {"pixel_values_videos": inputs["pixel_values_videos"][i : i + 1]}
@@ -67,7 +72,9 @@ class Layout:
 
 
 class Tiled(Layout):
-    """LLaVA-NeXT and its children: an overview and tiles, un-padded, with newlines; OneVision scales big ones down."""
+    """LLaVA-NeXT and its children: an overview and tiles, un-padded, with newlines; OneVision scales big ones
+    down.
+    """
 
     sizes = ((100, 190), (190, 100), (168, 160), (70, 250), (84, 84))
 
@@ -80,15 +87,22 @@ class Tiled(Layout):
         """Crops that each picture is cut into, the overview included."""
         alone = [count == 1 for count in images for _ in range(count)]
         points = PINPOINTS[self.family]
-        whole = [math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), points)) + 1 for s in sizes]
+        whole = [
+            math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), points)) + 1
+            for s in sizes
+        ]
         return [n if single or not self.one else 1 for n, single in zip(whole, alone, strict=True)]
 
     def block(self, size: Size, alone: bool) -> list[int]:
         if self.one and not alone:
             return [IMAGE_ID] * (GRID**2 + 1)  # one newline
         height, width = size
-        rows, cols = (side // PATCH_SIZE for side in select_best_resolution(tuple(size), PINPOINTS[self.family]))
-        if width * rows > cols * height:  # the image is flatter than its canvas: bands above and below were padding
+        rows, cols = (
+            side // PATCH_SIZE for side in select_best_resolution(tuple(size), PINPOINTS[self.family])
+        )
+        if (
+            width * rows > cols * height
+        ):  # the image is flatter than its canvas: bands above and below were padding
             rows -= (rows - height * cols // width) // 2 * 2
         else:
             cols -= (cols - width * rows // height) // 2 * 2
@@ -97,13 +111,22 @@ class Tiled(Layout):
             rows, cols = int(rows // ratio), int(cols // ratio)
         return [IMAGE_ID] * (GRID**2 + rows * (cols + 1))
 
-    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
-        pixels = [torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=random) for n in self.tiles(sizes, images)]
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
+        pixels = [
+            torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=random) for n in self.tiles(sizes, images)
+        ]
         if not pixels:
             return {}
-        found = {"pixel_values": nn.utils.rnn.pad_sequence(pixels, batch_first=True), "image_sizes": torch.tensor(sizes)}
+        found = {
+            "pixel_values": nn.utils.rnn.pad_sequence(pixels, batch_first=True),
+            "image_sizes": torch.tensor(sizes),
+        }
         if self.one:
-            found["batch_num_images"] = torch.tensor([n for n in images if n])  # no entry for rows without images
+            found["batch_num_images"] = torch.tensor(
+                [n for n in images if n]
+            )  # no entry for rows without images
         return found
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
@@ -115,7 +138,9 @@ class Tiled(Layout):
 
 
 class Packed(Layout):
-    """Qwen: all patches of all pictures in one sequence, block by block of ``merge`` x ``merge``, and their grids."""
+    """Qwen: all patches of all pictures in one sequence, block by block of ``merge`` x ``merge``, and their
+    grids.
+    """
 
     sizes = ((168, 168), (112, 280), (280, 112))
     channels = 3 * 2 * PATCH_SIZE**2  # two frames per patch
@@ -131,18 +156,24 @@ class Packed(Layout):
     def block(self, size: Size, alone: bool) -> list[int]:
         return [BOS_ID] + [IMAGE_ID] * (math.prod(self.grid(size)) // MERGE**2)
 
-    def _packed(self, grids: Sequence[Sequence[int]], random: torch.Generator, kind: str) -> dict[str, Tensor]:
+    def _packed(
+        self, grids: Sequence[Sequence[int]], random: torch.Generator, kind: str
+    ) -> dict[str, Tensor]:
         pixels = torch.randn(sum(map(math.prod, grids)), self.channels, generator=random)
         name, of = ("pixel_values", "image") if kind == "image" else ("pixel_values_videos", "video")
         return {name: pixels, f"{of}_grid_thw": torch.tensor(grids)}
 
-    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
         return self._packed([(1, *self.grid(size)) for size in sizes], random, "image") if sizes else {}
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
         return self._slice(inputs, first, count, "pixel_values", "image_grid_thw") if count else {}
 
-    def _slice(self, inputs: dict[str, Tensor], first: int, count: int, pixels: str, grid: str) -> dict[str, Tensor]:
+    def _slice(
+        self, inputs: dict[str, Tensor], first: int, count: int, pixels: str, grid: str
+    ) -> dict[str, Tensor]:
         lengths = inputs[grid].prod(dim=1).tolist()
         own = slice(sum(lengths[:first]), sum(lengths[: first + count]))
         return {pixels: inputs[pixels][own], grid: inputs[grid][first : first + count]}
@@ -163,25 +194,39 @@ class Packed(Layout):
 
 
 class Typed(Layout):
-    """PaliGemma and Gemma 3: tokens have types, by which some attend both ways: a whole prompt, or the tokens of one image."""
+    """PaliGemma and Gemma 3: tokens have types, by which some attend both ways: a whole prompt, or the tokens
+    of one image.
+    """
 
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
-        return {"token_type_ids": torch.zeros_like(ids) if self.family == "paligemma" else (ids == IMAGE_ID).long()}
+        return {
+            "token_type_ids": torch.zeros_like(ids)
+            if self.family == "paligemma"
+            else (ids == IMAGE_ID).long()
+        }
 
 
 class Nested(Layout):
     """Idefics3 and SmolVLM: (rows, most pictures of a row, 3, H, W), filled up with pictures of zeros."""
 
-    def images(self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator) -> dict[str, Tensor]:
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
         pixels = torch.zeros(len(images), max(images), 3, self.pixels, self.pixels)
         for row, count in enumerate(images):
             for number in range(count):
-                pixels[row, number] = torch.randn(self.pixels, self.pixels, 3, generator=random).permute(2, 0, 1)
+                pixels[row, number] = torch.randn(self.pixels, self.pixels, 3, generator=random).permute(
+                    2, 0, 1
+                )
         return {"pixel_values": pixels} if sizes else {}
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
         real = inputs["pixel_values"].flatten(2).any(dim=2).flatten().nonzero()[:, 0]
-        return {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]} if count else {}
+        return (
+            {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]}
+            if count
+            else {}
+        )
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -210,5 +255,3 @@ def layout_of(family: str) -> Layout:
 def words(count: int, random: torch.Generator) -> list[int]:
     """Random ids of bytes."""
     return torch.randint(1, BOS_ID, (count,), generator=random).tolist()
-
-

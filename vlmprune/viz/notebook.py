@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How objects show themselves in a notebook: a picture with a caption, or a table of facts; plain HTML, no script."""
+"""How objects show themselves in a notebook: a picture with a caption, or a table of facts; plain HTML, no
+script.
+"""
 
 from __future__ import annotations
 

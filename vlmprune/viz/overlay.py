@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw kept tokens or token scores over the picture they come from; needs Pillow and numpy only.
 
-Pictures may be large and grids hostile: sizes are checked before memory is asked for, and pixels become floats strip by strip.
+Pictures may be large and grids hostile: sizes are checked before memory is asked for, and pixels become
+floats strip by strip.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..core.base import one_of
-from ..core.keepmap import VIEWS
+from ..checks import one_of
 from ..errors import SpecError
+from . import VIEWS
 
 RIM = (255, 214, 10)
 PALE = 140  # of 255: how far merged patches go to white
@@ -95,7 +96,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Deep grey from its least to its greatest value: it has no agreed white, so Pillow would clip it to blank."""
+    """Deep grey from its least to its greatest value: it has no agreed white, so Pillow would clip it to
+    blank.
+    """
     strips = [(0, top, image.width, bottom) for top, bottom in _strips(image.height, image.width)]
     low, high = np.inf, -np.inf
     for box in strips:
@@ -111,7 +114,8 @@ def _stretch(image: Image.Image) -> Image.Image:
 
 
 def _strips(height: int, width: int, step: int = 1) -> Iterator[tuple[int, int]]:
-    """(first, past the last) row of strips of few pixels; all but the last have a multiple of ``step`` rows."""
+    """(first, past the last) row of strips of few pixels; all but the last have a multiple of ``step``
+    rows."""
     rows = step * max(1, _STRIP // (width * step))
     for top in range(0, height, rows):
         yield top, min(height, top + rows)
@@ -182,7 +186,8 @@ def draw_scores(
 ) -> Image.Image:
     """Heat map of (N,) scores over the grey picture, light is high; other arguments as in ``draw_keep``.
 
-    Colours are linear between the 1st and the 99th percentile of all blocks together: single sinks would hide the rest.
+    Colours are linear between the 1st and the 99th percentile of all blocks together: single sinks would hide
+    the rest.
     """
     _fraction("alpha", alpha)
     scores = np.asarray(scores, dtype=np.float64)
@@ -219,7 +224,8 @@ def _panels(
 def _panel(
     pixels: np.ndarray, block: np.ndarray, box: tuple[int, int, int, int], paint: Paint, outline: int
 ) -> np.ndarray:
-    """(height, width, 3) bytes: the picture with one block of tokens painted over the part that they cover."""
+    """(height, width, 3) bytes: the picture with one block of tokens painted over the part that they
+    cover."""
     left, top, right, bottom = box
     whole = (bottom - top, right - left) == pixels.shape[:2]
     panel = pixels.copy() if whole else _stripes(pixels)
@@ -233,7 +239,9 @@ def _panel(
 
 
 def _fitting(image: Any, panels: int, max_side: int | None) -> Image.Image:
-    """The picture, made so small that so many panels fit side by side; refused where nothing could be seen of them."""
+    """The picture, made so small that so many panels fit side by side; refused where nothing could be seen of
+    them.
+    """
     if max_side is not None and (type(max_side) is not int or max_side < 1):
         raise SpecError(
             f"max_side={max_side!r}; expected a number of pixels, or None for the size of the picture"
@@ -247,7 +255,8 @@ def _fitting(image: Any, panels: int, max_side: int | None) -> Image.Image:
         )  # as _gap has it
         if width < NARROWEST:
             raise SpecError(
-                f"{panels} blocks of tokens do not fit into {max_side} pixels side by side; give a larger max_side"
+                f"{panels} blocks of tokens do not fit into {max_side} pixels side by side; give a larger "
+                "max_side"
             )
         height = max(1, round(picture.height * width / picture.width))
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debiasing: masks of padding, corrected scores and kept sets of three base methods, and fits of the trend."""
+"""Debiasing: masks of padding, corrected scores and kept sets of three base methods, and fits of the
+trend."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import torch
 
 from vlmprune.core.select import choose, top_k
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.methods.calibration import fit_exponential, fit_log_linear
 from vlmprune.methods.debias import Debias
+from vlmprune.methods.debias.calibration import fit_exponential, fit_log_linear
+from vlmprune.methods.debias.padding import real_patches
 from vlmprune.methods.fastv import FastV
-from vlmprune.methods.padding import real_patches
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.sparsevlm import SparseVLM
 
@@ -23,9 +24,14 @@ def padding_mask(case):
     sizes = list(zip(case.arrays["width"].tolist(), case.arrays["height"].tolist(), strict=True))
 
     def masks(rule, *threshold):
-        return torch.stack([real_patches(rule, side, size, *threshold).view(side, side) for size in sizes]).byte()
+        return torch.stack(
+            [real_patches(rule, side, size, *threshold).view(side, side) for size in sizes]
+        ).byte()
 
-    case.check("mask_area", torch.stack([masks("area", threshold) for threshold in case.arrays["threshold"].tolist()], 1))
+    case.check(
+        "mask_area",
+        torch.stack([masks("area", threshold) for threshold in case.arrays["threshold"].tolist()], 1),
+    )
     case.check("mask_unpad", masks("integer"))
     case.check("mask_resize", masks("resize"))
 
@@ -49,7 +55,9 @@ def check_scores(case, method, tokens):
     case.check("scores_raw", raw[0], word="scores")
     real = method._real(tokens)
     if "pad_mask" in case.arrays:
-        case.check("pad_mask", torch.ones(raw.shape[1]).byte() if real is None else real.byte(), word="indices")
+        case.check(
+            "pad_mask", torch.ones(raw.shape[1]).byte() if real is None else real.byte(), word="indices"
+        )
     if "weight" in case.arrays and method.trend != "none":
         case.check("weight", method.weight(raw)[0].to(case.tensor("weight").dtype), word="scores")
     case.check("scores_debiased", method.score(tokens)[0].clamp_min(0), word="scores")
@@ -67,7 +75,9 @@ def fastv(case):
     case.check("effective_keep", torch.tensor(clamped), word="indices")
     kept = choose(method, tokens, clamped)[0]
     case.check("kept_visual", kept + first, word="indices")
-    assert set(kept.tolist()) <= set(choose(method, tokens, hyper["keep"])[0].tolist())  # here padding comes behind
+    assert set(kept.tolist()) <= set(
+        choose(method, tokens, hyper["keep"])[0].tolist()
+    )  # here padding comes behind
 
 
 def pyramiddrop(case):
@@ -76,7 +86,7 @@ def pyramiddrop(case):
     tokens = VisualTokens(
         text_attention=last_row(case)[None, :, None, first : first + n],
         grids=((side, side),) if side * side == n else (),
-        stage=hyper["stage"],
+        cut=hyper["stage"],
     )
     method = wrapped(case, PyramidDrop(), "area threshold 0.01", trend=hyper["tag"] == "after")
     if hyper["stage"] == 0:
@@ -88,13 +98,21 @@ def pyramiddrop(case):
         case.check("scores_debiased", method.score(tokens)[0], word="scores")
     kept = choose(method, tokens, hyper["keep"])[0] + first
     length = case.arrays["features"].shape[1]
-    case.check("kept_indices", torch.cat([torch.arange(first), kept, torch.arange(first + n, length)]), word="indices")
+    case.check(
+        "kept_indices",
+        torch.cat([torch.arange(first), kept, torch.arange(first + n, length)]),
+        word="indices",
+    )
 
 
 def last_row(case):
     """(H, L) attention of the last token, from the hidden states that enter the layer."""
     hidden = case.tensor("features")[0].float()
-    normed = hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * case.tensor("input_layernorm").float()
+    normed = (
+        hidden
+        * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        * case.tensor("input_layernorm").float()
+    )
     heads, length = case.hyper["heads"], len(hidden)
 
     def project(name, rows):
@@ -110,22 +128,26 @@ def rotate(x, positions, base=10000.0):
     half = x.shape[-1] // 2
     angle = positions[:, None] * base ** (-torch.arange(half) / half)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+    return torch.cat(
+        [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
+    )
 
 
 def sparsevlm(case):
     hyper, first, n = case.hyper, case.hyper["sys_len"], case.hyper["n_visual"]
     side, attention = round(n**0.5), case.tensor("attn_text")[None, ..., first : first + n]
-    mask = torch.zeros(1, attention.shape[2], dtype=torch.bool).index_fill(1, case.tensor("text_rater_index"), True)
+    mask = torch.zeros(1, attention.shape[2], dtype=torch.bool).index_fill(
+        1, case.tensor("text_rater_index"), True
+    )
     tokens = VisualTokens(
         text_attention=attention,
         query_mask=mask,
         grids=((side, side),) if side * side == n else (),
-        stage=(2, 6, 15).index(hyper.get("layer", 2)),
+        cut=(2, 6, 15).index(hyper.get("layer", 2)),
     )
     method = wrapped(case, SparseVLM(), "resize rule")
     raw, corrected = method.inner.score(tokens), method.score(tokens)
-    if tokens.stage == 0 and "weight" in case.arrays:
+    if tokens.cut == 0 and "weight" in case.arrays:
         real = method._real(tokens)
         weight = method.weight(raw)[0] * (1 if real is None else real)
         case.check("weight", weight.float())

@@ -8,10 +8,11 @@ import json
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlmprune.core.capture import VisionCapture
-from vlmprune.core.layout import pack_tiles
+from vlmprune.core.method import Need
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
+from vlmprune.hooks.vision.capture import VisionCapture
+from vlmprune.hooks.vision.tiles import pack_tiles
 from vlmprune.methods.fastervlm import FasterVLM
 
 
@@ -27,7 +28,7 @@ def end_to_end(case):
     tower = case.load(CLIPVisionModel(config))
     with torch.no_grad(), VisionCapture(tower, needs=("cls_attention",), layers=(layer,)) as record:
         hidden = tower(case.tensor("pixel_values"), output_hidden_states=True).hidden_states[layer]
-    attention = record.take()["cls_attention"]
+    attention = record.take()[Need("cls_attention")]
     case.check("cls_attentions", attention)
     case.check("hidden_state_m2", hidden[:, 1:])
     tokens = VisualTokens(cls_attention=attention)

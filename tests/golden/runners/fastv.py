@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: kept sets from given attention, what the masked variant may see, the official roundings, and a whole decoder."""
+"""FastV: kept sets from given attention, what the masked variant may see, the official roundings, and a whole
+decoder.
+"""
 
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from given_decoder import attach_to_decoder, given_decoder
+from transformers import LlamaConfig
 
-from vlmprune.core.attention_tap import AttentionCall
-from vlmprune.core.compaction import Compaction
-from vlmprune.core.frames import Frame
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
+from vlmprune.hooks.attention_tap import AttentionCall
+from vlmprune.hooks.sequence.compaction import Compaction
+from vlmprune.hooks.sequence.views import SequenceView
 from vlmprune.methods.fastv import FastV, official_keep
-from vlmprune.testing.decoder import attach_to_decoder, given_decoder
 
 
 def chosen(case):
     """The method, its tokens, and (1, L) which columns stay."""
     first, n = case.hyper["sys_len"], case.hyper["n_visual"]
-    rows = case.tensor("attn_last") if "attn_last" in case.arrays else case.tensor("attn_full")[:, -1]  # (H, L)
+    rows = (
+        case.tensor("attn_last") if "attn_last" in case.arrays else case.tensor("attn_full")[:, -1]
+    )  # (H, L)
     method = FastV(layer=case.hyper["K"])
     tokens = VisualTokens(text_attention=rows[None, :, None, first : first + n])
     kept = choose(method, tokens, case.hyper["keep"])[0] + first
@@ -34,17 +38,23 @@ def selection(case):
     compaction = Compaction(stays, torch.ones_like(stays))
     case.check("scores", method.score(tokens)[0])
     case.check("kept_indices", compaction.index[0], word="indices")
-    case.check("position_ids", compaction.positions(torch.arange(stays.shape[1])[None], method.positions)[0], word="indices")
+    case.check(
+        "position_ids",
+        compaction.positions(torch.arange(stays.shape[1])[None], method.positions)[0],
+        word="indices",
+    )
 
 
 def token_mask_mode(case):
-    """Dropped keys are hidden from every query, dropped ones included: what a cut leaves visible, to queries that it cut too."""
+    """Dropped keys are hidden from every query, dropped ones included: what a cut leaves visible, to queries
+    that it cut too.
+    """
     _, _, stays = chosen(case)
     length = stays.shape[1]
     columns = torch.arange(length)[None]
-    frame = Frame(0, stays[:, :0], stays, columns, torch.zeros(1, dtype=torch.long))
+    view = SequenceView(0, stays[:, :0], stays, columns, torch.zeros(1, dtype=torch.long))
     config = LlamaConfig(**TINY, attn_implementation="sdpa")
-    mask = frame.mask(config, 0, torch.zeros(1, length, 8), None)
+    mask = view.mask(config, 0, torch.zeros(1, length, 8), None)
     states = torch.zeros(1, 1, length, 8)
     case.check("allowed", AttentionCall(None, states, states, states, mask, {}).visible(columns)[0, 0])
 
@@ -81,12 +91,25 @@ def end_to_end(case):
     case.check("kv_lengths", torch.tensor(held))
 
 
-TINY = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+TINY = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 
 
 def decoder(case):
     """The decoder of an end-to-end case, weights included."""
-    return given_decoder(case.config, {name[3:]: case.tensor(name) for name in case.arrays if name.startswith("sd/")})
+    return given_decoder(
+        case.config, {name[3:]: case.tensor(name) for name in case.arrays if name.startswith("sd/")}
+    )
 
 
-RUNNERS = {"selection": selection, "token_mask_mode": token_mask_mode, "budget": budget, "end_to_end": end_to_end}
+RUNNERS = {
+    "selection": selection,
+    "token_mask_mode": token_mask_mode,
+    "budget": budget,
+    "end_to_end": end_to_end,
+}

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseVLM: one cut from given embeddings, attention and layer output, in both versions; clustering alone; the rank rule."""
+"""SparseVLM: one cut from given embeddings, attention and layer output, in both versions; clustering alone;
+the rank rule.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from vlmprune.core.compaction import Compaction
 from vlmprune.core.select import top_k
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.methods.clustering import cluster_means, density_peaks
+from vlmprune.hooks.sequence.compaction import Compaction
 from vlmprune.methods.sparsevlm import (
     FLOOR,
     SparseVLM,
@@ -22,6 +23,7 @@ from vlmprune.methods.sparsevlm import (
     top_head_scores,
     top_heads,
 )
+from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
 
 
 def prune_step(case):
@@ -35,7 +37,10 @@ def prune_step(case):
     raters = method.raters(embeds[text:], embeds[first:text])
     case.check("text_rater_mask", raters, word="indices")
 
-    hidden, columns = case.tensor("layer_output").float(), torch.arange(hyper["sys_len"] + n + hyper["n_text"])
+    hidden, columns = (
+        case.tensor("layer_output").float(),
+        torch.arange(hyper["sys_len"] + n + hyper["n_text"]),
+    )
     frequencies = hyper["rope_theta"] ** (-torch.arange(0, hyper["head_dim"], 2) / hyper["head_dim"])
     tokens = VisualTokens(
         features=hidden[:, first:text],
@@ -47,10 +52,14 @@ def prune_step(case):
     )
     scores = method.score(tokens)
     if plus:
-        case.check("rope_weight", rope_weight(columns[None, :1], columns[None], frequencies)[0, 0], word="scores")
+        case.check(
+            "rope_weight", rope_weight(columns[None, :1], columns[None], frequencies)[0, 0], word="scores"
+        )
         weight = rope_weight(tokens.query_positions, tokens.positions, frequencies)
         corrected = tokens.text_attention / weight[:, None]
-        case.check("selected_heads", top_heads(rated(corrected, tokens.query_mask), method.heads)[0], word="indices")
+        case.check(
+            "selected_heads", top_heads(rated(corrected, tokens.query_mask), method.heads)[0], word="indices"
+        )
         official = top_head_scores(corrected, tokens.query_mask, method.heads)
         if weight.min() > FLOOR * hyper["head_dim"] ** 0.5:  # the official code has no floor
             torch.testing.assert_close(scores, official)
@@ -77,13 +86,16 @@ def prune_step(case):
         case.check("merged_tokens", recycled, word="merged tokens")
     after = torch.cat([hidden[0, :first], merged.features[0, :kept], recycled, hidden[0, text:]])[None]
     case.check("hidden_after", after, word="merged tokens")
-    places = torch.zeros(1, len(columns), dtype=torch.bool).index_fill(1, torch.cat([stay, cut[:clusters]]), True)
+    places = torch.zeros(1, len(columns), dtype=torch.bool).index_fill(
+        1, torch.cat([stay, cut[:clusters]]), True
+    )
     ids = Compaction(places, torch.ones_like(places)).positions(columns[None], method.positions)
     case.check("position_ids_after", ids[0])
 
 
 def in_official_order(x, merged):
-    """Clusters (B, c, D) of the tokens x, where equally prominent centres stand as the official code happens to sort them.
+    """Clusters (B, c, D) of the tokens x, where equally prominent centres stand as the official code happens
+    to sort them.
 
     Two tokens that are each other's nearest have the same density, so two clusters always tie.
     """
@@ -107,7 +119,11 @@ def rank_rule(case):
     case.check("rank", torch.tensor(rank))
     case.check("keep", torch.tensor(keep))
     scores = SparseVLM().score(VisualTokens(text_attention=attention, query_mask=raters[None]))
-    case.check("keep_mask", torch.zeros(n, dtype=torch.bool).index_fill(0, top_k(scores, keep)[0], True), word="exact")
+    case.check(
+        "keep_mask",
+        torch.zeros(n, dtype=torch.bool).index_fill(0, top_k(scores, keep)[0], True),
+        word="exact",
+    )
 
 
 RUNNERS = {

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VAR: sinks, heads and edited rows from given states and attention; a small decoder through the re-weighting host."""
+"""VAR: sinks, heads and edited rows from given states and attention; a small decoder with the session's own
+hooks.
+"""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from types import SimpleNamespace
-
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from given_decoder import attach_to_decoder, given_decoder
 
-from vlmprune.core.call import Call, Placed
-from vlmprune.core.frames import Frame
-from vlmprune.core.report import Report
-from vlmprune.core.reweight import ReweightHost
+from vlmprune.hooks.sequence.cache import state_of
+from vlmprune.hooks.sequence.placement import Columns
 from vlmprune.methods.var import VAR, sink_strength
 
 SHAPE = {
@@ -52,7 +49,7 @@ def columns_of(hyper):
     first, last = hyper["visual_slice"]
     columns = torch.arange(last + hyper["n_text"])[None]
     visual = (columns >= first) & (columns < last)
-    return visual, Call(None, None, Report("var"), placed=[Placed(visual, [[0]], [], [])]).text_of(0)
+    return visual, Columns.of([visual], None).after_pictures()
 
 
 def rows(case):
@@ -82,50 +79,29 @@ def rows(case):
 
 
 def decoder(case):
-    state = {name.removeprefix("sd/"): case.tensor(name).float() for name in case.arrays if name.startswith("sd/")}
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
-    model.load_state_dict(state)
-    return model.eval()
+    state = {name.removeprefix("sd/"): case.tensor(name) for name in case.arrays if name.startswith("sd/")}
+    return given_decoder({**SHAPE, "attn_implementation": "sdpa"}, state)
 
 
-@contextmanager
-def hosted(model, method):
-    """A re-weighting host on the model; the caller puts each call into the session."""
-    session = SimpleNamespace(call=None, enabled=True, depth=5, adapter=SimpleNamespace(language_model=model.model))
-    hooks = ReweightHost(session, method).hooks()
-    try:
-        yield session
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def call_of(past, fed, **known):
-    valid = torch.ones(1, past + fed, dtype=torch.bool)
-    frame = Frame(0, valid[:, :past], valid[:, past:], torch.arange(past, past + fed)[None], torch.zeros(1, dtype=torch.long))
-    return Call(None, None, Report("var"), frames=[frame], **known)
-
-
-def two_steps(model, method, prompt, token, visual):
-    """Last logits of the prompt and logits of one decode step, with the marks of the prompt per layer."""
-    cache = DynamicCache()
-    with hosted(model, method) as session, torch.no_grad():
-        call = session.call = call_of(0, prompt.shape[1], placed=[Placed(visual, [[0]], [], [])])
-        first = model(inputs_embeds=prompt, past_key_values=cache).logits[0, -1]
-        session.call = call_of(prompt.shape[1], 1, marks_before=call.marks)
-        second = model(inputs_embeds=token, past_key_values=cache).logits[0, -1]
-    return first, second, call.marks
+def two_steps(model, method, prompt, token, span):
+    """Last logits of the prompt, logits of one decode step, the marks of the prompt per layer, and the method
+    as attached.
+    """
+    with torch.no_grad(), attach_to_decoder(model, method) as run:
+        output = model.read(prompt, [span])
+        marks = state_of(output.past_key_values).marks
+        second = model.step(token, output.past_key_values)
+    return output.logits[0, -1], second.logits[0, -1], marks, run.slots["attention"].method
 
 
 def end_to_end(case):
     hyper, model = case.hyper, decoder(case)
     prompt, token = case.tensor("inputs_embeds").float(), case.tensor("decode_embed").float()
-    visual, _ = columns_of(hyper)
     with torch.no_grad():
-        case.check("logits_last_full", model(inputs_embeds=prompt).logits[0, -1], word="logits")
+        case.check("logits_last_full", model.read(prompt, []).logits[0, -1], word="logits")
     for variant, skip in (("skip_last_layer", True), ("all_layers", False)):
-        method = method_of(hyper, first_layer=hyper["first_layer"], skip_last_layer=skip).prepare(model.model)
-        first, second, marks = two_steps(model, method, prompt, token, visual)
+        method = method_of(hyper, first_layer=hyper["first_layer"], skip_last_layer=skip)
+        first, second, marks, method = two_steps(model, method, prompt, token, tuple(hyper["visual_slice"]))
         case.check(f"logits_last_{variant}", first, word="logits")
         case.check(f"logits_decode_{variant}", second, word="logits")
     layers = list(method.acts_on(5))

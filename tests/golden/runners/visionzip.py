@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: groups and merged rows, from tensors or from pixels, and the order of tiles. The projector is the identity."""
+"""VisionZip: groups and merged rows, from tensors or from pixels, and the order of tiles. The projector is
+the identity.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlmprune.core.capture import VisionCapture
-from vlmprune.core.layout import pack_tiles
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
+from vlmprune.hooks.vision.capture import VisionCapture
+from vlmprune.hooks.vision.tiles import pack_tiles
 from vlmprune.methods.visionzip import VisionZip, group
 
 
@@ -25,12 +27,17 @@ def end_to_end(case):
     layer = case.hyper.get("select_layer", -2)
     config = CLIPVisionConfig(**json.loads(str(case.arrays["config_json"])), attn_implementation="sdpa")
     tower = case.load(CLIPVisionModel(config))
-    with torch.no_grad(), VisionCapture(tower, needs=("cls_attention", "keys", "cls_features"), layers=(layer,)) as record:
+    with (
+        torch.no_grad(),
+        VisionCapture(tower, needs=("cls_attention", "keys", "cls_features"), layers=(layer,)) as record,
+    ):
         hidden = tower(case.tensor("pixel_values"), output_hidden_states=True).hidden_states[layer]
-    found = record.take()
+    found = {need.what: value for need, value in record.take().items()}
     torch.testing.assert_close(hidden, case.tensor("hidden_states"), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["cls_attention"], case.tensor("cls_attentions"), rtol=1e-4, atol=1e-6)
-    case.check("metric", found["keys"], at=np.s_[:, 1:])  # the key of [CLS] takes part in nothing and is not captured
+    case.check(
+        "metric", found["keys"], at=np.s_[:, 1:]
+    )  # the key of [CLS] takes part in nothing and is not captured
     check_rows(case, hidden, found["cls_attention"], found["keys"], found["cls_features"])
 
 
@@ -58,14 +65,18 @@ def check_rows(case, hidden, attention, keys, cls_features):
         case.check(name, optional[name])
     merged = choose(method, tokens, k)
     case.check("output_tokens", merged.features)
-    torch.testing.assert_close(merged.slots, torch.cat([torch.full((len(hidden), 1), -1), groups.dominant, groups.targets], 1))
+    torch.testing.assert_close(
+        merged.slots, torch.cat([torch.full((len(hidden), 1), -1), groups.dominant, groups.targets], 1)
+    )
 
 
 def anyres_packing(case):
     tokens, dominant = case.tensor("tile_tokens"), case.tensor("tile_dominant_indices")
     tiles, k = tokens.shape[:2]
     contextual = case.hyper["contextual"]
-    slots = torch.zeros(1 + tiles, k, dtype=torch.int64)  # the vectors leave out the base tile and where contextual tokens stand
+    slots = torch.zeros(
+        1 + tiles, k, dtype=torch.int64
+    )  # the vectors leave out the base tile and where contextual tokens stand
     slots[1:, 0] = -1
     slots[1:, 1 : k - contextual] = dominant
     mask = VisionZip(contextual=contextual).interleaved(k)
@@ -75,4 +86,8 @@ def anyres_packing(case):
     case.check("expected_source_slot", order[k:] % k)
 
 
-RUNNERS = {"selection_and_merge": selection_and_merge, "end_to_end": end_to_end, "anyres_packing": anyres_packing}
+RUNNERS = {
+    "selection_and_merge": selection_and_merge,
+    "end_to_end": end_to_end,
+    "anyres_packing": anyres_packing,
+}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ZOO-Prune: sensitivities and picks for plain projectors, mergers of four patches, low rank and tiles.
 
-Vectors are compared in float64, where the tolerance is tight. In float32 sensitivities may differ by 2e-4 and picks not at all.
+Vectors are compared in float64, where the tolerance is tight. In float32 sensitivities may differ by 2e-4 and
+picks not at all.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlmprune.methods.sensitivity import finite_difference, unit
 from vlmprune.methods.zooprune import hybrid_greedy, scaled
+from vlmprune.methods.zooprune.projector import finite_difference, unit
 
 
 class Merger(nn.Module):
-    """Four patches become one token: RMSNorm of each patch and four in a row, or 2 x 2 cells of the grid and their LayerNorm."""
+    """Four patches become one token: RMSNorm of each patch and four in a row, or 2 x 2 cells of the grid and
+    their LayerNorm.
+    """
 
     def __init__(self, mlp, gain, shift, grid):
         super().__init__()
@@ -26,7 +29,9 @@ class Merger(nn.Module):
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.gain
             return self.mlp(x.unflatten(-2, (-1, 4)).flatten(-2))
         rows, cols = self.grid
-        cells = x.unflatten(-2, (rows // 2, 2, cols // 2, 2)).transpose(-4, -3).flatten(-3).flatten(-3, -2)  # (..., N, 4C)
+        cells = (
+            x.unflatten(-2, (rows // 2, 2, cols // 2, 2)).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+        )  # (..., N, 4C)
         return self.mlp(nn.functional.layer_norm(cells, self.gain.shape, self.gain, self.shift, 1e-5))
 
 
@@ -54,7 +59,9 @@ def answers(case, dtype):
     directions, h = unit(case.tensor("directions_raw").to(dtype)), case.hyper["h"]
     found = finite_difference(projector, x, directions, h, case.hyper.get("rank"))[0]  # (N,)
     features = projector(x)[0]
-    tile = case.tensor("tile") if "tile" in case.arrays else torch.zeros(len(found), dtype=torch.int64)  # -1: newline
+    tile = (
+        case.tensor("tile") if "tile" in case.arrays else torch.zeros(len(found), dtype=torch.int64)
+    )  # -1: newline
     quota = case.hyper.get("quota", case.hyper.get("k"))
     order, weight = [], torch.zeros_like(found)
     for number in range(int(tile.max()) + 1):
@@ -77,9 +84,21 @@ def run(case):
         if name in case.arrays:
             case.check(name, value)
     torch.testing.assert_close(single["sensitivity"].double(), exact["sensitivity"], rtol=2e-4, atol=1e-12)
-    torch.testing.assert_close(single["sensitivity_norm"].double(), exact["sensitivity_norm"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        single["sensitivity_norm"].double(), exact["sensitivity_norm"], rtol=0, atol=2e-4
+    )
     torch.testing.assert_close(single["keep_order"], exact["keep_order"])
 
 
-KINDS = ("mlp", "linear", "lowrank", "mlp_lowrank", "merger", "shuffle", "pixel_shuffle", "tiles", "tiles_lowrank")
+KINDS = (
+    "mlp",
+    "linear",
+    "lowrank",
+    "mlp_lowrank",
+    "merger",
+    "shuffle",
+    "pixel_shuffle",
+    "tiles",
+    "tiles_lowrank",
+)
 RUNNERS = dict.fromkeys(KINDS, run)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of options, with the errors that they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .errors import SpecError, did_you_mean
+
+
+def one_of(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise unless an option has one of the allowed values."""
+    if value not in allowed:
+        near = did_you_mean(str(value), map(str, allowed))
+        raise SpecError(f"{option}={value!r} is unknown; expected one of {list(allowed)}.{near}")
+
+
+def check_int(option: str, value: object, least: int | None = None, most: int | None = None) -> None:
+    """Raise unless an option is an integer between two bounds."""
+    low, high = (-(2**63) if least is None else least), (2**63 if most is None else most)
+    if type(value) is not int or not low <= value <= high:
+        expected = (
+            "an integer"
+            + ("" if least is None else f" of at least {least}")
+            + ("" if most is None else f", at most {most}")
+        )
+        raise SpecError(f"{option}={value!r}; expected {expected}")
+
+
+def check_number(option: str, value: object, least: float, most: float) -> None:
+    """Raise unless an option is a number between two bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise SpecError(f"{option}={value!r}; expected a number from {least:g} to {most:g}")

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a new method: a working method, its test, its card and its ledger, for a plug-in or for this
+repository.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from ..errors import SpecError
+from ..registry import GROUP, list_methods
+
+_IMPORTED = ("ClassVar", "Method", "Tensor", "VisualTokens")  # what the generated file imports
+
+_METHOD = Template('''\
+# SPDX-License-Identifier: Apache-2.0
+"""$name: keep the tokens with the largest features. TODO: replace the formula, and say whose it is.
+
+Deviations: TODO: from the paper, and from the official code.
+Provenance: TODO: what was read, and under which licence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+$imports
+
+
+@register("$name")
+@dataclass(frozen=True)
+class $cls(Method):
+    """Ranks tokens by the Euclidean norm of their features.
+
+    Args:
+        power: the norm is raised to it; a negative one keeps the smallest.
+
+    Example:
+        ``vlmprune.select("$name", keep=64, features=features)``
+    """
+
+    power: float = 1.0
+
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+    paper: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        length = tokens.need("features").float().square().sum(dim=-1).sqrt()  # (B, N, D) -> (B, N)
+        return length.pow(self.power)
+''')
+_LAST_STEP = "fill in every TODO: the card says what the method does, the ledger how faithful it is"
+_IMPORTS_INSIDE = """
+from ..core.method import Method
+from ..core.tokens import VisualTokens
+from ..registry import register"""
+_RUN_CHECKS = "from vlmprune.testing.conformance import run_checks"
+_IMPORTS_OUTSIDE = "from vlmprune import Method, VisualTokens, register"
+
+_TEST = Template('''\
+# SPDX-License-Identifier: Apache-2.0
+"""$name against a literal transcription of its formula, and against the checks of every method."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+$imports
+
+
+def test_kept_tokens_follow_the_formula():
+    x = np.random.default_rng(0).normal(size=(2, 40, 8)).astype(np.float32)
+    score = np.sqrt((x.astype(np.float64) ** 2).sum(-1))
+    keep = np.sort(np.argsort(-score, kind="stable")[:, :10])
+    assert vlmprune.select($cls(), keep=10, features=torch.from_numpy(x)).tolist() == keep.tolist()
+
+
+def test_conformance():
+    results = run_checks("$name@0.25", families=["llava"])
+    assert results
+    assert [f"{r.check}: {r.detail}" for r in results if r.status == "fail"] == []
+''')
+_CARD = Template("""\
+# $name: TODO, in one line what it keeps
+
+TODO: authors, title, arXiv id (venue). Official code: repository, commit, licence, and whether it was read.
+
+**Idea.** TODO: two sentences.
+
+**Equation.** TODO: replace; higher is kept.
+
+    score(i) = |x_i| ^ power
+
+**Where it acts.** Between projector and language model, on the embeddings that the language model would read.
+
+**Positions.** Compact.
+
+**Options.** `power` (1.0): the norm is raised to it.
+
+**Cost.** N D multiplications per image; N numbers are held.
+
+**When it fails.** TODO: an example that can be looked at.
+
+**What differs from the paper.** TODO.
+
+**What differs from the official code.** TODO.
+
+**Published numbers.** TODO: with source, and whether they were measured again here; see the ledger.
+""")
+_LEDGER = Template("""\
+method: $name
+paper: TODO
+official_code: TODO  # {repository: ..., commit: ..., licence: ...}
+licence_of_what_was_read: TODO
+calibration: none
+entries:
+  - what: scores on random features against a transcription of the formula
+    paper: null
+    official: null
+    ours: null
+    tolerance: exact kept sets
+    reproduce: pytest $test
+""")
+_ENTRY_POINT = Template("""\
+[project.entry-points."$group"]
+$name = "$module:$cls"
+""")
+_PROJECT = Template("""\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$project"
+version = "0.1.0"
+requires-python = ">=3.10"
+dependencies = ["vlmprune"]
+
+$entry_point
+[tool.setuptools]
+py-modules = ["$module"]
+""")
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """What was written, and what is left to do."""
+
+    files: tuple[Path, ...]
+    steps: tuple[str, ...]
+
+
+def scaffold(name: str, folder: Path) -> Scaffold:
+    """Write the files of a method called ``name``; nothing is written unless all of it can be.
+
+    In a checkout of vlmprune they go where built-in methods live; anywhere else they make a plug-in that can
+    be installed.
+    """
+    cls = _class_name(name)
+    if not folder.is_dir():
+        raise SpecError(f"no folder at {str(folder)!r}; expected an existing one: make it first")
+    texts, steps = (
+        _inside(name, cls) if (folder / "vlmprune" / "methods").is_dir() else _outside(name, cls, folder)
+    )
+    files = {folder / path: text for path, text in texts.items()}
+    present = [str(path) for path in files if path.exists()]
+    if present:
+        raise SpecError(
+            f"{present} exist already and are left as they are; choose another name or folder, or move them "
+            "away"
+        )
+    for path, text in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SpecError(f"{str(path)!r} cannot be written ({error}); choose another folder") from error
+    return Scaffold(tuple(files), steps)
+
+
+def _class_name(name: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise SpecError(
+            f"{name!r} is no name for a method; expected lower case letters, digits and _, as in 'my_method'"
+        )
+    if name in list_methods():
+        raise SpecError(f"method {name!r} exists already; choose another name (`vlmprune list` shows all)")
+    cls = "".join(word.capitalize() for word in name.split("_"))
+    if keyword.iskeyword(name) or keyword.iskeyword(cls) or cls in _IMPORTED:
+        raise SpecError(
+            f"{name!r} would make a class {cls!r}, which Python or the generated file uses; choose another "
+            "name"
+        )
+    return cls
+
+
+def _inside(name: str, cls: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    module, method, test = (
+        f"vlmprune.methods.{name}",
+        f"vlmprune/methods/{name}.py",
+        f"tests/methods/test_{name}.py",
+    )
+    texts = {
+        method: _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_INSIDE),
+        test: _TEST.substitute(
+            name=name, cls=cls, imports=f"\nimport vlmprune\nfrom {module} import {cls}\n{_RUN_CHECKS}"
+        ),
+        f"methods/{name}.md": _CARD.substitute(name=name),
+        f"methods/{name}.yaml": _LEDGER.substitute(name=name, test=test),
+    }
+    steps = (
+        f'add to _BUILTIN in vlmprune/registry.py:  "{name}": "{module}:{cls}",',
+        f"vlmprune verify {name}",
+        f"write the formula in {method} and its transcription in {test}",
+        _LAST_STEP,
+    )
+    return texts, steps
+
+
+def _outside(name: str, cls: str, folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    module, test = f"vlmprune_{name}", f"test_{name}.py"
+    entry_point = _ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)
+    texts = {
+        f"{module}.py": _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_OUTSIDE),
+        test: _TEST.substitute(
+            name=name, cls=cls, imports=f"import vlmprune\n{_RUN_CHECKS}\n\nfrom {module} import {cls}"
+        ),
+        f"{name}.md": _CARD.substitute(name=name),
+        f"{name}.yaml": _LEDGER.substitute(name=name, test=test),
+    }
+    steps = [
+        f"pip install -e {folder}",
+        f"vlmprune verify {name}",
+        f"write the formula in {module}.py and its transcription in {test}",
+        _LAST_STEP,
+    ]
+    if (folder / "pyproject.toml").exists():
+        steps.insert(0, f"add to pyproject.toml, which must also install the module {module}:\n{entry_point}")
+    else:
+        project = f"vlmprune-{name.replace('_', '-')}"
+        texts["pyproject.toml"] = _PROJECT.substitute(project=project, entry_point=entry_point, module=module)
+    return texts, tuple(steps)

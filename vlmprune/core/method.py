@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method: the one interface that all pruning methods share.
+
+A method is a frozen dataclass whose fields are its options. It says in which slot it acts and what it
+``needs``, and overrides the verb of that slot:
+
+* before and inside the language model exactly one of ``score(tokens) -> (B, N)`` (higher is kept),
+  ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
+  changes features);
+* in the attention slot ``mark`` and ``reweight``, in the decode slot ``visible``, in the encoder slot
+  ``shorten``.
+
+It never sorts, gathers, masks, counts budgets or sees a model: that is done once, for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from ..checks import one_of
+from ..errors import SpecError, UnsupportedError
+from .tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from .budget import Budget
+
+SlotName = Literal["encoder", "before_lm", "inside_lm", "attention", "decode"]
+Verb = Literal["score", "select", "merge"]
+Layout = Literal["packed", "spatial"]
+Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
+Counts = Literal["budget", "own", "both"]
+Text = Literal["question", "prompt"]  # what stands after the last picture, or all text of the prompt
+
+SLOTS: tuple[SlotName, ...] = get_args(SlotName)
+
+What = Literal[
+    "features",  # (B, N, D) tokens as the language model would get them
+    "encoder_features",  # (B, N, C) patches as the projector takes them
+    "cls_attention",  # (B, H, N) attention of [CLS]
+    "received_attention",  # (B, N) attention that each patch receives
+    "keys",  # (B, N, d) attention keys, mean over heads
+    "cls_features",  # (B, T, C) [CLS] rows of the crops
+    "projector",  # the projector as a function
+    "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
+    "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
+]
+NEEDS: tuple[What, ...] = get_args(What)
+OF_TOWER: tuple[What, ...] = (
+    "cls_attention",
+    "received_attention",
+    "keys",
+)  # read from one block of the tower
+
+
+@dataclass(frozen=True)
+class Need:
+    """One quantity that a method reads.
+
+    Args:
+        what: its name, a field of ``VisualTokens``.
+        layer: which layer of the tower, as an index into its hidden states such as -2; None: the one that the
+            model takes its features from. Inside the language model the cut says which layer.
+        text: which text, where the quantity is about text.
+    """
+
+    what: What
+    layer: int | None = None
+    text: Text | None = None
+
+    def __post_init__(self) -> None:
+        one_of("need", self.what, NEEDS)
+
+    def __str__(self) -> str:
+        return self.what + ("" if self.layer is None else f"@{self.layer}")
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What a merging method returns.
+
+    Args:
+        features: (B, K, D) rows for the language model, in the order it shall read them.
+        slots: (B, K) int64, the token whose place each row takes; -1 for a row without a place of its own
+            ([CLS]).
+        context: (K,) bool, rows that stand for many tokens and are listed after the others where tiles are
+            interleaved.
+    """
+
+    features: Tensor
+    slots: Tensor
+    context: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """One cut inside the language model.
+
+    Args:
+        layer: the cut is made at the input of this decoder layer (0-based).
+        keep: tokens of the unit that go on.
+        source: the layer whose attention rows rank the tokens: ``layer - 1`` or ``layer`` itself.
+    """
+
+    layer: int
+    keep: int
+    source: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; subclasses are frozen dataclasses registered with ``@vlmprune.register(name)``."""
+
+    name: ClassVar[str] = ""  # set by register
+    slot: ClassVar[SlotName] = "before_lm"
+    needs: ClassVar[tuple[Need | What, ...]] = ()  # what to capture; a property where it depends on options
+    counts: ClassVar[Counts] = "budget"  # who says how many tokens stay: "@", the data, or either
+    query_aware: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    nested: ClassVar[bool] = True  # more budget never removes a token
+    budgeted: ClassVar[bool] = True  # takes a keep budget
+    positions: ClassVar[Positions] = "compact"
+    layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
+    wraps: ClassVar[bool] = False  # takes another method as its field `inner`
+    paper: ClassVar[str] = ""
+    licence: ClassVar[str] = ""  # of the code that was read for facts, if any
+
+    def __init_subclass__(cls) -> None:
+        if not cls.__dict__.get("name"):
+            cls.name = cls.__name__.lower()  # for messages, until register gives it a name for specs
+
+    # --- before and inside the language model -----------------------------------------------------
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """(B, N) float scores; higher is kept."""
+        raise NotImplementedError
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        """(B, k) distinct token indices, any order."""
+        raise NotImplementedError
+
+    def merge(self, tokens: VisualTokens, k: int, ranking: Tensor | None = None) -> Merged:
+        """Rows that replace the tokens; ``ranking`` (B, N) stands in for the method's own scores where a
+        wrapper asks.
+        """
+        raise NotImplementedError
+
+    # --- inside the language model ----------------------------------------------------------------
+
+    def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
+        """Where a language model of ``depth`` layers is cut for a unit of ``count`` tokens."""
+        raise NotImplementedError
+
+    def raters(self, text: Tensor, visual: Tensor) -> Tensor | None:
+        """(T,) bool, which embeddings (T, D) after the picture (N, D) query it; None: the last token of the
+        prompt.
+        """
+        return None
+
+    # --- attention and decode ---------------------------------------------------------------------
+
+    def acts_on(self, depth: int) -> Sequence[int]:
+        """Decoder layers that a method of the attention slot edits."""
+        raise NotImplementedError
+
+    def prepare(self, language_model: Any) -> Method:
+        """This method with what it needs to know of a backbone; asked once, when it is attached in the
+        attention slot.
+        """
+        return self
+
+    def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
+        """(B, n) bool, tokens of a prompt that enter a layer (B, n, D) and that the edit treats apart."""
+        raise NotImplementedError
+
+    def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
+        """Edited attention (B, H, R, S) for marked and visual slots (B, S)."""
+        raise NotImplementedError
+
+    def visible(self, held: Tensor, step: int) -> Tensor:
+        """(B, S) bool, which of the held visual tokens (B, S) the decode step number ``step`` sees."""
+        raise NotImplementedError
+
+    # --- encoder ----------------------------------------------------------------------------------
+
+    def shortens_at(self, depth: int) -> Sequence[int]:
+        """Blocks of a vision tower of ``depth`` blocks before which a method of the encoder slot drops or
+        merges patches.
+        """
+        raise NotImplementedError
+
+    def shorten(self, tokens: VisualTokens, k: int) -> Tensor | Merged:
+        """(B, k) patches that go on into the next block, or rows that replace them."""
+        raise NotImplementedError
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    def least(self, count: int) -> int:
+        """The fewest tokens of ``count`` that this method can keep."""
+        return 1
+
+    def check_unit(self, count: int) -> None:
+        """Raise when this method cannot act on a unit of ``count`` tokens; asked even where everything is
+        kept.
+        """
+
+    def check_model(self, config: Any) -> None:
+        """Raise when this method is not meant for the model with this ``config``; asked before anything is
+        attached.
+        """
+
+    @classmethod
+    def kind(cls) -> Verb:
+        """Which of ``score``, ``select``, ``merge`` this method overrides."""
+        verbs: tuple[Verb, ...] = get_args(Verb)
+        kinds = [verb for verb in verbs if getattr(cls, verb) is not getattr(Method, verb)]
+        if not kinds:
+            raise SpecError(
+                f"method {cls.__name__} overrides none of score, select, merge; override exactly one"
+            )
+        # a merging or set method may also score, for notebooks: the strongest verb decides how tokens are cut
+        return kinds[-1]
+
+
+def as_needs(needs: Sequence[Need | What]) -> tuple[Need, ...]:
+    """Names written out as needs."""
+    return tuple(need if isinstance(need, Need) else Need(need) for need in needs)
+
+
+def needs_of(method: Method) -> tuple[Need, ...]:
+    """What a method needs."""
+    return as_needs(method.needs)
+
+
+def needs(method: Method, what: What) -> bool:
+    """Whether a method needs a quantity, of whatever layer."""
+    return any(need.what == what for need in needs_of(method))
+
+
+# what a wrapper copies from its inner method
+_AS_INNER = ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted", "counts")
+_VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least")
+
+
+def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
+    """Give a wrapper what its inner method declares: where it acts, on what, on which budget, and with which
+    verb.
+    """
+    for name in {*_AS_INNER, *_VERBS_OF_INNER} - {*but}:
+        object.__setattr__(wrapper, name, getattr(inner, name))
+
+
+def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tuple[Method, Budget | None]]:
+    """One method with its budget per slot."""
+    slots: dict[SlotName, tuple[Method, Budget | None]] = {}
+    for method, budget in plans:
+        if method.slot in slots:
+            raise UnsupportedError(
+                f"{slots[method.slot][0].name} and {method.name} both act in the slot {method.slot!r}; "
+                "combine methods of different slots, such as 'var+fastervlm@128'"
+            )
+        slots[method.slot] = (method, budget)
+    return slots

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking a model: prompts, batches, one recorded answer after another."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of samples as model inputs, and the images that are encoded once for all specs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import EvaluationError
+from ...hooks.vision.encode import EncodedImage, EncodedImages
+from ..stats.objects import Asked
+from ..tasks.sample import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples that are answered together.
+
+    Args:
+        texts, images, asked: of every sample: its prompt, its pictures, and what it asks about.
+        inputs: left-padded model inputs on the device of the model.
+        pictures: numbers of the images of every sample, counted over the batch.
+    """
+
+    samples: Sequence[Sample]
+    texts: list[str]
+    images: list[list[Any]]
+    asked: list[Asked]
+    inputs: dict[str, Any]
+    pictures: list[range]
+
+    @classmethod
+    def make(cls, samples: Sequence[Sample], processor: Any, model: Any) -> Batch:
+        texts, images, asked, pictures, start = [], [], [], [], 0
+        for sample in samples:
+            try:
+                images.append(list(sample.load_images()))
+            except Exception as error:
+                raise EvaluationError(
+                    f"{sample.id}: its images cannot be loaded: {type(error).__name__}: {error}"
+                ) from error
+            if len(images[-1]) != len(sample.images):
+                given = f"names {len(sample.images)} images and loads {len(images[-1])}"
+                raise EvaluationError(f"{sample.id} {given}; expected one for each name")
+            asked.append(Asked(sample.id, sample.object_masks(), len(sample.images)))
+            texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
+            pictures.append(range(start, start := start + len(images[-1])))
+        return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
+
+    @property
+    def named(self) -> str:
+        """For messages."""
+        first, last = self.samples[0].id, self.samples[-1].id
+        return (
+            f"sample {first!r}"
+            if len(self.samples) == 1
+            else f"the {len(self.samples)} samples {first!r} to {last!r}"
+        )
+
+
+class EncodeOnce:
+    """Remembers encoded images, those of the last ``size`` groups; a model may encode the images of one
+    sample together.
+    """
+
+    def __init__(self, shelf: EncodedImages, processor: Any, size: int) -> None:
+        self.shelf, self.processor, self.size = shelf, processor, size
+        self._known: OrderedDict[tuple[str, ...], list[EncodedImage]] = OrderedDict()
+
+    def take(self, batch: Batch) -> list[EncodedImage]:
+        """The images of a batch in order; those not seen before are encoded in one call."""
+        keys = [sample.images for sample in batch.samples]
+        new = {key: row for row, key in enumerate(keys) if key and key not in self._known}
+        if new:
+            texts, images = ([of[row] for row in new.values()] for of in (batch.texts, batch.images))
+            found = iter(
+                self.shelf.encode(model_inputs(self.processor, self.shelf.adapter.model, texts, images))
+            )
+            self._known |= {key: [next(found) for _ in key] for key in new}
+        shelved = []
+        for key in filter(None, keys):
+            self._known.move_to_end(key)
+            shelved += self._known[key]
+        while len(self._known) > self.size:
+            self._known.popitem(last=False)
+        return shelved
+
+
+def model_inputs(
+    processor: Any, model: Any, texts: list[str], images: list[list[Any]], clips: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """What ``model.generate`` takes: left-padded, on its device and in its dtype. ``clips`` of all texts, in
+    order.
+    """
+    shown = [
+        row for row in images if row
+    ] or None  # families that pack by sample want no entry for rows without images
+    videos = {"videos": list(clips)} if clips else {}
+    made = processor(
+        text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt", **videos
+    )
+    return dict(made.to(model.device, model.dtype))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate: many specs on the same questions. Every image is encoded once; each spec then scores, cuts and
+answers, in batches.
+
+What follows the encoder is the path of ``with vlmprune.prune(model, spec): model.generate(...)``: the same
+session, hooks, masks and greedy decoding. Only ``get_image_features`` is answered from a shelf, which a test
+compares with encoding anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+from ...api import prune
+from ...errors import EvaluationError, UnsupportedError
+from ...hooks.session import Session
+from ...hooks.vision.encode import EncodedImages
+from ...spec import Spec, parse
+from ..tasks.sample import Sample, Task
+from .batch import Batch, EncodeOnce
+from .generation import generate
+from .record import Record
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    specs: Sequence[str | Spec],
+    task: Task,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    positions: str | None = None,
+    strict: bool = False,
+    share: bool = True,
+) -> Iterator[Record]:
+    """Answer every sample under every spec, greedily: batch after batch, and in each batch spec after spec.
+
+    Samples with equally many images are answered together, fewest first, since padding costs time; else they
+    keep their order.
+
+    Args:
+        model, processor: as loaded, the model in eval mode; it is left as it was, also when the iterator is
+            dropped half-way.
+        samples: of ``task``; questions about the same images are encoded once where they stand within two
+            batches of each other.
+        specs: what to compare, ``"dense"`` among them if wanted; distinct.
+        task: gives ``score(sample, answer)``.
+        positions, strict: as in :func:`vlmprune.prune`.
+        share: encode each image once for all specs. Where a model family does not allow it, records say
+            ``encoding="each"``.
+
+    Raises:
+        EvaluationError: a generation that failed, hooks that did not fire, a score that is no score.
+    """
+    texts = [str(parse(spec)) for spec in specs]
+    twice = [text for number, text in enumerate(texts) if text in texts[:number]]
+    if not texts or twice:
+        raise EvaluationError(
+            f"specs={list(map(str, specs))}; expected at least one, each once"
+            + f", not {twice}" * bool(twice)
+        )
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise EvaluationError(f"{name}={value!r}; expected an int >= 1")
+    if model.training:
+        raise EvaluationError(
+            "the model is in training mode, where dropout changes answers; call model.eval()"
+        )
+    if not getattr(processor, "chat_template", None):
+        raise EvaluationError(
+            f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template"
+        )
+    sessions = [prune(model, text, positions=positions, strict=strict) for text in texts]
+    return _run(model, processor, samples, sessions, task, batch_size, max_new_tokens, share)
+
+
+def _run(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    sessions: Sequence[Session],
+    task: Task,
+    size: int,
+    words: int,
+    share: bool,
+) -> Iterator[Record]:
+    once = EncodeOnce(EncodedImages(sessions), processor, 2 * size) if share else None
+    remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
+    while rows := list(islice(remaining, size)):
+        batch = Batch.make(rows, processor, model)
+        shelved, encoding, spent = None, "each", 0.0
+        if once is not None:
+            started = time.perf_counter()
+            try:
+                shelved, encoding = once.take(batch), "shared"
+            except UnsupportedError:
+                once = None  # this family returns more than features: every record says so
+            spent = time.perf_counter() - started
+        for session in sessions:
+            served = once.shelf.serving(session, shelved) if shelved else nullcontext()
+            yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    batch: Batch,
+    session: Session,
+    task: Task,
+    words: int,
+    served: AbstractContextManager[None],
+    encoding: str,
+    spent: float,
+) -> list[Record]:
+    """One spec on one batch; the model is free again when this returns."""
+    pictures = sum(map(len, batch.pictures))
+    options = {"max_new_tokens": words, "do_sample": False, "num_beams": 1}
+    made = generate(
+        model, session, batch.inputs, pictures=pictures, named=batch.named, served=served, **options
+    )
+    answers = processor.batch_decode(made.ids, skip_special_tokens=True)
+    rows = len(batch.samples)
+    found = []
+    for sample, answer, shown, asked in zip(batch.samples, answers, batch.pictures, batch.asked, strict=True):
+        score = task.score(sample, answer.strip())
+        if not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise EvaluationError(
+                f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"
+            )
+        maps = tuple(made.report.keep[p] for p in shown)
+        found.append(
+            Record(
+                spec=session.spec,
+                id=sample.id,
+                cluster=sample.cluster,
+                family=sample.family,
+                group=sample.group,
+                answer=answer.strip(),
+                score=float(score),
+                **made.counts(shown),
+                on_object=asked.share(maps),
+                positions=session.positions,
+                encoding=encoding if shown else "none",
+                seconds={"encode": spent / rows, **made.seconds(rows)},
+                batch=rows,
+                keep=maps,
+            )
+        )
+    return found

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summary: from the records of one model on one task to one row per spec, with all that its table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ...registry import get
+from ...spec import parse
+from ..answer.record import Record
+from . import estimates
+from .estimates import Difference, Flips, Interval, Table
+from .seeds import budget_of, merge_seeds
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Band:
+    """The seeds that a row is the mean of, as specs, with their lowest and highest accuracy."""
+
+    seeds: tuple[str, ...]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The family that kept least of its dense accuracy; ``retained`` is None where dense scored 0."""
+
+    family: str
+    accuracy: float
+    retained: float | None
+
+
+@dataclass(frozen=True)
+class Hard:
+    """Accuracy on the questions that pooling to the same budget gets wrong."""
+
+    n: int
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One spec of one model on one task: a row of ``results.json``.
+
+    A new metric is a field here, a value in ``summarise``, and a column in ``report/columns.py``.
+
+    Args:
+        keep: the budget as written; None without one.
+        n, clusters: questions counted, and the sets of pictures that they show, which the intervals are over.
+        pictures: pictures per question, of the questions that show any.
+        realised_tokens, dense_tokens: visual tokens per question, read and unpruned.
+        layer_tokens: the same as a mean over the decoder layers.
+        retained: accuracy as a share of the dense one.
+        vs_dense, vs_random: paired differences; to random tokens of the same budget.
+        families, groups: accuracy by kind of question; families also where they do not count.
+        agreement: share of questions with the same answer as dense.
+        on_object: share of the kept tokens on what is asked about.
+        mdd: the smallest difference to dense that would have been found.
+        firings, empty, failed: of the hooks; answers without a word; generations without an answer.
+        fingerprint: the cell that holds the answers; None for a mean over seeds.
+        paper: the published accuracy. official: the task's own numbers.
+    """
+
+    model: str
+    task: str
+    spec: str
+    method: str
+    calibrated: bool = False
+    keep: str | None = None
+    realised_tokens: float
+    dense_tokens: float | None = None
+    layer_tokens: float | None = None
+    pictures: float | None = None
+    on_object: float | None = None
+    firings: int
+    empty: int
+    positions: str = ""
+    encoding: str = ""
+    n: int
+    clusters: int | None = None
+    accuracy: float
+    ci: Interval
+    families: Mapping[str, float]
+    groups: Mapping[str, float] = field(default_factory=dict)
+    worst: Worst | None = None
+    retained: float | None = None
+    vs_dense: Difference | None = None
+    vs_random: Difference | None = None
+    flips: Flips | None = None
+    agreement: float | None = None
+    hard: Hard | None = None
+    mdd: float | None = None
+    band: Band | None = None
+    failed: int = 0
+    fingerprint: str | None = None
+    paper: float | None = None
+    official: Mapping[str, Any] | None = None
+
+    @property
+    def setting(self) -> tuple[str, str]:
+        """Model and task: rows with the same setting are compared."""
+        return self.model, self.task
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the accuracies of one model on one task are over.
+
+    Args:
+        families: those that count. excluded: the others, and why.
+        blind: accuracy of the best guess without a look at the picture, by family.
+        chance: the same over the questions that count.
+    """
+
+    model: str
+    task: str
+    families: tuple[str, ...]
+    excluded: Mapping[str, str]
+    blind: Mapping[str, float] = field(default_factory=dict)
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows in the order in which specs were first met, means over seeds last."""
+
+    rows: tuple[Row, ...]
+    headline: Headline
+
+
+def summarise(
+    records: Iterable[Record],
+    blind: Mapping[str, float],
+    *,
+    model: str = "",
+    task: str = "",
+    pictures: Mapping[str, int] | None = None,
+    matched: Mapping[str, str] | None = None,
+    resamples: int = estimates.RESAMPLES,
+    seed: int = 0,
+) -> Summary:
+    """Rows of one model on one task.
+
+    Accuracies, intervals, differences, flips and the hard slice are over the headline families: those in
+    which the dense model beats a blind guesser (``blind``) clearly. Where it has learnt none, all families
+    count and ``headline.families`` is empty. Specs that differ in their seed get one more row, their mean
+    with a band. p-values are corrected over all rows of the table, of all budgets, but for the single seeds,
+    which are compared with nothing.
+
+    Args:
+        records: of ``"dense"`` and of others, all on the same questions.
+        pictures: how many pictures each question shows, by its id.
+        matched: for specs without a budget, that of their baselines, which becomes their ``keep``.
+    """
+    held: dict[str, list[Record]] = {}
+    for record in records:
+        held.setdefault(record.spec, []).append(record)
+    table = Table.of(record for mine in held.values() for record in mine)
+    table.column(DENSE)
+    inside, outside = estimates.headline(table, blind, DENSE)
+    whole, bands = merge_seeds(table)
+    table = whole.where(np.isin(whole.families, inside)) if inside else whole
+    singles = {spec for specs in bands.values() for spec in specs}
+    tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
+    budgets = {spec: budget_of(spec) or (matched or {}).get(spec) for spec in table.specs}
+    found = _Compared(
+        whole,
+        table,
+        estimates.accuracy(table, resamples, seed),
+        estimates.differences(table, DENSE, tested, resamples=resamples, seed=seed),
+        _against_random(table, {spec: budgets[spec] for spec in tested}, resamples, seed),
+    )
+    rows = []
+    for spec in table.specs:
+        seeds = bands.get(spec, [])
+        mine = [record for one in seeds or [spec] for record in held[one]]
+        described = _described(spec, mine, pictures or {})
+        described |= {"model": model, "task": task, "keep": budgets[spec]}
+        rows.append(_row(spec, seeds, found, described))
+    guesses = {family: float(blind[family]) for family in rows[0].families}
+    chance = float(np.mean([blind[family] for family in table.families.tolist()]))
+    return Summary(tuple(rows), Headline(model, task, tuple(inside), outside, guesses, chance))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What rows are read from; ``whole`` also has the families that do not count."""
+
+    whole: Table
+    counted: Table
+    accuracy: Mapping[str, estimates.Estimate]
+    vs_dense: Mapping[str, Difference]
+    vs_random: Mapping[str, Difference]
+
+
+def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str, Any]) -> Row:
+    table, mine = found.counted, found.accuracy[spec]
+    return Row(
+        **described,
+        n=len(table),
+        clusters=len(table.sums[1]),
+        accuracy=mine.value,
+        ci=(mine.low, mine.high),
+        families=estimates.by(found.whole, "families", spec),
+        groups=estimates.by(table, "groups", spec),
+        worst=_worst(table, spec),
+        retained=_ratio(mine.value, found.accuracy[DENSE].value),
+        vs_dense=found.vs_dense.get(spec),
+        vs_random=found.vs_random.get(spec),
+        flips=None if seeds else estimates.flips(table, spec, DENSE),
+        agreement=estimates.agreement(table, spec, DENSE),
+        hard=_hard(table, spec, described["keep"]),
+        mdd=found.vs_dense[spec].mdd if spec in found.vs_dense else None,
+        band=_band([(one, found.accuracy[one].value) for one in seeds]),
+    )
+
+
+def _against_random(
+    table: Table, budgets: Mapping[str, str | None], resamples: int, seed: int
+) -> dict[str, Difference]:
+    """Differences of specs to random tokens of their budgets, corrected together."""
+    found: dict[str, Difference] = {}
+    for budget in dict.fromkeys(budgets.values()):
+        random = f"random@{budget}"
+        mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
+        if budget is not None and random in table.specs:
+            found |= estimates.differences(table, random, mine, resamples=resamples, seed=seed)
+    corrected = estimates.holm(np.array([one.p for one in found.values()]))
+    return {
+        spec: replace(one, p_holm=float(p)) for (spec, one), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of a row about what pruning did; token counts are over samples with images."""
+    seen = [record for record in records if record.dense_tokens] or records
+    asked = [record.on_object for record in records if record.on_object is not None]
+    shown = [pictures[record.id] for record in seen if pictures.get(record.id)]
+    parts = parse(spec).parts
+    return {
+        "spec": spec,
+        "method": "+".join(part.name for part in parts),
+        "calibrated": any(get(part.name).calibrated for part in parts),
+        "realised_tokens": float(np.mean([record.realised_tokens for record in seen])),
+        "dense_tokens": float(np.mean([record.dense_tokens for record in seen])),
+        "layer_tokens": float(np.mean([record.layer_tokens for record in seen])),
+        "pictures": float(np.mean(shown)) if shown else None,
+        "on_object": float(np.mean(asked)) if asked else None,
+        "firings": sum(record.firings for record in records),
+        "empty": sum(record.empty for record in records),
+        "positions": "/".join(sorted({record.positions for record in records})),
+        "encoding": "/".join(sorted({record.encoding for record in records})),
+    }
+
+
+def _band(seeds: Sequence[tuple[str, float]]) -> Band | None:
+    """Of specs with their accuracies."""
+    if not seeds:
+        return None
+    values = [value for _, value in seeds]
+    return Band(tuple(spec for spec, _ in seeds), min(values), max(values))
+
+
+def _worst(table: Table, spec: str) -> Worst:
+    """The family that retains least, or scores least where the dense model scores nothing."""
+    mine, dense = estimates.by(table, "families", spec), estimates.by(table, "families", DENSE)
+    shares = {family: _ratio(mine[family], dense[family]) for family in mine}
+    family = min(mine, key=lambda name: (1.0 if shares[name] is None else shares[name], mine[name]))
+    return Worst(family, mine[family], shares[family])
+
+
+def _hard(table: Table, spec: str, budget: str | None) -> Hard | None:
+    """Accuracy on what pooling to the same budget gets wrong."""
+    pooled = f"pool@{budget}"
+    if pooled not in table.specs or spec == pooled:
+        return None
+    left = estimates.hard(table, pooled)
+    return None if left is None else Hard(len(left), float(left.of_spec(spec).mean()))
+
+
+def _ratio(value: float, of: float) -> float | None:
+    return value / of if of else None

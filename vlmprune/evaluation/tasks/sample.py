@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark is made of: a sample, a task, and the one way in which answers are compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+GROUPS = ("general", "text")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or several images. Sub-classes know how to draw them.
+
+    Attributes:
+        id: stable over versions of Python, Pillow and this package as long as the fingerprint of the task
+            stays.
+        cluster: samples of one cluster show the same images; the bootstrap draws clusters.
+        family: kind of question. group: "general" or "text".
+        question: the last turn. history: earlier turns as (question, reference answer).
+        answers: accepted answers, normalised.
+        images: keys of the images in the order in which they are shown; equal keys are equal images.
+    """
+
+    id: str
+    cluster: str
+    family: str
+    group: str
+    question: str
+    answers: tuple[str, ...]
+    history: tuple[tuple[str, str], ...]
+    images: tuple[str, ...]
+
+    def load_images(self) -> list[Image.Image]:
+        """RGB images, one per key."""
+        raise NotImplementedError(f"{type(self).__name__} draws no images")
+
+    def object_masks(self) -> list[np.ndarray]:
+        """One (H, W) bool mask per image: the objects asked about. All False where nothing that exists is
+        asked about.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no masks")
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation for ``processor.apply_chat_template(..., add_generation_prompt=True)``.
+
+        All images come in the first turn. Where there are several, a word before each says which it is, so
+        that its patches can learn from the words before them in a decoder that only looks back.
+        """
+        first: list[dict[str, str]] = []
+        for i in range(len(self.images)):
+            first += [{"type": "text", "text": ORDINALS[i]}] if len(self.images) > 1 else []
+            first.append({"type": "image"})
+        turns = []
+        for question, answer in self.history:
+            turns.append({"role": "user", "content": [*first, {"type": "text", "text": question}]})
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            first = []
+        return [*turns, {"role": "user", "content": [*first, {"type": "text", "text": self.question}]}]
+
+
+ORDINALS = ("first", "second", "third", "fourth")
+
+
+class Task(Protocol):
+    """A benchmark: samples by split, and a score in [0, 1] for an answer."""
+
+    name: str
+    fingerprint: str  # changes whenever any sample can change
+    families: tuple[str, ...]
+    groups: Mapping[str, str]  # family -> group
+    blind: Mapping[str, float]  # family -> score of the best guess that does not look at the image
+
+    def samples(self, split: str = "test", limit: int | None = None) -> Sequence[Sample]: ...
+
+    def score(self, sample: Sample, answer: str) -> float: ...
+
+
+_PUNCTUATION = re.compile(r"[^\w\s]")
+_NUMBERS = dict(
+    zip(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+        "0123456789",
+        strict=True,
+    )
+)
+
+
+def normalise(answer: str, *, compact: bool = False) -> str:
+    """Lower case, no punctuation, no article, number words as digits, single spaces; ``compact`` drops spaces
+    (read strings).
+    """
+    words = _PUNCTUATION.sub(" ", answer.lower()).split()
+    if compact:
+        return "".join(words)
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def exact(sample: Sample, answer: str) -> float:
+    """1.0 where the normalised answer is one of the accepted ones, else 0.0."""
+    return float(normalise(answer, compact=sample.group == "text") in sample.answers)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hooks must know of a model: where its parts are, and what its encoder returns. ``vlmprune.models`` has
+one per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from ..core.deferred import Checks
+from ..core.method import Need, Positions, What
+from .vision.capture import VisionCapture
+from .vision.pictures import Picture
+
+ModalityName = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of visual input.
+
+    Args:
+        name: its key in pre-encoded outputs.
+        encode: method of the inner model that turns pixels into features.
+        pixels: the first argument of that method.
+        token: attribute of the config with the id of the placeholder.
+    """
+
+    name: ModalityName
+    encode: str
+    pixels: str
+    token: str
+
+
+class Adapter(Protocol):
+    """A model of one family.
+
+    Attributes:
+        model_type: of the config.
+        modalities: what it reads.
+        positions: what position ids may be after a cut; the first is taken where a method wants another one.
+        text_type: type (token_type_ids) of tokens that see earlier ones only, where others see later ones
+            too; None where all are like that.
+        deepstack: method of the language model that adds features to hidden states after a layer.
+        model: the whole ``...ForConditionalGeneration``.
+        inner: the multimodal model in it, which encodes pictures and merges them into the text.
+        language_model: the decoder.
+        projector: maps rows of the tower to rows of the language model, where that is a function of single
+            rows.
+        depth: decoder layers.
+    """
+
+    model_type: ClassVar[str]
+    modalities: tuple[Modality, ...]
+    positions: ClassVar[tuple[Positions, ...]]
+    text_type: ClassVar[int | None]
+    deepstack: ClassVar[str | None]
+    model: Any
+    inner: Any
+    language_model: Any
+    projector: Callable[[Tensor], Tensor] | None
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    def token_id(self, modality: Modality) -> int:
+        """Id of the placeholder tokens."""
+
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        """A capture of this model's tower and projector."""
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        """Refuse encoder calls that the capture would misread."""
+
+    def pictures(
+        self,
+        modality: Modality,
+        output: Any,
+        arguments: Mapping[str, Any],
+        found: Mapping[Need, Tensor],
+        checks: Checks,
+    ) -> list[Picture]:
+        """Describe every picture of one encoder call."""

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entrance and the exit of the language model, whatever slots act in between.
+
+Entrance: pictures are found in the merged sequence, and masks and positions are put into terms of the slots
+really held. Exit: the output is expanded to the full length, and the cache learns what was cut. In between
+transformers sees a consistent, shorter sequence and builds every mask itself, whatever the attention
+implementation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvariantError, UnsupportedError
+from .sequence.cache import CacheState, adopt, cache_in, counting_layer, held_length
+from .sequence.masks import TokenTypes
+from .sequence.placement import Columns, place
+from .sequence.views import SequenceView, Views
+from .state import ForwardState
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, Modality
+
+
+def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
+    """Find the pictures of a forward in its merged sequence."""
+    present = [modality for modality in adapter.modalities if state.pictures.get(modality.name)]
+    if not present:
+        return
+    visual = [placeholders(state, adapter, modality) for modality in present]
+    batch, length = visual[0].shape
+    valid = None
+    # a mask that does not fit is refused where the views are opened
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
+        valid = mask[:, mask.shape[1] - length :].to(visual[0].device, torch.bool)
+    state.columns = Columns.of(visual, valid)
+    state.placements = [
+        place(state.pictures[modality.name], state.columns, number, state.checks)
+        for number, modality in enumerate(present)
+    ]
+    pictures = [picture for placement in state.placements for picture in placement.pictures]
+    report = state.report
+    report.grids = [picture.grids for picture in pictures]
+    report.frames = [picture.frames for picture in pictures]
+    report.views = [picture.view for picture in pictures]
+    report.kept = [None] * len(pictures)
+    report.dense_tokens = [picture.count for picture in pictures]
+    report.realised_tokens = list(report.dense_tokens)
+    report.layer_tokens = [[count] * adapter.depth for count in report.dense_tokens]
+
+
+def placeholders(state: ForwardState, adapter: Adapter, modality: Modality) -> Tensor:
+    """(B, L) bool, placeholder columns of one modality."""
+    token, device = adapter.token_id(modality), state.embeds.device
+    if state.input_ids is not None:
+        return (state.input_ids == token).to(device)
+    embeds = state.inputs_embeds
+    row = adapter.inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+    return (embeds == row).all(dim=-1).to(device)
+
+
+def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> Views:
+    """One view per group of layers, all explicit: masks over held slots, and positions."""
+    batch, new = state.embeds.shape[:2]
+    device, cache_state = state.embeds.device, state.cache_state
+    held = held_length(state.cache)
+    state.seen = seen = held if cache_state is None else cache_state.seen_with(state.cache)
+    typed = adapter.text_type is not None
+    mask = state.given_mask if typed else kwargs.get("attention_mask")
+    maskless = mask is None and new == 1 and cache_state is not None and cache_state.all_valid
+    mask = full_mask(mask, batch, seen, new, device)
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(seen, seen + new, device=device)[None]
+    if position_ids.shape[-1] != new or position_ids.shape[-2:-1] not in ((1,), (batch,)):
+        raise InvariantError(
+            f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, new)}, as fed"
+        )
+    types = token_types(state, adapter, new) if typed and state.placements else None
+    if cache_state is None:
+        lost = torch.zeros(batch, dtype=torch.long, device=device)
+        return Views([SequenceView(0, mask[:, :held], mask[:, seen:], position_ids, lost, types=types)])
+    return Views(
+        [
+            view.resumed(mask, cache_state.seen, seen, position_ids, maskless, types)
+            for view in cache_state.views
+        ]
+    )
+
+
+def full_mask(mask: Any, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
+    """(B, seen + n) bool, the padding mask of the whole conversation."""
+    if mask is None:
+        return torch.ones(batch, seen + new, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"attention_mask is {shape}; with pruned images pass the 2-D padding mask (batch, tokens) and "
+            "let the model expand it"
+        )
+    if mask.shape != (batch, seen + new):
+        raise InvariantError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {(batch, seen + new)}: {seen} tokens "
+            f"seen before and {new} fed now"
+        )
+    return mask.to(device, torch.bool)
+
+
+def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes | None:
+    """Types of the new tokens; families give those of the whole conversation or of what is fed."""
+    given = state.given_types
+    if given is None:
+        return None
+    if given.ndim != 2 or given.shape[1] < new:
+        raise InvariantError(
+            f"token_type_ids has shape {tuple(given.shape)}; expected a type for each of {new} tokens"
+        )
+    # the class's own: on the instance a session's patch stands in its place
+    make = type(adapter.model).create_masks_for_generate
+    return TokenTypes(given[:, -new:], adapter.text_type, make, adapter.model.config)
+
+
+def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the language model for the sequence as the first layers see it."""
+    view, config = state.views.at(0), adapter.language_model.config
+    changed = {
+        **kwargs,
+        "inputs_embeds": state.embeds,
+        "position_ids": view.position_ids,
+        # spelled out: gaps in positions would read as packed sequences
+        "attention_mask": view.mask_of_all(config, state.embeds, state.cache),
+    }
+    if "cache_position" in kwargs:  # transformers before 5.5
+        held = view.held.shape[1]
+        changed["cache_position"] = torch.arange(held, view.width, device=state.embeds.device)
+    return changed
+
+
+@torch.compiler.disable  # where something was cut, which is once per prompt
+def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
+    """Expand the output to the full length and let the cache remember the cut."""
+    if not hasattr(output, "last_hidden_state"):
+        raise UnsupportedError(
+            f"the language model returned a {type(output).__name__}; call the model with return_dict=True"
+        )
+    views = state.views
+    output.last_hidden_state = state.checks.poison(views.expand(output.last_hidden_state))
+    if getattr(output, "hidden_states", None) is not None:
+        last = len(output.hidden_states) - 1
+        output.hidden_states = tuple(
+            views.expand(hidden, None if number == last else number - 1)
+            for number, hidden in enumerate(output.hidden_states)
+        )
+    cache = cache_in(output)
+    cache = state.cache if cache is None else cache
+    if cache is not None and held_length(cache) == views.at(counting_layer(cache)).width:
+        adopt(cache, remembered(state, owner))
+    state.report.fire("exit")
+
+
+def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
+    """What later calls must know of the slots that this one leaves in the cache."""
+    views = state.views
+    tail = (
+        views.tail if state.embeds.device.type == "cpu" else state.generated
+    )  # text at the end may be cropped away
+    frozen = [view.frozen(tail) for view in views.all]
+    all_valid = state.embeds.device.type == "cpu" and all(bool(view.held.all()) for view in frozen)
+    seen = state.seen + views.columns - tail
+    return CacheState(seen, frozen, owner, all_valid, state.marks)

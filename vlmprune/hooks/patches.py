@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that a session replaces on one instance of a model: encoders, mask makers, the forward that it
+records.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvariantError, UnsupportedError
+from .vision.pictures import Picture
+
+if TYPE_CHECKING:
+    from .adapter import Modality
+    from .session import Session
+
+ATTACHED = "_vlmprune_pictures"  # attribute and item of an encoder's output that holds its pictures
+
+
+class PictureHolder:
+    """The pictures of an encoder's output; neither a list, which generate would repeat for beams, nor a
+    tensor.
+    """
+
+    def __init__(self, pictures: list[Picture]) -> None:
+        self.pictures = pictures
+
+    def __deepcopy__(self, memo: dict) -> PictureHolder:
+        return self
+
+
+def attach_pictures(output: Any, pictures: list[Picture]) -> None:
+    """Let pictures travel with an encoder's output, also where accelerate rebuilds it item by item."""
+    if isinstance(output, MutableMapping):
+        output[ATTACHED] = PictureHolder(pictures)
+    else:
+        setattr(output, ATTACHED, PictureHolder(pictures))
+
+
+def pictures_of(output: Any) -> PictureHolder | None:
+    """What holds the pictures that travel with an encoder's output, None where there are none."""
+    return getattr(output, ATTACHED, None)
+
+
+class PatchedMethod:
+    """A bound method replaced on one instance; refuses to be copied with its model."""
+
+    def __init__(self, session: Session, module: nn.Module, name: str, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)  # generate inspects the signature
+        self.session, self.module, self.name, self.original = session, module, name, original
+
+    def install(self) -> None:
+        if self.name in self.module.__dict__:
+            raise InvariantError(
+                f"{type(self.module).__name__}.{self.name} is replaced on the instance already; undo that "
+                "before attaching"
+            )
+        self.module.__dict__[self.name] = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get(self.name) is self:
+            del self.module.__dict__[self.name]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise UnsupportedError(
+            "a model cannot be copied while pruning is attached: the copy would still use the original; "
+            "detach first"
+        )
+
+    def __reduce__(self) -> None:
+        raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
+
+
+class RecordedForward(PatchedMethod):
+    """Around the forward of the multimodal model: one state per forward, gone however the forward ends.
+
+    Hooks would not do: torch runs none of them after a KeyboardInterrupt.
+    """
+
+    def __init__(self, session: Session, module: nn.Module) -> None:
+        super().__init__(session, module, "forward", module.forward)
+        self.earlier = module.__dict__.get("forward")  # of accelerate, where it places the weights
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Put back what was there; where accelerate put its own around this one since, take it out of
+        that."""
+        held = self.module.__dict__
+        if held.get("forward") is self:
+            del held["forward"]
+            if self.earlier is not None:
+                held["forward"] = self.earlier
+        elif held.get("_old_forward") is self:
+            held["_old_forward"] = self.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if not session.attached:
+            return self.original(*args, **kwargs)
+        if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
+            names = inspect.signature(self.original).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:
+            state = session.begin(kwargs)
+            output = self.original(**kwargs)
+            session.finish(state)
+            return output
+        finally:
+            session.close()
+
+
+class Generate(PatchedMethod):
+    """Around generate: where it returns the host has waited for the device, so that checks left for later are
+    read.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answer = self.original(*args, **kwargs)
+        self.session.settle()
+        return answer
+
+
+class Encode(PatchedMethod):
+    """Around get_image_features or get_video_features: records what methods need, and describes the
+    pictures."""
+
+    def __init__(self, session: Session, module: nn.Module, modality: Modality) -> None:
+        super().__init__(session, module, modality.encode, getattr(module, modality.encode))
+        self.modality = modality
+
+    # hooks that record cannot be traced; transformers has loaded the compiler already
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        # Qwen3-VL encodes a clip by way of the patched method for images: that call is the clip's
+        if not session.enabled or session.capture.is_recording:
+            return self.original(*args, **kwargs)
+        if session.serve is not None:
+            return self._hand_over(*session.serve(self.modality))
+        arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
+        # transformers 4.57 names pixels of clips otherwise
+        arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))
+        session.adapter.check(arguments, self.modality)
+        checks = session.checks
+        with session.capture.recording(checks) as record:
+            output = self.original(*args, **kwargs)
+        pictures = session.adapter.pictures(self.modality, output, arguments, record.take(), checks)
+        return self._hand_over(output, pictures)
+
+    def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:
+        if hasattr(output, "pooler_output"):
+            attach_pictures(output, pictures)
+        self.session.encoded(self.modality, pictures)
+        return output
+
+
+class KeepMask2D(PatchedMethod):
+    """Around what makes 4-D masks for static caches: they are made inside the language model, in terms of
+    held slots.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]
+
+
+class Stacked(PatchedMethod):
+    """Around what adds visual features to hidden states after early layers (DeepStack), in terms of the uncut
+    sequence.
+
+    A row that a merging method made takes the features of the slot that it stands in.
+    """
+
+    def __call__(self, hidden: Tensor, visual: Tensor, embeds: Tensor) -> Tensor:
+        """Hidden states (B, n, D) after the next layer, visual columns (B, L), and what is added to them (V,
+        D).
+        """
+        state = self.session.state
+        if state is not None:
+            layer, state.stacked = state.stacked, state.stacked + 1
+            for start, compaction in state.views.cuts if state.viewed else ():
+                if start > layer:
+                    continue
+                embeds = embeds[compaction.kept[visual].to(embeds.device)]
+                visual = compaction.follow(visual)
+        return self.original(hidden, visual, embeds)
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Have torch.compile trace a model anew if a part of it was compiled: by default graphs ignore hooks that
+    came later.
+    """
+    parts = ("_compiled_call_impl", "_compiled_call")
+    compiled = any(getattr(module, part, None) is not None for module in model.modules() for part in parts)
+    replaced = any(
+        hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable") for module in model.modules()
+    )
+    if compiled or replaced:
+        torch.compiler.reset()

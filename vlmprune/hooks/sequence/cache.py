@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cut KV cache: it tells transformers how many tokens were *seen*, and every layer how many slots are
+*held*.
+
+After a cut the cache is shorter than the conversation. Positions, prompt slicing and masks of the next call
+all start from ``get_seq_length()``, so a cut cache answers that with the tokens seen, and carries what is
+needed to make masks and positions again. It stays the same object (its class becomes a generated subclass),
+so that ``isinstance``, ``deepcopy``, beam reordering and cropping keep working.
+
+All layers of a view hold the same slots. The *static part* ends at the last column where some row lost
+something; every later column is held by all layers, so cropping rejected draft tokens needs no bookkeeping.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvariantError
+
+if TYPE_CHECKING:
+    from .views import SequenceView
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """(B, S) bool masks over the slots that one layer holds: what a method marked in the prompt, and what is
+    visual.
+    """
+
+    marked: Tensor
+    visual: Tensor
+
+    def select(self, rows: Tensor) -> Marks:
+        rows = rows.to(self.marked.device)
+        return Marks(self.marked[rows], self.visual[rows])
+
+    def fit(self, width: int) -> Marks:
+        """Cut off or fill up with False to ``width`` slots."""
+        return Marks(_fit(self.marked, width), _fit(self.visual, width))
+
+
+def _fit(mask: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask[:, :width], (0, max(0, width - mask.shape[1])))
+
+
+@dataclass
+class CacheState:
+    """What rides on a cut cache.
+
+    Args:
+        seen: tokens of the conversation that the static part stands for.
+        views: of the static part, frozen.
+        owner: the session that cut.
+        all_valid: every held slot is a token, so that masks may stay None.
+        marks: per layer, what the attention and decode slots marked in the prompt.
+        inside: the language model is running, so that lengths are physical.
+    """
+
+    seen: int
+    views: list[SequenceView]
+    owner: weakref.ref
+    all_valid: bool
+    marks: dict[int, Marks] = field(default_factory=dict)
+    inside: bool = field(default=False, compare=False)
+
+    def view(self, layer: int) -> SequenceView:
+        return next(view for view in reversed(self.views) if view.start <= layer)
+
+    def seen_with(self, cache: Any) -> int:
+        """Tokens of the conversation so far: those of the static part, and all that came after it."""
+        layer = counting_layer(cache)
+        return self.seen + held_length(cache, layer) - self.view(layer).held.shape[1]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch, as beam search does."""
+        self.views = [view.select(rows) for view in self.views]
+        self.marks = {layer: one.select(rows) for layer, one in self.marks.items()}
+
+    def __deepcopy__(self, memo: dict) -> CacheState:
+        every = torch.arange(self.views[0].held.shape[0])
+        copy = CacheState(self.seen, self.views, self.owner, self.all_valid, self.marks)
+        copy.select(every)
+        return copy
+
+
+class CutCacheMixin:
+    """Overrides that a cut cache needs; mixed into the class of the cache at adoption."""
+
+    _vlmprune_state: CacheState | None
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        held = super().get_seq_length(counting_layer(self) if layer_idx is None else layer_idx)
+        state = self._vlmprune_state
+        if layer_idx is not None or state is None or state.inside or int(held) == 0:
+            return held
+        owner = state.owner()
+        if owner is None or not owner.attached:
+            raise InvariantError(
+                "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
+                "keep the session attached for all turns, or start again with an empty cache"
+            )
+        return state.seen_with(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self._vlmprune_state is not None:
+            self._vlmprune_state.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._vlmprune_state is not None:
+            batch = self._vlmprune_state.views[0].held.shape[0]
+            self._vlmprune_state.select(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._vlmprune_state is not None:
+            self._vlmprune_state.select(indices)
+
+    def crop(self, size: int) -> None:
+        """Remove columns from the end; positive sizes are an absolute number of tokens seen (older
+        transformers).
+        """
+        state = self._vlmprune_state
+        if state is None:
+            return super().crop(size)
+        seen = int(self.get_seq_length())
+        remove = -size if size <= 0 else max(seen - size, 0)
+        if seen - remove < state.seen:
+            raise InvariantError(
+                f"cannot crop a pruned cache to {seen - remove} tokens: its first {state.seen} tokens were "
+                "cut together; crop only what came after the last image"
+            )
+        if remove:
+            super().crop(-remove)
+            state.marks = {
+                layer: one.fit(int(self.get_seq_length(layer))) for layer, one in state.marks.items()
+            }
+
+    def reset(self) -> None:
+        super().reset()
+        self._vlmprune_state = None
+
+
+def cache_name(known: Container[str]) -> str:
+    """The keyword that takes the KV cache, among the parameters of a function; transformers 5.24 renamed
+    it."""
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The KV cache among keyword arguments or outputs, under either name."""
+    found = values.get("cache")
+    return values.get("past_key_values") if found is None else found
+
+
+def state_of(cache: Any) -> CacheState | None:
+    """What rides on a cut cache, None for any other; a static cache that was emptied is released."""
+    state = getattr(cache, "_vlmprune_state", None)
+    if state is not None and held_length(cache) == 0:
+        release(cache)
+        return None
+    return state
+
+
+def counting_layer(cache: Any) -> int:
+    """The first layer that holds a slot per token; layers with a running state, or with another's slots, hold
+    none.
+    """
+    layers = getattr(cache, "layers", ())
+    return next((index for index, layer in enumerate(layers) if hasattr(layer, "get_seq_length")), 0)
+
+
+def has_running_states(cache: Any) -> bool:
+    """Whether some layers keep a state that every token changes, masked or not: linear attention,
+    convolutions, Mamba.
+    """
+    layers = getattr(cache, "layers", ())
+    return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
+
+
+def held_length(cache: Any, layer: int | None = None) -> int:
+    """Slots that a layer really holds, by default the first that holds any."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length(counting_layer(cache) if layer is None else layer))
+
+
+def adopt(cache: Any, state: CacheState) -> None:
+    """Let a cache carry ``state``, turning its class into one that answers by it."""
+    cls = type(cache)
+    if not issubclass(cls, CutCacheMixin):
+        cache.__class__ = type(f"Cut{cls.__name__}", (CutCacheMixin, cls), {"__module__": cls.__module__})
+    cache._vlmprune_state = state
+
+
+def release(cache: Any) -> None:
+    """Give a cache its own class back."""
+    if isinstance(cache, CutCacheMixin):
+        cache.__class__ = type(cache).__mro__[2]
+        del cache._vlmprune_state

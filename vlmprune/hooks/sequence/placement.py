@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placement: where the pictures of one forward stand in its batch.
+
+Slots are counted picture by picture, row after row. Where they stand in the sequence is a tensor on the
+device; how many there are is known on the host, from shapes alone for a single prompt. A batch asks the
+device once, for its ids: which row has which pictures cannot be told from shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.deferred import Checks
+from ...errors import InvariantError
+from ..vision.pictures import Picture
+
+
+@dataclass(eq=False)
+class Placement:
+    """The pictures of one modality in the batch.
+
+    Args:
+        pictures: as encoded, not expanded for beams.
+        rows: numbers of the pictures of every row, in reading order.
+        visual: (B, L) bool, their placeholder columns.
+        flat: (S,) where each slot stands, as row * L + column, in reading order, row after row.
+    """
+
+    pictures: Sequence[Picture]
+    rows: list[list[int]]
+    visual: Tensor
+    flat: Tensor
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(row, picture, first slot) of every picture as often as it stands in the batch, in reading
+        order."""
+        found, start = [], 0
+        for row, mine in enumerate(self.rows):
+            for p in mine:
+                found.append((row, p, start))
+                start += self.pictures[p].length
+        return found
+
+    def columns(self, start: int, slots: Tensor) -> Tensor:
+        """(n,) columns in their row of some slots of the picture whose first slot is ``start``."""
+        return self.flat[start + slots.to(self.flat.device)] % self.visual.shape[1]
+
+
+@dataclass(eq=False)
+class Columns:
+    """What is known of the columns of a batch.
+
+    Args:
+        visual: per modality (B, L) bool, its placeholder columns.
+        valid: (B, L) bool, columns that are tokens and not padding; None: all.
+        host: the same on the CPU, visual ones first; None for a single prompt on another device, which is not
+            asked.
+    """
+
+    visual: list[Tensor]
+    valid: Tensor | None
+    host: Tensor | None = None
+
+    @classmethod
+    def of(cls, visual: list[Tensor], valid: Tensor | None) -> Columns:
+        """Look at the columns, which a batch on a device waits for once, and a single prompt there not at
+        all.
+        """
+        batch, device = visual[0].shape[0], visual[0].device
+        if device.type == "cpu" or batch > 1:
+            every = torch.ones_like(visual[0]) if valid is None else valid.to(device)
+            return cls(visual, valid, torch.stack([*visual, every]).cpu())
+        return cls(visual, valid)
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Tokens of every row, None where the device was not asked."""
+        return None if self.host is None else self.host[-1].sum(dim=1).tolist()
+
+    @property
+    def masked_pictures(self) -> bool:
+        """Whether some placeholders are masked as padding, as far as the device was asked."""
+        return self.host is not None and bool((self.host[:-1].any(dim=0) & ~self.host[-1].bool()).any())
+
+    def after_pictures(self) -> Tensor:
+        """(B, L) bool, columns after the last placeholder of each row; all columns of a row without any."""
+        columns = torch.arange(self.visual[0].shape[1])
+        if self.host is not None:
+            last = (self.host[:-1].any(dim=0) * (columns + 1)).amax(
+                dim=1, keepdim=True
+            )  # (B, 1), 0 where there is none
+            return (columns >= last).to(self.visual[0].device)
+        columns = columns.to(self.visual[0].device)
+        last = torch.stack(self.visual).any(dim=0).mul(columns + 1).amax(dim=1, keepdim=True)
+        return columns >= last
+
+
+def place(pictures: Sequence[Picture], columns: Columns, modality: int, checks: Checks) -> Placement:
+    """Find the pictures of one modality, given by its number, in a batch."""
+    lengths, visual = [picture.length for picture in pictures], columns.visual[modality]
+    if columns.host is not None:
+        here = columns.host[modality]
+        rows = assign(lengths, here.sum(dim=1).tolist())
+        return Placement(pictures, rows, visual, here.flatten().nonzero()[:, 0].to(visual.device))
+    total = sum(lengths)
+    checks.require(
+        visual.sum() == total,
+        lambda: InvariantError(
+            f"{int(visual.sum())} placeholder tokens for pictures of {lengths} tokens; expected {total}"
+        ),
+    )
+    # placeholders first, each kind in ascending order
+    flat = (~visual[0]).to(torch.int8).argsort(stable=True)[:total]
+    return Placement(pictures, [list(range(len(pictures)))], visual, flat)
+
+
+def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Pictures of every row: ``lengths`` of the pictures as encoded, ``counts`` of placeholders per row.
+
+    With beams or several returned sequences each prompt is repeated ``E`` times in a row while its pictures
+    are encoded once.
+    """
+    total, slots = sum(lengths), sum(counts)
+    if total == 0 or slots == 0 or slots % total:
+        raise InvariantError(
+            f"{slots} placeholder tokens for pictures of {list(lengths)} tokens; expected a whole multiple "
+            f"of {total}"
+        )
+    expand = slots // total
+    rows: list[list[int]] = []
+    picture = 0
+    for start in range(0, len(counts), expand):
+        need, mine = counts[start], []
+        while need > 0 and picture < len(lengths):
+            mine.append(picture)
+            need -= lengths[picture]
+            picture += 1
+        if need or any(count != counts[start] for count in counts[start : start + expand]):
+            raise InvariantError(
+                f"placeholders per row {list(counts)} do not line up with pictures of {list(lengths)} tokens"
+            )
+        rows.extend([mine] * expand)
+    return rows

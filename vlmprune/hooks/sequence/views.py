@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views: the sequence as a group of decoder layers sees it, with its masks and positions.
+
+Without cuts inside the language model there is one view. A cut at layer L opens another one, for L and all
+later layers. A view outlives its forward on the KV cache, where it tells the next call what is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compaction import Compaction, Positions
+from .masks import LayerView, TokenTypes, angle_kind, causal_mask, layer_kind
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceView:
+    """The sequence as the layers from ``start`` on see it.
+
+    Args:
+        start: first layer of the group.
+        held: (B, P) bool, slots of the cache from before this call: False for dead slots and padding.
+        new: (B, n) bool, the same for the columns of this call.
+        position_ids: (B or 1, n); (3 or 4, B, n) for M-RoPE, four with the plain numbers first.
+        lost: (B,) tokens cut so far in this group, earlier turns included, where positions are re-counted.
+        maskless: the mask may stay None: everything is valid and one token is fed.
+        types: what each token is, where the model lets some tokens attend both ways.
+    """
+
+    start: int
+    held: Tensor
+    new: Tensor
+    position_ids: Tensor
+    lost: Tensor
+    maskless: bool = False
+    types: TokenTypes | None = None
+    _masks: dict[str, Any] = field(default_factory=dict)
+    _angles: dict[str | None, Any] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, P + n) bool."""
+        return torch.cat([self.held, self.new], dim=1)
+
+    @property
+    def width(self) -> int:
+        """P + n, slots held after this call."""
+        return self.held.shape[1] + self.new.shape[1]
+
+    def cut(self, compaction: Compaction, policy: Positions) -> SequenceView:
+        """This view after a cut."""
+        lost = self.lost + compaction.lost.to(self.lost.device) if policy == "compact" else self.lost
+        types = None if self.types is None else self.types.cut(compaction)
+        positions = compaction.positions(self.position_ids, policy)
+        return SequenceView(self.start, self.held, compaction.valid, positions, lost, types=types)
+
+    def opened_at(self, layer: int) -> SequenceView:
+        """The same view for a group that starts at a later layer."""
+        return replace(self, start=layer, _masks={}, _angles={})
+
+    def hiding(self, slots: Tensor) -> SequenceView:
+        """This view without some of its held slots (B, P), for one forward."""
+        return replace(self, held=self.held & ~slots, maskless=False, _masks={}, _angles={})
+
+    # --- on the cache, between two forwards -------------------------------------------------------
+
+    def frozen(self, tail: int) -> SequenceView:
+        """What the next call must know: the slots up to the last ``tail`` columns, which all groups hold
+        alike.
+        """
+        held = self.valid[:, : self.width - tail]
+        return SequenceView(self.start, held, held[:, :0], self.position_ids[..., :0], self.lost)
+
+    def resumed(
+        self,
+        mask: Tensor,
+        static: int,
+        seen: int,
+        position_ids: Tensor,
+        maskless: bool,
+        types: TokenTypes | None,
+    ) -> SequenceView:
+        """This view in a later call.
+
+        Args:
+            mask: (B, seen + n) bool, padding mask of the whole conversation as the user sees it.
+            static: tokens of the conversation that the frozen slots stand for.
+            seen: tokens of the conversation before this call.
+            position_ids: of the new columns in the uncut sequence.
+        """
+        held = torch.cat([self.held.to(mask.device), mask[:, static:seen]], dim=1)
+        lost = self.lost.to(position_ids.device)
+        return SequenceView(
+            self.start, held, mask[:, seen:], position_ids - lost[:, None], lost, maskless, types
+        )
+
+    def select(self, rows: Tensor) -> SequenceView:
+        """The rows of a batch that beam search goes on with."""
+        held, lost = self.held[rows.to(self.held.device)], self.lost[rows.to(self.lost.device)]
+        return SequenceView(self.start, held, held[:, :0], self.position_ids, lost)
+
+    # --- for the layers of the group --------------------------------------------------------------
+
+    @property
+    def plain_positions(self) -> Tensor | None:
+        """(B or 1, n) position numbers, None where tokens have places in a picture only."""
+        if self.position_ids.ndim == 2:
+            return self.position_ids
+        return self.position_ids[0] if self.position_ids.shape[0] == 4 else None
+
+    def angles(self, language_model: nn.Module, layer: int, hidden: Tensor) -> Any:
+        """What the model's rotary module gives a layer: cos and sin, or one complex tensor (Llama 4)."""
+        kind = angle_kind(language_model, layer)
+        if kind not in self._angles:
+            places = self.position_ids[1:] if self.position_ids.shape[:-2] == (4,) else self.position_ids
+            options = () if kind is None else (kind,)
+            self._angles[kind] = language_model.rotary_emb(hidden, places, *options)
+        made = self._angles[kind]
+        if isinstance(made, Tensor):
+            return made.to(hidden.device)
+        return tuple(angle.to(hidden.device) for angle in made)
+
+    def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
+        """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
+        kind = layer_kind(config, layer)
+        if kind not in self._masks:
+            if self.types is None:
+                valid = None if self.maskless else self.valid
+                made = causal_mask(config, kind, layer, hidden, valid, self.held.shape[1], cache)
+            else:
+                made = self.types.masks(
+                    hidden, self.valid, None if cache is None else LayerView(cache, layer)
+                )
+                made = made[kind] if isinstance(made, dict) else made
+            self._masks[kind] = made
+        return self._masks[kind]
+
+    def mask_of_all(self, config: Any, hidden: Tensor, cache: Any) -> Any:
+        """What the language model is handed: the 2-D mask, or one 4-D mask per kind of layer where tokens
+        have types.
+        """
+        if self.maskless:
+            return None
+        if self.types is None:
+            return self.valid.long()
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return self.mask(config, 0, hidden, cache)
+        return {kind: self.mask(config, kinds.index(kind), hidden, cache) for kind in set(kinds)}
+
+
+class Views:
+    """All views of one forward, by first layer, and the cuts that made them, in order."""
+
+    def __init__(self, views: Sequence[SequenceView]) -> None:
+        self.all = list(views)
+        self.cuts: list[tuple[int, Compaction]] = []  # (layer at whose input it was made, cut)
+        self.columns = self.all[0].new.shape[1]  # of the uncut sequence
+
+    def at(self, layer: int) -> SequenceView:
+        """The view of a layer."""
+        return next(view for view in reversed(self.all) if view.start <= layer)
+
+    def cut(self, layer: int, compaction: Compaction, policy: Positions) -> None:
+        """Record a cut at the input of ``layer``: it opens a view there and shortens all later ones."""
+        if not any(view.start == layer for view in self.all):
+            later = [number for number, view in enumerate(self.all) if view.start > layer]
+            self.all.insert(later[0] if later else len(self.all), self.at(layer).opened_at(layer))
+        self.all = [view.cut(compaction, policy) if view.start >= layer else view for view in self.all]
+        self.cuts.append((layer, compaction))
+
+    @property
+    def tail(self) -> int:
+        """Columns at the end of this call that every row keeps in every layer."""
+        return min((compaction.tail for _, compaction in self.cuts), default=self.columns)
+
+    def follow(self, mask: Tensor, layer: int) -> Tensor:
+        """(B, L) bool marks of the uncut columns -> (B, n) of those that a layer reads."""
+        for start, compaction in self.cuts:
+            if start <= layer:
+                mask = compaction.follow(mask)
+        return mask
+
+    def expand(self, hidden: Tensor, layer: int | None = None) -> Tensor:
+        """(B, n, D) back to the full length; ``layer`` is the one whose output this is (None: the last)."""
+        for start, compaction in reversed(self.cuts):
+            if layer is None or start <= max(layer, 0):
+                hidden = compaction.expand(hidden)
+        return hidden

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Session: what is attached to one model, and nothing else.
+
+    model.generate                    patched: checks left for later are read when it returns
+      inner.get_image_features        patched: records what methods need; the pictures travel on the returned
+      object, because transformers may encode long before it calls forward inner.forward
+      patched: opens the state of the forward, and closes it however the forward ends language_model
+      pre-hook: pictures are found, slots act, masks and positions are put right; hook: full length again, and
+      the cache learns what was cut decoder layers              hooks of the slots _deepstack_process
+      patched where there is one: features added after a layer follow the cuts model.create_masks_for_generate
+      patched: static caches keep the 2-D mask, so that 4-D masks speak of held slots
+
+The state of a forward is thread-local and dies with it; after ``detach`` the model is exactly what it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_masks_for_generate
+
+from ..core.budget import Budget
+from ..core.deferred import DeferredChecks
+from ..core.method import Method, Need, Positions, SlotName, needs_of
+from ..core.report import Report
+from ..errors import CaptureError, InvariantError, UnsupportedError
+from .adapter import Adapter, Modality
+from .entrance import leave, locate, open_views, shortened
+from .patches import (
+    Encode,
+    Generate,
+    KeepMask2D,
+    PatchedMethod,
+    RecordedForward,
+    Stacked,
+    forget_graphs,
+    pictures_of,
+)
+from .sequence.cache import cache_in, state_of
+from .sequence.masks import uses_flash
+from .slots import Attachment, Handle, Slot, build_slots
+from .state import ForwardState
+from .vision.capture import VisionCapture
+from .vision.pictures import Picture
+
+# generate looks these up on the model; the second exists on a few families of transformers 4.57
+MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
+Plans = Sequence[tuple[Method, Budget | None]]
+
+
+class Session:
+    """Methods attached to one model; also the handle that users hold.
+
+    Attributes:
+        enabled: set False for a dense run without detaching. Caches that were cut keep working.
+        attached: whether the hooks are on the model.
+        slots: what acts, by slot.
+        serve: gives pictures that were encoded earlier, see ``EncodedImages``.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plans: Plans,
+        spec: str,
+        *,
+        positions: Positions | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.adapter, self.spec = adapter, spec
+        self.attachment = Attachment(adapter, spec, strict, positions, lambda: self.state)
+        self._refuse(plans, positions)
+        self.enabled = True
+        self.attached = False
+        self.serve: Callable[[Modality], tuple[Any, list[Picture]]] | None = None
+        self.slots: dict[SlotName, Slot] = build_slots(self.attachment, plans)
+        self.capture: VisionCapture = adapter.capture(self._needs())
+        self._last: Report | None = None
+        self._reference = weakref.ref(self)
+        self._local = threading.local()
+        self._installed: list[Handle] = []
+
+    def _refuse(self, plans: Plans, positions: Positions | None) -> None:
+        adapter = self.adapter
+        if positions is not None and positions not in adapter.positions:
+            raise UnsupportedError(
+                f"positions={positions!r} has no meaning for {adapter.model_type}, whose tokens have places "
+                f"in a picture and not in a sequence; use positions={adapter.positions[0]!r}, its default"
+            )
+        shards = getattr(adapter.model, "_tp_size", None) or 1
+        if shards > 1 and any(method.slot != "before_lm" for method, _ in plans):
+            raise UnsupportedError(
+                f"{self.spec!r} reads attention heads of the language model, which tensor parallel spreads "
+                f"over {shards} processes: each would keep other tokens; prune before the language model, "
+                "e.g. with 'fastervlm@64'"
+            )
+
+    def _needs(self) -> list[Need]:
+        """What the vision tower and the projector have to be watched for."""
+        found: dict[Need, None] = {}
+        for name, slot in self.slots.items():
+            if name in ("encoder", "before_lm"):
+                found |= dict.fromkeys(needs_of(slot.method))
+                if slot.method.layout == "spatial":
+                    found[Need("tile_features")] = None
+        return list(found)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise UnsupportedError("a model cannot be copied while pruning is attached; detach first")
+
+    # --- what users read --------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Report | None:
+        """Report of the last forward that read a prompt."""
+        self.settle()
+        return self._last
+
+    @last.setter
+    def last(self, report: Report | None) -> None:
+        self._last = report
+
+    @property
+    def method(self) -> Method:
+        """The method that cuts, or else the one that acts."""
+        return self._first().method
+
+    @property
+    def budget(self) -> Budget | None:
+        """Its budget."""
+        return self._first().budget
+
+    def _first(self) -> Slot:
+        return next(iter(self.slots.values()))
+
+    @property
+    def strict(self) -> bool:
+        """Whether pictures with fewer tokens than an absolute budget are refused."""
+        return self.attachment.strict
+
+    @property
+    def positions(self) -> Positions:
+        """Position policy of the first cut."""
+        return self.attachment.policy(self.method)
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers of the language model."""
+        return self.attachment.depth
+
+    @property
+    def state(self) -> ForwardState | None:
+        """The forward that runs in this thread."""
+        return getattr(self._local, "state", None)
+
+    def __repr__(self) -> str:
+        attached = "attached" if self.attached else "detached"
+        return f"<vlmprune {self.spec} on {type(self.adapter.model).__name__}, {attached}>"
+
+    # --- attach and detach ------------------------------------------------------------------------
+
+    def attach(self) -> Session:
+        """Install all hooks; on any failure none stays."""
+        model = self.adapter.model
+        for modality in self.adapter.modalities:
+            other = self.adapter.inner.__dict__.get(modality.encode)
+            if isinstance(other, PatchedMethod):
+                raise InvariantError(
+                    f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first"
+                )
+        try:
+            for patch in self._patches():
+                patch.install()
+                self._installed.append(patch)
+            language_model = self.adapter.language_model
+            self._installed += [
+                language_model.register_forward_pre_hook(self._before_lm, with_kwargs=True),
+                language_model.register_forward_hook(self._after_lm),
+                model.register_forward_pre_hook(self._note_drafts, with_kwargs=True),
+            ]
+            for slot in self.slots.values():
+                self._installed += slot.hooks()
+            if uses_flash(language_model.config):
+                self._installed += [
+                    layer.register_forward_pre_hook(_no_positions, with_kwargs=True)
+                    for layer in language_model.layers
+                ]
+            self.capture.install()
+            self._installed.append(self.capture)
+        except BaseException:
+            self.detach()
+            raise
+        self.attached = True
+        forget_graphs(model)
+        return self
+
+    def _patches(self) -> list[PatchedMethod]:
+        adapter, model = self.adapter, self.adapter.model
+        found: list[PatchedMethod] = [
+            Encode(self, adapter.inner, modality) for modality in adapter.modalities
+        ]
+        for name in MASK_MAKERS:
+            if name == MASK_MAKERS[0] or hasattr(model, name):
+                found.append(KeepMask2D(self, model, name, getattr(model, name, create_masks_for_generate)))
+        if adapter.deepstack is not None:
+            name, language_model = adapter.deepstack, adapter.language_model
+            found.append(Stacked(self, language_model, name, getattr(language_model, name)))
+        found.append(Generate(self, model, "generate", model.generate))
+        return [*found, RecordedForward(self, adapter.inner)]
+
+    def detach(self) -> None:
+        """Leave the model exactly as it was; harmless when called again."""
+        if self.attached:
+            forget_graphs(self.adapter.model)
+        self.attached = False
+        while self._installed:
+            self._installed.pop().remove()
+
+    def __enter__(self) -> Session:
+        return self if self.attached else self.attach()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        lost = getattr(self._local, "unplaced", 0) and not getattr(self._local, "opened", False)
+        self.detach()
+        if kind is None:
+            self.settle()
+            if lost:
+                raise self._never_placed()
+
+    # --- one forward ------------------------------------------------------------------------------
+
+    @property
+    def checks(self) -> DeferredChecks:
+        """Where checks of this thread are gathered until the host waits for the device anyway."""
+        if not hasattr(self._local, "checks"):
+            self._local.checks = DeferredChecks()
+        return self._local.checks
+
+    def settle(self) -> None:
+        """Read the checks that were left for later, and raise the first that failed."""
+        if self.checks:
+            self.checks.settle()
+
+    def encoded(self, modality: Modality, pictures: list[Picture]) -> None:
+        """Pictures were encoded: inside a forward, or before it, as generate does; then the next forward has
+        to place them.
+        """
+        if self.state is None:
+            self._local.unplaced = getattr(self._local, "unplaced", 0) + 1
+        else:
+            self.state.pictures[modality.name] = pictures
+            self.state.report.fire("encode")
+
+    def _never_placed(self) -> InvariantError:
+        return InvariantError(
+            f"pictures were encoded while {self.spec!r} was attached, but no forward of "
+            f"{type(self.adapter.inner).__name__} placed them, so nothing was pruned; embeddings that were "
+            "merged by hand cannot be pruned: pass pixels, or what the encoder returned, to the model itself"
+        )
+
+    def _note_drafts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
+        # them
+        wanted = kwargs.get("logits_to_keep", 0)
+        self._local.drafts = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
+
+    def begin(self, kwargs: dict[str, Any]) -> ForwardState:
+        """Open the state of one forward of the multimodal model."""
+        cache = cache_in(kwargs)
+        state = ForwardState(
+            kwargs.get("input_ids"),
+            kwargs.get("inputs_embeds"),
+            Report(self.spec),
+            self.checks,
+            continues=cache is not None and int(cache.get_seq_length()) > 0,
+            generated=self._local.__dict__.pop("drafts", 0),
+            step=0 if self._last is None else self._last.decode_steps,
+            active=self.enabled,
+        )
+        self._local.state, self._local.opened = state, True
+        if self.adapter.text_type is not None:
+            # masks that the model makes of them before its language model are for the uncut sequence
+            state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+        source = self._take_pictures(state, kwargs)
+        if state.pictures or not self.enabled:
+            self._local.unplaced = 0
+        elif (
+            source is None
+            and state.input_ids is None
+            and not state.continues
+            and getattr(self._local, "unplaced", 0)
+        ):
+            raise self._never_placed()
+        if set(self.slots) - {"encoder", "before_lm"}:
+            state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
+        return state
+
+    def _take_pictures(self, state: ForwardState, kwargs: dict[str, Any]) -> Any:
+        """Take pictures that were encoded before; returns what they come from, pixels or pictures, None
+        without any.
+        """
+        source: Any = None
+        for modality in self.adapter.modalities:
+            pixels = kwargs.get(modality.pixels)
+            if self.enabled and pixels is not None:
+                # some families skip empty pixels and leave the placeholders as they are
+                self.adapter.check(kwargs, modality)
+                source = pixels if source is None else source
+            encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+            if encoded is None or not self.enabled:
+                continue
+            held = pictures_of(encoded)
+            if held is None:
+                raise CaptureError(
+                    f"the {modality.name} features of this call were not encoded while {self.spec!r} was "
+                    "attached (or were rebuilt since, as chunked prefill does); attach before encoding and "
+                    "leave prefill_chunk_size unset"
+                )
+            source = held if source is None else source
+            state.pictures[modality.name] = held.pictures
+            state.report.fire("encode")
+        return source
+
+    def _decoded(self, state: ForwardState, source: Any, cache: Any, use_cache: bool | None) -> int:
+        """Tokens at the end of this forward that earlier ones generated: decoding without a cache feeds them
+        again.
+
+        What was chosen for the prompt has to be chosen again, so they are no part of it. The same picture
+        object tells such a step from another prompt that begins alike.
+        """
+        given = state.inputs_embeds if state.input_ids is None else state.input_ids
+        earlier, self._local.prompt = getattr(self._local, "prompt", None), None
+        if source is None or given is None or cache is not None or use_cache is not False:
+            return 0
+        new = 0
+        if earlier is not None and earlier[0]() is source and given.shape[1] > earlier[1].shape[1]:
+            prompt = earlier[1].to(given.device)
+            if given.shape[0] == prompt.shape[0] and torch.equal(given[:, : prompt.shape[1]], prompt):
+                new = given.shape[1] - prompt.shape[1]
+        self._local.prompt = earlier if new else (weakref.ref(source), given)
+        return new
+
+    def _before_lm(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        state = self.state
+        if state is None:
+            if self.enabled and getattr(self._local, "unplaced", 0):
+                raise self._never_placed()
+            return None
+        state.entered = True
+        state.embeds = kwargs["inputs_embeds"]
+        state.report.sequence = (state.embeds.shape[1], state.embeds.shape[1])
+        state.cache, state.cache_state = cache_in(kwargs), state_of(cache_in(kwargs))
+        if state.cache_state is not None:
+            state.cache_state.inside = True
+        state.open_views = lambda: open_views(state, self.adapter, kwargs)
+        if state.pictures and self.enabled:
+            mask = state.given_mask if self.adapter.text_type is not None else kwargs.get("attention_mask")
+            locate(state, self.adapter, mask)
+        for slot in self.slots.values():
+            slot.enter(state)
+        if state.cache_state is not None or state.viewed:
+            self._refuse_maps(kwargs)
+        if state.cache_state is None and not (state.viewed and state.views.cuts):
+            return None  # nothing was cut yet: the call is left alone
+        return args, shortened(state, self.adapter, kwargs)
+
+    def _refuse_maps(self, kwargs: dict[str, Any]) -> None:
+        config = self.adapter.language_model.config
+        if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+            raise UnsupportedError(
+                "output_attentions: the maps would speak of the sequence after the cut, and edited rows "
+                "would be missing; read what was kept from run.last.keep, or ask for attention maps without "
+                "pruning"
+            )
+
+    def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state = self.state
+        if state is not None and state.viewed and (state.views.cuts or state.marks):
+            leave(state, output, self._reference)
+        return output
+
+    def finish(self, state: ForwardState) -> None:
+        """Check that everything happened that had to, and keep the report."""
+        if state.pictures and not state.entered:
+            raise InvariantError(
+                f"images were encoded but the language model of {type(self.adapter.model).__name__} was not "
+                "entered: nothing was pruned"
+            )
+        missed = set().union(*(slot.missed(state) for slot in self.slots.values()))
+        if missed:
+            raise InvariantError(
+                f"{self.spec!r} acts at decoder layers {sorted(missed)}, but these ran without its hooks; "
+                "was a part of the model compiled, or its forward replaced, after attaching? Detach, and "
+                "attach again"
+            )
+        if state.continues and not state.pictures and self._last is not None:
+            self._last.decode_steps += state.new_tokens == 1
+            return
+        if not state.pictures:
+            state.report.note = "no images in this call" if self.enabled else "disabled"
+        self._last = state.report
+
+    def close(self) -> None:
+        """Forget the forward of this thread; a cut cache speaks of tokens seen again."""
+        state, self._local.state = self.state, None
+        cache_state = None if state is None else state_of(state.cache)
+        if cache_state is not None:
+            cache_state.inside = False
+
+
+def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    # FlashAttention takes gaps in position_ids for packed sequences; rotary angles were computed from them
+    # already
+    return args, {**kwargs, "position_ids": None}

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The five places where a method acts: one protocol, five implementations.
+
+``encoder`` shortens inside the vision tower, ``before_lm`` at the entrance of the language model,
+``inside_lm`` at the input of decoder layers, ``attention`` edits what rows attend to, ``decode`` hides held
+tokens from later steps. A session attaches one slot per method and knows none of them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ...core.budget import Budget
+from ...core.method import Method, Positions, SlotName, by_slot
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..state import ForwardState
+
+
+class Handle(Protocol):
+    """What a hook or a tap leaves behind to take it off again."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What slots know of the session that they belong to.
+
+    Args:
+        adapter: the model.
+        spec: what was attached, for messages.
+        strict: refuse pictures with fewer tokens than an absolute budget.
+        override: position policy that the user asked for.
+        state: gives the forward that runs in this thread, None outside of one.
+    """
+
+    adapter: Adapter
+    spec: str
+    strict: bool
+    override: Positions | None
+    state: Callable[[], ForwardState | None]
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers."""
+        return self.adapter.language_model.config.num_hidden_layers
+
+    def policy(self, method: Method) -> Positions:
+        """Position policy of a method; a family that knows one only imposes it."""
+        allowed = self.adapter.positions
+        return self.override or (method.positions if method.positions in allowed else allowed[0])
+
+
+class Slot(Protocol):
+    """A method attached in one place of one model.
+
+    Attributes:
+        method, budget: what acts.
+    """
+
+    method: Method
+    budget: Budget | None
+
+    def hooks(self) -> list[Handle]:
+        """Install what acts inside the model while it runs; on a failure nothing stays."""
+
+    def enter(self, state: ForwardState) -> None:
+        """Act where the merged sequence, ``state.embeds``, is about to enter the language model."""
+
+    def missed(self, state: ForwardState) -> set[int]:
+        """Decoder layers that ran in this forward without the slot having acted, though it should have."""
+
+
+def build_slots(
+    attachment: Attachment, plans: Sequence[tuple[Method, Budget | None]]
+) -> dict[SlotName, Slot]:
+    """One slot per method, in the order in which a forward reaches them."""
+    from .attention import AttentionSlot
+    from .before_lm import BeforeLM
+    from .decode import DecodeSlot
+    from .encoder import EncoderSlot
+    from .inside_lm import InsideLM
+
+    makers: dict[SlotName, Callable[[Attachment, Method, Budget | None], Slot]] = {
+        "encoder": EncoderSlot,
+        "before_lm": BeforeLM,
+        "inside_lm": InsideLM,
+        "attention": AttentionSlot,
+        "decode": DecodeSlot,
+    }
+    given = by_slot(plans)
+    return {name: maker(attachment, *given[name]) for name, maker in makers.items() if name in given}

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot inside the language model: cuts at the input of chosen decoder layers, ranked by their attention
+rows.
+
+A cut at layer L drops tokens from the sequence that enters L; all later layers get a view of their own (mask,
+positions, cache slots). Tokens are ranked by rows of layer L - 1, which has run, or of L itself, which is
+started on the uncut sequence as far as its attention.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.budget import Budget
+from ...core.method import CutPoint, Merged, Method
+from ...core.select import choose
+from ...core.tokens import VisualTokens
+from ...errors import InvariantError, UnsupportedError
+from ..attention_tap import AttentionCall, over_slots, probe, tap
+from ..sequence.cache import cache_in, cache_name
+from ..sequence.compaction import Compaction
+from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
+from ..state import ForwardState
+from ..vision.pictures import Grids, Picture
+from . import Attachment, Handle
+from .before_lm import joined
+
+
+@dataclass(eq=False)
+class Span:
+    """The tokens of one picture that are still there, in one row of the batch.
+
+    Args:
+        row: of the batch.
+        columns: (n,) ascending columns of the sequence that they stand at.
+        ids: (n,) patch number in the picture, -1 for merged rows.
+        number: of the picture in the report.
+        shown: whether this is the first row that shows the picture.
+        ordinal: of the picture in its row.
+        picture: it.
+    """
+
+    row: int
+    columns: Tensor
+    ids: Tensor
+    number: int
+    shown: bool
+    ordinal: int
+    picture: Picture
+
+    @property
+    def grids(self) -> Grids:
+        """The blocks that the tokens still form: all of the picture's, or none once some are cut."""
+        return self.picture.grids if self.ids.shape[0] == self.picture.count else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Attention rows that rank: of the query columns ``rows`` (B, R), over all slots of the layer, (B, H, R,
+    S).
+
+    ``real`` (B, R) tells queries from filling of shorter rows; None: all are queries.
+    """
+
+    rows: Tensor
+    real: Tensor | None
+    attention: Tensor
+
+
+@dataclass(eq=False)
+class InsideRecord:
+    """What cuts inside the language model know in one forward.
+
+    Args:
+        spans: of every picture in every row.
+        raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
+        ranked: rows for the next cut.
+        lengths: tokens of every row, None where the device was not asked.
+        done: layers whose cut was made, or found unnecessary.
+    """
+
+    spans: list[Span]
+    raters: Tensor | None
+    lengths: list[int] | None
+    ranked: Ranked | None = None
+    done: set[int] = field(default_factory=set)
+
+
+class InsideLM:
+    """Runs the cuts of one method inside the language model."""
+
+    def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
+        self.attachment, self.method, self.budget = attachment, method, budget
+        if budget is not None and budget.scope != "image":
+            raise UnsupportedError(
+                f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
+            )
+        self.language_model = attachment.adapter.language_model
+        keep = 1.0 if budget is None else budget.keep
+        # any count will do to ask for layers, but a number to keep must fit into it
+        points = self._points(keep if isinstance(keep, int) else 576)
+        self.sources = {point.layer: point.source for point in points}
+        self.layers = list(self.sources)
+        self.by_choice = (
+            getattr(method.raters, "__func__", None) is not Method.raters
+        )  # the method chooses its queries
+        first = min(self.layers, default=attachment.depth)
+        check_kinds(self.language_model.config, range(first, attachment.depth), method.name)
+        self._refuse_checkpointing()
+
+    def _points(self, count: int) -> tuple[CutPoint, ...]:
+        return self.method.cuts(self.attachment.depth, self.budget, count)
+
+    def _refuse_checkpointing(self) -> None:
+        # read off the modules: transformers renamed the property that says it
+        recomputes = any(
+            getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules()
+        )
+        if self.language_model.training and recomputes:
+            raise UnsupportedError(
+                f"{self.method.name} cuts inside the language model, which gradient checkpointing would "
+                "recompute without cuts; call model.gradient_checkpointing_disable(), or prune before the "
+                "language model, e.g. with 'fastervlm@64'"
+            )
+
+    def hooks(self) -> list[Handle]:
+        """Pre-hooks on all decoder layers, and taps on the attention that ranks."""
+        layers = self.language_model.layers
+        found: list[Handle] = [
+            layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        ]
+        try:
+            for index in sorted(set(self.sources.values())):
+                found.append(tap(layers[index], index, self.method.name, partial(self._attended, index)))
+        except BaseException:
+            for handle in found:
+                handle.remove()
+            raise
+        return found
+
+    def missed(self, state: ForwardState) -> set[int]:
+        return set() if state.inside is None else set(self.layers) - state.inside.done
+
+    @torch.compiler.disable
+    def enter(self, state: ForwardState) -> None:
+        """Find the tokens of every picture in the sequence that enters the first layer."""
+        if not state.placements:
+            return
+        self._refuse_checkpointing()  # it may have been enabled since
+        spans, number = [], 0
+        compaction = state.views.cuts[0][1] if state.views.cuts else None
+        where = None if compaction is None else compaction.new_columns()  # (B, L)
+        for placement in state.placements:
+            for picture in placement.pictures:
+                self._check(picture.count)
+            shown: set[int] = set()
+            ordinals: dict[int, int] = defaultdict(int)
+            for row, p, start in placement.spans():
+                picture = placement.pictures[p]
+                ids = state.kept_patches(number + p, picture)
+                columns = placement.columns(start, picture.slots_of(ids.to(state.embeds.device)))
+                if where is not None:
+                    columns = where[row][columns]
+                spans.append(Span(row, columns, ids, number + p, p not in shown, ordinals[row], picture))
+                shown.add(p)
+                ordinals[row] += 1
+            number += len(placement.pictures)
+        lengths = state.columns.lengths
+        if lengths is not None and compaction is not None:
+            lengths = compaction.count.tolist()
+        state.inside = InsideRecord(spans, self._raters(state, spans), lengths)
+
+    def _check(self, count: int) -> None:
+        """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
+        keep = None if self.budget is None else self.budget.keep
+        if self.attachment.strict and isinstance(keep, int) and keep > count:
+            raise InvariantError(
+                f"strict: keep={keep} tokens but a picture holds {count}; lower keep or drop strict"
+            )
+        self.method.check_unit(count)
+
+    def _raters(self, state: ForwardState, spans: Sequence[Span]) -> Tensor | None:
+        """(B, n) bool, columns that the method ranks by; None: the last token of the prompt."""
+        if not self.by_choice:
+            return None
+        embeds, valid = state.embeds, state.views.at(0).new
+        text = state.views.follow(state.columns.after_pictures(), 0) & valid
+        text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
+        raters = torch.zeros_like(text)
+        for row in range(text.shape[0]):
+            own = [span for span in spans if span.row == row]
+            columns = text[row].nonzero()[:, 0]
+            if own and columns.shape[0]:
+                visual = torch.cat([embeds[row, span.columns] for span in own])
+                chosen = self.method.raters(embeds[row, columns], visual)  # (T,) bool
+                raters[row, columns[chosen]] = True
+        return raters
+
+    # --- one layer --------------------------------------------------------------------------------
+
+    def _layer(
+        self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        state = self.attachment.state()
+        if state is None or not state.viewed:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if state.inside is not None and index in self.sources:
+            if self.sources[index] == index:
+                state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
+            hidden = self._cut(state, index, hidden)
+        if state.views.at(index).start == 0:
+            return None
+        return (hidden, *args[1:]), self._as_viewed(state, index, hidden, kwargs)
+
+    def _as_viewed(
+        self, state: ForwardState, index: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The keyword arguments of a layer with mask, angles and positions of its view."""
+        view, config = state.views.at(index), self.language_model.config
+        if view.start == 0:
+            return kwargs
+        kwargs = dict(kwargs)
+        kwargs["attention_mask"] = view.mask(config, index, hidden, cache_in(kwargs))
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = view.angles(self.language_model, index, hidden)
+        # Ministral 3 scales its queries by them; FlashAttention would take gaps for packed sequences
+        kwargs["position_ids"] = None if uses_flash(config) else view.plain_positions
+        if "cache_position" in kwargs:
+            kwargs["cache_position"] = torch.arange(view.held.shape[1], view.width, device=hidden.device)
+        return kwargs
+
+    # --- attention rows ---------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _probe(
+        self, state: ForwardState, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Ranked:
+        """Attention rows of a layer before it runs: what they rank is cut at its input."""
+        view = state.views.at(index)
+        kwargs = self._as_viewed(state, index, hidden, kwargs)
+        keyword = cache_name(kwargs) if cache_in(kwargs) is not None else None
+        attended = probe(module, hidden, kwargs, keyword, view.held.shape[1])
+        rows, real = self._queries(state, index)
+        return Ranked(rows, real, over_slots(attended.attention(rows), view.width))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
+        """A layer that ranks has attended: its rows are checked, and kept for the cut at the next layer."""
+        state = self.attachment.state()
+        if state is None or state.inside is None:
+            return
+        rows, real = self._queries(state, index)
+        ranks_next = self.sources.get(index + 1) == index
+        if not ranks_next:
+            rows, real = rows[:, -1:], None if real is None else real[:, -1:]
+        attention = attended.attention(rows)
+        last_real = None if real is None else real[:, -1:]
+        attended.check(rows[:, -1:], last_real, attention[:, :, -1:], output, state.checks)
+        if ranks_next:
+            state.inside.ranked = Ranked(rows, real, over_slots(attention, state.views.at(index).width))
+
+    def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
+        """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
+        valid = state.views.at(index).new
+        columns = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+        prompt = valid.shape[1] - state.generated
+        # the last token of the prompt; where a cut took it, the last one that stays
+        last = (valid[:, :prompt] * columns[:prompt]).argmax(dim=1, keepdim=True)  # (B, 1)
+        if state.inside.raters is None:
+            return last, None
+        raters = state.inside.raters
+        width = max(1, int(raters.sum(dim=1).max()))
+        order = raters.to(torch.int8).argsort(dim=1, stable=True)[:, raters.shape[1] - width :]
+        real = raters.gather(1, order)
+        none = ~real[:, -1:]  # rows without a rater
+        order = torch.where(none, last, torch.where(real, order, order[:, -1:]))
+        return order, torch.cat([real[:, :-1], real[:, -1:] | none], dim=1)
+
+    # --- the cut ----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _cut(self, state: ForwardState, index: int, hidden: Tensor) -> Tensor:
+        """Cut the sequence (B, n, D) that enters layer ``index``."""
+        started, inside = time.perf_counter(), state.inside
+        ranked, inside.ranked = inside.ranked, None
+        if ranked is None:
+            raise InvariantError(
+                f"{self.method.name} cuts at layer {index}, but the attention of layer {self.sources[index]} "
+                "was not seen; was a part of the model compiled, or its forward replaced, after attaching? "
+                "Detach, and attach again"
+            )
+        inside.done.add(index)
+        batch, length = hidden.shape[:2]
+        groups: dict[tuple, list[Span]] = defaultdict(list)
+        for span in inside.spans:
+            point = next(point for point in self._points(span.picture.count) if point.layer == index)
+            if point.keep < span.ids.shape[0]:
+                groups[(span.ids.shape[0], point.keep, span.grids)].append(span)
+        if not groups:
+            return hidden
+        dropped, gone, kept = [0] * batch, [], []
+        for (count, k, _), spans in groups.items():
+            for span in spans:
+                gone.append(span.columns + span.row * length)
+                dropped[span.row] += count - k
+            tokens = self._tokens(state, index, spans, hidden, ranked)
+            hidden = self._apply(spans, choose(self.method, tokens, k, state.checks), hidden)
+            kept += [span.columns + span.row * length for span in spans]
+        view = state.views.at(index)
+        keep = view.new.clone() if inside.lengths is not None else torch.ones_like(view.new)
+        keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
+        if inside.lengths is None:
+            width = length - dropped[0]
+        else:
+            inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
+            width = max(inside.lengths)
+        compaction = Compaction(keep.view(batch, length), view.new, width)
+        state.refuse_dead_slots(compaction, self.attachment.spec)
+        state.views.cut(index, compaction, self.attachment.policy(self.method))
+        self._follow(state, compaction)
+        state.report.seconds += time.perf_counter() - started
+        self._note(state, index)
+        return compaction.sequence(hidden)
+
+    def _tokens(
+        self, state: ForwardState, index: int, spans: Sequence[Span], hidden: Tensor, ranked: Ranked
+    ) -> VisualTokens:
+        at = torch.stack([span.columns for span in spans])  # (U, N)
+        row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
+        attention, source = ranked.attention, self.sources[index]
+        held = attention.shape[-1] - hidden.shape[1]
+        columns = (at + held)[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1)
+        positions = state.views.at(source).position_ids
+        # M-RoPE knows no single position
+        plain = positions.expand(hidden.shape[0], -1)[row] if positions.ndim == 2 else None
+        return VisualTokens(
+            features=hidden[row[:, None], at],
+            text_attention=attention[row].gather(3, columns),
+            query_mask=None if ranked.real is None else ranked.real[row],
+            query_positions=None if plain is None else plain.gather(1, ranked.rows[row]),
+            positions=None if plain is None else plain.gather(1, at),
+            rotary_frequencies=None if plain is None else rotary_frequencies(self.language_model, source),
+            grids=spans[0].grids,
+            ordinal=torch.tensor([span.ordinal for span in spans]),
+            cut=self.layers.index(index),
+        )
+
+    def _apply(self, spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
+        """Let every span know what stays of it; rows of a merging method are written into the columns they
+        take.
+        """
+        for number, span in enumerate(spans):
+            if not isinstance(result, Merged):
+                index = result[number]
+                span.columns, span.ids = span.columns[index], span.ids.to(index.device)[index]
+                continue
+            index = result.slots[number]
+            span.columns = span.columns[last_hosts(index, span.columns.shape[0])]
+            rows = result.features[number].to(hidden.dtype)
+            hidden = hidden.index_put((torch.full_like(span.columns, span.row), span.columns), rows)
+            ids = span.ids.to(index.device)
+            span.ids = torch.where(index >= 0, ids[index.clamp_min(0)], -1)
+        return hidden
+
+    def _follow(self, state: ForwardState, compaction: Compaction) -> None:
+        """Take all tracked columns through a cut."""
+        inside, where = state.inside, compaction.new_columns()
+        for span in inside.spans:
+            span.columns = where[span.row][span.columns]
+        if inside.raters is not None:
+            inside.raters = compaction.follow(inside.raters)
+
+    def _note(self, state: ForwardState, index: int) -> None:
+        report = state.report
+        for span in state.inside.spans:
+            if span.shown:
+                left = report.realised_tokens[span.number] = span.ids.shape[0]
+                layers = report.layer_tokens[span.number]
+                layers[index:] = [left] * (len(layers) - index)
+                report.kept[span.number] = span.ids
+        report.sequence = (state.new_tokens, state.views.at(index).new.shape[1])
+        report.fire("stage")
+
+
+def last_hosts(index: Tensor, count: int) -> Tensor:
+    """(k,) ascending tokens of ``count`` whose places the rows of a merging method take.
+
+    The tokens of ``index`` (k,) keep their own; rows without a token (-1) take the last places that are free,
+    so that kept rows before them keep theirs.
+    """
+    placeless = (index < 0).sum()
+    taken = torch.zeros(count + 1, dtype=torch.bool, device=index.device)
+    taken[torch.where(index < 0, count, index)] = True
+    taken = taken[:-1]
+    from_end = (~taken).flip(0).cumsum(dim=0).flip(0)  # how manieth free place, counted from the last
+    hosts = taken | (from_end <= placeless)
+    return (~hosts).to(torch.int8).argsort(stable=True)[: index.shape[0]]

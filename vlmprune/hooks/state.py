@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ForwardState: the record of one forward of the multimodal model, from its first line to its last. Dies with
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.deferred import DeferredChecks
+from ..core.report import Report
+from ..errors import UnsupportedError
+from .sequence.cache import CacheState, Marks, has_running_states
+from .sequence.compaction import Compaction
+from .sequence.placement import Columns, Placement
+from .sequence.views import Views
+from .vision.pictures import Picture
+
+if TYPE_CHECKING:
+    from .slots.before_lm import Cut
+    from .slots.inside_lm import InsideRecord
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """What is known of one forward.
+
+    Args:
+        input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model.
+        report: what users will read about it.
+        checks: what has to be true of values that are on a device.
+        continues: the cache holds earlier tokens of the conversation.
+        generated: columns at the end that are no part of the prompt: drafts, or tokens generated without a
+            cache.
+        pictures: per modality, in the order in which they were encoded; not expanded for beams.
+        given_mask, given_types: attention mask and token types as given, for models that make their masks of
+            them before the language model.
+        entered: the language model was reached.
+        embeds: (B, n, D) merged embeddings that enter it, shorter after a cut before it.
+        cache, cache_state: the KV cache, and what rides on it where it was cut.
+        columns, placements: where the pictures stand, one placement per modality that has any.
+        seen: tokens of the conversation before this forward.
+        stacked: layers after which features were added to hidden states (DeepStack).
+        inside: what cuts inside the language model know.
+        entering: the layer that runs and the hidden states (B, n, D) it was given, for the attention slot.
+        edited: layers that the attention slot acted on.
+        marks: per layer, what is to ride on the cache; ``held_marks`` are those of earlier forwards.
+        cuts: per picture what stays of it before the language model, None where all does.
+        step: decode steps since the last prompt.
+        active: the session is enabled.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    report: Report
+    checks: DeferredChecks = field(default_factory=DeferredChecks)
+    continues: bool = False
+    generated: int = 0
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+    given_mask: Any = None
+    given_types: Tensor | None = None
+    entered: bool = False
+    embeds: Tensor | None = None
+    cache: Any = None
+    cache_state: CacheState | None = None
+    columns: Columns | None = None
+    placements: list[Placement] = field(default_factory=list)
+    seen: int = 0
+    stacked: int = 0
+    inside: InsideRecord | None = None
+    entering: tuple[int, Tensor] | None = None
+    edited: set[int] = field(default_factory=set)
+    marks: dict[int, Marks] = field(default_factory=dict)
+    cuts: Sequence[Cut | None] = ()
+    step: int = 0
+    active: bool = True
+    open_views: Callable[[], Views] | None = None
+    _views: Views | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """n, columns of this forward."""
+        given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        return 0 if given is None else given.shape[1]
+
+    @property
+    def views(self) -> Views:
+        """The sequence as the decoder layers see it, made when first asked for: untouched forwards need
+        none."""
+        if self._views is None:
+            self._views = self.open_views()
+        return self._views
+
+    @property
+    def viewed(self) -> bool:
+        """Whether the layers of this forward have views."""
+        return self._views is not None
+
+    @property
+    def held_marks(self) -> dict[int, Marks]:
+        """Per layer, what was marked in earlier forwards of this conversation."""
+        return {} if self.cache_state is None else self.cache_state.marks
+
+    def kept_patches(self, number: int, picture: Picture) -> Tensor:
+        """(n,) ascending patches of a picture, by its number in the report, that enter the first layer."""
+        cut = self.cuts[number] if self.cuts else None
+        if cut is None:
+            return torch.arange(picture.count, device=picture.features.device)
+        if cut.row_slots is None:
+            return cut.keep_idx
+        slots = cut.row_slots.sort().values  # a merged row stands for the patch whose place it takes
+        if picture.special is None:
+            return slots
+        number_of = (~picture.special).cumsum(dim=0) - 1
+        return number_of.to(slots.device)[slots]
+
+    def text_after_pictures(self) -> Tensor:
+        """(B, L) bool, columns after the last picture of each row that has one."""
+        with_pictures = torch.stack(self.columns.visual).any(dim=0).any(dim=1, keepdim=True)
+        return self.columns.after_pictures() & with_pictures
+
+    def refuse_dead_slots(self, compaction: Compaction, spec: str) -> None:
+        """Raise where a cut would fill up shorter rows in the middle of a conversation and some layers keep a
+        running state.
+
+        Such layers cannot skip a dead slot; at the beginning of a conversation their state is empty.
+        """
+        if self.views.at(0).held.shape[1] == 0 or not has_running_states(self.cache):
+            return
+        if bool((compaction.count != compaction.width).any()):
+            raise UnsupportedError(
+                f"{spec!r} keeps {compaction.count.tolist()} tokens in the rows of this batch, and layers of "
+                "this language model keep a running state that the filling of shorter rows would change in "
+                "a later turn; continue the conversations one by one"
+            )

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what a method needs from a vision tower that keeps its own fast attention.
+
+One query row of one block is enough for [CLS] attention, so that the block's queries and keys are watched
+(see :mod:`.tower`) and the row is computed: no eager attention, no attention map, nothing changed on the
+tower. Hooks are installed once and write to a thread-local record, so that concurrent calls do not see each
+other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...core.deferred import NOW, Checks
+from ...core.method import OF_TOWER, Need, What, as_needs
+from ...errors import CaptureError, UnsupportedError
+from ..attention_tap import AttentionCall
+from .tower import FusedReader, TapReader, attention_of, find_blocks, has_cls, prefix_length, reader_of
+
+_ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
+OF_PROJECTOR = ("encoder_features", "tile_features")
+CLS_FEATURES = Need("cls_features")
+
+
+def block_index(layer: int, count: int) -> int:
+    """The block whose output is ``hidden_states[layer]`` of an encoder with ``count`` blocks."""
+    index = layer + count if layer < 0 else layer - 1
+    if not 0 <= index < count:
+        raise UnsupportedError(
+            f"layer={layer} is not the output of a block; this vision tower has layers -{count}..-1 and "
+            f"1..{count}"
+        )
+    return index
+
+
+class VisionCapture:
+    """Watches one vision tower, or several of the same shape.
+
+    Args:
+        tower: the vision module, or several; see :mod:`.tower` for the forms of attention that can be read.
+        needs: of the tower and, with a projector, of what that is given and returns.
+        layers: indices into ``hidden_states`` that the model takes its features from.
+        projector: the module between tower and language model.
+
+    Attributes:
+        blocks_of: the block whose attention each need of the tower reads.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module | Sequence[nn.Module],
+        needs: Sequence[Need | What],
+        layers: Sequence[int],
+        projector: nn.Module | None = None,
+    ) -> None:
+        self.needs = as_needs(needs)
+        self.projector = projector
+        self.towers = [tower] if isinstance(tower, nn.Module) else list(tower)
+        self.cls, self.prefix = has_cls(self.towers[0]), prefix_length(self.towers[0])
+        self._local = threading.local()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        of_tower = [need for need in self.needs if need.what in OF_TOWER]
+        # towers without blocks that can be read still serve methods that need nothing of them
+        reads = bool(of_tower) or CLS_FEATURES in self.needs
+        self.blocks = [find_blocks(one) for one in self.towers] if reads else []
+        if any(need.what == "cls_attention" for need in of_tower) and not self.cls:
+            raise UnsupportedError(
+                f"{type(self.towers[0]).__name__} has no [CLS] token: use cls='mean', e.g. "
+                "fastervlm(cls='mean')"
+            )
+        count = len(self.blocks[0]) if self.blocks else 0
+        self.layers = [block_index(index, count) for index in layers] if self.blocks else []
+        self.blocks_of: dict[Need, int] = {
+            need: self.layers[0] if need.layer is None else block_index(need.layer, count)
+            for need in of_tower
+        }
+        self.readers: list[tuple[int, TapReader | FusedReader]] = [
+            (index, reader_of(attention_of(blocks[index])))
+            for index in sorted(set(self.blocks_of.values()))
+            for blocks in self.blocks
+        ]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Captures of one tower with the same key record the same."""
+        return (frozenset(self.needs), *self.layers)
+
+    def install(self) -> None:
+        """Register the hooks."""
+        if self._handles:
+            raise CaptureError("this capture is installed already")
+        for index, reader in self.readers:
+            self._handles += reader.install(self._checks, partial(self._on_attention, index))
+        if CLS_FEATURES in self.needs and self.cls:
+            for blocks in self.blocks:
+                for index in sorted(set(self.layers)):
+                    self._handles.append(blocks[index].register_forward_hook(self._on_block(index)))
+        if any(need.what in OF_PROJECTOR for need in self.needs) and self.projector is not None:
+            self._handles.append(self.projector.register_forward_hook(self._on_projector))
+
+    def remove(self) -> None:
+        """Remove the hooks; harmless when there are none."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self, checks: Checks = NOW) -> Iterator[Record]:
+        """Record what the tower computes in this thread inside the block."""
+        outer = getattr(self._local, "record", None)
+        self._local.record = Record(self, checks)
+        try:
+            yield self._local.record
+        finally:
+            self._local.record = outer
+
+    def __enter__(self) -> Record:
+        self.install()
+        self._scope = self.recording()
+        return self._scope.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+        self._scope.__exit__(*error)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this thread is inside a ``recording`` block."""
+        return self._record() is not None
+
+    def _record(self) -> Record | None:
+        return getattr(self._local, "record", None)
+
+    def _checks(self) -> Checks | None:
+        """Where the checks of a running record go, None outside of one."""
+        record = self._record()
+        return None if record is None else record.checks
+
+    def _on_attention(self, index: int, call: AttentionCall) -> None:
+        if (record := self._record()) is not None:
+            record.attend(index, call)
+
+    def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if (record := self._record()) is not None:
+            given = {"encoder_features": args[0], "tile_features": output}
+            record.found |= {need: given[need.what] for need in self.needs if need.what in given}
+
+    def _on_block(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if (record := self._record()) is not None:
+                if record.grad and not torch.is_grad_enabled() and next(module.parameters()).requires_grad:
+                    raise UnsupportedError(
+                        "reentrant gradient checkpointing of the vision tower hides the gradient of its "
+                        "[CLS] rows; use gradient_checkpointing_enable({'use_reentrant': False})"
+                    )
+                hidden = output[0] if isinstance(output, tuple) else output
+                record.rows[index] = hidden[:, :1]
+
+        return hook
+
+
+class Record:
+    """What one run of the tower gave; T counts crops (images, tiles, frames), S tokens with [CLS], N
+    patches."""
+
+    def __init__(self, capture: VisionCapture, checks: Checks) -> None:
+        self.capture, self.checks = capture, checks
+        self.grad = torch.is_grad_enabled()
+        self.rows: dict[int, Tensor] = {}
+        self.found: dict[Need, Tensor] = {}
+        # one entry per run of the block, or per segment of a packed sequence
+        self._parts: dict[Need, list[Tensor]] = {}
+
+    def attend(self, index: int, call: AttentionCall) -> None:
+        """Take what is needed of an attention call of block ``index`` over all S tokens of T crops."""
+        first = self.capture.prefix
+        for need, block in self.capture.blocks_of.items():
+            if block != index:
+                continue
+            if need.what == "cls_attention":
+                value = first_row(call)[..., first:]
+            elif need.what == "received_attention":
+                value = call.received()[:, first:]
+            else:
+                value = call.keys.float().mean(1)[:, first:]
+            self._parts.setdefault(need, []).append(value)
+
+    def take(self) -> dict[Need, Tensor]:
+        """The captured tensors, one entry per need; raises when the tower did not run."""
+        capture, found = self.capture, dict(self.found)
+        for need, parts in self._parts.items():  # segments of one packed sequence follow each other
+            found[need] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if CLS_FEATURES in capture.needs and capture.cls and len(self.rows) == len(set(capture.layers)):
+            found[CLS_FEATURES] = torch.cat(
+                [self.rows[index] for index in capture.layers], dim=-1
+            )  # (T, 1, C)
+        expected = [need for need in capture.needs if need.what in (*OF_TOWER, *OF_PROJECTOR)]
+        if CLS_FEATURES in capture.needs and capture.cls:
+            expected.append(CLS_FEATURES)
+        if missing := [str(need) for need in expected if need not in found]:
+            raise CaptureError(
+                f"the vision tower ran without giving {missing}; expected its blocks "
+                f"{sorted(set(capture.blocks_of.values()))} to run once per call"
+            )
+        return found
+
+
+def first_row(call: AttentionCall) -> Tensor:
+    """(T, H, S) attention of the first token, which is [CLS] where a tower has one, in float32."""
+    if call.mask is None and call.queries.shape[1] == call.keys.shape[1]:
+        heads, keys = call.queries.shape[1], call.keys.transpose(1, 2).flatten(2)
+        return row_attention(call.queries[:, :, 0].flatten(1), keys, heads, call.scaling)
+    rows = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+    return call.attention(rows)[:, :, 0]
+
+
+def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
+    """Softmaxed attention (T, H, S) of one query per crop, in float32.
+
+    query (T, C) and keys (T, S, C) are plain projections. The query is spread into a (C, H) block-diagonal
+    matrix, so that the keys are read once, as they lie in memory, without a per-head copy.
+    """
+    crops, width = query.shape
+    head_of = torch.arange(width, device=query.device) // (width // heads)
+    spread = query.new_zeros(crops, width, heads, dtype=torch.float32)
+    spread[:, torch.arange(width, device=query.device), head_of] = query.float() * scale
+    rows = keys.shape[1] if keys.dtype == torch.float32 else _ROWS_AT_ONCE
+    logits = torch.cat([chunk.float() @ spread for chunk in keys.split(rows, dim=1)], dim=1)  # (T, S, H)
+    return logits.softmax(dim=1).transpose(1, 2)

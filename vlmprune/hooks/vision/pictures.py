@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and units: the visual part of one forward, free of any model.
+
+A *picture* is one image or video clip as it stands in the prompt: ``length`` placeholder slots, most of them
+patches, some newline or [CLS] embeddings (those are always kept and never counted). A *unit* is what one
+budget is spent on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...core.method import Need
+from ...core.tokens import VisualTokens
+from ...errors import InvariantError
+from .tiles import Tiles
+
+Grids = tuple[tuple[int, int], ...]
+CLS_FEATURES = Need("cls_features")
+
+
+@dataclass(eq=False)
+class Picture:
+    """One image or clip.
+
+    Args:
+        features: (length, D) what the language model is given in the slots.
+        grids: rectangular blocks (rows, cols) that the patches form, in order; one per frame for a clip.
+        captured: per need, patches before channels: (N, channels); cls_features (T, C).
+        special: (length,) bool on the CPU, slots that are no patches; None where all are.
+        crops: gives (N,) the crop (tile, frame) of every patch; called only for budgets per crop.
+        tiles: the raw crops of a tiled picture, where a method asked for them.
+        frames: whether the blocks are frames of a clip.
+        view: how boxes lie on the original picture, "stretch" or "center".
+    """
+
+    features: Tensor
+    grids: Grids
+    captured: Mapping[Need, Tensor] = field(default_factory=dict)
+    special: Tensor | None = None
+    crops: Callable[[], Tensor] | None = None
+    tiles: Tiles | None = None
+    frames: bool = False
+    view: str = "stretch"
+
+    @property
+    def length(self) -> int:
+        """Placeholder slots in the prompt."""
+        return self.features.shape[0]
+
+    @cached_property
+    def count(self) -> int:
+        """N, patches among the slots."""
+        return self.length if self.special is None else self.length - int(self.special.sum())
+
+    @property
+    def cls_count(self) -> int:
+        """Crops with a [CLS] row of their own, where a method asked for these rows; else 1."""
+        rows = self.captured.get(CLS_FEATURES)
+        return 1 if rows is None else rows.shape[0]
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(N,) ascending slots that are patches, on the CPU."""
+        if self.special is None:
+            return torch.arange(self.length)
+        return (~self.special).nonzero()[:, 0]
+
+    @cached_property
+    def specials(self) -> Tensor:
+        """(length - N,) ascending slots that are none, on the CPU."""
+        return torch.empty(0, dtype=torch.int64) if self.special is None else self.special.nonzero()[:, 0]
+
+    def slots_of(self, index: Tensor) -> Tensor:
+        """(...) slots of patches, on the device of ``index``."""
+        return index if self.special is None else self.patches.to(index.device)[index]
+
+    def patch_features(self, index: Tensor | None = None) -> Tensor:
+        """(n, D) features of some patches, of all by default; not copied where that is everything in the
+        slots.
+        """
+        if index is None:
+            return (
+                self.features
+                if self.special is None
+                else self.features[self.patches.to(self.features.device)]
+            )
+        return self.features[self.slots_of(index.to(self.features.device))]
+
+    def __deepcopy__(self, memo: dict) -> Picture:
+        return self  # never written to; assisted decoding copies what it rides on, the model along with it
+
+
+@dataclass(eq=False)
+class Unit:
+    """Tokens that share one budget: slices of one or (scope "total") several pictures of a sample.
+
+    Args:
+        members: picture number, and (n,) patch indices in it, None for all of them.
+        count: tokens of all members.
+        ordinal: number of the unit in its sample, so that seeds differ between images.
+        crop: the crop that it is, where the budget is per crop.
+    """
+
+    members: list[tuple[int, Tensor | None]]
+    grids: Grids
+    count: int
+    ordinal: int = 0
+    crop: int | None = None
+
+
+def make_units(pictures: Sequence[Picture], samples: Sequence[Sequence[int]], scope: str) -> list[Unit]:
+    """Group the patches of all samples (lists of picture numbers) into units."""
+    units = []
+    for sample in samples:
+        if scope == "total":
+            if sample:
+                grids = tuple(grid for p in sample for grid in pictures[p].grids)
+                units.append(Unit([(p, None) for p in sample], grids, sum(pictures[p].count for p in sample)))
+            continue
+        own = [unit for p in sample for unit in _units_of(p, pictures[p], scope)]
+        for ordinal, unit in enumerate(own):
+            unit.ordinal = ordinal
+        units += own
+    return units
+
+
+def _units_of(number: int, picture: Picture, scope: str) -> list[Unit]:
+    if scope != "crop":
+        return [Unit([(number, None)], picture.grids, picture.count)]
+    crops = picture.crops().cpu()
+    places = coordinates(picture.grids)
+    units = []
+    for crop in crops.unique().tolist():
+        index = (crops == crop).nonzero()[:, 0]
+        rows, cols = (places[index, axis].unique().shape[0] for axis in (0, 1))
+        if rows * cols != index.shape[0]:
+            raise InvariantError(
+                f"crop {crop} of picture {number} is not a rectangle: {index.shape[0]} tokens in {rows} rows "
+                f"x {cols} columns"
+            )
+        units.append(Unit([(number, index)], ((rows, cols),), index.shape[0], crop=crop))
+    return units
+
+
+def coordinates(grids: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, 2) row and column of every patch inside its block."""
+    return torch.cat([torch.cartesian_prod(torch.arange(r), torch.arange(c)).view(-1, 2) for r, c in grids])
+
+
+def stack_units(
+    units: Sequence[Unit],
+    pictures: Sequence[Picture],
+    needs: Sequence[Need],
+    projector: Callable[[Tensor], Tensor] | None,
+) -> VisualTokens:
+    """VisualTokens of units with the same number of tokens, grids and crops; only what is needed is
+    gathered."""
+    first = pictures[units[0].members[0][0]]
+    found: dict[Need, Tensor] = {}
+    for need in needs:
+        if need.what != "features" and need not in first.captured:
+            continue
+        rows = [[_slice(pictures[p], need, index, unit.crop) for p, index in unit.members] for unit in units]
+        whole = [row[0] if len(row) == 1 else torch.cat(row) for row in rows]
+        found[need] = whole[0][None] if len(whole) == 1 else torch.stack(whole)  # one image is not copied
+    return VisualTokens.of(
+        found,
+        projector=projector,
+        grids=units[0].grids,
+        ordinals=tuple(unit.ordinal for unit in units),
+        size=(len(units), units[0].count),
+        frames=first.frames,
+        like=first.features,
+    )
+
+
+def _slice(picture: Picture, need: Need, index: Tensor | None, crop: int | None) -> Tensor:
+    """What was captured of some patches of a picture, patches first."""
+    if need.what == "features":
+        return picture.patch_features(index)
+    value = picture.captured[need]
+    if need.what == "cls_features":
+        return value if crop is None else value[crop : crop + 1]
+    if index is None or index.shape[0] == picture.count:
+        return value
+    if value.shape[0] != picture.count:  # r encoder patches behind every token
+        return value.unflatten(0, (picture.count, -1))[index.to(value.device)].flatten(0, 1)
+    return value[index.to(value.device)]

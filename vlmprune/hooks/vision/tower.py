@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a vision tower keeps its attention, and the queries and keys of one block as that attention uses
+them.
+
+Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms,
+masks and windows are the tower's own. Towers of timm attend by themselves; there the fused projection is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.deferred import Checks
+from ...errors import UnsupportedError
+from ..attention_tap import AttentionCall, AttentionTap, reads_interface
+
+Give = Callable[[AttentionCall], None]
+_NAMES = ("self_attn", "attention", "attn", "token_mixer")
+
+
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block, None where it has none."""
+    found = (getattr(block, name, None) for name in _NAMES)
+    return next((module for module in found if module is not None and _readable(module)), None)
+
+
+def _readable(attention: nn.Module) -> bool:
+    return reads_interface(attention) or hasattr(attention, "qkv")
+
+
+def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
+    """The transformer blocks of a tower, found by structure since attribute paths moved between transformers
+    versions.
+    """
+    lists = [
+        m
+        for m in tower.modules()
+        if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) and attention_of(m[0])
+    ]
+    if not lists:
+        raise UnsupportedError(
+            f"no attention blocks found in vision tower {type(tower).__name__}, so attention cannot be read; "
+            "choose a method that needs none, e.g. 'divprune@64'"
+        )
+    return max(lists, key=len)
+
+
+def prefix_length(tower: nn.Module) -> int:
+    """How many tokens stand in front of the patches: [CLS], and registers where there are some."""
+    if hasattr(tower, "num_prefix_tokens"):
+        return tower.num_prefix_tokens
+    return int(has_cls(tower))
+
+
+def has_cls(tower: nn.Module) -> bool:
+    """Whether the tower puts a [CLS] token in front of its patches."""
+    names = ("class_embedding", "cls_token")
+    return any(getattr(module, name, None) is not None for module in tower.modules() for name in names)
+
+
+class TapReader:
+    """Reads an attention module of transformers: queries and keys as its attention function gets them."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
+        """A tap that calls ``give`` while something records, once per segment where the model packs several
+        pictures.
+
+        ``checks()`` says where checks go, None while nothing records.
+        """
+        checked = False
+
+        @torch.no_grad()
+        def listen(call: AttentionCall, output: Tensor) -> None:
+            nonlocal checked
+            gather = checks()
+            if gather is None:
+                return
+            if not checked:  # once is enough: the rule of a tower does not change from call to call
+                first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+                for part, own in zip(call.segments(), _split_output(call, output), strict=True):
+                    part.check(first, None, part.attention(first), own, gather)
+                checked = True
+            for part in call.segments():
+                give(part)
+
+        made = AttentionTap(self.attention, listen)
+        made.install()
+        yield made
+
+
+def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
+    """The output (B, n, H, d) of a call, one part per segment."""
+    parts = call.segments()
+    return [output] if len(parts) == 1 else output.split([part.queries.shape[2] for part in parts], dim=1)
+
+
+class FusedReader:
+    """Reads an attention module of timm, which projects queries, keys and values at once and attends by
+    itself.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        heads = getattr(attention, "num_heads", None)
+        if heads is None:
+            raise UnsupportedError(
+                f"{type(attention).__name__} does not say its number of heads; its attention cannot be read"
+            )
+        self.attention = attention
+        self.heads: int = heads
+
+    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
+        """A hook that calls ``give`` while something records."""
+
+        @torch.no_grad()
+        def fused(module: nn.Module, args: object, output: Tensor) -> None:
+            if checks() is not None:
+                queries, keys, values = (self._heads(part) for part in output.detach().chunk(3, dim=-1))
+                queries, keys = self._normed("q", queries), self._normed("k", keys)
+                options = {"scaling": getattr(self.attention, "scale", None), "is_causal": False}
+                give(AttentionCall(self.attention, queries, keys, values, None, options))
+
+        yield self.attention.qkv.register_forward_hook(fused)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """(T, S, C) -> (T, H, S, d)."""
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _normed(self, name: str, states: Tensor) -> Tensor:
+        norm = getattr(self.attention, f"{name}_norm", None)
+        return states if norm is None else norm(states)
+
+
+def reader_of(attention: nn.Module) -> TapReader | FusedReader:
+    """What reads an attention module that ``attention_of`` found."""
+    return TapReader(attention) if reads_interface(attention) else FusedReader(attention)

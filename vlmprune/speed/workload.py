@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workload: one model and one batch of prompts, and the calls on them that are timed and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import EvaluationError, SpecError
+from ..example_picture import picture
+from ..hooks.vision.encode import run_encoder
+from ..models import Adapter, adapter_for
+from ..models.loading import check_device, load, prompt
+from .shapes import SHAPES, build, inputs_of
+
+SCALE_ON_CPU = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Equal prompts, one picture each, without padding.
+
+    Args:
+        name: how rows call the model; says when it is scaled.
+        inputs: of the model, on its device.
+        note: what must be known about the numbers.
+    """
+
+    name: str
+    model: Any
+    inputs: Mapping[str, Tensor]
+    adapter: Adapter
+    note: str = ""
+
+    @property
+    def batch(self) -> int:
+        return self.inputs["input_ids"].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs["input_ids"].device
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens of one prompt."""
+        image = self.adapter.token_id(self.adapter.modalities[0])
+        return int((self.inputs["input_ids"][0] != image).sum())
+
+    def encode(self) -> Any:
+        """Vision tower and projector."""
+        return run_encoder(self.adapter, self.adapter.modalities[0], self.inputs, [])[0]
+
+    def first_token(self) -> Tensor:
+        """Pixels in, first token out: its logits (B, V); the token is on the host when this returns."""
+        logits = self.model(**self.inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
+        logits.argmax(dim=-1).tolist()  # waits for the device
+        return logits
+
+    def answer(self, tokens: int) -> None:
+        """Pixels in, ``tokens`` greedy tokens out."""
+        ids = self.model.generate(
+            **self.inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1
+        )
+        made = ids.shape[1] - self.inputs["input_ids"].shape[1]
+        if made != tokens:
+            raise EvaluationError(
+                f"{self.name} made {made} of {tokens} tokens; lengths must be equal to compare times"
+            )
+
+    def flops(self, call: Any) -> int:
+        """Operations of the matrix products and convolutions of a call, a multiplication and an addition
+        each.
+        """
+        # fused attention is not counted on every device; the plain one is, and does the same products
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            call()
+        return counter.get_total_flops()
+
+
+def make_workload(
+    name: str,
+    *,
+    batch: int = 1,
+    text: int = 60,
+    device: str = "cpu",
+    dtype: str = "auto",
+    scale: int | None = None,
+    trust_remote_code: bool = False,
+) -> Workload:
+    """A workload from the name of a shape (see ``shapes.SHAPES``), ``"tiny"``, a folder or an HF id.
+
+    Args:
+        text: text tokens of a shape's prompt; real checkpoints are asked a fixed question instead.
+        scale: divides width and depth of a shape; default 1 on CUDA, ``SCALE_ON_CPU`` elsewhere.
+    """
+    check_device(device)
+    if batch < 1 or text < 2:
+        raise SpecError(
+            f"batch={batch}, text={text}; expected a batch of at least 1 and at least 2 text tokens"
+        )
+    if name not in SHAPES:
+        model, processor = load(name, device, dtype, trust_remote_code)
+        words = prompt(processor, "What is in the picture?")
+        made = processor(images=[picture()] * batch, text=[words] * batch, return_tensors="pt")
+        return Workload(name, model, dict(made.to(model.device, model.dtype)), adapter_for(model))
+    cuda = device.startswith("cuda")
+    scale = scale or (1 if cuda else SCALE_ON_CPU)
+    number = getattr(torch, ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype)
+    model = build(name, device, number, scale)
+    label = name if scale == 1 else f"{name} at 1/{scale} scale"
+    note = f"{label}: random weights in the shape of {SHAPES[name].like}" + (
+        f", width and depth of tower and decoder divided by {scale}; token counts, head size and vocabulary "
+        "are real. Its times say nothing about the real model, its ratios roughly."
+        if scale > 1
+        else "."
+    )
+    return Workload(label, model, inputs_of(name, model, batch, text), adapter_for(model), note)
