@@ -34,6 +34,8 @@ _BUILTIN = {
     "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
+    "flowcut": "vlmprune.methods.flowcut:FlowCut",
+    "tome": "vlmprune.methods.tome:ToMe",
 }
 _METHODS: dict[str, type[Method]] = {}
 

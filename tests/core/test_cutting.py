@@ -16,7 +16,8 @@ from vlmprune.core.report import Report
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError
 from vlmprune.hooks.sequence.placement import assign
-from vlmprune.hooks.slots.before_lm import Cut, cut_pictures
+from vlmprune.hooks.slots.before_lm import cut_pictures
+from vlmprune.hooks.slots.cutting import Cut
 from vlmprune.hooks.vision.pictures import Picture, make_units
 from vlmprune.spec import Budget
 

@@ -27,6 +27,7 @@ from .tokens import VisualTokens
 
 if TYPE_CHECKING:
     from .budget import Budget
+    from .encoder import EncoderBlock, Shortened
 
 SlotName = Literal["encoder", "before_lm", "inside_lm", "attention", "decode"]
 Verb = Literal["score", "select", "merge"]
@@ -47,6 +48,7 @@ What = Literal[
     "projector",  # the projector as a function
     "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
     "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
+    "present",  # (B, N, 1) 1 for patches that went through the whole tower, 0 for those left out on the way
 ]
 NEEDS: tuple[What, ...] = get_args(What)
 OF_TOWER: tuple[What, ...] = (
@@ -187,13 +189,13 @@ class Method:
     # --- encoder ----------------------------------------------------------------------------------
 
     def shortens_at(self, depth: int) -> Sequence[int]:
-        """Blocks of a vision tower of ``depth`` blocks before which a method of the encoder slot drops or
-        merges patches.
+        """Blocks, of the ``depth`` that run before the model takes its features, behind which a method of the
+        encoder slot is asked.
         """
         raise NotImplementedError
 
-    def shorten(self, tokens: VisualTokens, k: int) -> Tensor | Merged:
-        """(B, k) patches that go on into the next block, or rows that replace them."""
+    def shorten(self, block: EncoderBlock, k: int) -> Shortened:
+        """What goes on behind a block where k patches of every crop shall be left in the end."""
         raise NotImplementedError
 
     # --- checks -----------------------------------------------------------------------------------

@@ -27,6 +27,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return dispatch.topk_select(scores, k).long()
 
 
+def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
+    """(T, n) bool: in every row the ``count`` (T,) highest scores (T, n) of those ``among`` (T, n); the lower
+    index wins ties.
+    """
+    order = scores.float().masked_fill(~among, -torch.inf).neg().sort(dim=1, stable=True).indices
+    rank = order.argsort(dim=1)
+    return among & (rank < count[:, None])
+
+
 def rest_of(keep_idx: Tensor, n: int) -> Tensor:
     """(B, n-k) ascending indices that are not in ``keep_idx`` (B, k), whose entries must differ."""
     kept = torch.zeros(keep_idx.shape[0], n, dtype=torch.int8, device=keep_idx.device).scatter_(

@@ -46,8 +46,12 @@ class Adapter(Protocol):
         text_type: type (token_type_ids) of tokens that see earlier ones only, where others see later ones
             too; None where all are like that.
         deepstack: method of the language model that adds features to hidden states after a layer.
+        shortens: whether patches can leave inside the tower: a tower of plain blocks over (crops, patches,
+            width), and a projector of single patches.
+        layers: indices of the hidden states that features are taken from.
         model: the whole ``...ForConditionalGeneration``.
         inner: the multimodal model in it, which encodes pictures and merges them into the text.
+        vision_tower: the encoder in it.
         language_model: the decoder.
         projector: maps rows of the tower to rows of the language model, where that is a function of single
             rows.
@@ -59,8 +63,10 @@ class Adapter(Protocol):
     positions: ClassVar[tuple[Positions, ...]]
     text_type: ClassVar[int | None]
     deepstack: ClassVar[str | None]
+    shortens: ClassVar[bool]
     model: Any
     inner: Any
+    vision_tower: Any
     language_model: Any
     projector: Callable[[Tensor], Tensor] | None
 
@@ -69,6 +75,9 @@ class Adapter(Protocol):
 
     @property
     def depth(self) -> int: ...
+
+    @property
+    def layers(self) -> Sequence[int]: ...
 
     def token_id(self, modality: Modality) -> int:
         """Id of the placeholder tokens."""

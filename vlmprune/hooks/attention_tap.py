@@ -174,6 +174,22 @@ class AttentionCall:
         )
         return [replace(self, queries=q, keys=k, values=v) for q, k, v in parts]
 
+    def biased(self, bias: Tensor | None, function: str) -> AttentionCall:
+        """The call with a bias (B, 1 or H, 1, S) on its logits, as the attention function of that name takes
+        it.
+        """
+        if bias is None:
+            return self
+        if function not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"attn_implementation={function!r} of {type(self.module).__name__} takes no bias on its logits; "
+                "load the model with attn_implementation='sdpa'"
+            )
+        if self.mask is not None:
+            raise UnsupportedError(f"{type(self.module).__name__} has a mask of its own, which a bias would hide")
+        bias = bias.to(self.queries.dtype).expand(-1, -1, self.queries.shape[2], -1)
+        return replace(self, mask=bias)
+
     def check(
         self, rows: Tensor, real: Tensor | None, attention: Tensor, output: Tensor, checks: Checks = NOW
     ) -> None:
@@ -234,6 +250,8 @@ def over_keys(mask: Tensor, held: int) -> Tensor:
 # what a listener gets: the call and the function's output (B, n, H, d); it returns another output, or None to
 # leave it
 Listener = Callable[[AttentionCall, Tensor], Tensor | None]
+# added to the logits of a call: (B, 1 or H, 1, S), or None
+Bias = Callable[[AttentionCall], Tensor | None]
 
 
 def reads_interface(module: nn.Module) -> bool:
@@ -258,6 +276,7 @@ class TappedConfig:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._listeners: list[Listener] = []
+        self._biases: list[Bias] = []
         self._local = threading.local()
 
     def __getattr__(self, name: str) -> Any:
@@ -273,10 +292,13 @@ class TappedConfig:
 
 
 class AttentionTap:
-    """Shows every call of one attention module to a listener; several taps may watch one module."""
+    """Shows every call of one attention module to a listener, and adds a bias to its logits where there is one.
 
-    def __init__(self, module: nn.Module, listener: Listener) -> None:
-        self.module, self.listener = module, listener
+    Several taps may watch one module.
+    """
+
+    def __init__(self, module: nn.Module, listener: Listener, bias: Bias | None = None) -> None:
+        self.module, self.listener, self.bias = module, listener, bias
 
     def install(self) -> None:
         config = self.module.config
@@ -284,12 +306,16 @@ class AttentionTap:
             config = TappedConfig(config)
             self.module.config = config
         config._listeners.append(self.listener)
+        if self.bias is not None:
+            config._biases.append(self.bias)
 
     def remove(self) -> None:
         """Give the module its own config back once nobody listens; harmless when called again."""
         config = self.module.config
         if isinstance(config, TappedConfig) and self.listener in config._listeners:
             config._listeners.remove(self.listener)
+            if self.bias is not None:
+                config._biases.remove(self.bias)
             if not config._listeners:
                 self.module.config = config._config
 
@@ -331,10 +357,12 @@ def _tapped(
     call = AttentionCall(module, query, key, value, attention_mask, options, "flash" in base)
     if getattr(_probing, "active", False):
         raise Probed(call)
+    for bias in list(config._biases):
+        call = call.biased(bias(call), base)
     own = _own_function(module, base)
     config._local.inside = True  # FlashAttention looks its kernel up by the name in the config
     try:
-        output, weights = own(module, query, key, value, attention_mask, **options)
+        output, weights = own(module, query, key, value, call.mask, **options)
     finally:
         config._local.inside = False
     for listener in list(config._listeners):

@@ -73,7 +73,9 @@ class Session:
         strict: bool = False,
     ) -> None:
         self.adapter, self.spec = adapter, spec
-        self.attachment = Attachment(adapter, spec, strict, positions, lambda: self.state)
+        self.attachment = Attachment(
+            adapter, spec, strict, positions, lambda: self.state, lambda: self.capture.record
+        )
         self._refuse(plans, positions)
         self.enabled = True
         self.attached = False
@@ -104,7 +106,7 @@ class Session:
         """What the vision tower and the projector have to be watched for."""
         found: dict[Need, None] = {}
         for name, slot in self.slots.items():
-            if name in ("encoder", "before_lm"):
+            if name == "before_lm":
                 found |= dict.fromkeys(needs_of(slot.method))
                 if slot.method.layout == "spatial":
                     found[Need("tile_features")] = None

@@ -22,7 +22,7 @@ from .sequence.views import Views
 from .vision.pictures import Picture
 
 if TYPE_CHECKING:
-    from .slots.before_lm import Cut
+    from .slots.cutting import Cut
     from .slots.inside_lm import InsideRecord
 
 

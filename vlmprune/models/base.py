@@ -51,6 +51,8 @@ class Adapter:
     # type (token_type_ids) of tokens that see earlier ones only, where others see later ones too; None: all
     # are like that
     text_type: ClassVar[int | None] = None
+    # whether patches can leave inside the tower: plain blocks, and a projector of single patches
+    shortens: ClassVar[bool] = False
     # method of the language model that adds features to hidden states after a layer
     deepstack: ClassVar[str | None] = None
 

@@ -23,6 +23,7 @@ class PaliGemmaAdapter(Adapter):
     """
 
     model_type = "paligemma"
+    shortens = True
     towers = ("siglip_vision_model",)
     view = "stretch"
     text_type = 1  # the answer; pictures and question are 0

@@ -12,12 +12,14 @@ class LlavaAdapter(Adapter):
     """
 
     model_type = "llava"
+    shortens = True
 
 
 class VipLlavaAdapter(Adapter):
     """VipLlavaForConditionalGeneration: features of several layers side by side."""
 
     model_type = "vipllava"
+    shortens = True
 
     @property
     def layers(self) -> list[int]:

@@ -20,6 +20,7 @@ class LlavaNextAdapter(Adapter):
     """LlavaNextForConditionalGeneration; newlines are kept and not counted."""
 
     model_type = "llava_next"
+    shortens = True
     view = "stretch"
 
     def _geometry(self, name: str) -> Any:

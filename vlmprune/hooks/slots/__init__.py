@@ -18,6 +18,7 @@ from ...core.method import Method, Positions, SlotName, by_slot
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..state import ForwardState
+    from ..vision.capture import Record
 
 
 class Handle(Protocol):
@@ -36,6 +37,7 @@ class Attachment:
         strict: refuse pictures with fewer tokens than an absolute budget.
         override: position policy that the user asked for.
         state: gives the forward that runs in this thread, None outside of one.
+        record: gives what is recorded of the encoder call that runs in this thread, None outside of one.
     """
 
     adapter: Adapter
@@ -43,6 +45,7 @@ class Attachment:
     strict: bool
     override: Positions | None
     state: Callable[[], ForwardState | None]
+    record: Callable[[], Record | None]
 
     @property
     def depth(self) -> int:

@@ -20,38 +20,13 @@ from ...core.deferred import NOW, Checks
 from ...core.method import Merged, Method, needs_of
 from ...core.select import choose
 from ...errors import InvariantError, UnsupportedError
-from ..sequence.compaction import Compaction
 from ..state import ForwardState
-from ..vision.pictures import Grids, Picture, Unit, make_units, stack_units
+from ..vision.pictures import Picture, Unit, make_units, stack_units
 from ..vision.tiles import choose_in_tiles
 from . import Attachment, Handle
+from .cutting import Cut, cut_sequence, joined, listed
 
 Projector = Callable[[Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class Cut:
-    """What stays of one picture.
-
-    Args:
-        kept_slots: (K,) placeholder slots that stay, newline and [CLS] slots included, in any order.
-        keep_idx: (k,) patches that stay; ascending where nothing is merged, -1 for rows without a place.
-        grids: blocks that ``keep_idx`` counts in: those of the picture, or of its tiles before unpadding.
-        row_slots, rows: (M,) slots and the (M, D) embeddings that take their place, for merging methods.
-    """
-
-    kept_slots: Tensor
-    keep_idx: Tensor
-    grids: Grids
-    row_slots: Tensor | None = None
-    rows: Tensor | None = None
-
-    @property
-    def realised(self) -> int:
-        """Visual tokens that the language model reads for this picture, slots that are no patches not
-        counted.
-        """
-        return self.keep_idx.shape[0] if self.rows is None else self.rows.shape[0]
 
 
 class BeforeLM:
@@ -81,80 +56,9 @@ class BeforeLM:
             strict=self.attachment.strict,
             checks=state.checks,
         )
-        state.cuts, report = cuts, state.report
-        for number, cut in enumerate(cuts):
-            if cut is not None:
-                report.realised_tokens[number] = cut.realised
-                report.layer_tokens[number] = [cut.realised] * self.attachment.depth
-                report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
+        cut_sequence(state, self.attachment, self.method, cuts)
         if any(cut is not None for cut in cuts):
-            self._cut(state, cuts)
-            report.seconds += time.perf_counter() - started
-
-    def _cut(self, state: ForwardState, cuts: Sequence[Cut | None]) -> None:
-        """Drop from the sequence what the cuts drop, and write the rows of merging methods."""
-        embeds = state.embeds  # (B, L, D)
-        batch, length = embeds.shape[:2]
-        view = state.views.at(0)
-        lengths = state.columns.lengths
-        gone, kept, row_at, rows = [], [], [], []  # flat columns
-        dropped = [0] * batch
-        first = 0
-        for placement in state.placements:
-            for row, p, start in placement.spans():
-                cut, picture = cuts[first + p], placement.pictures[p]
-                if cut is None:
-                    continue
-                slots = placement.flat[start : start + picture.length]
-                gone.append(slots)
-                kept.append(slots[cut.kept_slots.to(slots.device)])
-                dropped[row] += picture.length - cut.kept_slots.shape[0]
-                if cut.rows is not None:
-                    row_at.append(slots[cut.row_slots.to(slots.device)])
-                    rows.append(cut.rows.to(embeds.device, embeds.dtype))
-            first += len(placement.pictures)
-        keep = torch.ones_like(view.new) if lengths is None else view.new.clone()
-        keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
-        keep = keep.view(batch, length)
-        if rows:
-            embeds = embeds.flatten(0, 1).index_copy(0, joined(row_at), joined(rows)).view_as(embeds)
-        if lengths is None:
-            width = length - dropped[0]
-        elif state.columns.masked_pictures:
-            width = None  # not every slot that goes was a token
-        else:
-            width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
-        compaction = Compaction(keep, view.new, width)
-        if compaction.width == 0:
-            raise InvariantError(
-                f"attention_mask of shape {(batch, length)} masks every token; expected 1 for tokens"
-            )
-        state.refuse_dead_slots(compaction, self.attachment.spec)
-        state.views.cut(0, compaction, self.attachment.policy(self.method))
-        state.report.sequence = (length, compaction.width)
-        state.report.fire("enter")
-        state.embeds = compaction.sequence(embeds)
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one after the other; one part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def listed(state: ForwardState) -> tuple[list[Picture], list[tuple[int, ...]]]:
-    """All pictures of a forward, modality after modality, and those of every distinct prompt in reading
-    order.
-    """
-    pictures: list[Picture] = []
-    batch = state.embeds.shape[0]
-    samples: list[list[int]] = [[] for _ in range(batch)]
-    for placement in state.placements:
-        for sample, row in zip(samples, placement.rows, strict=True):
-            sample.extend(len(pictures) + p for p in row)
-        pictures += placement.pictures
-    return pictures, list(
-        dict.fromkeys(tuple(sample) for sample in samples)
-    )  # expanded rows share their pictures
+            state.report.seconds += time.perf_counter() - started
 
 
 def cut_pictures(

@@ -1,24 +1,291 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder slot: shortens inside the vision tower, so that its later blocks read fewer patches."""
+"""The encoder slot: shortens inside the vision tower, so that its later blocks read fewer patches.
+
+Behind each block that the method names, patches leave or are averaged. Later blocks run on what is left; a
+bias on their logits hides the filling of shorter crops and lets a row that stands for s patches weigh as s
+(ToMe's proportional attention: + log s). Behind the projector every patch gets its place back, zeros where it
+left, so that the model's own geometry (tiles, newlines) sees what it expects. Which ones are there travels
+through that geometry as one more captured channel, ``present``, and is what stays of the prompt.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from ...core.budget import Budget
-from ...core.method import Method
+from ...core.encoder import EncoderBlock, Shortened
+from ...core.method import Method, Need, needs
+from ...errors import CaptureError, InvariantError, UnsupportedError
+from ..attention_tap import AttentionCall, AttentionTap, reads_interface
 from ..state import ForwardState
+from ..vision.capture import Record, block_index, first_row
+from ..vision.pictures import Picture
+from ..vision.tower import attention_of, find_blocks, prefix_length
 from . import Attachment, Handle
+from .cutting import Cut, cut_sequence, listed
+
+PRESENT = Need("present")
+
+
+@dataclass(eq=False)
+class Shortening:
+    """One run of the tower: T crops, n rows left of N patches.
+
+    Args:
+        record: of the encoder call that it belongs to.
+        total: N.
+        index: (T, n) patch of every row, -1 for filling.
+        sizes: (T, n) patches that a row stands for, 0 for filling.
+        notes: (T, n) of the method.
+        biased: whether later blocks need a bias on their logits.
+        seconds: spent on choosing.
+    """
+
+    record: Record
+    total: int
+    index: Tensor
+    sizes: Tensor
+    notes: Tensor | None = None
+    biased: bool = False
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, record: Record, hidden: Tensor) -> Shortening:
+        """Before anything left, for patches (T, N, C)."""
+        crops, total = hidden.shape[:2]
+        index = torch.arange(total, device=hidden.device).expand(crops, -1)
+        return cls(record, total, index, torch.ones(crops, total, device=hidden.device))
+
+    @property
+    def alive(self) -> Tensor:
+        """(T, n) bool, rows that are patches."""
+        return self.index >= 0
+
+    def bias(self, prefix: int) -> Tensor | None:
+        """(T, 1, 1, prefix + n) on the logits of the next block: log of the sizes, -inf on filling."""
+        if not self.biased:
+            return None
+        front = self.sizes.new_zeros(self.sizes.shape[0], prefix)
+        return torch.cat([front, self.sizes.log()], dim=1)[:, None, None]
+
+    def shorten(self, patches: Tensor, answer: Shortened) -> Tensor:
+        """Patches (T, n, C) without what left, every crop filled up to the longest."""
+        self.notes = answer.notes
+        if answer.keep is None:
+            return patches
+        keep = answer.keep & self.alive
+        if answer.into is not None:
+            patches = self._averaged(patches, answer.into)
+        counts = keep.sum(dim=1)
+        width = int(counts.max())
+        if width == keep.shape[1]:
+            return patches
+        order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]  # those that stay, in order
+        filling = torch.arange(width, device=order.device) >= counts[:, None]
+        self.index = self.index.gather(1, order).masked_fill(filling, -1)
+        self.sizes = self.sizes.gather(1, order).masked_fill(filling, 0.0)
+        if self.notes is not None:
+            self.notes = self.notes.gather(1, order)
+        self.biased = answer.into is not None or self.biased or bool(filling.any())
+        return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[2]))
+
+    def _averaged(self, patches: Tensor, into: Tensor) -> Tensor:
+        weights = self.sizes[..., None]
+        summed = torch.zeros_like(patches, dtype=torch.float32)
+        summed.scatter_add_(1, into[..., None].expand_as(patches), patches.float() * weights)
+        self.sizes = torch.zeros_like(self.sizes).scatter_add(1, into, self.sizes)
+        return (summed / self.sizes[..., None].clamp_min(1)).to(patches.dtype)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Rows (T, n, D) at their places among all N patches, zeros elsewhere."""
+        at = self.index.masked_fill(~self.alive, self.total)
+        full = rows.new_zeros(rows.shape[0], self.total + 1, rows.shape[2])  # the last place takes the filling
+        return full.scatter(1, at[..., None].expand_as(rows), rows)[:, : self.total]
 
 
 class EncoderSlot:
-    """Shortens the sequence of a vision tower between two of its blocks."""
+    """Shortens the sequence of a vision tower behind some of its blocks."""
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
+        self._local = threading.local()
+        self._refuse()
+        adapter = attachment.adapter
+        blocks = find_blocks(adapter.vision_tower)
+        self.blocks = blocks[: block_index(adapter.layers[0], len(blocks)) + 1]  # later ones feed nothing
+        self.prefix = prefix_length(adapter.vision_tower)
+        self.asked = frozenset(method.shortens_at(len(self.blocks)))
+        self.reads_attention = needs(method, "cls_attention") or needs(method, "received_attention")
+        self._checked = False
+        if needs(method, "cls_attention") and not self.prefix:
+            raise UnsupportedError(
+                f"{type(adapter.vision_tower).__name__} has no [CLS] token: use {method.name}(cls='mean')"
+            )
+
+    def _refuse(self) -> None:
+        adapter, name = self.attachment.adapter, self.method.name
+        if not adapter.shortens or len(adapter.layers) != 1:
+            raise UnsupportedError(
+                f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a projector of "
+                f"single patches; {adapter.model_type} mixes patches there. Prune behind it, e.g. with "
+                "'fastervlm@64'"
+            )
+        attention = attention_of(find_blocks(adapter.vision_tower)[0])
+        if attention is None or not reads_interface(attention):
+            raise UnsupportedError(
+                f"{name} needs the attention of {type(adapter.vision_tower).__name__}, which attends by itself; "
+                "prune behind the tower, e.g. with 'fastervlm@64'"
+            )
 
     def hooks(self) -> list[Handle]:
-        return []
-
-    def enter(self, state: ForwardState) -> None: ...
+        if self.budget is None:
+            return []
+        handles: list[Handle] = []
+        for number, block in enumerate(self.blocks):
+            tap = AttentionTap(attention_of(block), self._listen, self._bias)
+            tap.install()
+            handles.append(tap)
+            handles.append(block.register_forward_hook(self._behind(number)))
+        handles.append(self.attachment.adapter.projector.register_forward_hook(self._behind_projector))
+        return handles
 
     def missed(self, state: ForwardState) -> set[int]:
         return set()
+
+    # --- in the tower -----------------------------------------------------------------------------
+
+    def _run(self) -> Shortening | None:
+        """The run of this thread's encoder call, None outside of one or before its first block ended."""
+        run, record = getattr(self._local, "run", None), self.attachment.record()
+        return run if run is not None and run.record is record else None
+
+    @torch.no_grad()
+    def _listen(self, call: AttentionCall, output: Tensor) -> None:
+        record = self.attachment.record()
+        if record is None:
+            return
+        self._local.call = call
+        if self.reads_attention and not self._checked:  # once: the rule of a tower does not change between calls
+            first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+            call.check(first, None, call.attention(first), output, record.checks)
+            self._checked = True
+
+    def _bias(self, call: AttentionCall) -> Tensor | None:
+        run = self._run()
+        return None if run is None else run.bias(self.prefix)
+
+    def _behind(self, number: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: object, output: Any) -> Any:
+            record = self.attachment.record()
+            if record is None:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output  # (T, p + n, C)
+            if number == 0:
+                self._local.run = Shortening.begin(record, hidden[:, self.prefix :])
+            if number not in self.asked:
+                return None
+            started = time.perf_counter()
+            run, call = self._local.run, self._local.call
+            self._local.call = None
+            patches = hidden[:, self.prefix :]
+            left = len(self.blocks) - 1 - number
+            answer = self.method.shorten(self._block(run, call, patches, left), self._target(run.total))
+            self._check(answer, run)
+            shorter = run.shorten(patches, answer)
+            run.seconds += time.perf_counter() - started
+            if shorter is patches:
+                return None
+            hidden = torch.cat([hidden[:, : self.prefix], shorter], dim=1)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _target(self, total: int) -> int:
+        return min(self.budget.count(total), total)
+
+    @torch.no_grad()
+    def _block(self, run: Shortening, call: AttentionCall, patches: Tensor, left: int) -> EncoderBlock:
+        """What the method reads; rows of attention only where it needs them."""
+        first = self.prefix
+        return EncoderBlock(
+            left,
+            patches.detach(),
+            call.keys.detach(),
+            call.values.detach(),
+            run.sizes,
+            run.alive,
+            first_row(call)[..., first:] if needs(self.method, "cls_attention") else None,
+            call.received()[:, first:] if needs(self.method, "received_attention") else None,
+            run.notes,
+        )
+
+    def _check(self, answer: Shortened, run: Shortening) -> None:
+        for name in ("keep", "into", "notes"):
+            value = getattr(answer, name)
+            if value is not None and value.shape != run.index.shape:
+                raise InvariantError(
+                    f"{self.method.name}: shorten returned {name} of shape {tuple(value.shape)}; expected "
+                    f"{tuple(run.index.shape)}, one per row"
+                )
+
+    def _behind_projector(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        run = self._run()
+        if run is None:
+            return None
+        front = output.shape[1] - run.index.shape[1]  # [CLS], where the model reads it
+        present = run.restore(run.alive[..., None].float())  # (T, N, 1)
+        k = self._target(run.total)
+        run.record.checks.require(
+            (present.sum(dim=1) == k).all(),
+            lambda: InvariantError(
+                f"{self.method.name} left {present.sum(dim=1)[:, 0].int().tolist()} patches of {run.total}; "
+                f"expected {k} in every crop"
+            ),
+        )
+        run.record.found[PRESENT] = present
+        self._local.run = None
+        self._local.seconds = getattr(self._local, "seconds", 0.0) + run.seconds
+        return torch.cat([output[:, :front], run.restore(output[:, front:])], dim=1)
+
+    # --- before the language model ----------------------------------------------------------------
+
+    @torch.compiler.disable
+    def enter(self, state: ForwardState) -> None:
+        """Drop from the prompt what left the tower."""
+        if not state.placements or self.budget is None:
+            return
+        state.report.seconds += self._local.__dict__.pop("seconds", 0.0)
+        pictures, _ = listed(state)
+        cut_sequence(state, self.attachment, self.method, [self._cut(picture) for picture in pictures])
+
+    def _cut(self, picture: Picture) -> Cut | None:
+        if PRESENT not in picture.captured:
+            raise CaptureError(
+                f"a picture was encoded without {self.method.name}; encode it while {self.attachment.spec!r} is "
+                "attached"
+            )
+        present = picture.captured[PRESENT][:, 0]
+        if self.budget.scope != "crop" and len(picture.grids) > 1:
+            raise UnsupportedError(
+                f"{self.method.name} spends its budget in every tile of a picture: write "
+                f"'@{self.budget.keep}/crop' instead of '@{self.budget}'"
+            )
+        if bool(((present != 0) & (present != 1)).any()):
+            raise UnsupportedError(
+                f"{self.attachment.adapter.model_type} averages patches of this picture behind its projector, "
+                f"where {self.method.name} left some out; use fewer tiles, or prune behind the tower"
+            )
+        keep_idx = present.nonzero()[:, 0]
+        if keep_idx.shape[0] == picture.count:
+            return None
+        slots = picture.slots_of(keep_idx)
+        if picture.special is not None:
+            slots = torch.cat([slots, picture.specials.to(slots.device)])
+        return Cut(slots, keep_idx, picture.grids)

@@ -31,7 +31,7 @@ from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
 from ..state import ForwardState
 from ..vision.pictures import Grids, Picture
 from . import Attachment, Handle
-from .before_lm import joined
+from .cutting import joined
 
 
 @dataclass(eq=False)

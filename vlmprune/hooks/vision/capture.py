@@ -132,28 +132,30 @@ class VisionCapture:
     @property
     def is_recording(self) -> bool:
         """Whether this thread is inside a ``recording`` block."""
-        return self._record() is not None
+        return self.record is not None
 
-    def _record(self) -> Record | None:
+    @property
+    def record(self) -> Record | None:
+        """The record of this thread, None outside of a ``recording`` block."""
         return getattr(self._local, "record", None)
 
     def _checks(self) -> Checks | None:
         """Where the checks of a running record go, None outside of one."""
-        record = self._record()
+        record = self.record
         return None if record is None else record.checks
 
     def _on_attention(self, index: int, call: AttentionCall) -> None:
-        if (record := self._record()) is not None:
+        if (record := self.record) is not None:
             record.attend(index, call)
 
     def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if (record := self._record()) is not None:
+        if (record := self.record) is not None:
             given = {"encoder_features": args[0], "tile_features": output}
             record.found |= {need: given[need.what] for need in self.needs if need.what in given}
 
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if (record := self._record()) is not None:
+            if (record := self.record) is not None:
                 if record.grad and not torch.is_grad_enabled() and next(module.parameters()).requires_grad:
                     raise UnsupportedError(
                         "reentrant gradient checkpointing of the vision tower hides the gradient of its "
