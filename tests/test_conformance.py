@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlmprune.hooks.attention_tap import AttentionCall
+from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.sequence import views
 from vlmprune.hooks.sequence.views import SequenceView
 from vlmprune.hooks.slots import before_lm

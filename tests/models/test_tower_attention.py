@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune.hooks.attention_tap import AttentionCall, AttentionTap, reads_interface
+from vlmprune.hooks.attention_call import AttentionCall
+from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
 from vlmprune.hooks.vision.encode import run_encoder
 from vlmprune.hooks.vision.tower import TapReader, attention_of, find_blocks
 from vlmprune.models import adapter_for

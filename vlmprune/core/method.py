@@ -265,4 +265,10 @@ def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tup
                 "combine methods of different slots, such as 'var+fastervlm@128'"
             )
         slots[method.slot] = (method, budget)
+    if "encoder" in slots and "before_lm" in slots:
+        inside, behind = slots["encoder"][0].name, slots["before_lm"][0].name
+        raise UnsupportedError(
+            f"{inside} leaves patches out of the vision tower, and {behind} reads all of them behind it; "
+            f"use one of the two, or cut further inside the language model, such as '{inside}@128+fastv@64'"
+        )
     return slots

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InvariantError, UnsupportedError
+from ..errors import CaptureError, InvariantError, UnsupportedError
+from .patches import pictures_of
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, held_length
 from .sequence.masks import TokenTypes
 from .sequence.placement import Columns, place
@@ -25,6 +26,43 @@ from .state import ForwardState
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Modality
+
+
+def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapping[str, Any]) -> Any:
+    """Take pictures that were encoded before this forward.
+
+    Returns what they come from, pixels or pictures; None without any.
+    """
+    source: Any = None
+    for modality in adapter.modalities:
+        pixels = kwargs.get(modality.pixels)
+        if state.active and pixels is not None:
+            # some families skip empty pixels and leave the placeholders as they are
+            adapter.check(kwargs, modality)
+            source = pixels if source is None else source
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+        if encoded is None or not state.active:
+            continue
+        held = pictures_of(encoded)
+        if held is None:
+            raise CaptureError(
+                f"the {modality.name} features of this call were not encoded while {spec!r} was attached (or "
+                "were rebuilt since, as chunked prefill does); attach before encoding and leave "
+                "prefill_chunk_size unset"
+            )
+        source = held if source is None else source
+        state.pictures[modality.name] = held.pictures
+        state.report.fire("encode")
+    return source
+
+
+def refuse_maps(adapter: Adapter, kwargs: Mapping[str, Any]) -> None:
+    """Refuse to return attention maps of a sequence that was cut."""
+    if kwargs.get("output_attentions") or getattr(adapter.language_model.config, "output_attentions", False):
+        raise UnsupportedError(
+            "output_attentions: the maps would speak of the sequence after the cut, and edited rows would be "
+            "missing; read what was kept from run.last.keep, or ask for attention maps without pruning"
+        )
 
 
 def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Session: what is attached to one model, and nothing else.
 
-    model.generate                    patched: checks left for later are read when it returns
-      inner.get_image_features        patched: records what methods need; the pictures travel on the returned
-      object, because transformers may encode long before it calls forward inner.forward
-      patched: opens the state of the forward, and closes it however the forward ends language_model
-      pre-hook: pictures are found, slots act, masks and positions are put right; hook: full length again, and
-      the cache learns what was cut decoder layers              hooks of the slots _deepstack_process
-      patched where there is one: features added after a layer follow the cuts model.create_masks_for_generate
-      patched: static caches keep the 2-D mask, so that 4-D masks speak of held slots
+    model.generate                  patched: checks that were left for later are read when it returns
+      inner.get_image_features      patched: records what methods need; the pictures travel on the returned
+                                    object, because transformers may encode long before it calls forward
+      inner.forward                 patched: opens the state of the forward, and closes it however it ends
+        language_model              pre-hook: pictures are found, slots act, masks and positions are put right
+                                    hook: full length again, and the cache learns what was cut
+          decoder layers            hooks of the slots
+          _deepstack_process        patched where there is one: features added later follow the cuts
+    create_masks_for_generate       patched: static caches keep the 2-D mask, for masks over held slots
 
 The state of a forward is thread-local and dies with it; after ``detach`` the model is exactly what it was.
 """
@@ -28,9 +29,9 @@ from ..core.budget import Budget
 from ..core.deferred import DeferredChecks
 from ..core.method import Method, Need, Positions, SlotName, needs_of
 from ..core.report import Report
-from ..errors import CaptureError, InvariantError, UnsupportedError
+from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
-from .entrance import leave, locate, open_views, shortened
+from .entrance import leave, locate, open_views, refuse_maps, shortened, take_pictures
 from .patches import (
     Encode,
     Generate,
@@ -39,7 +40,6 @@ from .patches import (
     RecordedForward,
     Stacked,
     forget_graphs,
-    pictures_of,
 )
 from .sequence.cache import cache_in, state_of
 from .sequence.masks import uses_flash
@@ -288,7 +288,7 @@ class Session:
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
             state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
-        source = self._take_pictures(state, kwargs)
+        source = take_pictures(state, self.adapter, self.spec, kwargs)
         if state.pictures or not self.enabled:
             self._local.unplaced = 0
         elif (
@@ -301,32 +301,6 @@ class Session:
         if set(self.slots) - {"encoder", "before_lm"}:
             state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
         return state
-
-    def _take_pictures(self, state: ForwardState, kwargs: dict[str, Any]) -> Any:
-        """Take pictures that were encoded before; returns what they come from, pixels or pictures, None
-        without any.
-        """
-        source: Any = None
-        for modality in self.adapter.modalities:
-            pixels = kwargs.get(modality.pixels)
-            if self.enabled and pixels is not None:
-                # some families skip empty pixels and leave the placeholders as they are
-                self.adapter.check(kwargs, modality)
-                source = pixels if source is None else source
-            encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
-            if encoded is None or not self.enabled:
-                continue
-            held = pictures_of(encoded)
-            if held is None:
-                raise CaptureError(
-                    f"the {modality.name} features of this call were not encoded while {self.spec!r} was "
-                    "attached (or were rebuilt since, as chunked prefill does); attach before encoding and "
-                    "leave prefill_chunk_size unset"
-                )
-            source = held if source is None else source
-            state.pictures[modality.name] = held.pictures
-            state.report.fire("encode")
-        return source
 
     def _decoded(self, state: ForwardState, source: Any, cache: Any, use_cache: bool | None) -> int:
         """Tokens at the end of this forward that earlier ones generated: decoding without a cache feeds them
@@ -368,19 +342,10 @@ class Session:
         for slot in self.slots.values():
             slot.enter(state)
         if state.cache_state is not None or state.viewed:
-            self._refuse_maps(kwargs)
+            refuse_maps(self.adapter, kwargs)
         if state.cache_state is None and not (state.viewed and state.views.cuts):
             return None  # nothing was cut yet: the call is left alone
         return args, shortened(state, self.adapter, kwargs)
-
-    def _refuse_maps(self, kwargs: dict[str, Any]) -> None:
-        config = self.adapter.language_model.config
-        if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-            raise UnsupportedError(
-                "output_attentions: the maps would speak of the sequence after the cut, and edited rows "
-                "would be missing; read what was kept from run.last.keep, or ask for attention maps without "
-                "pruning"
-            )
 
     def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state = self.state

@@ -23,7 +23,7 @@ from .vision.pictures import Picture
 
 if TYPE_CHECKING:
     from .slots.cutting import Cut
-    from .slots.inside_lm import InsideRecord
+    from .slots.spans import InsideRecord
 
 
 @dataclass(eq=False)

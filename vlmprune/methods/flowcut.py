@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlowCut: patches leave the vision encoder while it runs, by a running score of attention, likeness and size.
+"""FlowCut: patches leave the vision encoder while it runs, by a running score.
 
-Redundancy emerges block by block, and the attention of one block misjudges it. Every block scores what is left;
-every second block drops as many patches as the concentration of its attention allows:
+Redundancy emerges block by block, and the attention of one block misjudges it. Every block scores what is
+left by attention, likeness and size; every second block drops as many patches as the concentration of its
+attention allows:
 
     I = (a / sum a + s / sum s) * |v|_1,   c <- (c + I) / 2,   drop = (n - T) / sqrt(l) * (1 - e^2)
 
-with a the attention of [CLS], s the softmax of the unscaled products of the values of [CLS] and the patches, v
-the value of a patch, e the entropy of a over that of uniform attention, l blocks left, T patches wanted. The
-kept patches went through the later blocks without the others, so their features change.
+with a the attention of [CLS], s the softmax of the unscaled products of the values of [CLS] and the patches,
+v the value of a patch, e the entropy of a over that of uniform attention, l blocks left, T patches wanted.
+The kept patches went through the later blocks without the others, so their features change.
 
-Deviations: drop counts are per picture, the authors take the largest of a batch (``variant="official"``), which
-ties a picture's answer to its neighbours; 0 log 0 is 0, where theirs is NaN; float32. Towers without [CLS] are
-refused. The second cut that the authors make inside the language model for tiled pictures is a method of its
-own there: add one, as in ``flowcut@64/crop+fastv@64``.
+Deviations: drop counts are per picture, the authors take the largest of a batch (``variant="official"``),
+which ties a picture's answer to its neighbours; 0 log 0 is 0, where theirs is NaN; float32. Towers without
+[CLS] are refused. The second cut that the authors make inside the language model for tiled pictures is a
+method of its own there: add one, as in ``flowcut@64/crop+fastv@64``.
 Provenance: Tong et al., arXiv:2505.19536; written from a description of paper and official code (commit
 a2ecd24, Apache-2.0); no code copied.
 """

@@ -5,12 +5,12 @@ Every second row a is matched with the most similar of the others, by the cosine
 
     b(a) = argmax_b cos(k_a, k_b),   x_b <- (s_b x_b + s_a x_a) / (s_b + s_a)   for the r most similar pairs
 
-with s the number of patches that a row stands for. Later attention adds log s to the logits of a row, so that it
-weighs as the patches in it do.
+with s the number of patches that a row stands for. Later attention adds log s to the logits of a row, so that
+it weighs as the patches in it do.
 
-Deviations: rows are averaged at the end of a block, the paper does it between its attention and its MLP, which
-hooks around an unmodified block cannot reach; r is not an option but what the budget asks for, spread evenly
-over the blocks; a block averages several times where half of its rows is not enough.
+Deviations: rows are averaged at the end of a block, the paper does it between its attention and its MLP,
+which hooks around an unmodified block cannot reach; r is not an option but what the budget asks for, spread
+evenly over the blocks; a block averages several times where half of its rows is not enough.
 [CLS] is never averaged. A merged row stands where its b stood.
 Provenance: Bolya et al., arXiv:2210.09461; written from the paper; no code was read.
 """

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.hooks.attention_tap import AttentionCall
+from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.sequence.compaction import Compaction
 from vlmprune.hooks.sequence.views import SequenceView
 from vlmprune.methods.fastv import FastV, official_keep

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...core.budget import Budget
 from ...core.method import Method
-from ..attention_tap import AttentionCall, over_keys, tap
+from ..attention_call import AttentionCall, over_keys
+from ..attention_tap import tap
 from ..sequence.cache import Marks
 from ..state import ForwardState
 from . import Attachment, Handle

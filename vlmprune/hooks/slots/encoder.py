@@ -23,7 +23,8 @@ from ...core.budget import Budget
 from ...core.encoder import EncoderBlock, Shortened
 from ...core.method import Method, Need, needs
 from ...errors import CaptureError, InvariantError, UnsupportedError
-from ..attention_tap import AttentionCall, AttentionTap, reads_interface
+from ..attention_call import AttentionCall
+from ..attention_tap import AttentionTap, reads_interface
 from ..state import ForwardState
 from ..vision.capture import Record, block_index, first_row
 from ..vision.pictures import Picture
@@ -87,7 +88,8 @@ class Shortening:
         width = int(counts.max())
         if width == keep.shape[1]:
             return patches
-        order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]  # those that stay, in order
+        # those that stay, in order
+        order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
         filling = torch.arange(width, device=order.device) >= counts[:, None]
         self.index = self.index.gather(1, order).masked_fill(filling, -1)
         self.sizes = self.sizes.gather(1, order).masked_fill(filling, 0.0)
@@ -106,7 +108,8 @@ class Shortening:
     def restore(self, rows: Tensor) -> Tensor:
         """Rows (T, n, D) at their places among all N patches, zeros elsewhere."""
         at = self.index.masked_fill(~self.alive, self.total)
-        full = rows.new_zeros(rows.shape[0], self.total + 1, rows.shape[2])  # the last place takes the filling
+        # the last place takes the filling
+        full = rows.new_zeros(rows.shape[0], self.total + 1, rows.shape[2])
         return full.scatter(1, at[..., None].expand_as(rows), rows)[:, : self.total]
 
 
@@ -126,22 +129,23 @@ class EncoderSlot:
         self._checked = False
         if needs(method, "cls_attention") and not self.prefix:
             raise UnsupportedError(
-                f"{type(adapter.vision_tower).__name__} has no [CLS] token: use {method.name}(cls='mean')"
+                f"{type(adapter.vision_tower).__name__} has no [CLS] token, whose attention "
+                f"{method.name} reads; use a method that needs none, e.g. 'tome@64/crop'"
             )
 
     def _refuse(self) -> None:
         adapter, name = self.attachment.adapter, self.method.name
         if not adapter.shortens or len(adapter.layers) != 1:
             raise UnsupportedError(
-                f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a projector of "
-                f"single patches; {adapter.model_type} mixes patches there. Prune behind it, e.g. with "
-                "'fastervlm@64'"
+                f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a "
+                f"projector of single patches; {adapter.model_type} mixes patches there. Prune behind it, "
+                "e.g. with 'fastervlm@64'"
             )
         attention = attention_of(find_blocks(adapter.vision_tower)[0])
         if attention is None or not reads_interface(attention):
             raise UnsupportedError(
-                f"{name} needs the attention of {type(adapter.vision_tower).__name__}, which attends by itself; "
-                "prune behind the tower, e.g. with 'fastervlm@64'"
+                f"{name} needs the attention of {type(adapter.vision_tower).__name__}, which attends by "
+                "itself; prune behind the tower, e.g. with 'fastervlm@64'"
             )
 
     def hooks(self) -> list[Handle]:
@@ -172,7 +176,9 @@ class EncoderSlot:
         if record is None:
             return
         self._local.call = call
-        if self.reads_attention and not self._checked:  # once: the rule of a tower does not change between calls
+        if (
+            self.reads_attention and not self._checked
+        ):  # once: the rule of a tower does not change between calls
             first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
             call.check(first, None, call.attention(first), output, record.checks)
             self._checked = True
@@ -268,8 +274,8 @@ class EncoderSlot:
     def _cut(self, picture: Picture) -> Cut | None:
         if PRESENT not in picture.captured:
             raise CaptureError(
-                f"a picture was encoded without {self.method.name}; encode it while {self.attachment.spec!r} is "
-                "attached"
+                f"a picture was encoded without {self.method.name}; encode it while "
+                f"{self.attachment.spec!r} is attached"
             )
         present = picture.captured[PRESENT][:, 0]
         if self.budget.scope != "crop" and len(picture.grids) > 1:
@@ -279,8 +285,9 @@ class EncoderSlot:
             )
         if bool(((present != 0) & (present != 1)).any()):
             raise UnsupportedError(
-                f"{self.attachment.adapter.model_type} averages patches of this picture behind its projector, "
-                f"where {self.method.name} left some out; use fewer tiles, or prune behind the tower"
+                f"{self.attachment.adapter.model_type} averages patches of this picture behind its "
+                f"projector, where {self.method.name} left some out; use fewer tiles, or prune behind the "
+                "tower"
             )
         keep_idx = present.nonzero()[:, 0]
         if keep_idx.shape[0] == picture.count:

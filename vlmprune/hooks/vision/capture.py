@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...core.deferred import NOW, Checks
 from ...core.method import OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
-from ..attention_tap import AttentionCall
+from ..attention_call import AttentionCall
 from .tower import FusedReader, TapReader, attention_of, find_blocks, has_cls, prefix_length, reader_of
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision

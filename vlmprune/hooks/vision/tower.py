@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...core.deferred import Checks
 from ...errors import UnsupportedError
-from ..attention_tap import AttentionCall, AttentionTap, reads_interface
+from ..attention_call import AttentionCall
+from ..attention_tap import AttentionTap, reads_interface
 
 Give = Callable[[AttentionCall], None]
 _NAMES = ("self_attn", "attention", "attn", "token_mixer")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cuts inside the language model know of one forward: tokens that are left, and rows that rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..vision.pictures import Grids, Picture
+
+
+@dataclass(eq=False)
+class Span:
+    """The tokens of one picture that are still there, in one row of the batch.
+
+    Args:
+        row: of the batch.
+        columns: (n,) ascending columns of the sequence that they stand at.
+        ids: (n,) patch number in the picture, -1 for merged rows.
+        number: of the picture in the report.
+        shown: whether this is the first row that shows the picture.
+        ordinal: of the picture in its row.
+        picture: it.
+    """
+
+    row: int
+    columns: Tensor
+    ids: Tensor
+    number: int
+    shown: bool
+    ordinal: int
+    picture: Picture
+
+    @property
+    def grids(self) -> Grids:
+        """The blocks that the tokens still form: all of the picture's, or none once some are cut."""
+        return self.picture.grids if self.ids.shape[0] == self.picture.count else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Attention rows that rank: of the query columns ``rows`` (B, R), over all slots of the layer, (B, H, R,
+    S).
+
+    ``real`` (B, R) tells queries from filling of shorter rows; None: all are queries.
+    """
+
+    rows: Tensor
+    real: Tensor | None
+    attention: Tensor
+
+
+@dataclass(eq=False)
+class InsideRecord:
+    """What cuts inside the language model know in one forward.
+
+    Args:
+        spans: of every picture in every row.
+        raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
+        ranked: rows for the next cut.
+        lengths: tokens of every row, None where the device was not asked.
+        done: layers whose cut was made, or found unnecessary.
+    """
+
+    spans: list[Span]
+    raters: Tensor | None
+    lengths: list[int] | None
+    ranked: Ranked | None = None
+    done: set[int] = field(default_factory=set)
