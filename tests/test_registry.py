@@ -85,11 +85,13 @@ def test_only_method_subclasses_register(thing: object) -> None:
         register("toy")(thing)
 
 
-def test_a_method_before_the_lm_overrides_a_verb_and_others_need_not() -> None:
+def test_a_method_overrides_a_verb_of_its_slot() -> None:
     with pytest.raises(SpecError, match="overrides none of score, select, merge"):
         register("toy")(type("Toy", (Method,), {}))
-    register("toy")(type("Toy", (Method,), {"slot": "attention"}))
-    assert method_info("toy").kind == ""
+    with pytest.raises(SpecError, match="overrides none of reweight"):
+        register("toy")(type("Toy", (Method,), {"slot": "attention"}))
+    register("toy")(type("Toy", (Method,), {"slot": "decode", "visible": lambda self, held, step: held}))
+    assert method_info("toy").kind == "visible"
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,7 @@ def prune(
     plans, text = resolve_all(method, keep)
     adapter = adapter_for(model)
     for built, _ in plans:
-        if built.slot == "before_lm":
-            built.kind()  # raises where a class of one's own overrides nothing
+        built.kind()  # raises where a class of one's own overrides nothing
         built.check_model(adapter.config)
     return Session(adapter, plans, text, positions=positions, strict=strict)
 
@@ -89,7 +88,7 @@ def resolve_all(
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
-        if budget is None and method.budgeted and need_keep and method.slot == "before_lm":
+        if budget is None and method.budgeted and need_keep and method.slot != "inside_lm":
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
@@ -128,9 +127,9 @@ def score(
 def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -> list[ScoreMap]:
     built, _, text = resolve(method, need_keep=False)
     if built.slot != "before_lm":
+        where = "inside the vision tower" if built.slot == "encoder" else "inside the language model"
         raise UnsupportedError(
-            f"{text!r} looks inside the language model, which score does not run; use prune(...) and read "
-            "run.last.keep"
+            f"{text!r} acts {where}, where score cannot follow it; use prune(...) and read run.last.keep"
         )
     if built.kind() != "score":
         raise UnsupportedError(
@@ -236,7 +235,12 @@ def select(
         >>> vlmprune.select("fastervlm", keep=2, cls_attention=torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
         tensor([[1, 3]])
     """
-    built, budget, _ = resolve(method, keep)
+    built, budget, text = resolve(method, keep)
+    if built.slot in ("encoder", "attention", "decode"):
+        raise UnsupportedError(
+            f"{text!r} acts in the slot {built.slot!r}, which needs a model that runs; use "
+            "prune(...) and read run.last.keep"
+        )
     if tower is not None:
         if tensors or grid is not None:
             raise SpecError(

@@ -56,7 +56,7 @@ class MethodInfo:
     """What is known of a method without a model.
 
     ``needs`` is that of the default options where it depends on them, and empty where an option has no
-    default (wrappers need what their inner method needs). ``kind`` is empty where a method scores no tokens.
+    default (wrappers need what their inner method needs).
     """
 
     name: str
@@ -130,8 +130,7 @@ def _check_class(name: str, cls: type[Method]) -> None:
     one_of("slot", cls.slot, SLOTS)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
-    if cls.slot == "before_lm":
-        cls.kind()
+    cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
         raise SpecError(f"method {name!r} wraps another one but has no field for it; add `inner: Method`")
     needs = inspect.getattr_static(cls, "needs")
@@ -291,7 +290,6 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
             if field.init and field.default is MISSING and field.default_factory is MISSING
         ]
         needs = () if required else cls().needs
-    scores = any(getattr(cls, verb) is not getattr(Method, verb) for verb in ("score", "select", "merge"))
     doc = inspect.getdoc(cls) or ""
     return MethodInfo(
         name=name,
@@ -300,7 +298,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         query_aware=cls.query_aware,
         calibrated=cls.calibrated,
         nested=cls.nested,
-        kind=cls.kind() if scores else "",
+        kind=cls.kind(),
         positions=cls.positions,
         budgeted=cls.budgeted,
         options=tuple(_option(field, doc) for field in option_fields(cls)),

@@ -161,7 +161,7 @@ class Spec(Printed):
                 raise SpecError(
                     f"{str(part)!r} has a budget, but method {part.name!r} takes none; drop '@{part.budget}'"
                 )
-            if require_budget and cls.budgeted and cls.slot == "before_lm" and not part.budget:
+            if require_budget and cls.budgeted and cls.slot != "inside_lm" and not part.budget:
                 raise SpecError(
                     f"{str(part)!r} has no budget; expected tokens or a fraction to keep: {part}@64 or "
                     f"{part}@0.25"

@@ -235,7 +235,7 @@ def test_the_registry_describes_it():
         False,
         True,
         (),
-        "",
+        "reweight",
     )
     assert [option.name for option in info.options] == [
         "dims",

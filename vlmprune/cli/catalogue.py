@@ -145,7 +145,9 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "score": "scores every token, the highest are kept",
         "select": "chooses a set",
         "merge": "merges tokens",
-        "": "acts where its stage says, without choosing tokens",
+        "shorten": "drops or merges patches inside the vision tower",
+        "reweight": "edits attention, chooses no tokens",
+        "visible": "hides tokens from decode steps",
     }
     return {
         "example": example(info),

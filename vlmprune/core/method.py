@@ -30,13 +30,21 @@ if TYPE_CHECKING:
     from .encoder import EncoderBlock, Shortened
 
 SlotName = Literal["encoder", "before_lm", "inside_lm", "attention", "decode"]
-Verb = Literal["score", "select", "merge"]
+Verb = Literal["score", "select", "merge", "shorten", "reweight", "visible"]
 Layout = Literal["packed", "spatial"]
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
 Counts = Literal["budget", "own", "both"]
 Text = Literal["question", "prompt"]  # what stands after the last picture, or all text of the prompt
 
 SLOTS: tuple[SlotName, ...] = get_args(SlotName)
+_CUTS: tuple[Verb, ...] = ("score", "select", "merge")
+VERBS: dict[SlotName, tuple[Verb, ...]] = {
+    "encoder": ("shorten",),
+    "before_lm": _CUTS,
+    "inside_lm": _CUTS,
+    "attention": ("reweight",),
+    "decode": ("visible",),
+}
 
 What = Literal[
     "features",  # (B, N, D) tokens as the language model would get them
@@ -216,12 +224,12 @@ class Method:
 
     @classmethod
     def kind(cls) -> Verb:
-        """Which of ``score``, ``select``, ``merge`` this method overrides."""
-        verbs: tuple[Verb, ...] = get_args(Verb)
+        """Which verb of its slot this method overrides."""
+        verbs = VERBS[cls.slot]
         kinds = [verb for verb in verbs if getattr(cls, verb) is not getattr(Method, verb)]
         if not kinds:
             raise SpecError(
-                f"method {cls.__name__} overrides none of score, select, merge; override exactly one"
+                f"method {cls.__name__} overrides none of {', '.join(verbs)}; override exactly one"
             )
         # a merging or set method may also score, for notebooks: the strongest verb decides how tokens are cut
         return kinds[-1]

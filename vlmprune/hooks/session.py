@@ -141,6 +141,11 @@ class Session:
         return next(iter(self.slots.values()))
 
     @property
+    def in_tower(self) -> bool:
+        """Whether the vision tower computes something else for this session than for others."""
+        return any(slot.in_tower for slot in self.slots.values())
+
+    @property
     def strict(self) -> bool:
         """Whether pictures with fewer tokens than an absolute budget are refused."""
         return self.attachment.strict

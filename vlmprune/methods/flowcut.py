@@ -92,9 +92,12 @@ def importance(a: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 def drops(a: Tensor, n: Tensor, target: int, left: int) -> Tensor:
-    """(T,) patches to drop of n (T,) by attention (T, n) that sums to 1, with so many blocks left."""
+    """(T,) patches to drop of n (T,) by attention (T, n) that sums to 1, with so many blocks left.
+
+    At the last block all of them: the caller stops at the target.
+    """
     if left == 0:
-        return n - target
+        return n
     p = a.double()
     entropy = -torch.xlogy(p, p).sum(dim=1)
     e = entropy / n.double().log().clamp_min(1e-12)  # one patch is as even as can be

@@ -97,8 +97,15 @@ class Subject:
         """Whether the method cuts inside the language model."""
         return self.method.slot == "inside_lm"
 
+    @property
+    def makes_rows(self) -> bool:
+        """Whether the language model reads rows that a dense run does not have."""
+        return self.method.kind() in ("merge", "shorten")
+
     def with_keep(self, keep: int | float, scope: str = "image") -> Subject:
         """The same method at another budget."""
+        if self.method.slot == "encoder":
+            scope = "crop"
         if not self.method.budgeted:
             raise UnsupportedError(f"{self.method.name} takes no budget")
         if self.inside:
@@ -139,6 +146,8 @@ def default_spec(method: str) -> str:
     built, budget, text = resolve(method, need_keep=False)
     if budget is not None or not built.budgeted:
         return text
+    if built.slot == "encoder":
+        return f"{text}@0.25/crop"
     if built.slot != "inside_lm":
         return f"{text}@0.25"
     for keep in (0.25, 0.5):

@@ -90,7 +90,8 @@ def _run(
     words: int,
     share: bool,
 ) -> Iterator[Record]:
-    once = EncodeOnce(EncodedImages(sessions), processor, 2 * size) if share else None
+    sharing = [session for session in sessions if share and not session.in_tower]
+    once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
         batch = Batch.make(rows, processor, model)
@@ -103,8 +104,11 @@ def _run(
                 once = None  # this family returns more than features: every record says so
             spent = time.perf_counter() - started
         for session in sessions:
-            served = once.shelf.serving(session, shelved) if shelved else nullcontext()
-            yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
+            if session in sharing and once is not None:
+                served = once.shelf.serving(session, shelved) if shelved else nullcontext()
+                yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
+            else:
+                yield from _answer(model, processor, batch, session, task, words, nullcontext(), "each", 0.0)
 
 
 def _answer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ...core.budget import Budget
 from ...core.method import Method, Positions, SlotName, by_slot
@@ -63,10 +63,12 @@ class Slot(Protocol):
 
     Attributes:
         method, budget: what acts.
+        in_tower: whether it changes what the vision tower computes, so that no other session can use it.
     """
 
     method: Method
     budget: Budget | None
+    in_tower: ClassVar[bool]
 
     def hooks(self) -> list[Handle]:
         """Install what acts inside the model while it runs; on a failure nothing stays."""

@@ -27,6 +27,8 @@ from . import Attachment, Handle
 class AttentionSlot:
     """Edits the attention of one model by one method."""
 
+    in_tower = False
+
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.budget = attachment, budget
         self.language_model = attachment.adapter.language_model

@@ -32,6 +32,8 @@ Projector = Callable[[Tensor], Tensor]
 class BeforeLM:
     """Cuts the merged sequence before the first decoder layer."""
 
+    in_tower = False
+
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
 

@@ -17,6 +17,8 @@ from . import Attachment, Handle
 class DecodeSlot:
     """Hides visual tokens from decode steps, by the mask of the step."""
 
+    in_tower = False
+
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
 

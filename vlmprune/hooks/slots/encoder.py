@@ -116,6 +116,8 @@ class Shortening:
 class EncoderSlot:
     """Shortens the sequence of a vision tower behind some of its blocks."""
 
+    in_tower = True
+
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
         self._local = threading.local()

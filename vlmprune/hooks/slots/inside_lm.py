@@ -37,6 +37,8 @@ from .spans import InsideRecord, Ranked, Span
 class InsideLM:
     """Runs the cuts of one method inside the language model."""
 
+    in_tower = False
+
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
         if budget is not None and budget.scope != "image":

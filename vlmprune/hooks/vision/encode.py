@@ -62,7 +62,7 @@ class EncodedImage:
 
 
 class EncodedImages:
-    """Encodes images for all ``sessions`` of one model, and answers their encoder calls."""
+    """Encodes images for ``sessions`` of one model that share its tower, and answers their encoder calls."""
 
     def __init__(self, sessions: Sequence[Session]) -> None:
         self.adapter = sessions[0].adapter
@@ -89,6 +89,12 @@ class EncodedImages:
     @contextmanager
     def serving(self, session: Session, images: Sequence[EncodedImage]) -> Iterator[None]:
         """Let ``session`` take these images, in the order in which they stand in the batch."""
+
+        if session.in_tower:
+            raise UnsupportedError(
+                f"{session.spec!r} shortens inside the vision tower and cannot take images that were encoded "
+                "without it; encode them anew for it"
+            )
 
         def serve(modality: Modality) -> tuple[Any, list[Picture]]:
             if modality.name != self.modality.name or not images:
