@@ -68,9 +68,7 @@ class Budget(Printed):
 
     @classmethod
     def of(cls, value: int | float | str | Budget, scope: str = "image") -> Budget:
-        """Read a budget from a number, a text like ``"64/crop"``, or a budget; ``scope`` is used where the
-        value names none.
-        """
+        """Read a budget from a number, a text like ``"64/crop"``, or a budget; ``scope`` is its default."""
         if isinstance(value, Budget):
             return value
         if not isinstance(value, str):

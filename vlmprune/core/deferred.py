@@ -48,8 +48,7 @@ class DeferredChecks(Checks):
         return torch.stack([ok.reshape(()) for ok, _ in self._waiting]).all()
 
     def poison(self, hidden: Tensor) -> Tensor:
-        """``hidden`` as it is, or NaN everywhere where a check failed: nothing wrong can pass for an
-        answer."""
+        """``hidden`` as it is, or NaN everywhere after a failed check: no wrong answer can pass."""
         if not self._waiting or self._waiting[0][0].device != hidden.device:
             return hidden
         return torch.where(self.flag(), hidden, torch.nan)

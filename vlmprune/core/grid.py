@@ -25,8 +25,7 @@ Grids = Sequence[tuple[int, int]]
 
 
 def cells(grids: Grids, k: int) -> Tensor:
-    """(N,) int64 cell id of every token, 0..k-1 in raster order of the cells; -1 for a grid that got no
-    cell."""
+    """(N,) int64 cell of every token, 0..k-1 in raster order; -1 for a grid that got no cell."""
     ids, first = [], 0
     for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
         if share == 0:
@@ -40,8 +39,7 @@ def cells(grids: Grids, k: int) -> Tensor:
 
 
 def centres(grids: Grids, k: int) -> Tensor:
-    """(k,) int64 ascending: the token nearest to the centre of cell 0, 1, ... (the upper left one of
-    equals)."""
+    """(k,) int64 ascending: the token nearest to the centre of each cell, the upper left one of equals."""
     found, start = [], 0
     for (rows, cols), share in zip(grids, _shares(grids, k), strict=True):
         for top, bottom, edges in _bands(rows, cols, share):
@@ -52,8 +50,7 @@ def centres(grids: Grids, k: int) -> Tensor:
 
 
 def boxes(grids: Grids) -> Tensor:
-    """(N, 4) float32 x0, y0, x1, y1 of every token inside its own grid, each grid spanning [0, 1] both
-    ways."""
+    """(N, 4) float32 x0, y0, x1, y1 of every token; each grid spans [0, 1] both ways."""
     blocks = []
     for rows, cols in grids:
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")

@@ -113,9 +113,7 @@ class _Map:
         return boxes(self.grids)
 
     def save(self, path: PathName) -> None:
-        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back exactly; the picture is not in
-        it.
-        """
+        """Write a ``.safetensors`` or ``.json`` file that ``load`` reads back, without the picture."""
         suffix = _suffix(path)
         values = {name: value for name, value in vars(self).items() if value is not None and name != "image"}
         fields = _stamp(type(self)) | values
@@ -377,9 +375,7 @@ def _scores(value: Any) -> Tensor:
 
 
 def _union_area(blocks: list[np.ndarray]) -> float:
-    """Share of the unit square under the true cells of any block, exact: in fractions, between the edges of
-    all blocks.
-    """
+    """Share of the unit square under the true cells of any block, exact, in fractions."""
     edges = [
         sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)})
         for axis in (0, 1)

@@ -153,9 +153,7 @@ class Method:
         raise NotImplementedError
 
     def merge(self, tokens: VisualTokens, k: int, ranking: Tensor | None = None) -> Merged:
-        """Rows that replace the tokens; ``ranking`` (B, N) stands in for the method's own scores where a
-        wrapper asks.
-        """
+        """Rows that replace the tokens; ``ranking`` (B, N) replaces the method's own scores for a wrapper."""
         raise NotImplementedError
 
     # --- inside the language model ----------------------------------------------------------------
@@ -165,9 +163,7 @@ class Method:
         raise NotImplementedError
 
     def raters(self, text: Tensor, visual: Tensor) -> Tensor | None:
-        """(T,) bool, which embeddings (T, D) after the picture (N, D) query it; None: the last token of the
-        prompt.
-        """
+        """(T,) bool, text (T, D) after the picture (N, D) that queries it; None: the last token."""
         return None
 
     # --- attention and decode ---------------------------------------------------------------------
@@ -177,9 +173,7 @@ class Method:
         raise NotImplementedError
 
     def prepare(self, language_model: Any) -> Method:
-        """This method with what it needs to know of a backbone; asked once, when it is attached in the
-        attention slot.
-        """
+        """This method with what it must know of a backbone; asked once, when it is attached."""
         return self
 
     def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
@@ -197,9 +191,7 @@ class Method:
     # --- encoder ----------------------------------------------------------------------------------
 
     def shortens_at(self, depth: int) -> Sequence[int]:
-        """Blocks, of the ``depth`` that run before the model takes its features, behind which a method of the
-        encoder slot is asked.
-        """
+        """Blocks behind which the method is asked, of the ``depth`` that feed the features."""
         raise NotImplementedError
 
     def shorten(self, block: EncoderBlock, k: int) -> Shortened:
@@ -213,14 +205,10 @@ class Method:
         return 1
 
     def check_unit(self, count: int) -> None:
-        """Raise when this method cannot act on a unit of ``count`` tokens; asked even where everything is
-        kept.
-        """
+        """Raise when this method cannot act on ``count`` tokens; asked even where everything is kept."""
 
     def check_model(self, config: Any) -> None:
-        """Raise when this method is not meant for the model with this ``config``; asked before anything is
-        attached.
-        """
+        """Raise when this method is not meant for a model with this ``config``; asked first of all."""
 
     @classmethod
     def kind(cls) -> Verb:
@@ -256,9 +244,7 @@ _VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least")
 
 
 def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
-    """Give a wrapper what its inner method declares: where it acts, on what, on which budget, and with which
-    verb.
-    """
+    """Give a wrapper what its inner method declares: slot, needs, budget and verb."""
     for name in {*_AS_INNER, *_VERBS_OF_INNER} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
 

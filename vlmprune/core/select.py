@@ -16,9 +16,7 @@ _LOOK = "Check the captured tensors for overflow"
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """(B, k) int64 ascending indices of the k highest scores (B, N) in float32; the lower index wins ties,
-    NaN ranks lowest.
-    """
+    """(B, k) int64 ascending, the k highest scores (B, N); the lower index wins ties, NaN is lowest."""
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise InvariantError(
             f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k "
@@ -28,9 +26,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
-    """(T, n) bool: in every row the ``count`` (T,) highest scores (T, n) of those ``among`` (T, n); the lower
-    index wins ties.
-    """
+    """(T, n) bool, the ``count`` (T,) highest scores ``among`` (T, n); the lower index wins ties."""
     order = scores.float().masked_fill(~among, -torch.inf).neg().sort(dim=1, stable=True).indices
     rank = order.argsort(dim=1)
     return among & (rank < count[:, None])

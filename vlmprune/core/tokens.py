@@ -213,9 +213,7 @@ class VisualTokens:
     def need(self, name: str) -> Any: ...
 
     def need(self, name: str, layer: int | None = None) -> Any:
-        """Return a captured field, or raise naming what is missing; ``layer`` asks for that of one layer of
-        the tower.
-        """
+        """A captured field, of one ``layer`` of the tower where given; raises naming what is missing."""
         for need, tensor in self.of_layers.items():
             if layer is not None and (need.what, need.layer) == (name, layer):
                 return tensor
@@ -235,9 +233,7 @@ class VisualTokens:
 
 
 def patches_first(what: str, value: Tensor) -> Tensor:
-    """Captured attention as all else is stored, patches before channels: (T, H, n) -> (T, n, H), (T, n) ->
-    (T, n, 1).
-    """
+    """Captured attention with patches before channels: (T, H, n) -> (T, n, H), (T, n) -> (T, n, 1)."""
     if what == "cls_attention":
         return value.transpose(1, 2)
     return value[..., None] if what == "received_attention" else value

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hooks must know of a model: where its parts are, and what its encoder returns. ``vlmprune.models`` has
-one per family.
-"""
+"""What hooks must know of a model; ``vlmprune.models`` has one adapter per family."""
 
 from __future__ import annotations
 

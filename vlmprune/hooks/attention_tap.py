@@ -37,8 +37,7 @@ def reads_interface(module: nn.Module) -> bool:
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:
-    """The attention module of a layer, None where its queries and keys cannot be taken or where it has
-    none."""
+    """The attention module of a layer; None where there is none whose queries and keys can be taken."""
     return next((module for module in layer.modules() if reads_interface(module)), None)
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that a session replaces on one instance of a model: encoders, mask makers, the forward that it
-records.
-"""
+"""Methods that a session replaces on one instance of a model."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ ATTACHED = "_vlmprune_pictures"  # attribute and item of an encoder's output tha
 
 
 class PictureHolder:
-    """The pictures of an encoder's output; neither a list, which generate would repeat for beams, nor a
-    tensor.
-    """
+    """The pictures of an encoder's output; no list or tensor, which generate would repeat for beams."""
 
     def __init__(self, pictures: list[Picture]) -> None:
         self.pictures = pictures
@@ -91,8 +87,7 @@ class RecordedForward(PatchedMethod):
         self.module.__dict__["forward"] = self
 
     def remove(self) -> None:
-        """Put back what was there; where accelerate put its own around this one since, take it out of
-        that."""
+        """Put back what was there, also from inside what accelerate put around it since."""
         held = self.module.__dict__
         if held.get("forward") is self:
             del held["forward"]
@@ -118,9 +113,7 @@ class RecordedForward(PatchedMethod):
 
 
 class Generate(PatchedMethod):
-    """Around generate: where it returns the host has waited for the device, so that checks left for later are
-    read.
-    """
+    """Around generate: when it returns the host has waited anyway, so that deferred checks are read."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.original(*args, **kwargs)
@@ -129,8 +122,7 @@ class Generate(PatchedMethod):
 
 
 class Encode(PatchedMethod):
-    """Around get_image_features or get_video_features: records what methods need, and describes the
-    pictures."""
+    """Around get_image_features or get_video_features: records what methods need."""
 
     def __init__(self, session: Session, module: nn.Module, modality: Modality) -> None:
         super().__init__(session, module, modality.encode, getattr(module, modality.encode))
@@ -163,9 +155,7 @@ class Encode(PatchedMethod):
 
 
 class KeepMask2D(PatchedMethod):
-    """Around what makes 4-D masks for static caches: they are made inside the language model, in terms of
-    held slots.
-    """
+    """Around what makes 4-D masks for static caches: they are made later, over held slots."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]
@@ -179,9 +169,7 @@ class Stacked(PatchedMethod):
     """
 
     def __call__(self, hidden: Tensor, visual: Tensor, embeds: Tensor) -> Tensor:
-        """Hidden states (B, n, D) after the next layer, visual columns (B, L), and what is added to them (V,
-        D).
-        """
+        """Hidden states (B, n, D), visual columns (B, L), and what is added to them (V, D)."""
         state = self.session.state
         if state is not None:
             layer, state.stacked = state.stacked, state.stacked + 1
@@ -194,9 +182,7 @@ class Stacked(PatchedMethod):
 
 
 def forget_graphs(model: nn.Module) -> None:
-    """Have torch.compile trace a model anew if a part of it was compiled: by default graphs ignore hooks that
-    came later.
-    """
+    """Have torch.compile trace a compiled model anew: its graphs ignore hooks that came later."""
     parts = ("_compiled_call_impl", "_compiled_call")
     compiled = any(getattr(module, part, None) is not None for module in model.modules() for part in parts)
     replaced = any(

@@ -254,9 +254,7 @@ class Session:
             self.checks.settle()
 
     def encoded(self, modality: Modality, pictures: list[Picture]) -> None:
-        """Pictures were encoded: inside a forward, or before it, as generate does; then the next forward has
-        to place them.
-        """
+        """Pictures were encoded; outside of a forward, as generate does, the next one must place them."""
         if self.state is None:
             self._local.unplaced = getattr(self._local, "unplaced", 0) + 1
         else:

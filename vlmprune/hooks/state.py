@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ForwardState: the record of one forward of the multimodal model, from its first line to its last. Dies with
-it.
-"""
+"""ForwardState: the record of one forward of the multimodal model; it dies with it."""
 
 from __future__ import annotations
 
@@ -90,8 +88,7 @@ class ForwardState:
 
     @property
     def views(self) -> Views:
-        """The sequence as the decoder layers see it, made when first asked for: untouched forwards need
-        none."""
+        """The sequence as the decoder layers see it, made when first asked for."""
         if self._views is None:
             self._views = self.open_views()
         return self._views

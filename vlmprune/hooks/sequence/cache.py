@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """(B, S) bool masks over the slots that one layer holds: what a method marked in the prompt, and what is
-    visual.
-    """
+    """(B, S) bool masks over the slots that one layer holds: marked by a method, and visual."""
 
     marked: Tensor
     visual: Tensor
@@ -124,9 +122,7 @@ class CutCacheMixin:
             self._vlmprune_state.select(indices)
 
     def crop(self, size: int) -> None:
-        """Remove columns from the end; positive sizes are an absolute number of tokens seen (older
-        transformers).
-        """
+        """Remove columns from the end; a positive size is the number of tokens left."""
         state = self._vlmprune_state
         if state is None:
             return super().crop(size)
@@ -149,8 +145,7 @@ class CutCacheMixin:
 
 
 def cache_name(known: Container[str]) -> str:
-    """The keyword that takes the KV cache, among the parameters of a function; transformers 5.24 renamed
-    it."""
+    """The keyword of a function that takes the KV cache; transformers 5.24 renamed it."""
     return "cache" if "cache" in known else "past_key_values"
 
 
@@ -170,17 +165,13 @@ def state_of(cache: Any) -> CacheState | None:
 
 
 def counting_layer(cache: Any) -> int:
-    """The first layer that holds a slot per token; layers with a running state, or with another's slots, hold
-    none.
-    """
+    """The first layer that holds a slot per token; layers with a running state hold none."""
     layers = getattr(cache, "layers", ())
     return next((index for index, layer in enumerate(layers) if hasattr(layer, "get_seq_length")), 0)
 
 
 def has_running_states(cache: Any) -> bool:
-    """Whether some layers keep a state that every token changes, masked or not: linear attention,
-    convolutions, Mamba.
-    """
+    """Whether some layers keep a state that every token changes, masked or not (Mamba and the like)."""
     layers = getattr(cache, "layers", ())
     return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
 

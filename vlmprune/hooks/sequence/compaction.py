@@ -36,6 +36,8 @@ class Compaction:
         self, keep: Tensor, valid: Tensor, width: int | None = None, tail: int | None = None
     ) -> None:
         self.kept = keep = keep if width is not None else keep & valid
+        if tail is None and width is not None and keep.device.type != "cpu":
+            tail = 0  # a bound for what may be cropped of a cache, which is not worth asking the device for
         if width is None or tail is None:
             every = keep.all(dim=0).flip(0).cumprod(0).sum()  # columns at the end that every row keeps
             width, tail = torch.stack([keep.sum(dim=1).max(), every]).tolist()

@@ -58,9 +58,7 @@ class TokenTypes:
 
 
 class LayerView:
-    """A cache that answers for one layer whatever layer it is asked about: mask builders ask about the first
-    one.
-    """
+    """A cache that answers for one layer: mask builders always ask about the first one."""
 
     def __init__(self, cache: Any, layer: int) -> None:
         self._cache, self._layer = cache, layer
@@ -124,8 +122,7 @@ def check_kinds(config: Any, layers: Iterable[int], method: str) -> None:
 
 
 def uses_flash(config: Any) -> bool:
-    """Whether a language model runs on FlashAttention, which reads gaps in position ids as packed
-    sequences."""
+    """Whether a model runs on FlashAttention, which reads gaps in position ids as packed sequences."""
     return "flash" in str(config._attn_implementation)
 
 
@@ -142,9 +139,7 @@ def _turns_by_kind(rotary: type) -> bool:
 
 
 def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:
-    """(d / 2,) frequencies of the rotary angles of a layer, None where there are none or they are kept
-    elsewhere.
-    """
+    """(d / 2,) frequencies of the rotary angles of a layer, None where none are found."""
     kind = angle_kind(language_model, layer)
     rotary = getattr(language_model, "rotary_emb", None)
     return getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq", None)

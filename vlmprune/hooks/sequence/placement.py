@@ -36,8 +36,7 @@ class Placement:
     flat: Tensor
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """(row, picture, first slot) of every picture as often as it stands in the batch, in reading
-        order."""
+        """(row, picture, first slot) of every picture in every row that shows it, in reading order."""
         found, start = [], 0
         for row, mine in enumerate(self.rows):
             for p in mine:
@@ -67,9 +66,7 @@ class Columns:
 
     @classmethod
     def of(cls, visual: list[Tensor], valid: Tensor | None) -> Columns:
-        """Look at the columns, which a batch on a device waits for once, and a single prompt there not at
-        all.
-        """
+        """Look at the columns; a batch on a device waits for this once, a single prompt never."""
         batch, device = visual[0].shape[0], visual[0].device
         if device.type == "cpu" or batch > 1:
             every = torch.ones_like(visual[0]) if valid is None else valid.to(device)

@@ -70,9 +70,7 @@ class SequenceView:
     # --- on the cache, between two forwards -------------------------------------------------------
 
     def frozen(self, tail: int) -> SequenceView:
-        """What the next call must know: the slots up to the last ``tail`` columns, which all groups hold
-        alike.
-        """
+        """What the next call must know: the slots without the last ``tail``, which all groups hold."""
         held = self.valid[:, : self.width - tail]
         return SequenceView(self.start, held, held[:, :0], self.position_ids[..., :0], self.lost)
 
@@ -141,9 +139,7 @@ class SequenceView:
         return self._masks[kind]
 
     def mask_of_all(self, config: Any, hidden: Tensor, cache: Any) -> Any:
-        """What the language model is handed: the 2-D mask, or one 4-D mask per kind of layer where tokens
-        have types.
-        """
+        """The mask for the language model: 2-D, or 4-D per kind of layer where tokens have types."""
         if self.maskless:
             return None
         if self.types is None:

@@ -89,8 +89,7 @@ class AttentionSlot:
         return output.index_put((batch, rows), moved, accumulate=True)
 
     def _marks(self, state: ForwardState, index: int, hidden: Tensor, valid: Tensor) -> Marks:
-        """Marks over all slots of this layer: earlier ones from the cache, new ones where a prompt is
-        read."""
+        """Marks over all slots of this layer, those of earlier calls from the cache."""
         width, new = valid.shape[1], hidden.shape[1]
         held = state.held_marks.get(index)
         if (

@@ -36,9 +36,7 @@ class Cut:
 
     @property
     def realised(self) -> int:
-        """Visual tokens that the language model reads for this picture, slots that are no patches not
-        counted.
-        """
+        """Visual tokens that the language model reads for this picture, newlines not counted."""
         return self.keep_idx.shape[0] if self.rows is None else self.rows.shape[0]
 
 
@@ -103,9 +101,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def listed(state: ForwardState) -> tuple[list[Picture], list[tuple[int, ...]]]:
-    """All pictures of a forward, modality after modality, and those of every distinct prompt in reading
-    order.
-    """
+    """All pictures of a forward, and the numbers of those of every distinct prompt."""
     pictures: list[Picture] = []
     batch = state.embeds.shape[0]
     samples: list[list[int]] = [[] for _ in range(batch)]

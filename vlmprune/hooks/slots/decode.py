@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode slot: which of the held visual tokens a decode step sees. Nothing is removed: the next step may
-see others.
-"""
+"""The decode slot: which of the held visual tokens a decode step sees. Nothing is removed."""
 
 from __future__ import annotations
 

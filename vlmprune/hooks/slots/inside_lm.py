@@ -301,9 +301,7 @@ class InsideLM:
         )
 
     def _apply(self, spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
-        """Let every span know what stays of it; rows of a merging method are written into the columns they
-        take.
-        """
+        """Let every span know what stays of it, and write the rows of merging methods."""
         for number, span in enumerate(spans):
             if not isinstance(result, Merged):
                 index = result[number]

@@ -168,8 +168,7 @@ class VisionCapture:
 
 
 class Record:
-    """What one run of the tower gave; T counts crops (images, tiles, frames), S tokens with [CLS], N
-    patches."""
+    """What one run of the tower gave, for T crops of S tokens: N patches and what is before them."""
 
     def __init__(self, capture: VisionCapture, checks: Checks) -> None:
         self.capture, self.checks = capture, checks

@@ -71,9 +71,7 @@ class EncodedImages:
         self._like: Any = None  # an output of the encoder
 
     def encode(self, inputs: Mapping[str, Any]) -> list[EncodedImage]:
-        """Run tower and projector on the images of ``inputs``; no session may be attached. One entry per
-        image.
-        """
+        """Run tower and projector on the images of ``inputs``; no session may be attached."""
         output, seen = run_encoder(self.adapter, self.modality, inputs, list(self._captures.values()))
         spare = set(output.keys()) - _SPARE if isinstance(output, Mapping) else set()
         if spare:

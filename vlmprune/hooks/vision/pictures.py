@@ -81,9 +81,7 @@ class Picture:
         return index if self.special is None else self.patches.to(index.device)[index]
 
     def patch_features(self, index: Tensor | None = None) -> Tensor:
-        """(n, D) features of some patches, of all by default; not copied where that is everything in the
-        slots.
-        """
+        """(n, D) features of some patches, of all by default, without a copy where possible."""
         if index is None:
             return (
                 self.features
@@ -159,8 +157,7 @@ def stack_units(
     needs: Sequence[Need],
     projector: Callable[[Tensor], Tensor] | None,
 ) -> VisualTokens:
-    """VisualTokens of units with the same number of tokens, grids and crops; only what is needed is
-    gathered."""
+    """VisualTokens of units with the same number of tokens, grids and crops."""
     first = pictures[units[0].members[0][0]]
     found: dict[Need, Tensor] = {}
     for need in needs:

@@ -56,8 +56,11 @@ class Tiles:
 
 @dataclass(frozen=True, eq=False)
 class SpatialRows:
-    """What the spatial layout makes of a picture: rows (M, D), and (K,) ascending patches in the grids of its
-    tiles.
+    """What the spatial layout makes of a picture: its rows, and the patches kept of its tiles.
+
+    Args:
+        rows: (M, D).
+        keep_idx: (K,) ascending, in the grids of the tiles.
     """
 
     rows: Tensor

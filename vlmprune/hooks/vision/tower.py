@@ -35,9 +35,7 @@ def _readable(attention: nn.Module) -> bool:
 
 
 def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
-    """The transformer blocks of a tower, found by structure since attribute paths moved between transformers
-    versions.
-    """
+    """The transformer blocks of a tower, found by structure: attribute paths differ between versions."""
     lists = [
         m
         for m in tower.modules()
@@ -104,9 +102,7 @@ def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
 
 
 class FusedReader:
-    """Reads an attention module of timm, which projects queries, keys and values at once and attends by
-    itself.
-    """
+    """Reads an attention module of timm, which projects and attends by itself."""
 
     def __init__(self, attention: nn.Module) -> None:
         heads = getattr(attention, "num_heads", None)
