@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InvariantError
 from ..kernels import dispatch
-from .deferred import NOW, Checks
+from .deferred import NOW, Checks, all_finite
 from .method import Merged, Method
 from .tokens import VisualTokens
 
@@ -92,7 +92,7 @@ def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: 
             f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}"
         )
     checks.require(
-        torch.isfinite(scores).all(),
+        all_finite(scores),
         lambda: InvariantError(
             f"{method.name}: {int((~torch.isfinite(scores)).sum())} of {batch * n} scores are not finite and "
             f"cannot be ranked. {_LOOK}"
@@ -132,7 +132,7 @@ def _checked_rows(method: Method, merged: Merged, tokens: VisualTokens, k: int, 
         )
     ordered = slots.sort(dim=-1).values
     checks.require(
-        torch.isfinite(rows).all(),
+        all_finite(rows),
         lambda: InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}"),
     )
     checks.require(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.deferred import Checks
+from ..core.deferred import Checks, all_finite
 from ..core.method import Need, Positions, What
 from ..core.tokens import patches_first
 from ..errors import CaptureError, UnsupportedError
@@ -174,16 +174,8 @@ class Adapter:
         """
         captured = {need: patches_first(need.what, value) for need, value in found.items()}
         if captured:
-            finite = torch.stack([value.isfinite().all() for value in captured.values()])
-
-            def explain() -> CaptureError:
-                bad = [str(need) for need, good in zip(captured, finite.tolist(), strict=True) if not good]
-                return CaptureError(
-                    f"{modality.pixels} gave {sorted(bad)}, not finite; check the pixels, and the tower for "
-                    "overflow"
-                )
-
-            checks.require(finite.all(), explain)
+            for need, value in captured.items():
+                checks.require(all_finite(value), partial(_not_finite, modality, need))
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
         parts = {need: self.divide(modality, value, counts, arguments) for need, value in captured.items()}
@@ -279,6 +271,12 @@ class Adapter:
                 f"this {self.model_type} lays its tokens out in a way that is not supported"
             )
         return packed
+
+
+def _not_finite(modality: Modality, need: Need) -> CaptureError:
+    return CaptureError(
+        f"{modality.pixels} gave {[str(need)]}, not finite; check the pixels, and the tower for overflow"
+    )
 
 
 def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:

@@ -47,7 +47,12 @@ class Compaction:
         order = keep.to(torch.int8).argsort(dim=1, stable=True)
         self.index = order[:, keep.shape[1] - width :]  # (B, N)
         self.valid = (keep & valid).gather(1, self.index)  # (B, N)
-        self.dropped = valid & ~keep  # (B, L) tokens that go
+        self._tokens = valid
+
+    @cached_property
+    def dropped(self) -> Tensor:
+        """(B, L) bool, tokens that go."""
+        return self._tokens & ~self.kept
 
     @cached_property
     def count(self) -> Tensor:
@@ -74,7 +79,10 @@ class Compaction:
 
     def new_columns(self) -> Tensor:
         """(B, L) column of the new sequence where each kept column of the old one went."""
-        return self.kept.cumsum(dim=1) - 1 + (self.width - self.count)[:, None]
+        number = self.kept.cumsum(dim=1) - 1
+        if self.kept.shape[0] == 1:  # nothing is filled up where there is one row
+            return number
+        return number + (self.width - self.count)[:, None]
 
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         """(..., B or 1, L) -> (..., B, N)."""

@@ -45,6 +45,8 @@ class SequenceView:
     @property
     def valid(self) -> Tensor:
         """(B, P + n) bool."""
+        if self.held.shape[1] == 0 or self.new.shape[1] == 0:
+            return self.new if self.held.shape[1] == 0 else self.held
         return torch.cat([self.held, self.new], dim=1)
 
     @property
@@ -91,7 +93,9 @@ class SequenceView:
             seen: tokens of the conversation before this call.
             position_ids: of the new columns in the uncut sequence.
         """
-        held = torch.cat([self.held.to(mask.device), mask[:, static:seen]], dim=1)
+        held = self.held.to(mask.device)
+        if seen > static:
+            held = torch.cat([held, mask[:, static:seen]], dim=1)
         lost = self.lost.to(position_ids.device)
         return SequenceView(
             self.start, held, mask[:, seen:], position_ids - lost[:, None], lost, maskless, types

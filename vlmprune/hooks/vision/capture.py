@@ -224,10 +224,13 @@ def first_row(call: AttentionCall) -> Tensor:
 def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
     """Softmaxed attention (T, H, S) of one query per crop, in float32.
 
-    query (T, C) and keys (T, S, C) are plain projections. The query is spread into a (C, H) block-diagonal
-    matrix, so that the keys are read once, as they lie in memory, without a per-head copy.
+    query (T, C) and keys (T, S, C) are plain projections. On the CPU the query is spread into a (C, H)
+    block-diagonal matrix, so that the keys are read once, as they lie in memory, without a per-head copy.
     """
     crops, width = query.shape
+    if query.device.type != "cpu":  # a few launches are worth more there than one copy of the keys
+        wide = keys.float().view(crops, -1, heads, width // heads).permute(0, 2, 3, 1)  # (T, H, d, S)
+        return ((query.float() * scale).view(crops, heads, 1, -1) @ wide).softmax(dim=-1)[:, :, 0]
     head_of = torch.arange(width, device=query.device) // (width // heads)
     spread = query.new_zeros(crops, width, heads, dtype=torch.float32)
     spread[:, torch.arange(width, device=query.device), head_of] = query.float() * scale
