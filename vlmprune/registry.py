@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 from . import plugins
 from .checks import one_of
-from .core.method import NEEDS, SLOTS, Method, Need
+from .core.method import NEEDS, SLOTS, VERBS, Method, Need
 from .errors import SpecError, did_you_mean
 
 GROUP = "vlmprune.methods"
@@ -56,7 +56,7 @@ class MethodInfo:
     """What is known of a method without a model.
 
     ``needs`` is that of the default options where it depends on them, and empty where an option has no
-    default (wrappers need what their inner method needs).
+    default (wrappers need what their inner method needs). ``kind`` is empty where a schedule says enough.
     """
 
     name: str
@@ -130,7 +130,8 @@ def _check_class(name: str, cls: type[Method]) -> None:
     one_of("slot", cls.slot, SLOTS)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
-    cls.kind()
+    if cls.slot != "inside_lm":  # there a schedule alone may say enough
+        cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
         raise SpecError(f"method {name!r} wraps another one but has no field for it; add `inner: Method`")
     needs = inspect.getattr_static(cls, "needs")
@@ -290,6 +291,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
             if field.init and field.default is MISSING and field.default_factory is MISSING
         ]
         needs = () if required else cls().needs
+    overrides_verb = any(getattr(cls, verb) is not getattr(Method, verb) for verb in VERBS[cls.slot])
     doc = inspect.getdoc(cls) or ""
     return MethodInfo(
         name=name,
@@ -298,7 +300,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         query_aware=cls.query_aware,
         calibrated=cls.calibrated,
         nested=cls.nested,
-        kind=cls.kind(),
+        kind=cls.kind() if overrides_verb else "",
         positions=cls.positions,
         budgeted=cls.budgeted,
         options=tuple(_option(field, doc) for field in option_fields(cls)),

@@ -6,11 +6,13 @@ are those of eager.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import vlmprune
 from vlmprune.testing.conformance import generate
@@ -76,15 +78,25 @@ def test_compile_run_attach(way: Callable[[Any], None], spec: str) -> None:
     """Graphs traced without hooks are forgotten at attach, those traced with them at detach."""
     inputs, eager, model = tiny_inputs(images=(1,)), tiny_model(layers=3), tiny_model(layers=3)
     way(model)
-    answer = partial(generate, inputs=inputs, max_new_tokens=2)
-    dense = answer(eager)
+    dense = two_steps(eager, inputs)
     with vlmprune.prune(eager, spec):
-        want = answer(eager)
-    assert not torch.equal(want, dense)
-    assert torch.equal(answer(model), dense)
-    with vlmprune.prune(model, spec):
-        assert torch.equal(answer(model), want)
-    assert torch.equal(answer(model), dense)
+        want = two_steps(eager, inputs)
+    assert not torch.allclose(want, dense, atol=1e-2)
+    for expected in (dense, want, dense):
+        with vlmprune.prune(model, spec) if expected is want else nullcontext():
+            torch.testing.assert_close(two_steps(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def two_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(2, V) logits of a prefill and a decode step; ids would hide small differences."""
+    options = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with torch.no_grad():
+        return torch.cat(model.generate(**inputs, **options).logits)
 
 
 @pytest.mark.parametrize("spec", ["fastv(layer=2)@9", "pyramiddrop"])

@@ -87,7 +87,7 @@ def test_text_attention_is_asked_for_by_name():
 
 
 def test_scores_cannot_be_had_without_the_language_model():
-    with pytest.raises(UnsupportedError, match="'fastv' looks inside the language model"):
+    with pytest.raises(UnsupportedError, match="'fastv' acts inside the language model"):
         vlmprune.score(tiny_model("llava"), tiny_inputs(images=(1,)), "fastv")
 
 

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pretended device: counts what a forward would ask of a GPU, on a machine without one.
+
+Tensors say that they live elsewhere (on "meta") while the CPU computes them. Every operation counts as a
+launch; every place where the host would wait for the device (item, tolist, nonzero, boolean masks, copies to
+the host) as a wait; every transfer of host data as an upload. An operation that mixes devices raises, as it
+does on a GPU. Counts do not depend on the machine, so a table of them can be held by a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..core.tokens import VisualTokens
+
+Phase = Literal["prefill", "decode"]
+AWAY = torch.device("meta")
+# operations whose result has a size, or is a number, that only the device knows
+_WAITS = frozenset(
+    {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "equal",
+        "is_nonzero",
+        "bincount",
+    }
+)
+_INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
+
+
+class MixedDevices(RuntimeError):
+    """An operation was given tensors of the host and of the device."""
+
+
+@dataclass
+class Counts:
+    """What a piece of work asks of a device.
+
+    Args:
+        launches: operations started.
+        waits: times the host waits until the device is done.
+        uploads: transfers from the host.
+        bytes: read and written by the operations.
+        sites: "wait file:line" or "upload file:line" -> how often.
+    """
+
+    launches: int = 0
+    waits: int = 0
+    uploads: int = 0
+    bytes: int = 0
+    sites: Counter[str] = field(default_factory=Counter)
+
+    def minus(self, other: Counts) -> Counts:
+        """What this asks beyond ``other``."""
+        return Counts(
+            self.launches - other.launches,
+            self.waits - other.waits,
+            self.uploads - other.uploads,
+            self.bytes - other.bytes,
+            self.sites - other.sites,
+        )
+
+    def numbers(self) -> dict[str, int]:
+        """Without the sites."""
+        return {name: value for name, value in asdict(self).items() if name != "sites"}
+
+
+class Pretended(Tensor):
+    """A tensor that says it is away; ``here`` holds its values on the CPU."""
+
+    here: Tensor
+    device_of: PretendedDevice
+
+    @staticmethod
+    def __new__(cls, here: Tensor, device: PretendedDevice) -> Pretended:
+        shell = torch.empty_strided(here.size(), here.stride(), dtype=here.dtype, device=AWAY)
+        made = torch.Tensor._make_subclass(cls, shell, False)
+        made.here, made.device_of = here, device
+        return made
+
+    def tolist(self) -> Any:
+        self.device_of.wait("tolist")
+        return self.here.tolist()
+
+    def item(self) -> Any:
+        self.device_of.wait("item")
+        return self.here.item()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __index__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __len__(self) -> int:
+        return self.here.shape[0]
+
+    def numpy(self, *args: Any, **options: Any) -> Any:
+        raise TypeError("a tensor on a device has no numpy(); move it to the CPU first")
+
+    def __repr__(self, *args: Any, **options: Any) -> str:
+        return f"Pretended({tuple(self.here.shape)}, {self.here.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Pretended)]
+        return tensors[0].device_of.run(op, args, kwargs or {})
+
+
+class PretendedDevice(TorchDispatchMode):
+    """Runs operations on the CPU and counts what they would ask of a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def take(self) -> Counts:
+        """What was counted since the last time."""
+        counts, self.counts = self.counts, Counts()
+        return counts
+
+    def away(self, value: Tensor) -> Pretended:
+        """A tensor of the CPU as one of this device; not counted."""
+        return Pretended(value.detach(), self)
+
+    def wait(self, what: str) -> None:
+        """Count a wait at the line that asks for it."""
+        self.counts.waits += 1
+        self.counts.sites[f"wait {what} {site()}"] += 1
+
+    def upload(self, what: str) -> None:
+        """Count an upload at the line that makes it."""
+        self.counts.uploads += 1
+        self.counts.sites[f"upload {what} {site()}"] += 1
+
+    def launch(self, *values: Any) -> None:
+        """Count a launch that reads and writes these values."""
+        self.counts.launches += 1
+        tensors = [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+        self.counts.bytes += sum(value.numel() * value.element_size() for value in tensors)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return self.run(op, args, kwargs or {})
+
+    def run(self, op: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """One operation, on the CPU, counted where it touches the device."""
+        name = op._schema.name.split("::")[1]
+        tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+        away = [one for one in tensors if isinstance(one, Pretended)]
+        asked = kwargs.get("device")
+        to_away = asked is not None and torch.device(asked).type == AWAY.type
+        if name == "copy_":
+            return self._copy(args[0], args[1])
+        if name == "_to_copy":
+            return self._moved(op, args, kwargs, bool(away), to_away if asked is not None else bool(away))
+        if not away and not to_away:
+            return op(*args, **kwargs)
+        self._refuse_mixed(name, tensors)
+        if name == "_fused_sdp_choice":
+            return 0  # the plain kernel: attention is one launch of its own either way
+        kwargs = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
+        by_mask = name in _INDEXING and any(one.dtype == torch.bool for one in _indices(args))
+        if name in _WAITS or by_mask or (name == "repeat_interleave" and len(args) == 1):
+            self.wait(name)
+        result = op(*tree_map(_here, args), **tree_map(_here, dict(kwargs)))
+        is_view = any(one.alias_info is not None for one in op._schema.returns) and not op._schema.is_mutable
+        if not is_view:
+            self.launch(tensors, result)
+        if op._schema.is_mutable and name.endswith("_"):
+            return args[0]
+        known = {id(one.here): one for one in away}
+        return tree_map(lambda one: self._back(one, known), result)
+
+    def _back(self, value: Any, known: Mapping[int, Pretended]) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return known.get(id(value)) or Pretended(value, self)
+
+    def _copy(self, target: Tensor, source: Tensor) -> Tensor:
+        if isinstance(source, Pretended) and not isinstance(target, Pretended):
+            self.wait("copy to host")
+        elif isinstance(target, Pretended) and not isinstance(source, Pretended):
+            self.upload("copy")
+        _here(target).copy_(_here(source))
+        if isinstance(target, Pretended):
+            self.launch(target, source)
+        return target
+
+    def _moved(self, op: Any, args: tuple, kwargs: Mapping[str, Any], away: bool, to_away: bool) -> Any:
+        """A conversion or a move of the first argument."""
+        kwargs = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else dict(kwargs)
+        result = op(*tree_map(_here, args), **kwargs)
+        if away and not to_away:
+            self.wait("copy to host")
+        if not to_away:
+            return result
+        if not away:
+            self.upload("copy")
+        self.launch(args[0], result)
+        return Pretended(result, self)
+
+    def _refuse_mixed(self, name: str, tensors: list[Tensor]) -> None:
+        """Single numbers may come from the host, and so may indices, which are uploaded."""
+        for one in tensors:
+            if isinstance(one, Pretended) or one.ndim == 0 or one.numel() == 0:
+                continue
+            if name not in _INDEXING:
+                raise MixedDevices(
+                    f"{name}: a tensor of shape {tuple(one.shape)} on the CPU meets the device at {site()}"
+                )
+            self.upload("index")
+
+
+class _Factories(TorchFunctionMode):
+    """``torch.tensor`` on the device is an upload; without this its values would be lost."""
+
+    def __init__(self, device: PretendedDevice) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        asked = kwargs.get("device")
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and asked is not None
+            and torch.device(asked).type == AWAY.type
+        ):
+            self.device.upload("tensor")
+            return Pretended(func(*args, **{**kwargs, "device": "cpu"}), self.device)
+        return func(*args, **kwargs)
+
+
+def _here(value: Any) -> Any:
+    return value.here if isinstance(value, Pretended) else value
+
+
+def _indices(args: tuple) -> list[Tensor]:
+    given = args[1] if len(args) > 1 else ()
+    return [one for one in given if isinstance(one, Tensor)] if isinstance(given, list | tuple) else []
+
+
+def site() -> str:
+    """The innermost line of this project, or else of transformers, that is running."""
+    frames = traceback.extract_stack(limit=80)
+    for package in ("/vlmprune/", "/transformers/"):
+        found = [
+            frame for frame in frames if package in frame.filename and "testing/device" not in frame.filename
+        ]
+        if found:
+            return f"{found[-1].filename.rsplit(package, 1)[1]}:{found[-1].lineno}"
+    return "elsewhere"
+
+
+@contextlib.contextmanager
+def pretending(device: PretendedDevice) -> Iterator[None]:
+    """Run code on the device: for tests and counts only, since names of torch are replaced meanwhile."""
+    autocast: Callable[..., Any] = torch.autocast
+
+    def cast(kind: str, *args: Any, **options: Any) -> Any:
+        return contextlib.nullcontext() if kind == AWAY.type else autocast(kind, *args, **options)
+
+    # shells look like meta tensors, which VisualTokens refuses
+    checked = mock.patch.object(VisualTokens, "__post_init__", lambda self: None)
+    with torch.no_grad(), device, _Factories(device), mock.patch.object(torch, "autocast", cast), checked:
+        yield
+
+
+def moved(model: nn.Module, device: PretendedDevice) -> nn.Module:
+    """The model with its parameters and buffers on the device, in place."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            named: dict[str, Any] = {
+                name: device.away(value) for name, value in table.items() if value is not None
+            }
+            table.update(named)
+    return model
+
+
+def count(
+    make: Callable[[], nn.Module], inputs: Mapping[str, Any], spec: str | None, steps: int = 2
+) -> dict[Phase, Counts]:
+    """What one prefill and one decode step ask of a device, with ``spec`` attached or, for None, without.
+
+    Args:
+        make: gives a model of its own, which is moved to the device.
+        inputs: of one prompt, on the CPU.
+        steps: decode steps; the last one is counted, since the first may read what the prefill left.
+    """
+    from ..api import prune
+    from ..hooks.sequence.cache import cache_name
+
+    device = PretendedDevice()
+    model = moved(make(), device)
+    given = {
+        name: device.away(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
+    found: dict[Phase, Counts] = {}
+    attached: Any = contextlib.nullcontext() if spec is None else prune(model, spec)
+    with pretending(device), attached:
+        model(**given)  # what is made once is not counted
+        device.take()
+        output = model(**given, use_cache=True)
+        found["prefill"] = device.take()
+        keyword = cache_name({"cache": None} if "cache" in output else {"past_key_values": None})
+        cache, mask = output[keyword], given["attention_mask"]
+        for _ in range(steps):
+            ids = device.away(torch.full((mask.shape[0], 1), 5))
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            device.take()
+            model(input_ids=ids, attention_mask=mask, **{keyword: cache})
+        found["decode"] = device.take()
+    return found
