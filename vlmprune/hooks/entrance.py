@@ -110,7 +110,10 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
     state.seen = seen = held if cache_state is None else cache_state.seen_with(state.cache)
     typed = adapter.text_type is not None
     mask = state.given_mask if typed else kwargs.get("attention_mask")
-    maskless = mask is None and new == 1 and cache_state is not None and cache_state.all_valid
+    state.unpadded = mask is None and (cache_state is None or cache_state.all_valid)
+    maskless = state.unpadded and (new == 1 if cache_state is not None else batch == 1)
+    if maskless and cache_state is not None:
+        mask = cache_state.views[0].held[:, :1].expand(batch, seen + new)  # all of them are tokens
     mask = full_mask(mask, batch, seen, new, device)
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
@@ -121,8 +124,9 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
         )
     types = token_types(state, adapter, new) if typed and state.placements else None
     if cache_state is None:
-        lost = torch.zeros(batch, dtype=torch.long, device=device)
-        return Views([SequenceView(0, mask[:, :held], mask[:, seen:], position_ids, lost, types=types)])
+        maskless = maskless and types is None
+        view = SequenceView(0, mask[:, :held], mask[:, seen:], position_ids, None, maskless, types=types)
+        return Views([view])
     return Views(
         [
             view.resumed(mask, cache_state.seen, seen, position_ids, maskless, types)
@@ -208,6 +212,9 @@ def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
         views.tail if state.embeds.device.type == "cpu" else state.generated
     )  # text at the end may be cropped away
     frozen = [view.frozen(tail) for view in views.all]
-    all_valid = state.embeds.device.type == "cpu" and all(bool(view.held.all()) for view in frozen)
+    if state.embeds.device.type == "cpu":
+        all_valid = all(view.held.shape[1] > 0 and bool(view.held.all()) for view in frozen)
+    else:  # rows of one prompt are filled up by nothing; of more the device would have to be asked
+        all_valid = state.unpadded and state.embeds.shape[0] == 1 and frozen[0].held.shape[1] > 0
     seen = state.seen + views.columns - tail
     return CacheState(seen, frozen, owner, all_valid, state.marks)

@@ -51,6 +51,7 @@ class ForwardState:
         cuts: per picture what stays of it before the language model, None where all does.
         step: decode steps since the last prompt.
         active: the session is enabled.
+        unpadded: no mask was given, now or earlier in the conversation: every column is a token.
     """
 
     input_ids: Tensor | None
@@ -77,6 +78,7 @@ class ForwardState:
     cuts: Sequence[Cut | None] = ()
     step: int = 0
     active: bool = True
+    unpadded: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
 

@@ -263,14 +263,11 @@ def _indices(args: tuple) -> list[Tensor]:
 
 
 def site() -> str:
-    """The innermost line of this project, or else of transformers, that is running."""
-    frames = traceback.extract_stack(limit=80)
-    for package in ("/vlmprune/", "/transformers/"):
-        found = [
-            frame for frame in frames if package in frame.filename and "testing/device" not in frame.filename
-        ]
-        if found:
-            return f"{found[-1].filename.rsplit(package, 1)[1]}:{found[-1].lineno}"
+    """The innermost line of this project or of transformers that is running."""
+    for frame in reversed(traceback.extract_stack(limit=80)):
+        for package in ("/vlmprune/", "/transformers/"):
+            if package in frame.filename and "/testing/device" not in frame.filename:
+                return f"{frame.filename.rsplit(package, 1)[1]}:{frame.lineno}"
     return "elsewhere"
 
 
@@ -302,7 +299,7 @@ def moved(model: nn.Module, device: PretendedDevice) -> nn.Module:
 def count(
     make: Callable[[], nn.Module], inputs: Mapping[str, Any], spec: str | None, steps: int = 2
 ) -> dict[Phase, Counts]:
-    """What one prefill and one decode step ask of a device, with ``spec`` attached or, for None, without.
+    """What ``generate`` asks of a device for a prompt and for one more token; spec None: without pruning.
 
     Args:
         make: gives a model of its own, which is moved to the device.
@@ -310,26 +307,18 @@ def count(
         steps: decode steps; the last one is counted, since the first may read what the prefill left.
     """
     from ..api import prune
-    from ..hooks.sequence.cache import cache_name
 
-    device = PretendedDevice()
-    model = moved(make(), device)
+    device, passes = PretendedDevice(), []
+    model: Any = moved(make(), device)
     given = {
         name: device.away(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
-    found: dict[Phase, Counts] = {}
+    words = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "do_sample": False}
     attached: Any = contextlib.nullcontext() if spec is None else prune(model, spec)
     with pretending(device), attached:
-        model(**given)  # what is made once is not counted
+        model.generate(**given, **words)  # what is made once is not counted
+        handle = model.register_forward_hook(lambda *call: passes.append(device.take()))
         device.take()
-        output = model(**given, use_cache=True)
-        found["prefill"] = device.take()
-        keyword = cache_name({"cache": None} if "cache" in output else {"past_key_values": None})
-        cache, mask = output[keyword], given["attention_mask"]
-        for _ in range(steps):
-            ids = device.away(torch.full((mask.shape[0], 1), 5))
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            device.take()
-            model(input_ids=ids, attention_mask=mask, **{keyword: cache})
-        found["decode"] = device.take()
-    return found
+        model.generate(**given, **words)
+        handle.remove()
+    return {"prefill": passes[0], "decode": passes[-1]}

@@ -27,8 +27,10 @@ class SequenceView:
         held: (B, P) bool, slots of the cache from before this call: False for dead slots and padding.
         new: (B, n) bool, the same for the columns of this call.
         position_ids: (B or 1, n); (3 or 4, B, n) for M-RoPE, four with the plain numbers first.
-        lost: (B,) tokens cut so far in this group, earlier turns included, where positions are re-counted.
-        maskless: the mask may stay None: everything is valid and one token is fed.
+        lost: (B,) tokens cut so far in this group, earlier turns included, where positions are re-counted;
+            None: nothing was.
+        maskless: the mask may stay None: every slot is a token, which is known without asking a device.
+        gaps: positions were not re-counted after a cut of this call.
         types: what each token is, where the model lets some tokens attend both ways.
     """
 
@@ -36,8 +38,9 @@ class SequenceView:
     held: Tensor
     new: Tensor
     position_ids: Tensor
-    lost: Tensor
+    lost: Tensor | None
     maskless: bool = False
+    gaps: bool = False
     types: TokenTypes | None = None
     _masks: dict[str, Any] = field(default_factory=dict)
     _angles: dict[str | None, Any] = field(default_factory=dict)
@@ -56,10 +59,16 @@ class SequenceView:
 
     def cut(self, compaction: Compaction, policy: Positions) -> SequenceView:
         """This view after a cut."""
-        lost = self.lost + compaction.lost.to(self.lost.device) if policy == "compact" else self.lost
+        lost = self.lost
+        if policy == "compact":
+            lost = compaction.lost if lost is None else lost + compaction.lost.to(lost.device)
         types = None if self.types is None else self.types.cut(compaction)
         positions = compaction.positions(self.position_ids, policy)
-        return SequenceView(self.start, self.held, compaction.valid, positions, lost, types=types)
+        maskless = self.maskless and compaction.valid.shape[0] == 1  # more rows may be filled up
+        gaps = self.gaps or policy == "original"
+        return SequenceView(
+            self.start, self.held, compaction.valid, positions, lost, maskless, gaps, types=types
+        )
 
     def opened_at(self, layer: int) -> SequenceView:
         """The same view for a group that starts at a later layer."""
@@ -93,17 +102,20 @@ class SequenceView:
             seen: tokens of the conversation before this call.
             position_ids: of the new columns in the uncut sequence.
         """
-        held = self.held.to(mask.device)
-        if seen > static:
+        held, lost = self.held.to(mask.device), self.lost
+        if maskless:  # all are tokens: nothing to join
+            held = held[:, :1].expand(-1, held.shape[1] + seen - static)
+        elif seen > static:
             held = torch.cat([held, mask[:, static:seen]], dim=1)
-        lost = self.lost.to(position_ids.device)
-        return SequenceView(
-            self.start, held, mask[:, seen:], position_ids - lost[:, None], lost, maskless, types
-        )
+        if lost is not None:
+            lost = lost.to(position_ids.device)
+            position_ids = position_ids - lost[:, None]
+        return SequenceView(self.start, held, mask[:, seen:], position_ids, lost, maskless, types=types)
 
     def select(self, rows: Tensor) -> SequenceView:
         """The rows of a batch that beam search goes on with."""
-        held, lost = self.held[rows.to(self.held.device)], self.lost[rows.to(self.lost.device)]
+        held = self.held[rows.to(self.held.device)]
+        lost = None if self.lost is None else self.lost[rows.to(self.lost.device)]
         return SequenceView(self.start, held, held[:, :0], self.position_ids, lost)
 
     # --- for the layers of the group --------------------------------------------------------------
@@ -144,7 +156,7 @@ class SequenceView:
 
     def mask_of_all(self, config: Any, hidden: Tensor, cache: Any) -> Any:
         """The mask for the language model: 2-D, or 4-D per kind of layer where tokens have types."""
-        if self.maskless:
+        if self.maskless and not self.gaps:  # without a mask gaps would read as packed sequences
             return None
         if self.types is None:
             return self.valid.long()

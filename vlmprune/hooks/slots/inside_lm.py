@@ -174,7 +174,8 @@ class InsideLM:
             return kwargs
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = view.mask(config, index, hidden, cache_in(kwargs))
-        if kwargs.get("position_embeddings") is not None:
+        own = view.position_ids is state.views.at(0).position_ids  # the model made its angles of these
+        if kwargs.get("position_embeddings") is not None and not own:
             kwargs["position_embeddings"] = view.angles(self.language_model, index, hidden)
         # Ministral 3 scales its queries by them; FlashAttention would take gaps for packed sequences
         kwargs["position_ids"] = None if uses_flash(config) else view.plain_positions
