@@ -113,7 +113,7 @@ def test_the_runner_tells_verdicts_apart() -> None:
     assert killed.status == "killed" and killed.killer == CHECK and "tokens" in killed.detail
     assert verdict_on(lambda top_k: lambda scores, k: top_k(scores, k)).status == "survived"
     uncalled = verdict_on(
-        lambda crop: lambda self, size: None, target="vlmprune.core.cache:CutCacheMixin.crop"
+        lambda crop: lambda self, size: None, target="vlmprune.hooks.sequence.cache:CutCacheMixin.crop"
     )
     assert (uncalled.status, uncalled.detail) == ("survived", "the mutant was never called")
     crash = verdict_on(lambda top_k: lambda scores, k: os._exit(7))
