@@ -7,6 +7,7 @@ runs out of time or dies says nothing about the mistake, so that a timeout and a
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import multiprocessing
@@ -63,6 +64,7 @@ def prepare(judges: Sequence[Judge] = ()) -> None:
         spec
     )  # what it declares lives as long as it does
     spec.loader.exec_module(sys.modules[spec.name])
+    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
 
     from vlmprune.testing.conformance import shared_model
@@ -157,9 +159,9 @@ def _child(mutant: Mutant | None, judge: Judge, pipe: Connection, log: str, fres
             prepare()
         import torch
 
-        torch.set_num_threads(
-            1
-        )  # a pool of threads, which the process before may have had, is lost in a fork
+        # a pool of threads, which the process before may have had, is lost in a fork
+        torch.set_num_threads(1)
+        gc.freeze()  # what it had made is no garbage of this one: pytest would look it all through twice
         verdict = judged(mutant, judge)
     except BaseException as error:
         traceback.print_exc()
