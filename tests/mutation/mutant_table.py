@@ -6,6 +6,7 @@ from __future__ import annotations
 import mutants_inside
 import mutants_of_benchmarks
 import mutants_of_choice
+import mutants_of_encoder
 import mutants_of_kernels
 import mutants_of_methods
 import mutants_of_models
@@ -18,6 +19,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants_of_sequence.MUTANTS,
     *mutants_of_session.MUTANTS,
     *mutants_inside.MUTANTS,
+    *mutants_of_encoder.MUTANTS,
     *mutants_of_methods.MUTANTS,
     *mutants_of_models.MUTANTS,
     *mutants_of_kernels.MUTANTS,

@@ -68,7 +68,14 @@ MASKED = "vlmprune.hooks.attention_tap:AttentionCall._masked"
 WEIGH = "vlmprune.hooks.attention_tap:AttentionCall.weigh"
 LOGITS = "vlmprune.hooks.attention_tap:AttentionCall.logits"
 
+# inside the vision tower
+ENCODER_SLOT = "vlmprune.hooks.slots.encoder:EncoderSlot.__init__"
+ENCODER_RESTORE = "vlmprune.hooks.slots.encoder:Shortening.restore"
+TAP_REMOVE = "vlmprune.hooks.attention_tap:AttentionTap.remove"
+
 # methods
+FLOWCUT_DROPS = "vlmprune.methods.flowcut:drops"
+TOME_SHORTEN = "vlmprune.methods.tome:ToMe.shorten"
 FASTERVLM_SCORE = "vlmprune.methods.fastervlm:FasterVLM.score"
 FASTV_CUTS = "vlmprune.methods.fastv:FastV.cuts"
 FASTV_POSITIONS = "vlmprune.methods.fastv:FastV.positions"
