@@ -60,9 +60,8 @@ def prepare(judges: Sequence[Judge] = ()) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     # what the tests do so that transformers can be imported beside a torchvision without its compiled part
     spec = importlib.util.spec_from_file_location("conftest_of_all_tests", TESTS / "conftest.py")
-    sys.modules[spec.name] = importlib.util.module_from_spec(
-        spec
-    )  # what it declares lives as long as it does
+    # what it declares lives as long as it does
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401

@@ -108,10 +108,13 @@ def what_another_saw(serving: Function) -> Function:
 
 def layers_reversed(take: Function) -> Function:
     def changed(self: Any) -> Any:
-        rows = {need: value for need, value in take(self).items() if need.what == "cls_features"}
         parts = len(self.capture.layers)
-        flipped = {need: torch.cat(row.chunk(parts, dim=-1)[::-1], dim=-1) for need, row in rows.items()}
-        return {**take(self), **flipped}
+        return {
+            need: torch.cat(value.chunk(parts, dim=-1)[::-1], dim=-1)
+            if need.what == "cls_features"
+            else value
+            for need, value in take(self).items()
+        }
 
     return changed
 
