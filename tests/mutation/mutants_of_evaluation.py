@@ -96,7 +96,12 @@ STATISTICS = (
     ),
     Mutant("families in the headline without a margin", at.HEADLINE, any_margin, of("stats")),
     Mutant("the worst family by accuracy alone", at.WORST, least_accurate, of("worst_family")),
-    Mutant("a verdict without its correction", at.SIDE, interval_alone, of("leaderboard_command")),
+    Mutant(
+        "a verdict without its correction",
+        at.SIDE,
+        interval_alone,
+        of("report_tables", "test_a_difference_counts_only_beyond_its_interval_and_its_correction"),
+    ),
 )
 
 
