@@ -197,11 +197,16 @@ def names_only(digest: Function) -> Function:
 
 
 RUNS = (
-    Mutant("no fsync", at.WRITE, no_fsync, of("sweep")),
-    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep")),
-    Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep")),
+    Mutant("no fsync", at.WRITE, no_fsync, of("sweep_journal")),
+    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep_journal")),
+    Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep_identity")),
     Mutant("answered samples written again", at.APPEND, lines_doubled, of("sweep")),
-    Mutant("plug-in code left out of the recipe", at.PLUGINS, lambda plugins: lambda specs: (), of("sweep")),
+    Mutant(
+        "plug-in code left out of the recipe",
+        at.PLUGINS,
+        lambda plugins: lambda specs: (),
+        of("sweep_plugins"),
+    ),
     Mutant("clusters split between shards", at.SHARDS, clusters_split, of("sweep")),
     Mutant("rows without proof reported", at.UNBELIEVABLE, nothing_wrong, of("report")),
     Mutant("stale rows reported", at.STALE, nothing_wrong, of("report")),
