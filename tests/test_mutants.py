@@ -113,7 +113,7 @@ def test_the_runner_tells_verdicts_apart() -> None:
     assert killed.status == "killed" and killed.killer == CHECK and "tokens" in killed.detail
     assert verdict_on(lambda top_k: lambda scores, k: top_k(scores, k)).status == "survived"
     uncalled = verdict_on(
-        lambda crop: lambda self, size: None, target="vlmprune.core.cache:CutCacheMixin.crop"
+        lambda crop: lambda self, size: None, target="vlmprune.hooks.sequence.cache:CutCacheMixin.crop"
     )
     assert (uncalled.status, uncalled.detail) == ("survived", "the mutant was never called")
     crash = verdict_on(lambda top_k: lambda scores, k: os._exit(7))
@@ -201,13 +201,26 @@ def test_the_exit_code_is_0_only_where_all_are_killed(
     assert f"1 {words[statuses[1]]}" in capsys.readouterr().out or statuses == "kk"
 
 
-def test_a_test_file_kills_from_the_command_line() -> None:
-    name = "the right one of equals"
+BY_A_TEST = "lost and won swapped"
+
+
+@forking
+def test_a_test_kills(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "prepare", lambda judges: None)  # this process has imported all of that
+    assert command.main([BY_A_TEST]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"killed    {BY_A_TEST}") and named(BY_A_TEST).by.path in said
+
+
+@pytest.mark.slow
+def test_a_test_kills_from_the_command_line() -> None:
     done = subprocess.run(
-        [sys.executable, "tests/mutants.py", name], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "tests/mutants.py", BY_A_TEST], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"killed    {name}") and "tests/kernels/test_select.py::" in done.stdout
+    assert done.stdout.startswith(f"killed    {BY_A_TEST}")
 
 
 @pytest.mark.slow

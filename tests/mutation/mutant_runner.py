@@ -7,6 +7,7 @@ runs out of time or dies says nothing about the mistake, so that a timeout and a
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import multiprocessing
@@ -59,10 +60,10 @@ def prepare(judges: Sequence[Judge] = ()) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     # what the tests do so that transformers can be imported beside a torchvision without its compiled part
     spec = importlib.util.spec_from_file_location("conftest_of_all_tests", TESTS / "conftest.py")
-    sys.modules[spec.name] = importlib.util.module_from_spec(
-        spec
-    )  # what it declares lives as long as it does
+    # what it declares lives as long as it does
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
 
     from vlmprune.testing.conformance import shared_model
@@ -157,9 +158,9 @@ def _child(mutant: Mutant | None, judge: Judge, pipe: Connection, log: str, fres
             prepare()
         import torch
 
-        torch.set_num_threads(
-            1
-        )  # a pool of threads, which the process before may have had, is lost in a fork
+        # a pool of threads, which the process before may have had, is lost in a fork
+        torch.set_num_threads(1)
+        gc.freeze()  # what it had made is no garbage of this one: pytest would look it all through twice
         verdict = judged(mutant, judge)
     except BaseException as error:
         traceback.print_exc()

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import mutants_inside
-import mutants_of_benchmarks
 import mutants_of_choice
+import mutants_of_encoder
+import mutants_of_evaluation
 import mutants_of_kernels
 import mutants_of_methods
 import mutants_of_models
@@ -18,10 +19,11 @@ MUTANTS: tuple[Mutant, ...] = (
     *mutants_of_sequence.MUTANTS,
     *mutants_of_session.MUTANTS,
     *mutants_inside.MUTANTS,
+    *mutants_of_encoder.MUTANTS,
     *mutants_of_methods.MUTANTS,
     *mutants_of_models.MUTANTS,
     *mutants_of_kernels.MUTANTS,
-    *mutants_of_benchmarks.MUTANTS,
+    *mutants_of_evaluation.MUTANTS,
 )
 
 

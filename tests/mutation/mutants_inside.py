@@ -15,17 +15,18 @@ Function = Callable[..., Any]
 FASTV = Checks("fastv(layer=2)@9", "llava")
 
 
-def ranked_by_its_own_layer(stages: Function) -> Function:
-    return lambda *args: tuple(replace(stage, source=stage.layer) for stage in stages(*args))
+def ranked_by_its_own_layer(cuts: Function) -> Function:
+    return lambda *args: tuple(replace(point, source=point.layer) for point in cuts(*args))
 
 
-def first_text_token(find_raters: Function) -> Function:
-    def changed(self: Any, call: Any, hidden: Any) -> None:
-        find_raters(self, call, hidden)
-        inside = call.units
-        some = inside.text.any(dim=1, keepdim=True)
-        text = torch.where(some, inside.text, call.frames[0].fed)
-        inside.raters = torch.zeros_like(text).scatter(1, text.int().argmax(dim=1, keepdim=True), True)
+def first_text_token(raters: Function) -> Function:
+    """The first token after the picture ranks, in place of the last one of the prompt."""
+
+    def changed(self: Any, state: Any, spans: Any) -> Any:
+        valid = state.views.at(0).new
+        text = state.views.follow(state.columns.after_pictures(), 0) & valid
+        text = torch.where(text.any(dim=1, keepdim=True), text, valid)
+        return torch.zeros_like(text).scatter(1, text.int().argmax(dim=1, keepdim=True), True)
 
     return changed
 
@@ -41,8 +42,7 @@ def keeping(name: str) -> Function:
             given, options = found
             old = kwargs.get(name)
             if name == "position_embeddings":
-                width = (given[0] if given else options["hidden_states"]).shape[1]
-                old = tuple(angle[:, :width] for angle in old)
+                old = tuple(angle[:, : given[0].shape[1]] for angle in old)
             return given, {**options, name: old}
 
         return changed
@@ -50,8 +50,8 @@ def keeping(name: str) -> Function:
     return change
 
 
-def looking_back_only(visible: Function) -> Function:
-    return lambda self, rows: visible(replace(self, mask=None), rows)
+def looking_back_only(masked: Function) -> Function:
+    return lambda self, logits, rows: masked(replace(self, mask=None), logits, rows)
 
 
 def marks_of_the_first_row(select: Function) -> Function:
@@ -61,36 +61,23 @@ def marks_of_the_first_row(select: Function) -> Function:
     return changed
 
 
-def marks_forgotten(enter: Function) -> Function:
-    def changed(self: Any, call: Any, kwargs: Any) -> Any:
-        found = enter(self, call, kwargs)
-        call.marks_before = {}
-        return found
-
-    return changed
+def marks_forgotten(held_marks: Function) -> Function:
+    return lambda self: {}
 
 
-def padding_rates_too(padded: Function) -> Function:
+def padding_rates_too(queries: Function) -> Function:
     """Rows with fewer raters count their repeated last one as often as it is repeated."""
 
-    def changed(raters: Any) -> Any:
-        rows, real = padded(raters)
-        return rows, torch.ones_like(real)
+    def changed(self: Any, state: Any, index: int) -> Any:
+        rows, real = queries(self, state, index)
+        return rows, None if real is None else torch.ones_like(real)
 
     return changed
 
 
 def no_soft_cap(logits: Function) -> Function:
     def changed(self: Any, rows: Any) -> Any:
-        attention = self.layer.self_attn
-        cap = getattr(attention, "attn_logit_softcapping", None)
-        if cap is None:
-            return logits(self, rows)
-        attention.attn_logit_softcapping = None
-        try:
-            return logits(self, rows)
-        finally:
-            attention.attn_logit_softcapping = cap
+        return logits(replace(self, options={**self.options, "softcap": None}), rows)
 
     return changed
 
@@ -99,7 +86,7 @@ def heads_apart(weigh: Function) -> Function:
     """Query heads that share values lie apart, not side by side."""
 
     def changed(self: Any, weights: Any) -> Any:
-        shared = self.values().shape[1]
+        shared = self.values.shape[1]
         return weigh(self, weights.unflatten(1, (-1, shared)).transpose(1, 2).flatten(1, 2))
 
     return changed
@@ -109,7 +96,7 @@ REWEIGHT = Pytest("tests/core/test_reweight.py")
 MUTANTS = (
     Mutant(
         "off-by-one layer inside",
-        at.FASTV_STAGES,
+        at.FASTV_CUTS,
         ranked_by_its_own_layer,
         Pytest("tests/methods/test_fastv.py"),
     ),
@@ -125,16 +112,18 @@ MUTANTS = (
         Checks("pyramiddrop@0.5", "llava"),
     ),
     Mutant("sinks of every row", at.MARKS_SELECT, marks_of_the_first_row, REWEIGHT),
-    Mutant("sinks forgotten when decoding", at.ENTER, marks_forgotten, REWEIGHT),
+    Mutant("sinks forgotten when decoding", at.HELD_MARKS, marks_forgotten, REWEIGHT),
     Mutant(
-        "recomputed rows look back only", at.VISIBLE, looking_back_only, Checks("sparsevlm@0.25", "paligemma")
+        "recomputed rows look back only", at.MASKED, looking_back_only, Checks("sparsevlm@0.25", "paligemma")
     ),
     Mutant("values of other heads weighed", at.WEIGH, heads_apart, REWEIGHT),
     Mutant(
         "raters that fill up rows rate",
-        at.PADDED,
+        at.QUERIES,
         padding_rates_too,
         Pytest("tests/methods/test_sparsevlm_in_model.py"),
     ),
-    Mutant("soft cap of the logits left out", at.LOGITS, no_soft_cap, Pytest("tests/core/test_rows.py")),
+    Mutant(
+        "soft cap of the logits left out", at.LOGITS, no_soft_cap, Pytest("tests/core/test_attention_tap.py")
+    ),
 )

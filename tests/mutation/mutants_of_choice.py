@@ -23,32 +23,31 @@ def descending(top_k: Function) -> Function:
     return lambda scores, k: top_k(scores, k).flip(1)
 
 
-def shifted_slots(place: Function) -> Function:
+def shifted_slots(to_slots: Function) -> Function:
     def changed(picture: Any, parts: Any) -> Any:
-        cut = place(picture, parts)
-        return None if cut is None else replace(cut, keep=cut.keep.roll(1))
+        cut = to_slots(picture, parts)
+        return None if cut is None else replace(cut, kept_slots=(cut.kept_slots + 1) % picture.length)
 
     return changed
 
 
-def patches_only(place: Function) -> Function:
-    """Newline and [CLS] columns go with the patches that are cut."""
+def patches_only(to_slots: Function) -> Function:
+    """Newline and [CLS] slots go with the patches that are cut."""
 
     def changed(picture: Any, parts: Any) -> Any:
-        cut = place(picture, parts)
+        cut = to_slots(picture, parts)
         if cut is None:
             return None
-        patch = torch.zeros_like(cut.keep)
-        patch[picture.patches.cpu()] = True
-        return replace(cut, keep=cut.keep & patch)
+        patch = torch.isin(cut.kept_slots, picture.patches.to(cut.kept_slots.device))
+        return replace(cut, kept_slots=cut.kept_slots[patch])
 
     return changed
 
 
 def flipped_scores(one: Function) -> Function:
-    def changed(picture: Any, name: str, index: Any, crop: int | None) -> Any:
-        value = one(picture, name, index, crop)
-        per_patch = name not in ("features", "cls_features") and index.shape[0] == picture.count
+    def changed(picture: Any, need: Any, index: Any, crop: int | None) -> Any:
+        value = one(picture, need, index, crop)
+        per_patch = need.what not in ("features", "cls_features") and index is None
         return value.flip(0) if per_patch else value
 
     return changed
@@ -58,12 +57,18 @@ def reversed_rows(assign: Function) -> Function:
     return lambda lengths, counts: [row[::-1] for row in assign(lengths, counts)]
 
 
-def not_placed(replace_rows: Function) -> Function:
-    return lambda self, embeds: embeds
+def not_placed(cut_sequence: Function) -> Function:
+    """The tokens whose places merged rows should take stay as they were."""
+
+    def changed(state: Any, attachment: Any, method: Any, cuts: Any) -> None:
+        bare = [None if cut is None else replace(cut, row_slots=None, rows=None) for cut in cuts]
+        cut_sequence(state, attachment, method, bare)
+
+    return changed
 
 
-def unchecked_scores(check: Function) -> Function:
-    return lambda method, scores, batch, n: scores
+def unchecked_scores(checked_scores: Function) -> Function:
+    return lambda method, scores, batch, n, checks: scores
 
 
 def one_budget_per_image(make_units: Function) -> Function:
@@ -73,19 +78,15 @@ def one_budget_per_image(make_units: Function) -> Function:
 
 
 def budgets_never_strict(choose_units: Function) -> Function:
-    return lambda units, pictures, method, budget, projector, strict: choose_units(
-        units, pictures, method, budget, projector, False
-    )
+    return lambda *args, strict, checks: choose_units(*args, strict=False, checks=checks)
 
 
-def cuts_of_the_first_modality(place: Function) -> Function:
+def cuts_of_the_first_modality(cut_sequence: Function) -> Function:
     """Clips beside images are given the cuts of the images."""
 
-    def changed(self: Any, call: Any, embeds: Any) -> None:
-        place(self, call, embeds)
-        all_cuts = [cut for placed in call.placed for cut in placed.cuts]
-        for placed in call.placed:
-            placed.cuts = all_cuts[: len(placed.pictures)]
+    def changed(state: Any, attachment: Any, method: Any, cuts: Any) -> None:
+        first = [cut for placement in state.placements for cut in cuts[: len(placement.pictures)]]
+        cut_sequence(state, attachment, method, first)
 
     return changed
 
@@ -102,14 +103,14 @@ CUTTING = Pytest("tests/core/test_cutting.py")
 MUTANTS = (
     Mutant("inverted sort", at.TOP_K, lowest_scores, LLAVA),
     Mutant("unsorted output", at.TOP_K, descending, Pytest("tests/core/test_select.py")),
-    Mutant("off by one in the slots", at.PLACE, shifted_slots, LLAVA),
-    Mutant("newlines dropped", at.PLACE, patches_only, Checks("fastervlm@9", "llava_next")),
+    Mutant("off by one in the slots", at.TO_SLOTS, shifted_slots, LLAVA),
+    Mutant("newlines dropped", at.TO_SLOTS, patches_only, Checks("fastervlm@9", "llava_next")),
     Mutant("scores of another image", at.SLICE, flipped_scores, Pytest("tests/test_api.py")),
     Mutant("pictures of another row", at.ASSIGN, reversed_rows, Checks("random@9", "llava")),
-    Mutant("merged rows not placed", at.REPLACE_ROWS, not_placed, Checks("pool@9", "llava")),
+    Mutant("merged rows not placed", at.CUT_SEQUENCE, not_placed, Checks("pool@9", "llava")),
     Mutant(
         "scores that are not finite ranked",
-        at.CHECK_SCORES,
+        at.CHECKED_SCORES,
         unchecked_scores,
         Pytest("tests/core/test_select.py"),
     ),
@@ -122,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "clips cut as images are",
-        at.PLACE_PICTURES,
+        at.CUT_SEQUENCE,
         cuts_of_the_first_modality,
         Pytest("tests/models/test_adapters.py"),
     ),

@@ -57,8 +57,8 @@ def targets_at_the_front(group: Function) -> Function:
     return changed
 
 
-def layer_before_ranks(stages: Function) -> Function:
-    return lambda *args: tuple(replace(stage, source=stage.layer - 1) for stage in stages(*args))
+def layer_before_ranks(cuts: Function) -> Function:
+    return lambda *args: tuple(replace(point, source=point.layer - 1) for point in cuts(*args))
 
 
 def softmax_over_patches(affinity: Function) -> Function:
@@ -101,8 +101,8 @@ def last_layer_too(acts_on: Function) -> Function:
     return lambda self, depth: acts_on(replace(self, skip_last_layer=False), depth)
 
 
-def at_every_stage(score: Function) -> Function:
-    return lambda self, tokens: score(self, replace(tokens, stage=0))
+def at_every_cut(score: Function) -> Function:
+    return lambda self, tokens: score(self, replace(tokens, cut=0))
 
 
 def width_for_height(real_patches: Function) -> Function:
@@ -142,9 +142,7 @@ MUTANTS = (
     Mutant("the walk begins with the longest feature", at.DIVPRUNE_GREEDY, longest_first, of("divprune")),
     Mutant("features compared without their norm", at.DIVPRUNE_GREEDY, lengths_count, of("divprune")),
     Mutant("contextual targets not spread", at.VISIONZIP_GROUP, targets_at_the_front, of("visionzip")),
-    Mutant(
-        "ranked by the layer before the cut", at.PYRAMIDDROP_STAGES, layer_before_ranks, of("pyramiddrop")
-    ),
+    Mutant("ranked by the layer before the cut", at.PYRAMIDDROP_CUTS, layer_before_ranks, of("pyramiddrop")),
     Mutant("raters by a softmax over patches", at.AFFINITY, softmax_over_patches, of("sparsevlm")),
     Mutant(
         "one candidate less", at.CANDIDATES, lambda count: lambda cut: max(1, count(cut) - 1), of("sparsevlm")
@@ -155,7 +153,7 @@ MUTANTS = (
     Mutant("the gain of the norm ignored", at.ZOO_KERNEL, gain_ignored, of("sensitivity")),
     Mutant("text sinks keep their attention", at.VAR_REWEIGHT, text_sinks_keep_theirs, of("var")),
     Mutant("the last layer edited", at.VAR_LAYERS, last_layer_too, of("var")),
-    Mutant("debiased at every cut", at.DEBIAS_SCORE, at_every_stage, of("debias")),
+    Mutant("debiased at every cut", at.DEBIAS_SCORE, at_every_cut, of("debias")),
     Mutant("padding of a picture on its side", at.REAL_PATCHES, width_for_height, of("debias")),
     Mutant("one draw for all images", at.RANDOM_ROW, one_draw_for_all, of("baselines")),
     Mutant(

@@ -30,75 +30,76 @@ def one_row_before(expand: Function) -> Function:
 def tail_of_any_row(init: Function) -> Function:
     """Columns at the end that any row keeps count as kept by every row."""
 
-    def changed(self: Any, keep: Any, valid: Any) -> None:
-        init(self, keep, valid)
+    def changed(self: Any, keep: Any, valid: Any, *rest: Any, **known: Any) -> None:
+        init(self, keep, valid, *rest, **known)
         self.tail = int((keep & valid).any(dim=0).flip(0).cumprod(0).sum())
 
     return changed
 
 
-def all_fed_valid(cut: Function) -> Function:
-    def changed(self: Any, *args: Any, **options: Any) -> Any:
-        frame = cut(self, *args, **options)
-        return replace(frame, fed=torch.ones_like(frame.fed))
+def all_new_valid(cut: Function) -> Function:
+    def changed(self: Any, *args: Any) -> Any:
+        view = cut(self, *args)
+        return replace(view, new=torch.ones_like(view.new))
 
     return changed
 
 
-def at_the_places_seen(frames: Function) -> Function:
+def at_the_places_seen(resumed: Function) -> Function:
     """What was compacted away in earlier calls is not taken off the positions of this one."""
 
-    def changed(self: Any, call: Any, kwargs: Any, state: Any, embeds: Any) -> Any:
-        found = frames(self, call, kwargs, state, embeds)
-        return [replace(one, position_ids=one.position_ids + one.lost[:, None]) for one in found]
+    def changed(self: Any, *args: Any) -> Any:
+        view = resumed(self, *args)
+        return replace(view, position_ids=view.position_ids + view.lost[:, None])
 
     return changed
 
 
-def mask_of_what_was_seen(frames: Function) -> Function:
+def mask_of_what_was_seen(resumed: Function) -> Function:
     """The mask over held slots is the beginning of the mask over all tokens seen."""
 
-    def changed(self: Any, call: Any, kwargs: Any, state: Any, embeds: Any) -> Any:
-        found = frames(self, call, kwargs, state, embeds)
-        mask = kwargs.get("attention_mask")
-        if state is None or mask is None:
-            return found
-        return [replace(one, past=mask[:, : one.past.shape[1]].bool()) for one in found]
+    def changed(self: Any, mask: Any, *args: Any) -> Any:
+        view = resumed(self, mask, *args)
+        return replace(view, held=mask[:, : view.held.shape[1]])
 
     return changed
 
 
-def maskless_with_dead_slots(frames: Function) -> Function:
+def maskless_with_dead_slots(open_views: Function) -> Function:
     """Without a mask given, a decode step makes none, whatever is held."""
 
-    def changed(self: Any, call: Any, kwargs: Any, state: Any, embeds: Any) -> Any:
-        found = frames(self, call, kwargs, state, embeds)
-        bare = kwargs.get("attention_mask") is None and embeds.shape[1] == 1 and state is not None
-        return [replace(one, maskless=True) for one in found] if bare else found
+    def changed(state: Any, adapter: Any, kwargs: Any) -> Any:
+        views = open_views(state, adapter, kwargs)
+        if kwargs.get("attention_mask") is None and state.new_tokens == 1 and state.cache_state is not None:
+            views.all = [replace(view, maskless=True) for view in views.all]
+        return views
 
     return changed
 
 
 def output_left_short(leave: Function) -> Function:
-    def changed(self: Any, call: Any, output: Any) -> Any:
+    def changed(state: Any, output: Any, owner: Any) -> None:
         short = output.last_hidden_state
-        found = leave(self, call, output)
-        found.last_hidden_state = short
-        return found
+        leave(state, output, owner)
+        output.last_hidden_state = short
 
     return changed
 
 
-def detached_rows(cut: Function) -> Function:
-    return lambda self, call, embeds: cut(self, call, embeds).detach()
+def detached_rows(cut_sequence: Function) -> Function:
+    def changed(state: Any, *args: Any) -> None:
+        cut_sequence(state, *args)
+        state.embeds = state.embeds.detach()
+
+    return changed
 
 
 def types_of_the_first(cut: Function) -> Function:
-    return lambda self, compaction: replace(self, fed=self.fed[:, : compaction.width])
+    return lambda self, compaction: replace(self, new=self.new[:, : compaction.width])
 
 
-def no_types(types: Function) -> Function:
-    return lambda self, call, fed: None
+def no_types(token_types: Function) -> Function:
+    return lambda state, adapter, new: None
 
 
 def kind_of_the_last_layer(angle_kind: Function) -> Function:
@@ -110,9 +111,9 @@ def kind_of_the_last_layer(angle_kind: Function) -> Function:
 def lost_in_this_cut_only(cut: Function) -> Function:
     """What earlier calls lost is forgotten by a cut."""
 
-    def changed(self: Any, compaction: Any, policy: str, *rest: Any) -> Any:
-        frame = cut(self, compaction, policy, *rest)
-        return replace(frame, lost=frame.lost - self.lost) if policy == "compact" else frame
+    def changed(self: Any, compaction: Any, policy: str) -> Any:
+        view = cut(self, compaction, policy)
+        return replace(view, lost=view.lost - self.lost) if policy == "compact" else view
 
     return changed
 
@@ -132,7 +133,7 @@ def other_features_stacked(stacked: Function) -> Function:
 
 def stacked_layers_not_counted(stacked: Function) -> Function:
     def changed(self: Any, hidden: Any, visual: Any, embeds: Any) -> Any:
-        self.session.call.stacked = 0
+        self.session.state.stacked = 0
         return stacked(self, hidden, visual, embeds)
 
     return changed
@@ -156,15 +157,15 @@ def number_for_time(angles: Function) -> Function:
 SEQUENCE = (
     Mutant("positions not compacted", at.POSITIONS, always("original"), LLAVA),
     Mutant("positions always compacted", at.POSITIONS, always("compact"), LLAVA),
-    Mutant("decode positions forget the cut", at.SEEN_FRAMES, at_the_places_seen, LLAVA),
-    Mutant("mask left in the seen frame", at.SEEN_FRAMES, mask_of_what_was_seen, LLAVA),
+    Mutant("decode positions forget the cut", at.VIEW_RESUMED, at_the_places_seen, LLAVA),
+    Mutant("mask left in terms of what was seen", at.VIEW_RESUMED, mask_of_what_was_seen, LLAVA),
     Mutant(
         "mask dropped though dead slots are held",
-        at.SEEN_FRAMES,
+        at.OPEN_VIEWS,
         maskless_with_dead_slots,
         Pytest("tests/core/test_dead_slots.py"),
     ),
-    Mutant("dead slots not masked", at.FRAME_CUT, all_fed_valid, LLAVA),
+    Mutant("dead slots not masked", at.VIEW_CUT, all_new_valid, LLAVA),
     Mutant(
         "tail of any row for every row",
         at.COMPACTION,
@@ -173,26 +174,26 @@ SEQUENCE = (
     ),
     Mutant("output not expanded", at.LEAVE, output_left_short, LLAVA),
     Mutant("wrong row expanded", at.EXPAND, one_row_before, LLAVA),
-    Mutant("gradient cut off", at.CUT, detached_rows, LLAVA),
+    Mutant("gradient cut off", at.CUT_SEQUENCE, detached_rows, LLAVA),
     Mutant(
         "types of other tokens", at.TYPES_CUT, types_of_the_first, Checks("fastervlm(cls=mean)@9", "gemma3")
     ),
     Mutant("causal after a cut", at.TOKEN_TYPES, no_types, Checks("fastervlm(cls=mean)@9", "paligemma")),
     Mutant(
         "earlier turns' losses forgotten",
-        at.FRAME_CUT,
+        at.VIEW_CUT,
         lost_in_this_cut_only,
         Pytest("tests/core/test_turns.py"),
     ),
     Mutant(
         "hidden states of the row before",
-        at.CALL_EXPAND,
+        at.VIEWS_EXPAND,
         hidden_states_one_row_off,
         Pytest("tests/core/test_calls.py"),
     ),
     Mutant(
         "hidden states inside of the row before",
-        at.CALL_EXPAND,
+        at.VIEWS_EXPAND,
         hidden_states_one_row_off,
         Pytest("tests/core/test_inside.py"),
     ),
@@ -206,11 +207,11 @@ SEQUENCE = (
         Pytest("tests/models/test_families.py"),
     ),
     Mutant(
-        "windows ignored after a cut", at.LAYER_KIND, every_layer_full, Pytest("tests/core/test_frames.py")
+        "windows ignored after a cut", at.LAYER_KIND, every_layer_full, Pytest("tests/core/test_views.py")
     ),
     Mutant(
         "numbers of tokens read as places",
-        at.FRAME_ANGLES,
+        at.VIEW_ANGLES,
         number_for_time,
         Checks("fastv(layer=1)@9", "qwen2_vl"),
     ),
@@ -251,28 +252,23 @@ def any_owner(length: Function) -> Function:
 def masks_of_the_first_row(reorder: Function) -> Function:
     def changed(self: Any, beam_idx: Any) -> None:
         state = self._vlmprune_state
-        groups = [] if state is None else state.groups
+        views = [] if state is None else state.views
         reorder(self, beam_idx)
         if state is not None:
-            state.groups = [group.select(beam_idx * 0) for group in groups]
+            state.views = [view.select(beam_idx * 0) for view in views]
 
     return changed
 
 
-def shared_groups(deepcopy: Function) -> Function:
-    def changed(self: Any, memo: dict) -> Any:
-        return replace(deepcopy(self, memo), groups=self.groups)
-
-    return changed
+def shared_views(deepcopy: Function) -> Function:
+    return lambda self, memo: replace(deepcopy(self, memo), views=self.views)
 
 
-def groups_only(rows: Function) -> Function:
-    def changed(self: Any, order: Any) -> None:
-        state = self._vlmprune_state
-        marks = None if state is None else state.marks
-        rows(self, order)
-        if state is not None:
-            state.marks = marks
+def views_only(select: Function) -> Function:
+    def changed(self: Any, rows: Any) -> None:
+        marks = self.marks
+        select(self, rows)
+        self.marks = marks
 
     return changed
 
@@ -294,7 +290,7 @@ CACHE = (
     Mutant("cache tells held as seen", at.SEQ_LENGTH, held_for_seen, LLAVA),
     Mutant("detached cache goes on", at.SEQ_LENGTH, any_owner, LLAVA),
     Mutant("reorder forgets the masks", at.REORDER, masks_of_the_first_row, LLAVA),
-    Mutant("marks stay when rows move", at.CACHE_ROWS, groups_only, Pytest("tests/core/test_cache.py")),
+    Mutant("marks stay when rows move", at.CACHE_SELECT, views_only, Pytest("tests/core/test_cache.py")),
     Mutant(
         "marks longer than a cropped cache", at.CROP, marks_not_cropped, Pytest("tests/core/test_cache.py")
     ),
@@ -305,9 +301,9 @@ CACHE = (
         Pytest("tests/core/test_cache.py"),
     ),
     Mutant(
-        "deep copies of a cache share their groups",
+        "deep copies of a cache share their views",
         at.STATE_COPY,
-        shared_groups,
+        shared_views,
         Pytest("tests/core/test_cache.py"),
     ),
 )

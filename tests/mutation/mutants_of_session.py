@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the session, in what it captures, and in what is served from a shelf."""
+"""Mistakes in the session, in what it captures, and in the cache of encoded images."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ GOLDEN = Pytest("tests/golden")
 
 
 def record_kept(close: Function) -> Function:
-    def changed(self: Any, *args: Any) -> None:
-        call = self.call
-        try:
-            close(self, *args)
-        finally:
-            self._local.call = call
+    def changed(self: Any) -> None:
+        state = self.state
+        close(self)
+        self._local.state = state
 
     return changed
 
 
+def is_patch(handle: Any) -> bool:
+    return hasattr(handle, "original")
+
+
 def first_hook_kept(detach: Function) -> Function:
     def changed(self: Any) -> None:
-        del self._handles[:1]
+        hooks = [handle for handle in self._installed if not is_patch(handle)]
+        self._installed = [handle for handle in self._installed if handle not in hooks[:1]]
         detach(self)
 
     return changed
 
 
-def wrappers_kept(detach: Function) -> Function:
+def patches_kept(detach: Function) -> Function:
     def changed(self: Any) -> None:
-        self._wrapped.clear()
+        self._installed = [handle for handle in self._installed if not is_patch(handle)]
         detach(self)
 
     return changed
@@ -62,8 +65,9 @@ def made_at_once(keep_mask: Function) -> Function:
 
 
 def second_query(attend: Function) -> Function:
-    def changed(self: Any, reader: Any, queries: Any, keys: Any) -> None:
-        attend(self, reader, torch.cat([queries[:, 1:2], queries[:, 1:]], dim=1), keys)
+    def changed(self: Any, index: int, call: Any) -> None:
+        queries = torch.cat([call.queries[:, :, 1:2], call.queries[:, :, 1:]], dim=2)
+        attend(self, index, replace(call, queries=queries))
 
     return changed
 
@@ -78,16 +82,16 @@ def layer_before(block_index: Function) -> Function:
 
 
 def whole_map(attend: Function) -> Function:
-    def changed(self: Any, reader: Any, queries: Any, keys: Any) -> None:
-        queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1)
-        attend(self, reader, queries, keys)
+    def changed(self: Any, index: int, call: Any) -> None:
+        call.queries @ call.keys.transpose(2, 3)
+        attend(self, index, call)
 
     return changed
 
 
 def images_reversed(serving: Function) -> Function:
-    def changed(self: Any, session: Any, shelved: Any) -> AbstractContextManager[None]:
-        return serving(self, session, shelved[::-1])
+    def changed(self: Any, session: Any, images: Any) -> AbstractContextManager[None]:
+        return serving(self, session, images[::-1])
 
     return changed
 
@@ -95,8 +99,8 @@ def images_reversed(serving: Function) -> Function:
 def what_another_saw(serving: Function) -> Function:
     """Whatever a session captures, it is given the pictures of the first kind of capture."""
 
-    def changed(self: Any, session: Any, shelved: Any) -> AbstractContextManager[None]:
-        first = [replace(one, seen=dict.fromkeys(one.seen, next(iter(one.seen.values())))) for one in shelved]
+    def changed(self: Any, session: Any, images: Any) -> AbstractContextManager[None]:
+        first = [replace(one, seen=dict.fromkeys(one.seen, next(iter(one.seen.values())))) for one in images]
         return serving(self, session, first)
 
     return changed
@@ -104,37 +108,31 @@ def what_another_saw(serving: Function) -> Function:
 
 def layers_reversed(take: Function) -> Function:
     def changed(self: Any) -> Any:
-        found = take(self)
         parts = len(self.capture.layers)
-        if "cls_features" in found and parts > 1:
-            found["cls_features"] = torch.cat(found["cls_features"].chunk(parts, dim=-1)[::-1], dim=-1)
-        return found
+        return {
+            need: torch.cat(value.chunk(parts, dim=-1)[::-1], dim=-1)
+            if need.what == "cls_features"
+            else value
+            for need, value in take(self).items()
+        }
 
     return changed
 
 
 def as_declared(policy: Function) -> Function:
     """Positions that are asked for are not taken."""
-
-    def changed(self: Any, method: Any) -> str:
-        asked, self.override = self.override, None
-        try:
-            return policy(self, method)
-        finally:
-            self.override = asked
-
-    return changed
+    return lambda self, method: policy(replace(self, override=None), method)
 
 
 def positions_told(no_positions: Function) -> Function:
     return lambda module, args, kwargs: (args, kwargs)
 
 
-SHELF = Pytest("tests/core/test_shelf.py")
+ENCODED = Pytest("tests/core/test_encode.py")
 MUTANTS = (
     Mutant("state outlives the call", at.CLOSE, record_kept, LLAVA),
     Mutant("hook left behind", at.DETACH, first_hook_kept, LLAVA),
-    Mutant("wrapper left behind", at.DETACH, wrappers_kept, LLAVA),
+    Mutant("patched method left behind", at.DETACH, patches_kept, LLAVA),
     Mutant("capture left behind", at.CAPTURE_REMOVE, nothing, LLAVA),
     Mutant("one thread's record for all", at.SESSION, one_record_for_all, LLAVA),
     Mutant("2-D mask lost on static caches", at.KEEP_MASK, made_at_once, LLAVA),
@@ -147,8 +145,8 @@ MUTANTS = (
     Mutant(
         "gaps told to FlashAttention", at.NO_POSITIONS, positions_told, Pytest("tests/core/test_flash.py")
     ),
-    Mutant("images served in reverse", at.SERVING, images_reversed, SHELF),
-    Mutant("pictures of another capture served", at.SERVING, what_another_saw, SHELF),
+    Mutant("images served in reverse", at.SERVING, images_reversed, ENCODED),
+    Mutant("pictures of another capture served", at.SERVING, what_another_saw, ENCODED),
     Mutant(
         "[CLS] rows of layers in reverse",
         at.RECORD_TAKE,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -66,18 +65,18 @@ def any_margin(headline: Function) -> Function:
 
 
 def least_accurate(worst: Function) -> Function:
-    def changed(table: Any, spec: str) -> dict[str, Any]:
+    def changed(table: Any, spec: str) -> Any:
         from vlmprune.evaluation.stats.estimates import by
 
         mine = by(table, "families", spec)
         family = min(mine, key=mine.get)
-        return {**worst(table, spec), "family": family, "accuracy": mine[family]}
+        return replace(worst(table, spec), family=family, accuracy=mine[family])
 
     return changed
 
 
 def interval_alone(side: Function) -> Function:
-    return lambda against: side({**against, "p_holm": 0.0})
+    return lambda against: side(replace(against, p_holm=0.0))
 
 
 STATISTICS = (
@@ -97,7 +96,12 @@ STATISTICS = (
     ),
     Mutant("families in the headline without a margin", at.HEADLINE, any_margin, of("stats")),
     Mutant("the worst family by accuracy alone", at.WORST, least_accurate, of("worst_family")),
-    Mutant("a verdict without its correction", at.SIDE, interval_alone, of("leaderboard_command")),
+    Mutant(
+        "a verdict without its correction",
+        at.SIDE,
+        interval_alone,
+        of("report_tables", "test_a_difference_counts_only_beyond_its_interval_and_its_correction"),
+    ),
 )
 
 
@@ -149,10 +153,12 @@ def lines_doubled(append: Function) -> Function:
     """Samples that are in the journal already are written again."""
 
     def changed(self: Any, lines: Any) -> int:
+        from vlmprune.evaluation.leaderboard.rundir import encode_line
+
         lines = list(lines)
         again = [line for line in lines if line["id"] in self.ids]
         with self.path.open("ab") as file:
-            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in again))
+            file.write(b"".join(encode_line(self.cell, line) for line in again))
         return append(self, lines)
 
     return changed
@@ -191,11 +197,16 @@ def names_only(digest: Function) -> Function:
 
 
 RUNS = (
-    Mutant("no fsync", at.WRITE, no_fsync, of("sweep")),
-    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep")),
-    Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep")),
+    Mutant("no fsync", at.WRITE, no_fsync, of("sweep_journal")),
+    Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep_journal")),
+    Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep_identity")),
     Mutant("answered samples written again", at.APPEND, lines_doubled, of("sweep")),
-    Mutant("plug-in code left out of the recipe", at.PLUGINS, lambda plugins: lambda spec: {}, of("sweep")),
+    Mutant(
+        "plug-in code left out of the recipe",
+        at.PLUGINS,
+        lambda plugins: lambda specs: (),
+        of("sweep_plugins"),
+    ),
     Mutant("clusters split between shards", at.SHARDS, clusters_split, of("sweep")),
     Mutant("rows without proof reported", at.UNBELIEVABLE, nothing_wrong, of("report")),
     Mutant("stale rows reported", at.STALE, nothing_wrong, of("report")),
