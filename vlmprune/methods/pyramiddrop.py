@@ -7,7 +7,7 @@ goes on, ranked by the attention of the last token of the prompt.
     A[h, j] = softmax over all keys of (q_h . k_hj / sqrt(d)),   score_j = 1/H sum_h A[h, j]
     kept    = int(N r_s) tokens at stage s
 
-with q and k the rotated projections of the layer behind the boundary, q of the last token of the prompt, j an
+with q and k the rotated projections of the layer after the boundary, q of the last token of the prompt, j an
 image token that is still there, N the tokens that the image had and r the shares.
 
 Deviations: grouped-query models repeat their keys (the official code fails there); several images, padding

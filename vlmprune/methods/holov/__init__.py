@@ -50,7 +50,7 @@ ATTENTION_SCALE = 1000.0  # of the official code
 class Shares(NamedTuple):
     """What a rule says of C crops of at most M tokens."""
 
-    members: Tensor  # (C, M) tokens of every crop, -1 behind the last
+    members: Tensor  # (C, M) tokens of every crop, -1 after the last
     rank: Tensor  # (B, C, M) higher is kept first
     weight: Tensor  # (B, C)
     quota: Tensor  # (B, C) sums to k; may exceed a crop

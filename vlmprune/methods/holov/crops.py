@@ -35,6 +35,6 @@ def sizes_of(members: Tensor) -> Tensor:
 
 
 def in_crops(values: Tensor, members: Tensor) -> Tensor:
-    """(B, C, M) values (B, N) by crop, or (B, C, M, D) of (B, N, D); zero behind the last token of a crop."""
+    """(B, C, M) values (B, N) by crop, or (B, C, M, D) of (B, N, D); zero after the last token of a crop."""
     end = (0, 1) if values.ndim == 2 else (0, 0, 0, 1)
     return pad(values, end)[:, members]  # -1 finds the zero at the end

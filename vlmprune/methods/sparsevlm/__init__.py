@@ -8,7 +8,7 @@ three layers the patches that they attend to are kept, and the best of the other
     raters     = all j with affinity_j above the mean
     score_i    = mean over heads h and raters j of A[h, j, i]
     kept       = the k best patches; v1.5 adds cluster means of the best of the others (recycling.py)
-    "plus":      A / w in place of A, the heads that look at the picture most, nothing merged (plus.py)
+    "plus":      A / w in place of A, the heads that attend to the picture most, nothing merged (plus.py)
 
 with V the patches and T the text after the last picture as embeddings, A the attention of the layer.
 
@@ -46,7 +46,7 @@ class SparseVLM(Method):
 
     Args:
         version: "v1.5": recycling, positions are re-counted; "plus": no recycling, positions stay, attention
-            is divided by the bias of rotary positions, only the heads that look at the picture most count.
+            is divided by the bias of rotary positions, only the heads that attend to the picture most count.
         layers: three layers after which patches are cut; None: (2, 6, 15), or as deep in shallower models.
         recycle: merge a part of the cut patches into clusters (v1.5).
         heads: how many heads count (plus); None: half of them. The official code has 14 of 28.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VAR: attention spent on visual sinks goes to the other patches, in heads that look at the image.
+"""VAR: attention spent on visual sinks goes to the other patches, in heads that attend to the image.
 
-A few patches draw attention from every word whatever is asked; their hidden states are huge in the same few
+A few patches draw attention from every word of any question; their hidden states are huge in the same few
 dimensions as those of BOS. What they get is surplus, and part of it goes to the other patches.
 
     phi_t   = max over sink dimensions d of |x_td| / RMS(x_t),   S = tokens with phi_t > tau
@@ -48,8 +48,8 @@ class VAR(Method):
         tau: a token is a sink when a sink dimension exceeds tau times the RMS of its hidden state (needs
             width > tau^2).
         sink_keep: share of their attention that sinks keep.
-        max_sink_portion: heads are edited where at most this share of the visual attention is on sinks,
-        min_visual_mass: and at least this much attention is visual.
+        max_sink_portion: heads with more than this share of their visual attention on sinks stay as they are.
+        min_visual_mass: heads with less visual attention than this stay as they are.
         first_layer: first decoder layer that is edited.
         skip_last_layer: leave the last layer alone.
     """
@@ -113,7 +113,7 @@ class VAR(Method):
         return sink_strength(hidden, self.dims) > self.tau
 
     def image_centric(self, attention: Tensor, sinks: Tensor, visual: Tensor) -> Tensor:
-        """(B, H, Q) bool, which rows of attention (B, H, Q, L) look at the image; sinks and visual (B, L)."""
+        """(B, H, Q) bool, which rows of attention (B, H, Q, L) are edited; sinks and visual (B, L)."""
         mass, portion = mass_and_portion(attention, sinks, visual)
         some_sinks = (visual & sinks).any(-1)[:, None, None]
         return (portion <= self.max_sink_portion) & (mass >= self.min_visual_mass) & some_sinks

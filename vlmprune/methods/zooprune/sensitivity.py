@@ -37,38 +37,37 @@ def unit(directions: Tensor) -> Tensor:
     return directions / (directions.norm(dim=-1, keepdim=True) + 1e-12)
 
 
-def finite_difference(
-    projector: Any, x: Tensor, directions: Tensor, h: float, rank: int | None = None
-) -> Tensor:
-    """(B, N) mean |M(x + h u) - M(x - h u)| / 2h for x (B, P, C) and unit directions (m, C)."""
+def finite_difference(projector: Any, x: Tensor, u: Tensor, h: float, rank: int | None = None) -> Tensor:
+    """(B, N) mean |M(x + h u) - M(x - h u)| / 2h for x (B, P, C) and unit directions u (m, C)."""
     with _exactly(x) as x:
-        f = as_map(projector, x.dtype, rank)
+        M = as_map(projector, x.dtype, rank)
         weights = projector.parameters() if isinstance(projector, nn.Module) else ()
         width = max((max(weight.shape) for weight in weights), default=1)
-        return _mean_length(lambda u: (f(x + h * u) - f(x - h * u)) / (2 * h), directions.to(x), x, width)
+        return _mean_length(lambda u: (M(x + h * u) - M(x - h * u)) / (2 * h), u.to(x), x, width)
 
 
-def directional(projector: Any, x: Tensor, directions: Tensor, rank: int | None = None) -> Tensor:
-    """(B, N) mean |J u| for x (B, N, C) and unit directions (m, C)."""
+def directional(projector: Any, x: Tensor, u: Tensor, rank: int | None = None) -> Tensor:
+    """(B, N) mean |J u| for x (B, N, C) and unit directions u (m, C)."""
     with _exactly(x) as x:
         layers = two_layers(projector, x.dtype, rank)
-        slope = layers.slope(x)  # (B, N, H)
+        g = layers.slope(x)  # (B, N, H)
         z, power = layers.standardised(x)
 
         def change(u: Tensor) -> Tensor:  # (m', 1, 1, C)
             if layers.gain is not None:
                 u = u - u.mean(-1, keepdim=True) - z * (z * u).mean(-1, keepdim=True)
                 u = u * layers.gain / power[..., None].sqrt()
-            return layers.second.linear(slope * layers.first.linear(u))
+            return layers.second.linear(g * layers.first.linear(u))
 
-        return _mean_length(change, directions.to(x), x, slope.shape[-1])
+        return _mean_length(change, u.to(x), x, g.shape[-1])
 
 
 def _mean_length(change: Map, directions: Tensor, x: Tensor, width: int) -> Tensor:
-    """(B, N) mean length of what ``change`` makes of directions (m', 1, 1, C), some at a time."""
+    """(B, N) mean length of ``change`` over directions (m, C), which it gets some at a time."""
     total = x.new_zeros(())
     for chunk in directions.split(max(1, _VALUES // (x.shape[0] * x.shape[1] * max(x.shape[2], width)))):
-        delta = change(chunk[:, None, None])  # (m', B, N, D), or with axes flattened, as some mergers do
+        # (m', 1, 1, C) -> (m', B, N, D), or with axes flattened, as some mergers do
+        delta = change(chunk[:, None, None])
         total = total + delta.reshape(len(chunk), len(x), -1, delta.shape[-1]).norm(dim=-1).sum(0)
     return total / len(directions)
 
@@ -76,40 +75,42 @@ def _mean_length(change: Map, directions: Tensor, x: Tensor, width: int) -> Tens
 def closed_form(projector: Any, x: Tensor, rank: int | None = None) -> Tensor:
     """(B, N) |J|_F / sqrt(C) for x (B, N, C).
 
-    A LayerNorm with gain G and normalised token z = (x - mean)/s has the Jacobian G (I - 11^T/C - zz^T/C) /
-    s. Its first part replaces W1 by W1 G less the mean of its columns; the second subtracts (2 - |z|^2/C)/C
-    |W2 (g * W1 G z)|^2. Divide by s^2.
+    A LayerNorm with gain G and normalised token z = (x - mean) / s has the Jacobian
+
+        G (I - 11^T / C - zz^T / C) / s.
+
+    Its first part replaces W1 by W1 G less the mean of its columns; the second subtracts
+    (2 - |z|^2 / C) / C |W2 (g * W1 G z)|^2 from g^T K g. The result is divided by s^2.
     """
     with _exactly(x) as x:
         layers = two_layers(projector, x.dtype, rank)
-        kernel = remember(projector, ("kernel", rank, x.dtype), lambda: _kernel(layers))  # (H, H)
-        rows = x.flatten(0, 1).split(max(1, _VALUES // kernel.shape[0]))
-        return torch.cat([_frobenius(layers, kernel, part) for part in rows]).view(x.shape[:2])
+        K = remember(projector, ("kernel", rank, x.dtype), lambda: _kernel(layers))  # (H, H)
+        rows = x.flatten(0, 1).split(max(1, _VALUES // K.shape[0]))
+        return torch.cat([_frobenius(layers, K, part) for part in rows]).view(x.shape[:2])
 
 
 def _kernel(layers: TwoLayers) -> Tensor:
-    first, second = layers.first.matrix, layers.second.matrix
+    W1, W2 = layers.first.matrix, layers.second.matrix
     if layers.gain is not None:
-        first = first * layers.gain
-        first = first - first.mean(1, keepdim=True)
-    return (second.T @ second) * (first @ first.T)
+        W1 = W1 * layers.gain
+        W1 = W1 - W1.mean(1, keepdim=True)
+    return (W2.T @ W2) * (W1 @ W1.T)
 
 
-def _frobenius(layers: TwoLayers, kernel: Tensor, x: Tensor) -> Tensor:
-    """(n,) for tokens (n, C)."""
-    width, slope = x.shape[-1], layers.slope(x)
-    squared = dispatch.zoo_sensitivity(slope[None], kernel)[0]
+def _frobenius(layers: TwoLayers, K: Tensor, x: Tensor) -> Tensor:
+    """(n,) |J|_F / sqrt(C) of tokens x (n, C)."""
+    C, g = x.shape[-1], layers.slope(x)
+    squared = dispatch.zoo_sensitivity(g[None], K)[0]  # g^T K g
     if layers.gain is not None:
         z, power = layers.standardised(x)
-        along = layers.second.linear(slope * layers.first.linear(z * layers.gain))
-        squared = (squared - (2 - z.square().mean(-1)) / width * along.square().sum(-1)) / power
-    return (squared.clamp_min(0) / width).sqrt()
+        along = layers.second.linear(g * layers.first.linear(z * layers.gain))
+        squared = (squared - (2 - z.square().mean(-1)) / C * along.square().sum(-1)) / power
+    return (squared.clamp_min(0) / C).sqrt()
 
 
 @contextmanager
 def _exactly(x: Tensor) -> Iterator[Tensor]:
-    """The tokens in at least float32, and a place to compute with them: without autocast and without a
-    graph."""
+    """The tokens in at least float32, without autocast and without a graph."""
     # slopes need autograd, which inference_mode forbids
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         yield x.detach().to(torch.promote_types(x.dtype, torch.float32))
