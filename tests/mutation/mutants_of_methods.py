@@ -102,7 +102,7 @@ def last_layer_too(acts_on: Function) -> Function:
 
 
 def at_every_stage(score: Function) -> Function:
-    return lambda self, tokens: score(self, replace(tokens, stage=0))
+    return lambda self, tokens: score(self, replace(tokens, cut=0))
 
 
 def width_for_height(real_patches: Function) -> Function:
