@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.methods.zooprune import hybrid_greedy, scaled
-from vlmprune.methods.zooprune.projector import closed_form, directional, finite_difference, unit_directions
+from vlmprune.methods.zooprune.sensitivity import closed_form, directional, finite_difference, unit_directions
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 M, REFERENCE, STEP = 64, 1024, 0.01

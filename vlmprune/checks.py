@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 
 from .errors import SpecError, did_you_mean
+
+_FINITE = sys.float_info.max
 
 
 def one_of(option: str, value: object, allowed: Sequence[object]) -> None:
@@ -27,7 +31,23 @@ def check_int(option: str, value: object, least: int | None = None, most: int | 
         raise SpecError(f"{option}={value!r}; expected {expected}")
 
 
-def check_number(option: str, value: object, least: float, most: float) -> None:
-    """Raise unless an option is a number between two bounds."""
+def check_number(option: str, value: object, least: float, most: float = _FINITE) -> None:
+    """Raise unless an option is a finite number between two bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise SpecError(f"{option}={value!r}; expected a number from {least:g} to {most:g}")
+        expected = f"from {least:g} to {most:g}" if most < _FINITE else f"of at least {least:g}"
+        raise SpecError(f"{option}={value!r}; expected a number {expected}")
+
+
+def check_positive(option: str, value: object) -> None:
+    """Raise unless an option is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SpecError(f"{option}={value!r}; expected a number above 0")
+
+
+def check_layers(option: str, layers: Sequence[object], first: int, count: int | None = None) -> None:
+    """Raise unless an option lists ascending decoder layers: one or more, or exactly ``count``."""
+    known = [layer for layer in layers if type(layer) is int and layer >= first]
+    ascending = known == list(layers) == sorted(set(known))
+    if not ascending or not (layers if count is None else len(layers) == count):
+        number = "" if count is None else f"{count} "
+        raise SpecError(f"{option}={layers!r}; expected {number}ascending decoder layers from {first} on")

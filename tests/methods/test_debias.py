@@ -19,9 +19,11 @@ import vlmprune
 from vlmprune.core.select import choose, top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
-from vlmprune.methods.debias import PUBLISHED, Debias, calibrate
-from vlmprune.methods.debias.calibration import Calibration, fit_exponential, fit_log_linear, identity
+from vlmprune.methods.debias import Debias, calibrate
+from vlmprune.methods.debias.calibration import Calibration, identity
+from vlmprune.methods.debias.fit import fit_exponential, fit_log_linear
 from vlmprune.methods.debias.padding import real_patches
+from vlmprune.methods.debias.trend import PUBLISHED, weights
 from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.pyramiddrop import PyramidDrop
@@ -80,9 +82,9 @@ def test_published_constants_divide_the_scores(base, curve):
 
 
 def test_the_table_of_fastv_ends_where_the_released_one_does_and_scales_with_the_number_of_patches():
-    curve = 1 / Debias(FastV()).weight(torch.ones(1, 576))[0]
+    curve = 1 / weights(Debias(FastV()).curve, torch.ones(1, 576))[0]
     assert curve[0] == 1 and curve[575].item() == pytest.approx(2.791, abs=5e-4)
-    torch.testing.assert_close(1 / Debias(FastV()).weight(torch.ones(1, 36))[0], curve[::16])
+    torch.testing.assert_close(1 / weights(Debias(FastV()).curve, torch.ones(1, 36))[0], curve[::16])
 
 
 @pytest.mark.parametrize("inner", BASES.values(), ids=BASES)
@@ -488,9 +490,9 @@ def test_the_folder_of_a_model_does_not_count(model):
     ("change", "message"),
     [
         (lambda c: c | {"sigma": 0.5}, "was changed since it was written"),
-        (lambda c: c | {"version": 2}, "is no calibration file of version 1"),
-        (lambda c: {k: v for k, v in c.items() if k != "base"}, "is no calibration file"),
-        (lambda c: [c], "is no calibration file"),
+        (lambda c: c | {"version": 2}, "is not a calibration file of version 1"),
+        (lambda c: {k: v for k, v in c.items() if k != "base"}, "is not a calibration file"),
+        (lambda c: [c], "is not a calibration file"),
     ],
 )
 def test_changed_files_are_refused(made, change, message):

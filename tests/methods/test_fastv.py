@@ -8,13 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from official_rules import fastv_keep
 
 import vlmprune
 from vlmprune.core.method import CutPoint
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError, UnsupportedError
-from vlmprune.methods.fastv import FastV, official_keep
+from vlmprune.methods.fastv import FastV
 from vlmprune.spec import Budget
 from vlmprune.testing.checks_inside import twins
 from vlmprune.testing.conformance import Subject, generate
@@ -62,15 +63,11 @@ def test_one_cut_ranked_by_the_layer_before_it(layer, keep, count, want):
     assert FastV(layer=layer).cuts(32, Budget(keep), count) == (CutPoint(layer, want, source=layer - 1),)
 
 
-def test_official_roundings():
-    assert [official_keep(5, 0.5), official_keep(3, 0.5), official_keep(576, 0.778)] == [2, 2, 128]
-    assert [official_keep(576, 0.778, "truncate"), official_keep(100, 0.9, "truncate")] == [
-        127,
-        9,
-    ]  # 9.999999999999998
+def test_fractions_are_rounded_down_and_official_ones_otherwise():
+    assert [fastv_keep(n, drop, "round") for n, drop in ((5, 0.5), (3, 0.5), (576, 0.778))] == [2, 2, 128]
+    assert fastv_keep(576, 0.778, "truncate") == 127
+    assert fastv_keep(100, 0.9, "truncate") == 9  # of 9.999999999999998
     assert Budget(0.1).count(100) == 10
-    with pytest.raises(SpecError, match="rounding='floor'"):
-        official_keep(5, 0.5, "floor")
 
 
 @pytest.mark.parametrize("layer", [0, -1, 2.0, True])

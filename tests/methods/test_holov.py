@@ -14,8 +14,10 @@ from vlmprune.core.method import Need
 from vlmprune.core.select import choose, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError
-from vlmprune.methods import holov
-from vlmprune.methods.holov import HoloV, bands, cap, official_quota, paper_quota, variance, windows
+from vlmprune.methods.holov import HoloV, official_scores, similarity
+from vlmprune.methods.holov.crops import bands, in_crops, sizes_of, windows
+from vlmprune.methods.holov.quotas import capped, official_quota, paper_quota
+from vlmprune.methods.holov.similarity import variance
 
 
 def picture(grids=((12, 12),), batch=1, seed=0, peak=2.0, width=8):
@@ -101,10 +103,10 @@ def test_the_official_rule_is_followed_up_to_its_zero_rows(n, crops, peak):
     x, a = picture(((1, n),), peak=peak, seed=4)
     held = torch.from_numpy(a).float()
     members = bands(n, crops)
-    inside = torch.nn.functional.pad(held, (0, 1))[:, members]
+    inside = in_crops(held, members)
     for k in (1, 9, 25, n - 1):
         quota, positions = official_transcription(x[0], a[0], crops, k)
-        ours = official_quota(holov.official_scores(inside, (members >= 0).sum(1)), k)
+        ours = official_quota(official_scores(inside, sizes_of(members)), k)
         assert ours[0].tolist() == quota
         assert top_k_in_groups(inside, members, ours, k)[0].tolist() == positions
         keep = choose(HoloV(variant="official", crops=crops), tokens(None, a, ()), k)[0].tolist()
@@ -171,7 +173,7 @@ def test_similarity_matrices_may_be_cut_into_chunks(monkeypatch):
             real[: len(inside)], token_variance(x[0, inside].double().numpy()), rtol=1e-4
         )
         assert (real[len(inside) :] == 0).all()
-    monkeypatch.setattr(holov, "_CHUNK", 7)
+    monkeypatch.setattr(similarity, "_CHUNK", 7)
     torch.testing.assert_close(variance(x, members), whole)
 
 
@@ -180,9 +182,9 @@ def test_surplus_goes_where_weight_and_room_are():
     quota = paper_quota(weight, 20)
     assert quota.tolist() == [[14, 4, 2, 0]]
     # 5 too many; pull 0.2 * 6 and 0.1 * 7: 3.2 and 1.8, the odd one to the heavier crop
-    assert cap(quota, weight, sizes, 20).tolist() == [[9, 8, 3, 0]]
+    assert capped(quota, weight, sizes, 20).tolist() == [[9, 8, 3, 0]]
     # without weight there is no share: crops are filled in order
-    assert cap(torch.tensor([[14, 0, 0, 0]]), torch.zeros(1, 4), sizes, 14).tolist() == [[9, 5, 0, 0]]
+    assert capped(torch.tensor([[14, 0, 0, 0]]), torch.zeros(1, 4), sizes, 14).tolist() == [[9, 5, 0, 0]]
 
 
 def test_a_shortfall_goes_to_the_heaviest_crop_or_to_the_heaviest_crops():
@@ -265,6 +267,7 @@ REFUSED = [
     ("alpha", -1.0),
     ("alpha", False),
     ("alpha", "high"),
+    ("alpha", float("inf")),
     ("tau", float("nan")),
 ]
 

@@ -12,14 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlmprune.methods import sensitivity
-from vlmprune.methods.zooprune.projector import (
-    closed_form,
-    directional,
-    finite_difference,
-    two_layers,
-    unit_directions,
-)
+from vlmprune.methods.zooprune import cache, sensitivity
+from vlmprune.methods.zooprune.projector import two_layers
+from vlmprune.methods.zooprune.sensitivity import closed_form, directional, finite_difference, unit_directions
 from vlmprune.testing.conformance import shared_model
 
 
@@ -131,10 +126,10 @@ def test_the_matrix_is_made_once_and_dies_with_its_projector(monkeypatch):
     assert len(made) == 1
     assert vars(projector[0]) == before and not projector[0]._forward_hooks
     gc.collect()
-    held = len(sensitivity._KNOWN)
+    held = len(cache._KNOWN)
     del projector, before
     gc.collect()
-    assert len(sensitivity._KNOWN) == held - 1
+    assert len(cache._KNOWN) == held - 1
 
 
 # --- mergers --------------------------------------------------------------------------------------

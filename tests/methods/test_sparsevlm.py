@@ -9,21 +9,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from official_rules import sparsevlm_rank_budget
 
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError
-from vlmprune.methods.sparsevlm import (
-    SparseVLM,
-    cluster_count,
-    kept_of,
-    published_rows,
-    rank_budget,
-    recycle,
-    rope_weight,
-    scaled_layers,
-)
+from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
+from vlmprune.methods.sparsevlm.plus import rope_weight
+from vlmprune.methods.sparsevlm.recycling import cluster_count, kept_of, recycle
+from vlmprune.methods.sparsevlm.schedule import published_rows, scaled_layers
 from vlmprune.spec import Budget
 
 # --- transcriptions -------------------------------------------------------------------------------
@@ -194,8 +189,8 @@ def test_rows_of_half_precision_are_merged_in_float32():
 
 def test_the_rank_rule_scales_the_rank():
     block = torch.outer(torch.ones(5), torch.rand(64)) + torch.outer(torch.arange(5.0), torch.rand(64))
-    assert rank_budget(block, 9, 6) == (2, 24)
-    assert rank_budget(block, 40) == (2, 63)
+    assert sparsevlm_rank_budget(block, 9, 6) == (2, 24)
+    assert sparsevlm_rank_budget(block, 40) == (2, 63)
 
 
 # --- budgets --------------------------------------------------------------------------------------

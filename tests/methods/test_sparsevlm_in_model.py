@@ -11,7 +11,8 @@ import torch
 
 import vlmprune
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.methods.sparsevlm import SparseVLM, recycle
+from vlmprune.methods.sparsevlm import SparseVLM
+from vlmprune.methods.sparsevlm.recycling import pick, recycle
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import merged_embeddings, placeholder_columns
 from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
@@ -73,7 +74,8 @@ class ByHand:
                 positions=torch.tensor([[numbers[i] for i in at]]),
                 rotary_frequencies=self.model.model.language_model.rotary_emb.inv_freq,
             )
-            made = recycle(hidden[None, at], self.method.score(tokens), kept, recycles=self.version == "v1.5")
+            reduce = recycle if self.version == "v1.5" else pick
+            made = reduce(hidden[None, at], self.method.score(tokens), kept)
             count = made.slots.shape[1]
             rows.append(made.features[0])
             left, rate = left + [picture] * count, rate + [False] * count

@@ -13,7 +13,8 @@ import torch
 
 import vlmprune
 from vlmprune.errors import SpecError
-from vlmprune.methods.var import SINK_DIMS, VAR, sink_strength
+from vlmprune.methods.var import VAR, mass_and_portion, sink_strength
+from vlmprune.methods.var.sinks import SINK_DIMS
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 FIRST, LAST, KEYS = 4, 16, 22  # the picture stands at 4..15
@@ -86,7 +87,8 @@ def test_edited_rows_follow_the_transcription(keep, rho, least):
     rows = attention()
     method = VAR(sink_keep=keep, max_sink_portion=rho, min_visual_mass=least)
     edited = method.reweight(torch.from_numpy(rows), SINKS, VISUAL)
-    chosen, mass, portion = method.image_centric(torch.from_numpy(rows), SINKS, VISUAL)
+    chosen = method.image_centric(torch.from_numpy(rows), SINKS, VISUAL)
+    mass, portion = mass_and_portion(torch.from_numpy(rows), SINKS, VISUAL)
     for head, line in np.ndindex(rows.shape[1:3]):
         row = rows[0, head, line]
         expected = transcription(row, SINKS[0], VISUAL[0], keep, rho, least)
@@ -102,7 +104,7 @@ def test_edited_rows_follow_the_transcription(keep, rho, least):
 
 
 def test_some_rows_are_edited_and_some_are_not():
-    chosen = VAR(max_sink_portion=0.2).image_centric(torch.from_numpy(attention()), SINKS, VISUAL)[0]
+    chosen = VAR(max_sink_portion=0.2).image_centric(torch.from_numpy(attention()), SINKS, VISUAL)
     assert 0 < int(chosen.sum()) < chosen.numel()
 
 
@@ -120,7 +122,7 @@ def test_a_bias_of_the_logits_gives_the_same_edit():
     z = torch.from_numpy(np.random.default_rng(4).normal(scale=1.5, size=(1, 6, 8, KEYS))).float()
     a = z.softmax(-1)
     method = VAR()
-    chosen = method.image_centric(a, SINKS, VISUAL)[0][..., None]
+    chosen = method.image_centric(a, SINKS, VISUAL)[..., None]
     others = VISUAL & ~SINKS
     b = (1 - method.sink_keep) * (a * SINKS).sum(-1, keepdim=True) / (a * others).sum(-1, keepdim=True)
     bias = torch.where(SINKS, np.log(method.sink_keep), torch.where(others, torch.log1p(b), 0.0))

@@ -14,8 +14,7 @@ import vlmprune
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
-from vlmprune.methods import sensitivity
-from vlmprune.methods.zooprune import ZOOPrune, hybrid_greedy, scaled
+from vlmprune.methods.zooprune import ZOOPrune, hybrid_greedy, scaled, sensitivity
 from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.tiny import tiny_inputs
 

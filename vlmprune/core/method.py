@@ -152,8 +152,12 @@ class Method:
         """(B, k) distinct token indices, any order."""
         raise NotImplementedError
 
-    def merge(self, tokens: VisualTokens, k: int, ranking: Tensor | None = None) -> Merged:
-        """Rows that replace the tokens; ``ranking`` (B, N) replaces the method's own scores for a wrapper."""
+    def merge(self, tokens: VisualTokens, k: int) -> Merged:
+        """k rows that replace the tokens."""
+        raise NotImplementedError
+
+    def merge_ranked(self, tokens: VisualTokens, k: int, ranking: Tensor) -> Merged:
+        """``merge`` that keeps the best of a wrapper's ranking (B, N); overridden where that can be done."""
         raise NotImplementedError
 
     # --- inside the language model ----------------------------------------------------------------

@@ -40,6 +40,11 @@ def rest_of(keep_idx: Tensor, n: int) -> Tensor:
     return torch.sort(kept, dim=-1, stable=True).indices[:, : n - keep_idx.shape[1]]
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D) rows of x (B, N, D) at index (B, K)."""
+    return dispatch.gather_rows([x], index)[0]
+
+
 def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> Tensor:
     """(B, k) int64 tokens: of every group its ``quota`` highest scores, group after group, best first.
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baselines every method has to beat: keep all, keep at random, keep a regular grid, average over a
-regular grid.
+"""The baselines that every method has to beat: keep all, a random subset, a regular grid, or its averages.
 
-No paper. Provenance: written for this package; no code was read.
+    dense:   score_i = 1
+    random:  score_i ~ U(0, 1)
+    uniform: the token nearest to the centre of each of k near-square cells of the grid
+    pool:    y_c = mean of x_i over the tokens i of cell c
+
+Deviations: there is no paper. Provenance: written for this package; no code was read.
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_int
 from ..core.grid import cells, centres
 from ..core.method import Merged, Method, What
 from ..core.tokens import VisualTokens
-from ..errors import SpecError
 from ..registry import register
 
 
@@ -34,8 +38,7 @@ class Dense(Method):
 @register("random")
 @dataclass(frozen=True)
 class Random(Method):
-    """Keeps a random subset that depends on the seed, the place of the image in its sample and N, on nothing
-    else.
+    """Keeps a random subset that depends on the seed, the number of the image in its sample, and N alone.
 
     Without ``tokens.ordinal`` the rows are taken for the images of one sample.
 
@@ -46,16 +49,14 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
-            raise SpecError(f"seed={self.seed!r} is not a seed; expected an integer from 0 to 2**32 - 1")
+        check_int("seed", self.seed, least=0, most=2**32 - 1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         ordinal = range(tokens.batch) if tokens.ordinal is None else tokens.ordinal.tolist()
         return torch.stack([self._row(i, tokens.count) for i in ordinal]).to(tokens.device)
 
     def _row(self, ordinal: int, n: int) -> Tensor:
-        # drawn on the CPU so that all devices keep the same tokens; a large prime keeps (seed, ordinal) pairs
-        # apart
+        # on the CPU, so that all devices keep the same tokens; the prime keeps (seed, ordinal) pairs apart
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
         return torch.rand(n, generator=generator)
 
@@ -74,17 +75,14 @@ class Uniform(Method):
 @register("pool")
 @dataclass(frozen=True)
 class Pool(Method):
-    """Replaces the tokens of each of k near-square cells by their mean, standing at the centre of the
-    cell."""
+    """Replaces the tokens of each of k near-square cells by their mean, placed at the centre of the cell."""
 
     nested: ClassVar[bool] = False
     needs: ClassVar[tuple[What, ...]] = ("features",)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
-        features, grids = tokens.need("features"), tokens.need("grids")
+        x, grids = tokens.need("features"), tokens.need("grids")  # x: (B, N, D)
         member = cells(grids, k) == torch.arange(k)[:, None]  # (k, N)
         weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
-        pooled = (
-            weight @ features.float()
-        )  # (B, k, D); a matrix product, because index_add is not deterministic on CUDA
-        return Merged(pooled.to(features.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))
+        y = weight @ x.float()  # (B, k, D); not by index_add, which is not deterministic on CUDA
+        return Merged(y.to(x.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """DivPrune: keep the tokens that are farthest from each other.
 
-Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", arXiv:2503.02175.
-Max-min diversity: maximise over subsets S of size k the smallest cosine distance within S, by farthest-point
-greedy.
+A kept set without near-duplicates covers the picture. The set whose smallest pairwise cosine distance is
+largest is approached by a greedy walk from the farthest point to the next.
+
+    d(i, j) = 1 - cos(x_i, x_j)
+    first   = argmax_i min_{j != i} d(i, j)
+    next    = argmax_{i not in S} min_{j in S} d(i, j)
+
+with x the tokens as the language model would read them and S those picked so far.
 
 Deviations: picked tokens are masked, as in the paper's pseudo-code (the official code can pick one twice when
 tokens coincide); float32 instead of the model's dtype; the budget is floored where the official code rounds;
 newline embeddings take no part.
-Provenance: the official code is CC BY-NC 4.0 and was not read; written from a text description alone.
+Provenance: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+arXiv:2503.02175; written from a text description; the official code (CC BY-NC 4.0) was not read.
 """
 
 from __future__ import annotations
@@ -35,29 +41,25 @@ def greedy_maxmin(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: number of picks.
 
     Returns:
-        order (B, k) int64 in the order of picking, and distance (B, k) of each pick to the nearest earlier
-        one; for the first pick, which is the token whose nearest neighbour is farthest, to that neighbour.
+        order (B, k) int64 of picking, and distance (B, k) of each pick to the nearest earlier one; of the
+        first pick to its nearest neighbour.
     """
-    n = features.shape[1]
-    if not 1 <= k <= n:
+    if not 1 <= k <= features.shape[1]:
         raise InvariantError(
-            f"cannot pick {k} of features of shape {tuple(features.shape)}; expected (B, N, D) and 1 <= k <= "
-            "N"
+            f"cannot pick {k} of features {tuple(features.shape)}; expected (B, N, D) and 1 <= k <= N"
         )
-    unit = torch.nn.functional.normalize(
-        features.float(), dim=-1
-    )  # a zero vector stays zero: distance 1 to all
-    order, distance = dispatch.greedy_maxmin_features(unit, k, first="nn")
+    # a zero vector stays zero: distance 1 to all
+    x = torch.nn.functional.normalize(features.float(), dim=-1)
+    order, distance = dispatch.greedy_maxmin_features(x, k, first="nn")
     return order.long(), distance
 
 
 @register("divprune")
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Keeps the k tokens, as the language model would read them, that a farthest-point walk visits first.
+    """Keeps the k tokens that a farthest-point walk over the features visits first.
 
-    No attention and no text are needed. Walks with a larger budget continue the same walk, so kept sets are
-    nested.
+    Neither attention nor text is needed. A larger budget continues the same walk, so kept sets are nested.
 
     Example:
         ``vlmprune.select("divprune", keep=64, features=features)``

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: one cut after the first decoder layers, by the attention of the last prompt token.
+"""FastV: cut once after the first decoder layers, by the attention of the last prompt token.
 
-Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764 (ECCV 2024).
+Past the first layers image tokens receive little attention. They are ranked once by how much the last token
+of the prompt attends to them, and the remaining layers run without the others.
+
+    score_j = 1/H sum_h A[h, q, j]
+
+with A the softmaxed attention of layer K - 1 (counted from 0) over the whole sequence, H heads, q the last
+token of the prompt and j an image token.
 
 Deviations: scores in float32; ties go to the lower index; ranked per image and per sample (the official code
 ranks sample 0 and applies it to all); the true image span is used (the official scripts start it one token
-late on LLaVA-1.5); padding keeps its mask; fractions are rounded down, see ``official_keep``.
-Provenance: written from a description of paper and official code (commit d165972, no licence file); no code
-copied.
+late on LLaVA-1.5); padding keeps its mask; fractions are rounded down.
+Provenance: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764 (ECCV 2024); written
+from a description of paper and official code (commit d165972, no licence file); no code copied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import one_of
-from ..core.method import CutPoint, Method, What
+from ..checks import check_int
+from ..core.budget import Budget
+from ..core.method import CutPoint, Method, Positions, SlotName, What
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
@@ -27,29 +34,25 @@ from ..registry import register
 @register("fastv")
 @dataclass(frozen=True)
 class FastV(Method):
-    """Layers 0 .. layer-1 read every token, all later ones the ``keep`` tokens that the last prompt token
-    attends to most.
+    """Layers from ``layer`` on read only the image tokens that the last prompt token attends to most.
 
     Args:
-        layer: first layer that reads the shortened sequence; the row of layer - 1 ranks (K = 2 in the paper).
+        layer: K, the first layer that reads the shorter sequence; layer K - 1 ranks.
     """
 
     layer: int = 2
 
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
-    positions: ClassVar[str] = "original"
+    positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[What, ...]] = ("text_attention",)
     paper: ClassVar[str] = "arXiv:2403.06764"
     licence: ClassVar[str] = "none stated"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 1:
-            raise SpecError(
-                f"layer={self.layer!r}; expected a decoder layer from 1 on: nothing attends before layer 0"
-            )
+        check_int("layer", self.layer, least=1)  # nothing attends before layer 0
 
-    def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
+    def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
         if budget is None:
             raise SpecError("fastv needs a budget: fastv@288 (tokens that go on) or fastv@0.5 (fraction)")
         if self.layer >= depth:
@@ -59,20 +62,5 @@ class FastV(Method):
         return (CutPoint(self.layer, budget.count(count), source=self.layer - 1),)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return tokens.need("text_attention")[:, :, -1].mean(dim=1)  # (B, H, R, N) -> (B, N)
-
-
-def official_keep(count: int, drop: float, rounding: str = "round") -> int:
-    """Tokens that the official code keeps of ``count`` at a drop share; "round" is its Hugging Face port,
-    halves to even.
-
-    A budget here rounds down and keeps at least one token: to reproduce a run, give what this returns as
-    ``keep``.
-
-    Example:
-        >>> official_keep(576, 0.778)
-        128
-    """
-    one_of("rounding", rounding, ("round", "truncate"))
-    left = count * (1 - drop)
-    return round(left) if rounding == "round" else int(left)
+        A = tokens.need("text_attention")[:, :, -1]  # (B, H, R, N) -> (B, H, N), row of q
+        return A.mean(dim=1)

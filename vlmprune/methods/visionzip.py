@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: keep the patches [CLS] attends to, merge the rest into a few contextual tokens, keep [CLS]
-itself.
+"""VisionZip: keep the patches [CLS] attends to, merge the rest into a few contextual tokens, keep [CLS].
 
-Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv:2412.04467.
+A few patches receive nearly all attention of [CLS]: those are dominant. Of the rest, evenly spaced patches
+become targets, and every other patch is averaged into the target with the most similar attention key.
+
+    dominant  = the d largest sum_h A[h, CLS, i];   rest = all others in raster order, R of them
+    target_j  = rest[j max(1, floor(R / c))],   j = 0 .. c-1
+    join_i    = argmax_j cos(K_i, K_target_j)
+    context_j = H_target_j + mean of H_i over join_i = j
+    rows      = projector([CLS, H_dominant, context])
+
+with A, K and H the attention, the keys (mean over heads) and the output of the layer the projector reads.
 
 Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and
-cosines in float32; key norms are clamped, where the official code gives NaN for a zero key;
-``combine="mean"`` is the averaging that the method is described with, the default "add" is the official code,
-which adds the mean of the members to the target.
-Provenance: written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code
+cosines in float32; key norms are clamped, where the official code gives NaN for a zero key; the default
+``combine="add"`` is the official code, "mean" the plain average that the method is described with.
+Provenance: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+arXiv:2412.04467; written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code
 copied.
 """
 
@@ -20,29 +28,26 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import one_of
+from ..checks import check_int, one_of
 from ..core.method import Merged, Method, Need
-from ..core.select import rest_of, top_k
+from ..core.select import rest_of, rows_at, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError, UnsupportedError
-from ..kernels import dispatch
 from ..registry import register
-from .fastervlm import check_tower_options
+from .tower import attention_need, check_tower_options, patch_attention
 
 
 class Groups(NamedTuple):
-    """Patch indices, ascending in every row; ``assignment`` numbers the target that each member joins."""
+    """Patch indices, ascending in every row."""
 
     dominant: Tensor  # (B, d)
     targets: Tensor  # (B, c)
-    members: Tensor  # (B, N-d-c)
-    assignment: Tensor  # (B, N-d-c)
+    members: Tensor  # (B, R-c)
+    join: Tensor  # (B, R-c) number of the target that a member joins
 
 
 def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Groups:
-    """Split N patches by scores (B, N) and keys (B, N, d) into dominant patches, evenly spaced targets and
-    their members.
-    """
+    """Dominant patches, targets and members by scores (B, N) and keys (B, N, d)."""
     batch, n = scores.shape
     kept = top_k(scores, dominant) if dominant else scores.new_empty(batch, 0, dtype=torch.int64)
     rest = rest_of(kept, n)  # (B, R) raster order
@@ -51,35 +56,34 @@ def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Group
     targets, members = rest.gather(1, target_at), rest.gather(1, rest_of(target_at, rest.shape[1]))
     if not contextual:
         return Groups(kept, targets, members[:, :0], members[:, :0])
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-    cosine = _rows(unit, members) @ _rows(unit, targets).transpose(1, 2)  # (B, R-c, c)
-    return Groups(kept, targets, members, cosine.argmax(-1))
+    K = torch.nn.functional.normalize(keys.float(), dim=-1)
+    cosine = rows_at(K, members) @ rows_at(K, targets).transpose(1, 2)  # (B, R-c, c)
+    return Groups(kept, targets, members, join=cosine.argmax(-1))
 
 
-def contextual_rows(features: Tensor, groups: Groups, rule: str) -> Tensor:
-    """(B, c, C) float32 contextual rows from encoder features (B, N, C)."""
-    target, members = _rows(features, groups.targets).float(), _rows(features, groups.members).float()
-    number = torch.arange(target.shape[1], device=target.device)
-    joins = (groups.assignment[..., None] == number).float()  # (B, R-c, c); one_hot would wait for the GPU
-    total, count = joins.transpose(1, 2) @ members, joins.sum(1)[..., None]
-    if rule == "mean":
-        return (target + total) / (1 + count)
-    return target + total / count.clamp_min(1)
+def contextual_rows(H: Tensor, groups: Groups, combine: str) -> Tensor:
+    """(B, c, C) float32 contextual rows from encoder features H (B, N, C)."""
+    H_target, H_member = rows_at(H, groups.targets).float(), rows_at(H, groups.members).float()
+    number = torch.arange(H_target.shape[1], device=H.device)
+    joins = (groups.join[..., None] == number).float()  # (B, R-c, c); one_hot would wait for the GPU
+    total, count = joins.transpose(1, 2) @ H_member, joins.sum(1)[..., None]
+    if combine == "mean":
+        return (H_target + total) / (1 + count)
+    return H_target + total / count.clamp_min(1)
 
 
 @register("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Rows: [CLS] of every crop, dominant patches in raster order, contextual tokens. ``keep`` counts all of
-    them.
+    """Keeps [CLS] of every crop, dominant patches, and contextual tokens merged from the rest.
+
+    ``keep`` counts all of these rows.
 
     Args:
-        contextual: how many contextual tokens; None: 5/32 of the budget (64 -> 10), at least one once a
-            dominant patch has room.
+        contextual: how many contextual tokens; None: 5/32 of the budget, so 10 of 64.
         combine: "add" (official: target + mean of its members) or "mean" (of target and members).
         cls: "token", or "mean" for towers without [CLS]: rank by received attention, no [CLS] row.
-        layer: index into the hidden states of the tower, such as -2; None: the layer the model takes its
-            features from.
+        layer: index into the hidden states of the tower, such as -2; None: the layer the model reads.
         anyres: "unpad", or "spatial", the authors' LLaVA-NeXT layout (budget per raw tile, no newline).
     """
 
@@ -98,19 +102,14 @@ class VisionZip(Method):
         if self.anyres == "spatial":
             object.__setattr__(self, "layout", "spatial")
         one_of("combine", self.combine, ("add", "mean"))
-        if self.contextual is not None and (type(self.contextual) is not int or self.contextual < 0):
-            raise SpecError(
-                f"contextual={self.contextual!r} is not a number of tokens; expected None or an integer >= 0"
-            )
+        if self.contextual is not None:
+            check_int("contextual", self.contextual, least=0)
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        if self.cls == "token":
-            attention = (Need("cls_attention", self.layer), Need("cls_features"))
-        else:
-            attention = (Need("received_attention", self.layer),)
         return (
-            *attention,
+            attention_need(self.cls, self.layer),
+            *([Need("cls_features")] if self.cls == "token" else []),
             Need("keys", self.layer),
             Need("encoder_features"),
             Need("features"),
@@ -123,49 +122,31 @@ class VisionZip(Method):
         room = k - cls_rows
         if room < (self.contextual or 0):
             fixed = f"{cls_rows} [CLS] rows and {self.contextual or 0} contextual tokens"
-            raise SpecError(
-                f"keep={k} is too small for the {fixed} of visionzip; keep at least "
-                f"{k - room + (self.contextual or 0)}"
-            )
+            least = cls_rows + (self.contextual or 0)
+            raise SpecError(f"keep={k} is too small for the {fixed} of visionzip; keep at least {least}")
         contextual = self.contextual
-        if contextual is None:
+        if contextual is None:  # at least one once a dominant patch has room
             contextual = min(max(1, round(k * 5 / 32)), max(0, room - 1))
         return cls_rows, room - contextual, contextual
 
-    def interleaved(self, k: int, crops: int = 1) -> Tensor:
-        """(k,) bool: the rows that take their place in the big image of a spatial layout, that is the
-        dominant ones.
-        """
-        cls_rows, dominant, _ = self.split(k, crops)
-        row = torch.arange(k)
-        return (row >= cls_rows) & (row < cls_rows + dominant)
-
     def score(self, tokens: VisualTokens) -> Tensor:
-        if self.cls == "mean":
-            return tokens.need("received_attention").float()
-        return tokens.need("cls_attention").float().sum(1)  # (B, H, N) -> (B, N)
+        A = patch_attention(tokens, self.cls)  # (B, H, N)
+        return A.sum(dim=1)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
-        features, encoded, project = (
-            tokens.need("features"),
-            tokens.need("encoder_features"),
-            tokens.need("projector"),
-        )
-        if encoded.shape[1] != tokens.count:
+        H, features = tokens.need("encoder_features"), tokens.need("features")  # (B, N, C), (B, N, D)
+        if H.shape[1] != tokens.count:
             raise UnsupportedError(
-                f"visionzip merges before the projector, but {encoded.shape[1]} patches become "
+                f"visionzip merges before the projector, but {H.shape[1]} patches become "
                 f"{tokens.count} tokens in this one"
             )
-        cls_rows = tokens.need("cls_features") if self.cls == "token" else encoded[:, :0]  # (B, T, C)
-        _, dominant, contextual = self.split(k, cls_rows.shape[1])
+        cls = tokens.need("cls_features") if self.cls == "token" else H[:, :0]  # (B, T, C)
+        crops = cls.shape[1]
+        _, dominant, contextual = self.split(k, crops)
         groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual)
-        context = contextual_rows(encoded, groups, self.combine).to(encoded.dtype)
-        made = project(torch.cat([cls_rows, context], dim=1))  # the projector works token by token
-        rows = [made[:, : cls_rows.shape[1]], _rows(features, groups.dominant), made[:, cls_rows.shape[1] :]]
-        no_place = groups.targets.new_full(cls_rows.shape[:2], -1)
+        context = contextual_rows(H, groups, self.combine).to(H.dtype)
+        made = tokens.need("projector")(torch.cat([cls, context], dim=1))  # works token by token
+        rows = [made[:, :crops], rows_at(features, groups.dominant), made[:, crops:]]
+        no_place = groups.targets.new_full(cls.shape[:2], -1)
         slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
         return Merged(torch.cat(rows, dim=1), slots, context=torch.arange(k) >= k - contextual)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return dispatch.gather_rows([x], index)[0]

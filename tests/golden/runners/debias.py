@@ -10,8 +10,9 @@ import torch
 from vlmprune.core.select import choose, top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.methods.debias import Debias
-from vlmprune.methods.debias.calibration import fit_exponential, fit_log_linear
+from vlmprune.methods.debias.fit import fit_exponential, fit_log_linear
 from vlmprune.methods.debias.padding import real_patches
+from vlmprune.methods.debias.trend import weights
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.sparsevlm import SparseVLM
@@ -53,13 +54,13 @@ def check_scores(case, method, tokens):
     """Raw scores, the mask, the weights and their product; padding scores zero in the official code."""
     raw = method.inner.score(tokens)
     case.check("scores_raw", raw[0], word="scores")
-    real = method._real(tokens)
+    real = method.real(tokens)
     if "pad_mask" in case.arrays:
         case.check(
             "pad_mask", torch.ones(raw.shape[1]).byte() if real is None else real.byte(), word="indices"
         )
     if "weight" in case.arrays and method.trend != "none":
-        case.check("weight", method.weight(raw)[0].to(case.tensor("weight").dtype), word="scores")
+        case.check("weight", weights(method.curve, raw)[0].to(case.tensor("weight").dtype), word="scores")
     case.check("scores_debiased", method.score(tokens)[0].clamp_min(0), word="scores")
     return raw.shape[1] if real is None else int(real.sum())
 
@@ -148,8 +149,8 @@ def sparsevlm(case):
     method = wrapped(case, SparseVLM(), "resize rule")
     raw, corrected = method.inner.score(tokens), method.score(tokens)
     if tokens.cut == 0 and "weight" in case.arrays:
-        real = method._real(tokens)
-        weight = method.weight(raw)[0] * (1 if real is None else real)
+        real = method.real(tokens)
+        weight = weights(method.curve, raw)[0] * (1 if real is None else real)
         case.check("weight", weight.float())
     # ours is summed in another order
     torch.testing.assert_close(raw[0], case.tensor("relation_returned"), rtol=1e-5, atol=0.0)
@@ -166,8 +167,8 @@ def trend_fit(case):
     case.check("mu_sigma_nonlinear", torch.tensor([mu, sigma], dtype=torch.float64))
     raw = case.tensor("attention")[None]
     method = Debias(FastV(), sigma=sigma)
-    case.check("weight", method.weight(raw)[0])
-    order = (raw[0] * method.weight(raw)[0]).sort(descending=True, stable=True).indices
+    case.check("weight", weights(method.curve, raw)[0])
+    order = (raw[0] * weights(method.curve, raw)[0]).sort(descending=True, stable=True).indices
     case.check("debiased_rank", order, word="parameters")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from given_decoder import attach_to_decoder, given_decoder
+from official_rules import fastv_keep
 from transformers import LlamaConfig
 
 from vlmprune.core.select import choose
@@ -14,7 +15,7 @@ from vlmprune.core.tokens import VisualTokens
 from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.sequence.compaction import Compaction
 from vlmprune.hooks.sequence.views import SequenceView
-from vlmprune.methods.fastv import FastV, official_keep
+from vlmprune.methods.fastv import FastV
 
 
 def chosen(case):
@@ -61,8 +62,8 @@ def token_mask_mode(case):
 
 def budget(case):
     numbers = list(zip(case.tensor("n_visual").tolist(), case.tensor("drop_ratio").tolist(), strict=True))
-    case.check("keep_round", torch.tensor([official_keep(n, drop, "round") for n, drop in numbers]))
-    case.check("keep_trunc", torch.tensor([official_keep(n, drop, "truncate") for n, drop in numbers]))
+    case.check("keep_round", torch.tensor([fastv_keep(n, drop, "round") for n, drop in numbers]))
+    case.check("keep_trunc", torch.tensor([fastv_keep(n, drop, "truncate") for n, drop in numbers]))
 
 
 def end_to_end(case):

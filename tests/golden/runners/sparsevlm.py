@@ -6,24 +6,16 @@ the rank rule.
 from __future__ import annotations
 
 import torch
+from official_rules import sparsevlm_rank_budget
 
 from vlmprune.core.select import top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.hooks.sequence.compaction import Compaction
-from vlmprune.methods.sparsevlm import (
-    FLOOR,
-    SparseVLM,
-    candidate_count,
-    cluster_count,
-    rank_budget,
-    rated,
-    rater_affinity,
-    recycle,
-    rope_weight,
-    top_head_scores,
-    top_heads,
-)
+from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
+from vlmprune.methods.sparsevlm.plus import FLOOR, rope_weight, top_head_scores, top_heads
+from vlmprune.methods.sparsevlm.raters import rated, rater_affinity
+from vlmprune.methods.sparsevlm.recycling import candidate_count, cluster_count, pick, recycle
 
 
 def prune_step(case):
@@ -67,7 +59,7 @@ def prune_step(case):
     case.check("scores", scores[0])
     kept = min(hyper["budget"], n - 1)
     assert kept == hyper["kept_visual"]
-    merged = recycle(tokens.features, scores, kept, recycles=method.recycles)
+    merged = (recycle if method.recycles else pick)(tokens.features, scores, kept)
     slots = merged.slots[0, :kept]
     keep = torch.zeros(n, dtype=torch.bool).index_fill(0, slots, True)
     case.check("keep_mask", keep, word="indices")
@@ -115,7 +107,7 @@ def rank_rule(case):
     first, n = case.hyper["sys_len"], case.hyper["n_visual"]
     raters = case.tensor("text_rater_mask")
     attention = case.tensor("attn_text")[None, :, :, first : first + n]
-    rank, keep = rank_budget(attention[0].mean(0)[raters], case.hyper["scale"], case.hyper["bias"])
+    rank, keep = sparsevlm_rank_budget(attention[0].mean(0)[raters], case.hyper["scale"], case.hyper["bias"])
     case.check("rank", torch.tensor(rank))
     case.check("keep", torch.tensor(keep))
     scores = SparseVLM().score(VisualTokens(text_attention=attention, query_mask=raters[None]))

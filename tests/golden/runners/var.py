@@ -10,7 +10,7 @@ from given_decoder import attach_to_decoder, given_decoder
 
 from vlmprune.hooks.sequence.cache import state_of
 from vlmprune.hooks.sequence.placement import Columns
-from vlmprune.methods.var import VAR, sink_strength
+from vlmprune.methods.var import VAR, mass_and_portion, sink_strength
 
 SHAPE = {
     "hidden_size": 64,
@@ -28,7 +28,7 @@ class Recorded(VAR):
 
     def image_centric(self, attention, sinks, visual):
         found = super().image_centric(attention, sinks, visual)
-        self.__dict__.setdefault("chosen", []).append(found[0])
+        self.__dict__.setdefault("chosen", []).append(found)
         return found
 
 
@@ -68,8 +68,8 @@ def rows(case):
     case.check("query_rows", edited, word="indices")
     sinks, visual = (torch.nn.functional.pad(mask, (0, new)) for mask in (sinks, visual))
     attention = case.tensor("attn_in")[None]
-    chosen, mass, portion = method.image_centric(attention, sinks, visual)
-    case.check("selected", chosen[0], word="selection")
+    mass, portion = mass_and_portion(attention, sinks, visual)
+    case.check("selected", method.image_centric(attention, sinks, visual)[0], word="selection")
     case.check("visual_mass", mass[0], word="attention")
     case.check("sink_portion", portion[0], word="attention")
     out = method.reweight(attention, sinks, visual)

@@ -55,10 +55,10 @@ def check_rows(case, hidden, attention, keys, cls_features):
     groups = group(method.score(tokens), keys, case.hyper["dominant"] - 1, contextual)
     case.check("dominant_indices", groups.dominant)
     case.check("context_target_indices", groups.targets)
-    case.check("merge_assignment", groups.assignment)
+    case.check("merge_assignment", groups.join)
     optional = {
         "merged_indices": groups.members,
-        "merge_counts": torch.nn.functional.one_hot(groups.assignment, contextual).sum(1),
+        "merge_counts": torch.nn.functional.one_hot(groups.join, contextual).sum(1),
         "kept_indices": torch.cat([groups.dominant, groups.targets], 1).sort(1).values,
     }
     for name in optional.keys() & case.arrays.keys():
@@ -79,7 +79,7 @@ def anyres_packing(case):
     )  # the vectors leave out the base tile and where contextual tokens stand
     slots[1:, 0] = -1
     slots[1:, 1 : k - contextual] = dominant
-    mask = VisionZip(contextual=contextual).interleaved(k)
+    mask = torch.arange(k) < k - contextual
     order = pack_tiles(slots, tuple(case.arrays["tile_grid"].tolist()), case.hyper["tile_side"], mask)
     torch.testing.assert_close(order[:k], torch.arange(k))
     case.check("expected_source_tile", order[k:] // k - 1)

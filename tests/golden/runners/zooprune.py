@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlmprune.methods.zooprune import hybrid_greedy, scaled
-from vlmprune.methods.zooprune.projector import finite_difference, unit
+from vlmprune.methods.zooprune.sensitivity import finite_difference, unit
 
 
 class Merger(nn.Module):

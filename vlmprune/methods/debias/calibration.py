@@ -1,82 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trend of average attention over the places of the patches: how it is measured, fitted, stored, and tied
-to one model.
+"""Calibration: average the scores of a method per place, fit the trend, and store it for one model.
 
-A trend is f(x) = mu * exp(sigma * x) with x = i / N, so that one sigma serves every number N of patches.
+The trend is a function of x = i / N, so that one sigma serves every number N of patches.
 Provenance: written from a description of the paper; the official release has no fitting code.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.method import CutPoint, Method, act_as, needs
+from ...core.budget import Budget
+from ...core.method import CutPoint, Method, What, act_as, needs
 from ...core.tokens import VisualTokens
-from ...errors import InvariantError, SpecError
+from ...errors import SpecError
 from ...registry import option_fields
 from ...spec import Part
+from .fit import fit_exponential
+from .trend import STEEPEST
 
 FORMAT = {"format": "vlmprune.calibration", "version": 1}
-STEEPEST = 20  # sigma; published ones are 0.8 to 2.7, steeper ones follow a single peak
-_ATTENTION = {"text_attention", "cls_attention", "received_attention"}
+_ATTENTION: tuple[What, ...] = ("text_attention", "cls_attention", "received_attention")
 # what decides the shape of attention and is written alike by all versions of transformers
 _PARTS = ("", "text_config", "vision_config")
 _KEYS = (
-    *(
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *("vocab_size", "image_size", "patch_size", "vision_feature_layer", "vision_feature_select_strategy"),
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "image_size",
+    "patch_size",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
 )
-
-
-def fit_log_linear(mean: np.ndarray) -> tuple[float, float]:
-    """(mu, sigma): least squares of log(mean), mean (N,) average attention per place."""
-    if mean.ndim != 1 or len(mean) < 2 or not (np.isfinite(mean).all() and (mean > 0).all()):
-        raise SpecError(
-            f"cannot fit a trend to average attention {mean!r}; expected two or more finite numbers above "
-            "zero"
-        )
-    sigma, level = np.polyfit(np.arange(len(mean)) / len(mean), np.log(mean), 1)
-    return float(np.exp(level)), float(sigma)
-
-
-def fit_exponential(mean: np.ndarray, steps: int = 100) -> tuple[float, float]:
-    """(mu, sigma): least squares of mean (N,) itself, by damped Gauss-Newton from the log-linear fit."""
-    x = np.arange(len(mean)) / len(mean)
-    start, sigma = fit_log_linear(mean)
-    scale = mean.mean()  # so that both unknowns are of the order of one
-    point = np.array([start / scale, sigma])
-
-    def residual(at: np.ndarray) -> np.ndarray:
-        return mean / scale - at[0] * np.exp(at[1] * x)
-
-    for _ in range(steps):
-        curve = np.exp(point[1] * x)
-        step = np.linalg.lstsq(np.stack([curve, point[0] * x * curve], 1), residual(point), rcond=None)[0]
-        error = np.square(residual(point)).sum()
-        while np.square(residual(point + step)).sum() > error and np.abs(step).max() > 1e-12:
-            step = step / 2
-        point = point + step
-        if np.abs(step).max() <= 1e-12:
-            return float(point[0] * scale), float(point[1])
-    raise InvariantError(
-        f"the fit of an exponential did not settle in {steps} steps; is there a trend in {mean!r}?"
-    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +88,7 @@ class Calibration:
             or content.keys() != {*FORMAT, *names, "sha256"}
             or FORMAT.items() - content.items()
         ):
-            raise SpecError(f"{str(path)!r} is no calibration file of version {FORMAT['version']}; {make}")
+            raise SpecError(f"{str(path)!r} is not a calibration file of version {FORMAT['version']}; {make}")
         if content.pop("sha256") != _digest(content):
             raise SpecError(
                 f"calibration file {str(path)!r} was changed since it was written: its hash does not fit; "
@@ -163,10 +129,8 @@ def check_ranks_by_attention(inner: Method) -> None:
         raise SpecError(f"{inner.name!r} is a wrapper itself and cannot be debiased; {works}")
     if type(inner).score is Method.score or not any(needs(inner, what) for what in _ATTENTION):
         raise SpecError(f"method {inner.name!r} has no attention score to debias; {works}")
-    if (
-        inner.kind() != "score"
-        and "ranking" not in inspect.signature(getattr(inner, inner.kind())).parameters
-    ):
+    ranks_itself = inner.kind() == "merge" and type(inner).merge_ranked is Method.merge_ranked
+    if inner.kind() == "select" or ranks_itself:
         raise SpecError(
             f"method {inner.name!r} does not let its tokens be ranked by a corrected score; {works}"
         )
@@ -174,17 +138,14 @@ def check_ranks_by_attention(inner: Method) -> None:
 
 def text_of(method: Method) -> str:
     """The spec of a method without a budget, with the options that are not at their defaults."""
-    given = {option.name: getattr(method, option.name) for option in option_fields(type(method))}
-    default = {option.name: option.default for option in option_fields(type(method))}
-    return str(
-        Part(method.name, tuple((name, value) for name, value in given.items() if value != default[name]))
-    )
+    given = {option: getattr(method, option.name) for option in option_fields(type(method))}
+    changed = [(option.name, value) for option, value in given.items() if value != option.default]
+    return str(Part(method.name, tuple(changed)))
 
 
 @dataclass(frozen=True, eq=False)
 class Recorder(Method):
-    """Scores as its inner method does and remembers it; inside the language model it makes the first cut
-    only, of one token.
+    """Scores as its inner method does and records it; inside the language model it cuts once, by one token.
 
     Args:
         inner: the method that is recorded.
@@ -194,7 +155,7 @@ class Recorder(Method):
     """
 
     inner: Method
-    budget: Any = None
+    budget: Budget | None = None
     seen: list[Tensor] = field(default_factory=list)
     models: list[tuple[str, str]] = field(default_factory=list)
 
@@ -202,7 +163,7 @@ class Recorder(Method):
         act_as(self, self.inner, but=("kind", "cuts"))
         object.__setattr__(self, "budgeted", self.budget is not None)
 
-    def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
+    def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
         return (replace(self.inner.cuts(depth, budget, count)[0], keep=max(1, count - 1)),)
 
     def check_model(self, config: Any) -> None:
@@ -222,8 +183,7 @@ def calibrate(model: Any, inputs: Iterable[Mapping[str, Any]], base: Any, path: 
         model: the model that the trend shall be divided out on.
         inputs: what the model's processor returns, one per sample; some hundred neutral pictures, never those
             of a test set.
-        base: spec or object of the method whose scores are averaged, such as ``"fastv@64"`` or
-            ``"fastervlm"``.
+        base: spec or object of the method whose scores are averaged, such as ``"fastv@64"``.
         path: of the file, ending in .json; given to ``debias(trend='...')`` afterwards.
     """
     from ...api import prune, resolve, score

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patches of a picture show the picture, where it was padded to a centred square before it was cut into
-patches.
+"""Which patches are padding, where a picture was padded to a centred square before it was cut into patches.
 
 The margins follow from the size of the picture alone. Three published rules say what becomes of a patch that
-is partly padding. Provenance: written from a description of official code (intcomp/attention-bias, commit
-e75ebe7, Apache-2.0); no code copied.
+is partly padding.
+Provenance: written from a description of official code (intcomp/attention-bias, commit e75ebe7, Apache-2.0);
+no code copied.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ def real_patches(rule: str, side: int, size: tuple[int, int], threshold: float =
     if rule == "resize":
         return resized(side, width, height)
     short, long = sorted(size)
-    along = torch.tensor(
-        by_area(side, short, long, threshold) if rule == "area" else by_whole_patches(side, short, long)
-    )
+    real = by_area(side, short, long, threshold) if rule == "area" else by_whole_patches(side, short, long)
+    along = torch.tensor(real)
     across = torch.ones(side, dtype=torch.bool)
     rows, columns = (along, across) if width >= height else (across, along)
     return (rows[:, None] & columns).flatten()
@@ -42,9 +41,8 @@ def real_patches(rule: str, side: int, size: tuple[int, int], threshold: float =
 
 def by_area(side: int, short: int, long: int, threshold: float) -> list[bool]:
     """Along the short axis: whether at most ``threshold`` of a patch is padding."""
-    margin = Fraction(
-        side * (long - short), 2 * long
-    )  # in patches; exact, because shares equal to the threshold are common
+    # in patches; exact, because shares equal to the threshold are common
+    margin = Fraction(side * (long - short), 2 * long)
     share = [_within(margin - i) + _within(i + 1 - (side - margin)) for i in range(side)]
     return [padding <= Fraction(str(threshold)) for padding in share]
 
@@ -60,18 +58,9 @@ def by_whole_patches(side: int, short: int, long: int) -> list[bool]:
 
 
 def resized(side: int, width: int, height: int) -> Tensor:
-    """(side * side,) bool: a picture of ones, pasted on zeros like the original, shrunk to one pixel per
-    patch.
-    """
+    """(side * side,) bool: ones pasted on zeros like the picture, shrunk to one pixel per patch."""
     long = max(width, height)
+    left, top = (long - width) // 2, (long - height) // 2
     square = Image.new("L", (long, long), 0)
-    square.paste(
-        1,
-        (
-            (long - width) // 2,
-            (long - height) // 2,
-            (long - width) // 2 + width,
-            (long - height) // 2 + height,
-        ),
-    )
+    square.paste(1, (left, top, left + width, top + height))
     return torch.from_numpy(np.array(square.resize((side, side), Image.Resampling.BILINEAR)) > 0).flatten()

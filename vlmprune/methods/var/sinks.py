@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sink dimensions of a backbone: published, found once by a search, and stored in a recipe file that belongs
-to that backbone.
-"""
+"""Sink dimensions of a backbone: published, found once by a search, or read from a recipe file."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from torch import Tensor
 
 from ...errors import SpecError, UnsupportedError
 
-# (model type, width, layers, key heads) of a backbone -> published sink dimensions; key heads tell Llama-2
-# from Llama-3
+# (model type, width, layers, key heads) -> published sink dimensions; key heads tell Llama-2 from Llama-3
 SINK_DIMS = {
     ("llama", 4096, 32, 32): (1415, 2533),
     ("llama", 5120, 40, 40): (2100, 4743),
@@ -28,6 +25,14 @@ _NAMES = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads
 def backbone(config: Any) -> tuple[Any, ...]:
     """What tells one backbone from another: type, width, layers, key heads."""
     return tuple(getattr(config, name) for name in _NAMES)
+
+
+def dims_of(language_model: Any, recipe: str | None, tau: float) -> tuple[int, ...]:
+    """Sink dimensions from a recipe, else published ones, else found."""
+    config = language_model.config
+    if recipe is not None:
+        return load_recipe(recipe, config)
+    return SINK_DIMS.get(backbone(config)) or find_sink_dims(language_model, tau)
 
 
 def save_recipe(model: Any, path: str | Path, tau: float = 20.0) -> tuple[int, ...]:
@@ -69,9 +74,7 @@ def load_recipe(path: str, config: Any) -> tuple[int, ...]:
 
 
 def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
-    """Dimensions of massive activation: where a lone BOS token exceeds tau times its RMS in most of the
-    middle layers.
-    """
+    """Dimensions in which a lone BOS token exceeds tau times its RMS in most of the middle layers."""
     config = language_model.config
     bos = config.bos_token_id
     if bos is None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops of a picture: which tokens form one. Rows of crops are as long as the largest, filled up with -1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...core.grid import Grids, cells
+
+
+def windows(grids: Grids, count: int) -> Tensor:
+    """(C, M) tokens of about ``count`` near-square windows; a grid too small for a window is one itself."""
+    ids = cells(grids, count)
+    grid = torch.arange(len(grids)).repeat_interleave(torch.tensor([rows * cols for rows, cols in grids]))
+    return _members(torch.where(ids < 0, count + grid, ids).unique(return_inverse=True)[1])
+
+
+def bands(n: int, count: int) -> Tensor:
+    """(C, M) tokens of ``count`` runs in raster order; the first n % count hold one more."""
+    return _members(torch.arange(count).repeat_interleave(n // count + (torch.arange(count) < n % count)))
+
+
+def _members(crop: Tensor) -> Tensor:
+    """(C, M) tokens by crop, from the crop (N,) of every token."""
+    sizes = torch.bincount(crop)
+    real = torch.arange(int(sizes.max())) < sizes[:, None]
+    return torch.full(real.shape, -1).masked_scatter(real, crop.argsort(stable=True))
+
+
+def sizes_of(members: Tensor) -> Tensor:
+    """(C,) tokens of every crop."""
+    return (members >= 0).sum(1)
+
+
+def in_crops(values: Tensor, members: Tensor) -> Tensor:
+    """(B, C, M) values (B, N) by crop, or (B, C, M, D) of (B, N, D); zero after the last token of a crop."""
+    end = (0, 1) if values.ndim == 2 else (0, 0, 0, 1)
+    return pad(values, end)[:, members]  # -1 finds the zero at the end
