@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from ..speed.row import SpeedRow
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
-SHAPES = (
-    "llava-1.5-7b",
-    "llava-next-7b",
-    "qwen2.5-vl-7b",
-)  # as in benchmarks/speed/shapes.py, which is slow to import
+# as in vlmprune/speed/shapes.py, which is slow to import
+SHAPES = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 MODEL = SHAPES[0]
 MODEL_HELP = f"A shape ({', '.join(SHAPES)}: random weights, no download), 'tiny', a folder, or an HF id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
@@ -78,8 +75,15 @@ def bench(
                 left_out.append(LeftOut(name, None, missing[name]))
                 continue
             status.update(f"building {name}")
-            options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
-            workload = make_workload(name, **options, trust_remote_code=trust_remote_code)
+            workload = make_workload(
+                name,
+                batch=batch,
+                text=text,
+                device=device,
+                dtype=dtype,
+                scale=scale,
+                trust_remote_code=trust_remote_code,
+            )
             found, refused = measure(workload, specs, answer_tokens=answer, effort=effort, tell=status.update)
             rows, left_out = rows + found, left_out + refused
     if out is not None:
@@ -126,14 +130,15 @@ def plan(
 
     wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     with stderr().status(f"building {model}") as status:
-        options: dict[str, Any] = {
-            "batch": batch,
-            "text": text,
-            "device": device,
-            "dtype": dtype,
-            "scale": scale,
-        }
-        workload = make_workload(model, **options, trust_remote_code=trust_remote_code)
+        workload = make_workload(
+            model,
+            batch=batch,
+            text=text,
+            device=device,
+            dtype=dtype,
+            scale=scale,
+            trust_remote_code=trust_remote_code,
+        )
         found = make_plan(
             workload, wanted, answer_tokens=answer, worth=worth, effort=Effort(rounds), tell=status.update
         )

@@ -125,7 +125,8 @@ def fit(
             if (found >= 0).all() and error < least - 1e-12:
                 best, least = np.zeros(3), error
                 best[columns] = found
-    return tuple(best.tolist()), float(np.abs(matrix @ best - ones).max())
+    base, linear, square = best.tolist()
+    return (base, linear, square), float(np.abs(matrix @ best - ones).max())
 
 
 @torch.inference_mode()

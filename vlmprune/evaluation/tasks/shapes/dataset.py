@@ -135,8 +135,9 @@ def draw(seed: int, family: str, index: int) -> tuple[Question, tuple[Scene, ...
     rng = np.random.default_rng([seed, FAMILIES.index(family), cluster])
     for _ in range(_TRIES):
         scenes = tuple(sample_scene(rng, template.kind) for _ in range(template.images))
-        questions = [template.make(scenes, rng, answer) for answer in answers]
-        if all(questions):
+        made = [template.make(scenes, rng, answer) for answer in answers]
+        questions = [question for question in made if question is not None]
+        if len(questions) == len(answers):
             return questions[turn % len(answers)], scenes, cluster
     raise SpecError(
         f"no scene for {family}/{template.name} in {_TRIES} tries; scenes leave too little room for it"

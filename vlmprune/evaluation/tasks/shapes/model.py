@@ -17,13 +17,13 @@ PATCH = 12
 ROPE_THETA = 1e6
 GRID = CANVAS // PATCH  # patches along each side
 PAD, BOS, EOS, UNKNOWN, IMAGE = (WORDS.index(word) for word in SPECIAL)
-VISION: dict[str, int] = {
+VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
 }
-TEXT: dict[str, int] = {
+TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 8,

@@ -39,9 +39,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows. ``texture_seed`` feeds background, clutter and noise when it is
-    rendered.
-    """
+    """Everything that a picture shows; background, clutter and noise are drawn from ``texture_seed``."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -147,7 +145,7 @@ def _place(
     """Put a thing where it overlaps no other, or nowhere after 30 tries."""
     shape, color, size, text = wanted
     radius = float(rng.uniform(*SIZES[size])) if size else float(rng.uniform(8.5, 10.5))
-    rgb = tuple(int(c) for c in np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255))
+    red, green, blue = np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255).tolist()
     half = SIGN_LENGTH * PITCH / 2 + 2 if text else radius
     left, top, right, bottom = frame
     for _ in range(30):
@@ -164,7 +162,6 @@ def _place(
         if all(
             abs(x - o.x) > half + o.half_width + gap or abs(y - o.y) > radius + o.radius + gap for o in others
         ):
-            return Thing(
-                shape, color, size, x, y, radius, float(rng.uniform(-0.2, 0.2)) if size else 0.0, rgb, text
-            )
+            angle = float(rng.uniform(-0.2, 0.2)) if size else 0.0
+            return Thing(shape, color, size, x, y, radius, angle, (red, green, blue), text)
     return None
