@@ -78,24 +78,41 @@ def test_a_plug_in_that_does_not_load_is_named_and_hides_nothing(tmp_path):
     assert "its entry point 'vlmprune_mine:Mine' does not load" in listed.stderr
 
 
-def test_a_new_built_in_method_goes_where_the_others_are(tmp_path):
-    (tmp_path / "vlmprune" / "methods").mkdir(parents=True)
-    made = scaffold("two_words", tmp_path)
+def checkout(folder):
+    """As much of one as ``vlmprune new`` looks at."""
+    (folder / "vlmprune" / "methods").mkdir(parents=True)
+    shutil.copy(ROOT / "vlmprune" / "registry.py", folder / "vlmprune")
+    return folder
+
+
+def test_a_new_built_in_method_goes_where_the_others_are_and_is_listed(tmp_path):
+    made = scaffold("two_words", checkout(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in made.files] == [
         "vlmprune/methods/two_words.py",
         "tests/methods/test_two_words.py",
         "methods/two_words.md",
         "methods/two_words.yaml",
     ]
-    assert '"two_words": "vlmprune.methods.two_words:TwoWords"' in made.steps[0]
+    assert made.changed == (tmp_path / "vlmprune" / "registry.py",)
+    before = (ROOT / "vlmprune" / "registry.py").read_text().splitlines()
+    after = made.changed[0].read_text().splitlines()
+    line = '    "two_words": "vlmprune.methods.two_words:TwoWords",'
+    at = after.index(line)
+    assert after[:at] + after[at + 1 :] == before
+    assert after[at - 1].startswith('    "') and after[at + 1] == "}"
+
+
+def test_a_checkout_without_its_list_of_methods_is_refused_and_left_alone(tmp_path):
+    registry = checkout(tmp_path) / "vlmprune" / "registry.py"
+    registry.write_text("METHODS = []\n")
+    assert "no table _BUILTIN" in cli("new", "mine", "--dir", tmp_path, code=2, columns=300).stderr
+    assert registry.read_text() == "METHODS = []\n" and not any((tmp_path / "vlmprune/methods").iterdir())
 
 
 @pytest.mark.slow
-def test_a_new_built_in_method_is_verified_after_the_steps_printed(tmp_path):
+def test_a_new_built_in_method_is_verified_at_once(tmp_path):
     shutil.copytree(ROOT / "vlmprune", tmp_path / "vlmprune", ignore=shutil.ignore_patterns("__pycache__"))
-    registry = tmp_path / "vlmprune" / "registry.py"
-    line = scaffold("two_words", tmp_path).steps[0].partition(":  ")[2]
-    registry.write_text(registry.read_text().replace("_BUILTIN = {\n", f"_BUILTIN = {{\n    {line}\n"))
+    scaffold("two_words", tmp_path)
     done = process("verify", "two_words", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
     assert done.returncode == 0 and json.loads(done.stdout)["failed"] == 0, done.stderr
 
@@ -104,8 +121,9 @@ def test_a_new_built_in_method_is_verified_after_the_steps_printed(tmp_path):
 def test_new_files_keep_the_rules_of_style(tmp_path, inside):
     ruff = pytest.importorskip("ruff", reason="ruff is not installed").find_ruff_bin()
     if inside:  # what is imported must be there to be sorted as ours
+        checkout(tmp_path)
         for name in ("vlmprune/methods/__init__.py", "vlmprune/testing/conformance.py"):
-            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
     scaffold("two_words", tmp_path)
     command = [ruff, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "."]
