@@ -333,3 +333,20 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     ]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
     assert 0 <= results["results"]["shapes"]["accuracy,none"] <= 1
+
+
+@pytest.mark.parametrize("name, near", [("popee", " Did you mean 'pope'"), ("nosuchtask", "")])
+def test_validate_refuses_a_task_that_lmms_eval_lacks_and_names_only_what_is_near(tmp_path, name, near):
+    config = tmp_path / "config.yaml"
+    config.write_text(f'models: [tiny]\nspecs: [pool@4]\ntasks: ["lmms:{name}"]\n')
+    result = CliRunner().invoke(app, ["validate", str(config)])
+    assert result.exit_code == 2 and "valid" not in result.stdout
+    assert f"{config}: lmms-eval has no task '{name}'" in result.stderr
+    assert (near in result.stderr) if near else ("Did you mean" not in result.stderr)
+
+
+def test_validate_accepts_tasks_that_lmms_eval_has(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text('models: [tiny]\nspecs: [pool@4]\ntasks: ["lmms:pope", "lmms:pope_yes"]\n')
+    result = CliRunner().invoke(app, ["validate", str(config)])
+    assert result.exit_code == 0 and "valid" in result.stdout, result.stderr
