@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vlmprune import plugins, registry
+from vlmprune import lazytable, registry
 from vlmprune.cli import app
 from vlmprune.core.method import Method
 from vlmprune.errors import SpecError
@@ -31,7 +31,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     offer(monkeypatch)
     yield
-    registry._entry_points.cache_clear()
+    registry._TABLE.refresh()
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str]:
@@ -42,8 +42,8 @@ def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str
         seen.append(group)
         return [metadata.EntryPoint(name, value, group) for name, value in points]
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
     return seen
 
 
@@ -265,8 +265,8 @@ def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
     def entry_points(*, group: str) -> None:
         raise TypeError("a line without '='")
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
     assert list_methods() == BUILTIN
     assert "cannot be read: TypeError: a line without '='" in refused_plugins()[0]
 

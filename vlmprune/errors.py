@@ -39,3 +39,8 @@ def did_you_mean(word: str, known: Iterable[str], *, most: int = 1, cutoff: floa
     """
     near = difflib.get_close_matches(str(word), list(known), n=most, cutoff=cutoff)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's code in one line."""
+    return " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from sweep_tools import config, journals, sweep
 
-from vlmprune import plugins, registry
+from vlmprune import lazytable, registry
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation import tasks
 from vlmprune.evaluation.leaderboard import Settings, files, identity, work
 from vlmprune.evaluation.leaderboard.plan import Setting
 from vlmprune.evaluation.leaderboard.run import planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
+from vlmprune.evaluation.tasks import registry as tasks
 
 METHOD = """
 from vlmprune import Method, register
@@ -44,8 +44,8 @@ def clean(monkeypatch):
     for name in set(sys.modules) - known:
         if name.startswith(("plug_", "task_")):
             del sys.modules[name]
-    registry._entry_points.cache_clear()
-    tasks._entry_points.cache_clear()
+    registry._TABLE.refresh()
+    tasks._TABLE.refresh()
 
 
 # --- plug-ins -------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ def offer(monkeypatch, group, name, value):
     def entry_points(*, group):
         return [point] if group == point.group else []
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
-    tasks._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
+    tasks._TABLE.refresh()
 
 
 def modules(tmp_path, monkeypatch, kind):

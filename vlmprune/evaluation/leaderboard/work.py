@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ... import plugins
+from ... import errors
 from ...api import prune
 from ...errors import EvaluationError, VlmPruneError
 from ...models.loading import load
@@ -142,7 +142,7 @@ class Bench:
 def reason(error: Exception) -> str:
     """Why something failed; errors may have no text, and those of a plug-in say little without a type."""
     text = str(error).strip()
-    return text if text and isinstance(error, VlmPruneError) else plugins.reason(error)
+    return text if text and isinstance(error, VlmPruneError) else errors.reason(error)
 
 
 @lru_cache(maxsize=1)
