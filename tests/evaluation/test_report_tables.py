@@ -68,7 +68,7 @@ def test_a_new_column_is_in_every_table(monkeypatch):
     words = {"key": "seconds", "title": "seconds", "hint": "how long it took"}
     extra = Column(**words, value=lambda r: r.mdd, text=lambda r: "12 s", spare=2)
     listed = (*COLUMNS, extra)
-    for module in ("benchmarks.report.export", "benchmarks.report.latex", "cli.board"):
+    for module in ("evaluation.report.export", "evaluation.report.latex", "cli.board"):
         monkeypatch.setattr(f"vlmprune.{module}.COLUMNS", listed)
     found = results(row("dense"), row("a@9", mdd=0.1))
     assert "seconds" in tables(as_markdown(NONE, found, Options()))[0][0]
