@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users write passes a strict type checker: the README's blocks and the file of a new method, not one
-with mistakes.
-"""
+"""A strict type checker accepts the README's blocks and a new method, and finds mistakes."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ MISTAKES = "import vlmprune\n\nvlmprune.prun\nvlmprune.parse(1)\n"
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory):
-    """What ``mypy --strict`` says of files that import the package, which it finds as an editable install
-    puts it there.
-    """
+    """What ``mypy --strict`` says of files that import the package as an editable install has it."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "path").mkdir()
     (folder / "path" / "vlmprune").symlink_to(ROOT / "vlmprune", target_is_directory=True)

@@ -70,9 +70,7 @@ def _positions(given: object) -> Positions | None:
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
-    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` is a cheap dense
-    switch.
-    """
+    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` turns it off."""
     return prune(model, method, **options).attach()
 
 

@@ -67,8 +67,7 @@ class FreeSide:
 
     def _note(self, index: int, module: nn.Module, args: tuple) -> None:
         for start, compaction in self.session.state.views.cuts:
-            # a cut before the language model is listed at layer 0 too; what it was given is shorter than the
-            # parent of that cut
+            # a cut before the language model is listed at layer 0 too; its parent was longer than the input
             if start == index and not (
                 start == 0 and compaction.kept.shape[1] > self._given["inputs_embeds"].shape[1]
             ):

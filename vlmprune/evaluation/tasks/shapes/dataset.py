@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: ten families, answers in equal shares, every sample a function of (split, family, index)
-alone."""
+"""The task: ten families, answers in equal shares, a sample for each (split, family, index)."""
 
 from __future__ import annotations
 
@@ -57,9 +56,7 @@ class ShapesTask:
 
     @property
     def blind(self) -> Mapping[str, float]:
-        """Expected score of the best constant answer per question template; templates of a family are equally
-        frequent.
-        """
+        """Expected score of the best constant answer per template; those of a family are equally frequent."""
         return {
             family: float(np.mean([_guess(t) for t in TEMPLATES if t.family == family]))
             for family in self.families

@@ -75,9 +75,7 @@ def build_model(seed: int = 0) -> Any:
 
 
 def _rope() -> dict[str, Any]:
-    """Angles so slow that contents compare alike near and far; transformers 5 keeps them in a field of
-    another name.
-    """
+    """Angles so slow that contents compare alike near and far; the field's name depends on transformers."""
     if "rope_parameters" in inspect.signature(transformers.LlamaConfig).parameters:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}}
     return {"rope_theta": ROPE_THETA}
@@ -107,8 +105,7 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def build_processor() -> Any:
     """Its LlavaProcessor: pictures are squared to CANVAS pixels; works without torchvision."""
-    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere the plain name is the
-    # Pillow one
+    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere that is the Pillow one
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     side = {"height": CANVAS, "width": CANVAS}
     return transformers.LlavaProcessor(

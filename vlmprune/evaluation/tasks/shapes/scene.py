@@ -69,9 +69,8 @@ def sample_scene(rng: np.random.Generator, kind: str) -> Scene:
 
 
 def _letterbox(rng: np.random.Generator) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
-    bars = (
-        (0, 0, 0) if rng.random() < 0.5 else (122, 116, 104)
-    )  # black, or the mean colour of CLIP's training images
+    # black, or the mean colour of CLIP's training images
+    bars = (0, 0, 0) if rng.random() < 0.5 else (122, 116, 104)
     if rng.random() > 0.25:
         return (0, 0, CANVAS, CANVAS), bars
     width = int(rng.integers(8, 22))
@@ -84,9 +83,8 @@ Wanted = tuple[str, str, str, str]  # shape, colour, size, text
 
 
 def _palette(rng: np.random.Generator, shapes: int, colors: int) -> tuple[list[str], list[str]]:
-    return list(rng.choice(SHAPES, shapes, replace=False)), list(
-        rng.choice(list(COLORS), colors, replace=False)
-    )
+    some = list(rng.choice(SHAPES, shapes, replace=False))
+    return some, list(rng.choice(list(COLORS), colors, replace=False))
 
 
 def _common(rng: np.random.Generator) -> list[Wanted]:
@@ -116,9 +114,8 @@ def _text(rng: np.random.Generator) -> list[Wanted]:
 
 def _needle(rng: np.random.Generator) -> list[Wanted]:
     shapes, colors = list(rng.permutation(SHAPES)), list(rng.permutation(list(COLORS)))
-    # a crowd of equals, more than a small budget can hold: only the question tells which of them matters. The
-    # needle has a shape
-    # or a colour of its own, not both, or it would be the odd one out
+    # a crowd of equals, more than a small budget can hold: only the question tells which of them matters.
+    # The needle has a shape or a colour of its own, not both, or it would be the odd one out
     unique = int(rng.random() < 0.5)
     pairs = [(shape, color) for shape in shapes[unique:] for color in colors[1 - unique :]]
     chosen = rng.permutation(len(pairs))[: int(rng.integers(24, 32))]
@@ -131,9 +128,8 @@ def _needle(rng: np.random.Generator) -> list[Wanted]:
 
 
 def _largest_first(sizes: np.ndarray) -> list[str]:
-    return sorted(
-        sizes, key=list(SIZES).index, reverse=True
-    )  # the large ones find room only while there is some
+    # the large ones find room only while there is some
+    return sorted(sizes, key=list(SIZES).index, reverse=True)
 
 
 _WANTED = {"common": _common, "text": _text, "needle": _needle, "count": _count}
@@ -149,8 +145,7 @@ def _place(
     half = SIGN_LENGTH * PITCH / 2 + 2 if text else radius
     left, top, right, bottom = frame
     for _ in range(30):
-        # small things and characters are held near patch centres: one patch each, which is what a budget can
-        # lose
+        # small things and characters are held near patch centres: a budget can lose one with one patch
         near = 2.5 if size in ("small", "") else PITCH / 2
         x, y = (
             PITCH * (int(rng.integers(CANVAS // PITCH)) + 0.5) + float(rng.uniform(-near, near))
