@@ -188,10 +188,10 @@ from vlmprune import Method, register
 
 @register("mine")
 class Mine(Method):
-    stage = "inside_lm"
+    slot = "inside_lm"
     needs = ("text_attention",)
 
-    def stages(self, depth, budget, count):
+    def cuts(self, depth, budget, count):
         raise ZeroDivisionError
 
     def score(self, tokens):
