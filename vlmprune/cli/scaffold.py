@@ -226,7 +226,7 @@ def _inside(name: str, cls: str, folder: Path) -> _Plan:
         f"write the formula in {method} and its transcription in {test}",
         f"pytest {test} && vlmprune verify {name}",
         _LAST_STEP,
-        "python docs/readme_tables.py  (the method's line in the README, from its docstring)",
+        "python docs/readme_tables.py  (the method's line in the README, from the title of its card)",
         f"python docs/capabilities.py --method {name}  (its column in the table of what families can do)",
     )
     return _Plan(new, {REGISTRY: _listed(name, f"{module}:{cls}", folder / REGISTRY)}, steps)
