@@ -24,7 +24,6 @@ from vlmprune.speed.plan import (
 from vlmprune.speed.workload import make_workload
 
 
-
 def test_the_fit_finds_the_costs_that_made_the_points():
     points = [(b, n) for b in (1, 2) for n in (100, 300, 600)]
     terms = [prefill_terms(b, [n]) for b, n in points]
@@ -94,7 +93,7 @@ def test_more_of_the_method_never_looks_better():
 
 
 def test_a_plan_is_whole_and_says_what_it_rests_on():
-    found = plan(make_workload("tiny"), "fastervlm@9", answer_tokens=4, worth=1.0, effort=ONCE)
+    found = plan(make_workload("tiny"), "fastervlm@9", answer_tokens=4, worth=1.0, effort=Effort(1, 1, 0))
     assert found["advice"] == "do not prune"  # nothing saves all of the time
     assert found["case"] == {"visual_tokens": 144, "text_tokens": 9, "batch": 1, "answer_tokens": 4}
     assert len(found["measured"]) == 6 and found["costs"]["shares"] == (0.0625,) * 8
