@@ -253,10 +253,10 @@ def test_an_entry_point_cannot_take_a_built_in_name_and_nobody_else_suffers(
 
 
 def test_a_name_that_two_packages_offer_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, ("mine", "here:Mine"), ("mine", "there:Mine"), ("other", "json:JSONDecoder"))
+    offer(monkeypatch, ("fresh", "here:Fresh"), ("fresh", "there:Fresh"), ("other", "json:JSONDecoder"))
     assert set(list_methods()) == {*BUILTIN, "other"} and len(refused_plugins()) == 1
-    with pytest.raises(SpecError, match=r"'there:Mine'.*takes the name of 'here:Mine'"):
-        get("mine")
+    with pytest.raises(SpecError, match=r"'there:Fresh'.*takes the name of 'here:Fresh'"):
+        get("fresh")
 
 
 def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
@@ -275,21 +275,21 @@ def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
     ("value", "message"),
     [
         (
-            "no_such_module_anywhere:Mine",
+            "no_such_module_anywhere:Fresh",
             "does not load: ModuleNotFoundError: No module named 'no_such_module_anywhere'",
         ),
-        ("json:Mine", "does not load: AttributeError"),
-        ("json:JSONDecoder", r"decorate its class with @register\('mine'\)"),
+        ("json:Fresh", "does not load: AttributeError"),
+        ("json:JSONDecoder", r"decorate its class with @register\('fresh'\)"),
         ("no module at all", "does not load"),
     ],
 )
 def test_a_broken_entry_point_is_named_when_asked_for(
     monkeypatch: pytest.MonkeyPatch, value: str, message: str
 ) -> None:
-    offer(monkeypatch, ("mine", value))
-    assert "mine" in list_methods()
+    offer(monkeypatch, ("fresh", value))
+    assert "fresh" in list_methods()
     with pytest.raises(SpecError, match=f"{value}.*{message}"):
-        get("mine")
+        get("fresh")
 
 
 RAISES = {

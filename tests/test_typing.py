@@ -27,8 +27,8 @@ def complaints(tmp_path_factory):
     (folder / "path").mkdir()
     (folder / "path" / "vlmprune").symlink_to(ROOT / "vlmprune", target_is_directory=True)
     files = {f"block_{number}.py": block for number, block in enumerate(BLOCKS)} | {"mistakes.py": MISTAKES}
-    scaffold("mine", folder)
-    files["vlmprune_mine.py"] = (folder / "vlmprune_mine.py").read_text(encoding="utf-8")
+    scaffold("fresh", folder)
+    files["vlmprune_fresh.py"] = (folder / "vlmprune_fresh.py").read_text(encoding="utf-8")
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     command = [
@@ -53,7 +53,7 @@ def test_the_blocks_of_the_readme_are_typed(complaints):
 
 
 def test_the_file_of_a_new_method_is_typed(complaints):
-    assert [line for line in complaints if line.startswith("vlmprune_mine")] == []
+    assert [line for line in complaints if line.startswith("vlmprune_fresh")] == []
 
 
 def test_a_mistake_of_a_user_is_found(complaints):

@@ -103,7 +103,7 @@ def _run(
                 once = None  # this family returns more than features: every record says so
             spent = time.perf_counter() - started
         for session in sessions:
-            served = once.shelf.serving(session, shelved) if once and shelved else nullcontext()
+            served = once.shelf.serving(session, shelved) if shelved else nullcontext()
             yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
 
 
