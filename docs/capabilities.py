@@ -4,6 +4,7 @@
     python docs/capabilities.py                      all of it, half an hour of one core
     python docs/capabilities.py --jobs 4             the same with four families at a time
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
+    python docs/capabilities.py --method mine        one method in every family, the others as they were
 
 Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not
 hide one.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,28 +35,38 @@ def main() -> None:
     parser.add_argument(
         "--family", action="append", choices=families(), help="only this one; may be repeated"
     )
+    parser.add_argument(
+        "--method", action="append", choices=method_names(), help="only this one; may be repeated"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     arguments = parser.parse_args()
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
     chosen = arguments.family or families()
+    rows = [known.get(family, {}) if arguments.method else {} for family in chosen]
+    methods = [arguments.method or method_names()] * len(chosen)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for family, row in zip(chosen, pool.map(measured, chosen), strict=True):
+        for family, row in zip(chosen, pool.map(measured, chosen, methods, rows), strict=True):
             known[family] = row
             write({name: known[name] for name in families() if name in known})
             print(family, "done", flush=True)
 
 
-def measured(family: str) -> dict[str, Any]:
-    """Everything of one family."""
+def measured(family: str, methods: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Some methods of one family; the rest as ``known``, or measured where nothing is known of the family."""
     torch.set_num_threads(1)
+    here = {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"}
+    if known and known["measured_with"] != here:
+        old = known["measured_with"]
+        raise SystemExit(
+            f"{family} was measured with {old}, here is {here}; measure it whole: leave --method out"
+        )
+    found = {name: measure(family, name) for name in (methods if known else method_names())}
+    rest = {name: row for name, row in known.get("methods", {}).items() if name in method_names()}
     return {
-        "measured_with": {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "device": "cpu",
-        },
-        "capabilities": {name: cell(family, capability=name) for name in CAPABILITIES},
-        "methods": {name: measure(family, name) for name in method_names()},
+        "measured_with": here,
+        "capabilities": known.get("capabilities")
+        or {name: cell(family, capability=name) for name in CAPABILITIES},
+        "methods": {name: found.get(name) or rest[name] for name in method_names() if name in found | rest},
     }
 
 

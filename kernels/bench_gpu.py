@@ -22,12 +22,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))  # not the root, see CONTRIBUTING.md
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+if find_spec("triton") is None:
+    sys.exit("error: Triton is not installed, and this script runs its kernels: pip install triton")
 
 import torch
 import triton

@@ -332,3 +332,12 @@ def test_validate_checks_every_file(tmp_path):
     assert "good.yaml: valid" in result.stdout
     assert "bad.yaml: unknown key 'spec'" in result.stderr and "none.yaml: cannot be read" in result.stderr
     assert json.loads(cli("validate", good, "--json").stdout)[str(good)]["specs"] == ["pool@4"]
+
+
+def test_validate_says_which_tasks_it_cannot_check_without_lmms_eval(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmprune.evaluation.tasks.lmms.loading.installed", lambda: False)
+    config = tmp_path / "config.yaml"
+    config.write_text('models: [tiny]\nspecs: [pool@4]\ntasks: [shapes, "lmms:nosuchtask"]\n')
+    result = cli("validate", config, columns=200)
+    assert "config.yaml: valid" in result.stdout
+    assert "not checked whether lmms-eval has ['nosuchtask']" in result.stderr

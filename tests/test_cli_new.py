@@ -49,12 +49,12 @@ def installed(folder, name):
 
 @pytest.mark.slow
 def test_a_new_plug_in_is_found_listed_and_verified(tmp_path):
-    text = cli("new", "mine", "--dir", tmp_path, columns=200).stdout
-    assert "pip install" in text and "vlmprune verify mine" in text
-    installed(tmp_path, "mine")
+    text = cli("new", "fresh", "--dir", tmp_path, columns=200).stdout
+    assert "pip install" in text and "vlmprune verify fresh" in text
+    installed(tmp_path, "fresh")
     listed = process("list", cwd=tmp_path, path=[tmp_path])
-    assert "mine (plug-in)" in listed.stdout
-    verified = process("verify", "mine", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
+    assert "fresh (plug-in)" in listed.stdout
+    verified = process("verify", "fresh", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
     assert verified.returncode == 0, verified.stdout + verified.stderr
     found = json.loads(verified.stdout)  # some versions of transformers cannot do all that is checked
     assert found["failed"] == 0 and "pass" in {result["status"] for result in found["results"]}
@@ -62,40 +62,57 @@ def test_a_new_plug_in_is_found_listed_and_verified(tmp_path):
 
 @pytest.mark.slow
 def test_the_test_of_a_new_plug_in_passes(tmp_path):
-    scaffold("mine", tmp_path)
+    scaffold("fresh", tmp_path)
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "test_mine.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "test_fresh.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
 
 
 def test_a_plug_in_that_does_not_load_is_named_and_hides_nothing(tmp_path):
-    scaffold("mine", tmp_path)
-    installed(tmp_path, "mine")
-    (tmp_path / "vlmprune_mine.py").write_text("import no_such_module\n")
+    scaffold("fresh", tmp_path)
+    installed(tmp_path, "fresh")
+    (tmp_path / "vlmprune_fresh.py").write_text("import no_such_module\n")
     listed = process("list", cwd=tmp_path, path=[tmp_path])
     assert listed.returncode == 0 and "fastervlm" in listed.stdout
-    assert "its entry point 'vlmprune_mine:Mine' does not load" in listed.stderr
+    assert "its entry point 'vlmprune_fresh:Fresh' does not load" in listed.stderr
 
 
-def test_a_new_built_in_method_goes_where_the_others_are(tmp_path):
-    (tmp_path / "vlmprune" / "methods").mkdir(parents=True)
-    made = scaffold("two_words", tmp_path)
+def checkout(folder):
+    """As much of one as ``vlmprune new`` looks at."""
+    (folder / "vlmprune" / "methods").mkdir(parents=True)
+    shutil.copy(ROOT / "vlmprune" / "registry.py", folder / "vlmprune")
+    return folder
+
+
+def test_a_new_built_in_method_goes_where_the_others_are_and_is_listed(tmp_path):
+    made = scaffold("two_words", checkout(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in made.files] == [
         "vlmprune/methods/two_words.py",
         "tests/methods/test_two_words.py",
         "methods/two_words.md",
         "methods/two_words.yaml",
     ]
-    assert '"two_words": "vlmprune.methods.two_words:TwoWords"' in made.steps[0]
+    assert made.changed == (tmp_path / "vlmprune" / "registry.py",)
+    before = (ROOT / "vlmprune" / "registry.py").read_text().splitlines()
+    after = made.changed[0].read_text().splitlines()
+    line = '    "two_words": "vlmprune.methods.two_words:TwoWords",'
+    at = after.index(line)
+    assert after[:at] + after[at + 1 :] == before
+    assert after[at - 1].startswith('    "') and after[at + 1] == "}"
+
+
+def test_a_checkout_without_its_list_of_methods_is_refused_and_left_alone(tmp_path):
+    registry = checkout(tmp_path) / "vlmprune" / "registry.py"
+    registry.write_text("METHODS = []\n")
+    assert "no table _BUILTIN" in cli("new", "fresh", "--dir", tmp_path, code=2, columns=300).stderr
+    assert registry.read_text() == "METHODS = []\n" and not any((tmp_path / "vlmprune/methods").iterdir())
 
 
 @pytest.mark.slow
-def test_a_new_built_in_method_is_verified_after_the_steps_printed(tmp_path):
+def test_a_new_built_in_method_is_verified_at_once(tmp_path):
     shutil.copytree(ROOT / "vlmprune", tmp_path / "vlmprune", ignore=shutil.ignore_patterns("__pycache__"))
-    registry = tmp_path / "vlmprune" / "registry.py"
-    line = scaffold("two_words", tmp_path).steps[0].partition(":  ")[2]
-    registry.write_text(registry.read_text().replace("_BUILTIN = {\n", f"_BUILTIN = {{\n    {line}\n"))
+    scaffold("two_words", tmp_path)
     done = process("verify", "two_words", "-f", "llava", "--json", cwd=tmp_path, path=[tmp_path])
     assert done.returncode == 0 and json.loads(done.stdout)["failed"] == 0, done.stderr
 
@@ -104,8 +121,9 @@ def test_a_new_built_in_method_is_verified_after_the_steps_printed(tmp_path):
 def test_new_files_keep_the_rules_of_style(tmp_path, inside):
     ruff = pytest.importorskip("ruff", reason="ruff is not installed").find_ruff_bin()
     if inside:  # what is imported must be there to be sorted as ours
+        checkout(tmp_path)
         for name in ("vlmprune/methods/__init__.py", "vlmprune/testing/conformance.py"):
-            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
     scaffold("two_words", tmp_path)
     command = [ruff, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "."]
@@ -115,23 +133,23 @@ def test_new_files_keep_the_rules_of_style(tmp_path, inside):
 
 def test_a_project_that_is_there_keeps_its_file_and_gets_a_snippet(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    text = cli("new", "mine", "--dir", tmp_path).stdout
-    assert '[project.entry-points."vlmprune.methods"]' in text and 'mine = "vlmprune_mine:Mine"' in text
+    text = cli("new", "fresh", "--dir", tmp_path).stdout
+    assert '[project.entry-points."vlmprune.methods"]' in text and 'fresh = "vlmprune_fresh:Fresh"' in text
     assert (tmp_path / "pyproject.toml").read_text() == "[project]\n"
 
 
 def test_new_overwrites_nothing_and_then_writes_nothing(tmp_path):
-    (tmp_path / "mine.md").write_text("precious")
-    assert "exist already" in cli("new", "mine", "--dir", tmp_path, code=2).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.md"] and (
-        tmp_path / "mine.md"
+    (tmp_path / "fresh.md").write_text("precious")
+    assert "exist already" in cli("new", "fresh", "--dir", tmp_path, code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["fresh.md"] and (
+        tmp_path / "fresh.md"
     ).read_text() == "precious"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Mine", "no name for a method"),
+        ("Fresh", "no name for a method"),
         ("my-method", "no name"),
         ("9th", "no name"),
         ("", "no name"),
@@ -147,4 +165,4 @@ def test_new_refuses_bad_names(name, message, tmp_path):
 
 
 def test_new_needs_a_folder(tmp_path):
-    assert "no folder at" in cli("new", "mine", "--dir", tmp_path / "none", code=2).stderr
+    assert "no folder at" in cli("new", "fresh", "--dir", tmp_path / "none", code=2).stderr

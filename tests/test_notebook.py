@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a notebook shows of our objects: a short line, a picture, a table; and nothing that text in them could
-run.
-"""
+"""What a notebook shows of our objects: a short line, a picture, a table, and nothing that could run."""
 
 from __future__ import annotations
 

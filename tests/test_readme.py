@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,6 +69,22 @@ def test_the_readme_has_its_blocks_and_files() -> None:
         assert (README.parent / target).exists(), f"the README links to {target}, which is not there"
 
 
-def test_every_method_is_in_the_readme_table() -> None:
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "readme_tables", README.parent / "docs" / "readme_tables.py"
+    )
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_table_of_methods_is_current() -> None:
     text = README.read_text(encoding="utf-8")
+    assert tables().filled(text) == text, "run python docs/readme_tables.py"
+
+
+def test_every_method_has_a_card_and_is_in_the_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert tables().without_card() == []
     assert [name for name in list_methods() if f"| `{name}" not in text] == []

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vlmprune import plugins, registry
+from vlmprune import lazytable, registry
 from vlmprune.cli import app
 from vlmprune.core.method import Method
 from vlmprune.errors import SpecError
@@ -31,7 +31,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     offer(monkeypatch)
     yield
-    registry._entry_points.cache_clear()
+    registry._TABLE.refresh()
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str]:
@@ -42,8 +42,8 @@ def offer(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> list[str
         seen.append(group)
         return [metadata.EntryPoint(name, value, group) for name, value in points]
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
     return seen
 
 
@@ -255,10 +255,10 @@ def test_an_entry_point_cannot_take_a_built_in_name_and_nobody_else_suffers(
 
 
 def test_a_name_that_two_packages_offer_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, ("mine", "here:Mine"), ("mine", "there:Mine"), ("other", "json:JSONDecoder"))
+    offer(monkeypatch, ("fresh", "here:Fresh"), ("fresh", "there:Fresh"), ("other", "json:JSONDecoder"))
     assert set(list_methods()) == {*BUILTIN, "other"} and len(refused_plugins()) == 1
-    with pytest.raises(SpecError, match=r"'there:Mine'.*takes the name of 'here:Mine'"):
-        get("mine")
+    with pytest.raises(SpecError, match=r"'there:Fresh'.*takes the name of 'here:Fresh'"):
+        get("fresh")
 
 
 def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
@@ -267,8 +267,8 @@ def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
     def entry_points(*, group: str) -> None:
         raise TypeError("a line without '='")
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
     assert list_methods() == BUILTIN
     assert "cannot be read: TypeError: a line without '='" in refused_plugins()[0]
 
@@ -277,21 +277,21 @@ def test_a_list_of_entry_points_that_cannot_be_read_costs_the_plugins_only(
     ("value", "message"),
     [
         (
-            "no_such_module_anywhere:Mine",
+            "no_such_module_anywhere:Fresh",
             "does not load: ModuleNotFoundError: No module named 'no_such_module_anywhere'",
         ),
-        ("json:Mine", "does not load: AttributeError"),
-        ("json:JSONDecoder", r"decorate its class with @register\('mine'\)"),
+        ("json:Fresh", "does not load: AttributeError"),
+        ("json:JSONDecoder", r"decorate its class with @register\('fresh'\)"),
         ("no module at all", "does not load"),
     ],
 )
 def test_a_broken_entry_point_is_named_when_asked_for(
     monkeypatch: pytest.MonkeyPatch, value: str, message: str
 ) -> None:
-    offer(monkeypatch, ("mine", value))
-    assert "mine" in list_methods()
+    offer(monkeypatch, ("fresh", value))
+    assert "fresh" in list_methods()
     with pytest.raises(SpecError, match=f"{value}.*{message}"):
-        get("mine")
+        get("fresh")
 
 
 RAISES = {

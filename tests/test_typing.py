@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users write passes a strict type checker: the README's blocks and the file of a new method, not one
-with mistakes.
-"""
+"""A strict type checker accepts the README's blocks and a new method, and finds mistakes."""
 
 from __future__ import annotations
 
@@ -24,15 +22,13 @@ MISTAKES = "import vlmprune\n\nvlmprune.prun\nvlmprune.parse(1)\n"
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory):
-    """What ``mypy --strict`` says of files that import the package, which it finds as an editable install
-    puts it there.
-    """
+    """What ``mypy --strict`` says of files that import the package as an editable install has it."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "path").mkdir()
     (folder / "path" / "vlmprune").symlink_to(ROOT / "vlmprune", target_is_directory=True)
     files = {f"block_{number}.py": block for number, block in enumerate(BLOCKS)} | {"mistakes.py": MISTAKES}
-    scaffold("mine", folder)
-    files["vlmprune_mine.py"] = (folder / "vlmprune_mine.py").read_text(encoding="utf-8")
+    scaffold("fresh", folder)
+    files["vlmprune_fresh.py"] = (folder / "vlmprune_fresh.py").read_text(encoding="utf-8")
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     command = [
@@ -57,7 +53,7 @@ def test_the_blocks_of_the_readme_are_typed(complaints):
 
 
 def test_the_file_of_a_new_method_is_typed(complaints):
-    assert [line for line in complaints if line.startswith("vlmprune_mine")] == []
+    assert [line for line in complaints if line.startswith("vlmprune_fresh")] == []
 
 
 def test_a_mistake_of_a_user_is_found(complaints):

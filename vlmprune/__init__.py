@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Three lists of the same names, since each has a reader of its own: this one type checkers, which run no
-# code; the next one
-# them too (`as` makes a name public); the last one Python. A test holds that they agree.
+# Three lists of the same names, and a test that they agree: this one and the next are for type checkers,
+# which run no code (`as` makes a name public there); the last one is for Python.
 __all__ = [
     "Budget",
     "KeepMap",

@@ -6,13 +6,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .core.keepmap import Picture, Replay, ScoreMap
-from .core.method import Merged, Method, needs_of
+from .core.method import Merged, Method, Positions, needs_of
 from .core.select import choose
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
@@ -23,7 +23,7 @@ from .models import Adapter, adapter_for
 from .models.bare import is_tower, tower_tensors
 from .spec import Budget, Spec, parse
 
-POSITIONS = ("compact", "original")
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 def prune(
@@ -49,24 +49,28 @@ def prune(
         ...     ids = model.generate(**inputs, max_new_tokens=32)
         >>> print(run.last)  # doctest: +SKIP
     """
-    if positions is not None and not (isinstance(positions, str) and positions in POSITIONS):
-        raise SpecError(
-            f"positions={positions!r}; expected one of "
-            f"{list(POSITIONS)}.{did_you_mean(str(positions), POSITIONS)}"
-        )
+    wanted = _positions(positions)
     plans, text = resolve_all(method, keep)
     adapter = adapter_for(model)
     for built, _ in plans:
         if built.slot != "inside_lm":
             built.kind()  # raises where a class of one's own overrides nothing
         built.check_model(adapter.config)
-    return Session(adapter, plans, text, positions=positions, strict=strict)
+    return Session(adapter, plans, text, positions=wanted, strict=strict)
+
+
+def _positions(given: object) -> Positions | None:
+    if given is None:
+        return None
+    for known in POSITIONS:
+        if isinstance(given, str) and given == known:
+            return known
+    near = did_you_mean(str(given), POSITIONS)
+    raise SpecError(f"positions={given!r}; expected one of {list(POSITIONS)}.{near}")
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
-    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` is a cheap dense
-    switch.
-    """
+    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` turns it off."""
     return prune(model, method, **options).attach()
 
 
@@ -138,12 +142,7 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
             "or select(...)"
         )
     if is_tower(model):
-        tensors, grid = tower_tensors(model, inputs, built)
-        rows = finite_scores(built, VisualTokens(**tensors, grids=(grid,))).float().cpu()
-        return [
-            ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number)
-            for number, row in enumerate(rows)
-        ]
+        return _score_tower(model, inputs, built, text)
     adapter = adapter_for(model)
     built.check_model(adapter.config)
     if not isinstance(inputs, Mapping):
@@ -158,41 +157,45 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
         _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
         for number, unit in enumerate(units):
+            tokens = stack_units([unit], pictures, needs_of(built), adapter.projector)
             with torch.no_grad():
-                scores = (
-                    finite_scores(built, stack_units([unit], pictures, needs_of(built), adapter.projector))[0]
-                    .float()
-                    .cpu()
-                )
-            start, frames = 0, pictures[number].frames
-            for frame, grids in enumerate([(g,) for g in unit.grids] if frames else [unit.grids]):
-                count = sum(rows * cols for rows, cols in grids)
-                part = scores[start : start + count]
-                maps.append(
-                    ScoreMap(
-                        part,
-                        grids=grids,
-                        method=text,
-                        view=pictures[number].view,
-                        index=seen + number,
-                        frame=frame if frames else None,
-                    )
-                )
-                start += count
+                scores = finite_scores(built, tokens)[0].float().cpu()
+            blank = ScoreMap(
+                scores, grids=unit.grids, method=text, view=pictures[number].view, index=seen + number
+            )
+            maps += _by_frame(blank) if pictures[number].frames else [blank]
         seen += len(pictures)
     if not maps:
-        raise SpecError(
-            f"inputs hold no images: expected one of {[m.pixels for m in adapter.modalities]}, got "
-            f"{sorted(inputs)}"
-        )
+        pixels = [modality.pixels for modality in adapter.modalities]
+        raise SpecError(f"inputs hold no images: expected one of {pixels}, got {sorted(inputs)}")
     return maps
+
+
+def _score_tower(model: Any, pixels: Any, method: Method, text: str) -> list[ScoreMap]:
+    """Of a bare ViT: one map per picture."""
+    tensors: dict[str, Any]
+    tensors, grid = tower_tensors(model, pixels, method)
+    rows = finite_scores(method, VisualTokens(**tensors, grids=(grid,))).float().cpu()
+    return [
+        ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _by_frame(clip: ScoreMap) -> list[ScoreMap]:
+    """The map of a clip as one map for each of its frames."""
+    parts = clip.scores.split([rows * cols for rows, cols in clip.grids])
+    return [
+        replace(clip, scores=part, grids=(grid,), frame=frame)
+        for frame, (part, grid) in enumerate(zip(parts, clip.grids, strict=True))
+    ]
 
 
 def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | None] | None) -> list[ScoreMap]:
     """The maps with the pictures that they are of; frames of a clip share one."""
     if image is None:
         return maps
-    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+    pictures = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
     count = maps[-1].index + 1
     if len(pictures) != count:
         raise SpecError(

@@ -31,7 +31,16 @@ class EvaluationError(VlmPruneError):
     """A benchmark run that failed; never turned into an empty answer."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known word, or an empty string.
+
+    Args:
+        most: words to name. cutoff: least similarity, 0 to 1; in a long list some word is always half alike.
+    """
+    near = difflib.get_close_matches(str(word), list(known), n=most, cutoff=cutoff)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's code in one line."""
+    return " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from . import plugins
 from .checks import one_of
 from .core.method import NEEDS, SLOTS, VERBS, Method, Need
-from .errors import SpecError, did_you_mean
+from .errors import SpecError, did_you_mean, reason
+from .lazytable import LazyTable
 
 GROUP = "vlmprune.methods"
 
@@ -37,7 +35,8 @@ _BUILTIN = {
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
-_METHODS: dict[str, type[Method]] = {}
+_TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
+_METHODS: dict[str, type[Method]] = {}  # registered: by hand, or because their module was imported
 
 M = TypeVar("M", bound=type[Method])
 
@@ -174,27 +173,22 @@ def unregister(name: str) -> None:
     del _METHODS[name]
 
 
-@cache
-def _entry_points() -> plugins.Offers:
-    return plugins.discover(GROUP, _BUILTIN)
-
-
 def list_methods() -> list[str]:
     """Sorted names of all methods; loads none of them."""
-    return sorted({*_BUILTIN, *_METHODS, *_entry_points().points})
+    return sorted({*_TABLE.names(), *_METHODS})
 
 
 def refused_plugins() -> list[str]:
     """Why entry points of other packages are not used: names that are taken, lists that cannot be read."""
-    return list(_entry_points().refused)
+    return list(_TABLE.offers.refused)
 
 
 def get(name: str) -> type[Method]:
     """The class of a method; imports its module on first use."""
     known = list_methods()
     if name not in known:
-        if isinstance(name, str) and name in _entry_points().clashes:
-            raise SpecError(_entry_points().clashes[name])
+        if isinstance(name, str) and name in _TABLE.offers.clashes:
+            raise SpecError(_TABLE.offers.clashes[name])
         near = did_you_mean(str(name).lower(), known)
         raise SpecError(
             f"method {name!r} is unknown.{near} Known are {', '.join(known)}; see vlmprune.list_methods()"
@@ -205,30 +199,20 @@ def get(name: str) -> type[Method]:
 
 
 def _load(name: str) -> None:
-    if name in _BUILTIN:
-        origin = _BUILTIN[name]
-        module, _, attribute = origin.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-    else:
-        origin = _entry_points().points[name].value
-        found = _load_plugin(name)
+    before = set(_METHODS)
+    try:
+        found = _TABLE.load(name)
+    except SpecError:
+        for left in _METHODS.keys() - before:  # of a module that failed half-way
+            del _METHODS[left]
+        raise
     if name not in _METHODS and getattr(found, "name", None) == name:
         register(name)(found)  # its module was imported before, and the name unregistered since
     if name not in _METHODS:
         raise SpecError(
-            f"{origin!r} was loaded for method {name!r} but registers no such name; decorate its class with "
-            f"@register({name!r})"
+            f"{_TABLE.origin(name)!r} was loaded for method {name!r} but registers no such name; decorate "
+            f"its class with @register({name!r})"
         )
-
-
-def _load_plugin(name: str) -> Any:
-    before = dict(_METHODS)
-    try:
-        return plugins.load(f"method {name!r}", _entry_points().points[name], SpecError)
-    except SpecError:
-        for left in _METHODS.keys() - before.keys():  # of a module that failed half-way
-            del _METHODS[left]
-        raise
 
 
 def option_fields(cls: type[Method]) -> tuple[Field[Any], ...]:
@@ -279,7 +263,7 @@ def method_info(name: str) -> MethodInfo:
     except SpecError:
         raise
     except Exception as error:  # properties of a plug-in are code of others
-        raise SpecError(f"method {name!r} cannot be described: {plugins.reason(error)}; repair it") from error
+        raise SpecError(f"method {name!r} cannot be described: {reason(error)}; repair it") from error
 
 
 def _described(name: str, cls: type[Method]) -> MethodInfo:

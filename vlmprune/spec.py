@@ -28,8 +28,7 @@ GRAMMAR = "name[(option=value, ...)][@keep[/scope]], joined by '+'"
 _PART = re.compile(r"\s*([^\s(@]+)\s*(?:\((.*)\)\s*)?(?:@([^()]*))?\s*", re.DOTALL)
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)  # quoted text, or one character
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
-# other names for a budget; most of them mean the share to drop in one code base and the share to keep in
-# another
+# other names for a budget; most mean the share to drop in one code base and the share to keep in another
 _BUDGET_WORDS = re.compile(
     "keep(_ratio)?|budget|tokens|visual_token_num|retain(ed_tokens|_ratio)?|retention_ratio|ratio|rate|drop(_ratio)?|prune_ra(te|tio)|reduction_ratio|sparsity"
 )
@@ -37,9 +36,7 @@ _BUDGET_WORDS = re.compile(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Part(Printed):
-    """One method of a spec; ``args`` may be given as a mapping and is held as (option, value) pairs sorted by
-    option.
-    """
+    """One method of a spec; ``args``, which may be a mapping, is held as (option, value) pairs in order."""
 
     name: str
     args: tuple[tuple[str, Value], ...] = ()
@@ -118,8 +115,7 @@ class Spec(Printed):
 
     @property
     def prunes(self) -> bool:
-        """Whether tokens are removed: by a method that takes a budget, and has not the budget of all
-        tokens."""
+        """Whether tokens are removed: a method takes a budget, and that is not all tokens."""
         acting = [part for part in self.parts if get(part.name).budgeted and not get(part.name).wraps]
         return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
 
@@ -129,9 +125,7 @@ class Spec(Printed):
         return facts(str(self), {str(part): summary(part.name) for part in self.parts})
 
     def with_keep(self, keep: int | float | str | Budget) -> Spec:
-        """A copy in which the last part that takes a budget has this one; a scope that is not named stays as
-        it was.
-        """
+        """A copy with this budget for the last part that takes one; without a scope, the old scope stays."""
         for i in reversed(range(len(self.parts))):
             part, cls = self.parts[i], get(self.parts[i].name)
             if cls.budgeted and not cls.wraps:
@@ -182,9 +176,7 @@ def parse(text: str | Spec) -> Spec:
 
 
 def split(text: str, at: str = "+") -> list[str]:
-    """Cut at each ``at`` that is outside parentheses and quotes: ``split("random(seed=1)@9,pool@9", ",")``
-    are two specs.
-    """
+    """Cut at each ``at`` outside of brackets and quotes: ``"random(seed=1)@9,pool@9"`` has one ","."""
     depth, pieces = 0, [""]
     for token in _TOKEN.findall(text):
         depth += (token == "(") - (token == ")")

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from vlmprune.evaluation.report.load import Results
 from vlmprune.evaluation.stats.estimates import Difference
-from vlmprune.evaluation.stats.summary import Row
+from vlmprune.evaluation.stats.summary import Headline, Row
 
 
 def row(spec: str, accuracy: float = 0.5, half: float = 0.05, **changes: Any) -> Row:
@@ -31,3 +33,8 @@ def row(spec: str, accuracy: float = 0.5, half: float = 0.05, **changes: Any) ->
 
 def difference(value: float, half: float = 0.1, p: float = 0.01) -> Difference:
     return Difference(value, (value - half, value + half), p / 2, p, 0.05)
+
+
+def results(*rows: Row, headline: Sequence[Headline] = (), note: str | None = None) -> Results:
+    """Of a run that was never run."""
+    return Results(tuple(rows), tuple(headline), (), (), {"note": note} if note else {})

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: one encoding of every image serves all specs, and nothing about an answer changes because of
-that.
-"""
+"""Evaluation: one encoding of every image serves all specs, and changes no answer."""
 
 from __future__ import annotations
 
@@ -97,9 +95,7 @@ def run(
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_served_images_give_what_generate_gives_one_by_one(family: str) -> None:
-    """Every method: answer and keep map of each sample of a batch equal those of a pruned generate of that
-    sample alone.
-    """
+    """Every method: answers and keep maps of a batch equal those of each sample alone."""
     model, processor = tiny_bundle(family)
     specs = list(map(default_spec, METHODS))
     records = {(r.spec, r.id): r for r in run(model, processor, specs, batch_size=5)}

@@ -17,7 +17,7 @@ from vlmprune.cli import app
 from vlmprune.cli.leaderboard import _config, _engine
 from vlmprune.cli.progress import Bars, Lines, progress
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation import sweep as sweeps
+from vlmprune.evaluation.leaderboard import run as sweeps
 from vlmprune.evaluation.leaderboard import work
 from vlmprune.evaluation.leaderboard.engines import Ray
 from vlmprune.evaluation.leaderboard.process import Terminated

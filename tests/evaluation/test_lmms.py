@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lmms-eval plug-in in an unmodified lmms-eval, on tiny models and data made here. Skipped without
-lmms-eval.
-"""
+"""The plug-in in an unmodified lmms-eval, on tiny models and data made here; skipped without it."""
 
 from __future__ import annotations
 
@@ -153,9 +151,7 @@ def test_batches_give_what_single_rows_give(spec, mixed):
 
 
 def test_simple_and_chat_ask_the_same(mixed):
-    """Simple requests show pictures first and then the text, and so does what lmms-eval makes of a simple
-    task for a chat.
-    """
+    """Simple requests show pictures first and then the text, as lmms-eval does in a chat."""
     from lmms_eval.api.task import ConfigurableTask
 
     model, processor = tiny_bundle("llava")
@@ -303,9 +299,7 @@ def test_the_folder_of_tasks_is_written_from_the_command_line(tmp_path):
 
 
 def test_the_command_line_of_lmms_eval(tasks, tmp_path):
-    """Unmodified: the command finds the model by its entry point, and writes what pruning did into every
-    sample row.
-    """
+    """The command finds the model by its entry point, and every sample row says what pruning did."""
     arguments = {
         "--model": "vlmprune",
         "--model_args": "pretrained=tiny,prune=random(seed=1)@9,max_new_tokens=4",
@@ -333,3 +327,20 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     ]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
     assert 0 <= results["results"]["shapes"]["accuracy,none"] <= 1
+
+
+@pytest.mark.parametrize("name, near", [("popee", " Did you mean 'pope'"), ("nosuchtask", "")])
+def test_validate_refuses_a_task_that_lmms_eval_lacks_and_names_only_what_is_near(tmp_path, name, near):
+    config = tmp_path / "config.yaml"
+    config.write_text(f'models: [tiny]\nspecs: [pool@4]\ntasks: ["lmms:{name}"]\n')
+    result = CliRunner().invoke(app, ["validate", str(config)])
+    assert result.exit_code == 2 and "valid" not in result.stdout
+    assert f"{config}: lmms-eval has no task '{name}'" in result.stderr
+    assert (near in result.stderr) if near else ("Did you mean" not in result.stderr)
+
+
+def test_validate_accepts_tasks_that_lmms_eval_has(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text('models: [tiny]\nspecs: [pool@4]\ntasks: ["lmms:pope", "lmms:pope_yes"]\n')
+    result = CliRunner().invoke(app, ["validate", str(config)])
+    assert result.exit_code == 0 and "valid" in result.stdout, result.stderr

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task files of this package on documents made here, in the columns of the real data sets; and what is said
-without data.
-"""
+"""Our task files on documents in the columns of the real data sets, and what is said without data."""
 
 from __future__ import annotations
 
@@ -254,9 +252,7 @@ def visual(doc):
 
 
 class FramesInNumpy:
-    """Stands for the video processor of transformers, which needs torchvision: frames scaled to the crop of
-    the tiny model.
-    """
+    """Stands for the video processor of transformers, which needs torchvision."""
 
     def __call__(self, videos, **options):
         import torch

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The synthetic benchmark: reproducible samples, balanced answers, answers that are true of the scene, masks
-that cover.
-"""
+"""The synthetic benchmark: reproducible samples, balanced and true answers, masks that cover."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: what is compared, what a cell is, what is answered once and never again, and what goes wrong
-aloud."""
+"""Sweeps: what is compared, what a cell is, what is answered only once, and which errors are raised."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ from sweep_tools import BATCH, QUESTIONS, ROWS, SPECS, comparable, config, journ
 
 import vlmprune
 from vlmprune.errors import EvaluationError, SpecError
-from vlmprune.evaluation import tasks
 from vlmprune.evaluation.leaderboard import Settings, identity, journal, work
 from vlmprune.evaluation.leaderboard.plan import default_config, shards, with_baselines
 from vlmprune.evaluation.leaderboard.run import planned
 from vlmprune.evaluation.leaderboard.rundir import Run, cell_id
 from vlmprune.evaluation.report.check import check
+from vlmprune.evaluation.tasks import registry as tasks
 from vlmprune.registry import unregister
 from vlmprune.testing.tiny import tiny_bundle
 

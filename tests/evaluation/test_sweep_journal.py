@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation import rundir
-from vlmprune.evaluation.leaderboard import journal
+from vlmprune.evaluation.leaderboard import journal, rundir
 from vlmprune.evaluation.leaderboard.journal import Journal, locked, refuse_other_format, replace_json
 from vlmprune.evaluation.leaderboard.rundir import Run, cell_id, decode_lines, encode_line
 

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from sweep_tools import config, journals, sweep
 
-from vlmprune import plugins, registry
+from vlmprune import lazytable, registry
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation import tasks
 from vlmprune.evaluation.leaderboard import Settings, files, identity, work
 from vlmprune.evaluation.leaderboard.plan import Setting
 from vlmprune.evaluation.leaderboard.run import planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
+from vlmprune.evaluation.tasks import registry as tasks
 
 METHOD = """
 from vlmprune import Method, register
@@ -26,7 +26,7 @@ from {helper} import strength
 
 
 @register("{name}")
-class Mine(Method):
+class Fresh(Method):
     needs = ("features",)
 
     def score(self, tokens):
@@ -44,8 +44,8 @@ def clean(monkeypatch):
     for name in set(sys.modules) - known:
         if name.startswith(("plug_", "task_")):
             del sys.modules[name]
-    registry._entry_points.cache_clear()
-    tasks._entry_points.cache_clear()
+    registry._TABLE.refresh()
+    tasks._TABLE.refresh()
 
 
 # --- plug-ins -------------------------------------------------------------------------------------
@@ -58,28 +58,28 @@ def offer(monkeypatch, group, name, value):
     def entry_points(*, group):
         return [point] if group == point.group else []
 
-    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=entry_points))
-    registry._entry_points.cache_clear()
-    tasks._entry_points.cache_clear()
+    monkeypatch.setattr(lazytable, "metadata", SimpleNamespace(entry_points=entry_points))
+    registry._TABLE.refresh()
+    tasks._TABLE.refresh()
 
 
 def modules(tmp_path, monkeypatch, kind):
     """A plug-in as a module with one beside it, or as a package; its name and the file of its helper."""
     monkeypatch.syspath_prepend(tmp_path)
     if kind == "module":
-        (tmp_path / "plug_mine.py").write_text(METHOD.format(name="mine", helper="plug_helper"))
+        (tmp_path / "plug_fresh.py").write_text(METHOD.format(name="fresh", helper="plug_helper"))
         (tmp_path / "plug_helper.py").write_text(HELPER)
-        return "plug_mine", tmp_path / "plug_helper.py"
+        return "plug_fresh", tmp_path / "plug_helper.py"
     package = tmp_path / "plug_package"
     (package / "inner").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "inner" / "__init__.py").write_text("")
-    (package / "inner" / "mine.py").write_text(METHOD.format(name="mine", helper="plug_package.helper"))
+    (package / "inner" / "fresh.py").write_text(METHOD.format(name="fresh", helper="plug_package.helper"))
     (package / "helper.py").write_text(HELPER)
-    return "plug_package.inner.mine", package / "helper.py"
+    return "plug_package.inner.fresh", package / "helper.py"
 
 
-def cell(small_model, spec="mine@9"):
+def cell(small_model, spec="fresh@9"):
     (setting,) = planned(config(small_model, specs=[spec]), Settings())
     return cell_id(identity.recipe(setting, spec))
 
@@ -89,7 +89,7 @@ def cell(small_model, spec="mine@9"):
 def test_code_of_a_plugin_is_a_part_of_its_cell(small_model, tmp_path, monkeypatch, kind, how):
     name, helper = modules(tmp_path, monkeypatch, kind)
     if how == "entry point":
-        offer(monkeypatch, registry.GROUP, "mine", f"{name}:Mine")
+        offer(monkeypatch, registry.GROUP, "fresh", f"{name}:Fresh")
     else:
         import_module(name)
     before, dense = cell(small_model), cell(small_model, "dense")
@@ -106,10 +106,10 @@ def test_answers_of_a_changed_plugin_are_not_taken_for_new_ones(small_model, tmp
     import_module(name)
     for text in (HELPER, HELPER.replace("1", "-1"), HELPER):
         helper.write_text(text)
-        sweep(small_model, tmp_path / "run", specs=["mine@9"], limit=4)
+        sweep(small_model, tmp_path / "run", specs=["fresh@9"], limit=4)
     cells = [json.loads(path.read_text()) for path in (tmp_path / "run" / "cells").glob("*.json")]
-    mine = [recipe["plugins"] for recipe in cells if recipe["spec"] == "mine@9"]
-    assert len(mine) == 2 and mine[0] != mine[1] and all(list(one) == ["mine"] for one in mine)
+    fresh = [recipe["plugins"] for recipe in cells if recipe["spec"] == "fresh@9"]
+    assert len(fresh) == 2 and fresh[0] != fresh[1] and all(list(one) == ["fresh"] for one in fresh)
     assert len([recipe for recipe in cells if recipe["spec"] == "dense"]) == 1
 
 
@@ -124,8 +124,8 @@ DERIVED = """
 from plug_base import Base
 from vlmprune import register
 
-@register("mine")
-class Mine(Base):
+@register("fresh")
+class Fresh(Base):
     pass
 """
 
@@ -153,31 +153,31 @@ def test_a_method_without_a_source_file_is_refused(small_model):
 def test_modules_among_installed_packages_do_not_count_their_neighbours(tmp_path, monkeypatch):
     site = tmp_path / "site-packages"
     site.mkdir()
-    (site / "mine.py").write_text("import mine_helper, torch\n")
+    (site / "fresh.py").write_text("import mine_helper, torch\n")
     for name in ("mine_helper", "torch"):
         (site / f"{name}.py").write_text("")
-    owners = {"mine": ["mine-dist"], "mine_helper": ["mine-dist"], "torch": ["torch"]}
+    owners = {"fresh": ["fresh-dist"], "mine_helper": ["fresh-dist"], "torch": ["torch"]}
     monkeypatch.setattr(files, "metadata", SimpleNamespace(packages_distributions=lambda: owners))
-    root, found = files.source_files(site / "mine.py")
-    assert root == site and [file.name for file in found] == ["mine.py", "mine_helper.py"]
+    root, found = files.source_files(site / "fresh.py")
+    assert root == site and [file.name for file in found] == ["fresh.py", "mine_helper.py"]
 
 
 @pytest.mark.parametrize("where", ["method", "task"])
 def test_a_worker_with_other_code_of_a_plugin_does_not_answer(small_model, tmp_path, monkeypatch, where):
     name, _ = modules(tmp_path, monkeypatch, "module")
     import_module(name)
-    (setting,) = planned(config(small_model, specs=["mine@9"]), Settings())
+    (setting,) = planned(config(small_model, specs=["fresh@9"]), Settings())
     if where == "task":
         with pytest.raises(
             EvaluationError, match=r"task_code is '' here and 'other' where the run was started"
         ):
             work.Bench(replace(setting, task_code="other"))
         return
-    bench = work.Bench(replace(setting, plugins=(("absent", "x"), ("mine", "other"))))
-    found = {one.spec: one for one in bench.work(work.Job(0, ("mine@9", "absent@9", "uniform@9")))}
+    bench = work.Bench(replace(setting, plugins=(("absent", "x"), ("fresh", "other"))))
+    found = {one.spec: one for one in bench.work(work.Job(0, ("fresh@9", "absent@9", "uniform@9")))}
     assert (
-        "the code of method 'mine' is" in found["mine@9"].error
-        and "'other' where the run" in found["mine@9"].error
+        "the code of method 'fresh' is" in found["fresh@9"].error
+        and "'other' where the run" in found["fresh@9"].error
     )
     assert "'absent' is unknown" in found["absent@9"].error
     assert isinstance(found["uniform@9"], work.Lines)
@@ -186,12 +186,12 @@ def test_a_worker_with_other_code_of_a_plugin_does_not_answer(small_model, tmp_p
 RAISING = """
 from vlmprune import Method, register
 
-@register("mine")
-class Mine(Method):
-    stage = "inside_lm"
+@register("fresh")
+class Fresh(Method):
+    slot = "inside_lm"
     needs = ("text_attention",)
 
-    def stages(self, depth, budget, count):
+    def cuts(self, depth, budget, count):
         raise ZeroDivisionError
 
     def score(self, tokens):
@@ -203,9 +203,9 @@ def test_a_plugin_that_raises_when_it_is_attached_fails_alone(small_model, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "plug_raising.py").write_text(RAISING)
     import_module("plug_raising")
-    found = sweep(small_model, tmp_path / "run", specs=["mine@9", "uniform@9"], limit=4)
+    found = sweep(small_model, tmp_path / "run", specs=["fresh@9", "uniform@9"], limit=4)
     (lost,) = found["failed"]
-    assert lost["spec"] == "mine@9" and "ZeroDivisionError" in lost["error"]
+    assert lost["spec"] == "fresh@9" and "ZeroDivisionError" in lost["error"]
     assert {"dense", "uniform@9"} <= set(journals(tmp_path / "run"))
 
 
@@ -216,7 +216,7 @@ from dataclasses import replace
 from vlmprune.evaluation.tasks.shapes import shapes
 
 class Task(type(shapes())):
-    name = "task_mine"
+    name = "task_fresh"
 
     def score(self, sample, answer):
         return {score}
@@ -228,12 +228,12 @@ def make():
 
 def test_code_of_a_task_out_of_tree_is_a_part_of_its_cells(small_model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    offer(monkeypatch, tasks.GROUP, "mine", "task_mine:make")
+    offer(monkeypatch, tasks.GROUP, "fresh", "task_fresh:make")
     found = set()
     for score in ("0.0", "1.0"):
-        (tmp_path / "task_mine.py").write_text(TASK.format(score=score))
-        sys.modules.pop("task_mine", None)
-        setting: Setting = planned(config(small_model, tasks=["mine"]), Settings())[0]
+        (tmp_path / "task_fresh.py").write_text(TASK.format(score=score))
+        sys.modules.pop("task_fresh", None)
+        setting: Setting = planned(config(small_model, tasks=["fresh"]), Settings())[0]
         assert setting.task_code and setting.task_fingerprint == tasks.get_task("shapes").fingerprint
         found.add(cell_id(identity.recipe(setting, "dense")))
     assert len(found) == 2
@@ -269,11 +269,11 @@ def test_functions_of_a_task_file_of_lmms_eval_count(tmp_path):
 def test_a_task_that_cannot_be_loaded_is_one_error(tmp_path, monkeypatch, raised):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "task_raising.py").write_text(f"raise {raised}\n")
-    offer(monkeypatch, tasks.GROUP, "mine", "task_raising:make")
+    offer(monkeypatch, tasks.GROUP, "fresh", "task_raising:make")
     with pytest.raises(
-        EvaluationError, match=r"task 'mine': its entry point 'task_raising:make' does not load: \w+: "
+        EvaluationError, match=r"task 'fresh': its entry point 'task_raising:make' does not load: \w+: "
     ):
-        tasks.get_task("mine")
+        tasks.get_task("fresh")
     (tmp_path / "task_raising.py").write_text(f"def make():\n    raise {raised}\n")
-    with pytest.raises(EvaluationError, match=r"task 'mine': .* makes no task: \w+: "):
-        tasks.get_task("mine")
+    with pytest.raises(EvaluationError, match=r"task 'fresh': .* makes no task: \w+: "):
+        tasks.get_task("fresh")

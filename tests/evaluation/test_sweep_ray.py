@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Ray engine on a real cluster of two nodes on this machine: the same journals, also when a worker
-dies."""
+"""The Ray engine on two nodes on this machine: the same journals, also when a worker dies."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained model in the package: files, hashes, what it answers, and what happens when a file is
-damaged."""
+"""The trained model in the package: files, hashes, answers, and what a damaged file does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training scripts of the tiny model: labels, packs, and a forward pass that is the one of
-transformers."""
+"""Training of the tiny model: labels, packs, and a forward pass equal to that of transformers."""
 
 from __future__ import annotations
 
@@ -102,8 +101,7 @@ def test_a_pack_hides_other_questions(scripts, store):
 
 @torch.no_grad()
 def test_the_forward_is_that_of_transformers(scripts, store):
-    """The same answer logits from a pack with a block mask as from generate()'s model on one question
-    alone."""
+    """A pack with a block mask gives the logits of each question alone."""
     net = scripts.joint.Joint(1).eval()
     model, processor = net.export().eval(), build_processor()
     for items in (np.flatnonzero(~store.two)[:1], np.flatnonzero(store.two)[:1]):

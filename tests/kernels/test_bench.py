@@ -22,6 +22,17 @@ def run(*options):
     )
 
 
+def test_without_triton_it_says_so_in_one_line():
+    code = (
+        "import runpy, sys; sys.modules['triton'] = None; sys.argv[0] = sys.argv[1]; "
+        "runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, FOLDER / "bench_gpu.py", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: Triton is not installed") and done.stderr.count("\n") == 1
+
+
 def written():
     return {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
 

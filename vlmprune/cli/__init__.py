@@ -24,9 +24,7 @@ DEBUG = "--debug"
 
 
 class _Commands(TyperGroup):
-    """Turns errors that a user can do something about into one message and exit code 2; --debug shows the
-    traceback.
-    """
+    """Turns errors that a user can mend into one message and exit code 2; --debug shows the traceback."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)

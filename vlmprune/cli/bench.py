@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,8 @@ if TYPE_CHECKING:
     from ..speed.row import SpeedRow
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
-SHAPES = (
-    "llava-1.5-7b",
-    "llava-next-7b",
-    "qwen2.5-vl-7b",
-)  # as in benchmarks/speed/shapes.py, which is slow to import
+# as in vlmprune/speed/shapes.py, which is slow to import
+SHAPES = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 MODEL = SHAPES[0]
 MODEL_HELP = f"A shape ({', '.join(SHAPES)}: random weights, no download), 'tiny', a folder, or an HF id."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
@@ -72,14 +70,14 @@ def bench(
     left_out: list[LeftOut] = []
     missing = unsupported()
     start, effort = conditions(), Effort(rounds, answers)
+    build = partial(make_workload, batch=batch, text=text, device=device, dtype=dtype, scale=scale)
     with stderr().status("") as status:
         for name in model or [MODEL]:
             if name in missing and len(model or []) > 1:  # the others are still worth timing
                 left_out.append(LeftOut(name, None, missing[name]))
                 continue
             status.update(f"building {name}")
-            options = {"batch": batch, "text": text, "device": device, "dtype": dtype, "scale": scale}
-            workload = make_workload(name, **options, trust_remote_code=trust_remote_code)
+            workload = build(name, trust_remote_code=trust_remote_code)
             found, refused = measure(workload, specs, answer_tokens=answer, effort=effort, tell=status.update)
             rows, left_out = rows + found, left_out + refused
     if out is not None:
@@ -125,15 +123,9 @@ def plan(
     from ..speed.workload import make_workload
 
     wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
+    build = partial(make_workload, batch=batch, text=text, device=device, dtype=dtype, scale=scale)
     with stderr().status(f"building {model}") as status:
-        options: dict[str, Any] = {
-            "batch": batch,
-            "text": text,
-            "device": device,
-            "dtype": dtype,
-            "scale": scale,
-        }
-        workload = make_workload(model, **options, trust_remote_code=trust_remote_code)
+        workload = build(model, trust_remote_code=trust_remote_code)
         found = make_plan(
             workload, wanted, answer_tokens=answer, worth=worth, effort=Effort(rounds), tell=status.update
         )

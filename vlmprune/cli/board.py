@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -18,13 +18,12 @@ from ..evaluation.report.export import BOLD
 from ..evaluation.report.judge import BASELINES, merged, ordered, settings
 from ..evaluation.report.load import Results
 from ..evaluation.report.pivot import Across, Pivot, pivots
-from ..evaluation.report.table import Column, used, winners
+from ..evaluation.report.table import Column, L, used, winners
 from ..evaluation.report.text import plural, ratio
 from ..evaluation.report.verdict import limits, verdict
 from ..evaluation.stats.summary import Headline, Row
 from .screen import plain, table
 
-R = TypeVar("R")
 NARROWEST = 5  # a heading breaks within words only where its column would be narrower
 
 
@@ -63,7 +62,7 @@ def _heading(row: Row, headline: Headline | None, screen: Console) -> str:
     return f"{row.model} on {row.task}: {', '.join(about)}; in brackets 95 % intervals{bold}"
 
 
-def legend(columns: Sequence[Column[R]], rows: Sequence[R]) -> list[str]:
+def legend(columns: Sequence[Column[L]], rows: Sequence[L]) -> list[str]:
     """A line for each column shown whose heading does not say it all."""
     noted = [(column.title.partition(",")[0], column.note(rows)) for column in columns]
     return [f"{title}: {note}" for title, note in noted if note]
@@ -93,7 +92,7 @@ def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
 # --- any table ------------------------------------------------------------------------------------
 
 
-def fitting(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) -> list[Column[R]]:
+def fitting(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> list[Column[L]]:
     """All columns in full where there is room, else in short, else without those that can be spared."""
     left = [replace(column, short=None) for column in columns]
     if _width(left, rows, screen) <= screen.width:
@@ -104,11 +103,11 @@ def fitting(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) ->
     return left
 
 
-def _width(columns: Sequence[Column[R]], rows: Sequence[R], screen: Console) -> int:
+def _width(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> int:
     return Measurement.get(screen, screen.options.update(width=10_000), grid(columns, rows)).maximum
 
 
-def grid(columns: Sequence[Column[R]], rows: Sequence[R]) -> Table:
+def grid(columns: Sequence[Column[L]], rows: Sequence[L]) -> Table:
     """Cells under headings that are broken to their width; budgets apart, the best of each in bold."""
     cells = [[column.brief(row) for row in rows] for column in columns]
     made = table(padding=(0, 0, 0, 1))
@@ -118,19 +117,17 @@ def grid(columns: Sequence[Column[R]], rows: Sequence[R]) -> Table:
         made.add_column(
             plain(heading), overflow="fold", justify=justify, no_wrap=number > 0, vertical="bottom"
         )
-    wins = [winners(column, rows) for column in columns]  # type: ignore[type-var]
-    keep = getattr(rows[0], "keep", None)
+    wins = [winners(column, rows) for column in columns]
     for number, row in enumerate(rows):
-        if getattr(row, "keep", None) != keep:
+        if number and row.keep != rows[number - 1].keep:
             made.add_section()
-            keep = getattr(row, "keep", None)
         line = []
         for texts, won in zip(cells, wins, strict=True):
             text: Text = plain(texts[number])
             if won[number]:
                 text.stylize("bold")
             line.append(text)
-        made.add_row(*line, style="dim" if getattr(row, "method", None) in BASELINES else None)
+        made.add_row(*line, style="dim" if row.method in BASELINES else None)
     return made
 
 

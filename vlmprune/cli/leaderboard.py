@@ -82,14 +82,14 @@ def leaderboard(
 
 
 def _compare(config: Config, folder: Path, settings: Any, as_json: bool) -> None:
-    from ..evaluation import sweep
+    from ..evaluation.leaderboard import run
     from ..evaluation.leaderboard.process import Terminated, quiet, terminable
     from . import board
     from .progress import progress
 
     try:
         with terminable(), quiet(), progress() as shown:
-            found = sweep.leaderboard(config, folder, settings, shown)
+            found = run.leaderboard(config, folder, settings, shown)
     except KeyboardInterrupt as stop:
         text = f"Stopped. All answers so far are in {folder}; the same command goes on from there."
         stderr().print(plain(text), soft_wrap=True)

@@ -19,9 +19,7 @@ def lmms_tasks(
         int | None, typer.Option(min=1, help="Samples of the synthetic benchmark; all of them by default.")
     ] = None,
 ) -> None:
-    """Write the tasks of this package for lmms-eval, and the data of the synthetic benchmark, without a
-    network.
-    """
+    """Write our tasks for lmms-eval, and the data of the synthetic benchmark, without a network."""
     from ..evaluation.tasks.lmms.loading import write_tasks
 
     names = write_tasks(folder, limit)

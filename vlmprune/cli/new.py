@@ -18,16 +18,22 @@ def new(
     ] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Write a method that works, with its test, card and ledger; nothing is overwritten."""
+    """Write a method that works, with its test, card and ledger; nothing is overwritten.
+
+    In a checkout it also joins the list of built-in methods.
+    """
     from .scaffold import scaffold
 
     made = scaffold(method, folder)
     if as_json:
-        print_json({"files": list(map(str, made.files)), "steps": list(made.steps)})
+        texts = {"files": made.files, "changed": made.changed, "steps": made.steps}
+        print_json({key: list(map(str, values)) for key, values in texts.items()})
         return
     screen = stdout()
     for path in made.files:
         screen.print(plain(f"wrote {path}"), style="green", soft_wrap=True)
+    for path in made.changed:
+        screen.print(plain(f"added a line to {path}"), style="green", soft_wrap=True)
     screen.print("Next steps:", style="bold")
     for number, step in enumerate(made.steps, 1):
         first, *rest = step.rstrip().splitlines()

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a new method: a working method, its test, its card and its ledger, for a plug-in or for this
-repository.
-"""
+"""The files of a new method: method, test, card and ledger, for a plug-in or for this repository."""
 
 from __future__ import annotations
 
@@ -148,11 +146,25 @@ py-modules = ["$module"]
 """)
 
 
+REGISTRY = Path("vlmprune", "registry.py")
+_TABLE = re.compile(r"^_BUILTIN\b.*= \{\n(?:    .*\n)*", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Scaffold:
-    """What was written, and what is left to do."""
+    """What was written, what got a line more, and what is left to do."""
 
     files: tuple[Path, ...]
+    changed: tuple[Path, ...]
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Texts of new files and of changed ones, by path below the folder."""
+
+    new: dict[Path, str]
+    changed: dict[Path, str]
     steps: tuple[str, ...]
 
 
@@ -165,23 +177,23 @@ def scaffold(name: str, folder: Path) -> Scaffold:
     cls = _class_name(name)
     if not folder.is_dir():
         raise SpecError(f"no folder at {str(folder)!r}; expected an existing one: make it first")
-    texts, steps = (
-        _inside(name, cls) if (folder / "vlmprune" / "methods").is_dir() else _outside(name, cls, folder)
-    )
-    files = {folder / path: text for path, text in texts.items()}
-    present = [str(path) for path in files if path.exists()]
+    inside = (folder / "vlmprune" / "methods").is_dir()
+    plan = _inside(name, cls, folder) if inside else _outside(name, cls, folder)
+    present = [str(folder / path) for path in plan.new if (folder / path).exists()]
     if present:
         raise SpecError(
             f"{present} exist already and are left as they are; choose another name or folder, or move them "
             "away"
         )
-    for path, text in files.items():
+    for path, text in {**plan.new, **plan.changed}.items():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise SpecError(f"{str(path)!r} cannot be written ({error}); choose another folder") from error
-    return Scaffold(tuple(files), steps)
+            place = str(folder / path)
+            raise SpecError(f"{place!r} cannot be written ({error}); choose another folder") from error
+    new, changed = ([folder / path for path in texts] for texts in (plan.new, plan.changed))
+    return Scaffold(tuple(new), tuple(changed), plan.steps)
 
 
 def _class_name(name: str) -> str:
@@ -200,49 +212,60 @@ def _class_name(name: str) -> str:
     return cls
 
 
-def _inside(name: str, cls: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    module, method, test = (
-        f"vlmprune.methods.{name}",
-        f"vlmprune/methods/{name}.py",
-        f"tests/methods/test_{name}.py",
-    )
-    texts = {
-        method: _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_INSIDE),
-        test: _TEST.substitute(
-            name=name, cls=cls, imports=f"\nimport vlmprune\nfrom {module} import {cls}\n{_RUN_CHECKS}"
-        ),
-        f"methods/{name}.md": _CARD.substitute(name=name),
-        f"methods/{name}.yaml": _LEDGER.substitute(name=name, test=test),
+def _inside(name: str, cls: str, folder: Path) -> _Plan:
+    module, test = f"vlmprune.methods.{name}", f"tests/methods/test_{name}.py"
+    imports = f"\nimport vlmprune\nfrom {module} import {cls}\n{_RUN_CHECKS}"
+    method = f"vlmprune/methods/{name}.py"
+    new = {
+        Path(method): _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_INSIDE),
+        Path(test): _TEST.substitute(name=name, cls=cls, imports=imports),
+        Path("methods", f"{name}.md"): _CARD.substitute(name=name),
+        Path("methods", f"{name}.yaml"): _LEDGER.substitute(name=name, test=test),
     }
     steps = (
-        f'add to _BUILTIN in vlmprune/registry.py:  "{name}": "{module}:{cls}",',
-        f"vlmprune verify {name}",
         f"write the formula in {method} and its transcription in {test}",
+        f"pytest {test} && vlmprune verify {name}",
         _LAST_STEP,
+        "python docs/readme_tables.py  (the method's line in the README, from the title of its card)",
+        f"python docs/capabilities.py --method {name}  (its column in the table of what families can do)",
     )
-    return texts, steps
+    return _Plan(new, {REGISTRY: _listed(name, f"{module}:{cls}", folder / REGISTRY)}, steps)
 
 
-def _outside(name: str, cls: str, folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def _listed(name: str, target: str, registry: Path) -> str:
+    """The registry with the method as the last of its built-in ones."""
+    try:
+        text = registry.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(
+            f"{str(registry)!r} cannot be read ({error}); expected a checkout of vlmprune"
+        ) from error
+    table = _TABLE.search(text)
+    if table is None:
+        raise SpecError(f"{str(registry)!r} has no table _BUILTIN = {{...}}; expected that of vlmprune")
+    return f'{text[: table.end()]}    "{name}": "{target}",\n{text[table.end() :]}'
+
+
+def _outside(name: str, cls: str, folder: Path) -> _Plan:
     module, test = f"vlmprune_{name}", f"test_{name}.py"
+    imports = f"import vlmprune\n{_RUN_CHECKS}\n\nfrom {module} import {cls}"
     entry_point = _ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)
-    texts = {
-        f"{module}.py": _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_OUTSIDE),
-        test: _TEST.substitute(
-            name=name, cls=cls, imports=f"import vlmprune\n{_RUN_CHECKS}\n\nfrom {module} import {cls}"
-        ),
-        f"{name}.md": _CARD.substitute(name=name),
-        f"{name}.yaml": _LEDGER.substitute(name=name, test=test),
+    new = {
+        Path(f"{module}.py"): _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_OUTSIDE),
+        Path(test): _TEST.substitute(name=name, cls=cls, imports=imports),
+        Path(f"{name}.md"): _CARD.substitute(name=name),
+        Path(f"{name}.yaml"): _LEDGER.substitute(name=name, test=test),
     }
     steps = [
         f"pip install -e {folder}",
-        f"vlmprune verify {name}",
         f"write the formula in {module}.py and its transcription in {test}",
+        f"pytest {test} && vlmprune verify {name}",
         _LAST_STEP,
     ]
     if (folder / "pyproject.toml").exists():
         steps.insert(0, f"add to pyproject.toml, which must also install the module {module}:\n{entry_point}")
     else:
         project = f"vlmprune-{name.replace('_', '-')}"
-        texts["pyproject.toml"] = _PROJECT.substitute(project=project, entry_point=entry_point, module=module)
-    return texts, tuple(steps)
+        text = _PROJECT.substitute(project=project, entry_point=entry_point, module=module)
+        new[Path("pyproject.toml")] = text
+    return _Plan(new, {}, tuple(steps))

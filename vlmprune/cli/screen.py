@@ -36,9 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 
 
 def speak_plainly() -> None:
-    """From now on a character that stdout or stderr cannot write becomes a plain one: no table is lost to an
-    arrow.
-    """
+    """From now on a character that stdout or stderr cannot write becomes a plain one."""
     codecs.register_error("vlmprune", _plain_character)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -53,9 +51,7 @@ def _plain_character(error: UnicodeError) -> tuple[str, int]:
 
 
 def of_system(error: OSError) -> OSError:
-    """A refusal by the system in words; what could not be printed is dropped, or Python would fail once more
-    at its exit.
-    """
+    """A refusal by the system in words; what could not be printed is dropped, or Python's exit would fail."""
     try:
         sys.stdout.flush()
     except OSError:

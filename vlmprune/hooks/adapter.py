@@ -57,7 +57,6 @@ class Adapter(Protocol):
     """
 
     model_type: ClassVar[str]
-    modalities: tuple[Modality, ...]
     positions: ClassVar[tuple[Positions, ...]]
     text_type: ClassVar[int | None]
     deepstack: ClassVar[str | None]
@@ -66,7 +65,12 @@ class Adapter(Protocol):
     inner: Any
     vision_tower: Any
     language_model: Any
-    projector: Callable[[Tensor], Tensor] | None
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]: ...
+
+    @property
+    def projector(self) -> Callable[[Tensor], Tensor] | None: ...
 
     @property
     def config(self) -> Any: ...

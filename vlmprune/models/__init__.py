@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
@@ -12,25 +11,27 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..lazytable import LazyTable
 from .base import Adapter
 
 _ADAPTERS = {
-    "llava": "llava:LlavaAdapter",
-    "vipllava": "llava:VipLlavaAdapter",
-    "llava_next": "llava_next:LlavaNextAdapter",
-    "llava_next_video": "llava_video:LlavaNextVideoAdapter",
-    "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
-    "video_llava": "llava_video:VideoLlavaAdapter",
-    "internvl": "internvl:InternVLAdapter",
-    "qwen2_vl": "qwen_vl:Qwen2VLAdapter",
-    "qwen2_5_vl": "qwen_vl:Qwen2_5VLAdapter",
-    "qwen3_vl": "qwen_vl:Qwen3VLAdapter",
-    "idefics3": "idefics3:Idefics3Adapter",
-    "fast_vlm": "fast_vlm:FastVlmAdapter",
-    "smolvlm": "idefics3:SmolVLMAdapter",
-    "paligemma": "gemma:PaliGemmaAdapter",
-    "gemma3": "gemma:Gemma3Adapter",
+    "llava": ".llava:LlavaAdapter",
+    "vipllava": ".llava:VipLlavaAdapter",
+    "llava_next": ".llava_next:LlavaNextAdapter",
+    "llava_next_video": ".llava_video:LlavaNextVideoAdapter",
+    "llava_onevision": ".llava_onevision:LlavaOnevisionAdapter",
+    "video_llava": ".llava_video:VideoLlavaAdapter",
+    "internvl": ".internvl:InternVLAdapter",
+    "qwen2_vl": ".qwen_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": ".qwen_vl:Qwen2_5VLAdapter",
+    "qwen3_vl": ".qwen_vl:Qwen3VLAdapter",
+    "idefics3": ".idefics3:Idefics3Adapter",
+    "fast_vlm": ".fast_vlm:FastVlmAdapter",
+    "smolvlm": ".idefics3:SmolVLMAdapter",
+    "paligemma": ".gemma:PaliGemmaAdapter",
+    "gemma3": ".gemma:Gemma3Adapter",
 }
+_TABLE: LazyTable[type[Adapter]] = LazyTable("family", _ADAPTERS, UnsupportedError, package=__name__)
 # families that were never tried where generate does not encode pictures by itself, which is before
 # transformers 5.20
 _RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
@@ -54,7 +55,7 @@ _INSTEAD = (
 
 def families() -> list[str]:
     """Model types (as in HF configs) that have an adapter."""
-    return sorted(_ADAPTERS)
+    return _TABLE.names()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -123,8 +124,7 @@ def adapter_for(model: Any) -> Adapter:
             f"with an adapter: {families()}"
         )
     check_family(model_type)
-    module, name = _ADAPTERS[model_type].split(":")
-    adapter = getattr(import_module(f".{module}", __name__), name)
+    adapter = _TABLE.load(model_type)
     if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "

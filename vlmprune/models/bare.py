@@ -27,7 +27,7 @@ def is_tower(model: Any) -> bool:
     return isinstance(model, nn.Module) and all(hasattr(model, part) for part in parts)
 
 
-def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, Any], tuple[int, int]]:
     """The tensors that ``method`` needs, as ``vlmprune.select`` takes them, and the grid (rows, cols) of the
     patches.
 

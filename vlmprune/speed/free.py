@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ideal that a method is measured against: the same model, handed the very tokens that the method keeps,
-for nothing.
+"""The ideal that a method is measured against: the same model, given the tokens that it keeps.
 
 One call is watched while the method is attached: what the language model is given after a cut before it, and
 which rows stay where it is cut between its layers. Replaying that on the bare model costs neither scoring nor
@@ -40,7 +39,7 @@ class FreeSide:
 
     def __init__(self, session: Any, call: Callable[[], Tensor]) -> None:
         self.session, self.model = session, session.adapter.model
-        self.lm: nn.Module = session.adapter.language_model
+        self.lm: Any = session.adapter.language_model  # of transformers: has layers, norm, rotary_emb
         self.cuts: dict[int, tuple[Tensor, Tensor]] = {}
         given: dict[str, Any] = {}
         self._given = given
@@ -68,8 +67,7 @@ class FreeSide:
 
     def _note(self, index: int, module: nn.Module, args: tuple) -> None:
         for start, compaction in self.session.state.views.cuts:
-            # a cut before the language model is listed at layer 0 too; what it was given is shorter than the
-            # parent of that cut
+            # a cut before the language model is listed at layer 0 too; its parent was longer than the input
             if start == index and not (
                 start == 0 and compaction.kept.shape[1] > self._given["inputs_embeds"].shape[1]
             ):
@@ -79,9 +77,7 @@ class FreeSide:
                 )
 
     def first_token(self) -> Tensor:
-        """Logits (B, V) of the first token, which is on the host when this returns; rows of equal length, no
-        padding.
-        """
+        """Logits (B, V) of the first token, which is on the host then; rows of equal length, no padding."""
         hidden = self._layers() if self.cuts else self._whole()
         logits = self.model.get_output_embeddings()(hidden[:, -1])
         logits.argmax(dim=-1).tolist()  # waits for the device

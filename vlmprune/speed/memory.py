@@ -16,9 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the live bytes of storages that ops make while it is on, and their peak since ``take`` was
-    called last.
-    """
+    """Counts the live bytes of storages that ops make meanwhile, and their peak since the last ``take``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,9 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that a call holds beyond what was there before; on the CPU scratch memory inside kernels is
-    not seen.
-    """
+    """Most bytes that a call holds beyond what was there; on the CPU without scratch memory of kernels."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -68,8 +64,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def memory_profile(call: Callable[[], Any], root: nn.Module, device: str = "cpu") -> list[int]:
-    """Peak bytes between one leaf module of ``root`` and the next, then what stays while the result is
-    held."""
+    """Peak bytes between one leaf module of ``root`` and the next, then what the result holds."""
     live = LiveBytes()
 
     def take(*_: object) -> None:
@@ -85,8 +80,7 @@ def memory_profile(call: Callable[[], Any], root: nn.Module, device: str = "cpu"
         leaf.register_forward_hook(take) for leaf in leaves
     ]
     try:
-        # not inference mode, under which composite ops reach the dispatch mode whole and hide their
-        # temporaries
+        # no inference mode: in it composite ops come whole and hide their temporaries
         with torch.inference_mode(False), torch.no_grad(), nullcontext() if device == "cuda" else live:
             result = call()
             take()

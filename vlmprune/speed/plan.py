@@ -125,7 +125,8 @@ def fit(
             if (found >= 0).all() and error < least - 1e-12:
                 best, least = np.zeros(3), error
                 best[columns] = found
-    return tuple(best.tolist()), float(np.abs(matrix @ best - ones).max())
+    base, linear, square = best.tolist()
+    return (base, linear, square), float(np.abs(matrix @ best - ones).max())
 
 
 @torch.inference_mode()
@@ -200,9 +201,7 @@ def verdict(costs: Costs, case: Case, threshold: float) -> dict[str, Any]:
 
 
 def pays(costs: Costs, case: Case, axis: str, threshold: float) -> dict[str, int] | None:
-    """Least and greatest value of one axis for which pruning pays, the rest of the case as it is; None where
-    it never does.
-    """
+    """Least and greatest value of one axis for which pruning pays, the rest as it is; None for never."""
     lowest = 2 if axis == "visual_tokens" else 1
     found = [
         value
@@ -215,9 +214,7 @@ def pays(costs: Costs, case: Case, axis: str, threshold: float) -> dict[str, int
 def _measure(
     workload: Workload, session: Any, effort: Effort, tell: Tell
 ) -> tuple[list[tuple[int, int]], dict[Any, float], int, list[float]]:
-    """(batch, tokens) points, medians of all that is timed, visual tokens of a prompt, and what is left of
-    them per layer.
-    """
+    """(batch, tokens) points, medians of all times, visual tokens of a prompt, and those left per layer."""
     free = FreeSide(session, workload.first_token)
     report = session.last
     visual, layers = round(sum(report.dense_tokens) / len(report.dense_tokens)), report.tokens_per_layer

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,16 @@ class SpeedRow:
     flops: int | None = None
     peak_bytes: int | None = None
     logits_difference: float | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method, as in rows of a leaderboard."""
+        return re.split("[(@]", self.spec, maxsplit=1)[0]
+
+    @property
+    def keep(self) -> None:
+        """A card groups its rows by conditions, not by budget."""
+        return None
 
     @property
     def conditions(self) -> tuple[object, ...]:

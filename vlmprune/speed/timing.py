@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing in rounds: every candidate once per round, in rotating order, so that a slow minute of the machine
-hits all alike.
-"""
+"""Timing in rounds: every candidate once per round, in rotating order, so that slow minutes hit all."""
 
 from __future__ import annotations
 

@@ -74,9 +74,7 @@ class Workload:
             )
 
     def flops(self, call: Any) -> int:
-        """Operations of the matrix products and convolutions of a call, a multiplication and an addition
-        each.
-        """
+        """Operations of the matrix products and convolutions of a call; a multiply-add counts as two."""
         # fused attention is not counted on every device; the plain one is, and does the same products
         with (
             torch.inference_mode(False),

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How objects show themselves in a notebook: a picture with a caption, or a table of facts; plain HTML, no
-script.
-"""
+"""How objects show themselves in a notebook: plain HTML, a picture with a caption or a table of facts."""
 
 from __future__ import annotations
 

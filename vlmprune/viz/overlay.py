@@ -96,9 +96,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Deep grey from its least to its greatest value: it has no agreed white, so Pillow would clip it to
-    blank.
-    """
+    """Deep grey from least to greatest value: it has no agreed white, so Pillow would clip it to blank."""
     strips = [(0, top, image.width, bottom) for top, bottom in _strips(image.height, image.width)]
     low, high = np.inf, -np.inf
     for box in strips:
@@ -114,8 +112,7 @@ def _stretch(image: Image.Image) -> Image.Image:
 
 
 def _strips(height: int, width: int, step: int = 1) -> Iterator[tuple[int, int]]:
-    """(first, past the last) row of strips of few pixels; all but the last have a multiple of ``step``
-    rows."""
+    """(first, past the last) row of strips of few pixels, of a multiple of ``step`` rows but for the last."""
     rows = step * max(1, _STRIP // (width * step))
     for top in range(0, height, rows):
         yield top, min(height, top + rows)
@@ -224,8 +221,7 @@ def _panels(
 def _panel(
     pixels: np.ndarray, block: np.ndarray, box: tuple[int, int, int, int], paint: Paint, outline: int
 ) -> np.ndarray:
-    """(height, width, 3) bytes: the picture with one block of tokens painted over the part that they
-    cover."""
+    """(height, width, 3) bytes: the picture with one block of tokens painted over their part of it."""
     left, top, right, bottom = box
     whole = (bottom - top, right - left) == pixels.shape[:2]
     panel = pixels.copy() if whole else _stripes(pixels)
@@ -239,9 +235,7 @@ def _panel(
 
 
 def _fitting(image: Any, panels: int, max_side: int | None) -> Image.Image:
-    """The picture, made so small that so many panels fit side by side; refused where nothing could be seen of
-    them.
-    """
+    """The picture, so small that this many panels fit side by side; refused where nothing could be seen."""
     if max_side is not None and (type(max_side) is not int or max_side < 1):
         raise SpecError(
             f"max_side={max_side!r}; expected a number of pixels, or None for the size of the picture"

@@ -61,9 +61,7 @@ class Batch:
 
 
 class EncodeOnce:
-    """Remembers encoded images, those of the last ``size`` groups; a model may encode the images of one
-    sample together.
-    """
+    """Encoded images of the last ``size`` samples; a model may encode the images of one together."""
 
     def __init__(self, shelf: EncodedImages, processor: Any, size: int) -> None:
         self.shelf, self.processor, self.size = shelf, processor, size
@@ -74,10 +72,10 @@ class EncodeOnce:
         keys = [sample.images for sample in batch.samples]
         new = {key: row for row, key in enumerate(keys) if key and key not in self._known}
         if new:
-            texts, images = ([of[row] for row in new.values()] for of in (batch.texts, batch.images))
-            found = iter(
-                self.shelf.encode(model_inputs(self.processor, self.shelf.adapter.model, texts, images))
-            )
+            texts = [batch.texts[row] for row in new.values()]
+            images = [batch.images[row] for row in new.values()]
+            inputs = model_inputs(self.processor, self.shelf.adapter.model, texts, images)
+            found = iter(self.shelf.encode(inputs))
             self._known |= {key: [next(found) for _ in key] for key in new}
         shelved = []
         for key in filter(None, keys):
@@ -91,12 +89,9 @@ class EncodeOnce:
 def model_inputs(
     processor: Any, model: Any, texts: list[str], images: list[list[Any]], clips: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """What ``model.generate`` takes: left-padded, on its device and in its dtype. ``clips`` of all texts, in
-    order.
-    """
-    shown = [
-        row for row in images if row
-    ] or None  # families that pack by sample want no entry for rows without images
+    """What ``model.generate`` takes: left-padded, on its device, in its dtype. ``clips``: of all texts."""
+    # families that pack by sample want no entry for rows without images
+    shown = [row for row in images if row] or None
     videos = {"videos": list(clips)} if clips else {}
     made = processor(
         text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt", **videos

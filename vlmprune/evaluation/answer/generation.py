@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pruned call of generate, watched: what fails is raised, hooks must have fired, and the time to the
-first token is noted.
-"""
+"""One pruned call of generate: what fails is raised, hooks must have fired, times are noted."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from ...hooks.session import Session
 
 
 class Generation(NamedTuple):
-    """New ids (B, T) after the prompt, what the hooks did, seconds to the first and the last token, peak
-    bytes.
-    """
+    """New ids (B, T), what the hooks did, seconds to the first and the last token, peak bytes."""
 
     ids: Tensor
     report: Report
@@ -78,16 +74,13 @@ def generate(
         raise EvaluationError(
             f"{session.spec}: generation failed on {named}: {type(error).__name__}: {error}"
         ) from error
-    _check_firings(session, pictures, named)
-    return Generation(
-        ids[:, inputs["input_ids"].shape[1] :], session.last, clock.first, clock.total, clock.peak
-    )
+    report = _checked_report(session, pictures, named)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return Generation(new, report, clock.first, clock.total, clock.peak)
 
 
-def _check_firings(session: Session, pictures: int, named: str) -> None:
-    """Raise unless the hooks saw every picture, and cut where the budget asks for fewer tokens than a picture
-    has.
-    """
+def _checked_report(session: Session, pictures: int, named: str) -> Report:
+    """What the hooks did; raises unless they saw every picture, and cut where the budget asks for it."""
     report = session.last
     if report is None:
         raise EvaluationError(
@@ -102,6 +95,7 @@ def _check_firings(session: Session, pictures: int, named: str) -> None:
     asked = any(budget.count(count) < count for budget in wanted for count in report.dense_tokens)
     if asked and not {"enter", "stage"} & set(report.firings):
         raise EvaluationError(f"{session.spec}: nothing was cut on {named}, firings were {report.firings}")
+    return report
 
 
 class Clock(StoppingCriteria):

@@ -62,9 +62,7 @@ class Record:
         return not self.answer
 
     def line(self, keep: bool = False) -> dict[str, Any]:
-        """Plain values for a journal; ``keep`` adds the kept patches per image, with all that drawing them
-        takes.
-        """
+        """Plain values for a journal; ``keep`` adds the kept patches of each image, for drawing."""
         values = {name: value for name, value in vars(self).items() if name != "keep"}
         values["seconds"] = dict(self.seconds)
         maps = [

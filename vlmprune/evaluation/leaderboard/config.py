@@ -7,9 +7,10 @@ import reprlib
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ...checks import one_of
+from ...core.method import Positions
 from ...errors import SpecError, did_you_mean
 from ...models.loading import DTYPES
 from ...registry import get
@@ -18,7 +19,7 @@ from ...yamlfile import read
 from ..tasks.registry import LMMS, list_tasks
 from .published import Published
 
-POSITIONS = ("compact", "original")
+POSITIONS = get_args(Positions)
 SEEDS = (0, 1, 2)
 LARGEST = 2**63 - 1
 WANTED = {

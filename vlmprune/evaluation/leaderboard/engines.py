@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -61,9 +62,8 @@ class Ray:
         running: list[Any] = []
         try:
             while True:
-                room = (
-                    self._slots(ray) + 1 - len(running)
-                )  # one more than runs now, so that no worker waits for the driver
+                # one more than runs now, so that no worker waits for the driver
+                room = self._slots(ray) + 1 - len(running)
                 for job in waiting if room > 0 else ():
                     if (job := _left(job, failed)).specs:
                         running.append(answer.remote(shared, job))
@@ -89,7 +89,7 @@ class Ray:
             try:
                 own: dict[str, Any] = {} if self.address else {"include_dashboard": False}
                 with kept_sigterm():  # Ray ends the process without a word
-                    ray.init(self.address, log_to_driver=False, logging_level="ERROR", **own)
+                    ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 at = f"at {self.address!r}" if self.address else "on this machine"
                 todo = "start one with `ray start --head`, or leave --address out"

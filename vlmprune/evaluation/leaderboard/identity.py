@@ -83,9 +83,11 @@ def method_code(name: str) -> str:
 
 def task_code(name: str, task: Task) -> str:
     """Digest of the code of a task that does not come with the package: what it shows, asks and scores by."""
+    from ..tasks.lmms.task import LmmsTask
+
     made: list[Any] = [*type(task).__mro__, *factory(name)]
-    if name.startswith(LMMS):
-        made += _callables(vars(task.lmms.config))  # type: ignore[attr-defined]  # that is an LmmsTask
+    if isinstance(task, LmmsTask):
+        made += _callables(vars(task.lmms.config))
     return _code(f"task {name!r}", made)
 
 

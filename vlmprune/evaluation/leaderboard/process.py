@@ -56,8 +56,7 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def threads(model: str, wanted: int | None = None) -> Iterator[None]:
-    """``wanted`` threads for torch; else one for the model ``tiny``, whose work is too small to share, unless
-    ``OMP_NUM_THREADS`` says otherwise."""
+    """``wanted`` threads for torch, else one for ``tiny``, unless ``OMP_NUM_THREADS`` is set."""
     import torch
 
     from ...models.loading import TINY

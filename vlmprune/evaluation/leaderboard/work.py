@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ... import plugins
+from ... import errors
 from ...api import prune
 from ...errors import EvaluationError, VlmPruneError
 from ...models.loading import load
@@ -115,7 +115,12 @@ class Bench:
     def _answer_clips(self, job: Job, specs: Sequence[str]) -> Generator[Lines | Failure, None, int]:
         """The same by lmms-eval, which reads clips; its portions follow each other as the documents do."""
         from ..tasks.lmms.cell import run_cell
+        from ..tasks.lmms.task import LmmsTask
 
+        if not isinstance(self.task, LmmsTask):
+            raise EvaluationError(
+                f"task {self.task.name!r} shows clips; only tasks of lmms-eval can: lmms:NAME"
+            )
         offset, size = sum(map(len, self.shards[: job.shard])), len(self.shards[job.shard])
         names = ("batch_size", "max_new_tokens", "positions")
         options = {name: getattr(self.setting, name) for name in names}
@@ -137,7 +142,7 @@ class Bench:
 def reason(error: Exception) -> str:
     """Why something failed; errors may have no text, and those of a plug-in say little without a type."""
     text = str(error).strip()
-    return text if text and isinstance(error, VlmPruneError) else plugins.reason(error)
+    return text if text and isinstance(error, VlmPruneError) else errors.reason(error)
 
 
 @lru_cache(maxsize=1)

@@ -50,14 +50,14 @@ def merged(rows: Sequence[Row]) -> list[Row]:
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Models and tasks as in the config; dense, then budgets from many tokens to few, baselines first."""
     place = {setting: number for number, setting in enumerate(settings(rows))}
-    budgets: dict[tuple[object, ...], float] = {}
+    budgets: dict[tuple[object, object], float] = {}
     for row in rows:
-        key = (*row.setting, row.keep)
+        key = (row.setting, row.keep)
         budgets[key] = max(budgets.get(key, 0.0), row.realised_tokens)
 
     def rank(row: Row) -> tuple[object, ...]:
         baseline = BASELINES.index(row.method) if row.method in BASELINES else len(BASELINES)
-        tokens = budgets[(*row.setting, row.keep)]
+        tokens = budgets[row.setting, row.keep]
         kind = (row.spec != DENSE, -tokens, str(row.keep), baseline)
         return (place[row.setting], *kind, row.spec, row.band is None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from ..leaderboard.rundir import Run
@@ -83,15 +84,7 @@ def _rows(rows: Sequence[Row], headline: Headline | None, options: Options) -> s
 
 
 def _without_intervals(column: Column[Row]) -> Column[Row]:
-    return Column(
-        column.key,
-        title=column.title,
-        hint=column.hint,
-        value=column.value,
-        text=lambda row: re.sub(r" \[[^]]*\]", "", column.brief(row)),
-        wins=column.wins,
-        left=column.left,
-    )
+    return replace(column, short=lambda row: re.sub(r" \[[^]]*\]", "", column.brief(row)))
 
 
 def _environment(columns: Sequence[Column[L]], rows: Sequence[L], caption: Sequence[str], label: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import EvaluationError
 from ...plain import read, shown
@@ -13,7 +13,10 @@ from ...speed.row import SpeedRow
 from ..leaderboard.rundir import Run, read_object
 from ..stats.summary import Headline, Row
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 AGAIN = "run the leaderboard again, it recomputes results.json"
 
 
@@ -85,7 +88,7 @@ def _entries(kind: type[T], values: Mapping[str, Any], key: str, problems: list[
     todo = "remove it and run `vlmprune bench --out` again" if kind is SpeedRow else AGAIN
     for number, value in enumerate(given):
         try:
-            found.append(read(kind, value, _entry_name(key, number, value)))  # type: ignore[type-var]
+            found.append(read(kind, value, _entry_name(key, number, value)))
         except EvaluationError as error:
             problems.append(f"{error}; {todo}")
     return tuple(found)

@@ -28,7 +28,7 @@ from .speed import EXPLAINED, SPEED_COLUMNS, speed_groups, speed_notes
 from .table import Column, L, Line, used, winners
 from .text import ratio
 
-ASSETS = ("assets", "report")
+ASSETS = "assets/report"
 FLIPS = 48
 
 
@@ -81,9 +81,9 @@ def page(run: Run, results: Results, options: Options) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        todo = "pip install jinja2 (it comes with vlmprune[eval])"
+        todo = "pip install jinja2 (in a clone it comes with pip install -e '.[eval]')"
         raise UnsupportedError(f"the HTML report needs jinja2: {todo}") from error
-    loader = PackageLoader("vlmprune", "/".join(ASSETS))
+    loader = PackageLoader("vlmprune", ASSETS)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     script = _asset("page.js")
     rows = ordered(results.rows)
@@ -122,7 +122,7 @@ def page(run: Run, results: Results, options: Options) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("vlmprune").joinpath(*ASSETS, name).read_text(encoding="utf-8")
+    return files("vlmprune").joinpath(f"{ASSETS}/{name}").read_text(encoding="utf-8")
 
 
 def _choices(rows: Sequence[Row]) -> dict[str, list[str]]:

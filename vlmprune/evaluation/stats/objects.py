@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the object asked about lies among the patches: for looking why a method answers well or badly, never
-for choosing.
-"""
+"""Where the object asked about lies among the patches: to explain answers, never to choose tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ COVERED = 0.1  # share of a patch that the object must cover for the patch to co
 
 
 class Asked:
-    """The objects that one sample asks about, as a mask (H, W) per image; patches are found once for all
-    specs.
-    """
+    """The objects that one sample asks about, as masks (H, W); patches are found once for all specs."""
 
     def __init__(self, name: str, masks: Sequence[Any], images: int) -> None:
         self._masks = [np.asarray(mask, dtype=bool) for mask in masks]
@@ -32,9 +28,7 @@ class Asked:
         self._patches: dict[tuple, np.ndarray] = {}
 
     def share(self, maps: Sequence[KeepMap]) -> float | None:
-        """Share of the kept tokens of all images that lie on the objects; None where nothing is asked about,
-        or was kept.
-        """
+        """Share of the kept tokens that lie on the objects; None where nothing is asked about, or kept."""
         kept = sum(map(len, maps))
         if not kept or not any(mask.any() for mask in self._masks):
             return None

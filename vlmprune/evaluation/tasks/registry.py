@@ -8,42 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module, metadata
 
-from ...errors import EvaluationError, VlmPruneError, did_you_mean
-from ...plugins import discover, load, reason
+from ...errors import EvaluationError, VlmPruneError, did_you_mean, reason
+from ...lazytable import LazyTable
 from .sample import Task
 
 GROUP = "vlmprune.tasks"
 LMMS = "lmms:"
-_BUILTIN = {
-    "shapes": "vlmprune.evaluation.tasks.shapes:shapes"
-}  # name -> function without arguments that returns the task
-
-
-@cache
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    return discover(GROUP, _BUILTIN).points
+# functions without arguments that return the task
+_BUILTIN = {"shapes": "vlmprune.evaluation.tasks.shapes:shapes"}
+_TABLE: LazyTable[Callable[[], Task]] = LazyTable("task", _BUILTIN, EvaluationError, group=GROUP)
 
 
 def list_tasks() -> list[str]:
     """Sorted names of all tasks; loads none of them."""
-    return sorted({*_BUILTIN, *_entry_points()})
+    return _TABLE.names()
 
 
 def get_task(name: str) -> Task:
     """The task of this name; "lmms:" and a name or a YAML file is a task of lmms-eval."""
     if name.startswith(LMMS):
         return _lmms(name.removeprefix(LMMS))
-    if name not in list_tasks():
+    if name not in _TABLE:
         near = did_you_mean(str(name).lower(), list_tasks())
         raise EvaluationError(
             f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}"
         )
+    make = _TABLE.load(name)
     if name in _BUILTIN:
-        module, _, attribute = _BUILTIN[name].partition(":")
-        return getattr(import_module(module), attribute)()
-    (make,) = factory(name)
+        return make()
     try:
         return make()
     except VlmPruneError:
@@ -54,8 +47,7 @@ def get_task(name: str) -> Task:
 
 def factory(name: str) -> tuple[Callable[[], Task], ...]:
     """What makes a task of another package, in a tuple; an empty one where this package makes it."""
-    point = _entry_points().get(name)
-    return () if point is None else (load(f"task {name!r}", point, EvaluationError),)
+    return (_TABLE.load(name),) if name in _TABLE.offers.points and name not in _BUILTIN else ()
 
 
 @cache  # its data are read once

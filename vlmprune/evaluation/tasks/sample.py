@@ -43,9 +43,7 @@ class Sample:
         raise NotImplementedError(f"{type(self).__name__} draws no images")
 
     def object_masks(self) -> list[np.ndarray]:
-        """One (H, W) bool mask per image: the objects asked about. All False where nothing that exists is
-        asked about.
-        """
+        """One (H, W) bool mask per image: the objects asked about, all False where none is there."""
         raise NotImplementedError(f"{type(self).__name__} has no masks")
 
     def messages(self) -> list[dict[str, Any]]:
@@ -70,13 +68,28 @@ ORDINALS = ("first", "second", "third", "fourth")
 
 
 class Task(Protocol):
-    """A benchmark: samples by split, and a score in [0, 1] for an answer."""
+    """A benchmark: samples by split, and a score in [0, 1] for an answer.
 
-    name: str
-    fingerprint: str  # changes whenever any sample can change
-    families: tuple[str, ...]
-    groups: Mapping[str, str]  # family -> group
-    blind: Mapping[str, float]  # family -> score of the best guess that does not look at the image
+    Attributes:
+        fingerprint: changes whenever any sample can change.
+        families: kinds of questions. groups: family -> group.
+        blind: family -> score of the best guess that does not look at the image.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def families(self) -> tuple[str, ...]: ...
+
+    @property
+    def groups(self) -> Mapping[str, str]: ...
+
+    @property
+    def blind(self) -> Mapping[str, float]: ...
 
     def samples(self, split: str = "test", limit: int | None = None) -> Sequence[Sample]: ...
 
@@ -94,9 +107,7 @@ _NUMBERS = dict(
 
 
 def normalise(answer: str, *, compact: bool = False) -> str:
-    """Lower case, no punctuation, no article, number words as digits, single spaces; ``compact`` drops spaces
-    (read strings).
-    """
+    """Lower case, no punctuation or article, digits, single spaces; ``compact``: none, for read strings."""
     words = _PUNCTUATION.sub(" ", answer.lower()).split()
     if compact:
         return "".join(words)

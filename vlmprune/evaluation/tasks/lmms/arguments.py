@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--model_args`` of the plug-in. lmms-eval splits at every comma and guesses types; specs have commas, so
-we read the text.
-"""
+"""``--model_args`` of the plug-in, read from its text: lmms-eval would split specs at their commas."""
 
 from __future__ import annotations
 

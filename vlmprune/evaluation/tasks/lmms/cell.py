@@ -73,9 +73,7 @@ def run_cell(
 
 
 def records(rows: Sequence[Mapping[str, Any]], task: LmmsTask) -> list[Record]:
-    """From the sample rows of a run of the plug-in: as lmms-eval returns them, or as it writes them with
-    --log_samples.
-    """
+    """From sample rows of the plug-in, as lmms-eval returns them or writes them with --log_samples."""
     return [_record(row, task) for row in sorted(rows, key=lambda row: row["doc_id"])]
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what tasks of lmms-eval give (messages with pictures and clips in them) to the messages and media of a
-processor.
-"""
+"""From what tasks of lmms-eval give to the messages, pictures and clips of a processor."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ _STILLS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 class Conversation(NamedTuple):
-    """Messages for ``processor.apply_chat_template``, and what they show, in order: images (RGB or paths),
-    clips.
-    """
+    """Messages for ``apply_chat_template``, and what they show, in order: images (RGB or paths), clips."""
 
     messages: list[dict[str, Any]]
     images: list[Any]
@@ -63,8 +59,7 @@ def _part(name: str, part: Mapping[str, Any], made: Conversation) -> dict[str, s
 
 
 def until(text: str, stops: str | Iterable[str] | None) -> str:
-    """Cut at the first stop string. White space stops nothing: lmms-eval adds it where tasks ask for no
-    stop."""
+    """Cut at the first stop string; white space stops nothing, lmms-eval adds it to tasks without stops."""
     for stop in [stops] if isinstance(stops, str) else stops or ():
         if stop.strip():
             text = text.split(stop)[0]
@@ -105,9 +100,7 @@ def picture(image: Any, mean: Sequence[float] | None = None) -> Image.Image:
 
 
 def frames(clip: Any, most: int) -> np.ndarray:
-    """(T, H, W, 3) uint8, at most ``most`` frames at equal distances; from a file, or from frames that are at
-    hand.
-    """
+    """(T, H, W, 3) uint8: at most ``most`` frames of a file or a list, at equal distances."""
     if isinstance(clip, Mapping):
         if _cuts(clip):
             raise UnsupportedError(

@@ -22,9 +22,7 @@ def folder() -> Path:
 
 
 def write_tasks(out: Path, limit: int | None = None) -> list[str]:
-    """Fill a folder for ``lmms-eval --include_path``: our task files and the synthetic benchmark; returns
-    names of tasks.
-    """
+    """Fill a folder for ``lmms-eval --include_path`` with our tasks and their data; returns their names."""
     need_lmms_eval()
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder().glob("*.yaml")):
@@ -33,9 +31,14 @@ def write_tasks(out: Path, limit: int | None = None) -> list[str]:
     return sorted(path.stem for path in out.glob("*.yaml"))
 
 
+def installed() -> bool:
+    """Whether lmms-eval is there."""
+    return find_spec("lmms_eval") is not None
+
+
 def need_lmms_eval() -> None:
     """Raise unless lmms-eval is installed."""
-    if find_spec("lmms_eval") is None:
+    if not installed():
         raise EvaluationError(
             "lmms-eval is not installed; expected version 0.7.3 or newer: pip install -e '.[eval]' in a "
             "clone of vlmprune"
@@ -78,7 +81,7 @@ def _built_in(name: str) -> dict[str, Any]:
     entry = manager.task_index.get(name)
     ours = [path.stem for path in folder().glob("*.yaml")]
     if entry is None:
-        near = did_you_mean(name, [*manager.all_tasks, *ours])
+        near = did_you_mean(name, [*manager.all_tasks, *ours], most=3, cutoff=0.75)
         raise EvaluationError(
             f"lmms-eval has no task {name!r} among its {len(manager.all_tasks)}.{near} Ours are "
             f"{sorted(ours)}"

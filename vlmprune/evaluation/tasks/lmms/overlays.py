@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that the task files in ``assets/lmms_tasks`` name, where upstream's need a network, a key or much
-memory.
-"""
+"""Functions of the files in ``assets/lmms_tasks``, where upstream's need a network, a key or much memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the entry point ``lmms_eval.models`` calls on every import of lmms-eval: names only, nothing heavy,
-nothing that fails.
-"""
+"""What ``lmms_eval.models`` calls on every import of lmms-eval: names only, nothing that can fail."""
 
 from __future__ import annotations
 

@@ -37,12 +37,11 @@ def _document(sample: Sample) -> dict[str, Any]:
 
 
 def _sample(doc: Mapping[str, Any]) -> Sample:
-    lists = {name: tuple(doc[name]) for name in ("answers", "images")}
-    history = tuple((question, answer) for question, answer in doc["history"])
     return Sample(
         **{name: doc[name] for name in ("id", "cluster", "family", "group", "question")},
-        **lists,
-        history=history,
+        answers=tuple(doc["answers"]),
+        history=tuple((question, answer) for question, answer in doc["history"]),
+        images=tuple(doc["images"]),
     )
 
 

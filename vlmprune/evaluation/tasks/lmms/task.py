@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from importlib import metadata
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from .loading import build
 TEXT_TASKS = ("textvqa", "docvqa", "infovqa", "ocrbench", "chartqa", "ai2d", "stvqa", "seedbench_2_plus")
 _FAMILIES = 40  # more categories than this are no families
 _GUESSES = 5
+_NUMBER = (int, float, np.number)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class LmmsSample(Sample):
     def load_images(self) -> list[Image.Image]:
         conversation = self.task.conversation(self.number)
         if conversation.clips:
+            where = "vlmprune.evaluation.tasks.lmms.cell"
             raise UnsupportedError(
-                f"{self.id} shows a clip, and evaluate() takes images; use benchmarks.lmms.cell.run_cell"
+                f"{self.id} shows a clip, and evaluate() takes images; use run_cell of {where}"
             )
         return [picture(image) for image in conversation.images]
 
@@ -83,16 +84,12 @@ class LmmsTask:
         return bool(self._conversation(0).clips)
 
     def _plain(self, number: int) -> dict[str, Any]:
-        """A document without its pictures, unless scoring wants them; a copy, as some tasks change it while
-        they score.
-        """
+        """A document without pictures, unless scoring wants them; a copy, as scoring may change it."""
         return copy.deepcopy(self.lmms.eval_docs_no_media[number])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the version of lmms-eval, the configuration and the text of all documents; pictures are not read
-        for it.
-        """
+        """Of the version of lmms-eval, the configuration and all documents but their pictures."""
         digest = hashlib.sha256(metadata.version("lmms_eval").encode())
         config = {
             key: value for key, value in vars(self.lmms.config).items() if key != "dataset_kwargs"
@@ -125,9 +122,7 @@ class LmmsTask:
         }
 
     def samples(self, split: str = "test", limit: int | None = None) -> list[LmmsSample]:
-        """The first ``limit`` documents, as with lmms-eval. Every picture is read once, to know which are
-        equal.
-        """
+        """The first ``limit`` documents; all pictures are read once, to know which are equal."""
         if split not in ("test", self.split):
             raise SpecError(
                 f"split {split!r} of {self.name}; expected 'test', which is its split {self.split!r}"
@@ -161,8 +156,10 @@ class LmmsTask:
 
     # --- scores -----------------------------------------------------------------------------------
 
-    def score(self, sample: LmmsSample, answer: str) -> float:
+    def score(self, sample: Sample, answer: str) -> float:
         """The first metric of the task that is a number in [0, 1] for one answer."""
+        if not isinstance(sample, LmmsSample):
+            raise EvaluationError(f"{sample.id} is no sample of {self.name}; give one of its samples()")
         return self._score(sample.number, answer)
 
     def _score(self, number: int, answer: str) -> float:
@@ -170,9 +167,9 @@ class LmmsTask:
         for name, aggregate in self.lmms.aggregation().items():
             value = found.get(name)
             value = value.get("score", value) if isinstance(value, Mapping) else value
-            if value is not None and not isinstance(value, Real | np.number) and _arguments(aggregate) == 1:
+            if value is not None and not isinstance(value, _NUMBER) and _arguments(aggregate) == 1:
                 value = aggregate([found[name]])  # of this answer alone
-            if isinstance(value, Real | np.number) and 0 <= value <= 1:
+            if isinstance(value, _NUMBER) and 0 <= float(value) <= 1:
                 return float(value)
         raise EvaluationError(
             f"{self.name} has no metric that gives one answer a score in [0, 1]: {sorted(found)}"

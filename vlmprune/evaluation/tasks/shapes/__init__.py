@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synthetic benchmark: coloured shapes and signs on textured ground, ten families of questions, no
-download.
-"""
+"""A synthetic benchmark: coloured shapes and signs, ten families of questions, no download."""
 
 from .dataset import ShapesSample, ShapesTask, shapes
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: ten families, answers in equal shares, every sample a function of (split, family, index)
-alone."""
+"""The task: ten families, answers in equal shares, a sample for each (split, family, index)."""
 
 from __future__ import annotations
 
@@ -57,9 +56,7 @@ class ShapesTask:
 
     @property
     def blind(self) -> Mapping[str, float]:
-        """Expected score of the best constant answer per question template; templates of a family are equally
-        frequent.
-        """
+        """Expected score of the best constant answer per template; those of a family are equally frequent."""
         return {
             family: float(np.mean([_guess(t) for t in TEMPLATES if t.family == family]))
             for family in self.families
@@ -135,8 +132,9 @@ def draw(seed: int, family: str, index: int) -> tuple[Question, tuple[Scene, ...
     rng = np.random.default_rng([seed, FAMILIES.index(family), cluster])
     for _ in range(_TRIES):
         scenes = tuple(sample_scene(rng, template.kind) for _ in range(template.images))
-        questions = [template.make(scenes, rng, answer) for answer in answers]
-        if all(questions):
+        made = [template.make(scenes, rng, answer) for answer in answers]
+        questions = [question for question in made if question is not None]
+        if len(questions) == len(answers):
             return questions[turn % len(answers)], scenes, cluster
     raise SpecError(
         f"no scene for {family}/{template.name} in {_TRIES} tries; scenes leave too little room for it"

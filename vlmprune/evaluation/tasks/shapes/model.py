@@ -17,13 +17,13 @@ PATCH = 12
 ROPE_THETA = 1e6
 GRID = CANVAS // PATCH  # patches along each side
 PAD, BOS, EOS, UNKNOWN, IMAGE = (WORDS.index(word) for word in SPECIAL)
-VISION: dict[str, int] = {
+VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
 }
-TEXT: dict[str, int] = {
+TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 8,
@@ -75,9 +75,7 @@ def build_model(seed: int = 0) -> Any:
 
 
 def _rope() -> dict[str, Any]:
-    """Angles so slow that contents compare alike near and far; transformers 5 keeps them in a field of
-    another name.
-    """
+    """Angles so slow that contents compare alike near and far; the field's name depends on transformers."""
     if "rope_parameters" in inspect.signature(transformers.LlamaConfig).parameters:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}}
     return {"rope_theta": ROPE_THETA}
@@ -107,8 +105,7 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def build_processor() -> Any:
     """Its LlavaProcessor: pictures are squared to CANVAS pixels; works without torchvision."""
-    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere the plain name is the
-    # Pillow one
+    # where a class named ...Pil exists, the plain name needs torchvision; elsewhere that is the Pillow one
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     side = {"height": CANVAS, "width": CANVAS}
     return transformers.LlavaProcessor(

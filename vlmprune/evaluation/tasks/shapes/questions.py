@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,13 +20,12 @@ from .vocabulary import COLORS, COUNTS, DIGITS, ORDER, PLURALS, SHAPES, SIGN, SI
 Places = tuple[tuple[int, int], ...]  # (image, thing) pairs
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 YES_NO = ("yes", "no")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Mention:
-    """Word number ``word`` of the whitespace-split question stands for ``things``; none where they do not
-    exist.
-    """
+    """Word number ``word`` of the question, split at spaces, stands for ``things``; maybe for none."""
 
     word: int
     things: Places
@@ -61,7 +61,7 @@ class Template:
     images: int = 1
 
 
-def _pick(rng: np.random.Generator, options: Sequence) -> object:
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T | None:
     return options[int(rng.integers(len(options)))] if options else None
 
 

@@ -39,9 +39,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows. ``texture_seed`` feeds background, clutter and noise when it is
-    rendered.
-    """
+    """Everything that a picture shows; background, clutter and noise are drawn from ``texture_seed``."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -71,9 +69,8 @@ def sample_scene(rng: np.random.Generator, kind: str) -> Scene:
 
 
 def _letterbox(rng: np.random.Generator) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
-    bars = (
-        (0, 0, 0) if rng.random() < 0.5 else (122, 116, 104)
-    )  # black, or the mean colour of CLIP's training images
+    # black, or the mean colour of CLIP's training images
+    bars = (0, 0, 0) if rng.random() < 0.5 else (122, 116, 104)
     if rng.random() > 0.25:
         return (0, 0, CANVAS, CANVAS), bars
     width = int(rng.integers(8, 22))
@@ -86,9 +83,8 @@ Wanted = tuple[str, str, str, str]  # shape, colour, size, text
 
 
 def _palette(rng: np.random.Generator, shapes: int, colors: int) -> tuple[list[str], list[str]]:
-    return list(rng.choice(SHAPES, shapes, replace=False)), list(
-        rng.choice(list(COLORS), colors, replace=False)
-    )
+    some = list(rng.choice(SHAPES, shapes, replace=False))
+    return some, list(rng.choice(list(COLORS), colors, replace=False))
 
 
 def _common(rng: np.random.Generator) -> list[Wanted]:
@@ -118,9 +114,8 @@ def _text(rng: np.random.Generator) -> list[Wanted]:
 
 def _needle(rng: np.random.Generator) -> list[Wanted]:
     shapes, colors = list(rng.permutation(SHAPES)), list(rng.permutation(list(COLORS)))
-    # a crowd of equals, more than a small budget can hold: only the question tells which of them matters. The
-    # needle has a shape
-    # or a colour of its own, not both, or it would be the odd one out
+    # a crowd of equals, more than a small budget can hold: only the question tells which of them matters.
+    # The needle has a shape or a colour of its own, not both, or it would be the odd one out
     unique = int(rng.random() < 0.5)
     pairs = [(shape, color) for shape in shapes[unique:] for color in colors[1 - unique :]]
     chosen = rng.permutation(len(pairs))[: int(rng.integers(24, 32))]
@@ -133,9 +128,8 @@ def _needle(rng: np.random.Generator) -> list[Wanted]:
 
 
 def _largest_first(sizes: np.ndarray) -> list[str]:
-    return sorted(
-        sizes, key=list(SIZES).index, reverse=True
-    )  # the large ones find room only while there is some
+    # the large ones find room only while there is some
+    return sorted(sizes, key=list(SIZES).index, reverse=True)
 
 
 _WANTED = {"common": _common, "text": _text, "needle": _needle, "count": _count}
@@ -147,12 +141,11 @@ def _place(
     """Put a thing where it overlaps no other, or nowhere after 30 tries."""
     shape, color, size, text = wanted
     radius = float(rng.uniform(*SIZES[size])) if size else float(rng.uniform(8.5, 10.5))
-    rgb = tuple(int(c) for c in np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255))
+    red, green, blue = np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255).tolist()
     half = SIGN_LENGTH * PITCH / 2 + 2 if text else radius
     left, top, right, bottom = frame
     for _ in range(30):
-        # small things and characters are held near patch centres: one patch each, which is what a budget can
-        # lose
+        # small things and characters are held near patch centres: a budget can lose one with one patch
         near = 2.5 if size in ("small", "") else PITCH / 2
         x, y = (
             PITCH * (int(rng.integers(CANVAS // PITCH)) + 0.5) + float(rng.uniform(-near, near))
@@ -164,7 +157,6 @@ def _place(
         if all(
             abs(x - o.x) > half + o.half_width + gap or abs(y - o.y) > radius + o.radius + gap for o in others
         ):
-            return Thing(
-                shape, color, size, x, y, radius, float(rng.uniform(-0.2, 0.2)) if size else 0.0, rgb, text
-            )
+            angle = float(rng.uniform(-0.2, 0.2)) if size else 0.0
+            return Thing(shape, color, size, x, y, radius, angle, (red, green, blue), text)
     return None
