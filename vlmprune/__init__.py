@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 # Three lists of the same names, since each has a reader of its own: this one type checkers, which run no
 # code; the next one
-# them too (`as` makes a name public); the last one Python. A test holds that they agree.
+# them too (`as` makes a name public); the last one Python. A test enforces that they agree.
 __all__ = [
     "Budget",
     "KeepMap",

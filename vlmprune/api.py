@@ -58,7 +58,7 @@ def prune(
     adapter = adapter_for(model)
     for built, _ in plans:
         if built.slot == "before_lm":
-            built.kind()  # raises where a class of one's own overrides nothing
+            built.kind()  # raises if the class implements none of score, select, merge
         built.check_model(adapter.config)
     return Session(adapter, plans, text, positions=positions, strict=strict)
 

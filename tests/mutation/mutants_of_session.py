@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the session, in what it captures, and in what is served from a shelf."""
+"""Mistakes in the session, in what it captures, and in the cache of encoded images."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class AttentionCall:
         return self.queries.shape[-1] ** -0.5 if given is None else given
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(B, H, R, S) logits in float32 of the queries at ``rows`` (B, R), -inf where they may not look."""
+        """(B, H, R, S) logits in float32 of the queries at ``rows`` (B, R), -inf where masked."""
         width = self.queries.shape[-1]
         at = rows[:, None, :, None].expand(-1, self.queries.shape[1], -1, width)
         groups = self.queries.shape[1] // self.keys.shape[1]  # query heads that share a key head

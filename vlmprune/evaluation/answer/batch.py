@@ -65,8 +65,9 @@ class EncodeOnce:
     sample together.
     """
 
-    def __init__(self, shelf: EncodedImages, processor: Any, size: int) -> None:
-        self.shelf, self.processor, self.size = shelf, processor, size
+    def __init__(self, encoded: EncodedImages, processor: Any, size: int) -> None:
+        self.encoded, self.processor = encoded, processor
+        self.size = size
         self._known: OrderedDict[tuple[str, ...], list[EncodedImage]] = OrderedDict()
 
     def take(self, batch: Batch) -> list[EncodedImage]:
@@ -76,16 +77,16 @@ class EncodeOnce:
         if new:
             texts, images = ([of[row] for row in new.values()] for of in (batch.texts, batch.images))
             found = iter(
-                self.shelf.encode(model_inputs(self.processor, self.shelf.adapter.model, texts, images))
+                self.encoded.encode(model_inputs(self.processor, self.encoded.adapter.model, texts, images))
             )
             self._known |= {key: [next(found) for _ in key] for key in new}
-        shelved = []
+        taken = []
         for key in filter(None, keys):
             self._known.move_to_end(key)
-            shelved += self._known[key]
+            taken += self._known[key]
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return shelved
+        return taken
 
 
 def model_inputs(

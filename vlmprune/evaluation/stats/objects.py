@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the object asked about lies among the patches: for looking why a method answers well or badly, never
-for choosing.
-"""
+"""Where the object asked about lies among the patches: for diagnosis only, never for selection."""
 
 from __future__ import annotations
 

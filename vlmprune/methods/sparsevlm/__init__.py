@@ -127,7 +127,7 @@ class SparseVLM(Method):
         if self.version == "plus" and "mrope_section" in rope:
             raise UnsupportedError(
                 "sparsevlm(version=plus) divides by a bias of positions in a sequence, but tokens of "
-                f"{config.model_type} have places in a picture: use sparsevlm(version=v1.5)"
+                f"{config.model_type} have 2-D (M-RoPE) positions: use sparsevlm(version=v1.5)"
             )
 
     def raters(self, text: Tensor, visual: Tensor) -> Tensor:
