@@ -4,9 +4,9 @@ all?
 
 A handful of points is measured, then a cost model is fitted that is simple enough to be stated in full:
 
-    total   = batch (encode + choose) + prefill + (answer - 1) (decode + loop) prefill = p0 + batch (p1 n + p2
-    n^2)          n: tokens that enter a decoder layer, each term averaged over the layers decode  = d0 +
-    batch (d1 + d2 n)              one more token, n in the cache
+    total   = batch (encode + choose) + prefill + (answer - 1) (decode + loop)
+    prefill = p0 + batch (p1 n + p2 n^2)    n: tokens that enter a decoder layer, terms averaged over layers
+    decode  = d0 + batch (d1 + d2 n)        one more token, n in the cache
 
 No coefficient may be negative. ``encode`` grows with the visual tokens; ``choose`` (what the method costs
 beyond the tokens it leaves) does too, but is not assumed to shrink below what was measured. ``loop``, what
