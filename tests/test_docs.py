@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages in docs/: what is generated is current, links lead somewhere, commands and blocks are real."""
+"""The pages: what is generated is current, links and paths lead somewhere, commands and words are real."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from vlmprune.errors import SpecError
 from vlmprune.evaluation.leaderboard.config import Config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PACKAGE = ROOT / "vlmprune"
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "kernels/*.md")
+    for page in ROOT.glob(pattern)
+)
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -44,7 +49,11 @@ def anchors(text):
 # --- every page -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for target, _, anchor in re.findall(
         r"\]\((?!https?:)([^)#]*)(#([^)]+))?\)", page.read_text(encoding="utf-8")
@@ -57,6 +66,43 @@ def test_links_lead_somewhere(page):
             )
 
 
+# folders of the repository and of the package, with which a path begins
+FOLDERS = {path.name for base in (ROOT, PACKAGE) for path in base.iterdir() if path.is_dir()}
+# what readers put their own name for
+THEIRS = re.compile(r"\b(?:mine|NAME|test_mine)\b")
+# what commands write
+WRITTEN = {"runs", "build", "dist"}
+
+
+def paths_in(text):
+    """Files and folders of the repository that a text names in code; without a folder only ``name.py``."""
+    code = re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL)
+    for word in re.findall(r"(?<![\w./<>-])[\w.-]+(?:/[\w.-]+)*/?", " ".join(code)):
+        first, slash, _ = word.partition("/")
+        named = first in FOLDERS - WRITTEN if slash else word.endswith(".py")
+        if named and (word.endswith("/") or re.search(r"\.(?:py|md|yaml|json|svg|png|csv|sh)$", word)):
+            yield word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_are_there(page):
+    bases = (ROOT, PACKAGE, page.parent)
+    missing = [
+        path
+        for path in paths_in(page.read_text(encoding="utf-8"))
+        if not THEIRS.search(path) and not any((base / path).exists() for base in bases)
+    ]
+    assert missing == []
+
+
+def test_paths_are_told_from_other_words():
+    text = (
+        "`core/no_such.py` docs/prose.md `llava-hf/llava-1.5-7b` `gone.py`, `runs/x.json`, `hooks/none/`\n"
+        "```bash\npython benchmarks/lost.py --out here.json\n```\n"
+    )
+    assert list(paths_in(text)) == ["core/no_such.py", "gone.py", "hooks/none/", "benchmarks/lost.py"]
+
+
 def typed(page):
     """Command lines of ours in a page: in blocks of shell, and in the running text."""
     text = page.read_text(encoding="utf-8")
@@ -67,7 +113,7 @@ def typed(page):
     return [line for line in found if line.startswith("vlmprune ")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_their_options_exist(page):
     for line in typed(page):
         _, name, *words = shlex.split(line)
@@ -106,6 +152,67 @@ def test_messages_that_have_a_section_are_those_of_the_package():
     assert len(quoted) >= 6
     for message in [*quoted, "no images in this call", "disabled"]:
         assert any(message in text for text in said), f"no message of the package holds {message!r}"
+
+
+# --- glossary and architecture --------------------------------------------------------------------
+
+
+def classes():
+    """All classes that a module of the package defines for others, as nodes of its syntax tree."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield node
+
+
+def is_method(node):
+    """Whether a class is registered under a name for specs: the table of the README explains that."""
+    return any(ast.unparse(one).startswith("register(") for one in node.decorator_list)
+
+
+def explained():
+    """Classes in the tables of the glossary: words in code in the first cell of a row."""
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    _, *tables = re.split(r"^## `vlmprune/", page, flags=re.MULTILINE)
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines() if line.startswith("| `")]
+    return re.findall(r"`(\w+)`", " ".join(cells))
+
+
+def test_the_glossary_explains_every_public_class():
+    missing = sorted({node.name for node in classes() if not is_method(node)} - set(explained()))
+    assert missing == [], f"docs/glossary.md says nothing about {missing}"
+
+
+def test_the_glossary_names_no_class_that_is_gone_and_none_twice():
+    words = explained()
+    assert sorted(set(words) - {node.name for node in classes()}) == []
+    assert sorted({word for word in words if words.count(word) > 1}) == []
+
+
+def test_the_picture_of_a_forward_is_current_and_its_files_exist():
+    forward = script("forward")
+    picture = (ROOT / "docs" / "forward.svg").read_text(encoding="utf-8")
+    assert picture == forward.drawing(), "run python docs/forward.py docs/forward.svg"
+    assert [file for file in forward.files() if not (PACKAGE / file).is_file()] == []
+
+
+def rules():
+    """(what, where) of the tables of docs/architecture.md that name functions in files."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for line in page.splitlines():
+        for one, other, path in re.findall(r"`([\w.]+)`(?: and `([\w.]+)`)? in `([\w/]+\.py)`", line):
+            yield from ((name, path) for name in (one, other) if name)
+
+
+def test_what_the_architecture_names_is_in_the_file_that_it_names():
+    found = list(rules())
+    assert len(found) >= 12
+    for name, path in found:
+        source = (PACKAGE / path).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"\b(?:def|class) {part}\b|^{part}\b", source, re.MULTILINE), (
+                f"{name} in {path}"
+            )
 
 
 # --- config keys ----------------------------------------------------------------------------------

@@ -94,18 +94,18 @@ def trespasses(layer, edges):
     )
 
 
-# the one door to the kernels; their files are free to move
-DOOR = {"vlmprune.kernels", "vlmprune.kernels.dispatch"}
+# the single entry point to the kernels; their files are free to move
+ENTRY = {"vlmprune.kernels", "vlmprune.kernels.dispatch"}
 
 
-def past_the_door(edges):
+def past_the_entry(edges):
     """Imports of a file of the kernels from outside."""
     return sorted(
         f"{module} imports {name}"
         for module, names in edges.items()
         if not inside(module, "vlmprune.kernels")
         for name in names
-        if inside(name, "vlmprune.kernels") and name not in DOOR
+        if inside(name, "vlmprune.kernels") and name not in ENTRY
     )
 
 
@@ -143,7 +143,7 @@ def test_a_layer_imports_nothing_above_it(layer):
 
 
 def test_only_dispatch_leads_to_the_kernels():
-    assert past_the_door(graph(deep=True)) == []
+    assert past_the_entry(graph(deep=True)) == []
 
 
 def test_no_modules_import_each_other():
@@ -203,12 +203,12 @@ def test_imports_are_read_from_the_source(code, shallow, deep):
     assert imports(code, "vlmprune.core.c", False, KNOWN, deep=True) == deep
 
 
-def test_side_doors_are_found():
+def test_imports_past_the_entry_are_found():
     edges = {
-        "vlmprune.core.b": {*DOOR, "vlmprune.kernels.cpu"},
+        "vlmprune.core.b": {*ENTRY, "vlmprune.kernels.cpu"},
         "vlmprune.kernels.ops": {"vlmprune.kernels.cpu"},
     }
-    assert past_the_door(edges) == ["vlmprune.core.b imports vlmprune.kernels.cpu"]
+    assert past_the_entry(edges) == ["vlmprune.core.b imports vlmprune.kernels.cpu"]
 
 
 def test_trespasses_and_cycles_are_found():

@@ -36,7 +36,7 @@ HEAVY = (
     "numpy",
     "typer",
 )
-MAX_FILE, MAX_FUNCTION = 400, 60
+MAX_FILE, MAX_FUNCTION, MAX_WIDTH = 400, 60, 110
 
 # spelt so that this file does not match
 MACHINE_TRACES = re.compile(
@@ -225,7 +225,7 @@ def test_the_command_has_a_module():
 def test_every_source_file_names_its_licence():
     sources = [
         path
-        for folder in ("vlmprune", "tests", *COMPANIONS)
+        for folder in ("vlmprune", "tests", "docs", *COMPANIONS)
         for path in sorted((ROOT / folder).rglob("*.py"))
     ]
     lines = {relative(path): path.read_text().partition("\n")[0] for path in sources if path.stat().st_size}
@@ -249,6 +249,43 @@ def test_nothing_is_to_be_installed_that_was_never_released():
     files = [*LIBRARY, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
     texts = {relative(path): path.read_text(encoding="utf-8") for path in files}
     assert [f"{name}: {found[0]}" for name, text in texts.items() for found in wanted.finditer(text)] == []
+
+
+# --- what checks the code, and how people report ---------------------------------------------------
+
+
+def test_the_workflow_runs_the_same_check_as_people_do():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_hooks_use_the_tools_that_the_test_extra_installs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in hooks["repos"]] == ["local"]  # nothing is downloaded
+    tools = [hook["entry"].split()[0] for hook in hooks["repos"][0]["hooks"]]
+    extra = re.search(r"^test = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {"ruff", "mypy"} == set(tools) and set(tools) <= set(ast.literal_eval(extra[1]))
+
+
+@pytest.mark.parametrize("name", ["bug", "method"])
+def test_a_template_asks_for_what_it_needs(name):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
+    assert form["name"] and form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields) >= 3
+    assert all(field["attributes"]["label"] for field in fields)
+    assert any(field.get("validations", {}).get("required") for field in fields)
+
+
+def test_the_formatter_is_told_the_width_and_nowhere_switched_off():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"\nline-length = {MAX_WIDTH}\n" in settings and re.search(r'select = \[.*"E"', settings)
+    switch = re.compile(r"#\s*fmt:\s*(?:off|skip)")
+    folders = ("vlmprune", "tests", "docs", *COMPANIONS)
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [relative(path) for path in sources if switch.search(path.read_text(encoding="utf-8"))] == []
 
 
 # --- style, by syntax tree ------------------------------------------------------------------------

@@ -48,23 +48,41 @@ def test_a_block_of_the_readme_runs(block: str) -> None:
         assert names["run"].last.pruned, "the block prunes nothing"
 
 
-def test_the_first_block_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def printed(block: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a block defines, and the lines that it prints."""
     names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(BLOCKS[0], str(README), "exec"), names)
-    said, counted = capsys.readouterr().out.splitlines()
-    assert said == "x k l" and f"# {said}\n" in BLOCKS[0]
-    assert (
-        counted.startswith("fastervlm@36: 36 of 144 visual tokens in 1 image, ")
-        and f"# {counted.partition('image, ')[0]}image, " in BLOCKS[0]
-    )
-    example = next(line for line in BLOCKS[0].splitlines() if "example()" in line)
+    exec(compile(block, str(README), "exec"), names)
+    return names, capsys.readouterr().out.splitlines()
+
+
+def test_the_first_block_loads_as_transformers_does_and_prints_an_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    block = BLOCKS[0]
+    assert "AutoModelForImageTextToText.from_pretrained" in block and "AutoProcessor.from_pretrained" in block
+    names, lines = printed(block, capsys)
+    said, counted = lines
+    assert names["answer"].shape[0] >= 1
+    assert said == names["processor"].decode(names["answer"], skip_special_tokens=True)
+    # the tiny model stands in for LLaVA-1.5, whose tower has 24 x 24 patches
+    assert counted.startswith("fastervlm@64: 64 of 144 visual tokens in 1 image, ")
+    assert "# fastervlm@64: 64 of 576 visual tokens in 1 image, ..." in block
+
+
+def test_the_offline_block_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    block = BLOCKS[1]
+    names, (said, counted) = printed(block, capsys)
+    assert said == "x k l" and f"# {said}\n" in block
+    assert counted.startswith("fastervlm@36: 36 of 144 visual tokens in 1 image, ")
+    assert f"# {counted.partition('image, ')[0]}image, " in block
+    example = next(line for line in block.splitlines() if "example()" in line)
     assert f'"{names["question"]}", "{names["answer"]}"' in example
     assert said.replace(" ", "") == names["answer"]
 
 
 def test_the_readme_has_its_blocks_and_files() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(BLOCKS) >= 3 and "TABLE" not in text
+    assert len(BLOCKS) >= 4
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / target).exists(), f"the README links to {target}, which is not there"
 

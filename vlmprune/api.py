@@ -54,7 +54,7 @@ def prune(
     adapter = adapter_for(model)
     for built, _ in plans:
         if built.slot != "inside_lm":
-            built.kind()  # raises where a class of one's own overrides nothing
+            built.kind()  # raises if the class implements no verb of its slot
         built.check_model(adapter.config)
     return Session(adapter, plans, text, positions=wanted, strict=strict)
 

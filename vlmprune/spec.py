@@ -273,7 +273,7 @@ def _unknown_option(name: str, key: str, value: Value, known: list[str]) -> str:
             f"keep, {name}@{value}"
         )
     return (
-        f"{key}={_show(value)} in method {name!r}: a budget is no option; what to KEEP is written after '@', "
-        f"as in {name}@64 (tokens) or {name}@0.25 (fraction); a share to drop must be converted, keep = 1 - "
-        f"drop{both}"
+        f"{key}={_show(value)} in method {name!r}: write the budget, what to KEEP, after '@', not as an "
+        f"option, as in {name}@64 (tokens) or {name}@0.25 (fraction); a share to drop must be "
+        f"converted, keep = 1 - drop{both}"
     )

@@ -58,7 +58,7 @@ def edit_journal(folder, change, spec="fastervlm@36"):
         ({"realised_tokens": -3}, "tokens -3.0"),
     ],
 )
-def test_a_row_that_cannot_be_believed_is_named(broken_run, changes, message):
+def test_a_row_that_fails_validation_is_named(broken_run, changes, message):
     edit(broken_run, lambda results: row_of(results).update(changes))
     with pytest.raises(EvaluationError, match=message) as caught:
         write_report(broken_run)
@@ -194,7 +194,7 @@ def test_rows_of_other_weights_are_not_compared(broken_run):
 def test_a_torn_last_line_is_passed_over_and_a_broken_one_is_not(broken_run):
     run = Run.open(broken_run)
     cell = row_of(run.results)["fingerprint"]
-    assert len(run.journal(cell)) == 80  # the simulation leaves a torn line in every journal
+    assert len(run.journal(cell)) == 80  # the simulation leaves an incomplete last line in every journal
     path = broken_run / "cells" / f"{cell}.jsonl"
     path.write_text("{broken\n" + path.read_text())
     with pytest.raises(EvaluationError, match="line 1 has no checksum"):

@@ -85,7 +85,7 @@ def test_shards_hold_every_sample_once_and_whole_clusters(clusters, size):
 # --- rows and cells -------------------------------------------------------------------------------
 
 
-def test_every_row_is_there_and_can_be_believed(small_model, finished):
+def test_every_row_is_there_and_passes_validation(small_model, finished):
     results = json.loads((finished / "results.json").read_text())
     assert [row["spec"] for row in results["rows"]] == ROWS
     for row in results["rows"]:

@@ -209,11 +209,11 @@ def test_memory_grows_linearly_in_frames(family: str) -> None:
     assert peaks[64] < 8e9
 
 
-# --- places in pictures, and features stacked after layers ----------------------------------------
+# --- 2-D positions, and features added after layers -----------------------------------------------
 
 
 @pytest.mark.parametrize("family", QWEN)
-def test_places_in_pictures_stay(family: str) -> None:
+def test_two_dimensional_positions_stay(family: str) -> None:
     model, inputs = available(family), tiny_inputs(family, images=(1,))
     with pytest.raises(UnsupportedError, match="positions='original'"):
         vlmprune.attach(model, "uniform@9", positions="compact")

@@ -46,7 +46,7 @@ def list_methods(
         stderr().print(plain(f"skipped: {problem}"), style="yellow", soft_wrap=True)
 
 
-# what a narrow screen does without first; `show` and --json have all of it
+# dropped in this order on narrow terminals; `show` and --json have all of it
 _SPARE = ("options", "query", "slot", "needs")
 
 

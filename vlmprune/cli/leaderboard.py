@@ -61,7 +61,7 @@ def leaderboard(
 ) -> None:
     """Compare methods: models x specs x tasks, with the baselines that belong in every table.
 
-    Dense, random under three seeds, uniform and pool join every table.
+    Every table includes dense, random under three seeds, uniform and pool.
     Kill it and run it again: nothing is lost.
     """
     if repair:
@@ -120,7 +120,7 @@ def _repair(config: Path | None, out: Path | None, as_json: bool) -> None:
     if config is not None or out is None:
         given = "no folder" if out is None else f"the config {str(config)!r}"
         raise SpecError(
-            f"--repair got {given}; it mends a folder as it is: vlmprune leaderboard --repair --out RUN"
+            f"--repair got {given}; it repairs a folder as it is: vlmprune leaderboard --repair --out RUN"
         )
     from ..evaluation.leaderboard.repair import repair
 

@@ -91,8 +91,9 @@ class Session:
         adapter = self.adapter
         if positions is not None and positions not in adapter.positions:
             raise UnsupportedError(
-                f"positions={positions!r} has no meaning for {adapter.model_type}, whose tokens have places "
-                f"in a picture and not in a sequence; use positions={adapter.positions[0]!r}, its default"
+                f"positions={positions!r} has no meaning for {adapter.model_type}, whose tokens have 2-D "
+                f"(M-RoPE) positions that cannot be counted anew; use positions={adapter.positions[0]!r}, "
+                "its default"
             )
         shards = getattr(adapter.model, "_tp_size", None) or 1
         if shards > 1 and any(method.slot != "before_lm" for method, _ in plans):

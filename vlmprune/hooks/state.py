@@ -40,14 +40,14 @@ class ForwardState:
             them before the language model.
         entered: the language model was reached.
         embeds: (B, n, D) merged embeddings that enter it, shorter after a cut before it.
-        cache, cache_state: the KV cache, and what rides on it where it was cut.
+        cache, cache_state: the KV cache, and what is attached to it where it was cut.
         columns, placements: where the pictures stand, one placement per modality that has any.
         seen: tokens of the conversation before this forward.
         stacked: layers after which features were added to hidden states (DeepStack).
         inside: what cuts inside the language model know.
         entering: the layer that runs and the hidden states (B, n, D) it was given, for the attention slot.
         edited: layers that the attention slot acted on.
-        marks: per layer, what is to ride on the cache; ``held_marks`` are those of earlier forwards.
+        marks: per layer, what is to be attached to the cache; ``held_marks`` are those of earlier forwards.
         cuts: per picture what stays of it before the language model, None where all does.
         step: decode steps since the last prompt.
         active: the session is enabled.

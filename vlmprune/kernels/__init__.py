@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection, gathering, greedy choice and attention rows: one door, ``dispatch``, to the fastest
-implementation that is there.
+"""Selection, gathering, greedy choice and attention rows: ``dispatch`` is the single entry point to the
+fastest implementation that is there.
 
 ``with vlmprune.kernels.use("reference"):`` forces one; every function takes ``backend=`` as well. Names are
 loaded on first use.

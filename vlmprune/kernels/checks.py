@@ -86,7 +86,7 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
 
 
 def _unseen(x: Tensor) -> bool:
-    """Whether the numbers of a tensor cannot be looked at without waiting, or are not there yet."""
+    """Whether reading values would synchronise the device, or is impossible while compiling."""
     return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door to the kernels: input is checked here, and the implementation chosen. ``reference`` says what each
-one computes.
+"""The single entry point of the kernels: input is checked here, and the implementation chosen. ``reference``
+says what each one computes.
 
 Every function takes ``backend``: "reference", "torch", "triton", or None for the choice of ``use`` or the
 automatic one. Indices come as int32; gradients flow through rows, never through scores or indices.
@@ -287,8 +287,8 @@ def _run(
     differentiable: Sequence[Tensor] = (),
     ordered: bool = False,
 ) -> Any:
-    """Straight to the implementation, or through ``torch.ops`` where something looks on: a compiler,
-    autograd, a fake mode.
+    """Straight to the implementation, or through ``torch.ops`` while a compiler, autograd or a fake mode
+    is active.
     """
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
     recorded = grad and any([x.requires_grad for x in differentiable])

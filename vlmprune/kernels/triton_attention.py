@@ -203,8 +203,7 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     key_heads, keys = k.shape[1:3]
     group = heads // key_heads
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2)
-    # Triton knows strides to be multiples of 16 or of nothing; heads of 72 numbers, say, want accesses of 8
-    # all the same
+    # Triton infers divisibility by 16 only; a head size of 72 still allows loads of 8 elements
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     strides = tuple(stride // unit for stride in strides)
     # the interpreter takes the bits of half precision for integers in tl.dot

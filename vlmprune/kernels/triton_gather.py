@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows copied by selection: select and copy in one launch, copy by known indices, and the way back.
 
-Up to four tensors ride in one launch, (B, rows, D) or side tensors (B, rows) with D = 1. Widths and strides
+Up to four tensors share one launch, (B, rows, D) or side tensors (B, rows) with D = 1. Widths and strides
 must stay specialised: without their divisibility known, copies fall back to two-byte accesses. Offsets are 64
 bits wide.
 """

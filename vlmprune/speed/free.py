@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ideal that a method is measured against: the same model, given the tokens that it keeps.
+"""The ideal baseline: the same model given only the tokens that the method keeps.
 
 One call is watched while the method is attached: what the language model is given after a cut before it, and
 which rows stay where it is cut between its layers. Replaying that on the bare model costs neither scoring nor

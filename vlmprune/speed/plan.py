@@ -4,15 +4,15 @@ all?
 
 A handful of points is measured, then a cost model is fitted that is simple enough to be stated in full:
 
-    total   = batch (encode + choose) + prefill + (answer - 1) (decode + loop) prefill = p0 + batch (p1 n + p2
-    n^2)          n: tokens that enter a decoder layer, each term averaged over the layers decode  = d0 +
-    batch (d1 + d2 n)              one more token, n in the cache
+    total   = batch (encode + choose) + prefill + (answer - 1) (decode + loop)
+    prefill = p0 + batch (p1 n + p2 n^2)    n: tokens that enter a decoder layer, terms averaged over layers
+    decode  = d0 + batch (d1 + d2 n)        one more token, n in the cache
 
 No coefficient may be negative. ``encode`` grows with the visual tokens; ``choose`` (what the method costs
 beyond the tokens it leaves) does too, but is not assumed to shrink below what was measured. ``loop``, what
-``generate`` adds to each token, is read off whole dense answers. The model is then held against whole pruned
-answers, which it has not seen. Pruning is advised where it saves more than ``worth``, and more than the model
-was wrong there.
+``generate`` adds to each token, is read off whole dense answers. The model is then validated on
+whole pruned answers, which it was not fitted on. Pruning is advised where it saves more than ``worth``, and
+more than the prediction error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .timing import Entry, race
 from .workload import Workload
 
 LIMITS = {"visual_tokens": 16384, "text_tokens": 8192, "answer_tokens": 4096, "batch": 64}
-CHECKED = 16  # longest answer that the model is held against
+CHECKED = 16  # longest answer that the model is validated on
 Lengths = Sequence[float]  # tokens in each decoder layer
 
 

@@ -16,7 +16,7 @@ class SpeedRow:
         p20, p80: 20th and 80th percentile of the times and ratios, by the name of the field.
         versus_dense, versus_dense_total: how many times sooner than with dense the first token and the whole
             answer are there.
-        free_k_s: first token of the ideal, the model that is given the kept tokens for nothing.
+        free_k_s: first token of the ideal baseline, the same model given only the kept tokens.
         versus_free_k: first token of this row divided by that of the ideal.
         ideal_versus_dense: speed-up of the ideal.
         tokens_per_layer: visual tokens that each decoder layer reads.

@@ -63,8 +63,9 @@ class Batch:
 class EncodeOnce:
     """Encoded images of the last ``size`` samples; a model may encode the images of one together."""
 
-    def __init__(self, shelf: EncodedImages, processor: Any, size: int) -> None:
-        self.shelf, self.processor, self.size = shelf, processor, size
+    def __init__(self, encoded: EncodedImages, processor: Any, size: int) -> None:
+        self.encoded, self.processor = encoded, processor
+        self.size = size
         self._known: OrderedDict[tuple[str, ...], list[EncodedImage]] = OrderedDict()
 
     def take(self, batch: Batch) -> list[EncodedImage]:
@@ -74,16 +75,16 @@ class EncodeOnce:
         if new:
             texts = [batch.texts[row] for row in new.values()]
             images = [batch.images[row] for row in new.values()]
-            inputs = model_inputs(self.processor, self.shelf.adapter.model, texts, images)
-            found = iter(self.shelf.encode(inputs))
+            inputs = model_inputs(self.processor, self.encoded.adapter.model, texts, images)
+            found = iter(self.encoded.encode(inputs))
             self._known |= {key: [next(found) for _ in key] for key in new}
-        shelved = []
+        taken = []
         for key in filter(None, keys):
             self._known.move_to_end(key)
-            shelved += self._known[key]
+            taken += self._known[key]
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return shelved
+        return taken
 
 
 def model_inputs(

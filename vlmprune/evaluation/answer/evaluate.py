@@ -3,8 +3,8 @@
 answers, in batches.
 
 What follows the encoder is the path of ``with vlmprune.prune(model, spec): model.generate(...)``: the same
-session, hooks, masks and greedy decoding. Only ``get_image_features`` is answered from a shelf, which a test
-compares with encoding anew.
+session, hooks, masks and greedy decoding. Only ``get_image_features`` is answered from a cache of encoded
+images, which a test compares with encoding anew.
 """
 
 from __future__ import annotations
@@ -95,17 +95,17 @@ def _run(
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
         batch = Batch.make(rows, processor, model)
-        shelved, encoding, spent = None, "each", 0.0
+        images, encoding, spent = None, "each", 0.0
         if once is not None:
             started = time.perf_counter()
             try:
-                shelved, encoding = once.take(batch), "shared"
+                images, encoding = once.take(batch), "shared"
             except UnsupportedError:
                 once = None  # this family returns more than features: every record says so
             spent = time.perf_counter() - started
         for session in sessions:
             if session in sharing and once is not None:
-                served = once.shelf.serving(session, shelved) if shelved else nullcontext()
+                served = once.encoded.serving(session, images) if images else nullcontext()
                 yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
             else:
                 yield from _answer(model, processor, batch, session, task, words, nullcontext(), "each", 0.0)

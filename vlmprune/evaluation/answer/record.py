@@ -72,7 +72,7 @@ class Record:
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Record:
-        """A record from what ``line`` gave; kept patches and other keys of a journal are passed over."""
+        """A record from what ``line`` gave; kept patches and other keys of a journal are ignored."""
         return cls(
             **{name: line[name] for name in cls.__dataclass_fields__ if name in line and name != "keep"}
         )

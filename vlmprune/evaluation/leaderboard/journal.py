@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The writing side of a run folder: whose it is, its lock, journals that only grow, files replaced whole.
 
-What is on disk is always either a whole line or a torn last one, which the next writer cuts off. Nothing is
+Only the last line on disk can be incomplete, and the next writer truncates it. Nothing is
 ever written twice: a line goes to the journal only if its sample is not there. What was written is on the
 disk, its name included, before anybody is told so. Only files are deleted that a writer of this module left
 half-way.
@@ -55,7 +55,7 @@ class Journal:
         return there
 
     def _mend(self) -> None:
-        """Cut off a last line that was torn by a kill."""
+        """Truncate an incomplete last line that an interrupted run left."""
         new = not self.path.exists()
         with told(self.path), self.path.open("a+b") as file:
             end = whole = file.seek(0, os.SEEK_END)
@@ -119,7 +119,7 @@ def refuse_other_format(folder: Path) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
-    """What run.json says; None where it is missing or cannot be believed."""
+    """What run.json says; None where it is missing or fails validation."""
     try:
         info = read_object(folder / "run.json")
     except EvaluationError:
@@ -172,7 +172,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run alone. The system frees the lock of a process that died; others are told who holds it."""
+    """An exclusive lock on the run folder; the error names the owner, and a process that dies loses it."""
     cells = folder / "cells"
     if not cells.is_dir():
         with told(folder):

@@ -23,9 +23,9 @@ _SHARED = ("batch_size", "positions", "dtype", "device", "trust_remote_code")
 
 
 def repair(folder: str | Path, tell: Tell) -> int:
-    """Mend a run folder and ``tell`` a sentence of each thing done; returns how many answers are sound.
+    """Repair a run folder and ``tell`` a sentence of each thing done; returns how many answers are sound.
 
-    Lines of journals that cannot be believed are set aside, beside the journal. A lost recipe is worked out
+    Lines of journals that fail validation are set aside, beside the journal. A lost recipe is worked out
     from the others: its hash, which names the cell, shows whether that is right. A lost run.json is written
     from the recipes of the cells, unless they are of several configs.
     """

@@ -54,14 +54,14 @@ def _checksum(cell: str, text: bytes) -> str:
 
 @dataclass(frozen=True)
 class Flaw:
-    """A journal line that cannot be believed, counted from 1, and why."""
+    """A journal line that fails validation, counted from 1, and why."""
 
     number: int
     reason: str
 
 
 def decode_lines(cell: str, data: bytes) -> tuple[list[dict[str, Any]], list[Flaw]]:
-    """Samples and flaws of a journal. What follows the last line end was torn by a kill and is no flaw."""
+    """Samples and flaws of a journal. An incomplete last line of an interrupted run is not a flaw."""
     samples: list[dict[str, Any]] = []
     flaws: list[Flaw] = []
     known: dict[str, dict[str, Any]] = {}
@@ -144,7 +144,7 @@ class Run:
         return recipe
 
     def journal(self, cell: str) -> list[dict[str, Any]]:
-        """Samples of one cell. A last line that was torn by a kill is passed over; all else is an error."""
+        """Samples of one cell. An incomplete last line of an interrupted run is skipped."""
         path = self.folder / "cells" / f"{cell}.jsonl"
         try:
             data = path.read_bytes()

@@ -161,7 +161,7 @@ _ELSEWHERE = "where the run was started; have the same everywhere"
 
 
 def _check_same(setting: Setting, task: Task) -> None:
-    """A worker must hold the code, data and weights of the driver, or its answers are of another cell."""
+    """A worker needs the code, data and weights of the driver; else its answers cannot join this run."""
     here = {
         "versions": identity.versions(setting.task),
         "task_fingerprint": task.fingerprint,

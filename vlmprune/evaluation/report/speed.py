@@ -12,7 +12,7 @@ from .text import NOTHING, flops, layers, plural, seconds, size, times
 
 EXPLAINED = (
     "Medians over interleaved rounds. Against the ideal: the time to the first token divided by that of the "
-    "same model that is given the same tokens for nothing; what is above 1.00 is the price of choosing."
+    "ideal baseline, the same model given only the kept tokens; above 1.00 is the cost of choosing."
 )
 
 

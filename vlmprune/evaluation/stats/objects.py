@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the object asked about lies among the patches: to explain answers, never to choose tokens."""
+"""Where the object asked about lies among the patches: for diagnosis only, never for selection."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _fit(mask: Tensor, width: int) -> Tensor:
 
 @dataclass
 class CacheState:
-    """What rides on a cut cache.
+    """What is attached to a cut cache.
 
     Args:
         seen: tokens of the conversation that the static part stands for.
@@ -156,7 +156,7 @@ def cache_in(values: Mapping[str, Any]) -> Any:
 
 
 def state_of(cache: Any) -> CacheState | None:
-    """What rides on a cut cache, None for any other; a static cache that was emptied is released."""
+    """What is attached to a cut cache, None for any other; a static cache that was emptied is released."""
     state = getattr(cache, "_vlmprune_state", None)
     if state is not None and held_length(cache) == 0:
         release(cache)

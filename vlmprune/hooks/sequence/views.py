@@ -122,7 +122,7 @@ class SequenceView:
 
     @property
     def plain_positions(self) -> Tensor | None:
-        """(B or 1, n) position numbers, None where tokens have places in a picture only."""
+        """(B or 1, n) position numbers, None where tokens have M-RoPE positions only."""
         if self.position_ids.ndim == 2:
             return self.position_ids
         return self.position_ids[0] if self.position_ids.shape[0] == 4 else None

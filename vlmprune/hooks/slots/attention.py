@@ -3,8 +3,8 @@
 
 Where a layer's attention function has run, the rows that the method edits are recomputed, and what the edit
 changes, ``(A' - A) V``, is added to the function's output. That is exact, since the output is linear in the
-attention. Marks that a method makes in a prompt (sinks) and the visual columns ride on the KV cache, for
-decode steps.
+attention. Marks that a method makes in a prompt (sinks) and the visual columns are attached to the KV
+cache, for decode steps.
 """
 
 from __future__ import annotations

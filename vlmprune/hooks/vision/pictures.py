@@ -91,7 +91,7 @@ class Picture:
         return self.features[self.slots_of(index.to(self.features.device))]
 
     def __deepcopy__(self, memo: dict) -> Picture:
-        return self  # never written to; assisted decoding copies what it rides on, the model along with it
+        return self  # never written to; assisted decoding copies the output that holds it, and the model
 
 
 @dataclass(eq=False)
