@@ -53,6 +53,8 @@ class ForwardState:
         cuts: per picture what stays of it before the language model, None where all does.
         step: decode steps since the last prompt.
         active: the session is enabled.
+        reads_text: a method chooses by the text before the language model, so that a picture is one of one
+            prompt.
     """
 
     input_ids: Tensor | None
@@ -79,6 +81,7 @@ class ForwardState:
     cuts: Sequence[Cut | None] = ()
     step: int = 0
     active: bool = True
+    reads_text: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
 
