@@ -196,6 +196,7 @@ def test_plain_tensors_with_text() -> None:
     ("given", "message"),
     [
         ({"text_embeds": torch.randn(3, 3, 4)}, r"text_embeds has shape \(3, 3, 4\).*batch 2"),
+        ({"text_embeds": torch.randn(2, 3, 5)}, "text_embeds has width 5, features 4"),
         ({"text_embeds": torch.randn(3, 4)}, r"text_embeds has shape \(3, 4\); expected 3 axes"),
         ({"text_embeds": torch.ones(2, 3, 4).long()}, "text_embeds .*int64.* expected a dense tensor"),
         (

@@ -116,9 +116,7 @@ class VisualTokens:
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
         shapes = {
-            name: (value.shape[0], _count(name, value))
-            for name, value in given.items()
-            if name not in _APART
+            name: (value.shape[0], _count(name, value)) for name, value in given.items() if name not in _APART
         }
         if "encoder_features" in shapes and len(shapes) > 1:
             batch, patches = shapes.pop("encoder_features")
@@ -169,6 +167,11 @@ class VisualTokens:
         if counted and shape[0] != self.batch:
             expected = f"(batch, words, width) with batch {self.batch}"
             raise SpecError(f"text_embeds has shape {shape}; expected {expected}")
+        if self.features is not None and shape[2] != self.features.shape[2]:
+            raise SpecError(
+                f"text_embeds has width {shape[2]}, features {self.features.shape[2]}; expected both as the "
+                "language model reads them"
+            )
         if mask is not None and not (
             isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == shape[:2]
         ):
