@@ -27,6 +27,7 @@ _BUILTIN = {
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
+    "scope": "vlmprune.methods.scope:SCOPE",
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
