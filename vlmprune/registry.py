@@ -27,6 +27,7 @@ _BUILTIN = {
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
+    "cdpruner": "vlmprune.methods.cdpruner:CDPruner",
     "scope": "vlmprune.methods.scope:SCOPE",
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
