@@ -29,6 +29,7 @@ _BUILTIN = {
     "divprune": "vlmprune.methods.divprune:DivPrune",
     "cdpruner": "vlmprune.methods.cdpruner:CDPruner",
     "scope": "vlmprune.methods.scope:SCOPE",
+    "mmtok": "vlmprune.methods.mmtok:MMTok",
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
