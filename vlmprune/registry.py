@@ -30,6 +30,7 @@ _BUILTIN = {
     "cdpruner": "vlmprune.methods.cdpruner:CDPruner",
     "scope": "vlmprune.methods.scope:SCOPE",
     "mmtok": "vlmprune.methods.mmtok:MMTok",
+    "mmr": "vlmprune.methods.mmr:MMR",
     "fastv": "vlmprune.methods.fastv:FastV",
     "pyramiddrop": "vlmprune.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vlmprune.methods.sparsevlm:SparseVLM",
