@@ -135,7 +135,7 @@ class VisualTokens:
                 f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}"
             )
         if self.text_embeds is not None:
-            self._check_text(bool(shapes))
+            self._check_text(self.text_embeds, bool(shapes))
         widths = {
             name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given
         }
@@ -161,9 +161,9 @@ class VisualTokens:
                 f"{self.count}"
             )
 
-    def _check_text(self, counted: bool) -> None:
+    def _check_text(self, text: Tensor, counted: bool) -> None:
         """Text of the same units, and a mask for each of its words."""
-        shape, mask = tuple(self.text_embeds.shape), self.query_mask
+        shape, mask = tuple(text.shape), self.query_mask
         if counted and shape[0] != self.batch:
             expected = f"(batch, words, width) with batch {self.batch}"
             raise SpecError(f"text_embeds has shape {shape}; expected {expected}")
