@@ -262,7 +262,7 @@ def select(
     if tokens.count == 0 or tokens.batch == 0:
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
     for name, value in tensors.items():
-        if isinstance(value, Tensor) and value.numel() == 0 and name != "cls_features":
+        if isinstance(value, Tensor) and value.numel() == 0 and name not in ("cls_features", "text_embeds"):
             raise SpecError(
                 f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty "
                 "axis"

@@ -39,6 +39,7 @@ def cases():
         "unprune": (drawn(2, 3, 4, grad=True), UNORDERED, 7),
         "greedy_maxmin": (sim, 4, None, "nn"),
         "greedy_maxmin_features": (x, 4, drawn(2, 12).abs(), "argmax"),
+        "greedy_cover": (drawn(2, 5, 9), 4, w, "product"),
         "greedy_dpp": (sim, w, 4),
         "greedy_dpp_features": (x, drawn(2, 12).abs(), 4),
         "attn_row_scores": (drawn(2, 4, 8), drawn(2, 2, 9, 8), None, 1, 6, 0.3),

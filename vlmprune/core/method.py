@@ -56,6 +56,7 @@ What = Literal[
     "projector",  # the projector as a function
     "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
     "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
+    "text_embeds",  # (B, R, D) embeddings of the text, as the language model would get them
     "present",  # (B, N, 1) 1 for patches that went through the whole tower, 0 for those left out on the way
 ]
 NEEDS: tuple[What, ...] = get_args(What)

@@ -25,6 +25,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return dispatch.topk_select(scores, k).long()
 
 
+def best_first(scores: Tensor, k: int) -> Tensor:
+    """(B, k) int64 indices of the k highest of finite scores (B, N), the highest first; the lower index wins
+    ties.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     """(T, n) bool, the ``count`` (T,) highest scores ``among`` (T, n); the lower index wins ties."""
     order = scores.float().masked_fill(~among, -torch.inf).neg().sort(dim=1, stable=True).indices

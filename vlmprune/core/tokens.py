@@ -28,6 +28,7 @@ _TensorField = Literal[
     "keys",
     "cls_features",
     "text_attention",
+    "text_embeds",
 ]
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
@@ -38,7 +39,9 @@ _RANKS = {
     "keys": (3,),
     "cls_features": (3,),
     "text_attention": (4,),
+    "text_embeds": (3,),
 }
+_APART = ("cls_features", "text_embeds")  # hold no row per token
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,9 @@ class VisualTokens:
         projector: maps (..., C) to (..., D).
         text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the
             whole sequence.
-        query_mask: (B, R) bool, queries that are real; shorter units repeat their last one.
+        text_embeds: (B, R, D) embeddings of the text that a unit is asked about, R = 0 without text.
+        query_mask: (B, R) bool, queries or words that are real; shorter units repeat their last query, and
+            have anything for the words they lack.
         query_positions, positions: (B, R) and (B, N) position ids.
         rotary_frequencies: (d / 2,) angle per position of each pair of a head of width d.
         cut: number of the cut inside the language model.
@@ -82,6 +87,7 @@ class VisualTokens:
     grids: tuple[tuple[int, int], ...] = ()
     ordinal: Tensor | None = None
     text_attention: Tensor | None = None
+    text_embeds: Tensor | None = None
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None
@@ -110,9 +116,7 @@ class VisualTokens:
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
         shapes = {
-            name: (value.shape[0], _count(name, value))
-            for name, value in given.items()
-            if name != "cls_features"
+            name: (value.shape[0], _count(name, value)) for name, value in given.items() if name not in _APART
         }
         if "encoder_features" in shapes and len(shapes) > 1:
             batch, patches = shapes.pop("encoder_features")
@@ -130,6 +134,8 @@ class VisualTokens:
             raise SpecError(
                 f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}"
             )
+        if self.text_embeds is not None:
+            self._check_text(self.text_embeds, bool(shapes))
         widths = {
             name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given
         }
@@ -155,14 +161,31 @@ class VisualTokens:
                 f"{self.count}"
             )
 
+    def _check_text(self, text: Tensor, counted: bool) -> None:
+        """Text of the same units, and a mask for each of its words."""
+        shape, mask = tuple(text.shape), self.query_mask
+        if counted and shape[0] != self.batch:
+            expected = f"(batch, words, width) with batch {self.batch}"
+            raise SpecError(f"text_embeds has shape {shape}; expected {expected}")
+        if self.features is not None and shape[2] != self.features.shape[2]:
+            raise SpecError(
+                f"text_embeds has width {shape[2]}, features {self.features.shape[2]}; expected both as the "
+                "language model reads them"
+            )
+        if mask is not None and not (
+            isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == shape[:2]
+        ):
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise SpecError(f"query_mask is {given}; expected bool of shape {shape[:2]}, True for words")
+
     def _any(self) -> tuple[str, Tensor]:
         for name in _RANKS:
             value = getattr(self, name)
-            if value is not None and name != "cls_features":
+            if value is not None and name not in _APART:
                 return name, value
         raise CaptureError(
             "no token tensor was given: pass at least one of "
-            + ", ".join(n for n in _RANKS if n != "cls_features")
+            + ", ".join(n for n in _RANKS if n not in _APART)
         )
 
     @property

@@ -21,6 +21,7 @@ from .patches import pictures_of
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, held_length
 from .sequence.masks import TokenTypes
 from .sequence.placement import Columns, place
+from .sequence.text import told_apart
 from .sequence.views import SequenceView, Views
 from .state import ForwardState
 
@@ -81,6 +82,8 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
         place(state.pictures[modality.name], state.columns, number, state.checks)
         for number, modality in enumerate(present)
     ]
+    if state.reads_text:
+        state.placements = [told_apart(state, placement) for placement in state.placements]
     pictures = [picture for placement in state.placements for picture in placement.pictures]
     report = state.report
     report.grids = [picture.grids for picture in pictures]

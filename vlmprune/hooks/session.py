@@ -27,7 +27,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..core.budget import Budget
 from ..core.deferred import DeferredChecks
-from ..core.method import Method, Need, Positions, SlotName, needs_of
+from ..core.method import Method, Need, Positions, SlotName, needs, needs_of
 from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
@@ -287,6 +287,7 @@ class Session:
             generated=self._local.__dict__.pop("drafts", 0),
             step=0 if self._last is None else self._last.decode_steps,
             active=self.enabled,
+            reads_text=any(needs(slot.method, "text_embeds") for slot in self.slots.values()),
         )
         self._local.state, self._local.opened = state, True
         if self.adapter.text_type is not None:
@@ -302,7 +303,7 @@ class Session:
             and getattr(self._local, "unplaced", 0)
         ):
             raise self._never_placed()
-        if set(self.slots) - {"encoder", "before_lm"}:
+        if state.reads_text or set(self.slots) - {"encoder", "before_lm"}:
             state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
         return state
 

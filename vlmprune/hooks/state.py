@@ -52,6 +52,8 @@ class ForwardState:
         step: decode steps since the last prompt.
         active: the session is enabled.
         unpadded: no mask was given, now or earlier in the conversation: every column is a token.
+        reads_text: a method chooses by the text before the language model, so that a picture is one of one
+            prompt.
     """
 
     input_ids: Tensor | None
@@ -79,6 +81,7 @@ class ForwardState:
     step: int = 0
     active: bool = True
     unpadded: bool = False
+    reads_text: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
 

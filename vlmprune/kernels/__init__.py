@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "attn_row_scores",
     "gather_rows",
+    "greedy_cover",
     "greedy_dpp",
     "greedy_dpp_features",
     "greedy_maxmin",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .dispatch import (
         attn_row_scores,
         gather_rows,
+        greedy_cover,
         greedy_dpp,
         greedy_dpp_features,
         greedy_maxmin,

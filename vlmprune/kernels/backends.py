@@ -22,6 +22,7 @@ from .cpu_greedy import GRAM
 
 BACKENDS = ("reference", "torch", "triton")
 _COPIES = ("gather_rows", "unprune")  # move numbers and compute none, so any dtype will do
+_NO_TRITON = ("greedy_cover",)
 _forced: ContextVar[str] = ContextVar("vlmprune_kernels", default="")
 
 
@@ -71,6 +72,8 @@ def implementation(name: str, like: Tensor, backend: str | None, ordered: bool =
 
 def _obstacle(name: str, like: Tensor, ordered: bool) -> str:
     """Why Triton cannot do it, or nothing."""
+    if name in _NO_TRITON:
+        return "it has no Triton kernel"
     if not _has_triton():
         return "Triton is not installed"
     if like.device.type != "cuda" and not (like.device.type == "cpu" and _interpreted()):

@@ -101,6 +101,12 @@ def inside(idx: Tensor, n: int) -> None:
         raise InvariantError(f"idx reaches from {low} to {high}; expected rows in 0..{n - 1}")
 
 
+def not_negative(name: str, value: Tensor) -> None:
+    """Numbers from 0 on; those of a GPU are trusted."""
+    if not _unseen(value) and bool((value < 0).any()):
+        raise InvariantError(f"{name} holds {float(value.nan_to_num(0).min())}; expected numbers from 0 on")
+
+
 def segments(total: int, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> None:
     """Segments of packed scores fit together. On a GPU only their number is looked at."""
     if cu_n.shape != cu_k.shape or cu_n.shape[0] != k.shape[0] + 1:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cpu_greedy import greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
+from .cpu_greedy import greedy_cover, greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
 from .eager import attn_row_scores, gather_rows, unprune, zoo_sensitivity
 
 

@@ -60,6 +60,16 @@ def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Te
     return _each(features, k, walk)
 
 
+def greedy_cover(
+    rows: Tensor, k: int, weight: Tensor | None = None, combine: str = "product"
+) -> tuple[Tensor, Tensor]:
+    def walk(b: int, k: int) -> Iterator[Pick]:
+        columns = np.ascontiguousarray(rows[b].detach().numpy().T)
+        return _cover(columns, _row(weight, b), combine, k)
+
+    return _each(rows[:, :1].transpose(1, 2), k, walk)
+
+
 def _row(values: Tensor | None, b: int) -> np.ndarray | None:
     return None if values is None else values[b].detach().numpy()
 
@@ -151,6 +161,33 @@ def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
             np.maximum(found[mine], sim.max(axis=1), out=found[mine])
             np.maximum(found[theirs], sim.max(axis=0), out=found[theirs])
     return found
+
+
+# --- coverage -------------------------------------------------------------------------------------
+
+
+def _cover(columns: np.ndarray, weight: np.ndarray | None, combine: str, k: int) -> Iterator[Pick]:
+    """``columns`` (N, R) hold how well each token covers the rows.
+
+    Gains only fall from pick to pick, rounded sums included, so that an old value is an upper bound: a token
+    is looked at again only when it leads, and picked when it leads by a value of this step.
+    """
+    n = len(columns)
+    taken, best, seen = np.zeros(n, bool), np.zeros(columns.shape[1], columns.dtype), np.zeros(n, np.int64)
+    value = np.maximum(columns, 0).sum(axis=1)
+    if weight is not None:
+        value = value * weight if combine == "product" else value + weight
+    for step in range(k):
+        token = _best(value, taken)
+        while seen[token] != step:
+            gain = np.maximum(columns[token] - best, 0).sum()
+            if weight is not None:
+                gain = gain * weight[token] if combine == "product" else gain + weight[token]
+            value[token], seen[token] = gain, step
+            token = _best(value, taken)
+        yield token, value[token]
+        taken[token], value[token] = True, -np.inf
+        best = np.maximum(best, columns[token], out=best)
 
 
 # --- determinantal point process ------------------------------------------------------------------

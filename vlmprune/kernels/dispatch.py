@@ -20,6 +20,7 @@ from .backends import BACKENDS, forced, implementation, use
 
 _RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
+COMBINE = ("product", "sum")
 _PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in their place
 
 
@@ -181,6 +182,39 @@ def greedy_dpp_features(
         (features, relevance),
         backend,
     )
+
+
+def greedy_cover(
+    rows: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    combine: str = "product",
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k times the token that raises most how well all rows are covered, each by the best token picked so far.
+
+    Args:
+        rows: (B, R, N), how well each token covers each row; below 0 counts as not at all.
+        k: number of picks; all N where there are fewer.
+        weight: (B, N), default none. What a token gains is multiplied by it, or it is added.
+        combine: "product", for weights from 0 on, or "sum": tokens of weight -inf are picked last.
+
+    Returns:
+        order (B, k) int32 in the order of picking, without repetition, and what each pick was worth (B, k).
+    """
+    checks.tensor("rows", rows, (3,), "(B, R, N)")
+    checks.floating("rows", rows)
+    checks.count("k", k)
+    checks.choice("combine", combine, COMBINE)
+    rows = _single(rows)
+    if weight is not None:
+        checks.tensor("weight", weight, (2,), "(B, N)", rows)
+        checks.shape("weight", weight, (rows.shape[0], rows.shape[2]))
+        weight = weight.to(rows.dtype)
+        if combine == "product":
+            checks.not_negative("weight", weight)
+    return _run("greedy_cover", (rows, min(k, rows.shape[2]), weight, combine), (rows, weight), backend)
 
 
 def attn_row_scores(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import greedy_dpp, greedy_maxmin, topk_select, topk_select_varlen
+from .reference import greedy_cover, greedy_dpp, greedy_maxmin, topk_select, topk_select_varlen
 
 _KEYS = 1024  # keys cast to float32 at a time: bounds the extra memory in half precision
 _CHUNK = 512  # rows of similarities held at a time

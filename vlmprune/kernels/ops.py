@@ -34,6 +34,8 @@ SCHEMAS = {
     "Tensor)",
     "greedy_maxmin_features": "(Tensor features, SymInt k, Tensor? weight, str first, *, str "
     "backend='') -> (Tensor, Tensor)",
+    "greedy_cover": "(Tensor rows, SymInt k, Tensor? weight, str combine, *, str backend='') -> (Tensor, "
+    "Tensor)",
     "greedy_dpp": "(Tensor sim, Tensor relevance, SymInt k, *, str backend='') -> (Tensor, Tensor)",
     "greedy_dpp_features": "(Tensor features, Tensor relevance, SymInt k, *, str backend='') -> "
     "(Tensor, Tensor)",
@@ -110,6 +112,11 @@ def _maxmin(like: Tensor, k: Any, weight: Tensor | None, first: str) -> tuple[Te
     return _indices(like, like.shape[0], k), like.new_empty(like.shape[0], k)
 
 
+def _cover(rows: Tensor, k: Any, weight: Tensor | None, combine: str) -> tuple[Tensor, Tensor]:
+    k = _kept(k, rows.shape[2])
+    return _indices(rows, rows.shape[0], k), rows.new_empty(rows.shape[0], k)
+
+
 def _dpp(like: Tensor, relevance: Tensor, k: Any) -> tuple[Tensor, Tensor]:
     return _maxmin(like, k, None, "nn")
 
@@ -131,6 +138,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "unprune": _unprune,
     "greedy_maxmin": _maxmin,
     "greedy_maxmin_features": _maxmin,
+    "greedy_cover": _cover,
     "greedy_dpp": _dpp,
     "greedy_dpp_features": _dpp,
     "attn_row_scores": _attn_row_scores,

@@ -219,6 +219,43 @@ def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Te
     return greedy_dpp(features @ features.transpose(1, 2), relevance, k)
 
 
+def greedy_cover(
+    rows: Tensor, k: int, weight: Tensor | None = None, combine: str = "product"
+) -> tuple[Tensor, Tensor]:
+    """k times the token whose column raises the best covers of all rows most: facility location, greedily.
+
+    A row is covered as well as by the best of the tokens picked so far, at least by 0.
+
+    Args:
+        rows: (B, R, N), how well token j covers row r.
+        k: number of picks; at most N are made.
+        weight: (B, N), what the gain of a token is multiplied by, or what is added to it.
+        combine: "product", where weights must not be negative, or "sum".
+
+    Returns:
+        order (B, k) int32 in the order of picking, and what each pick was worth (B, k).
+    """
+    taken = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.bool, device=rows.device)
+    best = rows.new_zeros(rows.shape[:2])
+    order, worth = [], []
+    for _ in range(min(k, rows.shape[2])):
+        gain = (rows - best[..., None]).clamp_min(0).sum(1)  # (B, N); NaN stays NaN
+        value = gain_worth(gain, weight, combine)
+        pick = best_of(value, taken)
+        order.append(pick)
+        worth.append(value.gather(1, pick))
+        taken = taken.scatter(1, pick, True)
+        covered = rows.gather(2, pick[:, None].expand(-1, rows.shape[1], -1))[..., 0]  # (B, R)
+        best = torch.maximum(best, covered)
+    return joined(order, taken).int(), joined(worth, best)
+
+
+def gain_worth(gain: Tensor, weight: Tensor | None, combine: str) -> Tensor:
+    if weight is None:
+        return gain
+    return gain * weight if combine == "product" else gain + weight
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
 

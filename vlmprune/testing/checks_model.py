@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..api import prune
 from ..errors import InvariantError, UnsupportedError
+from ..hooks.patches import pictures_of
 from ..models import adapter_for
 from .checks_inside import no_map_of_the_sequence
 from .conformance import RAGGED, Subject, close, expect, generate
@@ -182,18 +183,23 @@ def no_attention_map(subject: Subject) -> None:
         set(inspect.signature(model.model.get_image_features).parameters) & set(inputs),
         layout_of(subject.family).patches,
     )
-    shapes = {}
+    shapes, channels = {}, 0
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
         try:
             with _Shapes() as seen, torch.no_grad():
-                model.model.get_image_features(**{name: inputs[name] for name in names})
+                output = model.model.get_image_features(**{name: inputs[name] for name in names})
+            if run is not None:
+                captured = pictures_of(output).pictures[0].captured
+                channels = sum(value.shape[-1] for value in captured.values())
         finally:
             if run is not None:
                 run.detach()
         shapes[attached] = [
             s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= n and max(s[-2:]) <= n + 1
         ]
+    if channels in (n, n + 1):  # (crops, tokens, channels) of what was captured look like a map
+        shapes = {at: [s for s in some if len(s) > 3 or s[-1] != channels] for at, some in shapes.items()}
     new = len(shapes[True]) - len(shapes[False])
     expect(new <= 0, f"attached, {new} more tokens x tokens tensors are made: {set(shapes[True])}")
     return None

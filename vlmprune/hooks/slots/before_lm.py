@@ -20,6 +20,7 @@ from ...core.deferred import NOW, Checks
 from ...core.method import Merged, Method, needs_of
 from ...core.select import choose
 from ...errors import InvariantError, UnsupportedError
+from ..sequence.text import with_text
 from ..state import ForwardState
 from ..vision.pictures import Picture, Unit, make_units, stack_units
 from ..vision.tiles import choose_in_tiles
@@ -49,6 +50,8 @@ class BeforeLM:
             return
         started = time.perf_counter()
         pictures, samples = listed(state)
+        if state.reads_text:
+            pictures = with_text(state, self.attachment.adapter, pictures, needs_of(self.method))
         cuts = cut_pictures(
             pictures,
             samples,
@@ -138,9 +141,11 @@ def choose_units(
             )
         method.check_unit(unit.count)
         crops = sum(1 if unit.crop is not None else pictures[p].cls_count for p, _ in unit.members)
-        groups[(unit.count, unit.grids, crops)].append(number)
+        # texts of different length are not filled up: a row is chosen for in a batch as it is alone
+        words = pictures[unit.members[0][0]].word_counts
+        groups[(unit.count, unit.grids, crops, words)].append(number)
     chosen = [Choice(None, None) for _ in units]
-    for (count, _, _), numbers in groups.items():
+    for (count, *_), numbers in groups.items():
         k = budget.count(count)
         if k >= count:  # keep = all is dense for every method, merging ones included
             continue

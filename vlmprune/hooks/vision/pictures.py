@@ -31,7 +31,7 @@ class Picture:
     Args:
         features: (length, D) what the language model is given in the slots.
         grids: rectangular blocks (rows, cols) that the patches form, in order; one per frame for a clip.
-        captured: per need, patches before channels: (N, channels); cls_features (T, C).
+        captured: per need, patches before channels: (N, channels); cls_features (T, C); text_embeds (R, D).
         special: (length,) bool on the CPU, slots that are no patches; None where all are.
         crops: gives (N,) the crop (tile, frame) of every patch; called only for budgets per crop.
         tiles: the raw crops of a tiled picture, where a method asked for them.
@@ -63,6 +63,12 @@ class Picture:
         """Crops with a [CLS] row of their own, where a method asked for these rows; else 1."""
         rows = self.captured.get(CLS_FEATURES)
         return 1 if rows is None else rows.shape[0]
+
+    @property
+    def word_counts(self) -> tuple[int, ...]:
+        """R of every text that it is asked about, where a method reads text."""
+        texts = (value for need, value in self.captured.items() if need.what == "text_embeds")
+        return tuple(value.shape[0] for value in texts)
 
     @cached_property
     def patches(self) -> Tensor:
@@ -163,7 +169,12 @@ def stack_units(
     for need in needs:
         if need.what != "features" and need not in first.captured:
             continue
-        rows = [[_slice(pictures[p], need, index, unit.crop) for p, index in unit.members] for unit in units]
+        # pictures of one unit are asked about by the same text
+        last = 1 if need.what == "text_embeds" else None
+        rows = [
+            [_slice(pictures[p], need, index, unit.crop) for p, index in unit.members[:last]]
+            for unit in units
+        ]
         whole = [row[0] if len(row) == 1 else torch.cat(row) for row in rows]
         found[need] = whole[0][None] if len(whole) == 1 else torch.stack(whole)  # one image is not copied
     return VisualTokens.of(
@@ -178,10 +189,12 @@ def stack_units(
 
 
 def _slice(picture: Picture, need: Need, index: Tensor | None, crop: int | None) -> Tensor:
-    """What was captured of some patches of a picture, patches first."""
+    """What was captured of some patches of a picture, patches first; of its text, all."""
     if need.what == "features":
         return picture.patch_features(index)
     value = picture.captured[need]
+    if need.what == "text_embeds":
+        return value
     if need.what == "cls_features":
         return value if crop is None else value[crop : crop + 1]
     if index is None or index.shape[0] == picture.count:
