@@ -72,6 +72,7 @@ class MethodInfo:
     paper: str
     licence: str
     doc: str
+    counts: str
 
     @property
     def stage(self) -> str:
@@ -130,6 +131,9 @@ def _check_class(name: str, cls: type[Method]) -> None:
     one_of("slot", cls.slot, SLOTS)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
+    one_of("counts", cls.counts, ("budget", "own", "both"))
+    if cls.slot == "before_lm" and cls.counts != "budget" and cls.own is Method.own:
+        raise SpecError(f"method {name!r} says counts={cls.counts!r} but does not override own; override it")
     if cls.slot == "before_lm":
         cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
@@ -307,6 +311,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         paper=cls.paper,
         licence=cls.licence,
         doc=doc,
+        counts=cls.counts,
     )
 
 
