@@ -35,6 +35,7 @@ _BUILTIN = {
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
     "hiprune": "vlmprune.methods.hiprune:HiPrune",
+    "prumerge": "vlmprune.methods.prumerge:PruMerge",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
