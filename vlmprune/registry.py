@@ -36,6 +36,7 @@ _BUILTIN = {
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
     "hiprune": "vlmprune.methods.hiprune:HiPrune",
     "prumerge": "vlmprune.methods.prumerge:PruMerge",
+    "vispruner": "vlmprune.methods.vispruner:VisPruner",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
