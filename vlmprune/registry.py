@@ -37,6 +37,7 @@ _BUILTIN = {
     "hiprune": "vlmprune.methods.hiprune:HiPrune",
     "prumerge": "vlmprune.methods.prumerge:PruMerge",
     "vispruner": "vlmprune.methods.vispruner:VisPruner",
+    "flashvlm": "vlmprune.methods.flashvlm:FlashVLM",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
