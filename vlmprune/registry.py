@@ -38,6 +38,7 @@ _BUILTIN = {
     "prumerge": "vlmprune.methods.prumerge:PruMerge",
     "vispruner": "vlmprune.methods.vispruner:VisPruner",
     "flashvlm": "vlmprune.methods.flashvlm:FlashVLM",
+    "gprune": "vlmprune.methods.gprune:GPrune",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
