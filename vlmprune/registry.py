@@ -39,6 +39,7 @@ _BUILTIN = {
     "vispruner": "vlmprune.methods.vispruner:VisPruner",
     "flashvlm": "vlmprune.methods.flashvlm:FlashVLM",
     "gprune": "vlmprune.methods.gprune:GPrune",
+    "textmonkey": "vlmprune.methods.textmonkey:TextMonkey",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }

@@ -29,6 +29,7 @@ REGISTERED_AS = {
     "zoo_prune": "zooprune",
     "visual_sink_var": "var",
     "attention_debiasing": "debias",
+    "textmonkey_filter": "textmonkey",
 }  # folder -> method
 
 
