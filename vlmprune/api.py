@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .core.keepmap import Picture, Replay, ScoreMap
 from .core.method import Merged, Method, Positions, needs_of
-from .core.select import choose
+from .core.select import choose, choose_own
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
 from .hooks.session import Session
@@ -93,7 +93,8 @@ def resolve_all(
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
-        if budget is None and method.budgeted and need_keep and method.slot != "inside_lm":
+        needs_one = method.budgeted and method.counts == "budget" and method.slot != "inside_lm"
+        if budget is None and needs_one and need_keep:
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
@@ -226,6 +227,8 @@ def select(
 ) -> Tensor:
     """Choose tokens from plain tensors, or of a bare ViT of timm: ``keep_idx`` (B, K) int64, ascending.
 
+    Where a method counts by itself, -1 stands behind the tokens of a unit that keeps fewer than others.
+
     Args:
         method: spec or method object.
         keep: budget, unless the spec has one.
@@ -272,6 +275,8 @@ def select(
                 f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none"
             )
     built.check_unit(tokens.count)
+    if budget is None and built.counts != "budget":
+        return _own_indices(built, tokens)
     k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:
         return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
@@ -280,6 +285,14 @@ def select(
     if isinstance(result, Merged):
         return torch.stack([row[row >= 0].sort().values for row in result.slots])
     return result
+
+
+def _own_indices(method: Method, tokens: VisualTokens) -> Tensor:
+    """(B, K) ascending indices, -1 behind those of a unit that keeps fewer than others."""
+    with torch.no_grad():
+        rows = [one.slots if isinstance(one, Merged) else one for one in choose_own(method, tokens)]
+    kept = [row[row >= 0].sort().values for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
 
 
 def _grids(grid: Any) -> tuple[tuple[int, int], ...]:

@@ -36,6 +36,12 @@ _BUILTIN = {
     "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
+    "hiprune": "vlmprune.methods.hiprune:HiPrune",
+    "prumerge": "vlmprune.methods.prumerge:PruMerge",
+    "vispruner": "vlmprune.methods.vispruner:VisPruner",
+    "flashvlm": "vlmprune.methods.flashvlm:FlashVLM",
+    "gprune": "vlmprune.methods.gprune:GPrune",
+    "textmonkey": "vlmprune.methods.textmonkey:TextMonkey",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }
@@ -75,6 +81,7 @@ class MethodInfo:
     paper: str
     licence: str
     doc: str
+    counts: str
 
     @property
     def stage(self) -> str:
@@ -133,6 +140,9 @@ def _check_class(name: str, cls: type[Method]) -> None:
     one_of("slot", cls.slot, SLOTS)
     one_of("positions", cls.positions, ("compact", "original"))
     one_of("layout", cls.layout, ("packed", "spatial"))
+    one_of("counts", cls.counts, ("budget", "own", "both"))
+    if cls.slot == "before_lm" and cls.counts != "budget" and cls.own is Method.own:
+        raise SpecError(f"method {name!r} says counts={cls.counts!r} but does not override own; override it")
     if cls.slot != "inside_lm":  # there a schedule alone may say enough
         cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
@@ -295,6 +305,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         paper=cls.paper,
         licence=cls.licence,
         doc=doc,
+        counts=cls.counts,
     )
 
 

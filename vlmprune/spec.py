@@ -115,8 +115,9 @@ class Spec(Printed):
 
     @property
     def prunes(self) -> bool:
-        """Whether tokens are removed: a method takes a budget, and that is not all tokens."""
-        acting = [part for part in self.parts if get(part.name).budgeted and not get(part.name).wraps]
+        """Whether tokens are removed: by a budget that is not all tokens, or by a method's own count."""
+        methods = [(part, get(part.name)) for part in self.parts]
+        acting = [part for part, cls in methods if (cls.budgeted or cls.counts == "own") and not cls.wraps]
         return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
 
     def _repr_html_(self) -> str:
@@ -152,10 +153,13 @@ class Spec(Printed):
                 plans.append(Plan(part.build(inner=wrapped.method), wrapped.budget))
                 continue
             if part.budget and not cls.budgeted:
+                why = ", because the picture decides how many tokens stay" if cls.counts == "own" else ""
                 raise SpecError(
-                    f"{str(part)!r} has a budget, but method {part.name!r} takes none; drop '@{part.budget}'"
+                    f"{str(part)!r} has a budget, but method {part.name!r} takes none{why}; drop "
+                    f"'@{part.budget}'"
                 )
-            if require_budget and cls.budgeted and cls.slot != "inside_lm" and not part.budget:
+            counts_by_budget = cls.budgeted and cls.counts == "budget" and cls.slot != "inside_lm"
+            if require_budget and counts_by_budget and not part.budget:
                 raise SpecError(
                     f"{str(part)!r} has no budget; expected tokens or a fraction to keep: {part}@64 or "
                     f"{part}@0.25"

@@ -30,6 +30,7 @@ REGISTERED_AS = {
     "visual_sink_var": "var",
     "attention_debiasing": "debias",
     "idpruner": "mmr",
+    "textmonkey_filter": "textmonkey",
 }  # folder -> method
 
 

@@ -168,6 +168,10 @@ def _facts(info: MethodInfo) -> dict[str, str]:
 
 
 def _budget(info: MethodInfo) -> str:
+    if info.counts == "own":
+        return "takes none: the picture decides how many tokens stay"
+    if info.counts == "both":
+        return "as in @64 or @0.25; without it the picture decides how many tokens stay"
     if not info.budgeted:
         return "takes none"
     if info.slot == "inside_lm":

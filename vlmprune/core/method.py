@@ -6,7 +6,7 @@ A method is a frozen dataclass whose fields are its options. It says in which sl
 
 * before and inside the language model exactly one of ``score(tokens) -> (B, N)`` (higher is kept),
   ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
-  changes features);
+  changes features); where the data may say how many tokens stay, ``own(tokens)`` beside or in place of it;
 * in the attention slot ``mark`` and ``reweight``, in the decode slot ``visible``, in the encoder slot
   ``shorten``.
 
@@ -52,11 +52,13 @@ What = Literal[
     "cls_attention",  # (B, H, N) attention of [CLS]
     "received_attention",  # (B, N) attention that each patch receives
     "keys",  # (B, N, d) attention keys, mean over heads
+    "wide_keys",  # (B, N, C) attention keys of all heads side by side
+    "wide_attention",  # (B, N) attention of [CLS], all heads read as one of their full width
     "cls_features",  # (B, T, C) [CLS] rows of the crops
     "projector",  # the projector as a function
     "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
-    "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
     "text_embeds",  # (B, R, D) embeddings of the text, as the language model would get them
+    "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
     "present",  # (B, N, 1) 1 for patches that went through the whole tower, 0 for those left out on the way
 ]
 NEEDS: tuple[What, ...] = get_args(What)
@@ -64,6 +66,8 @@ OF_TOWER: tuple[What, ...] = (
     "cls_attention",
     "received_attention",
     "keys",
+    "wide_keys",
+    "wide_attention",
 )  # read from one block of the tower
 
 
@@ -73,13 +77,14 @@ class Need:
 
     Args:
         what: its name, a field of ``VisualTokens``.
-        layer: which layer of the tower, as an index into its hidden states such as -2; None: the one that the
-            model takes its features from. Inside the language model the cut says which layer.
+        layer: which layer of the tower, as an index into its hidden states such as -2, or as a share of its
+            depth such as 0.375: the first layer from there on that attends to the whole picture; None: the
+            one that the model takes its features from. Inside the language model the cut says which layer.
         text: which text, where the quantity is about text.
     """
 
     what: What
-    layer: int | None = None
+    layer: int | float | None = None
     text: Text | None = None
 
     def __post_init__(self) -> None:
@@ -142,6 +147,8 @@ class Method:
     def __init_subclass__(cls) -> None:
         if not cls.__dict__.get("name"):
             cls.name = cls.__name__.lower()  # for messages, until register gives it a name for specs
+        if cls.counts == "own":
+            cls.budgeted = False
 
     # --- before and inside the language model -----------------------------------------------------
 
@@ -159,6 +166,13 @@ class Method:
 
     def merge_ranked(self, tokens: VisualTokens, k: int, ranking: Tensor) -> Merged:
         """``merge`` that keeps the best of a wrapper's ranking (B, N); overridden where that can be done."""
+        raise NotImplementedError
+
+    def own(self, tokens: VisualTokens) -> Tensor | Sequence[Merged]:
+        """What stays where no budget is given and ``counts`` is "own" or "both": (B, N) bool, or of a merging
+        method one ``Merged`` of one unit for each of the B units. Every unit keeps at least one row, and its
+        answer must not depend on the other units.
+        """
         raise NotImplementedError
 
     # --- inside the language model ----------------------------------------------------------------
@@ -220,6 +234,8 @@ class Method:
         """Which verb of its slot this method overrides."""
         verbs = VERBS[cls.slot]
         kinds = [verb for verb in verbs if getattr(cls, verb) is not getattr(Method, verb)]
+        if not kinds and cls.own is not Method.own:
+            return "select"  # a mask of its own is all that there is
         if not kinds:
             raise SpecError(
                 f"method {cls.__name__} overrides none of {', '.join(verbs)}; override exactly one"
@@ -244,12 +260,17 @@ def needs(method: Method, what: What) -> bool:
 
 
 # what a wrapper copies from its inner method
-_AS_INNER = ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted", "counts")
+_AS_INNER = ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted")
 _VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least")
 
 
 def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
     """Give a wrapper what its inner method declares: slot, needs, budget and verb."""
+    if inner.counts != "budget":
+        raise SpecError(
+            f"{wrapper.name} changes what a budget is spent on, but {inner.name} may count by itself; wrap a "
+            "method that takes a budget, such as 'fastervlm@64'"
+        )
     for name in {*_AS_INNER, *_VERBS_OF_INNER} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
 

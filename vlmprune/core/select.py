@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InvariantError
+from ..errors import InvariantError, SpecError
 from ..kernels import dispatch
 from .deferred import NOW, Checks, all_finite
 from .method import Merged, Method
@@ -25,11 +25,14 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return dispatch.topk_select(scores, k).long()
 
 
+def ranked(scores: Tensor) -> Tensor:
+    """(B, N) int64 tokens by their scores (B, N) in float32, best first; the lower index wins ties."""
+    return torch.sort(scores.float(), dim=1, descending=True, stable=True).indices
+
+
 def best_first(scores: Tensor, k: int) -> Tensor:
-    """(B, k) int64 indices of the k highest of finite scores (B, N), the highest first; the lower index wins
-    ties.
-    """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    """(B, k) int64 the k highest scores (B, N), the highest first; the lower index wins ties."""
+    return ranked(scores)[:, :k]
 
 
 def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
@@ -37,6 +40,22 @@ def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     order = scores.float().masked_fill(~among, -torch.inf).neg().sort(dim=1, stable=True).indices
     rank = order.argsort(dim=1)
     return among & (rank < count[:, None])
+
+
+def first_to_fit(groups: Tensor, n: int, k: int) -> Tensor:
+    """(B, n) bool: the tokens of the first groups (B, G, M), in order, as long as these are k at most.
+
+    Groups may overlap; -1 stands for no token.
+    """
+    batch, count, members = groups.shape
+    number = torch.arange(count, device=groups.device)[:, None].expand(batch, -1, members)
+    # the first group that each token is in, ``count`` for none; the last place takes what is no token
+    since = torch.full((batch, n + 1), count, device=groups.device)
+    at = torch.where(groups < 0, n, groups).flatten(1)
+    since = since.scatter_reduce(1, at, number.flatten(1), "amin")[:, :n]
+    order = since.sort(dim=1).values
+    together = torch.searchsorted(order, since.contiguous(), right=True)  # tokens up to and with that group
+    return (since < count) & (together <= k)
 
 
 def rest_of(keep_idx: Tensor, n: int) -> Tensor:
@@ -87,6 +106,10 @@ def choose(method: Method, tokens: VisualTokens, k: int, checks: Checks = NOW) -
         raise InvariantError(
             f"{method.name}: got a budget of {k} for {n} tokens; expected 1 <= k <= {n}, so clamp it before"
         )
+    if k < method.least(n):
+        raise SpecError(
+            f"keep: {k} of {n} tokens are too few for {method.name}; keep at least {method.least(n)}"
+        )
     kind = method.kind()
     if k == n:
         everything = torch.arange(n, device=tokens.device).expand(batch, n)
@@ -96,6 +119,33 @@ def choose(method: Method, tokens: VisualTokens, k: int, checks: Checks = NOW) -
     if kind == "score":
         return top_k(_checked_scores(method, method.score(tokens), batch, n, checks), k)
     return _checked_indices(method, method.select(tokens, k), batch, n, k, checks)
+
+
+def choose_own(method: Method, tokens: VisualTokens, checks: Checks = NOW) -> list[Tensor | Merged]:
+    """What ``method`` keeps of every unit where it says itself how many tokens stay.
+
+    Returns:
+        For each of the B units its (k,) int64 ascending indices, or the rows (k, D) and slots (k,) of a
+        merging method.
+    """
+    batch, n = tokens.batch, tokens.count
+    answer = method.own(tokens)
+    if method.kind() == "merge":
+        if isinstance(answer, Tensor) or len(answer) != batch:
+            raise InvariantError(f"{method.name}: own gave no Merged for each of {batch} units; expected one")
+        found: list[Tensor | Merged] = []
+        for one in answer:
+            _checked_rows(method, one, tokens, one.slots.shape[-1], checks, batch=1)
+            found.append(Merged(one.features[0], one.slots[0], one.context))
+        return found
+    if not isinstance(answer, Tensor) or (answer.shape, answer.dtype) != ((batch, n), torch.bool):
+        raise InvariantError(
+            f"{method.name}: own returned {_describe(answer)}; expected torch.bool of shape {(batch, n)}"
+        )
+    kept: list[Tensor | Merged] = [row.nonzero()[:, 0] for row in answer]
+    if empty := [number for number, one in enumerate(kept) if not len(one)]:
+        raise InvariantError(f"{method.name}: own keeps nothing of units {empty}; expected at least a token")
+    return kept
 
 
 def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: Checks) -> Tensor:
@@ -129,8 +179,10 @@ def _checked_indices(method: Method, keep: Tensor, batch: int, n: int, k: int, c
     return keep
 
 
-def _checked_rows(method: Method, merged: Merged, tokens: VisualTokens, k: int, checks: Checks) -> Merged:
-    batch, n, dense = tokens.batch, tokens.count, tokens.features
+def _checked_rows(
+    method: Method, merged: Merged, tokens: VisualTokens, k: int, checks: Checks, batch: int | None = None
+) -> Merged:
+    batch, n, dense = tokens.batch if batch is None else batch, tokens.count, tokens.features
     if not isinstance(merged, Merged):
         raise InvariantError(f"{method.name}: merge returned {_describe(merged)}; expected a Merged")
     rows, slots = merged.features, merged.slots

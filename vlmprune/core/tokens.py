@@ -26,9 +26,11 @@ _TensorField = Literal[
     "received_attention",
     "encoder_features",
     "keys",
+    "wide_keys",
+    "wide_attention",
     "cls_features",
-    "text_attention",
     "text_embeds",
+    "text_attention",
 ]
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
@@ -37,10 +39,13 @@ _RANKS = {
     "received_attention": (2,),
     "encoder_features": (3,),
     "keys": (3,),
+    "wide_keys": (3,),
+    "wide_attention": (2,),
     "cls_features": (3,),
-    "text_attention": (4,),
     "text_embeds": (3,),
+    "text_attention": (4,),
 }
+_ONE_A_PATCH = ("received_attention", "wide_attention")
 _APART = ("cls_features", "text_embeds")  # hold no row per token
 
 
@@ -56,12 +61,15 @@ class VisualTokens:
         encoder_features: (B, N, C) patches as the projector takes them, or (B, r * N, C) where it merges r of
             them to a token.
         keys: (B, N, d) attention keys of the feature layer, mean over heads, unscaled.
+        wide_keys: (B, N, C) attention keys of all heads side by side, unscaled.
+        wide_attention: (B, N) softmaxed attention of [CLS] with all heads read as one of their full width C,
+            [CLS] entry removed, not renormalised.
         cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0
             without [CLS]).
         projector: maps (..., C) to (..., D).
+        text_embeds: (B, R, D) embeddings of the text that a unit is asked about, R = 0 without text.
         text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the
             whole sequence.
-        text_embeds: (B, R, D) embeddings of the text that a unit is asked about, R = 0 without text.
         query_mask: (B, R) bool, queries or words that are real; shorter units repeat their last query, and
             have anything for the words they lack.
         query_positions, positions: (B, R) and (B, N) position ids.
@@ -74,7 +82,7 @@ class VisualTokens:
             the CPU.
         size: (B, N), for methods that need no tensor at all.
         like: any tensor on the device of the tokens, for such methods.
-        of_layers: what was captured of further layers of the tower, by need.
+        of_layers: what was captured of a named layer of the tower, by need.
     """
 
     features: Tensor | None = None
@@ -82,12 +90,14 @@ class VisualTokens:
     received_attention: Tensor | None = None
     encoder_features: Tensor | None = None
     keys: Tensor | None = None
+    wide_keys: Tensor | None = None
+    wide_attention: Tensor | None = None
     cls_features: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     grids: tuple[tuple[int, int], ...] = ()
     ordinal: Tensor | None = None
-    text_attention: Tensor | None = None
     text_embeds: Tensor | None = None
+    text_attention: Tensor | None = None
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None
@@ -217,17 +227,17 @@ class VisualTokens:
         tokens, further = object.__new__(cls), {}
         values: dict[str, Any] = {"ordinal": torch.tensor(list(ordinals)), "of_layers": further, **others}
         for need, value in captured.items():
-            if need.what in values:
-                further[need] = patches_last(need.what, value)
-            else:
-                values[need.what] = patches_last(need.what, value)
+            value = patches_last(need.what, value)
+            values.setdefault(need.what, value)  # the first one of its kind is the field
+            if need.layer is not None:
+                further[need] = value
         for one in fields(cls):
             default = {} if one.default is MISSING else one.default
             object.__setattr__(tokens, one.name, values.get(one.name, default))
         return tokens
 
     @overload
-    def need(self, name: _TensorField, layer: int | None = None) -> Tensor: ...
+    def need(self, name: _TensorField, layer: int | float | None = None) -> Tensor: ...
     @overload
     def need(self, name: Literal["projector"]) -> Callable[[Tensor], Tensor]: ...
     @overload
@@ -235,11 +245,10 @@ class VisualTokens:
     @overload
     def need(self, name: str) -> Any: ...
 
-    def need(self, name: str, layer: int | None = None) -> Any:
+    def need(self, name: str, layer: int | float | None = None) -> Any:
         """A captured field, of one ``layer`` of the tower where given; raises naming what is missing."""
-        for need, tensor in self.of_layers.items():
-            if layer is not None and (need.what, need.layer) == (name, layer):
-                return tensor
+        if layer is not None:
+            return self._of_layer(name, layer)
         value = getattr(self, name)
         if value is None or value == ():
             have = [
@@ -254,19 +263,29 @@ class VisualTokens:
             )
         return value
 
+    def _of_layer(self, name: str, layer: int | float) -> Tensor:
+        for need, tensor in self.of_layers.items():
+            if (need.what, need.layer) == (name, layer):
+                return tensor
+        raise CaptureError(
+            f"this method needs {name!r} of layer {layer} of the tower; given were of layers "
+            f"{[str(need) for need in self.of_layers]}. Pass of_layers={{vlmprune.core.method.Need({name!r}, "
+            f"{layer}): ...}}, or declare it in the method's needs"
+        )
+
 
 def patches_first(what: str, value: Tensor) -> Tensor:
     """Captured attention with patches before channels: (T, H, n) -> (T, n, H), (T, n) -> (T, n, 1)."""
     if what == "cls_attention":
         return value.transpose(1, 2)
-    return value[..., None] if what == "received_attention" else value
+    return value[..., None] if what in _ONE_A_PATCH else value
 
 
 def patches_last(what: str, value: Tensor) -> Tensor:
     """The same back, as methods read it."""
     if what == "cls_attention":
         return value.transpose(1, 2)
-    return value[..., 0] if what == "received_attention" else value
+    return value[..., 0] if what in _ONE_A_PATCH else value
 
 
 def _count(name: str, value: Tensor) -> int:

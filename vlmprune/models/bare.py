@@ -56,7 +56,11 @@ def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, An
     _check_attention(capture)
     with torch.no_grad(), capture as record:
         hidden = tower.forward_features(pixels)  # (B, prefix + N, C)
-    found = {need.what: value for need, value in record.take().items()}
+    found: dict[str, Any] = {"of_layers": {}}
+    for need, value in record.take().items():
+        found.setdefault(need.what, value)
+        if need.layer is not None:
+            found["of_layers"][need] = value
     first = tower.num_prefix_tokens
     if pooled:
         found["cls_attention"] = pooling_attention(tower, hidden)

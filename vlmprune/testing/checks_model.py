@@ -165,6 +165,8 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default and args[1:] and args[1] % result.ndim == result.ndim - 1:
+            return result  # channels side by side: they may be as many as tokens by chance
         self.shapes += [
             tuple(t.shape)
             for t in (result if isinstance(result, tuple | list) else (result,))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.budget import Budget
 from ...core.deferred import NOW, Checks
 from ...core.method import Merged, Method, needs_of
-from ...core.select import choose
+from ...core.select import choose, choose_own
 from ...errors import InvariantError, UnsupportedError
 from ..sequence.text import with_text
 from ..state import ForwardState
@@ -77,16 +77,23 @@ def cut_pictures(
     checks: Checks = NOW,
 ) -> list[Cut | None]:
     """One Cut per picture, None where it stays whole. ``samples`` lists the pictures of each prompt."""
-    if budget is None:
+    if budget is None and method.counts == "budget":
         return [None] * len(pictures)
     spatial = {
         p for p, picture in enumerate(pictures) if method.layout == "spatial" and picture.tiles is not None
     }
     cuts: list[Cut | None] = [None] * len(pictures)
     for p in spatial:
+        if budget is None:
+            raise UnsupportedError(
+                f"anyres='spatial' lays out tiles of equal counts, but {method.name} counts by itself; give "
+                f"a budget per tile, as in '{method.name}(anyres=spatial)@64/crop'"
+            )
         cuts[p] = _cut_tiles(pictures[p], method, budget, projector, checks)
     units = make_units(
-        pictures, [[p for p in sample if p not in spatial] for sample in samples], budget.scope
+        pictures,
+        [[p for p in sample if p not in spatial] for sample in samples],
+        "image" if budget is None else budget.scope,
     )
     chosen = choose_units(units, pictures, method, budget, projector, strict=strict, checks=checks)
     by_picture: dict[int, list[Choice]] = defaultdict(list)
@@ -125,16 +132,19 @@ def choose_units(
     units: Sequence[Unit],
     pictures: Sequence[Picture],
     method: Method,
-    budget: Budget,
+    budget: Budget | None,
     projector: Projector | None,
     *,
     strict: bool,
     checks: Checks,
 ) -> list[Choice]:
-    """What the method keeps of every unit; units of the same shape are asked for together."""
+    """What the method keeps of every unit; units of the same shape are asked for together.
+
+    Without a budget the method says itself how many tokens stay.
+    """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for number, unit in enumerate(units):
-        if strict and isinstance(budget.keep, int) and budget.keep > unit.count:
+        if strict and budget and isinstance(budget.keep, int) and budget.keep > unit.count:
             raise InvariantError(
                 f"strict: keep={budget.keep} tokens but unit {number} holds {unit.count}; lower keep or drop "
                 "strict"
@@ -146,17 +156,26 @@ def choose_units(
         groups[(unit.count, unit.grids, crops, words)].append(number)
     chosen = [Choice(None, None) for _ in units]
     for (count, *_), numbers in groups.items():
-        k = budget.count(count)
-        if k >= count:  # keep = all is dense for every method, merging ones included
-            continue
+        if budget is not None and budget.count(count) >= count:
+            continue  # keep = all is dense for every method, merging ones included
         tokens = stack_units([units[n] for n in numbers], pictures, needs_of(method), projector)
-        result = choose(method, tokens, k, checks)
-        for row, number in enumerate(numbers):
-            if isinstance(result, Merged):
-                chosen[number] = Choice(None, result.slots[row], result.features[row])
+        if budget is None:
+            rows = choose_own(method, tokens, checks)
+        else:
+            rows = _rows_of(choose(method, tokens, budget.count(count), checks))
+        for number, one in zip(numbers, rows, strict=True):
+            if isinstance(one, Merged):
+                chosen[number] = Choice(None, one.slots, one.features)
             else:
-                chosen[number] = Choice(None, result[row])
+                chosen[number] = Choice(None, one)
     return chosen
+
+
+def _rows_of(result: Tensor | Merged) -> list[Tensor | Merged]:
+    """An answer for B units, one by one."""
+    if not isinstance(result, Merged):
+        return list(result)
+    return [Merged(rows, slots) for rows, slots in zip(result.features, result.slots, strict=True)]
 
 
 def split_by_picture(

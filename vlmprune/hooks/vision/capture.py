@@ -24,12 +24,20 @@ from ..attention_call import AttentionCall
 from .tower import FusedReader, TapReader, attention_of, find_blocks, has_cls, prefix_length, reader_of
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
+OF_CLS = ("cls_attention", "wide_attention")
 OF_PROJECTOR = ("encoder_features", "tile_features")
 CLS_FEATURES = Need("cls_features")
 
 
-def block_index(layer: int, count: int) -> int:
-    """The block whose output is ``hidden_states[layer]`` of an encoder with ``count`` blocks."""
+def block_index(layer: int | float, count: int, full: Sequence[int] | None = None) -> int:
+    """The block whose output is ``hidden_states[layer]`` of an encoder with ``count`` blocks.
+
+    A share of the depth means the first block from there on of those that attend to the whole picture, which
+    ``full`` lists where others attend inside windows.
+    """
+    if isinstance(layer, float):
+        wanted = max(round(layer * count), 1) - 1
+        return min((block for block in full or range(count) if block >= wanted), default=count - 1)
     index = layer + count if layer < 0 else layer - 1
     if not 0 <= index < count:
         raise UnsupportedError(
@@ -69,15 +77,16 @@ class VisionCapture:
         # towers without blocks that can be read still serve methods that need nothing of them
         reads = bool(of_tower) or CLS_FEATURES in self.needs
         self.blocks = [find_blocks(one) for one in self.towers] if reads else []
-        if any(need.what == "cls_attention" for need in of_tower) and not self.cls:
+        if any(need.what in OF_CLS for need in of_tower) and not self.cls:
             raise UnsupportedError(
                 f"{type(self.towers[0]).__name__} has no [CLS] token: use cls='mean', e.g. "
                 "fastervlm(cls='mean')"
             )
+        full = getattr(self.towers[0], "fullatt_block_indexes", None)  # Qwen2.5-VL: the others have windows
         count = len(self.blocks[0]) if self.blocks else 0
         self.layers = [block_index(index, count) for index in layers] if self.blocks else []
         self.blocks_of: dict[Need, int] = {
-            need: self.layers[0] if need.layer is None else block_index(need.layer, count)
+            need: self.layers[0] if need.layer is None else block_index(need.layer, count, full)
             for need in of_tower
         }
         self.readers: list[tuple[int, TapReader | FusedReader]] = [
@@ -188,6 +197,10 @@ class Record:
                 value = first_row(call)[..., first:]
             elif need.what == "received_attention":
                 value = call.received()[:, first:]
+            elif need.what == "wide_attention":
+                value = wide_row(call)[:, first:]
+            elif need.what == "wide_keys":
+                value = call.keys.transpose(1, 2).flatten(2)[:, first:]
             else:
                 value = call.keys.float().mean(1)[:, first:]
             self._parts.setdefault(need, []).append(value)
@@ -209,7 +222,8 @@ class Record:
                 f"the vision tower ran without giving {missing}; expected its blocks "
                 f"{sorted(set(capture.blocks_of.values()))} to run once per call"
             )
-        return found
+        # in the order of the needs: of two layers, the first one that is named counts as the quantity itself
+        return {need: found[need] for need in capture.needs if need in found} | found
 
 
 def first_row(call: AttentionCall) -> Tensor:
@@ -219,6 +233,18 @@ def first_row(call: AttentionCall) -> Tensor:
         return row_attention(call.queries[:, :, 0].flatten(1), keys, heads, call.scaling)
     rows = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
     return call.attention(rows)[:, :, 0]
+
+
+def wide_row(call: AttentionCall) -> Tensor:
+    """(T, S) attention of the first token where its H heads of width d are read as one of width H * d."""
+    heads, width = call.queries.shape[1], call.queries.shape[1] * call.queries.shape[3]
+    if call.mask is not None or call.keys.shape[1] != heads:
+        raise UnsupportedError(
+            f"{type(call.module).__name__} masks keys or shares them between heads, so that its heads cannot "
+            "be read as one; use a method that reads them one by one, e.g. 'fastervlm@64'"
+        )
+    query, keys = call.queries[:, :, 0].flatten(1), call.keys.transpose(1, 2).flatten(2)
+    return row_attention(query, keys, 1, width**-0.5)[:, 0]
 
 
 def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
