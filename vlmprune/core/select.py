@@ -27,6 +27,11 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return dispatch.topk_select(scores, k).long()
 
 
+def best_first(scores: Tensor, k: int) -> Tensor:
+    """(B, k) int64 indices of the k highest scores (B, N), best first; the lower index wins ties."""
+    return scores.float().neg().sort(dim=1, stable=True).indices[:, :k]
+
+
 def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:
     """(T, n) bool: in every row the ``count`` (T,) highest scores (T, n) of those ``among`` (T, n); the lower
     index wins ties.

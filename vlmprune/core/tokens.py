@@ -28,6 +28,12 @@ _TensorField = Literal[
     "keys",
     "cls_features",
     "text_attention",
+    "text_to_text",
+    "lm_received",
+    "lm_keys",
+    "lm_states",
+    "text_keys",
+    "text_states",
 ]
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
@@ -38,6 +44,9 @@ _RANKS = {
     "keys": (3,),
     "cls_features": (3,),
     "text_attention": (4,),
+    "lm_received": (2,),
+    "lm_keys": (4,),
+    "lm_states": (3,),
 }
 
 
@@ -58,6 +67,12 @@ class VisualTokens:
         projector: maps (..., C) to (..., D).
         text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the
             whole sequence.
+        text_to_text: (B, H, R, R) attention of these queries to each other, of the same layer.
+        lm_received: (B, N) what the tokens of the same picture give each token in that layer, summed over
+            them; between two tokens the largest attention of any head counts.
+        lm_keys, text_keys: (B, N, Hk, d) and (B, R, Hk, d) keys of that layer, rotated where the model does.
+        lm_states, text_states: (B, N, D) and (B, R, D) hidden states where the language model is cut, through
+            its final norm; ``features`` has them without.
         query_mask: (B, R) bool, queries that are real; shorter units repeat their last one.
         query_positions, positions: (B, R) and (B, N) position ids.
         rotary_frequencies: (d / 2,) angle per position of each pair of a head of width d.
@@ -82,6 +97,12 @@ class VisualTokens:
     grids: tuple[tuple[int, int], ...] = ()
     ordinal: Tensor | None = None
     text_attention: Tensor | None = None
+    text_to_text: Tensor | None = None
+    lm_received: Tensor | None = None
+    lm_keys: Tensor | None = None
+    lm_states: Tensor | None = None
+    text_keys: Tensor | None = None
+    text_states: Tensor | None = None
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None
