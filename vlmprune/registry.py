@@ -34,6 +34,11 @@ _BUILTIN = {
     "var": "vlmprune.methods.var:VAR",
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
+    "dart": "vlmprune.methods.dart:DART",
+    "fitprune": "vlmprune.methods.fitprune:FitPrune",
+    "adaptinfer": "vlmprune.methods.adaptinfer:AdaptInfer",
+    "vscan": "vlmprune.methods.vscan:VScan",
+    "dyvte": "vlmprune.methods.dyvte:DyVTE",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }

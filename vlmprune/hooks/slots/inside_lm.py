@@ -45,6 +45,7 @@ class InsideLM:
                 f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
             )
         self.language_model = attachment.adapter.language_model
+        self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
         keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
         points = self._points(keep if isinstance(keep, int) else 576)
@@ -60,7 +61,18 @@ class InsideLM:
         self._refuse_checkpointing()
 
     def _points(self, count: int) -> tuple[CutPoint, ...]:
-        return self.method.cuts(self.attachment.depth, self.budget, count)
+        if count not in self._known:
+            self._known[count] = self.method.cuts(self.attachment.depth, self.budget, count)
+        return self._known[count]
+
+    def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
+        """Pictures that lose tokens at the input of a layer, and how many tokens of each go on."""
+        found = []
+        for span in state.inside.spans:
+            keep = next(point.keep for point in self._points(span.picture.count) if point.layer == index)
+            if keep < span.ids.shape[0]:
+                found.append((span, keep))
+        return found
 
     def _refuse_checkpointing(self) -> None:
         # read off the modules: transformers renamed the property that says it
@@ -161,7 +173,7 @@ class InsideLM:
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if state.inside is not None and index in self.sources:
-            if self.sources[index] == index:
+            if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
             hidden = self._cut(state, index, hidden)
         if state.views.at(index).start == 0:
@@ -208,8 +220,10 @@ class InsideLM:
         state = self.attachment.state()
         if state is None or state.inside is None:
             return
-        rows, real = self._queries(state, index)
         ranks_next = self.sources.get(index + 1) == index
+        if ranks_next and not self._leaving(state, index + 1):
+            return
+        rows, real = self._queries(state, index)
         if not ranks_next:
             rows, real = rows[:, -1:], None if real is None else real[:, -1:]
         attention = attention_of(attended, rows, self.wanted)
@@ -254,6 +268,12 @@ class InsideLM:
         """Cut the sequence (B, n, D) that enters layer ``index``."""
         started, inside = time.perf_counter(), state.inside
         ranked, inside.ranked = inside.ranked, None
+        groups: dict[tuple, list[Span]] = defaultdict(list)
+        for span, keep in self._leaving(state, index):
+            groups[(span.ids.shape[0], keep, span.grids)].append(span)
+        inside.done.add(index)
+        if not groups:
+            return hidden
         if self.sources[index] is None:
             ranked = Ranked(*self._queries(state, index))
         if ranked is None:
@@ -262,15 +282,7 @@ class InsideLM:
                 "was not seen; was a part of the model compiled, or its forward replaced, after attaching? "
                 "Detach, and attach again"
             )
-        inside.done.add(index)
         batch, length = hidden.shape[:2]
-        groups: dict[tuple, list[Span]] = defaultdict(list)
-        for span in inside.spans:
-            point = next(point for point in self._points(span.picture.count) if point.layer == index)
-            if point.keep < span.ids.shape[0]:
-                groups[(span.ids.shape[0], point.keep, span.grids)].append(span)
-        if not groups:
-            return hidden
         dropped, gone, kept = [0] * batch, [], []
         for (count, k, _), spans in groups.items():
             for span in spans:
