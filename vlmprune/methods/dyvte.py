@@ -8,10 +8,11 @@ Behind layer i a small gate reads the states h of the text behind the picture, T
 
     f = [mean of h_1 .. h_(T-1); h_T],    z = W2 gelu(W1 f),
 
-and the tokens leave for layers i + 1 and later as soon as z_1 > z_0. No trained gates are published. Here the
-exit layer is fixed, the authors' training-free form; ``gate_features`` and ``gate_logits`` are the gate alone.
+and the tokens are gone from layers i + 1 and later as soon as z_1 > z_0. No trained gates are published. Here
+the exit layer is fixed; ``gate_features`` and ``gate_logits`` are the gate alone.
 
-Deviations: a fixed exit is the same for all samples of a batch; the true span, of every picture.
+Deviations: a fixed exit in place of the gate, the same for all samples of a batch; the true span, of every
+picture.
 Provenance: written from a description of paper and official code (commit b4a3396, no licence file); no code
 copied.
 """
