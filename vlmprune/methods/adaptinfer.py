@@ -138,25 +138,35 @@ def counted_mean(layers: tuple[int, ...], budgets: tuple[int, ...], depth: int, 
 
 
 def stage_budgets(keep: int, layers: tuple[int, ...], depth: int, count: int) -> tuple[int, ...]:
-    """The most tokens that may leave the layers for a counted mean of at most ``keep``: behind each a quarter
-    of those before, a fifth where keep is below 100.
+    """The most tokens that may leave the layers for a counted mean of at most ``keep``.
+
+    Behind each layer a quarter of those before goes on, a fifth where keep is below 100; more only where all
+    but one token leave the first layer and the mean is still not met.
     """
-    ratio = 0.25 if keep >= 100 else 0.2
 
-    def falling(first: int) -> tuple[int, ...]:
-        budgets = [first]
-        for _ in layers[1:]:
-            budgets.append(int(ratio * budgets[-1]))
-        return tuple(budgets)
+    def mean(first: int, ratio: float) -> float:
+        return counted_mean(layers, falling(first, ratio, len(layers)), depth, count)
 
-    first = bisect_right(range(count), keep, key=lambda b: counted_mean(layers, falling(b), depth, count)) - 1
+    ratio, most = 0.25 if keep >= 100 else 0.2, count - 1
+    if mean(most, ratio) < keep:
+        ratio = (bisect_right(range(1001), keep, key=lambda share: mean(most, share / 1000)) - 1) / 1000
+        return falling(most, ratio, len(layers))
+    first = bisect_right(range(count), keep, key=lambda b: mean(b, ratio)) - 1
     if first < 0:
         raise SpecError(
             f"keep asks adaptinfer for {keep} of {count} tokens on average, but the layers before "
             f"{layers[0]} of {depth} read all of them, which is {count * layers[0] / depth:g} already; rank "
             "earlier, or keep more"
         )
-    return falling(first)
+    return falling(first, ratio, len(layers))
+
+
+def falling(first: int, ratio: float, stages: int) -> tuple[int, ...]:
+    """Budgets of which each is a share of the one before, rounded down."""
+    budgets = [first]
+    for _ in range(stages - 1):
+        budgets.append(int(ratio * budgets[-1]))
+    return tuple(budgets)
 
 
 def scaled_layers(depth: int) -> tuple[int, ...]:

@@ -134,7 +134,7 @@ class SecondStage(Method):
     def __post_init__(self) -> None:
         if type(self.layer) is not int or self.layer < 1:
             raise SpecError(
-                f"second={(self.layer, self.keep)}; expected a decoder layer from 1 on, and what to keep there"
+                f"second={(self.layer, self.keep)}; expected a decoder layer from 1 on, and what it keeps"
             )
         Budget(self.keep)
 

@@ -102,7 +102,8 @@ def received_by_pictures(call: AttentionCall, spans: Sequence[Span], slots: int)
     total = torch.zeros(batch, slots, device=picture.device)
     for rows in visual_last[:, count - max(queries, default=0) :].split(_ROWS_AT_ONCE, dim=1):
         strongest = over_slots(call.attention(rows).amax(dim=1), slots)  # (B, r, S)
-        own = picture.gather(1, rows)[..., None] == of_slot[:, None]
+        asking = picture.gather(1, rows)[..., None]  # 0 fills up rows with fewer tokens
+        own = (asking == of_slot[:, None]) & (asking > 0)
         total += strongest.masked_fill(~own, 0.0).sum(dim=1)
     return total
 
