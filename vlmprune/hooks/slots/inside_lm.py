@@ -132,7 +132,9 @@ class InsideLM:
         lengths = state.columns.lengths
         if lengths is not None and compaction is not None:
             lengths = compaction.count.tolist()
-        state.inside = InsideRecord(spans, self._raters(state, spans), lengths)
+        raters = self._raters(state, spans)
+        queries = 1 if raters is None else max(1, int(raters.sum(dim=1).max()))
+        state.inside = InsideRecord(spans, raters, lengths, queries)
 
     def _check(self, count: int) -> None:
         """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
@@ -254,8 +256,8 @@ class InsideLM:
         if state.inside.raters is None:
             return last, None
         raters = state.inside.raters
-        width = max(1, int(raters.sum(dim=1).max()))
-        order = raters.to(torch.int8).argsort(dim=1, stable=True)[:, raters.shape[1] - width :]
+        order = raters.to(torch.int8).argsort(dim=1, stable=True)
+        order = order[:, raters.shape[1] - state.inside.queries :]
         real = raters.gather(1, order)
         none = ~real[:, -1:]  # rows without a rater
         order = torch.where(none, last, torch.where(real, order, order[:, -1:]))

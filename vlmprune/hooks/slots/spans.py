@@ -49,6 +49,7 @@ class InsideRecord:
     Args:
         spans: of every picture in every row.
         raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
+        queries: the most raters of any row, at least 1; cuts take none of them.
         ranked: what was read for the next cut.
         lengths: tokens of every row, None where the device was not asked.
         done: layers whose cut was made, or found unnecessary.
@@ -57,5 +58,6 @@ class InsideRecord:
     spans: list[Span]
     raters: Tensor | None
     lengths: list[int] | None
+    queries: int = 1
     ranked: Ranked | None = None
     done: set[int] = field(default_factory=set)
