@@ -42,6 +42,11 @@ _BUILTIN = {
     "flashvlm": "vlmprune.methods.flashvlm:FlashVLM",
     "gprune": "vlmprune.methods.gprune:GPrune",
     "textmonkey": "vlmprune.methods.textmonkey:TextMonkey",
+    "dart": "vlmprune.methods.dart:DART",
+    "fitprune": "vlmprune.methods.fitprune:FitPrune",
+    "adaptinfer": "vlmprune.methods.adaptinfer:AdaptInfer",
+    "vscan": "vlmprune.methods.vscan:VScan",
+    "dyvte": "vlmprune.methods.dyvte:DyVTE",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
 }

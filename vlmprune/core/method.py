@@ -59,6 +59,12 @@ What = Literal[
     "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
     "text_embeds",  # (B, R, D) embeddings of the text, as the language model would get them
     "text_attention",  # (B, H, R, N) attention of text to the patches, inside the language model
+    "text_to_text",  # (B, H, R, R) of the same layer: attention of that text to itself
+    "lm_received",  # (B, N) of the same layer: what tokens of a picture get from it, by its strongest head
+    "lm_keys",  # (B, N, Hk, d) keys of the layer that ranks, as its attention gets them
+    "lm_states",  # (B, N, D) what enters the layer that is cut, through the final norm of the language model
+    "text_keys",  # (B, R, Hk, d) and
+    "text_states",  # (B, R, D): the same of the text
     "present",  # (B, N, 1) 1 for patches that went through the whole tower, 0 for those left out on the way
 ]
 NEEDS: tuple[What, ...] = get_args(What)
@@ -117,13 +123,14 @@ class CutPoint:
 
     Args:
         layer: the cut is made at the input of this decoder layer (0-based).
-        keep: tokens of the unit that go on.
-        source: the layer whose attention rows rank the tokens: ``layer - 1`` or ``layer`` itself.
+        keep: tokens of the unit that go on; with 0 all leave, and the method is not asked.
+        source: the layer whose attention ranks the tokens: ``layer - 1`` or ``layer`` itself; None where no
+            attention is read.
     """
 
     layer: int
     keep: int
-    source: int
+    source: int | None
 
 
 @dataclass(frozen=True)
@@ -177,12 +184,22 @@ class Method:
 
     # --- inside the language model ----------------------------------------------------------------
 
+    def later(self, budget: Budget | None) -> tuple[tuple[Method, Budget | None], ...]:
+        """What this method does further on in the same forward: methods of later slots, with their budgets.
+
+        Asked once, when it is attached with ``budget``.
+        """
+        return ()
+
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
         """Where a language model of ``depth`` layers is cut for a unit of ``count`` tokens."""
         raise NotImplementedError
 
     def raters(self, text: Tensor, visual: Tensor) -> Tensor | None:
-        """(T,) bool, text (T, D) after the picture (N, D) that queries it; None: the last token."""
+        """(T,) bool, text (T, D) after the picture (N, D) that queries it.
+
+        None: the last token of the prompt, or all of them for a need of ``text="question"``.
+        """
         return None
 
     # --- attention and decode ---------------------------------------------------------------------
@@ -261,7 +278,7 @@ def needs(method: Method, what: What) -> bool:
 
 # what a wrapper copies from its inner method
 _AS_INNER = ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted")
-_VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least")
+_VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least", "later")
 
 
 def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
@@ -276,9 +293,9 @@ def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
 
 
 def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tuple[Method, Budget | None]]:
-    """One method with its budget per slot."""
+    """One method with its budget per slot; a method that goes on in a later slot is there too."""
     slots: dict[SlotName, tuple[Method, Budget | None]] = {}
-    for method, budget in plans:
+    for method, budget in [one for plan in plans for one in (plan, *plan[0].later(plan[1]))]:
         if method.slot in slots:
             raise UnsupportedError(
                 f"{slots[method.slot][0].name} and {method.name} both act in the slot {method.slot!r}; "

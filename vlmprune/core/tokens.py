@@ -31,6 +31,12 @@ _TensorField = Literal[
     "cls_features",
     "text_embeds",
     "text_attention",
+    "text_to_text",
+    "lm_received",
+    "lm_keys",
+    "lm_states",
+    "text_keys",
+    "text_states",
 ]
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
@@ -44,6 +50,9 @@ _RANKS = {
     "cls_features": (3,),
     "text_embeds": (3,),
     "text_attention": (4,),
+    "lm_received": (2,),
+    "lm_keys": (4,),
+    "lm_states": (3,),
 }
 _ONE_A_PATCH = ("received_attention", "wide_attention")
 _APART = ("cls_features", "text_embeds")  # hold no row per token
@@ -70,6 +79,12 @@ class VisualTokens:
         text_embeds: (B, R, D) embeddings of the text that a unit is asked about, R = 0 without text.
         text_attention: (B, H, R, N) softmaxed attention of R text queries to the tokens, normalised over the
             whole sequence.
+        text_to_text: (B, H, R, R) attention of these queries to each other, of the same layer.
+        lm_received: (B, N) what the tokens of the same picture give each token in that layer, summed over
+            them; between two tokens the largest attention of any head counts.
+        lm_keys, text_keys: (B, N, Hk, d) and (B, R, Hk, d) keys of that layer, rotated where the model does.
+        lm_states, text_states: (B, N, D) and (B, R, D) hidden states where the language model is cut, through
+            its final norm; ``features`` has them without.
         query_mask: (B, R) bool, queries or words that are real; shorter units repeat their last query, and
             have anything for the words they lack.
         query_positions, positions: (B, R) and (B, N) position ids.
@@ -98,6 +113,12 @@ class VisualTokens:
     ordinal: Tensor | None = None
     text_embeds: Tensor | None = None
     text_attention: Tensor | None = None
+    text_to_text: Tensor | None = None
+    lm_received: Tensor | None = None
+    lm_keys: Tensor | None = None
+    lm_states: Tensor | None = None
+    text_keys: Tensor | None = None
+    text_states: Tensor | None = None
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None

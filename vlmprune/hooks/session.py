@@ -27,7 +27,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..core.budget import Budget
 from ..core.deferred import DeferredChecks
-from ..core.method import Method, Need, Positions, SlotName, needs, needs_of
+from ..core.method import Method, Need, Positions, SlotName, by_slot, needs, needs_of
 from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
@@ -96,7 +96,7 @@ class Session:
                 "its default"
             )
         shards = getattr(adapter.model, "_tp_size", None) or 1
-        if shards > 1 and any(method.slot != "before_lm" for method, _ in plans):
+        if shards > 1 and set(by_slot(plans)) != {"before_lm"}:
             raise UnsupportedError(
                 f"{self.spec!r} reads attention heads of the language model, which tensor parallel spreads "
                 f"over {shards} processes: each would keep other tokens; prune before the language model, "

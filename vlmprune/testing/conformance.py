@@ -31,8 +31,13 @@ from .processors import GRID
 from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model
 
 RAGGED = (1, 2, 0, 1)  # images per row of the standard batch
-# published options that need a real backbone, in a form that does something on a tiny random one
-TINY_OPTIONS = {"var": "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"}
+# published options that need a real backbone, in a form that does something on a tiny random one, and options
+# that have to be given
+TINY_OPTIONS = {
+    "var": "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)",
+    "vscan": "vscan(shallow=1)",
+    "dyvte": "dyvte(exit=1)",
+}
 # checks that speak of cuts and kept tokens
 OF_CUTS = (
     "keep_all_is_dense",

@@ -12,17 +12,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from ..core.method import CutPoint, Merged, Method
+from ..core.method import CutPoint, Merged, Method, needs, needs_of
 from ..core.select import choose
 from ..core.tokens import VisualTokens
-from ..hooks.sequence.cache import cache_in
+from ..hooks.sequence.cache import cache_in, cache_name
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
+
+
+class Said(NamedTuple):
+    """What a layer says: attention maps (1, H, n, n), and keys (1, n, Hk, d) for a method that reads them."""
+
+    maps: Tensor
+    keys: Tensor | None
 
 
 @dataclass
@@ -69,7 +78,7 @@ class Twin:
             whole.blocks,
         )  # positions (L,) or (3, L)
         columns = list(range(hidden.shape[1]))
-        spans, maps = [list(picture) for picture in self.pictures], torch.empty(0)
+        spans, said = [list(picture) for picture in self.pictures], Said(torch.empty(0), None)
         cuts = {
             stage.layer: (number, stage)
             for number, stage in enumerate(self.points(len(spans[0]) if spans else 1))
@@ -78,8 +87,8 @@ class Twin:
             if index in cuts and spans:
                 number, stage = cuts[index]
                 if choosing:
-                    maps = self._attend(index, hidden, numbers, blocks)[1] if stage.source == index else maps
-                    spans = self._cut(index, number, spans, columns, numbers, hidden, maps)
+                    said = self._attend(index, hidden, numbers, blocks)[1] if stage.source == index else said
+                    spans = self._cut(index, number, spans, columns, numbers, hidden, said)
                 if index in self.merged:
                     at, rows = self.merged[index]
                     hidden = hidden.index_copy(1, torch.tensor([columns.index(c) for c in at]), rows[None])
@@ -87,7 +96,7 @@ class Twin:
                 hidden, columns = hidden[:, where], [columns[i] for i in where]
                 numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[..., where]
                 blocks = None if blocks is None else blocks[where]
-            hidden, maps = self._attend(index, hidden, numbers, blocks)
+            hidden, said = self._attend(index, hidden, numbers, blocks)
             if index < len(whole.stacked):
                 hidden = hidden + whole.stacked[index][columns]
         return self.model.lm_head(self.language_model.norm(hidden))[0]
@@ -97,6 +106,8 @@ class Twin:
         if not self.text:
             return [self.embeds.shape[1] - 1]
         visual = torch.cat([self.embeds[0, picture] for picture in self.pictures])
+        if any(need.text == "question" for need in needs_of(self.method)):
+            return self.text
         chosen = self.method.raters(self.embeds[0, self.text], visual)
         return (
             self.text[-1:]
@@ -112,7 +123,7 @@ class Twin:
         columns: list[int],
         numbers: Tensor,
         hidden: Tensor,
-        maps: Tensor,
+        said: Said,
     ) -> list[list[int]]:
         """Choose at one layer: the columns that stay of every picture; remembers what is kept and merged."""
         queries = [columns.index(c) for c in self._raters()]
@@ -123,10 +134,13 @@ class Twin:
             if keep >= len(span):
                 left.append(span)
                 continue
+            if keep == 0:
+                left.append([])
+                continue
             at = [columns.index(c) for c in span]
             tokens = VisualTokens(
                 features=hidden[:, at],
-                text_attention=maps[:, :, queries][..., at],  # (1, H, R, N)
+                **self._read(said, hidden, at, queries),
                 query_mask=torch.ones(1, len(queries), dtype=torch.bool),
                 query_positions=numbers[None, queries] if numbers.ndim == 1 else None,
                 positions=numbers[None, at] if numbers.ndim == 1 else None,
@@ -148,18 +162,40 @@ class Twin:
             self.merged[index] = (places, torch.cat(rows))
         return left
 
+    def _read(
+        self, said: Said, hidden: Tensor, at: list[int], queries: list[int]
+    ) -> dict[str, Tensor | None]:
+        """Fields of VisualTokens: of a picture at columns ``at``, and of the columns that query it."""
+        states = self.language_model.norm(hidden)
+        return {
+            "text_attention": said.maps[:, :, queries][..., at],  # (1, H, R, N)
+            "text_to_text": said.maps[:, :, queries][..., queries],
+            "lm_received": said.maps.amax(dim=1)[:, at][..., at].sum(dim=1),
+            "lm_keys": None if said.keys is None else said.keys[:, at],
+            "text_keys": None if said.keys is None else said.keys[:, queries],
+            "lm_states": states[:, at],
+            "text_states": states[:, queries],
+        }
+
     def _attend(
         self, index: int, hidden: Tensor, numbers: Tensor, blocks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Output (1, n, D) and attention maps (1, H, n, n) of a layer."""
+    ) -> tuple[Tensor, Said]:
+        """Output (1, n, D) of a layer, and what it says."""
         layer = self.language_model.layers[index]
         mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
         angles = angles_by_hand(self.language_model, index, hidden, numbers[..., None, :])
+        cache, options = DynamicCache(), {}
+        if needs(self.method, "lm_keys"):
+            options[cache_name(signature(layer.self_attn.forward).parameters)] = cache
         maps = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask
+            hidden_states=layer.input_layernorm(hidden),
+            position_embeddings=angles,
+            attention_mask=mask,
+            **options,
         )[1]
+        said = Said(maps, cache.layers[index].keys.transpose(1, 2) if options else None)
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
-        return (out[0] if isinstance(out, tuple) else out), maps
+        return (out[0] if isinstance(out, tuple) else out), said
 
     def greedy(self, new_tokens: int, given: Sequence[int] = ()) -> list[int]:
         """Greedy answer, everything recomputed for every token.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot inside the language model: cuts at the input of chosen decoder layers, ranked by their attention
-rows.
+"""The slot inside the language model: cuts at the input of chosen decoder layers, ranked by what a layer
+attends to.
 
 A cut at layer L drops tokens from the sequence that enters L; all later layers get a view of their own (mask,
-positions, cache slots). Tokens are ranked by rows of layer L - 1, which has run, or of L itself, which is
-started on the uncut sequence as far as its attention.
+positions, cache slots). Tokens are ranked by what is read of layer L - 1, which has run, or of L itself,
+which is started on the uncut sequence as far as its attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...core.method import CutPoint, Merged, Method
 from ...core.select import choose
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, UnsupportedError
-from ..attention_call import AttentionCall, over_slots
+from ..attention_call import AttentionCall
 from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
@@ -31,7 +31,8 @@ from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import joined
-from .spans import InsideRecord, Ranked, Span
+from .ranking import Ranked, asked_for, asks_the_question, attention_of, fields_of, read, states_of
+from .spans import InsideRecord, Span
 
 
 class InsideLM:
@@ -46,20 +47,34 @@ class InsideLM:
                 f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
             )
         self.language_model = attachment.adapter.language_model
+        self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
         keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
         points = self._points(keep if isinstance(keep, int) else 576)
         self.sources = {point.layer: point.source for point in points}
         self.layers = list(self.sources)
+        self.wanted = asked_for(method)
         self.by_choice = (
             getattr(method.raters, "__func__", None) is not Method.raters
         )  # the method chooses its queries
+        self.by_question = asks_the_question(method)
         first = min(self.layers, default=attachment.depth)
         check_kinds(self.language_model.config, range(first, attachment.depth), method.name)
         self._refuse_checkpointing()
 
     def _points(self, count: int) -> tuple[CutPoint, ...]:
-        return self.method.cuts(self.attachment.depth, self.budget, count)
+        if count not in self._known:
+            self._known[count] = self.method.cuts(self.attachment.depth, self.budget, count)
+        return self._known[count]
+
+    def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
+        """Pictures that lose tokens at the input of a layer, and how many tokens of each go on."""
+        found = []
+        for span in state.inside.spans:
+            keep = next(point.keep for point in self._points(span.picture.count) if point.layer == index)
+            if keep < span.ids.shape[0]:
+                found.append((span, keep))
+        return found
 
     def _refuse_checkpointing(self) -> None:
         # read off the modules: transformers renamed the property that says it
@@ -81,7 +96,7 @@ class InsideLM:
             for index, layer in enumerate(layers)
         ]
         try:
-            for index in sorted(set(self.sources.values())):
+            for index in sorted({source for source in self.sources.values() if source is not None}):
                 found.append(tap(layers[index], index, self.method.name, partial(self._attended, index)))
         except BaseException:
             for handle in found:
@@ -119,7 +134,9 @@ class InsideLM:
         lengths = state.columns.lengths
         if lengths is not None and compaction is not None:
             lengths = compaction.count.tolist()
-        state.inside = InsideRecord(spans, self._raters(state, spans), lengths)
+        raters = self._raters(state, spans)
+        queries = 1 if raters is None else max(1, int(raters.sum(dim=1).max()))
+        state.inside = InsideRecord(spans, raters, lengths, queries)
 
     def _check(self, count: int) -> None:
         """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
@@ -132,11 +149,13 @@ class InsideLM:
 
     def _raters(self, state: ForwardState, spans: Sequence[Span]) -> Tensor | None:
         """(B, n) bool, columns that the method ranks by; None: the last token of the prompt."""
-        if not self.by_choice:
+        if not (self.by_choice or self.by_question):
             return None
         embeds, valid = state.embeds, state.views.at(0).new
-        text = state.views.follow(state.columns.after_pictures(), 0) & valid
+        text = state.views.follow(state.text_after_pictures(), 0) & valid
         text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
+        if not self.by_choice:
+            return text
         raters = torch.zeros_like(text)
         for row in range(text.shape[0]):
             own = [span for span in spans if span.row == row]
@@ -158,7 +177,7 @@ class InsideLM:
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         if state.inside is not None and index in self.sources:
-            if self.sources[index] == index:
+            if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
             hidden = self._cut(state, index, hidden)
         if state.views.at(index).start == 0:
@@ -190,13 +209,14 @@ class InsideLM:
     def _probe(
         self, state: ForwardState, index: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Ranked:
-        """Attention rows of a layer before it runs: what they rank is cut at its input."""
+        """What a layer says before it runs: what that ranks is cut at its input."""
         view = state.views.at(index)
         kwargs = self._as_viewed(state, index, hidden, kwargs)
         keyword = cache_name(kwargs) if cache_in(kwargs) is not None else None
         attended = probe(module, hidden, kwargs, keyword, view.held.shape[1])
-        rows, real = self._queries(state, index)
-        return Ranked(rows, real, over_slots(attended.attention(rows), view.width))
+        queries = self._queries(state, index)
+        attention = attention_of(attended, queries[0], self.wanted)
+        return self._read(state, index, attended, queries, attention)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -205,15 +225,29 @@ class InsideLM:
         state = self.attachment.state()
         if state is None or state.inside is None:
             return
-        rows, real = self._queries(state, index)
         ranks_next = self.sources.get(index + 1) == index
+        if ranks_next and not self._leaving(state, index + 1):
+            return
+        rows, real = self._queries(state, index)
         if not ranks_next:
             rows, real = rows[:, -1:], None if real is None else real[:, -1:]
-        attention = attended.attention(rows)
-        last_real = None if real is None else real[:, -1:]
-        attended.check(rows[:, -1:], last_real, attention[:, :, -1:], output, state.checks)
+        attention = attention_of(attended, rows, self.wanted)
+        if attention is not None:
+            last_real = None if real is None else real[:, -1:]
+            attended.check(rows[:, -1:], last_real, attention[:, :, -1:], output, state.checks)
         if ranks_next:
-            state.inside.ranked = Ranked(rows, real, over_slots(attention, state.views.at(index).width))
+            state.inside.ranked = self._read(state, index, attended, (rows, real), attention)
+
+    def _read(
+        self,
+        state: ForwardState,
+        index: int,
+        attended: AttentionCall,
+        queries: tuple[Tensor, Tensor | None],
+        attention: Tensor | None,
+    ) -> Ranked:
+        slots = state.views.at(index).width
+        return read(attended, queries, attention, self.wanted, state.inside.spans, slots)
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
@@ -225,8 +259,8 @@ class InsideLM:
         if state.inside.raters is None:
             return last, None
         raters = state.inside.raters
-        width = max(1, int(raters.sum(dim=1).max()))
-        order = raters.to(torch.int8).argsort(dim=1, stable=True)[:, raters.shape[1] - width :]
+        order = raters.to(torch.int8).argsort(dim=1, stable=True)
+        order = order[:, raters.shape[1] - state.inside.queries :]
         real = raters.gather(1, order)
         none = ~real[:, -1:]  # rows without a rater
         order = torch.where(none, last, torch.where(real, order, order[:, -1:]))
@@ -239,28 +273,32 @@ class InsideLM:
         """Cut the sequence (B, n, D) that enters layer ``index``."""
         started, inside = time.perf_counter(), state.inside
         ranked, inside.ranked = inside.ranked, None
+        groups: dict[tuple, list[Span]] = defaultdict(list)
+        for span, keep in self._leaving(state, index):
+            groups[(span.ids.shape[0], keep, span.grids)].append(span)
+        inside.done.add(index)
+        if not groups:
+            return hidden
+        if self.sources[index] is None:
+            ranked = Ranked(*self._queries(state, index))
         if ranked is None:
             raise InvariantError(
                 f"{self.method.name} cuts at layer {index}, but the attention of layer {self.sources[index]} "
                 "was not seen; was a part of the model compiled, or its forward replaced, after attaching? "
                 "Detach, and attach again"
             )
-        inside.done.add(index)
         batch, length = hidden.shape[:2]
-        groups: dict[tuple, list[Span]] = defaultdict(list)
-        for span in inside.spans:
-            point = next(point for point in self._points(span.picture.count) if point.layer == index)
-            if point.keep < span.ids.shape[0]:
-                groups[(span.ids.shape[0], point.keep, span.grids)].append(span)
-        if not groups:
-            return hidden
         dropped, gone, kept = [0] * batch, [], []
         for (count, k, _), spans in groups.items():
             for span in spans:
                 gone.append(span.columns + span.row * length)
                 dropped[span.row] += count - k
-            tokens = self._tokens(state, index, spans, hidden, ranked)
-            hidden = self._apply(spans, choose(self.method, tokens, k, state.checks), hidden)
+            if k == 0:
+                result: Tensor | Merged = torch.empty(len(spans), 0, dtype=torch.long, device=hidden.device)
+            else:
+                tokens = self._tokens(state, index, spans, hidden, ranked)
+                result = choose(self.method, tokens, k, state.checks)
+            hidden = self._apply(spans, result, hidden)
             kept += [span.columns + span.row * length for span in spans]
         view = state.views.at(index)
         keep = view.new.clone() if inside.lengths is not None else torch.ones_like(view.new)
@@ -270,6 +308,11 @@ class InsideLM:
         else:
             inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
             width = max(inside.lengths)
+        if min(inside.lengths or [width]) < 1:
+            raise InvariantError(
+                f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
+                "holds nothing else: there is nothing left to read; ask something about the picture"
+            )
         compaction = Compaction(keep.view(batch, length), view.new, width)
         state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, self.attachment.policy(self.method))
@@ -283,15 +326,14 @@ class InsideLM:
     ) -> VisualTokens:
         at = torch.stack([span.columns for span in spans])  # (U, N)
         row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
-        attention, source = ranked.attention, self.sources[index]
-        held = attention.shape[-1] - hidden.shape[1]
-        columns = (at + held)[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1)
+        source = index if self.sources[index] is None else self.sources[index]
         positions = state.views.at(source).position_ids
         # M-RoPE knows no single position
         plain = positions.expand(hidden.shape[0], -1)[row] if positions.ndim == 2 else None
         return VisualTokens(
             features=hidden[row[:, None], at],
-            text_attention=attention[row].gather(3, columns),
+            **fields_of(ranked, self.wanted, row, at, hidden.shape[1]),
+            **states_of(self.language_model, self.wanted, hidden, ranked, row, at),
             query_mask=None if ranked.real is None else ranked.real[row],
             query_positions=None if plain is None else plain.gather(1, ranked.rows[row]),
             positions=None if plain is None else plain.gather(1, at),

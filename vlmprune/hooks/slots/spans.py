@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..vision.pictures import Grids, Picture
+
+if TYPE_CHECKING:
+    from .ranking import Ranked
 
 
 @dataclass(eq=False)
@@ -38,19 +42,6 @@ class Span:
         return self.picture.grids if self.ids.shape[0] == self.picture.count else ()
 
 
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """Attention rows that rank: of the query columns ``rows`` (B, R), over all slots of the layer, (B, H, R,
-    S).
-
-    ``real`` (B, R) tells queries from filling of shorter rows; None: all are queries.
-    """
-
-    rows: Tensor
-    real: Tensor | None
-    attention: Tensor
-
-
 @dataclass(eq=False)
 class InsideRecord:
     """What cuts inside the language model know in one forward.
@@ -58,7 +49,8 @@ class InsideRecord:
     Args:
         spans: of every picture in every row.
         raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
-        ranked: rows for the next cut.
+        queries: the most raters of any row, at least 1; cuts take none of them.
+        ranked: what was read for the next cut.
         lengths: tokens of every row, None where the device was not asked.
         done: layers whose cut was made, or found unnecessary.
     """
@@ -66,5 +58,6 @@ class InsideRecord:
     spans: list[Span]
     raters: Tensor | None
     lengths: list[int] | None
+    queries: int = 1
     ranked: Ranked | None = None
     done: set[int] = field(default_factory=set)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks the tokens of a cut inside the language model: read where one layer attends, and only what a
+method needs.
+
+Letters: B prompts, n columns of this call, S slots of the layer (earlier ones included), R queries, H heads,
+Hk key heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...core.method import Method, What, needs_of
+from ...errors import UnsupportedError
+from ..attention_call import AttentionCall, over_slots
+from .spans import Span
+
+_ATTENTION = ("text_attention", "text_to_text", "lm_received")
+_KEYS = ("lm_keys", "text_keys")
+_STATES = ("lm_states", "text_states")
+_ROWS_AT_ONCE = 16  # queries whose attention is held together
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What was read of one layer; None where the method does not need it.
+
+    Args:
+        rows: (B, R) query columns, real ones last.
+        real: (B, R) bool, queries and not filling of shorter rows; None: all are queries.
+        attention: (B, H, R, S) of the queries.
+        keys: (B, S, Hk, d), as the attention function got them.
+        received: (B, S), see ``received_by_pictures``.
+    """
+
+    rows: Tensor
+    real: Tensor | None
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+    received: Tensor | None = None
+
+
+def asked_for(method: Method) -> frozenset[What]:
+    """What a method needs, by name; one that declares nothing ranks by attention."""
+    return frozenset(need.what for need in needs_of(method)) or frozenset({"text_attention"})
+
+
+def asks_the_question(method: Method) -> bool:
+    """Whether all text after the last picture queries the tokens."""
+    return any(need.text == "question" for need in needs_of(method))
+
+
+def attention_of(call: AttentionCall, rows: Tensor, wanted: Collection[What]) -> Tensor | None:
+    """(B, H, R, S) of the queries, where a method reads any attention."""
+    return call.attention(rows) if any(what in wanted for what in _ATTENTION) else None
+
+
+def read(
+    call: AttentionCall,
+    queries: tuple[Tensor, Tensor | None],
+    attention: Tensor | None,
+    wanted: Collection[What],
+    spans: Sequence[Span],
+    slots: int,
+) -> Ranked:
+    """What a layer of ``slots`` slots says.
+
+    Args:
+        queries: their columns (B, R), and which of them are real.
+        attention: (B, H, R, S) of them.
+    """
+    rows, real = queries
+    keys = received = None
+    if attention is not None:
+        attention = over_slots(attention, slots)
+    if any(what in wanted for what in _KEYS):
+        keys = over_slots(call.keys.transpose(2, 3), slots).permute(0, 3, 1, 2)
+    if "lm_received" in wanted:
+        received = received_by_pictures(call, spans, slots)
+    return Ranked(rows, real, attention, keys, received)
+
+
+def received_by_pictures(call: AttentionCall, spans: Sequence[Span], slots: int) -> Tensor:
+    """(B, S) what every token of a picture gets from the tokens of that picture: the sum over these queries
+    of the largest attention of any head.
+
+    Some rows at a time: no n x S map is held.
+    """
+    call = call if call.keys.dtype == torch.float32 else replace(call, keys=call.keys.float())
+    batch, count = call.queries.shape[0], call.queries.shape[2]
+    picture = torch.zeros(batch, count, dtype=torch.long, device=call.queries.device)  # 0: of no picture
+    queries = [0] * batch
+    for number, span in enumerate(spans, start=1):
+        picture[span.row, span.columns] = number
+        queries[span.row] += span.columns.shape[0]
+    of_slot = nn.functional.pad(picture, (slots - count, 0))  # (B, S)
+    visual_last = (picture > 0).to(torch.int8).argsort(dim=1, stable=True)
+    total = torch.zeros(batch, slots, device=picture.device)
+    for rows in visual_last[:, count - max(queries, default=0) :].split(_ROWS_AT_ONCE, dim=1):
+        strongest = over_slots(call.attention(rows).amax(dim=1), slots)  # (B, r, S)
+        asking = picture.gather(1, rows)[..., None]  # 0 fills up rows with fewer tokens
+        own = (asking == of_slot[:, None]) & (asking > 0)
+        total += strongest.masked_fill(~own, 0.0).sum(dim=1)
+    return total
+
+
+def fields_of(
+    ranked: Ranked, wanted: Collection[What], row: Tensor, at: Tensor, length: int
+) -> dict[str, Tensor]:
+    """Fields of VisualTokens for units that stand in rows ``row`` (U,) at columns ``at`` (U, N).
+
+    Args:
+        length: n, columns of this call; the slots before them are earlier ones.
+    """
+    found: dict[str, Tensor] = {}
+    if ranked.attention is not None:
+        held = ranked.attention.shape[-1] - length
+        attention = ranked.attention[row]  # (U, H, R, S)
+        wide = (-1, attention.shape[1], attention.shape[2], -1)
+        found["text_attention"] = attention.gather(3, (at + held)[:, None, None].expand(wide))
+        if "text_to_text" in wanted:
+            rows = (ranked.rows + held)[row]
+            found["text_to_text"] = attention.gather(3, rows[:, None, None].expand(wide))
+    if ranked.keys is not None:
+        held = ranked.keys.shape[1] - length
+        found["lm_keys"] = ranked.keys[row[:, None], at + held]
+        found["text_keys"] = ranked.keys[row[:, None], ranked.rows[row] + held]
+    if ranked.received is not None:
+        found["lm_received"] = ranked.received[row[:, None], at + ranked.received.shape[1] - length]
+    return found
+
+
+def states_of(
+    language_model: nn.Module,
+    wanted: Collection[What],
+    hidden: Tensor,
+    ranked: Ranked,
+    row: Tensor,
+    at: Tensor,
+) -> dict[str, Tensor]:
+    """Normalised hidden states (B, n, D) of the same units, and of the text that queries them."""
+    if not any(what in wanted for what in _STATES):
+        return {}
+    norm = getattr(language_model, "norm", None)
+    if norm is None:
+        raise UnsupportedError(
+            f"{type(language_model).__name__} has no final norm by the name 'norm', which this method reads "
+            "hidden states through; use a method that ranks by attention, e.g. 'fastv@64'"
+        )
+    places = torch.cat([at, ranked.rows[row]], dim=1)
+    states = norm(hidden[row[:, None], places])
+    return {"lm_states": states[:, : at.shape[1]], "text_states": states[:, at.shape[1] :]}

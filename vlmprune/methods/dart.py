@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DART: keep the tokens that resemble a few pivots least, inside the language model.
+
+Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
+arXiv:2502.11494 (EMNLP 2025).
+
+With n_i the norm of the key of token i over all key heads at layer K - 1, the pivots are the p_v visual
+tokens and the p_t tokens of the text behind the picture with the largest n. With h the states that enter
+layer K, through the final norm, pivot p keeps the m_p visual tokens of the smallest cos(h_p, h_i) that no
+pivot before it kept; visual pivots stay, too.
+
+Deviations: exactly ``keep`` tokens stay, m_p is (keep - p_v) / (p_v + p_t) with the remainder given to the
+first pivots; pivots come by descending norm, visual ones first, where the official order is that of a Python
+set of positions; norms and cosines in float32; ties go to the lower index; each picture and sample by itself;
+fewer than p_t tokens of text are all pivots, where the official code fails. ``variant="official"`` has the
+official order and count.
+Provenance: written from a description of paper and official code (commit 38d7b9c, Apache-2.0); no code
+copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import one_of
+from ..core.method import CutPoint, Method, Need
+from ..core.select import best_first, highest, top_k
+from ..core.tokens import VisualTokens
+from ..errors import SpecError
+from ..registry import register
+
+
+@register("dart")
+@dataclass(frozen=True)
+class DART(Method):
+    """Layers 0 .. layer-1 read every token, all later ones those that are least like the pivots.
+
+    Args:
+        layer: first layer that reads the shortened sequence; keys of layer - 1 find the pivots (K = 2).
+        visual_pivots: how many pivots are visual tokens.
+        text_pivots: how many are tokens of the text behind the picture.
+        norm: "l1" of the keys, which depends on the position after rotary embedding, or "l2", which does not.
+        variant: "exact", or "official": the pivots in the order of a Python set of their positions, and
+            p_v + (p_v + p_t) * floor(keep / (p_v + p_t)) tokens, so that 128 keeps 132.
+    """
+
+    layer: int = 2
+    visual_pivots: int = 4
+    text_pivots: int = 4
+    norm: str = "l1"
+    variant: str = "exact"
+
+    slot: ClassVar[str] = "inside_lm"
+    query_aware: ClassVar[bool] = True
+    nested: ClassVar[bool] = False
+    positions: ClassVar[str] = "original"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need("lm_keys"),
+        Need("lm_states"),
+        Need("text_keys", text="question"),
+        Need("text_states", text="question"),
+    )
+    paper: ClassVar[str] = "arXiv:2502.11494"
+    licence: ClassVar[str] = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        one_of("norm", self.norm, ("l1", "l2"))
+        one_of("variant", self.variant, ("exact", "official"))
+        for name, least in (("layer", 1), ("visual_pivots", 1), ("text_pivots", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise SpecError(f"{name}={value!r} of dart; expected a whole number from {least} on")
+
+    def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
+        if budget is None:
+            raise SpecError("dart needs a budget: dart@128 (tokens that go on) or dart@0.25 (fraction)")
+        if self.layer >= depth:
+            raise SpecError(
+                f"layer={self.layer} but the language model has layers 0..{depth - 1}; choose a smaller one"
+            )
+        keep = budget.count(count)
+        if self.variant == "official" and keep < count:
+            keep = official_keep(count, keep, self.visual_pivots, self.text_pivots)
+        return (CutPoint(self.layer, keep, source=self.layer - 1),)
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        n = self.norms(tokens.need("lm_keys"))  # (B, N)
+        n_text = self.norms(tokens.need("text_keys"))  # (B, R)
+        if tokens.query_mask is not None:
+            n_text = n_text.masked_fill(~tokens.query_mask, -torch.inf)
+        if k <= self.visual_pivots:
+            return top_k(n, k)
+        P_v, P_t = best_first(n, self.visual_pivots), best_first(n_text, self.text_pivots)
+        states = torch.cat([tokens.need("lm_states"), tokens.need("text_states")], dim=1)
+        pivots = torch.cat([P_v, P_t + n.shape[1]], dim=1)  # (B, P) rows of the states
+        real = torch.cat([n, n_text], dim=1).gather(1, pivots).isfinite()
+        if self.variant == "official":
+            order = set_order(tokens, pivots, n.shape[1])
+            pivots, real = pivots.gather(1, order), real.gather(1, order)
+        kept = torch.zeros_like(n, dtype=torch.bool).scatter(1, P_v, True)
+        return least_similar(states, pivots, kept, quotas(real, k - self.visual_pivots), k)
+
+    def norms(self, keys: Tensor) -> Tensor:
+        """(B, N) norm of keys (B, N, Hk, d) over all heads."""
+        flat = keys.float().flatten(2)
+        return flat.abs().sum(dim=-1) if self.norm == "l1" else flat.square().sum(dim=-1)
+
+
+def quotas(real: Tensor, picks: int) -> Tensor:
+    """(B, P) tokens that each of the real pivots (B, P) picks; the first ones pick what is left over."""
+    count = real.sum(dim=1, keepdim=True)
+    base, rest = picks // count, picks % count
+    first = real.cumsum(dim=1) <= rest
+    return torch.where(real, base + first, 0)
+
+
+def least_similar(states: Tensor, pivots: Tensor, kept: Tensor, m: Tensor, k: int) -> Tensor:
+    """(B, k) tokens: those ``kept`` (B, N), and for every pivot in turn the m (B, P) others least like it.
+
+    ``pivots`` (B, P) are rows of the states (B, N or more, D), whose first N are the tokens.
+    """
+    unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    at = pivots[..., None].expand(-1, -1, unit.shape[-1])
+    cos = unit.gather(1, at) @ unit[:, : kept.shape[1]].transpose(1, 2)  # (B, P, N)
+    for p in range(pivots.shape[1]):
+        kept = kept | highest(-cos[:, p], m[:, p], ~kept)
+    return top_k(kept.float(), k)
+
+
+def set_order(tokens: VisualTokens, pivots: Tensor, n: int) -> Tensor:
+    """(B, P) order in which a Python set holds the positions of the pivots, rows of tokens and text."""
+    places = torch.cat([tokens.need("positions"), tokens.need("query_positions")], dim=1)  # (B, N + R)
+    found = []
+    for row in places.gather(1, pivots).tolist():
+        # text that fills up a short row repeats a position; its pivots count for nothing and come last
+        seen = list(set(row))
+        first = [row.index(position) for position in seen]
+        found.append(first + [i for i in range(len(row)) if i not in first])
+    return torch.tensor(found, device=pivots.device)
+
+
+def official_keep(count: int, keep: int, visual_pivots: int = 4, text_pivots: int = 4) -> int:
+    """Tokens that the official code keeps of ``count`` when it is asked for ``keep``.
+
+    Example:
+        >>> official_keep(576, 128), official_keep(576, 60)
+        (132, 60)
+    """
+    pivots = visual_pivots + text_pivots
+    return visual_pivots + pivots * (max(0, min(keep, count - visual_pivots)) // pivots)
