@@ -90,6 +90,17 @@ def run(case):
     torch.testing.assert_close(single["keep_order"], exact["keep_order"])
 
 
+def select(case):
+    """The choice alone, from sensitivities that are given."""
+    case.checked.add("sensitivity")  # an input here
+    for dtype in (torch.float64, torch.float32):
+        s = scaled(case.tensor("sensitivity").to(dtype)[None])
+        order, _ = hybrid_greedy(s, case.tensor("projected").to(dtype)[None], case.hyper["k"])
+        case.check("sensitivity_norm", s[0])
+        case.check("keep_order", order[0])
+        case.check("keep_sorted", order[0].sort().values)
+
+
 KINDS = (
     "mlp",
     "linear",
@@ -101,4 +112,4 @@ KINDS = (
     "tiles",
     "tiles_lowrank",
 )
-RUNNERS = dict.fromkeys(KINDS, run)
+RUNNERS = {**dict.fromkeys(KINDS, run), "select": select}
