@@ -255,9 +255,24 @@ def select(
                 "tensors"
             )
         tensors, grid = tower_tensors(tower, pixels, built)
-    known = [
-        "grid" if name == "grids" else name for name in VisualTokens.__dataclass_fields__ if name != "size"
-    ]
+    tokens = _given_tokens(tensors, grid)
+    built.check_unit(tokens.count)
+    if budget is None and built.counts != "budget":
+        return _own_indices(built, tokens)
+    k = tokens.count if budget is None else budget.count(tokens.count)
+    if k >= tokens.count:
+        return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
+    with torch.no_grad():
+        result = choose(built, tokens, k)
+    if isinstance(result, Merged):
+        return torch.stack([row[row >= 0].sort().values for row in result.slots])
+    return result
+
+
+def _given_tokens(tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
+    """Tensors of a user as tokens, refused where nothing can be chosen by them."""
+    fields = [name for name in VisualTokens.__dataclass_fields__ if name != "size"]
+    known = ["grid" if name == "grids" else name for name in fields]
     for name in tensors:
         if name not in known:
             raise SpecError(f"select got {name!r}; expected {known}.{did_you_mean(name, known)}")
@@ -274,17 +289,7 @@ def select(
             raise InvariantError(
                 f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none"
             )
-    built.check_unit(tokens.count)
-    if budget is None and built.counts != "budget":
-        return _own_indices(built, tokens)
-    k = tokens.count if budget is None else budget.count(tokens.count)
-    if k >= tokens.count:
-        return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
-    with torch.no_grad():
-        result = choose(built, tokens, k)
-    if isinstance(result, Merged):
-        return torch.stack([row[row >= 0].sort().values for row in result.slots])
-    return result
+    return tokens
 
 
 def _own_indices(method: Method, tokens: VisualTokens) -> Tensor:

@@ -13,6 +13,7 @@ from ..errors import SpecError, VlmPruneError
 from .screen import Json, complain, plain, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
+    from ..speed.card import LeftOut
     from ..speed.row import SpeedRow
 
 PRUNE = ["random@0.125", "fastervlm@0.125", "divprune@0.125", "fastv(layer=2)@0.5"]
@@ -31,6 +32,8 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Scale = Annotated[
     int | None, typer.Option(min=1, help="Divide width and depth of a shape; default 1 on CUDA, 4 elsewhere.")
 ]
+COUNT_HELP = "Count what methods ask of a device instead, on tiny models; needs none."
+Count = Annotated[bool, typer.Option("--count", help=COUNT_HELP)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -52,10 +55,18 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="A run folder, whose report shows the card, or a .json file.")
     ] = None,
+    count: Annotated[
+        bool,
+        typer.Option(
+            "--count", help="Count what methods ask of a device instead, on tiny models; needs none."
+        ),
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time methods against the dense model and against tokens that cost nothing, on this machine."""
+    if count:
+        return _count(prune, model, out, as_json)
     specs = _specs(prune or PRUNE)
     if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
         raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
@@ -82,16 +93,48 @@ def bench(
             rows, left_out = rows + found, left_out + refused
     if out is not None:
         save(rows, out)
+    listed = {"rows": plain_values(rows), "left_out": plain_values(left_out)}
     if as_json:
-        listed = {"rows": plain_values(rows), "left_out": plain_values(left_out)}
         print_json({**listed, "unsupported": missing, "conditions": start})
     else:
         _show_card(rows, start, missing)
+    _complain_of(left_out)
+
+
+def _complain_of(left_out: list[LeftOut]) -> None:
     for entry in left_out:
         named = " ".join(filter(None, (entry.model, entry.spec)))
         complain(VlmPruneError(f"{named}: {entry.reason}"))
     if left_out:
         raise typer.Exit(2)
+
+
+def _count(prune: list[str] | None, families: list[str] | None, out: Path | None, as_json: bool) -> None:
+    """Launches, waits and uploads that pruning adds to a prefill and to a decode step."""
+    if out is not None and (out.suffix != ".csv" or not out.absolute().parent.is_dir()):
+        raise SpecError(f"--out {str(out)!r}; expected a .csv file in a folder that is there")
+
+    from ..plain import plain as plain_values
+    from ..registry import list_methods
+    from ..testing.device_counts import FAMILIES, CountRow, count_rows, write
+
+    specs = _specs(prune) if prune else [name for name in list_methods() if name != "dense"]
+    rows: list[CountRow] = []
+    with stderr().status("") as status:
+        for row in count_rows(specs, families or FAMILIES):
+            status.update(f"{row.family} {row.spec}")
+            rows.append(row)
+    if out is not None:
+        write(rows, out)
+    if as_json:
+        return print_json({"rows": plain_values(rows)})
+    shown = table("family", "spec", "batch", "phase", "launches", "waits", "uploads")
+    for row in rows:
+        numbers = (row.launches, row.waits, row.uploads)
+        shown.add_row(
+            *map(plain, (row.family, row.spec, row.batch, row.phase)), *(f"{n:+d}" for n in numbers)
+        )
+    stdout().print(shown)
 
 
 def plan(

@@ -132,18 +132,7 @@ class VisualTokens:
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
         for name, value in given.items():
-            if not isinstance(value, Tensor):
-                raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
-            if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-                held = f"{value.dtype}, {value.layout}, on {value.device}"
-                raise SpecError(
-                    f"{name} of shape {tuple(value.shape)} is {held}; expected a dense tensor of floats"
-                )
-            if value.ndim not in _RANKS[name]:
-                raise SpecError(
-                    f"{name} has shape {tuple(value.shape)}; expected {' or '.join(map(str, _RANKS[name]))} "
-                    "axes, batch first"
-                )
+            _check_tensor(name, value)
         if self.cls_attention is not None and self.cls_attention.ndim == 2:
             object.__setattr__(self, "cls_attention", self.cls_attention[:, None])
         shapes = {
@@ -152,9 +141,8 @@ class VisualTokens:
         if "encoder_features" in shapes and len(shapes) > 1:
             batch, patches = shapes.pop("encoder_features")
             units, tokens = next(iter(shapes.values()))
-            if (
-                batch != units or patches < tokens or patches % max(tokens, 1)
-            ):  # a merging projector reads r patches per token
+            # a merging projector reads r patches per token
+            if batch != units or patches < tokens or patches % max(tokens, 1):
                 shapes["encoder_features"] = (batch, patches)
         if len(set(shapes.values())) > 1:
             raise SpecError(
@@ -293,6 +281,18 @@ class VisualTokens:
             f"{[str(need) for need in self.of_layers]}. Pass of_layers={{vlmprune.core.method.Need({name!r}, "
             f"{layer}): ...}}, or declare it in the method's needs"
         )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    """Refuse what is no dense tensor of floats with the axes of this field."""
+    if not isinstance(value, Tensor):
+        raise SpecError(f"{name} is a {type(value).__name__}; expected a torch tensor")
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        held = f"{value.dtype}, {value.layout}, on {value.device}"
+        raise SpecError(f"{name} of shape {tuple(value.shape)} is {held}; expected a dense tensor of floats")
+    if value.ndim not in _RANKS[name]:
+        axes = " or ".join(map(str, _RANKS[name]))
+        raise SpecError(f"{name} has shape {tuple(value.shape)}; expected {axes} axes, batch first")
 
 
 def patches_first(what: str, value: Tensor) -> Tensor:
