@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError
-from ..kernels import dispatch
+from ..kernels import unchecked
 from .deferred import NOW, Checks
 from .method import Merged, Method
 from .tokens import VisualTokens
@@ -24,7 +24,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
             f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k "
             "<= N"
         )
-    return dispatch.topk_select(scores, k).long()
+    return unchecked.topk_select(scores, k).long()
 
 
 def highest(scores: Tensor, count: Tensor, among: Tensor) -> Tensor:

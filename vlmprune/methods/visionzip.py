@@ -25,7 +25,7 @@ from ..core.method import Merged, Method, Need
 from ..core.select import rest_of, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError, UnsupportedError
-from ..kernels import dispatch
+from ..kernels import unchecked
 from ..registry import register
 from .fastervlm import check_tower_options
 
@@ -168,4 +168,4 @@ class VisionZip(Method):
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return dispatch.gather_rows([x], index)[0]
+    return unchecked.gather_rows([x], index)[0]

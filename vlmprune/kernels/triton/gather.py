@@ -8,7 +8,7 @@ bits wide.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -114,7 +114,8 @@ def unprune_kernel(idx, g, y, d, b, r, n, k, steps, blocks, split, ROWS: tl.cons
 # --- host -----------------------------------------------------------------------------------------
 
 
-class Segments(NamedTuple):
+@dataclass(frozen=True)
+class Segments:
     """Where tokens are: ``count`` segments of n tokens that keep k, or packed ones as the edges say."""
 
     edges: tuple[Tensor, Tensor, Tensor]  # where they start, what they keep, and where that starts, if packed

@@ -171,14 +171,14 @@ def run(
     parts: Parts, idx: Tensor, segments: Segments, pre: int, post: int, groups: list[Rows], form: Form
 ) -> None:
     """Fused launches, or selection and copy apart."""
-    edges, count, n, k, most_n, most_k, packed = segments
+    count, most_n = segments.count, segments.most_n
     length = most_n + pre + post
     rows = None if form == "two" else fused_rows(count, length)
     if form == "fused":
         rows = rows or 64
     if rows is None or not groups or most_n > MAX_BLOCK:
         if idx.numel():
-            select(parts, idx, edges, count, n, k, most_n, packed)
+            select(parts, idx, segments.edges, count, segments.n, segments.k, most_n, segments.packed)
         for group in groups:
             gather(idx, segments, pre, post, group)
         return
@@ -187,7 +187,7 @@ def run(
     scores, number, stride = parts
     for group in groups:
         tiles = group.tiles(rows, warps(block))
-        split = group.split(count, blocks, most_k + pre + post, tiles)
-        shape = n, k, pre, post, number, stride, blocks, split, block, rows, *tiles, packed
-        grid = count * blocks * split
-        launch(prune_kernel, grid, scores, idx, *edges, *group.args, *shape, num_warps=warps(block))
+        split = group.split(count, blocks, segments.most_k + pre + post, tiles)
+        sizes = segments.n, segments.k, pre, post, number, stride, blocks, split
+        args = *segments.edges, *group.args, *sizes, block, rows, *tiles, segments.packed
+        launch(prune_kernel, count * blocks * split, scores, idx, *args, num_warps=warps(block))

@@ -172,13 +172,13 @@ def select(
     scores, number, stride = parts
     if max_n <= MAX_BLOCK:
         block = block_of(max_n)
-        shape = n, k, number, stride, block, varlen
-        launch(select_kernel, count, scores, idx, *segments, *shape, num_warps=warps(block))
+        sizes = *segments, n, k, number, stride
+        launch(select_kernel, count, scores, idx, *sizes, block, varlen, num_warps=warps(block))
         return
     chunks = -(-max_n // CHUNK)
     hist = torch.zeros(count, 3, BINS, dtype=torch.int32, device=scores.device)
-    sizes = *segments, n, k, number, stride, chunks
+    args = *segments, n, k, number, stride, chunks
     for digit in range(3):
         shape = digit, CHUNK, BINS, varlen
-        launch(histogram_kernel, count * chunks, scores, hist, *sizes, *shape, num_warps=8)
-    launch(compact_kernel, count * chunks, scores, hist, idx, *sizes, CHUNK, BINS, varlen, num_warps=8)
+        launch(histogram_kernel, count * chunks, scores, hist, *args, *shape, num_warps=8)
+    launch(compact_kernel, count * chunks, scores, hist, idx, *args, CHUNK, BINS, varlen, num_warps=8)

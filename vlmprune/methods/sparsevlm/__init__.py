@@ -26,7 +26,7 @@ from ...checks import one_of
 from ...core.method import CutPoint, Merged, Method, What
 from ...core.tokens import VisualTokens
 from ...errors import SpecError, UnsupportedError
-from ...kernels import dispatch
+from ...kernels import unchecked
 from ...registry import register
 from .clustering import cluster_means, density_peaks
 
@@ -228,7 +228,7 @@ def recycle(
     others' best scores.
     """
     ranking = scores if ranking is None else ranking  # (B, N); the lower index wins ties
-    keep = dispatch.topk_select(ranking, kept).long()
+    keep = unchecked.topk_select(ranking, kept).long()
     rows = _rows(features, keep)
     if not recycles:
         return Merged(rows, keep)
@@ -279,4 +279,4 @@ def rank_budget(attention: Tensor, scale: float, bias: float = 0.0) -> tuple[int
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return dispatch.gather_rows([x], index)[0]
+    return unchecked.gather_rows([x], index)[0]
