@@ -117,7 +117,7 @@ class Adapter:
         return value.split(list(counts))
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        """(crops, n, channels) -> (length, channels) of a picture by the model's geometry; newlines are NaN."""
+        """(crops, n, channels) -> (length, channels) of a picture by the model's geometry; newlines: NaN."""
         return crops[0]
 
     def projects_tokens(self, modality: Modality) -> bool:

@@ -26,9 +26,9 @@ from .checks_generation import MODES, batched_modes_agree, hand_written_loop, se
 from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
 from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
 from .conformance import RAGGED, Subject, close, default_spec, expect, generate, report_of, run_check
+from .families import layout_of
 from .reference import language_model
 from .tiny import tiny_inputs
-from .tiny_pictures import layout_of
 
 ASSET = "capabilities.json"
 SPEC = "fastervlm(cls=mean)@9"  # what the capabilities of a family are measured with; every tower can give it

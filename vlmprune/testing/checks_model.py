@@ -18,7 +18,7 @@ from ..errors import InvariantError, UnsupportedError
 from ..models import adapter_for
 from .checks_inside import no_map_of_the_sequence
 from .conformance import RAGGED, Subject, close, expect, generate, report_of
-from .tiny_pictures import layout_of
+from .families import layout_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
 

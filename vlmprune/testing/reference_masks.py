@@ -66,5 +66,7 @@ def angles_by_hand(
 
 def frequencies(language_model: Any, layer: int) -> Tensor:
     """(d / 2,) frequencies of those angles."""
-    rotary, kinds = language_model.rotary_emb, getattr(language_model.config, "layer_types", None)
-    return rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[layer]}_inv_freq")
+    rotary = language_model.rotary_emb
+    if hasattr(rotary, "inv_freq"):
+        return rotary.inv_freq
+    return getattr(rotary, f"{language_model.config.layer_types[layer]}_inv_freq")
