@@ -37,8 +37,10 @@ import triton
 import triton.language as tl
 from gpu_clock import DRY, Case, rows
 
-from vlmprune.kernels import triton_attention, triton_choice, triton_rows, triton_topk
-from vlmprune.kernels import triton_ops as ops
+from vlmprune.kernels import triton as ops
+from vlmprune.kernels.triton import attention as attention_kernels
+from vlmprune.kernels.triton import dpp, gather, maxmin
+from vlmprune.kernels.triton import select as selection
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cpu" if DRY else "cuda"
@@ -113,9 +115,9 @@ def select() -> Iterator[Case]:
             }
             for warps in (1, 2, 4, 8, 16) if n <= 8192 else ():
                 if n // (32 * warps) <= 128:
-                    variants[f"ours, {warps} warps"] = changed(
-                        triton_topk, "warps", lambda block, w=warps: w
-                    )(variants["ours"])
+                    variants[f"ours, {warps} warps"] = changed(selection, "warps", lambda block, w=warps: w)(
+                        variants["ours"]
+                    )
             variants |= {
                 "topk": lambda s, k=k: s.topk(k).indices,
                 "topk, sort": lambda s, k=k: s.topk(k, sorted=False).indices.sort(-1).values,
@@ -181,7 +183,7 @@ def prune() -> Iterator[Case]:
             for form in ("fused", "two")
         }
         for kb in (8, 16, 64, 128):
-            variants[f"ours, slices of {kb} KB"] = changed(triton_rows, "SLICE", kb * 1024)(ours)
+            variants[f"ours, slices of {kb} KB"] = changed(gather, "SLICE", kb * 1024)(ours)
         variants |= {
             "topk, sort, gather": lambda s, x, k=k: gather_chain(s, x, k),
             "topk, sort, index_select": lambda s, x, k=k: index_chain(s, x, k),
@@ -222,21 +224,21 @@ def unit_gram(n: int, batch: int = 1) -> torch.Tensor:
 def greedy() -> Iterator[Case]:
     from vlmprune.kernels import reference
 
-    steps = changed(triton_choice, "MAX_BLOCK", 0)
+    maxmin_steps, dpp_steps = changed(maxmin, "MAX_BLOCK", 0), changed(dpp, "_BLOCK", 0)
     for n, k in some(((576, 64), (576, 192), (2880, 640))):
         n, k = size(n, 24), size(k, 4)
         ours = lambda sim, k=k: ops.greedy_maxmin(sim, k)  # noqa: E731
-        variants = {"ours": ours, "ours again": ours, "ours, a launch per pick": steps(ours)}
+        variants = {"ours": ours, "ours again": ours, "ours, a launch per pick": maxmin_steps(ours)}
         variants["torch loop"] = lambda sim, k=k: maxmin_loop(sim, k)
         yield Case("greedy", f"maxmin N={n} k={k}", lambda n=n: (unit_gram(n),), variants, 4 * n * k)
         relevance = torch.rand(1, n, device=DEVICE) + 0.1
         ours = lambda sim, k=k, r=relevance: ops.greedy_dpp(sim, r, k)  # noqa: E731
-        single = changed(triton_choice, "_HISTORY", 2**40)
+        single = changed(dpp, "_HISTORY", 2**40)
         variants = {
             "ours": ours,
             "ours again": ours,
             "ours, one launch": single(ours),
-            "ours, a launch per pick": steps(ours),
+            "ours, a launch per pick": dpp_steps(ours),
         }
         variants["torch loop"] = lambda sim, k=k, r=relevance: reference.greedy_dpp(sim, r, k)
         yield Case("greedy", f"dpp N={n} k={k}", lambda n=n: (unit_gram(n),), variants)
@@ -274,11 +276,11 @@ def attention() -> Iterator[Case]:
         variants["ours, without lse"] = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(
             q, k, None, *a
         )
-        variants["ours, 32 keys"] = changed(triton_attention, "_KEYS", 32)(known)
+        variants["ours, 32 keys"] = changed(attention_kernels, "_KEYS", 32)(known)
         for parts in (1, 2, 4):
             if key_heads % parts == 0:
                 variants[f"ours, heads in {parts}"] = changed(
-                    triton_attention, "_splits", lambda h, p, parts=parts: parts
+                    attention_kernels, "_splits", lambda h, p, parts=parts: parts
                 )(known)
 
         def row(q, k, lse, first=v0, count=nv, scale=scale):

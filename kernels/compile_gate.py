@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vlmprune.kernels import triton_launch
+from vlmprune.kernels.triton import launch as launches
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not the root, see CONTRIBUTING.md
@@ -96,17 +96,17 @@ def compile_calls(call: Callable[[], object], target: GPUTarget) -> list[Launch]
     found, kernels = [], set()
 
     def record(kernel, grid, args, device, num_warps):
-        compiled = kernel.warmup(*args, grid=(grid,), num_warps=num_warps, **triton_launch.OPTIONS)
-        found.append(Launch(kernel.fn.__name__, num_warps, compiled, triton_launch.facts(kernel, args)))
+        compiled = kernel.warmup(*args, grid=(grid,), num_warps=num_warps, **launches.OPTIONS)
+        found.append(Launch(kernel.fn.__name__, num_warps, compiled, launches.facts(kernel, args)))
         kernels.add(kernel)
 
-    original = triton_launch.start
+    original = launches.start
     triton.runtime.driver.set_active(StubDriver(target))
-    triton_launch.start = record
+    launches.start = record
     try:
         call()
     finally:
-        triton_launch.start = original
+        launches.start = original
         for kernel in kernels:
             kernel.device_caches.clear()  # they do not know that the target can change
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmprune.kernels import triton_ops as ops
+from vlmprune.kernels import triton as ops
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from vlmprune.errors import SpecError, UnsupportedError
+from vlmprune.testing.families import layout_of
 from vlmprune.testing.processors import BYTES, IMAGE_ID, PROCESSED, SPECIAL_IDS, VIDEO_ID, tiny_tokenizer
 from vlmprune.testing.tiny import (
     FAMILIES,
@@ -21,7 +22,6 @@ from vlmprune.testing.tiny import (
     tiny_row,
 )
 from vlmprune.testing.tiny_configs import missing
-from vlmprune.testing.tiny_pictures import layout_of
 
 BATCHES = ((1,), (1, 1), (1, 2, 0, 1), (2, 2), (0, 0))
 HERE = [family for family in FAMILIES if not missing(family)]

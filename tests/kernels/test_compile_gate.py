@@ -49,9 +49,9 @@ def test_every_launch_compiles_well(gate, target):
 
 @pytest.fixture(scope="module")
 def ops():
-    from vlmprune.kernels import triton_ops
+    from vlmprune.kernels import triton
 
-    return triton_ops
+    return triton
 
 
 def hashes(gate, call):
@@ -103,14 +103,14 @@ def test_launches_with_the_same_facts_are_the_same_kernel(gate, ops):
 def test_the_gate_sees_what_it_looks_for(gate):
     import triton
 
-    from vlmprune.kernels import triton_rows
+    from vlmprune.kernels.triton import gather
 
     case = next(case for case in gate.CASES if case.name.startswith("gather"))
-    kernel = triton_rows.gather_kernel
+    kernel = gather.gather_kernel
     blind = triton.jit(do_not_specialize=["d0", "b0", "r0", "n", "k", "pre", "post", "blocks", "split"])(
         kernel.fn
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_rows, "gather_kernel", blind)
+        patch.setattr(gather, "gather_kernel", blind)
         (row,) = gate.rows(case, "sm_90")
     assert any("two-byte accesses" in fault for fault in gate.faults(row, case))

@@ -16,9 +16,9 @@ REPEATS = 100
 
 @pytest.fixture(scope="module")
 def ops():
-    from vlmprune.kernels import triton_ops
+    from vlmprune.kernels import triton
 
-    return triton_ops
+    return triton
 
 
 def cases(*names):
@@ -32,9 +32,10 @@ def test_a_kernel_means_what_the_reference_says(case, ops, guarded):
 
 @pytest.mark.parametrize("case", cases("greedy_maxmin", "greedy_dpp"))
 def test_a_launch_per_pick_makes_the_same_picks(case, ops, monkeypatch):
-    from vlmprune.kernels import triton_choice
+    from vlmprune.kernels.triton import dpp, maxmin
 
-    monkeypatch.setattr(triton_choice, "MAX_BLOCK", 0)
+    monkeypatch.setattr(maxmin, "MAX_BLOCK", 0)
+    monkeypatch.setattr(dpp, "_BLOCK", 0)
     check(case, ops, "cuda")
 
 

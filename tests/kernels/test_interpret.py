@@ -26,9 +26,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ops():
-    from vlmprune.kernels import triton_ops
+    from vlmprune.kernels import triton
 
-    return triton_ops
+    return triton
 
 
 def cases(*names):
@@ -46,9 +46,10 @@ def test_a_kernel_means_what_the_reference_says(case, ops, guarded):
 
 @pytest.mark.parametrize("case", cases("greedy_maxmin", "greedy_dpp"))
 def test_a_launch_per_pick_makes_the_same_picks(case, ops, monkeypatch, guarded):
-    from vlmprune.kernels import triton_choice
+    from vlmprune.kernels.triton import dpp, maxmin
 
-    monkeypatch.setattr(triton_choice, "MAX_BLOCK", 0)
+    monkeypatch.setattr(maxmin, "MAX_BLOCK", 0)
+    monkeypatch.setattr(dpp, "_BLOCK", 0)
     check(case, ops)
 
 
@@ -61,9 +62,9 @@ MANY_COLUMNS = [
 
 @pytest.mark.parametrize("case", MANY_COLUMNS)
 def test_a_program_may_take_several_tiles_of_columns(case, ops, monkeypatch, guarded):
-    from vlmprune.kernels import triton_rows
+    from vlmprune.kernels.triton import gather
 
-    monkeypatch.setattr(triton_rows, "_BUSY", 1)
+    monkeypatch.setattr(gather, "_BUSY", 1)
     check(case, ops)
 
 
@@ -160,11 +161,11 @@ def test_rows_may_lie_more_than_two_gigabytes_apart(ops):
 
 
 def test_many_segments_run_fused_or_apart(ops):
-    from vlmprune.kernels import triton_rows
+    from vlmprune.kernels.triton.prune import fused_rows
 
-    assert triton_rows.fused_rows(1, 576) == 16
-    assert triton_rows.fused_rows(16, 2880) == 32
-    assert triton_rows.fused_rows(64, 2880) is None
+    assert fused_rows(1, 576) == 16
+    assert fused_rows(16, 2880) == 32
+    assert fused_rows(64, 2880) is None
 
 
 def test_no_tensor_is_left_out(ops):

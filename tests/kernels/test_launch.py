@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from vlmprune.kernels import triton_launch
+from vlmprune.kernels.triton import launch
 
 GPU = SimpleNamespace(type="cuda", index=0)
 
@@ -44,7 +44,7 @@ def how(kernel):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch.version, "hip", None)
     return Kernel()
 
@@ -52,7 +52,7 @@ def kernel(monkeypatch):
 def test_a_kernel_is_compiled_once_per_set_of_facts(kernel):
     x = torch.zeros(64, dtype=torch.bfloat16)
     for args in ((x, 32, 5, 128), (x, 48, 6, 128), (x[8:], 64, 1, 128)):
-        triton_launch.start(kernel, 2, args, GPU, 4)
+        launch.start(kernel, 2, args, GPU, 4)
     assert how(kernel) == ["compiled", "again", "again"]
     assert kernel.calls[1][1:] == ((2,), (48, 6, 128))  # constants are passed on too
 
@@ -85,42 +85,42 @@ def test_what_a_compiled_kernel_depends_on(kernel, change, again):
     }
     for given in (usual, usual | change):
         args = tuple(given[name] for name in Kernel.arg_names)
-        triton_launch.start(kernel, 1, args, given["device"], given["num_warps"])
+        launch.start(kernel, 1, args, given["device"], given["num_warps"])
     assert how(kernel) == ["compiled", "again" if again else "compiled"]
 
 
 def test_amd_and_the_cpu_go_through_the_launcher_of_triton(kernel, monkeypatch):
     args = (torch.zeros(8), 1, 1, 1)
     for _ in range(2):
-        triton_launch.start(kernel, 1, args, torch.device("cpu"), 4)
+        launch.start(kernel, 1, args, torch.device("cpu"), 4)
     monkeypatch.setattr(torch.version, "hip", "7")
-    triton_launch.start(kernel, 1, args, GPU, 4)
+    launch.start(kernel, 1, args, GPU, 4)
     assert how(kernel) == ["compiled"] * 3
 
 
 def test_options_that_differ_between_versions_are_set(kernel):
-    triton_launch.start(kernel, 1, (torch.zeros(8), 1, 1, 1), GPU, 4)
+    launch.start(kernel, 1, (torch.zeros(8), 1, 1, 1), GPU, 4)
     assert kernel.calls[0][3] == {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def test_an_empty_grid_starts_nothing(kernel):
-    triton_launch.launch(kernel, 0, torch.zeros(8), 1, 1, 1, num_warps=4)
-    triton_launch.launch_steps(kernel, 0, 3, "k", torch.zeros(8), 1, 0, 1, num_warps=4)
+    launch.launch(kernel, 0, torch.zeros(8), 1, 1, 1, num_warps=4)
+    launch.launch_steps(kernel, 0, 3, "k", torch.zeros(8), 1, 0, 1, num_warps=4)
     assert kernel.calls == []
 
 
 def test_steps_count_up(kernel, monkeypatch):
-    monkeypatch.setattr(triton_launch, "_on", lambda device: triton_launch.nullcontext())
-    start = triton_launch.start
+    monkeypatch.setattr(launch, "_on", lambda device: launch.nullcontext())
+    start = launch.start
     monkeypatch.setattr(
-        triton_launch, "start", lambda kernel, grid, args, _, warps: start(kernel, grid, args, GPU, warps)
+        launch, "start", lambda kernel, grid, args, _, warps: start(kernel, grid, args, GPU, warps)
     )
-    triton_launch.launch_steps(kernel, 1, 3, "k", torch.zeros(8), 16, 0, 128, num_warps=4)
+    launch.launch_steps(kernel, 1, 3, "k", torch.zeros(8), 16, 0, 128, num_warps=4)
     assert [(call[0], call[2][1]) for call in kernel.calls] == [("compiled", 0), ("again", 1), ("again", 2)]
 
 
 def test_the_launch_table():
-    assert [triton_launch.block_of(n) for n in (0, 1, 128, 129, 576, 8192)] == [
+    assert [launch.block_of(n) for n in (0, 1, 128, 129, 576, 8192)] == [
         128,
         128,
         128,
@@ -128,4 +128,4 @@ def test_the_launch_table():
         1024,
         8192,
     ]
-    assert [triton_launch.warps(block) for block in (128, 1024, 2048, 4096, 8192)] == [4, 4, 8, 8, 16]
+    assert [launch.warps(block) for block in (128, 1024, 2048, 4096, 8192)] == [4, 4, 8, 8, 16]

@@ -32,7 +32,7 @@ KERNELS = Path(vlmprune.__file__).parent / "kernels"
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_has_its_place(mutant: SourceMutant) -> None:
-    source = (KERNELS / f"{mutant.module}.py").read_text()
+    source = (KERNELS / "triton" / f"{mutant.module}.py").read_text()
     assert mutated_source(mutant, source) != ast.unparse(ast.parse(source))
     assert any(case.op == mutant.op and mutant.within in case.name and not case.slow for case in CASES)
 
@@ -61,18 +61,16 @@ def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Breaker
     def broken(mutant: SourceMutant) -> ModuleType:
         package = tmp_path / "mutated"
         (package / "kernels").mkdir(parents=True)
-        for path in KERNELS.glob("*.py"):
-            if path.stem == "reference" or path.stem.startswith("triton_"):
-                shutil.copy(path, package / "kernels")
+        shutil.copytree(KERNELS / "triton", package / "kernels" / "triton")
+        shutil.copy(KERNELS / "reference.py", package / "kernels")
         shutil.copy(KERNELS.parent / "errors.py", package)
         (package / "__init__.py").touch()
         (package / "kernels" / "__init__.py").touch()
-        path = package / "kernels" / f"{mutant.module}.py"
+        path = package / "kernels" / "triton" / f"{mutant.module}.py"
         path.write_text(mutated_source(mutant, path.read_text()))
-        ops = importlib.import_module("mutated.kernels.triton_ops")
-        sys.modules[
-            "mutated.kernels.triton_rows"
-        ]._BUSY = 1  # few programs, each with several tiles of columns
+        ops = importlib.import_module("mutated.kernels.triton")
+        # few programs, each with several tiles of columns
+        sys.modules["mutated.kernels.triton.gather"]._BUSY = 1
         return ops
 
     monkeypatch.syspath_prepend(tmp_path)
@@ -102,6 +100,6 @@ def test_offsets_need_64_bits(mutated: Breaker) -> None:
     store = torch.empty(2**32 + 64, dtype=torch.int8)
     x = store[2**31 :].as_strided((1, 2, 16), (2**32, 2**31, 1)).fill_(1)
     store[:16] = 0
-    offset = "batch * b0 + row * r0"
-    ops = mutated(SourceMutant("", "gather.copy_all", offset, f"({offset}).to(tl.int32)", ""))
+    offset = "b * b0 + source * r0"
+    ops = mutated(SourceMutant("", "gather.gather_kernel", offset, f"({offset}).to(tl.int32)", ""))
     assert ops.gather_rows([x], torch.tensor([[0, 1]]).int())[0].sum(-1).tolist() == [[16, 0]]

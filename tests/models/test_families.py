@@ -23,10 +23,11 @@ from vlmprune.hooks.vision.tower import find_blocks
 from vlmprune.models import adapter_for
 from vlmprune.speed.memory import memory_profile
 from vlmprune.testing.conformance import generate, shared_model
+from vlmprune.testing.families import layout_of
+from vlmprune.testing.families.layouts import FRAMES
 from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand, logits_of
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
-from vlmprune.testing.tiny_pictures import FRAMES, layout_of
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3")

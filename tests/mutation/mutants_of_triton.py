@@ -17,7 +17,7 @@ class SourceMutant:
 
     Args:
         name: in plain words.
-        place: "module.function", without the "triton_" of the module.
+        place: "module.function", of a module in ``vlmprune/kernels/triton``.
         old: an expression or a statement that stands in the function once.
         new: what stands there instead; nothing: a statement is left out.
         op, within: the cases to try: of this op, with this in their names.
@@ -34,7 +34,7 @@ class SourceMutant:
 
     @property
     def module(self) -> str:
-        return f"triton_{self.place.partition('.')[0]}"
+        return self.place.partition(".")[0]
 
     @property
     def function(self) -> str:
@@ -44,7 +44,7 @@ class SourceMutant:
 SELECT = [
     SourceMutant(
         "the last of equals is dropped",
-        "select.keep_rank",
+        "device.keep_rank",
         "rank_equal <= need",
         "rank_equal < need",
         "topk_select",
@@ -53,7 +53,7 @@ SELECT = [
     ),
     SourceMutant(
         "the zeros differ",
-        "select.sortable",
+        "device.sortable",
         "(bits ^ (sign & 0x7FFFFFFF)) - sign",
         "bits ^ (sign & 0x7FFFFFFF)",
         "topk_select",
@@ -62,7 +62,7 @@ SELECT = [
     ),
     SourceMutant(
         "negative NaN above positive NaN",
-        "select.sortable",
+        "device.sortable",
         "tl.maximum(key, 0x00FFFFFE)",
         "tl.maximum(key, 1)",
         "topk_select",
@@ -70,21 +70,21 @@ SELECT = [
         slow=False,
     ),
     SourceMutant(
-        "NaN highest", "select.sortable", "0x807FFFFF", "0x80000000", "topk_select", "special", slow=False
+        "NaN highest", "device.sortable", "0x807FFFFF", "0x80000000", "topk_select", "special", slow=False
     ),
     SourceMutant(
         "partial scores not added",
-        "select.load_keys",
+        "device.load_keys",
         "range(1, parts)",
         "range(2, parts)",
         "topk_select",
         "parts-33",
         slow=False,
     ),
-    SourceMutant("bisection stops early", "select.kth_key", "low < high", "low + 1 < high", "topk_select"),
+    SourceMutant("bisection stops early", "device.kth_key", "low < high", "low + 1 < high", "topk_select"),
     SourceMutant(
         "k above N in a segment",
-        "select.segment",
+        "device.segment",
         "tl.minimum(tl.load(ks + s), n)",
         "tl.load(ks + s)",
         "topk_select_varlen",
@@ -92,14 +92,14 @@ SELECT = [
     ),
     SourceMutant(
         "segments start at 0",
-        "select.segment",
+        "device.segment",
         "start.to(tl.int64)",
         "start.to(tl.int64) * 0",
         "topk_select_varlen",
     ),
     SourceMutant(
         "digits of other prefixes counted",
-        "large.histogram_kernel",
+        "select.histogram_kernel",
         "valid & ((key >> 21) == high)",
         "valid",
         "topk_select",
@@ -107,30 +107,30 @@ SELECT = [
     ),
     SourceMutant(
         "keys of the bin itself counted as above",
-        "large.narrow",
+        "select.narrow",
         "bins > digit",
         "bins >= digit",
         "topk_select",
         "long",
     ),
     SourceMutant(
-        "chunks before forgotten", "large.compact_kernel", "tl.sum(equal, 0)", "0", "topk_select", "long"
+        "chunks before forgotten", "select.compact_kernel", "tl.sum(equal, 0)", "0", "topk_select", "long"
     ),
 ]
 
 ROWS = [
-    SourceMutant("host: k above N", "rows.prune", "k = min(k, n)", "", "prune", "k above N", slow=False),
+    SourceMutant("host: k above N", "prune.prune", "k = min(k, n)", "", "prune", "k above N", slow=False),
     SourceMutant(
         "ends not counted before",
-        "gather.prune_kernel",
-        "block * ROWS - pre",
-        "block * ROWS",
+        "prune.kept_rows",
+        "at - pre",
+        "at",
         "prune",
         "ends-ties",
     ),
     SourceMutant(
         "rows behind land at N",
-        "gather.prune_kernel",
+        "prune.kept_rows",
         "pre + k + token - n",
         "row",
         "prune",
@@ -138,7 +138,7 @@ ROWS = [
         slow=False,
     ),
     SourceMutant(
-        "rows behind are lost", "gather.prune_kernel", "token < n + post", "token < n", "prune", "k above N"
+        "rows behind are lost", "prune.kept_rows", "token < n + post", "token < n", "prune", "k above N"
     ),
     SourceMutant(
         "gather: rows behind",
@@ -150,18 +150,18 @@ ROWS = [
     ),
     SourceMutant(
         "columns of one share only",
-        "gather.copy_rows",
+        "device.copy_rows",
         "range(part * BD, width, split * BD)",
         "range(part * BD, width, (split + 1) * BD)",
         "prune",
         "many columns",
     ),
     SourceMutant(
-        "last columns masked off", "gather.copy_rows", "at < width", "at < width - 1", "gather_rows"
+        "last columns masked off", "device.copy_rows", "at < width", "at < width - 1", "gather_rows"
     ),
     SourceMutant(
         "indices by every share",
-        "gather.prune_kernel",
+        "prune.kept_rows",
         "tl.store(idx + first + place, token, mask=keep)",
         "tl.store(idx + first + place, token + 1, mask=keep)",
         "prune",
@@ -182,7 +182,7 @@ ROWS = [
 GREEDY = [
     SourceMutant(
         "higher index wins a pick",
-        "greedy.best_of",
+        "device.best_of",
         "tl.min(tl.where(key == top, token, 0x7FFFFFFF), 0)",
         "tl.max(tl.where(key == top, token, 0), 0)",
         "greedy_maxmin",
@@ -191,7 +191,7 @@ GREEDY = [
     ),
     SourceMutant(
         "picked again",
-        "greedy.maxmin_kernel",
+        "maxmin.maxmin_kernel",
         "taken = taken | (lane == pick)",
         "",
         "greedy_maxmin",
@@ -200,7 +200,7 @@ GREEDY = [
     ),
     SourceMutant(
         "NaN forgotten",
-        "greedy.maxmin_kernel",
+        "maxmin.maxmin_kernel",
         "tl.maximum(best, row, propagate_nan=tl.PropagateNan.ALL)",
         "tl.where(row > best, row, best)",
         "greedy_maxmin",
@@ -208,7 +208,7 @@ GREEDY = [
     ),
     SourceMutant(
         "itself the nearest",
-        "greedy.nearest_kernel",
+        "maxmin.nearest_kernel",
         "valid[:, None] & (other < n)[None, :] & (token[:, None] != other[None, :])",
         "valid[:, None] & (other < n)[None, :]",
         "greedy_maxmin",
@@ -216,7 +216,7 @@ GREEDY = [
     ),
     SourceMutant(
         "weight forgotten",
-        "greedy.worth_of",
+        "maxmin.worth_of",
         "tl.load(weight + at, mask=valid, other=0.0) * value",
         "value",
         "greedy_maxmin",
@@ -224,7 +224,7 @@ GREEDY = [
     ),
     SourceMutant(
         "column instead of row",
-        "greedy.maxmin_kernel",
+        "maxmin.maxmin_kernel",
         "sim + pick.to(tl.int64) * row_stride + lane",
         "sim + pick + lane * row_stride",
         "greedy_maxmin",
@@ -232,7 +232,7 @@ GREEDY = [
     ),
     SourceMutant(
         "rounding counts as residual",
-        "greedy.settled",
+        "dpp.settled",
         "tl.where(residual <= floor, 0.0, residual)",
         "residual",
         "greedy_dpp",
@@ -240,7 +240,7 @@ GREEDY = [
     ),
     SourceMutant(
         "nothing explained",
-        "greedy.dpp_kernel",
+        "dpp.dpp_kernel",
         "explained += tl.sum(rows * picks[:, None], 0)",
         "explained += 0.0",
         "greedy_dpp",
@@ -248,23 +248,23 @@ GREEDY = [
     ),
     SourceMutant(
         "step: leavings of one launch only",
-        "steps.pick_left",
+        "device.pick_left",
         "(step - 1) & 1",
         "step & 1",
         "greedy_maxmin_features",
     ),
     SourceMutant(
         "step: picked again",
-        "steps.maxmin_step_kernel",
+        "maxmin.maxmin_step_kernel",
         "tl.store(taken + at, gone.to(tl.int8), mask=valid)",
         "",
         "greedy_maxmin_features",
     ),
     SourceMutant(
         "step: history a row short",
-        "steps.dpp_step_kernel",
-        "dots(history, mine, pick, valid, step - 1, history_stride, history_stride, ROWS, WIDTH)",
-        "dots(history, mine, pick, valid, step - 17, history_stride, history_stride, ROWS, WIDTH)",
+        "dpp.dpp_step_kernel",
+        "used, width = step - 1, history_stride",
+        "used, width = step - 17, history_stride",
         "greedy_dpp_features",
         "21",
     ),
@@ -305,7 +305,7 @@ SCORES = [
     ),
     SourceMutant(
         "rows of the matrix not weighed",
-        "attention.row_dot_kernel",
+        "sensitivity.row_dot_kernel",
         "left * tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)",
         "tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)",
         "zoo_sensitivity",

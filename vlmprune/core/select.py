@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError, SpecError
-from ..kernels import dispatch
+from ..kernels import unchecked
 from .deferred import NOW, Checks, all_finite
 from .method import Merged, Method
 from .tokens import VisualTokens
@@ -22,7 +22,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
             f"cannot take the top {k} of scores of shape {tuple(scores.shape)}; expected (B, N) and 1 <= k "
             "<= N"
         )
-    return dispatch.topk_select(scores, k).long()
+    return unchecked.topk_select(scores, k).long()
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def rest_of(keep_idx: Tensor, n: int) -> Tensor:
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """(B, K, D) rows of x (B, N, D) at index (B, K)."""
-    return dispatch.gather_rows([x], index)[0]
+    return unchecked.gather_rows([x], index)[0]
 
 
 def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> Tensor:

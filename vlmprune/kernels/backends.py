@@ -98,11 +98,11 @@ def _interpreted() -> bool:
 
 
 def _launcher(name: str, like: Tensor, wanted: str) -> Callable[..., Any]:
-    from . import triton_ops
+    from . import triton
 
     # by estimate, one matrix product and lookups in it beat products row by row while the matrix stays in the
     # cache
     if not wanted and name.endswith("_features") and like.shape[1] <= GRAM:
-        pick = getattr(triton_ops, name.removesuffix("_features"))
+        pick = getattr(triton, name.removesuffix("_features"))
         return lambda features, *rest: pick(features @ features.transpose(1, 2), *rest)
-    return getattr(triton_ops, name)
+    return getattr(triton, name)

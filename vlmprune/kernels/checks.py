@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InvariantError, SpecError, did_you_mean
+
+PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in their place
 
 
 def described(value: object) -> str:
@@ -48,10 +50,14 @@ def count(name: str, value: object) -> None:
         raise InvariantError(f"{name}={value!r}; expected an integer from 0 on")
 
 
-def rows(name: str, xs: object, lead: tuple[int, ...], like: Tensor) -> None:
-    """A list of tensors whose shapes begin with ``lead``."""
+def listed(name: str, xs: object) -> None:
     if not isinstance(xs, list | tuple):
         raise InvariantError(f"{name} is {described(xs)}; expected a list of tensors: write [x] for one")
+
+
+def rows(name: str, xs: Sequence[object], lead: tuple[int, ...], like: Tensor) -> None:
+    """A list of tensors whose shapes begin with ``lead``."""
+    listed(name, xs)
     rank, device = len(lead), like.device
     for at, x in enumerate(xs):
         if isinstance(x, Tensor) and x.shape[:rank] == lead and x.device == device:
@@ -67,7 +73,7 @@ def rows(name: str, xs: object, lead: tuple[int, ...], like: Tensor) -> None:
         shape(f"{name}[{at}]", x, lead)
 
 
-def integers(name: str, value: object, rank: int, expected: str, like: Tensor) -> None:
+def integers(name: str, value: Tensor, rank: int, expected: str, like: Tensor) -> None:
     tensor(name, value, (rank,), expected, like)
     if value.dtype not in (torch.int32, torch.int64):
         raise InvariantError(f"{name} is {described(value)}; expected int32 or int64, {expected}")
@@ -87,13 +93,11 @@ def choice(name: str, value: object, known: tuple[str, ...]) -> None:
 
 def _unseen(x: Tensor) -> bool:
     """Whether reading values would synchronise the device, or is impossible while compiling."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+    return torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in PLAIN
 
 
 def inside(idx: Tensor, n: int) -> None:
-    """Indices of the CPU lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for
-    it.
-    """
+    """Indices lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for it."""
     if _unseen(idx) or idx.numel() == 0:
         return
     low, high = (int(edge) for edge in idx.aminmax())

@@ -4,13 +4,18 @@
 From features, the similarities of few tokens are computed once as a matrix. Those of many are computed row by
 row where they are needed, in memory that grows with N only. The limit is on N alone, so that a longer walk
 begins as a shorter one does.
+
+All products are torch's. NumPy's BLAS has threads of its own, which go on spinning for a while after a
+product and take the cores from the model that runs next. So nothing here calls it, neither @ nor dot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,14 +27,16 @@ _BLOCK = 1024  # tokens on a side of the blocks in which nearest neighbours of m
 _ROWS = 64
 
 Pick = tuple[int, float]
+Numbers = npt.NDArray[np.floating[Any]]
+Flags = npt.NDArray[np.bool_]
 
 
 def greedy_maxmin(
     sim: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
 ) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
-        matrix = sim[b].detach().numpy()
-        return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _row(weight, b), first, len(matrix), k)
+        matrix = _numbers(sim[b])
+        return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _entry(weight, b), first, len(matrix), k)
 
     return _each(sim, k, walk)
 
@@ -38,24 +45,29 @@ def greedy_maxmin_features(
     features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn"
 ) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
-        rows = np.ascontiguousarray(features[b].detach().numpy())
-        n = len(rows)
+        rows = features[b].detach().contiguous()  # (N, D)
+        n, own = len(rows), _entry(weight, b)
         if n <= GRAM:
-            matrix = rows @ rows.T  # NumPy sees that this is symmetric and computes half of it
-            return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), _row(weight, b), first, n, k)
-        return _maxmin(lambda j: rows @ rows[j], lambda: _nearest_of_many(rows), _row(weight, b), first, n, k)
+            matrix = _products(rows, rows.T)
+            return _maxmin(matrix.__getitem__, lambda: _nearest(matrix), own, first, n, k)
+        return _maxmin(lambda j: _products(rows, rows[j]), lambda: _nearest_of_many(rows), own, first, n, k)
 
     return _each(features, k, walk)
 
 
 def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return _each(sim, k, lambda b, k: _dpp(*_cholesky(sim[b].detach().numpy(), _row(relevance, b), k), k))
+    def walk(b: int, k: int) -> Iterator[Pick]:
+        return _dpp(*_cholesky(_numbers(sim[b]), _numbers(relevance[b]), k), k)
+
+    return _each(sim, k, walk)
 
 
 def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
-        rows, r = np.ascontiguousarray(features[b].detach().numpy()), _row(relevance, b)
-        return _dpp(*(_cholesky(rows @ rows.T, r, k) if len(rows) <= GRAM else _gram_schmidt(rows, r, k)), k)
+        rows, r = features[b].detach().contiguous(), _numbers(relevance[b])
+        if len(rows) <= GRAM:
+            return _dpp(*_cholesky(_products(rows, rows.T), r, k), k)
+        return _dpp(*_gram_schmidt(rows, r, k), k)
 
     return _each(features, k, walk)
 
@@ -64,14 +76,24 @@ def greedy_cover(
     rows: Tensor, k: int, weight: Tensor | None = None, combine: str = "product"
 ) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
-        columns = np.ascontiguousarray(rows[b].detach().numpy().T)
-        return _cover(columns, _row(weight, b), combine, k)
+        columns = np.ascontiguousarray(_numbers(rows[b]).T)
+        return _cover(columns, _entry(weight, b), combine, k)
 
     return _each(rows[:, :1].transpose(1, 2), k, walk)
 
 
-def _row(values: Tensor | None, b: int) -> np.ndarray | None:
-    return None if values is None else values[b].detach().numpy()
+def _numbers(x: Tensor) -> Numbers:
+    """The same memory."""
+    numbers: Numbers = x.detach().numpy()
+    return numbers
+
+
+def _products(rows: Tensor, others: Tensor) -> Numbers:
+    return _numbers(torch.matmul(rows, others))
+
+
+def _entry(values: Tensor | None, b: int) -> Numbers | None:
+    return None if values is None else _numbers(values[b])
 
 
 def _each(like: Tensor, k: int, walk: Callable[[int, int], Iterator[Pick]]) -> tuple[Tensor, Tensor]:
@@ -86,7 +108,7 @@ def _each(like: Tensor, k: int, walk: Callable[[int, int], Iterator[Pick]]) -> t
     return order, worth
 
 
-def _best(value: np.ndarray, taken: np.ndarray) -> int:
+def _best(value: Numbers, taken: Flags) -> int:
     """The token of the largest value that is not taken. Taken ones hold -inf, or NaN."""
     token = int(value.argmax())
     top = value[token]
@@ -101,15 +123,14 @@ def _best(value: np.ndarray, taken: np.ndarray) -> int:
 
 
 def _maxmin(
-    row: Callable[[int], np.ndarray],
-    nearest: Callable[[], np.ndarray],
-    weight: np.ndarray | None,
+    row: Callable[[int], Numbers],
+    nearest: Callable[[], Numbers],
+    weight: Numbers | None,
     first: str,
     n: int,
     k: int,
 ) -> Iterator[Pick]:
-    """``row`` gives the similarities of a pick, ``nearest`` those of all tokens to their nearest
-    neighbours."""
+    """``row`` gives the similarities of a pick, ``nearest`` those of all to their nearest neighbours."""
     taken = np.zeros(n, bool)
     if first == "nn":
         value = 1 - nearest()
@@ -132,7 +153,7 @@ def _maxmin(
             value = weight * apart
 
 
-def _nearest(matrix: np.ndarray) -> np.ndarray:
+def _nearest(matrix: Numbers) -> Numbers:
     n = len(matrix)
     if n <= 1:
         return np.zeros(n, matrix.dtype)
@@ -145,17 +166,17 @@ def _nearest(matrix: np.ndarray) -> np.ndarray:
     return found
 
 
-def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
+def _nearest_of_many(rows: Tensor) -> Numbers:
     """Every pair of tokens is compared once, block by block."""
     n = len(rows)
     if n == 1:
-        return np.zeros(1, rows.dtype)
-    found = np.full(n, -np.inf, rows.dtype)
+        return _numbers(rows.new_zeros(1))
+    found = _numbers(rows.new_full((n,), -torch.inf))
     for start in range(0, n, _BLOCK):
         mine = slice(start, start + _BLOCK)
         for other in range(start, n, _BLOCK):
             theirs = slice(other, other + _BLOCK)
-            sim = rows[mine] @ rows[theirs].T
+            sim = _products(rows[mine], rows[theirs].T)
             if other == start:
                 np.fill_diagonal(sim, -np.inf)
             np.maximum(found[mine], sim.max(axis=1), out=found[mine])
@@ -166,7 +187,7 @@ def _nearest_of_many(rows: np.ndarray) -> np.ndarray:
 # --- coverage -------------------------------------------------------------------------------------
 
 
-def _cover(columns: np.ndarray, weight: np.ndarray | None, combine: str, k: int) -> Iterator[Pick]:
+def _cover(columns: Numbers, weight: Numbers | None, combine: str, k: int) -> Iterator[Pick]:
     """``columns`` (N, R) hold how well each token covers the rows.
 
     Gains only fall from pick to pick, rounded sums included, so that an old value is an upper bound: a token
@@ -192,10 +213,10 @@ def _cover(columns: np.ndarray, weight: np.ndarray | None, combine: str, k: int)
 
 # --- determinantal point process ------------------------------------------------------------------
 
-Part = Callable[[int, np.ndarray], np.ndarray]
+Part = Callable[[int, Numbers], Numbers]
 
 
-def _dpp(residual: np.ndarray, part: Part, k: int) -> Iterator[Pick]:
+def _dpp(residual: Numbers, part: Part, k: int) -> Iterator[Pick]:
     """``part`` gives of all tokens the part that a pick explains; its square leaves the residual."""
     taken = np.zeros(len(residual), bool)
     floor = RESIDUAL * np.maximum(residual, 0)
@@ -212,35 +233,37 @@ def _dpp(residual: np.ndarray, part: Part, k: int) -> Iterator[Pick]:
         residual[taken] = -np.inf
 
 
-def _cholesky(sim: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, Part]:
-    rows, filled = np.empty((k, len(sim)), sim.dtype), 0
+def _cholesky(sim: Numbers, relevance: Numbers, k: int) -> tuple[Numbers, Part]:
+    rows = torch.empty(k, len(sim), dtype=torch.from_numpy(sim).dtype)  # of the decomposition
+    shared, filled = _numbers(rows), 0
 
-    def part(token: int, residual: np.ndarray) -> np.ndarray:
+    def part(token: int, residual: Numbers) -> Numbers:
         nonlocal filled
         before = rows[:filled]
         line = relevance[token] * sim[token] * relevance
-        rows[filled] = (line - before[:, token] @ before) / np.sqrt(residual[token])
+        shared[filled] = (line - _products(before[:, token], before)) / np.sqrt(residual[token])
         filled += 1
-        return rows[filled - 1]
+        return shared[filled - 1]
 
     return relevance * sim.diagonal() * relevance, part
 
 
-def _gram_schmidt(features: np.ndarray, relevance: np.ndarray, k: int) -> tuple[np.ndarray, Part]:
-    """The same without a matrix: the part of a token along the new direction of a pick is its entry of the
-    Cholesky row.
-    """
-    basis, filled = np.empty((min(k, features.shape[1]), features.shape[1]), features.dtype), 0
+def _gram_schmidt(features: Tensor, relevance: Numbers, k: int) -> tuple[Numbers, Part]:
+    """The same without a matrix: a token's part along the new direction is its entry of the Cholesky row."""
+    width = features.shape[1]
+    basis = features.new_empty(min(k, width), width)
+    filled = 0
 
-    def part(token: int, residual: np.ndarray) -> np.ndarray:
+    def part(token: int, residual: Numbers) -> Numbers:
         nonlocal filled
         if filled == len(basis):  # as many directions as dimensions explain everything
             return np.sqrt(residual)
-        before, direction = basis[:filled], features[token].copy()
+        before, direction = basis[:filled], features[token]
         for _ in range(2):  # once leaves rounding errors that grow with every pick
-            direction -= (before @ direction) @ before
-        basis[filled] = direction / np.linalg.norm(direction)
+            direction = direction - (before @ direction) @ before
+        basis[filled] = direction / torch.linalg.vector_norm(direction)
         filled += 1
-        return relevance * (features @ basis[filled - 1])
+        return relevance * _products(features, basis[filled - 1])
 
-    return relevance * np.einsum("nd,nd->n", features, features) * relevance, part
+    itself = _numbers(torch.linalg.vecdot(features, features))
+    return relevance * itself * relevance, part

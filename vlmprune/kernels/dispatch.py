@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single entry point of the kernels: input is checked here, and the implementation chosen. ``reference``
-says what each one computes.
+"""The entry point to the kernels: input is checked here, once. ``reference`` says what each one computes.
 
 Every function takes ``backend``: "reference", "torch", "triton", or None for the choice of ``use`` or the
 automatic one. Indices come as int32; gradients flow through rows, never through scores or indices.
@@ -9,27 +8,25 @@ automatic one. Indices come as int32; gradients flow through rows, never through
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvariantError
-from . import checks
-from .backends import BACKENDS, forced, implementation, use
+from . import checks, unchecked
+from .backends import BACKENDS, use
+from .unchecked import run
 
 _RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
 COMBINE = ("product", "sum")
-_PLAIN = (Tensor, nn.Parameter)  # not what a fake mode or a subclass puts in their place
+_Segments = tuple[Tensor, Tensor, Tensor, Tensor, int, int]  # scores, cu_n, k, cu_k, total_k, max_n
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
-    """(B, min(k, N)) ascending indices of the k highest scores (B, N); or of partial scores (R, B, N), added
-    up.
-    """
-    scores, k = _scored(scores, k)
-    return _run("topk_select", (scores, k), (scores,), backend)
+    """(B, min(k, N)) ascending indices of the k highest scores (B, N), or sums of partial ones (R, B, N)."""
+    _check_scores(scores, k)
+    return unchecked.topk_select(scores, k, backend=backend)
 
 
 def topk_select_varlen(
@@ -42,8 +39,7 @@ def topk_select_varlen(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """(total_k,) indices within their segments: of segment s, cu_n[s] : cu_n[s+1] of scores (T,), the k[s]
-    highest.
+    """(total_k,) indices within their segments: of cu_n[s] : cu_n[s+1] of scores (T,) the k[s] highest.
 
     Args:
         cu_n, k, cu_k: (S+1,), (S,) and (S+1,); cu_k adds up min(k, size of the segment).
@@ -51,23 +47,25 @@ def topk_select_varlen(
             device.
     """
     args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
-    return _run("topk_select_varlen", args, args[:4], backend)
+    found: Tensor = run("topk_select_varlen", args, args[:4], backend)
+    return found
 
 
 def prune(
     scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0, *, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Select by scores as ``topk_select`` does, and keep these rows of xs (B, pre+N+post, *), with those
-    before and behind.
+    """``topk_select``, and these rows of xs (B, pre+N+post, *) with the first ``pre`` and last ``post``.
 
     Returns:
         idx (B, k), which counts from the first row behind ``pre``, and one (B, pre+k+post, *) for each of xs.
     """
-    scores, k = _scored(scores, k)
+    _check_scores(scores, k)
     checks.count("pre", pre)
     checks.count("post", post)
-    checks.rows("xs", xs, (scores.shape[-2], pre + scores.shape[-1] + post), scores)
-    idx, ys = _run("prune", (scores, k, list(xs), pre, post), (scores, *xs), backend, xs)
+    batch, n = scores.shape[-2:]
+    checks.rows("xs", xs, (batch, pre + n + post), scores)
+    scores = scores.float()
+    idx, ys = run("prune", (scores, min(k, n), list(xs), pre, post), (scores, *xs), backend, xs)
     return idx, list(ys)
 
 
@@ -82,27 +80,25 @@ def prune_varlen(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Select by packed scores as ``topk_select_varlen`` does, and keep these rows of packed xs (T, *), as
-    (total_k, *).
-    """
+    """``topk_select_varlen``, and these rows (total_k, *) of packed xs (T, *)."""
     args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
     checks.rows("xs", xs, (scores.shape[0],), scores)
-    idx, ys = _run("prune_varlen", (*args, list(xs)), (*args[:4], *xs), backend, xs)
+    idx, ys = run("prune_varlen", (*args, list(xs)), (*args[:4], *xs), backend, xs)
     return idx, list(ys)
 
 
 def gather_rows(
     xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None
 ) -> list[Tensor]:
-    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K), in any order; ``ordered`` promises ascending,
-    distinct ones.
-    """
-    if not isinstance(xs, list | tuple) or not xs:
-        return [] if isinstance(xs, list | tuple) else checks.rows("xs", xs, (), idx)
+    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K); ``ordered`` promises ascending, distinct ones."""
+    checks.listed("xs", xs)
+    if not xs:
+        return []
     checks.integers("idx", idx, 2, "(B, K)", xs[0] if isinstance(xs[0], Tensor) else idx)
     n = xs[0].shape[1] if isinstance(xs[0], Tensor) and xs[0].ndim > 1 else 0
     checks.rows("xs", xs, (idx.shape[0], n), idx)
-    return list(_run("gather_rows", (list(xs), idx.int()), (idx, *xs), backend, xs, ordered))
+    checks.inside(idx, n)
+    return unchecked.gather_rows(xs, idx, ordered=ordered, backend=backend)
 
 
 def unprune(g: Tensor, idx: Tensor, n: int, *, ordered: bool = False, backend: str | None = None) -> Tensor:
@@ -114,7 +110,9 @@ def unprune(g: Tensor, idx: Tensor, n: int, *, ordered: bool = False, backend: s
     checks.tensor("g", g, tuple(range(2, 26)), "(B, K, *)")
     checks.integers("idx", idx, 2, "(B, K)", g)
     checks.shape("g", g, tuple(idx.shape))
-    return _run("unprune", (g, idx.int(), n), (g, idx), backend, (g,), ordered)
+    checks.inside(idx, n)
+    full: Tensor = run("unprune", (g, idx.int(), n), (g, idx), backend, (g,), ordered)
+    return full
 
 
 def greedy_maxmin(
@@ -132,56 +130,53 @@ def greedy_maxmin(
         order (B, k) int32 in the order of picking, without repetition, and what each pick was worth (B, k).
     """
     sim = _square(sim, k)
-    weight = _weights("weight", weight, sim)
+    weight = None if weight is None else _weight("weight", weight, sim)
     checks.choice("first", first, FIRST)
-    return _run("greedy_maxmin", (sim, min(k, sim.shape[1]), weight, first), (sim, weight), backend)
+    order, worth = run("greedy_maxmin", (sim, min(k, sim.shape[1]), weight, first), (sim, weight), backend)
+    return order, worth
 
 
 def greedy_maxmin_features(
     features: Tensor, k: int, weight: Tensor | None = None, first: str = "nn", *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``greedy_maxmin`` by the cosine of features (B, N, D) of unit length. Many tokens need memory of order
-    N only.
-    """
+    """``greedy_maxmin`` by the cosine of features (B, N, D) of unit length, in memory of order N for many."""
     features = _features(features, k)
-    weight = _weights("weight", weight, features)
+    weight = None if weight is None else _weight("weight", weight, features)
     checks.choice("first", first, FIRST)
-    return _run(
-        "greedy_maxmin_features",
-        (features, min(k, features.shape[1]), weight, first),
-        (features, weight),
-        backend,
-    )
+    args = features, min(k, features.shape[1]), weight, first
+    order, worth = run("greedy_maxmin_features", args, (features, weight), backend)
+    return order, worth
 
 
 def greedy_dpp(
     sim: Tensor, relevance: Tensor, k: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Greedy MAP of the determinantal point process r_i * sim_ij * r_j, for sim (B, N, N) and relevance r (B,
-    N).
+    """Greedy MAP of the determinantal point process r_i * sim_ij * r_j.
+
+    Args:
+        sim: (B, N, N) similarities.
+        relevance: (B, N), r.
+        k: number of picks; all N where there are fewer.
 
     Returns:
-        order (B, k) int32 in the order of picking, and by which factor each pick enlarged the determinant (B,
-        k): 0 where the tokens picked before span all others, which then come by index.
+        order (B, k) int32 in the order of picking, and the factor by which each pick enlarged the determinant
+        (B, k): 0 where the tokens picked before span all others, which then come by index.
     """
     sim = _square(sim, k)
-    relevance = _weights("relevance", relevance, sim, needed=True)
-    return _run("greedy_dpp", (sim, relevance, min(k, sim.shape[1])), (sim, relevance), backend)
+    relevance = _weight("relevance", relevance, sim)
+    order, gain = run("greedy_dpp", (sim, relevance, min(k, sim.shape[1])), (sim, relevance), backend)
+    return order, gain
 
 
 def greedy_dpp_features(
     features: Tensor, relevance: Tensor, k: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``greedy_dpp`` by inner products of features (B, N, D). Many tokens need memory of order N + k D
-    only."""
+    """``greedy_dpp`` by inner products of features (B, N, D), in memory of order N + k D for many tokens."""
     features = _features(features, k)
-    relevance = _weights("relevance", relevance, features, needed=True)
-    return _run(
-        "greedy_dpp_features",
-        (features, relevance, min(k, features.shape[1])),
-        (features, relevance),
-        backend,
-    )
+    relevance = _weight("relevance", relevance, features)
+    args = features, relevance, min(k, features.shape[1])
+    order, gain = run("greedy_dpp_features", args, (features, relevance), backend)
+    return order, gain
 
 
 def greedy_cover(
@@ -214,14 +209,17 @@ def greedy_cover(
         weight = weight.to(rows.dtype)
         if combine == "product":
             checks.not_negative("weight", weight)
-    return _run("greedy_cover", (rows, min(k, rows.shape[2]), weight, combine), (rows, weight), backend)
+    args = rows, min(k, rows.shape[2]), weight, combine
+    order, worth = run("greedy_cover", args, (rows, weight), backend)
+    return order, worth
 
 
 def attn_row_scores(
     q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float, *, backend: str | None = None
 ) -> Tensor:
-    """(R, B, nv) float32 parts whose sum is the attention of a query to nv keys from v0 on, softmaxed over
-    all, mean over heads.
+    """(R, B, nv) float32 parts; their sum is the attention of a query to nv keys from v0 on.
+
+    It is softmaxed over all keys, and the mean over heads.
 
     Args:
         q: (B, H, d).
@@ -246,7 +244,8 @@ def attn_row_scores(
     checks.count("nv", nv)
     if v0 + nv > k.shape[2]:
         raise InvariantError(f"v0={v0} and nv={nv} reach beyond the {k.shape[2]} keys")
-    return _run("attn_row_scores", (q, k, lse, v0, nv, float(scale)), (q, k, lse), backend)
+    parts: Tensor = run("attn_row_scores", (q, k, lse, v0, nv, float(scale)), (q, k, lse), backend)
+    return parts
 
 
 def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None) -> Tensor:
@@ -258,21 +257,21 @@ def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None
     if kernel.dtype != slope.dtype:
         raise InvariantError(f"slope is {slope.dtype} and kernel is {kernel.dtype}; expected the same")
     slope, kernel = _single(slope), _single(kernel)
-    return _run("zoo_sensitivity", (slope, kernel), (slope, kernel), backend)
+    forms: Tensor = run("zoo_sensitivity", (slope, kernel), (slope, kernel), backend)
+    return forms
 
 
 # --- input ----------------------------------------------------------------------------------------
 
 
-def _scored(scores: Tensor, k: int) -> tuple[Tensor, int]:
+def _check_scores(scores: Tensor, k: int) -> None:
     checks.tensor("scores", scores, (2, 3), _RANKS)
     checks.count("k", k)
     if scores.ndim == 3 and scores.shape[0] == 0:
         raise InvariantError(f"scores is {checks.described(scores)}: no parts to add up; expected {_RANKS}")
-    return scores.float(), min(k, scores.shape[-1])
 
 
-def _packed(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> tuple:
+def _packed(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> _Segments:
     checks.tensor("scores", scores, (1,), "packed scores (T,)")
     for name, value, expected in (("cu_n", cu_n, "(S+1,)"), ("k", k, "(S,)"), ("cu_k", cu_k, "(S+1,)")):
         checks.integers(name, value, 1, expected, scores)
@@ -302,44 +301,7 @@ def _features(features: Tensor, k: int) -> Tensor:
     return _single(features)
 
 
-def _weights(name: str, value: Tensor | None, like: Tensor, needed: bool = False) -> Tensor | None:
-    if value is None and not needed:
-        return None
+def _weight(name: str, value: Tensor, like: Tensor) -> Tensor:
     checks.tensor(name, value, (2,), "(B, N)", like)
     checks.shape(name, value, tuple(like.shape[:2]))
     return value.to(like.dtype)
-
-
-# --- start ----------------------------------------------------------------------------------------
-
-
-def _run(
-    name: str,
-    args: tuple,
-    tensors: Sequence[Tensor | None],
-    backend: str | None,
-    differentiable: Sequence[Tensor] = (),
-    ordered: bool = False,
-) -> Any:
-    """Straight to the implementation, or through ``torch.ops`` while a compiler, autograd or a fake mode
-    is active.
-    """
-    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    recorded = grad and any([x.requires_grad for x in differentiable])
-    if not compiling and not recorded and all([x is None or type(x) in _PLAIN for x in tensors]):
-        if name in ("gather_rows", "unprune"):
-            n = args[2] if name == "unprune" else args[0][0].shape[1]
-            checks.inside(args[1], n)
-        like = args[0][0] if name == "gather_rows" else args[0]
-        run = implementation(name, like, backend, ordered)
-        if not (grad and any([x is not None and x.requires_grad for x in tensors])):
-            return run(*args)
-        with torch.no_grad():  # entering it takes as long as a small kernel
-            return run(*args)
-    from . import ops
-
-    # what use() says is read when a compiled function runs; a gradient runs elsewhere, so that it is told
-    options = {"backend": backend or ""} if compiling else {"backend": forced(backend)}
-    if name in ("gather_rows", "unprune"):
-        options["ordered"] = ordered
-    return getattr(ops.NAMESPACE, name)(*args, **options)

@@ -211,8 +211,8 @@ def _prune_varlen_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> t
     idx, cu_n, cu_k = ctx.saved_tensors
     total, total_k = ctx.sizes
     rows = reference.packed_rows(idx, cu_n, cu_k, total_k).int()[None]
-    back = [None if g is None else _scatter(g[None], rows, total, ctx.options)[0] for g in grads]
-    return None, None, None, None, None, None, back
+    back = [_scatter(None if g is None else g[None], rows, total, ctx.options) for g in grads]
+    return None, None, None, None, None, None, [full if full is None else full[0] for full in back]
 
 
 def _plain_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:

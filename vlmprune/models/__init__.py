@@ -59,21 +59,20 @@ def families() -> list[str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside what torch.compile and PEFT put around it: that is where ``generate``
-    runs.
-    """
+    """The transformers model inside torch.compile and PEFT: that is where ``generate`` runs."""
+    inside: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+        if hasattr(inside, "_orig_mod"):
+            inside = inside._orig_mod
+        elif hasattr(inside, "get_base_model"):
+            inside = inside.get_base_model()
         else:
-            return model
+            found: nn.Module = inside
+            return found
 
 
-def check_family(model_type: str | None, config: Mapping[str, Any] | None = None) -> None:
-    """Raise unless models of this type have an adapter; ``config`` is the content of a config.json, where
-    there is one.
+def check_family(model_type: str | None, config: Mapping[str, Any] | None = None) -> str:
+    """The model type, if its models have an adapter; ``config`` is the content of a config.json.
 
     A model type is a fact and no word that a user types, so none is suggested in place of it.
     """
@@ -81,8 +80,8 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
     authors = (
         model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
     )
-    if model_type in _ADAPTERS and not authors:
-        return
+    if model_type is not None and model_type in _ADAPTERS and not authors:
+        return model_type
     why = f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
     if model_type in _CONVERTED or authors:
         example = _CONVERTED.get(model_type or "", _CONVERTED["llava_llama"])
@@ -98,9 +97,7 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, wrappers of PEFT and torch.compile taken off; raises for what cannot be pruned
-    right.
-    """
+    """The adapter of a model, wrappers of PEFT and torch.compile taken off; an error for all others."""
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
             f"expected a loaded transformers model, got {type(model).__name__}; load it first with "
@@ -123,22 +120,21 @@ def adapter_for(model: Any) -> Adapter:
             f"{type(model).__name__} (model type {model_type!r}) has no vision tower in its config; families "
             f"with an adapter: {families()}"
         )
-    check_family(model_type)
-    adapter = _TABLE.load(model_type)
+    known = check_family(model_type)
+    adapter = _TABLE.load(known)
     if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "
             "...ForConditionalGeneration"
         )
-    if too_old(model_type, type(model)):
+    if too_old(known, type(model)):
         here = version("transformers")
         raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
     return adapter(model)
 
 
-def too_old(model_type: str, model_class: type) -> bool:
+def too_old(model_type: str, model_class: type[nn.Module]) -> bool:
     """Whether the class of a model is of a transformers version that its family was not tried with."""
-    known = signature(
-        model_class.forward
-    ).parameters  # Video-LLaVA has called its pixels so since transformers 5.23
+    known = signature(model_class.forward).parameters
+    # Video-LLaVA has called its pixels so since transformers 5.23
     return model_type in _RECENT and not {"mm_encoder_outputs", "pixel_values"} <= set(known)

@@ -28,8 +28,7 @@ def is_tower(model: Any) -> bool:
 
 
 def tower_tensors(tower: Any, inputs: Any, method: Method) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The tensors that ``method`` needs, as ``vlmprune.select`` takes them, and the grid (rows, cols) of the
-    patches.
+    """The tensors that ``method`` needs, as ``vlmprune.select`` takes them, and the (rows, cols) of patches.
 
     Args:
         tower: a ViT of timm.
@@ -98,7 +97,7 @@ def pooling_of(tower: Any) -> nn.Module | None:
 @torch.no_grad()
 def pooling_attention(tower: Any, hidden: Tensor) -> Tensor:
     """(B, H, N) softmaxed attention of the pooling query to the patches of ``hidden`` (B, prefix + N, C)."""
-    pool, first = pooling_of(tower), tower.num_prefix_tokens
+    pool, first = tower.attn_pool, tower.num_prefix_tokens
     drop = first if tower.pool_include_prefix else 0  # pooled as well, but no patches
     tokens = hidden[:, first - drop :]
     if pool.pos_embed is not None:

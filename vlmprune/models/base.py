@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter: where the parts of a model family are. Subclasses are declarations; all pruning happens in the
-core.
+"""Adapter: where the parts of a model family are. Subclasses declare; all pruning happens in the core.
 
 Geometry is never re-implemented: captured quantities are pushed as extra channels through the model's own
 packing function, with NaN in place of the newline embedding, so that what comes out NaN is not a patch.
@@ -27,29 +26,25 @@ from ..hooks.vision.tower import has_cls
 
 IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
+Part = Any  # a module of transformers: which attributes it has is known to the adapter of its family alone
 CLS_FEATURES, TILE_FEATURES, FEATURES = Need("cls_features"), Need("tile_features"), Need("features")
 
 
 class Adapter:
-    """Base of all adapters: LLaVA-like models with one vision tower, a token-wise projector and a language
-    model.
-    """
+    """Base of all: LLaVA-like models with one vision tower, a token-wise projector and a language model."""
 
     model_type: ClassVar[str] = ""
-    modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
+    modalities: tuple[Modality, ...] = (IMAGE,)
     view: ClassVar[str] = "center"  # how the usual processor maps the picture to the model's view
     # attributes of the inner model
     text: ClassVar[str] = "language_model"
     tower: ClassVar[str] = "vision_tower"
     connector: ClassVar[str] = "multi_modal_projector"
-    towers: ClassVar[tuple[str, ...]] = (
-        "clip_vision_model",
-        "siglip_vision_model",
-    )  # model types that it may have
+    # model types of the tower
+    towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
     # what position ids may be after a cut; the first is taken where a method wants another one
     positions: ClassVar[tuple[Positions, ...]] = ("compact", "original")
-    # type (token_type_ids) of tokens that see earlier ones only, where others see later ones too; None: all
-    # are like that
+    # type (token_type_ids) of tokens that see earlier ones only, where others see later ones; None: all do
     text_type: ClassVar[int | None] = None
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
@@ -58,11 +53,11 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.inner: nn.Module = model.model
-        self.language_model: nn.Module = getattr(self.inner, self.text)
-        self.vision_tower: nn.Module = getattr(self.inner, self.tower)
-        self.projector: nn.Module = self._projector()
-        vision = model.config.vision_config
+        self.inner: Part = model.model
+        self.language_model: Part = getattr(self.inner, self.text)
+        self.vision_tower: Part = getattr(self.inner, self.tower)
+        self.projector: Part = self._projector()
+        vision = self.config.vision_config
         if vision.model_type not in self.towers:
             raise UnsupportedError(
                 f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are "
@@ -122,15 +117,11 @@ class Adapter:
         return value.split(list(counts))
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        """(crops, n, channels) of a picture -> (length, channels) through the model's own geometry, NaN for
-        newlines.
-        """
+        """(crops, n, channels) -> (length, channels) of a picture by the model's geometry; newlines: NaN."""
         return crops[0]
 
     def projects_tokens(self, modality: Modality) -> bool:
-        """Whether the projector comes after that geometry or is part of it, so that what it reads needs no
-        packing.
-        """
+        """Whether the projector comes after that geometry or in it: what it reads then needs no packing."""
         return False
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -140,9 +131,7 @@ class Adapter:
     def grids(
         self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
     ) -> tuple[tuple[int, int], ...]:
-        """Rectangular blocks of tokens; ``special`` (length,) marks slots that are not patches, ``grid`` is
-        that of a crop.
-        """
+        """Blocks (rows, cols); ``special`` (length,) marks what is no patch, ``grid`` is that of a crop."""
         return tile_grids(special, self.side)
 
     # --- what the core calls ----------------------------------------------------------------------
@@ -151,10 +140,7 @@ class Adapter:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
         check_pixels(modality.pixels, pixels, 4, "(images, [crops,] channels, height, width)")
-        for name in (
-            "vision_feature_layer",
-            "vision_feature_layers",
-        ):  # VipLLaVA has the plural before transformers 5
+        for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLLaVA: plural in transformers 4
             layer, held = arguments.get(name), getattr(self.config, name, None)
             if layer is not None and layer != held:
                 raise UnsupportedError(
@@ -169,9 +155,7 @@ class Adapter:
         found: Mapping[Need, Tensor],
         checks: Checks,
     ) -> list[Picture]:
-        """Describe every picture of one encoder call; ``found`` holds captured tensors (T, n, channels), T
-        crops.
-        """
+        """Describe every picture of one encoder call; ``found`` holds (T, n, channels) of its T crops."""
         captured = {need: patches_first(need.what, value) for need, value in found.items()}
         if captured:
             for need, value in captured.items():
@@ -210,12 +194,9 @@ class Adapter:
             captured = {
                 need: found.pop(need).flatten(0, 1) for need in list(found) if need.what in OF_PROJECTOR
             }
-        raw = {
-            need: value[:, value.shape[1] - n :] for need, value in found.items()
-        }  # [CLS] rows may stand in front
-        special = self.special(
-            pack(torch.zeros(count, n, 1))
-        )  # on the CPU: asks no device where the newlines are
+        # [CLS] rows may stand in front
+        raw = {need: value[:, value.shape[1] - n :] for need, value in found.items()}
+        special = self.special(pack(torch.zeros(count, n, 1)))  # the CPU knows where the newlines are
         if raw:
             packed = pack(torch.cat([value.float() for value in raw.values()], dim=-1))  # (length, channels)
             if special is not None:
@@ -244,9 +225,7 @@ class Adapter:
 
     @staticmethod
     def special(packed: Tensor) -> Tensor | None:
-        """(length,) bool, slots that are no patches, from packed channels (length, 1); None where all are
-        patches.
-        """
+        """(length,) bool, what is no patch, from packed channels (length, 1); None where all are patches."""
         marks = packed[:, 0].isnan()
         return marks if bool(marks.any()) else None
 
@@ -259,9 +238,7 @@ class Adapter:
         length: int,
         channels: Tensor,
     ) -> Tensor:
-        """Pack one picture's channels into its ``length`` slots; a [CLS] token that the model reads is NaN
-        too.
-        """
+        """Pack one picture's channels to ``length`` rows; a [CLS] token that the model reads is NaN too."""
         packed = self.pack(modality, channels, number, arguments)
         if packed.shape[0] == length - 1 and self.cls and count == 1:
             packed = torch.cat([packed.new_full((1, packed.shape[1]), torch.nan), packed])

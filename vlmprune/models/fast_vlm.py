@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM: a hybrid tower of timm whose last stage attends over exactly the tokens that the projector
-reads."""
+"""FastVLM: a hybrid tower of timm whose last stage attends over the tokens that the projector reads."""
 
 from __future__ import annotations
 
@@ -33,9 +32,8 @@ class FastVlmAdapter(Adapter):
 
     def grid(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         stride = self.vision_tower.timm_model.feature_info[-1]["reduction"]
-        rows, cols = (
-            -(-side // stride) for side in arguments[modality.pixels].shape[-2:]
-        )  # every stage rounds up
+        # every stage rounds up
+        rows, cols = (-(-side // stride) for side in arguments[modality.pixels].shape[-2:])
         return rows, cols
 
     def grids(

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from ..core.method import Need, What
 from ..hooks.vision.capture import VisionCapture
-from .base import Adapter, Modality
+from .base import Adapter, Modality, Part
 
 
 class PaliGemmaAdapter(Adapter):
-    """PaliGemmaForConditionalGeneration, both generations of it: one square crop per image, patches in raster
-    order.
-    """
+    """PaliGemmaForConditionalGeneration, both generations: a square crop per image, in raster order."""
 
     model_type = "paligemma"
     shortens = True
@@ -30,13 +28,11 @@ class PaliGemmaAdapter(Adapter):
 
 
 class AfterPooling(nn.Module):
-    """What Gemma 3's projector does after it has averaged patches: (..., C) tokens to (..., D), each by
-    itself.
-    """
+    """What Gemma 3's projector does after it has averaged patches: each token (..., C) to (..., D)."""
 
     def __init__(self, connector: nn.Module) -> None:
         super().__init__()
-        self.connector = connector
+        self.connector: Part = connector
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.connector.mm_soft_emb_norm(tokens) @ self.connector.mm_input_projection_weight
@@ -62,9 +58,8 @@ class Gemma3Adapter(Adapter):
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         rows, cols = self.grid(modality, number, arguments)
-        pooled = self.projector.connector.avg_pool(
-            crops[0].T.unflatten(1, (rows, cols))
-        )  # (channels, rows, cols) shrink
+        channels = crops[0].T.unflatten(1, (rows, cols))
+        pooled = self.projector.connector.avg_pool(channels)
         return pooled.flatten(1).T
 
     def projects_tokens(self, modality: Modality) -> bool:

@@ -58,9 +58,8 @@ class InternVLAdapter(Adapter):
 
 
 def shuffled_mean(patches: Tensor, grid: tuple[int, int], shuffle: Any) -> Tensor:
-    """(n, channels) of patches -> (N, channels), the mean over the patches that a model's own ``shuffle``
-    puts into a token.
+    """(n, channels) of patches -> (N, channels): the mean of those that ``shuffle`` puts into a token.
 
-    ``shuffle`` maps (crops, rows, cols, 1) to (crops, N, r); every channel goes as a crop of its own.
+    ``shuffle`` is the model's own, from (crops, rows, cols, 1) to (crops, N, r); a channel goes as a crop.
     """
     return shuffle(patches.T.unflatten(1, grid)[..., None]).mean(dim=-1).T

@@ -50,9 +50,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
 
 class VideoLlavaAdapter(Adapter):
-    """VideoLlavaForConditionalGeneration: a tower for images and one for frames, whose [CLS] tokens the
-    language model reads.
-    """
+    """VideoLlavaForConditionalGeneration: two towers, images and frames; their [CLS] tokens are read too."""
 
     model_type = "video_llava"
     modalities = (IMAGE, VIDEO)
@@ -82,9 +80,8 @@ class VideoLlavaAdapter(Adapter):
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if modality.name != "video":
             return super().pack(modality, crops, number, arguments)
-        return nn.functional.pad(crops, (0, 0, 1, 0), value=torch.nan).flatten(
-            0, 1
-        )  # [CLS] in front of every frame
+        # [CLS] in front of every frame
+        return nn.functional.pad(crops, (0, 0, 1, 0), value=torch.nan).flatten(0, 1)
 
     def grids(
         self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size in one packed sequence, patches merged to tokens by
-the projector.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: pictures of any size in one sequence, merged to tokens by the projector.
 
 Tokens have places in their picture (M-RoPE), which a cut leaves as they are.
 """
@@ -25,9 +24,7 @@ GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 class Qwen2VLAdapter(Adapter):
-    """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid stands for two frames of the
-    clip.
-    """
+    """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid is two frames of the clip."""
 
     model_type = "qwen2_vl"
     modalities = (IMAGE, VIDEO)
@@ -42,9 +39,8 @@ class Qwen2VLAdapter(Adapter):
         return self.vision_tower.spatial_merge_size
 
     def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
-        return super().capture(
-            [need for need in as_needs(needs) if need.what != "tile_features"]
-        )  # it has no tiles
+        # it has no tiles
+        return super().capture([need for need in as_needs(needs) if need.what != "tile_features"])
 
     def _projector(self) -> nn.Module:
         return self.vision_tower.merger
@@ -119,9 +115,7 @@ class Qwen2VLAdapter(Adapter):
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
-    """Qwen2_5_VLForConditionalGeneration: the tower sorts patches by window, and most of its blocks attend
-    inside windows.
-    """
+    """Qwen2_5_VLForConditionalGeneration: most blocks of the tower attend inside windows of patches."""
 
     model_type = "qwen2_5_vl"
     towers = ("qwen2_5_vl", "qwen2_5_vl_vision")
@@ -154,10 +148,9 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
-    """Qwen3VLForConditionalGeneration: features of early tower layers are added after the first decoder
-    layers (DeepStack).
+    """Qwen3VLForConditionalGeneration: features of early tower layers join after the first decoder layers.
 
-    A row that a merging method makes is given those of the token whose place it takes.
+    That is DeepStack. A row that a merging method makes is given those of the token whose place it takes.
     """
 
     model_type = "qwen3_vl"

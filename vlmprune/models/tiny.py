@@ -27,22 +27,21 @@ def load_tiny(device: str = "cpu", dtype: Any = None, folder: Path = FOLDER) -> 
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     with no_bars():  # it is read in a moment
-        model = LlavaForConditionalGeneration.from_pretrained(
+        model: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True
         )
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
 
 def verify(folder: Path = FOLDER) -> dict[str, str]:
-    """Compare every file with its recorded SHA-256 and return the hashes; a difference is an error that names
-    the file.
-    """
+    """Compare every file with its recorded SHA-256, and return the hashes by name."""
     sums = folder / SUMS
     if not sums.is_file():
         raise VlmPruneError(
             f"the tiny model lacks {SUMS} in {folder}; expected the files of the package: install it again"
         )
-    expected = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines() if line)
+    lines = [line.split("  ", 1) for line in sums.read_text().splitlines() if line]
+    expected = {name: digest for digest, name in lines}
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():

@@ -25,10 +25,10 @@ from ..registry import get, list_methods
 from .checks_generation import MODES, batched_modes_agree, hand_written_loop, second_turn
 from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
 from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
-from .conformance import RAGGED, Subject, close, default_spec, expect, generate, run_check
+from .conformance import RAGGED, Subject, close, default_spec, expect, generate, report_of, run_check
+from .families import layout_of
 from .reference import language_model
 from .tiny import tiny_inputs
-from .tiny_pictures import layout_of
 
 ASSET = "capabilities.json"
 SPEC = "fastervlm(cls=mean)@9"  # what the capabilities of a family are measured with; every tower can give it
@@ -61,7 +61,8 @@ def check_counts(run: Session, pictures: int) -> None:
     """Every picture kept what the budget gives it, or no more than it had where a schedule or no budget
     decides.
     """
-    dense, realised = run.last.dense_tokens, run.last.realised_tokens
+    report = report_of(run)
+    dense, realised = report.dense_tokens, report.realised_tokens
     expect(len(realised) == pictures, f"{len(realised)} pictures were reported, expected {pictures}")
     if "before_lm" not in run.slots or run.budget is None:
         expect(

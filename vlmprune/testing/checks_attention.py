@@ -6,7 +6,7 @@ maps.
 from __future__ import annotations
 
 from ..api import prune
-from .conformance import RAGGED, Subject, expect, generate
+from .conformance import RAGGED, Subject, expect, generate, report_of
 from .reference import dense_rows, kept_by_hand, language_model
 from .reference_attention import AttentionTwin, visual_columns
 
@@ -20,7 +20,10 @@ def edit_equals_eager_twin(subject: Subject) -> None:
     method = subject.method.prepare(language_model(model))
     with subject.prune() as run:
         ids = generate(subject.model, inputs)
-        expect(not run.last.pruned and sum(run.last.dense_tokens) > 0, f"nothing may be cut: {run.last}")
+        expect(
+            not report_of(run).pruned and sum(report_of(run).dense_tokens) > 0,
+            f"nothing may be cut: {run.last}",
+        )
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
         twin = AttentionTwin(model, method, rows[row], visual)
@@ -35,9 +38,13 @@ def composes_with_a_cut(subject: Subject) -> None:
     method = subject.method.prepare(language_model(model))
     with prune(subject.model, f"{subject.spec}+uniform@9") as run:
         ids = generate(subject.model, inputs)[0].tolist()
-    expect(run.last.realised_tokens == [9], f"{run.last.realised_tokens} tokens kept, expected [9]")
+    expect(
+        report_of(run).realised_tokens == [9], f"{report_of(run).realised_tokens} tokens kept, expected [9]"
+    )
     plain = visual_columns(model, inputs["input_ids"][0])
-    kept = kept_by_hand(model, inputs, run.last.keep, run.attachment.policy(run.slots["before_lm"].method))[0]
+    kept = kept_by_hand(
+        model, inputs, report_of(run).keep, run.attachment.policy(run.slots["before_lm"].method)
+    )[0]
     first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
     visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
     want = AttentionTwin(model, method, kept, visual).greedy(len(ids))

@@ -16,7 +16,7 @@ from .checks_inside import (
     second_turn_equals_twin,
     with_any_cache,
 )
-from .conformance import Subject, expect, generate
+from .conformance import Subject, expect, generate, report_of
 from .reference import dense_rows, greedy, kept_by_hand, legible, read_rows
 from .reference_inside import masked
 from .reference_masks import any_window
@@ -44,7 +44,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
     inputs = subject.inputs((1,))
     dense = dense_rows(subject.model, inputs)[0]
     places = legible(dense)
-    with subject.prune(**places):
+    with subject.prune(positions=places):
         kept, columns = read_rows(subject.model, inputs, dense)
     narrow = any_window(subject.model, inputs["input_ids"].shape[1] + 5)
     plain = {
@@ -66,7 +66,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
         else:
             continue  # windows count held tokens: no mask can say that of a cache that holds all
         torch.manual_seed(0)
-        with subject.prune(**places):
+        with subject.prune(positions=places):
             got = generate(subject.model, inputs, **options)
         expect(torch.equal(got, want), f"{mode}: {got.tolist()}, expected {want.tolist()}")
     return None
@@ -106,9 +106,9 @@ def second_turn(subject: Subject) -> None:
             first = subject.model.generate(
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
-            maps, cache = run.last.keep, first.past_key_values
+            maps, cache = report_of(run).keep, first.past_key_values
             held, seen = int(cache.get_seq_length(0)), int(cache.get_seq_length())
-            dropped = sum(run.last.dense_tokens) - sum(run.last.realised_tokens)
+            dropped = sum(report_of(run).dense_tokens) - sum(report_of(run).realised_tokens)
             expect(
                 seen - held == dropped, f"the cache says {seen} seen and {held} held, {dropped} were dropped"
             )
@@ -137,7 +137,7 @@ def detached_cache_is_refused(subject: Subject) -> None:
         first = subject.model.generate(
             **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
         )
-        dropped = run.last.pruned
+        dropped = report_of(run).pruned
     if not dropped:
         return
     try:

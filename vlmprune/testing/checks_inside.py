@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conformance import RAGGED, Subject, close, expect, generate, shared_model
+from .conformance import RAGGED, Subject, close, expect, generate, report_of, shared_model
 from .reference import dense_rows, language_model, merged_embeddings, placeholder_columns
 from .reference_inside import Twin, masked
 from .reference_masks import any_window
@@ -61,7 +61,7 @@ def cut_equals_twin(subject: Subject) -> None:
     for positions in subject.policies:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
-            counts = run.last.dense_tokens
+            counts = report_of(run).dense_tokens
             rows = [
                 subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
@@ -77,7 +77,7 @@ def cut_equals_twin(subject: Subject) -> None:
 
 def counts_follow_the_schedule(run: Any) -> None:
     """What the report says of the last forward is what the method's stages announce."""
-    report = run.last
+    report = report_of(run)
     layers = torch.zeros(run.depth)
     for dense, realised, kept in zip(report.dense_tokens, report.realised_tokens, report.keep, strict=True):
         here = [dense] * run.depth
@@ -100,7 +100,7 @@ def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -
     inputs = subject.inputs((1,))
     with subject.prune() as run, torch.no_grad():
         subject.model(**inputs)
-    twin = twins(subject, inputs, run.last.dense_tokens, run.positions)[0]
+    twin = twins(subject, inputs, report_of(run).dense_tokens, run.positions)[0]
     sliding = any_window(subject.model, inputs["input_ids"].shape[1] + 5)
     for mode, options in modes.items():
         if sliding and not (mode in ("greedy", "static cache") or "use_cache" in options):
@@ -151,9 +151,9 @@ def second_turn_equals_twin(subject: Subject) -> None:
             first = subject.model.generate(
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
-            counts, cache = run.last.dense_tokens, first.past_key_values
+            counts, cache = report_of(run).dense_tokens, first.past_key_values
             held = [int(cache.get_seq_length(layer)) for layer in range(run.depth)]
-            seen, per_layer = int(cache.get_seq_length()), run.last.tokens_per_layer
+            seen, per_layer = int(cache.get_seq_length()), report_of(run).tokens_per_layer
             dropped = [seen - slots for slots in held]
             expect(
                 dropped == [round(sum(counts) - tokens) for tokens in per_layer],

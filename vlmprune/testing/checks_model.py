@@ -18,8 +18,8 @@ from ..errors import InvariantError, UnsupportedError
 from ..hooks.patches import pictures_of
 from ..models import adapter_for
 from .checks_inside import no_map_of_the_sequence
-from .conformance import RAGGED, Subject, close, expect, generate
-from .tiny_pictures import layout_of
+from .conformance import RAGGED, Subject, close, expect, generate, report_of
+from .families import layout_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
 
@@ -135,7 +135,7 @@ def attention_back_ends_agree(subject: Subject) -> None:
         with prune(model, subject.spec) as run, torch.no_grad():
             found[implementation] = (
                 model(**inputs).logits[:, -1],
-                [m.keep_idx.tolist() for m in run.last.keep],
+                [m.keep_idx.tolist() for m in report_of(run).keep],
             )
     expect(found["eager"][1] == found["sdpa"][1], "eager and SDPA keep different tokens")
     close(found["eager"][0], found["sdpa"][0], "logits under eager and SDPA")

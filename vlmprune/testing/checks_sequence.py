@@ -9,7 +9,7 @@ from torch import Tensor
 from ..api import prune, score
 from ..core.keepmap import KeepMap
 from .checks_inside import counts_follow_the_schedule, cut_equals_twin
-from .conformance import RAGGED, Subject, close, expect, generate
+from .conformance import RAGGED, Subject, close, expect, generate, report_of
 from .reference import (
     dense_rows,
     entered,
@@ -40,7 +40,7 @@ def keep_all_is_dense(subject: Subject) -> None:
             )
             expect(torch.equal(generate(subject.model, inputs), ids), "ids differ with everything kept")
             expect(
-                run.last is not None and run.last.realised_tokens == run.last.dense_tokens,
+                report_of(run).realised_tokens == report_of(run).dense_tokens,
                 "tokens were dropped at keep = 1.0",
             )
 
@@ -57,7 +57,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
     for positions in subject.policies:
         with subject.prune(positions=positions) as run:
             ids = generate(subject.model, inputs)
-            maps = run.last.keep
+            maps = report_of(run).keep
             rows = [
                 subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
@@ -81,13 +81,13 @@ def merged_rows_are_read(subject: Subject) -> None:
         dense = whole.embeds[0]
         patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
         others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
-        with prune(model, subject.spec, **legible(whole)) as run:
+        with prune(model, subject.spec, positions=legible(whole)) as run:
             ids = generate(model, inputs)[0]
             rows = entered(model, inputs)[0]
-            report, kept = run.last, read_rows(model, inputs, whole)[0]
+            report, kept = report_of(run), read_rows(model, inputs, whole)[0]
         visual = sum(report.realised_tokens)
         expect(
-            len(rows) == len(others) + visual or report.keep[0].grids != run.last.keep[0].grids,
+            len(rows) == len(others) + visual or report.keep[0].grids != report_of(run).keep[0].grids,
             f"{len(rows)} rows entered, expected {len(others)} + {visual}",
         )
         wanted = iter(rows)
@@ -108,7 +108,7 @@ def order_and_report(subject: Subject) -> None:
     inputs = subject.inputs(RAGGED)
     with subject.prune() as run, torch.no_grad():
         output = subject.model(**inputs, output_hidden_states=True)
-    report, length = run.last, inputs["input_ids"].shape[1]
+    report, length = report_of(run), inputs["input_ids"].shape[1]
     expect(
         output.logits.shape[1] == length, f"logits have length {output.logits.shape[1]}, expected {length}"
     )
@@ -138,8 +138,8 @@ def batch_row_equals_alone(subject: Subject) -> None:
     inputs = subject.inputs(RAGGED)
     with subject.prune() as run:
         together = generate(subject.model, inputs)
-        counts = list(run.last.realised_tokens)
-        alone_counts = []
+        counts = list(report_of(run).realised_tokens)
+        alone_counts: list[int] = []
         for i, images in enumerate(RAGGED):
             row = tiny_row(inputs, subject.family, i, RAGGED)
             alone = generate(subject.model, row)[0]
@@ -147,7 +147,7 @@ def batch_row_equals_alone(subject: Subject) -> None:
                 torch.equal(alone, together[i]),
                 f"row {i}: {together[i].tolist()} in the batch, {alone.tolist()} alone",
             )
-            alone_counts += run.last.realised_tokens if images else []
+            alone_counts += report_of(run).realised_tokens if images else []
         if run.budget is None or run.budget.scope != "total":
             expect(counts == alone_counts, f"realised {counts} in the batch, {alone_counts} alone")
         right = right_padded(inputs)
@@ -183,7 +183,7 @@ def more_keeps_more(subject: Subject) -> None:
         for _ in range(2):
             with subject.with_keep(keep).prune() as run, torch.no_grad():
                 subject.model(**inputs)
-            picked.append(run.last.keep)
+            picked.append(report_of(run).keep)
         same = all(a.keep_idx.tolist() == b.keep_idx.tolist() for a, b in zip(*picked, strict=True))
         expect(same, f"keep={keep} gave other tokens the second time")
         if before is not None and subject.method.nested:
@@ -206,8 +206,8 @@ def highest_scores_are_kept(subject: Subject) -> None:
     scores = score(subject.model, inputs, subject.method)[0].scores.tolist()
     want = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:7])
     expect(
-        run.last.keep[0].keep_idx.tolist() == want,
-        f"kept {run.last.keep[0].keep_idx.tolist()}, highest scores are {want}",
+        report_of(run).keep[0].keep_idx.tolist() == want,
+        f"kept {report_of(run).keep[0].keep_idx.tolist()}, highest scores are {want}",
     )
 
 
@@ -226,7 +226,9 @@ def text_only_is_untouched(subject: Subject) -> None:
             logits = subject.model(**inputs).logits
     expect(torch.equal(logits, dense), "a text-only call changed")
     expect(torch.equal(inside, alone), "the language model called by itself changed")
-    expect(run.last.note == "no images in this call", f"text-only call recorded as {run.last.note!r}")
+    expect(
+        report_of(run).note == "no images in this call", f"text-only call recorded as {report_of(run).note!r}"
+    )
 
 
 CHECKS = {

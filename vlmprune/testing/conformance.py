@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conformance: named checks of what every method must do on every family, on tiny random models, in about a
-minute on a CPU.
+"""Conformance: named checks of what every method must do on every family, on tiny random models.
 
 ``run_checks("fastervlm@9")`` runs them all; ``vlmprune verify`` prints them; authors of plug-ins call them
 from a test. Each check raises AssertionError with what differed; UnsupportedError counts as "unsupported",
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..api import prune, resolve
+from ..core.report import Report
 from ..errors import SpecError, UnsupportedError, VlmPruneError, did_you_mean
 from ..hooks.sequence.cache import cache_name
 from ..hooks.session import Session
@@ -127,6 +127,14 @@ class Subject:
 def shared_model(family: str, tower: str | None, text: str | None) -> Any:
     """Tiny models are shared between checks: every check must leave them as they were."""
     return tiny_model(family, tower, text)
+
+
+def report_of(run: Session) -> Report:
+    """The report of the last forward, which must be there."""
+    report = run.last
+    if report is None:
+        raise AssertionError("no forward was reported")
+    return report
 
 
 def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options: Any) -> Tensor:

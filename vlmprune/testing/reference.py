@@ -55,7 +55,7 @@ class Kept:
         return replace(self, positions=self.positions[:, :1] + torch.arange(self.embeds.shape[1])[None])
 
 
-def language_model(model: Any) -> nn.Module:
+def language_model(model: Any) -> Any:
     """The decoder of a tiny model."""
     return adapter_for(model).language_model
 
@@ -231,9 +231,9 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
     return [row[allowed] for row, allowed in zip(hidden, read, strict=True)]
 
 
-def legible(dense: Kept) -> dict[str, str]:
-    """Options of a session whose columns ``read_rows`` can tell, from positions as they were."""
-    return {} if dense.blocks is None else {"positions": "original"}
+def legible(dense: Kept) -> str | None:
+    """The policy of a session whose columns ``read_rows`` can tell, where it needs positions as they were."""
+    return None if dense.blocks is None else "original"
 
 
 def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:

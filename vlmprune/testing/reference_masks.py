@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def blocks_of(family: str, types: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def mask_by_hand(config: Any, layer: int, length: int, blocks: Tensor | None = N
 
 
 def angles_by_hand(
-    language_model: nn.Module, layer: int, hidden: Tensor, positions: Tensor
+    language_model: Any, layer: int, hidden: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rotary cos and sin of a decoder layer, whose kind has its own in Gemma 3."""
     rotary = language_model.rotary_emb
@@ -64,7 +64,9 @@ def angles_by_hand(
     return rotary(hidden, positions, *([language_model.config.layer_types[layer]] if own else []))
 
 
-def frequencies(language_model: nn.Module, layer: int) -> Tensor:
+def frequencies(language_model: Any, layer: int) -> Tensor:
     """(d / 2,) frequencies of those angles."""
-    rotary, kinds = language_model.rotary_emb, getattr(language_model.config, "layer_types", None)
-    return rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{kinds[layer]}_inv_freq")
+    rotary = language_model.rotary_emb
+    if hasattr(rotary, "inv_freq"):
+        return rotary.inv_freq
+    return getattr(rotary, f"{language_model.config.layer_types[layer]}_inv_freq")

@@ -21,17 +21,12 @@ from torch import Tensor, nn
 
 from ..errors import SpecError, UnsupportedError
 from ..example_picture import picture
-from .processors import (
-    BOS_ID,
-    FAMILY_PREFIX,
-    PAD_ID,
-    SPECIAL_IDS,
-    family_prefix,
-    tiny_processor,
-    tower_of,
-)
-from .tiny_configs import model_class, text_of, tiny_config
-from .tiny_pictures import FRAMES, layout_of, words
+from .families import FAMILIES as _FAMILIES
+from .families import family_of, layout_of
+from .families.layouts import FRAMES, words
+from .families.shared import BOS_ID, PAD_ID, SPECIAL_IDS
+from .processors import tiny_processor
+from .tiny_configs import model_class, tiny_config
 
 __all__ = [
     "FAMILIES",
@@ -45,34 +40,12 @@ __all__ = [
     "tiny_row",
 ]
 
-FAMILIES: tuple[str, ...] = tuple(FAMILY_PREFIX)
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 # the first to be supported, on all transformers versions; between them they have every kind of geometry
 LLAVA_FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava")
-VARIANTS: tuple[tuple[str, str, str], ...] = (
-    ("llava", "clip", "llama"),
-    ("llava", "clip", "mistral"),
-    ("llava", "clip", "mistral_sliding"),
-    ("llava", "clip", "qwen2"),
-    ("llava", "siglip", "llama"),
-    ("llava_next", "clip", "llama"),
-    ("llava_next", "clip", "mistral"),
-    ("llava_next", "siglip", "qwen2"),
-    ("llava_onevision", "siglip", "qwen2"),
-    ("llava_onevision", "clip", "llama"),
-    ("vipllava", "clip", "llama"),
-    ("llava_next_video", "clip", "llama"),
-    ("video_llava", "clip", "llama"),
-    ("internvl", "own", "qwen2"),
-    ("qwen2_vl", "own", "own"),
-    ("qwen2_5_vl", "own", "own"),
-    ("qwen3_vl", "own", "own"),
-    ("fast_vlm", "own", "qwen2"),
-    ("idefics3", "own", "llama"),
-    ("smolvlm", "own", "llama"),
-    ("paligemma", "siglip", "gemma"),
-    ("paligemma", "siglip", "gemma2"),
-    ("gemma3", "siglip", "gemma3"),
-    ("gemma3", "siglip", "gemma3_sliding"),
+# (family, tower, text)
+VARIANTS: tuple[tuple[str, str, str], ...] = tuple(
+    (name, *variant) for name, family in _FAMILIES.items() for variant in family.variants
 )
 LAYERS = 4  # decoder layers
 
@@ -102,8 +75,8 @@ def tiny_model(
 
     Generation never stops early (no end-of-text id is set) and never yields a special id.
     """
-    tower = tower_of(family, tower)
-    text = text_of(family, text)
+    facts = family_of(family)
+    tower, text = facts.tower(tower), facts.text(text)
     config = tiny_config(family, tower, text, layers, text_overrides)
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are overwritten below
         model = model_class(family)(config)
@@ -142,7 +115,6 @@ def tiny_inputs(
         video: end every row with a clip, where the family takes clips.
         frames: of each clip.
     """
-    family_prefix(family)
     layout = layout_of(family)
     if video and layout.video is None:
         clips = [name for name in FAMILIES if layout_of(name).video]

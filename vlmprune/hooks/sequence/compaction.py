@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...kernels import dispatch
+from ...kernels import unchecked
 
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
 
@@ -71,7 +71,7 @@ class Compaction:
 
     def sequence(self, rows: Tensor) -> Tensor:
         """(B, L, D) -> (B, N, D)."""
-        return dispatch.gather_rows([rows], self.index.to(rows.device))[0]
+        return unchecked.gather_rows([rows], self.index.to(rows.device))[0]
 
     def follow(self, mask: Tensor) -> Tensor:
         """(B, L) bool marks of columns -> (B, N)."""
@@ -96,4 +96,4 @@ class Compaction:
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every old column takes the last kept row at or before it."""
         source = self.new_columns().clamp_min(0).to(rows.device)  # (B, L)
-        return dispatch.gather_rows([rows], source)[0]
+        return unchecked.gather_rows([rows], source)[0]

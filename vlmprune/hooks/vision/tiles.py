@@ -20,7 +20,7 @@ from ...core.method import Merged, Method, Need
 from ...core.select import choose
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, UnsupportedError
-from ...kernels import dispatch
+from ...kernels import unchecked
 
 FEATURES = Need("features")
 
@@ -99,7 +99,7 @@ def choose_in_tiles(
         context = None if result.context is None else ~result.context.cpu()
     else:
         slots, context = result.cpu(), None
-        (rows,) = dispatch.gather_rows([features], result, ordered=True)
+        (rows,) = unchecked.gather_rows([features], result, ordered=True)
     order = pack_tiles(slots, tiles.layout, side[0], context)
     if order.shape[0] > length:
         raise UnsupportedError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores by one row of attention, and by the projector's slope: kernels and launchers.
+"""Scores by one row of attention.
 
 No atomics: heads are summed in their order, and where heads are split among programs, selection adds the
 partial scores up.
@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import launch, next_power_of_2
+from .launch import launch, next_power_of_2
 
 _KEYS = 64  # of a program
 _PROGRAMS = 132
+
+# --- device ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -35,9 +37,7 @@ def logits_of(
     UNIT: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """(GROUP, keys) logits of the query heads that share the key head ``k`` points at, of the keys ``at``
-    (int64).
-    """
+    """(GROUP, keys) logits of the query heads that share key head ``k``, for the keys ``at`` (int64)."""
     width = tl.arange(0, WIDTH)
     mine = tl.arange(0, GROUP)
     query = tl.load(
@@ -128,9 +128,7 @@ def attn_logits_kernel(
     UNIT: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """Logits (B, H, nv) of the columns asked for; maximum and sum of exponentials (B, H, blocks) of all
-    columns.
-    """
+    """Logits (B, H, nv) of the columns asked for; largest, and sum of exponentials (B, H, blocks) of all."""
     b = (tl.program_id(0) // (heads * blocks)).to(tl.int64)
     head = tl.program_id(0) // blocks % heads
     block = tl.program_id(0) % blocks
@@ -145,9 +143,8 @@ def attn_logits_kernel(
     mine = tl.arange(0, GROUP)
     row = (b * heads + head) * group + mine
     asked = (key >= v0) & (key < v0 + nv)
-    tl.store(
-        logits + row[:, None] * nv + (key - v0)[None, :], found, mask=(mine < group)[:, None] & asked[None, :]
-    )
+    mask = (mine < group)[:, None] & asked[None, :]
+    tl.store(logits + row[:, None] * nv + (key - v0)[None, :], found, mask=mask)
     top = tl.max(found, 1)
     tl.store(most + row * blocks + block, top, mask=mine < group)
     tl.store(total + row * blocks + block, tl.sum(tl.exp(found - top[:, None]), 1), mask=mine < group)
@@ -175,22 +172,11 @@ def attn_combine_kernel(
     tl.store(out + b * nv + key, scores * share, mask=key < nv)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def row_dot_kernel(x, y, out, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start = row.to(tl.int64) * width
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for column in range(0, width, WIDTH):
-        at = column + tl.arange(0, WIDTH)
-        mask = (row < rows)[:, None] & (at < width)[None, :]
-        left = tl.load(x + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += left * tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row, tl.sum(total, 1), mask=row < rows)
+# --- host -----------------------------------------------------------------------------------------
 
 
 def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    """(R, B, nv) partial scores of ``reference.attn_row_scores``: attention of one query to keys v0 ..
-    v0+nv-1, mean over heads.
+    """(R, B, nv) parts whose sum is the attention of one query to keys v0 .. v0+nv-1, mean over heads.
 
     Args:
         q: (B, H, d).
@@ -199,86 +185,53 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
         v0, nv, scale: columns, and what logits are multiplied by.
     """
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    batch, heads, d = q.shape
-    key_heads, keys = k.shape[1:3]
-    group = heads // key_heads
+    group, d = q.shape[1] // k.shape[1], q.shape[2]
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2)
     # Triton infers divisibility by 16 only; a head size of 72 still allows loads of 8 elements
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    strides = tuple(stride // unit for stride in strides)
     # the interpreter takes the bits of half precision for integers in tl.dot
     up = q.dtype != k.dtype or (
         q.dtype != torch.float32 and q.device.type == "cpu" and triton.knobs.runtime.interpret
     )
-    shape = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), unit, up
-    new = {"dtype": torch.float32, "device": q.device}
-    columns = -(-nv // _KEYS)
-    if lse is not None:
-        splits = _splits(key_heads, batch * columns)
-        out = torch.empty(splits, batch, nv, **new)
-        sizes = v0, nv, key_heads // splits, group, splits, columns, float(scale), 1.0 / heads
-        launch(
-            attn_row_kernel,
-            batch * splits * columns,
-            q,
-            k,
-            lse.contiguous(),
-            out,
-            *sizes,
-            *strides,
-            *shape,
-            num_warps=4,
-        )
-        return out
-    blocks = -(-keys // _KEYS)
-    logits = torch.empty(batch, heads, nv, **new)
-    most, total = torch.empty(2, batch, heads, blocks, **new).unbind()
-    out = torch.empty(1, batch, nv, **new)
-    sizes = v0, nv, keys, key_heads, group, blocks, float(scale)
-    launch(
-        attn_logits_kernel,
-        batch * key_heads * blocks,
-        q,
-        k,
-        logits,
-        most,
-        total,
-        *sizes,
-        *strides,
-        *shape,
-        num_warps=4,
-    )
-    sizes = nv, heads, blocks, columns, 1.0 / heads, _KEYS, max(16, next_power_of_2(blocks))
-    launch(attn_combine_kernel, batch * columns, logits, most, total, out, *sizes, num_warps=1)
+    tile = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), unit, up
+    shape = *(stride // unit for stride in strides), *tile
+    if lse is None:
+        return _over_all_keys(q, k, v0, nv, scale, shape)
+    return _by_known_sums(q, k, lse, v0, nv, scale, shape)
+
+
+def _by_known_sums(
+    q: Tensor, k: Tensor, lse: Tensor, v0: int, nv: int, scale: float, shape: tuple[int, ...]
+) -> Tensor:
+    """One launch: each program sees only the keys asked for."""
+    batch, heads = q.shape[:2]
+    key_heads, columns = k.shape[1], -(-nv // _KEYS)
+    splits = _splits(key_heads, batch * columns)
+    out = torch.empty(splits, batch, nv, dtype=torch.float32, device=q.device)
+    sizes = v0, nv, key_heads // splits, heads // key_heads, splits, columns, float(scale), 1.0 / heads
+    args = q, k, lse.contiguous(), out, *sizes, *shape
+    launch(attn_row_kernel, batch * splits * columns, *args, num_warps=4)
+    return out
+
+
+def _over_all_keys(q: Tensor, k: Tensor, v0: int, nv: int, scale: float, shape: tuple[int, ...]) -> Tensor:
+    """Two launches: logits with the sums of each block of keys, then the weights."""
+    batch, heads = q.shape[:2]
+    key_heads, keys = k.shape[1:3]
+    blocks, columns = -(-keys // _KEYS), -(-nv // _KEYS)
+    logits = torch.empty(batch, heads, nv, dtype=torch.float32, device=q.device)
+    most, total = torch.empty(2, batch, heads, blocks, dtype=torch.float32, device=q.device).unbind()
+    out = torch.empty(1, batch, nv, dtype=torch.float32, device=q.device)
+    sizes = v0, nv, keys, key_heads, heads // key_heads, blocks, float(scale)
+    args = q, k, logits, most, total, *sizes, *shape
+    launch(attn_logits_kernel, batch * key_heads * blocks, *args, num_warps=4)
+    tile = _KEYS, max(16, next_power_of_2(blocks))
+    rest = nv, heads, blocks, columns, 1.0 / heads, *tile
+    launch(attn_combine_kernel, batch * columns, logits, most, total, out, *rest, num_warps=1)
     return out
 
 
 def _splits(heads: int, programs: int) -> int:
-    """Into how many parts the key heads are split, so that the GPU is busy; at most 8, which selection adds
-    up.
-    """
+    """Parts into which key heads are split to keep the GPU busy; at most 8, which selection adds up."""
     possible = [parts for parts in (1, 2, 4, 8) if heads % parts == 0]
     return next((parts for parts in possible if parts * programs >= _PROGRAMS), possible[-1])
-
-
-def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
-    """(B, N) g^T K g of slopes g (B, N, H) and a matrix K (H, H)."""
-    slope = slope.contiguous()
-    product = torch.matmul(slope, kernel)
-    width = slope.shape[-1]
-    out = torch.empty(slope.shape[:-1], dtype=torch.float32, device=slope.device)
-    rows = 4
-    tile = min(1024, max(16, next_power_of_2(width)))
-    launch(
-        row_dot_kernel,
-        -(-out.numel() // rows),
-        slope,
-        product,
-        out,
-        out.numel(),
-        width,
-        rows,
-        tile,
-        num_warps=4,
-    )
-    return out

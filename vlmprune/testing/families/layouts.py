@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each family makes of pictures: placeholder ids in the prompt and tensors beside it, built without a
-processor.
-
-One ``Layout`` per way of laying pictures out; ``layout_of(family)`` gives the one of a family.
-"""
+"""Ways of laying pictures out: placeholder ids in the prompt and tensors beside it, without a processor."""
 
 from __future__ import annotations
 
@@ -14,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.image_processing_utils import select_best_resolution
 
-from .processors import BOS_ID, GRID, IMAGE_ID, IMAGE_SIZE, PATCH_SIZE, PINPOINTS, VIDEO_ID
+from .shared import BOS_ID, GRID, IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE, VIDEO_ID
 
 FRAMES = 3  # of a clip
-MERGE = 2  # patches along each side of a token, where a family merges them
 Size = tuple[int, int]
 
 
@@ -28,9 +23,10 @@ class Layout:
     video: tuple[int, int] | None = None  # (placeholders per frame, placeholders after the last one)
 
     def __init__(
-        self, family: str, merge: int = 1, video: tuple[int, int] | None = None, patch_size: int = PATCH_SIZE
+        self, merge: int = 1, video: tuple[int, int] | None = None, patch_size: int = PATCH_SIZE
     ) -> None:
-        self.family, self.merge, self.video = family, merge, video
+        self.merge = merge
+        self.video = video
         self.pixels = GRID * patch_size * merge
 
     @property
@@ -55,7 +51,8 @@ class Layout:
 
     def clip(self, frames: int) -> list[int]:
         """Ids that stand in the prompt for one clip."""
-        return [VIDEO_ID] * (self.video[0] * frames + self.video[1])
+        each, behind = self.video or (0, 0)
+        return [VIDEO_ID] * (each * frames + behind)
 
     def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
         """Tensors of one clip per row."""
@@ -72,23 +69,27 @@ class Layout:
 
 
 class Tiled(Layout):
-    """LLaVA-NeXT and its children: an overview and tiles, un-padded, with newlines; OneVision scales big ones
-    down.
+    """LLaVA-NeXT and its children: an overview and tiles, un-padded, with newlines.
+
+    Args:
+        points: (height, width) of the canvases.
+        one: as OneVision: several pictures of a row are overviews only, and big ones are scaled down.
     """
 
     sizes = ((100, 190), (190, 100), (168, 160), (70, 250), (84, 84))
 
-    @property
-    def one(self) -> bool:
-        """Whether several pictures of a row are shown as their overviews only."""
-        return self.family == "llava_onevision"
+    def __init__(
+        self, points: list[list[int]], video: tuple[int, int] | None = None, one: bool = False
+    ) -> None:
+        super().__init__(video=video)
+        self.points = points
+        self.one = one
 
     def tiles(self, sizes: Sequence[Size], images: Sequence[int]) -> list[int]:
         """Crops that each picture is cut into, the overview included."""
         alone = [count == 1 for count in images for _ in range(count)]
-        points = PINPOINTS[self.family]
         whole = [
-            math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), points)) + 1
+            math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), self.points)) + 1
             for s in sizes
         ]
         return [n if single or not self.one else 1 for n, single in zip(whole, alone, strict=True)]
@@ -97,9 +98,7 @@ class Tiled(Layout):
         if self.one and not alone:
             return [IMAGE_ID] * (GRID**2 + 1)  # one newline
         height, width = size
-        rows, cols = (
-            side // PATCH_SIZE for side in select_best_resolution(tuple(size), PINPOINTS[self.family])
-        )
+        rows, cols = (side // PATCH_SIZE for side in select_best_resolution(tuple(size), self.points))
         if (
             width * rows > cols * height
         ):  # the image is flatter than its canvas: bands above and below were padding
@@ -138,15 +137,13 @@ class Tiled(Layout):
 
 
 class Packed(Layout):
-    """Qwen: all patches of all pictures in one sequence, block by block of ``merge`` x ``merge``, and their
-    grids.
-    """
+    """Qwen: patches of all pictures in one sequence, block by block of ``merge`` x ``merge``; their grids."""
 
     sizes = ((168, 168), (112, 280), (280, 112))
     channels = 3 * 2 * PATCH_SIZE**2  # two frames per patch
 
-    def __init__(self, family: str, clip_frames: bool = False) -> None:
-        super().__init__(family, MERGE, (GRID**2, 0))
+    def __init__(self, clip_frames: bool = False) -> None:
+        super().__init__(MERGE, (GRID**2, 0))
         self.clip_frames = clip_frames  # the frames of a clip stand apart, a time before each
 
     def grid(self, size: Size) -> tuple[int, int]:
@@ -194,16 +191,18 @@ class Packed(Layout):
 
 
 class Typed(Layout):
-    """PaliGemma and Gemma 3: tokens have types, by which some attend both ways: a whole prompt, or the tokens
-    of one image.
+    """PaliGemma and Gemma 3: tokens have types, by which some attend both ways.
+
+    Args:
+        whole: a whole prompt does, not the tokens of one image.
     """
 
+    def __init__(self, merge: int = 1, *, whole: bool) -> None:
+        super().__init__(merge)
+        self.whole = whole
+
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
-        return {
-            "token_type_ids": torch.zeros_like(ids)
-            if self.family == "paligemma"
-            else (ids == IMAGE_ID).long()
-        }
+        return {"token_type_ids": torch.zeros_like(ids) if self.whole else (ids == IMAGE_ID).long()}
 
 
 class Nested(Layout):
@@ -227,29 +226,6 @@ class Nested(Layout):
             if count
             else {}
         )
-
-
-LAYOUTS: dict[str, Layout] = {
-    "llava": Layout("llava"),
-    "llava_next": Tiled("llava_next"),
-    "llava_onevision": Tiled("llava_onevision", video=(math.ceil(GRID / 2) ** 2, 1)),
-    "vipllava": Layout("vipllava"),
-    "llava_next_video": Tiled("llava_next_video", video=((GRID // 2) ** 2, 0)),
-    "video_llava": Layout("video_llava", video=(GRID**2 + 1, 0)),
-    "internvl": Layout("internvl", MERGE),
-    "qwen2_vl": Packed("qwen2_vl"),
-    "qwen2_5_vl": Packed("qwen2_5_vl"),
-    "qwen3_vl": Packed("qwen3_vl", clip_frames=True),
-    "fast_vlm": Layout("fast_vlm", patch_size=32),
-    "idefics3": Nested("idefics3", MERGE),
-    "smolvlm": Nested("smolvlm", MERGE),
-    "paligemma": Typed("paligemma"),
-    "gemma3": Typed("gemma3", MERGE),
-}
-
-
-def layout_of(family: str) -> Layout:
-    return LAYOUTS[family]
 
 
 def words(count: int, random: torch.Generator) -> list[int]:

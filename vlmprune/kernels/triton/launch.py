@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ TILE = 16 * 1024  # bytes of a tile of rows in registers
 # fusing a * b + c is off, or results would differ between Triton versions, whose defaults differ
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
-_compiled: dict[tuple, object] = {}
-_kinds: dict[
-    object, tuple[frozenset[int], frozenset[int]]
-] = {}  # of a kernel: constants, and what it specialises on
+Kernel = Any  # triton.JITFunction, or what stands in for one: Triton has no types
+Start = Callable[..., None]
+_compiled: dict[tuple[object, ...], Kernel] = {}
+# of a kernel: which arguments are constants, and on which it specialises
+_kinds: dict[object, tuple[frozenset[int], frozenset[int]]] = {}
 
 
 def next_power_of_2(n: int) -> int:
@@ -37,22 +39,20 @@ def block_of(n: int) -> int:
 
 def warps(block: int) -> int:
     """Warps of a program that holds ``block`` keys."""
-    return 4 if block <= 1024 else 8 if block <= 4096 else 16
+    if block <= 1024:
+        return 4
+    return 8 if block <= 4096 else 16
 
 
-def launch(kernel, grid: int, *args, num_warps: int) -> None:
-    """Start ``grid`` programs. All arguments are positional, constants included; the first is a tensor on the
-    device.
-    """
+def launch(kernel: Kernel, grid: int, *args: Any, num_warps: int) -> None:
+    """Start ``grid`` programs; constants are positional too, and the first argument is a tensor there."""
     if grid:
         with _on(args[0].device):
             start(kernel, grid, args, args[0].device, num_warps)
 
 
-def launch_steps(kernel, grid: int, count: int, step: str, *args, num_warps: int) -> None:
-    """``launch`` ``count`` times, with the argument named ``step``, which must not be specialised, counting
-    up from 0.
-    """
+def launch_steps(kernel: Kernel, grid: int, count: int, step: str, *args: Any, num_warps: int) -> None:
+    """``launch`` ``count`` times; the argument named ``step``, not a specialised one, counts up from 0."""
     at = kernel.arg_names.index(step)
     device = args[0].device
     again = None
@@ -70,9 +70,12 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if foreign else nullcontext()
 
 
-def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) -> Callable | None:
-    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere (interpreter, AMD: it looks at sizes
-    of tensors too).
+def start(
+    kernel: Kernel, grid: int, args: tuple[Any, ...], device: torch.device, num_warps: int
+) -> Start | None:
+    """Through the cache on an NVIDIA GPU; by Triton's launcher elsewhere.
+
+    That is the interpreter, and AMD, where the launcher looks at sizes of tensors too.
 
     Returns:
         What starts the same kernel again, where that is known.
@@ -84,19 +87,24 @@ def start(kernel, grid: int, args: tuple, device: torch.device, num_warps: int) 
     found = _compiled.get(key)
     if found is None:
         found = _compiled[key] = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
-        return found[(grid, 1, 1)]
-    again = found[(grid, 1, 1)]
+        return on_grid(found, grid)
+    again = on_grid(found, grid)
     again(*args)
     return again
 
 
-def facts(kernel, args: tuple) -> tuple:
+def on_grid(compiled: Kernel, grid: int) -> Start:
+    starts: Start = compiled[(grid, 1, 1)]
+    return starts
+
+
+def facts(kernel: Kernel, args: tuple[Any, ...]) -> tuple[object, ...]:
     """All of the arguments that a compiled kernel depends on: at least what Triton specialises on."""
     if kernel.fn not in _kinds:
         constant = frozenset(p.num for p in kernel.params if p.is_constexpr)
         _kinds[kernel.fn] = constant, frozenset(p.num for p in kernel.params if not p.do_not_specialize)
     constant, special = _kinds[kernel.fn]
-    found = []
+    found: list[object] = []
     for at, arg in enumerate(args):
         if at in constant:
             found.append(arg)

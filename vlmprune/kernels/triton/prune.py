@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection and copy in one launch: every program selects anew, which is cheap, and copies its own slice.
+
+No scratch and no second launch. Where so many programs would select anew that two launches are less,
+selection and copy stay apart.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import copy_rows, keep_rank, kth_key, load_keys, segment
+from .gather import Rows, Segments, batches, gather, outputs
+from .launch import MAX_BLOCK, PROGRAMS, block_of, launch, warps
+from .select import Parts, parts_of, select
+
+Form = Literal["auto", "fused", "two"]
+
+# --- device ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def kept_rows(
+    scores,
+    idx,
+    start,
+    n,
+    first,
+    k,
+    pre,
+    post,
+    at,
+    part,
+    parts,
+    stride,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Source rows from ``at`` on, where each goes, and which are kept; share 0 writes the indices down."""
+    lane = tl.arange(0, BLOCK)
+    key = load_keys(scores, start + lane, lane < n, parts, stride)
+    bound = kth_key(key, k)
+    above = (key > bound).to(tl.int32)
+    equal = (key == bound).to(tl.int32)
+    need = k - tl.sum(above, 0)
+    before = (lane < at - pre).to(tl.int32)
+    above_before = tl.sum(above * before, 0)
+    equal_before = tl.sum(equal * before, 0)
+
+    row = at + tl.arange(0, ROWS)
+    token = row - pre
+    own = load_keys(scores, start + token, (token >= 0) & (token < n), parts, stride)
+    keep, place = keep_rank(own, bound, need, above_before, equal_before)
+    if part == 0:
+        tl.store(idx + first + place, token, mask=keep)
+    target = tl.where(token < 0, row, tl.where(token < n, pre + place, pre + k + token - n))
+    return row, target, keep | (token < 0) | ((token >= n) & (token < n + post))
+
+
+# tensors as in gather_kernel
+@triton.jit(do_not_specialize=["n", "k", "pre", "post", "parts", "stride", "blocks", "split"])
+def prune_kernel(
+    scores,
+    idx,
+    cu_n,
+    ks,
+    cu_k,
+    x0,
+    y0,
+    d0,
+    b0,
+    r0,
+    x1,
+    y1,
+    d1,
+    b1,
+    r1,
+    x2,
+    y2,
+    d2,
+    b2,
+    r2,
+    x3,
+    y3,
+    d3,
+    b3,
+    r3,
+    n,
+    k,
+    pre,
+    post,
+    parts,
+    stride,
+    blocks,
+    split,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD0: tl.constexpr,
+    BD1: tl.constexpr,
+    BD2: tl.constexpr,
+    BD3: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    s = pid // (blocks * split)
+    part = pid % split
+    at = pid // split % blocks * ROWS
+    start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
+    if at < pre + n + post:
+        row, target, keep = kept_rows(
+            scores, idx, start, n, first, k, pre, post, at, part, parts, stride, BLOCK, ROWS
+        )
+        b = s.to(tl.int64)
+        source = start + row if VARLEN else row.to(tl.int64)
+        to = (first if VARLEN else b * (pre + k + post)) + target
+        copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
+        copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
+        copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
+        copy_rows(x3, y3, b * b3 + source * r3, to * d3, keep, d3, part, split, BD3)
+
+
+# --- host -----------------------------------------------------------------------------------------
+
+
+def prune(
+    scores: Tensor, k: int, xs: list[Tensor], pre: int = 0, post: int = 0, form: Form = "auto"
+) -> tuple[Tensor, list[Tensor]]:
+    """Select by scores (B, N) or partial scores (R, B, N), and copy rows of xs (B, pre+N+post, *).
+
+    Returns:
+        idx (B, min(k, N)) and copies (B, pre + min(k, N) + post, *).
+    """
+    batch, n = scores.shape[-2:]
+    k = min(k, n)
+    idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
+    ys = outputs(xs, (batch, pre + k + post))
+    segments = Segments((idx, idx, idx), batch, n, k, n, k, False)
+    run(parts_of(scores), idx, segments, pre, post, batches(xs, ys, False), form)
+    return idx, ys
+
+
+def prune_varlen(
+    scores: Tensor,
+    cu_n: Tensor,
+    k: Tensor,
+    cu_k: Tensor,
+    total_k: int,
+    max_n: int,
+    xs: list[Tensor],
+    form: Form = "auto",
+) -> tuple[Tensor, list[Tensor]]:
+    """``prune`` of packed scores (T,), xs (T, *): idx (total_k,) within segments, copies (total_k, *)."""
+    idx = torch.empty(total_k, dtype=torch.int32, device=scores.device)
+    ys = outputs(xs, (total_k,))
+    segments = Segments((cu_n, k, cu_k), k.shape[0], 0, 0, max_n, min(max_n, total_k), True)
+    run((scores.contiguous(), 1, 0), idx, segments, 0, 0, batches(xs, ys, True), form)
+    return idx, ys
+
+
+def fused_rows(segments: int, rows: int) -> int | None:
+    """Source rows of a program of the fused kernel; None where it would take too many programs."""
+    return next((block for block in (16, 32, 64) if segments * -(-rows // block) <= PROGRAMS), None)
+
+
+def run(
+    parts: Parts, idx: Tensor, segments: Segments, pre: int, post: int, groups: list[Rows], form: Form
+) -> None:
+    """Fused launches, or selection and copy apart."""
+    count, most_n = segments.count, segments.most_n
+    length = most_n + pre + post
+    rows = None if form == "two" else fused_rows(count, length)
+    if form == "fused":
+        rows = rows or 64
+    if rows is None or not groups or most_n > MAX_BLOCK:
+        if idx.numel():
+            select(parts, idx, segments.edges, count, segments.n, segments.k, most_n, segments.packed)
+        for group in groups:
+            gather(idx, segments, pre, post, group)
+        return
+    block = block_of(most_n)
+    blocks = -(-length // rows)
+    scores, number, stride = parts
+    for group in groups:
+        tiles = group.tiles(rows, warps(block))
+        split = group.split(count, blocks, segments.most_k + pre + post, tiles)
+        sizes = segments.n, segments.k, pre, post, number, stride, blocks, split
+        args = *segments.edges, *group.args, *sizes, block, rows, *tiles, segments.packed
+        launch(prune_kernel, count * blocks * split, scores, idx, *args, num_warps=warps(block))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for callers that have just built or looked at their input: nothing is checked a second time.
+
+All other callers take ``dispatch``. An index that is not there reads other memory, or fails far from its
+cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import forced, implementation
+from .checks import PLAIN
+
+
+def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
+    """(B, min(k, N)) ascending int32 indices of the k highest scores (B, N) or sums of (R, B, N)."""
+    scores = scores.float()
+    idx: Tensor = run("topk_select", (scores, min(k, scores.shape[-1])), (scores,), backend)
+    return idx
+
+
+def gather_rows(
+    xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None
+) -> list[Tensor]:
+    """(B, K, *) rows of each of xs (B, N, *) at idx (B, K); ``ordered`` promises ascending, distinct ones."""
+    return list(run("gather_rows", (list(xs), idx.int()), (idx, *xs), backend, xs, ordered))
+
+
+def run(
+    name: str,
+    args: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    backend: str | None,
+    differentiable: Sequence[Tensor] = (),
+    ordered: bool = False,
+) -> Any:
+    """Straight to the implementation, or through ``torch.ops`` for a compiler, autograd or a fake mode."""
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    recorded = grad and any([x.requires_grad for x in differentiable])
+    if not compiling and not recorded and all([x is None or type(x) in PLAIN for x in tensors]):
+        like = args[0][0] if name == "gather_rows" else args[0]
+        start = implementation(name, like, backend, ordered)
+        if not (grad and any([x is not None and x.requires_grad for x in tensors])):
+            return start(*args)
+        with torch.no_grad():  # entering it takes as long as a small kernel
+            return start(*args)
+    from . import ops
+
+    # what use() says is read when a compiled function runs; a gradient runs elsewhere, so that it is told
+    options: dict[str, Any] = {"backend": (backend or "") if compiling else forced(backend)}
+    if name in ("gather_rows", "unprune"):
+        options["ordered"] = ordered
+    return getattr(ops.NAMESPACE, name)(*args, **options)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Family``: all facts about one family of tiny models, and the parts of configs that families share.
+
+Four layers everywhere, vision towers of width 32, language models of width 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from ...errors import UnsupportedError
+from ..backbones import BACKBONES as TEXTS
+from .layouts import Layout
+from .shared import BOS_ID, IMAGE_SIZE, PAD_ID, PATCH_SIZE, VOCABULARY, known
+
+_GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
+_KINDS = ["sliding_attention", "full_attention"]
+# the languages of families that attend both ways; their windows are wider than any test unless told otherwise
+GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("Gemma3Text", _GEMMA),
+    "gemma3_sliding": ("Gemma3Text", {**_GEMMA, "sliding_window": 8}),
+}
+TOWERS = ("clip", "siglip")
+OWN = ("own",)
+
+ConfigOf = Callable[[str, str, int, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Args:
+        name: its model type.
+        prefix: of the class names in transformers.
+        layout: what it makes of pictures.
+        variants: (tower, text) that the shared tests build; the first is how the family was released.
+        config: (tower, text, layers, fields of the text config) to the fields of its config.
+        processor: tower to the arguments of its processor, None where there is no tiny one.
+        processor_prefix: of the class of its processor, where that is of another family.
+        towers, texts: that it may have.
+        refused: towers that cannot be, and why.
+    """
+
+    name: str
+    prefix: str
+    layout: Layout
+    variants: tuple[tuple[str, str], ...]
+    config: ConfigOf
+    processor: Callable[[str], dict[str, Any]] | None = None
+    processor_prefix: str = ""
+    towers: tuple[str, ...] = TOWERS
+    texts: tuple[str, ...] = tuple(TEXTS)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def tower(self, tower: str | None) -> str:
+        """Check a vision tower, or give the one that the released models have."""
+        tower = known("tower", tower or self.variants[0][0], self.towers)
+        if tower in self.refused:
+            raise UnsupportedError(f"{self.name} with a {tower} tower: {self.refused[tower]}")
+        return tower
+
+    def text(self, text: str | None) -> str:
+        """Check a language model, or give the one that the released models have."""
+        return known("text", text or self.variants[0][1], self.texts)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def vision_config(tower: str, merge: int = 1) -> Any:
+    """A CLIP or SigLIP tower."""
+    fields: dict[str, Any] = {**VISION, "image_size": IMAGE_SIZE * merge, "patch_size": PATCH_SIZE}
+    if tower == "siglip":
+        return transformers.SiglipVisionConfig(**fields, vision_use_head=False)
+    return transformers.CLIPVisionConfig(**fields)
+
+
+def text_fields(layers: int) -> dict[str, Any]:
+    """What all language models share."""
+    return {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": None,
+        "pad_token_id": PAD_ID,
+    }
+
+
+def text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
+    """A language model by its name."""
+    prefix, special = (TEXTS | GEMMA_TEXTS)[text]
+    if prefix in ("Gemma2", "Gemma3Text"):
+        special = {**special, "layer_types": [_KINDS[i % 2] for i in range(layers)]}
+    return getattr(transformers, prefix + "Config")(**text_fields(layers) | special | overrides)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3-VL: features of early tower layers join behind the first decoder layers; frames stand apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import OWN, Family
+from .layouts import Packed
+from .qwen2_vl import OUT, processor, qwen
+
+
+def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    vision = {"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1, 2]}
+    own, rope = {"head_dim": 16}, {"mrope_interleaved": True}
+    return qwen(OUT | vision, layers, overrides, own, rope)
+
+
+FAMILY = Family(
+    "qwen3_vl", "Qwen3VL", Packed(True), (("own", "own"),), config, processor, towers=OWN, texts=OWN
+)
