@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from vlmprune.cli.catalogue import example
 from vlmprune.core.method import SLOTS
 from vlmprune.registry import get, list_methods, method_info
 
@@ -45,13 +46,10 @@ def without_card() -> list[str]:
 
 def line(name: str) -> str:
     """One row of the table."""
-    cls, paper = get(name), method_info(name).paper
+    cls, info = get(name), method_info(name)
+    paper = info.paper
     title = (CARDS / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0]
-    spec = f"{name}@64" if cls.budgeted else name
-    if cls.wraps:
-        spec = f"{name}+fastv@64"
-    elif cls.slot == "attention":
-        spec = f"{name}+fastervlm@64"
+    spec = f"{name}+fastervlm@64" if cls.slot == "attention" else example(info)
     where = "around another method" if cls.wraps else WHERE[cls.slot]
     number = paper.removeprefix("arXiv:")
     link = f"[{paper}](https://arxiv.org/abs/{number})" if paper.startswith("arXiv:") else paper

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import vlmprune
 from vlmprune.cli import app, bench
+from vlmprune.cli.catalogue import quantity
 from vlmprune.cli.screen import of_system
 from vlmprune.errors import SpecError
 from vlmprune.testing.tiny import picture, tiny_bundle
@@ -184,7 +185,7 @@ def test_the_list_of_methods_cuts_no_word(columns):
     infos = [vlmprune.method_info(name) for name in vlmprune.list_methods()]
     assert {info.name for info in infos} <= words and {info.paper for info in infos if info.paper} <= words
     if columns >= 60:
-        assert {need for info in infos for need in info.needs} <= words
+        assert {quantity(need) for info in infos for need in info.needs} <= words
     if columns >= 100:
         assert {option.name for info in infos for option in info.options} <= words
     assert ("vlmprune show METHOD" in " ".join(text.split())) == (columns < 100)

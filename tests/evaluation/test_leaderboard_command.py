@@ -71,7 +71,7 @@ def test_json_is_all_that_stdout_holds_and_a_second_run_is_the_same(run):
         (("--specs", " , "), "leave it out for the specs of the config"),
         (("--specs", "fastervlm@9,"), "'fastervlm@9,' has an empty entry.*: write --specs fastervlm@9"),
         (("--specs", "random(seed=1)@9,,pool@9"), r"write --specs 'random\(seed=1\)@9,pool@9'"),
-        (("--repair", "mine.yaml"), "--repair got the config 'mine.yaml'; it mends a folder as it is"),
+        (("--repair", "mine.yaml"), "--repair got the config 'mine.yaml'; it repairs a folder as it is"),
         (("--engine", "rya"), "Did you mean 'ray'"),
         (("--address", "auto"), "add --engine ray"),
         (("nowhere.yaml",), "cannot be read"),

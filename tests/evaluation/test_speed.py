@@ -333,4 +333,4 @@ def test_bench_prints_a_table_and_what_it_means():
     assert done.exit_code == 0, done.output
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert sum(line.split()[:1] == ["pool@9"] for line in done.stdout.splitlines()) == 1
-    assert "what is above 1.00 is the price of choosing" in " ".join(done.stdout.split())
+    assert "above 1.00 is the cost of choosing" in " ".join(done.stdout.split())

@@ -49,6 +49,6 @@ def renamed(name: Callable[[str], str]) -> list[Record]:
 def test_the_same_data_under_other_names_have_the_same_p_and_intervals():
     """Clusters that are numbered by their sorted names would be drawn in another order."""
     plain = summarise(records(), BLIND, resamples=500)
-    assert plain["rows"][2]["vs_random"]["p"] < 1
+    assert plain.rows[2].vs_random.p < 1
     for name in (lambda text: f"lmms-{text}", lambda text: text[::-1], lambda text: text.replace("1", "z")):
         assert summarise(renamed(name), BLIND, resamples=500) == plain

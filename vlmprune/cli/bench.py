@@ -55,12 +55,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="A run folder, whose report shows the card, or a .json file.")
     ] = None,
-    count: Annotated[
-        bool,
-        typer.Option(
-            "--count", help="Count what methods ask of a device instead, on tiny models; needs none."
-        ),
-    ] = False,
+    count: Count = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:

@@ -76,11 +76,16 @@ def _method_cells(info: MethodInfo) -> dict[str, Text]:
     return {
         "method": Text(info.name, style="bold") + Text(plug_in, style="dim"),
         "slot": Text(info.slot),
-        "needs": Text(", ".join(info.needs) or "-"),
+        "needs": Text(", ".join(dict.fromkeys(map(quantity, info.needs))) or "-"),
         "query": Text("yes" if info.query_aware else "no"),
         "options": Text(", ".join(option.name for option in info.options) or "-"),
         "paper": plain(info.paper or "-"),
     }
+
+
+def quantity(need: str) -> str:
+    """What a method reads, whatever the layer: ``show`` names that."""
+    return need.partition("@")[0]
 
 
 def _list_families(as_json: bool) -> None:
@@ -179,10 +184,16 @@ def _budget(info: MethodInfo) -> str:
     return "keep is required, as in @64 or @0.25"
 
 
+# options with a default that says nothing by itself
+_EXAMPLES = {"dyvte": "dyvte(exit=16)"}
+
+
 def example(info: MethodInfo) -> str:
     """A spec that works on an image of any size; options without a default are left to fill in."""
     from ..registry import get
 
+    if info.name in _EXAMPLES:
+        return _EXAMPLES[info.name]
     required = ",".join(f"{option.name}=..." for option in info.options if option.default is MISSING)
     text = info.name + (f"({required})" if required else "")
     if get(info.name).wraps:

@@ -86,7 +86,7 @@ class MMR(Method):
     parallel: int = 1
 
     wraps: ClassVar[bool] = True
-    paper: ClassVar[str] = "IDPruner; MMR, SIGIR 1998"
+    paper: ClassVar[str] = "IDPruner"
     licence: ClassVar[str] = "Apache-2.0, with parts of third parties"
 
     def __post_init__(self) -> None:

@@ -48,8 +48,11 @@ class Results:
         if not path.is_file():
             return cls.read(run.results, name)
         card = read_object(path)
-        if "rows" not in card:
-            raise EvaluationError(f"{path} lacks ['rows']; remove it and run `vlmprune bench --out` again")
+        if not isinstance(card.get("rows"), list):
+            raise EvaluationError(
+                f"{path} lacks a list of rows; measure it again with `vlmprune bench --out {run.folder}`, or "
+                "delete it"
+            )
         return cls.read({**run.results, "speed": card["rows"]}, name)
 
     @classmethod

@@ -60,8 +60,9 @@ def plan(
         for keep in sorted({float(keep) for keep in keeps if keep < 1}, reverse=True):
             reason = ""
             for text in (label, EARLY.get(label)):
-                specs = _seeded(f"{text}@{keep}", seeds) if text else ()
+                specs: tuple[str, ...] = ()
                 try:
+                    specs = _seeded(f"{text}@{keep}", seeds) if text else ()
                     for spec in specs:
                         prune(model, spec)
                 except (SpecError, UnsupportedError) as error:
