@@ -5,6 +5,7 @@
     python docs/capabilities.py --jobs 4             the same with four families at a time
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
     python docs/capabilities.py --method mine        one method in every family, the others as they were
+    python docs/capabilities.py --quick              without torch.compile and device_map, which take longest
 
 Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not
 hide one.
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--method", action="append", choices=method_names(), help="only this one; may be repeated"
     )
+    parser.add_argument("--quick", action="store_true", help="without what takes longest")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     arguments = parser.parse_args()
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
@@ -45,13 +47,14 @@ def main() -> None:
     rows = [known.get(family, {}) if arguments.method else {} for family in chosen]
     methods = [arguments.method or method_names()] * len(chosen)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for family, row in zip(chosen, pool.map(measured, chosen, methods, rows), strict=True):
+        made = pool.map(measured, chosen, methods, rows, [arguments.quick] * len(chosen))
+        for family, row in zip(chosen, made, strict=True):
             known[family] = row
             write({name: known[name] for name in families() if name in known})
             print(family, "done", flush=True)
 
 
-def measured(family: str, methods: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+def measured(family: str, methods: Sequence[str], known: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     """Some methods of one family; the rest as ``known``, or measured where nothing is known of the family."""
     torch.set_num_threads(1)
     here = {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"}
@@ -60,7 +63,7 @@ def measured(family: str, methods: Sequence[str], known: Mapping[str, Any]) -> d
         raise SystemExit(
             f"{family} was measured with {old}, here is {here}; measure it whole: leave --method out"
         )
-    found = {name: measure(family, name) for name in (methods if known else method_names())}
+    found = {name: measure(family, name, quick) for name in (methods if known else method_names())}
     rest = {name: row for name, row in known.get("methods", {}).items() if name in method_names()}
     return {
         "measured_with": here,

@@ -26,7 +26,8 @@ from .tiny import tiny_row
 
 def keep_all_is_dense(subject: Subject) -> None:
     """keep = all: logits equal bit for bit, ids equal."""
-    everything = subject.with_keep(1.0) if subject.method.budgeted else subject
+    cuts = subject.method.budgeted or subject.method.counts == "own"
+    everything = subject.with_keep(1.0) if cuts else subject
     for images in ((1,), RAGGED):
         inputs = subject.inputs(images)
         with torch.no_grad():
