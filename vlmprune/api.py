@@ -271,7 +271,7 @@ def select(
 
 def _given_tokens(tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
     """Tensors of a user as tokens, refused where nothing can be chosen by them."""
-    fields = [name for name in VisualTokens.__dataclass_fields__ if name != "size"]
+    fields = [name for name in VisualTokens.__dataclass_fields__ if name not in ("size", "checks")]
     known = ["grid" if name == "grids" else name for name in fields]
     for name in tensors:
         if name not in known:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import VlmPruneError
 
 Explain = Callable[[], VlmPruneError]  # the error, made only where it is needed: it may read values
+Require = Callable[[Tensor, Explain], None]  # raises the error, at once or later, unless the tensor is true
 
 
 class Checks:

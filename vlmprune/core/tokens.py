@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError, SpecError
+from .deferred import NOW, Checks, Explain
 
 if TYPE_CHECKING:
     from .method import Need
@@ -98,6 +99,7 @@ class VisualTokens:
         size: (B, N), for methods that need no tensor at all.
         like: any tensor on the device of the tokens, for such methods.
         of_layers: what was captured of a named layer of the tower, by need.
+        checks: where ``require`` leaves its checks.
     """
 
     features: Tensor | None = None
@@ -128,6 +130,7 @@ class VisualTokens:
     size: tuple[int, int] | None = None
     like: Tensor | None = None
     of_layers: Mapping[Need, Tensor] = field(default_factory=dict)
+    checks: Checks = NOW
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in _RANKS if getattr(self, name) is not None}
@@ -245,6 +248,10 @@ class VisualTokens:
             object.__setattr__(tokens, one.name, values.get(one.name, default))
         return tokens
 
+    def require(self, ok: Tensor, explain: Explain) -> None:
+        """Raise the error unless ``ok``, a bool tensor with one element; on a device, once the host waits."""
+        self.checks.require(ok, explain)
+
     @overload
     def need(self, name: _TensorField, layer: int | float | None = None) -> Tensor: ...
     @overload
@@ -260,11 +267,8 @@ class VisualTokens:
             return self._of_layer(name, layer)
         value = getattr(self, name)
         if value is None or value == ():
-            have = [
-                f.name
-                for f in fields(self)
-                if getattr(self, f.name) is not None and getattr(self, f.name) != ()
-            ]
+            given = {one.name: getattr(self, one.name) for one in fields(self)}
+            have = [name for name, held in given.items() if isinstance(held, Tensor) or callable(held)]
             keyword = "grid" if name == "grids" else name  # of select
             raise CaptureError(
                 f"this method needs {name!r}; given were {have}. Pass {keyword}=..., or declare it in the "

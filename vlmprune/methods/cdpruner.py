@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, one_of
+from ..core.deferred import all_finite
 from ..core.method import Method, Need, Text
 from ..core.select import top_k
 from ..core.tokens import VisualTokens
@@ -111,8 +112,12 @@ class CDPruner(Method):
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         r = self.relevance(tokens)
         order, gain = conditional_dpp(tokens.need("features"), r, k)
-        if not bool(torch.isfinite(r).all() & torch.isfinite(gain).all()):
-            raise InvariantError("cdpruner: tokens or words are not finite. Check them for NaN and overflow")
+        tokens.require(
+            all_finite(r) & all_finite(gain),
+            lambda: InvariantError(
+                "cdpruner: tokens or words are not finite. Check them for NaN and overflow"
+            ),
+        )
         # picks that enlarge nothing are no choice: the most relevant of the other tokens stand in their place
         own = torch.where(gain > 0, torch.inf, r.gather(1, order))
         return top_k(r.scatter(1, order, own), k)

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.deferred import all_finite
 from ..core.method import Method, What
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError
@@ -71,8 +72,10 @@ class DivPrune(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         order, distance = greedy_maxmin(tokens.need("features"), k)
-        if not bool(torch.isfinite(distance).all()):
-            raise InvariantError(
+        tokens.require(
+            all_finite(distance),
+            lambda: InvariantError(
                 "divprune: distances between features are not finite. Check the features for NaN and overflow"
-            )
+            ),
+        )
         return order

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, check_number, one_of
+from ..core.deferred import all_finite
 from ..core.method import Method, Need, act_as, needs_of
 from ..core.select import best_first
 from ..core.tokens import VisualTokens
@@ -107,10 +108,12 @@ class MMR(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         scores, features = self.inner.score(tokens).float(), tokens.need("features")
-        if not bool(torch.isfinite(scores).all() & torch.isfinite(features).all()):
-            raise InvariantError(
+        tokens.require(
+            all_finite(scores) & all_finite(features),
+            lambda: InvariantError(
                 f"mmr: scores of {self.inner.name} or features are not finite. Check them for NaN and "
                 "overflow"
-            )
+            ),
+        )
         importance = minmax(scores) if self.importance == "minmax" else share_below(scores)
         return marginal_relevance(importance, features, k, self.balance, self.parallel)

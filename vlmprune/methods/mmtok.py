@@ -112,8 +112,10 @@ class MMTok(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         order, gain = self.walk(self.cover(tokens), k, self.excluded(tokens))
-        if bool(gain.isnan().any()):
-            raise InvariantError("mmtok: tokens or words are not finite. Check them for NaN and overflow")
+        tokens.require(
+            ~gain.isnan().any(),
+            lambda: InvariantError("mmtok: tokens or words are not finite. Check them for NaN and overflow"),
+        )
         return order
 
     @staticmethod

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, one_of
+from ..core.deferred import all_finite
 from ..core.method import Method, Need
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError
@@ -94,9 +95,15 @@ class SCOPE(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         saliency = self.saliency(tokens)
-        if not bool((saliency >= 0).all()):
-            raise InvariantError("scope: attention is negative or not a number. Check the tower for overflow")
+        tokens.require(
+            (saliency >= 0).all(),
+            lambda: InvariantError(
+                "scope: attention is negative or not a number. Check the tower for overflow"
+            ),
+        )
         order, worth = cover_salient(patch_rows(tokens), saliency**self.alpha, k, self.combine)
-        if not bool(torch.isfinite(worth).all()):
-            raise InvariantError("scope: patches are not finite. Check the features for NaN and overflow")
+        tokens.require(
+            all_finite(worth),
+            lambda: InvariantError("scope: patches are not finite. Check the features for NaN and overflow"),
+        )
         return order

@@ -158,7 +158,7 @@ def choose_units(
     for (count, *_), numbers in groups.items():
         if budget is not None and budget.count(count) >= count:
             continue  # keep = all is dense for every method, merging ones included
-        tokens = stack_units([units[n] for n in numbers], pictures, needs_of(method), projector)
+        tokens = stack_units([units[n] for n in numbers], pictures, needs_of(method), projector, checks)
         if budget is None:
             rows = choose_own(method, tokens, checks)
         else:

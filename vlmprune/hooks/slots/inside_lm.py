@@ -331,6 +331,7 @@ class InsideLM:
         # M-RoPE knows no single position
         plain = positions.expand(hidden.shape[0], -1)[row] if positions.ndim == 2 else None
         return VisualTokens(
+            checks=state.checks,
             features=hidden[row[:, None], at],
             **fields_of(ranked, self.wanted, row, at, hidden.shape[1]),
             **states_of(self.language_model, self.wanted, hidden, ranked, row, at),

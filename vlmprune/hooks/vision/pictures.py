@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...core.deferred import NOW, Checks
 from ...core.method import Need
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError
@@ -162,6 +163,7 @@ def stack_units(
     pictures: Sequence[Picture],
     needs: Sequence[Need],
     projector: Callable[[Tensor], Tensor] | None,
+    checks: Checks = NOW,
 ) -> VisualTokens:
     """VisualTokens of units with the same number of tokens, grids and crops."""
     first = pictures[units[0].members[0][0]]
@@ -180,6 +182,7 @@ def stack_units(
     return VisualTokens.of(
         found,
         projector=projector,
+        checks=checks,
         grids=units[0].grids,
         ordinals=tuple(unit.ordinal for unit in units),
         size=(len(units), units[0].count),

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...checks import one_of
+from ...core.deferred import Require
 from ...core.method import Merged, Method, Verb, act_as
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, SpecError, UnsupportedError
@@ -116,22 +117,24 @@ class Debias(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         a = self.inner.score(tokens)  # (B, N)
-        return a if tokens.cut else self.corrected(a.float(), self.real(tokens))
+        return a if tokens.cut else self.corrected(a.float(), self.real(tokens), tokens.require)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         if tokens.cut:
             return self.inner.merge(tokens, k)
         return self.inner.merge_ranked(tokens, k, ranking=self.score(tokens))
 
-    def corrected(self, a: Tensor, m: Tensor | None) -> Tensor:
+    def corrected(self, a: Tensor, m: Tensor | None, require: Require) -> Tensor:
         """(B, N) scores a (B, N) without their trend; where m (N,) is false they rank last."""
         w = weights(self.curve, a, m)
         found = (a * w).float()
-        if not bool(((a >= 0) & found.isfinite()).all()):
-            raise InvariantError(
+        require(
+            ((a >= 0) & found.isfinite()).all(),
+            lambda: InvariantError(
                 f"{self.inner.name} gave scores below zero or not finite, which attention cannot be; check "
                 "them"
-            )
+            ),
+        )
         return found if m is None else torch.where(m, found, below_zero(a))
 
     def real(self, tokens: VisualTokens) -> Tensor | None:

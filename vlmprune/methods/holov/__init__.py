@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_number, one_of
+from ...core.deferred import all_finite
 from ...core.method import Method, Need
 from ...core.select import top_k_in_groups
 from ...core.tokens import VisualTokens
@@ -99,10 +100,12 @@ class HoloV(Method):
         A = patch_attention(tokens, self.cls).mean(dim=1)  # (B, H, N) -> (B, N)
         rule = self.paper_rule if self.variant == "paper" else self.official_rule
         members, rank, w, q = rule(A, tokens, k)
-        if not bool(torch.isfinite(rank).all() & (A >= 0).all()):
-            raise InvariantError(
+        tokens.require(
+            all_finite(rank) & (A >= 0).all(),
+            lambda: InvariantError(
                 "holov: attention is negative or not finite, or features are not finite. Check for overflow"
-            )
+            ),
+        )
         return top_k_in_groups(rank, members, capped(q, w, sizes_of(members), k), k)
 
     def paper_rule(self, A: Tensor, tokens: VisualTokens, k: int) -> Shares:

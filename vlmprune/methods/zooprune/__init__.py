@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_positive, one_of
+from ...core.deferred import all_finite
 from ...core.method import Method, What
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError
@@ -129,10 +130,11 @@ class ZOOPrune(Method):
         S, z = self.sensitivity(tokens), tokens.need("features")  # (B, N), (B, N, D)
         order, worth = hybrid_greedy(scaled(S), z, k)
         # a token without a number ranks last: the picks alone would not show it
-        finite = torch.isfinite(S).all() & torch.isfinite(z).all() & torch.isfinite(worth).all()
-        if not bool(finite):
-            raise InvariantError(
+        tokens.require(
+            all_finite(S) & all_finite(z) & all_finite(worth),
+            lambda: InvariantError(
                 f"{self.name}: sensitivities or distances are not finite. Check the features for NaN and "
                 "overflow"
-            )
+            ),
+        )
         return order
