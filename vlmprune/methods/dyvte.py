@@ -76,9 +76,7 @@ class DyVTE(Method):
 
 
 def gate_features(h: Tensor) -> Tensor:
-    """(B, 2D) what a gate reads of the states h (B, T, D) of at least two tokens of text: mean of all but the
-    last, and the last.
-    """
+    """(B, 2D) what a gate reads of text states h (B, T, D), T >= 2: mean of all but the last, the last."""
     if h.shape[1] < 2:
         raise SpecError(f"{h.shape[1]} tokens of text behind the picture; a gate of dyvte reads at least 2")
     h = h.float()

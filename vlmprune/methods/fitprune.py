@@ -135,9 +135,7 @@ class FitPrune(Method):
 
 
 def cross_attention(attention: Tensor, real: Tensor | None) -> Tensor:
-    """(B, N) sum over the queries, of which ``real`` (B, R) count, of the head maximum of attention (B, H, R,
-    N).
-    """
+    """(B, N) head maximum of attention (B, H, R, N), summed over the queries that are ``real`` (B, R)."""
     M = attention.float().amax(dim=1)  # (B, R, N)
     return M.sum(dim=1) if real is None else M.masked_fill(~real[..., None], 0.0).sum(dim=1)
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods that compare tokens in pairs have in common: which rows stand for the tokens of a picture, and
-how many there may be.
-"""
+"""For methods that compare tokens in pairs: which rows stand for tokens, and how many there may be."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ LARGEST = 4096  # tokens of which all pairs are held: 64 MB
 
 
 def patch_rows(tokens: VisualTokens) -> Tensor:
-    """(B, N, C) rows of unit length before the projector; tokens themselves (B, N, D) where that merges
-    patches.
-    """
+    """(B, N, C) unit rows before the projector; where that merges patches, the tokens (B, N, D)."""
     rows = tokens.need("encoder_features")
     return unit(rows if rows.shape[1] == tokens.count else tokens.need("features"))
 

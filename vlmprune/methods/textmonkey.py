@@ -34,9 +34,7 @@ _ROWS_AT_ONCE = 512  # of the cosines: no N x N map is held
 
 
 def largest_cosine(x: Tensor, compare: str) -> Tensor:
-    """(B, N) the largest cosine of each token (B, N, D) with a later one, or with any other one; -1 where
-    there is none.
-    """
+    """(B, N) largest cosine of each token (B, N, D) with a later, or any other one; -1 for none."""
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     column, found = torch.arange(x.shape[1], device=x.device), []
     for rows, own in zip(unit.split(_ROWS_AT_ONCE, dim=1), column.split(_ROWS_AT_ONCE), strict=True):
