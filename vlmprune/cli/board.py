@@ -94,6 +94,7 @@ def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
 
 def fitting(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> list[Column[L]]:
     """All columns in full where there is room, else in short, else without those that can be spared."""
+    # without a short form, the full text stands in every cell
     left = [replace(column, short=None) for column in columns]
     if _width(left, rows, screen) <= screen.width:
         return left

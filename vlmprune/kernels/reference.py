@@ -47,7 +47,7 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
 def topk_select_varlen(
     scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
 ) -> Tensor:
-    """``topk_select`` of k[s] in each segment cu_n[s] : cu_n[s+1] of scores (T,); indices start in it at 0."""
+    """``topk_select`` of k[s] in each segment cu_n[s] : cu_n[s+1] of scores (T,); indices count in it."""
     edges = cu_n.tolist()
     segments = [scores[start:end] for start, end in pairwise(edges)]
     picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]

@@ -69,6 +69,7 @@ class DyVTE(Method):
                 f"exit={self.exit}, behind which no layer is left of 0..{depth - 1}; choose at most "
                 f"{depth - 2}"
             )
+        # no source: all tokens leave, so nothing is ranked
         return (CutPoint(self.exit + 1, 0, source=None),)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:

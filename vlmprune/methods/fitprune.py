@@ -120,6 +120,7 @@ class FitPrune(Method):
         lost = [gone[-1] if self.final else sum(gone) / len(gone) for gone in tables]
         best = min(range(len(tables)), key=lambda number: abs(1 - lost[number] - keep))
         factor = (1 - keep) / lost[best] if lost[best] else float("inf")
+        # stretched so far, the table would leave no token in the last layers
         if factor * tables[best][-1] >= 1:
             least = 1 - max(share / gone[-1] for share, gone in zip(lost, tables, strict=True) if gone[-1])
             raise SpecError(
@@ -156,5 +157,6 @@ def shares_gone(table: tuple[int, ...], depth: int, whole: bool = False) -> tupl
     """
     layers = len(table) if whole else DEPTH
     gone = [0, *accumulate(table)]
+    # the layer of the table that is as deep, for models of another depth
     at = [layer * layers // depth for layer in range(depth)]
     return tuple(gone[min(where, len(gone) - 1)] / PATCHES for where in at)

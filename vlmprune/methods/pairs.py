@@ -20,6 +20,7 @@ def patch_rows(tokens: VisualTokens) -> Tensor:
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least; a row of zeros stays one, and is like no other."""
+    # cosines that differ in half precision only by rounding would tie
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return torch.nn.functional.normalize(rows, dim=-1, eps=1e-8)
 

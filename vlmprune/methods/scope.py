@@ -94,6 +94,7 @@ class SCOPE(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         saliency = self.saliency(tokens)
+        # false for NaN too. A negative weight would turn the largest gain into the smallest
         if not bool((saliency >= 0).all()):
             raise InvariantError("scope: attention is negative or not a number. Check the tower for overflow")
         order, worth = cover_salient(patch_rows(tokens), saliency**self.alpha, k, self.combine)

@@ -39,6 +39,7 @@ def largest_cosine(x: Tensor, compare: str) -> Tensor:
     column, found = torch.arange(x.shape[1], device=x.device), []
     for rows, own in zip(unit.split(_ROWS_AT_ONCE, dim=1), column.split(_ROWS_AT_ONCE), strict=True):
         other = column > own[:, None] if compare == "later" else column != own[:, None]  # (r, N)
+        # no cosine is below -1
         found.append((rows @ unit.transpose(1, 2)).masked_fill(~other, -1.0).amax(dim=2))
     return torch.cat(found, dim=1)
 

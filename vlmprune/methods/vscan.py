@@ -180,6 +180,7 @@ def scan(a: Tensor, A: Tensor, members: Tensor, w: int, k: int) -> Tensor:
     taken = local_set(a, members, w)
     chosen = torch.zeros_like(A, dtype=torch.bool).scatter(1, taken, True)
     others = top_k(A.masked_fill(chosen, -torch.inf), k - taken.shape[1]) if taken.shape[1] < k else taken
+    # from a mask of k tokens to ascending indices
     return top_k(chosen.scatter(1, others, True).float(), k)
 
 

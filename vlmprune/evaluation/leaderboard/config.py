@@ -161,6 +161,7 @@ def _list(key: str, value: Any, kind: type | None) -> tuple[Any, ...]:
     for item in value:
         if kind and item == "":
             raise SpecError(f"{key} holds '', an empty text; leave the entry out, or write what it was to be")
+        # not isinstance: YAML reads yes as True, which would pass for a 1
         if kind and type(item) is not kind:
             given = f"{shown(item)}, a {type(item).__name__}"
             raise SpecError(f"{key} holds {given}; expected {kind.__name__} (quote what is text)")

@@ -118,6 +118,7 @@ def _code(what: str, made: Iterable[Any]) -> str:
             raise EvaluationError(
                 f"{what} has no source file, so nothing would tell when it changes; put it in a module"
             ) from error
+    # sorted, since a set comes in no order of its own
     return hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16] if found else ""
 
 

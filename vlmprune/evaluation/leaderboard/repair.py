@@ -110,9 +110,8 @@ def _candidates(folder: Path, cell: str) -> Iterator[dict[str, Any]]:
 
 def _write_info(folder: Path, tell: Tell) -> None:
     cells = [cell for cell in cells_of(folder) if is_sound(folder, cell)]
-    cells.sort(
-        key=lambda cell: ((folder / "cells" / f"{cell}.json").stat().st_mtime_ns, cell)
-    )  # as they were asked
+    # as they were asked
+    cells.sort(key=lambda cell: ((folder / "cells" / f"{cell}.json").stat().st_mtime_ns, cell))
     config = config_of([Run(folder).recipe(cell) for cell in cells], folder)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     info = {

@@ -90,6 +90,7 @@ def leaderboard(
     where ``settings.replace`` says so.
     """
     folder, settings, progress = Path(out), settings or Settings(), progress or Silent()
+    # before the lock, which would write into a folder that may be somebody else's
     refuse_other_format(folder)
     asked = asked_of(config, settings.device, settings.trust_remote_code)
     plan = planned(config, settings)
@@ -119,9 +120,11 @@ def leaderboard(
                 "rows": rows,
                 "headline": headline,
             }
+            # only the last round knows which cells belong to none of the tables
             beside = others(folder, mine) if setting is plan[-1] else []
             found |= {"failed": failed, "speed": [], "other_cells": beside}
             if rows:
+                # after every model and task: a run that is killed leaves a table of what is whole
                 replace_json(folder / "results.json", found)
     if not rows:
         raise EvaluationError(
@@ -191,9 +194,8 @@ class _Comparison:
         self.ids = {sample.id for sample in self.samples}
         self.whole: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.matched: dict[
-            str, str
-        ] = {}  # spec without a budget -> budget of the baselines that it is compared with
+        # spec without a budget -> budget of the baselines that it is compared with
+        self.matched: dict[str, str] = {}
 
     def answer(self, specs: Iterable[str], what: str = "") -> None:
         """Answer what is missing of these specs."""

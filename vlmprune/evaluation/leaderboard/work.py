@@ -80,6 +80,7 @@ class Bench:
                 yield Failure(spec, reason(error))
         while specs:
             answered = yield from self._answer(job, specs)
+            # the others answer this portion again, and the journal takes only what it lacks
             specs = specs[: answered - 1] + specs[answered:] if answered else []
 
     def _check_methods(self, spec: str) -> None:

@@ -99,6 +99,7 @@ class HoloV(Method):
         A = patch_attention(tokens, self.cls).mean(dim=1)  # (B, H, N) -> (B, N)
         rule = self.paper_rule if self.variant == "paper" else self.official_rule
         members, rank, w, q = rule(A, tokens, k)
+        # one question to the device for both; NaN is not >= 0 either
         if not bool(torch.isfinite(rank).all() & (A >= 0).all()):
             raise InvariantError(
                 "holov: attention is negative or not finite, or features are not finite. Check for overflow"

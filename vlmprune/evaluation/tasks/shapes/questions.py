@@ -125,6 +125,7 @@ def _about(
     if i is None:
         return None
     words = text.format(call(scene.things[i]))
+    # the last word but one: the question mark is a word
     return Question("", name, words, answer, (Mention(len(words.split()) - 2, ((0, i),)),))
 
 
