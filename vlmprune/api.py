@@ -198,6 +198,7 @@ def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | Non
     if image is None:
         return maps
     pictures = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    # not their number: the frames of a clip share an index
     count = maps[-1].index + 1
     if len(pictures) != count:
         raise SpecError(

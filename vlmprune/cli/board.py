@@ -105,6 +105,7 @@ def fitting(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) ->
 
 
 def _width(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> int:
+    # so wide that nothing folds while it is measured
     return Measurement.get(screen, screen.options.update(width=10_000), grid(columns, rows)).maximum
 
 

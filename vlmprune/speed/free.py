@@ -47,6 +47,7 @@ class FreeSide:
             watch = self.lm.register_forward_pre_hook(
                 lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
             )
+            # on a stack, so that hooks also go where the call fails
             stack.callback(watch.remove)
             for index, layer in enumerate(self.lm.layers):
                 stack.callback(layer.register_forward_pre_hook(partial(self._note, index)).remove)

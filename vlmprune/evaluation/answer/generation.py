@@ -121,6 +121,7 @@ class Clock(StoppingCriteria):
 
     def _now(self) -> float:
         if self.cuda:
+            # kernels run behind the host: without waiting, only their launches would be timed
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 

@@ -118,6 +118,7 @@ def _specs(value: Any, keep: Any) -> tuple[Spec, ...]:
     for text in _list("specs", value, str):
         spec = parse(text)
         bare = not any(part.budget for part in spec.parts)
+        # ``keep`` is for specs that have no budget and a method that takes one
         takes = bare and any(get(part.name).budgeted for part in spec.parts)
         spread += takes
         found += [spec.with_keep(budget) for budget in budgets] if takes and budgets else [spec]

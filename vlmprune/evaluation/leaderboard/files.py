@@ -108,6 +108,7 @@ def top_level(made: Any) -> str | None:
 
 def read_once(folder: Path, files: Sequence[Path]) -> str:
     """Digest of large files, read once as long as sizes and times stay: 7B weights take seconds."""
+    # ctime too: the other time can be set
     stats = [(file, file.stat()) for file in files]
     return _read_once(folder, tuple((file, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for file, st in stats))
 

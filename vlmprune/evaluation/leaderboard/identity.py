@@ -134,6 +134,7 @@ def weights(name: str, trust_remote_code: bool = False) -> str:
     found = _of_folder(name, folder) if folder.is_dir() else ""
     if found and not trust_remote_code:
         return found
+    # its config carries the commit: no weights are read for it
     config = read_pretrained(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         _refuse_code_elsewhere(name, getattr(config, "auto_map", None) or {})

@@ -75,6 +75,7 @@ class Journal:
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> int:
         """Write the lines of samples that are not there yet, in one go; returns how many."""
+        # by id: of a sample that comes twice one line is written
         new = {line["id"]: line for line in lines if line["id"] not in self.ids}
         data = b"".join(encode_line(self.cell, line) for line in new.values())
         if data:
@@ -194,6 +195,7 @@ def locked(folder: Path) -> Iterator[None]:
         for left in left_behind(folder):
             with told(left):
                 left.unlink()
+        # only for the messages of others: the lock is what counts
         replace_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:

@@ -104,6 +104,7 @@ def _candidates(folder: Path, cell: str) -> Iterator[dict[str, Any]]:
     sound = [Run(folder).recipe(other) for other in cells_of(folder) if is_sound(folder, other)]
     plugins = {name: code for recipe in sound for name, code in (recipe.get("plugins") or {}).items()}
     mine = {name: code for name, code in plugins.items() if name in {part.name for part in parts}}
+    # recipes of one config differ in these three; the hash tells whether the guess is right
     for recipe in sound:
         yield recipe | {"spec": spec, "seeds": seeds, "plugins": mine}
 

@@ -136,6 +136,7 @@ def leaderboard(
 def planned(config: Config, settings: Settings) -> list[Setting]:
     """All models on all tasks; whatever is wrong with any of them is said before the first answer."""
     tasks = [get_task(name) for name in config.tasks]
+    # workers of a cluster have devices of their own
     if isinstance(settings.engine, Local):
         check_device(settings.device)
     plugins = identity.plugins(map(str, config.specs))
@@ -230,6 +231,7 @@ class _Comparison:
         """The baselines of methods that go by a rule of their own, at the budget that equals it."""
         run = Run(self.folder)
         for spec, cell in self.whole.items():
+            # what it read is known only now that it has answered
             if budget_of(spec) is None and (budget := budget_read(run.journal(cell))):
                 self.matched[spec] = budget
         wanted = [text for budget in self.matched.values() for text in baselines(budget, seeds)]

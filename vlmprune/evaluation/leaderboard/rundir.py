@@ -45,6 +45,7 @@ def cell_id(recipe: Mapping[str, Any]) -> str:
 def encode_line(cell: str, values: Mapping[str, Any]) -> bytes:
     """One line of the journal of ``cell``: values as JSON, and a checksum of their text and the cell."""
     text = json.dumps(values).encode()
+    # the checksum becomes the last key of the object
     return text[:-1] + f', "sum": "{_checksum(cell, text)}"}}\n'.encode()
 
 

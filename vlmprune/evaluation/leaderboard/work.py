@@ -74,6 +74,7 @@ class Bench:
         for spec in job.specs:
             try:
                 self._check_methods(spec)
+                # attaches nothing: asks whether this model can do it
                 prune(self.model, spec, positions=self.setting.positions)
                 specs.append(spec)
             except Exception as error:  # a plug-in may raise anything
@@ -107,6 +108,7 @@ class Bench:
         for rows_of_batch in sizes:
             for number, spec in enumerate(specs, 1):
                 try:
+                    # evaluate gives batch after batch, and in each batch spec after spec
                     yield Lines(spec, [self._line(next(records)) for _ in range(rows_of_batch)])
                 except EvaluationError as error:
                     yield Failure(spec, reason(error))

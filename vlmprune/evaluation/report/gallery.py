@@ -231,6 +231,7 @@ def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> It
         given = f"shows {len(images)} images, its journal has kept patches of {len(answer.keep)}"
         raise EvaluationError(f"{answer.id} {given}; run the row again")
     for number, image in enumerate(images):
+        # a whole number, so that pixels stay square and sharp
         factor = -(-SMALLEST // min(image.size))
         large = (
             image.resize((image.width * factor, image.height * factor), resample=0) if factor > 1 else image

@@ -223,6 +223,7 @@ def _named(value: Any) -> str:
 def _key(visual: Any) -> str:
     """Equal for equal pictures; clips by their path."""
     if isinstance(visual, Image.Image):
+        # bytes alone do not tell 2 x 3 pixels from 3 x 2
         return hashlib.sha256(repr((visual.mode, visual.size)).encode() + visual.tobytes()).hexdigest()[:16]
     if isinstance(visual, str | Path):
         return Path(visual).name

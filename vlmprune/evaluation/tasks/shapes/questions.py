@@ -110,6 +110,7 @@ def _property(thing: Thing, name: str) -> str | None:
     """What is true of a thing; None where it is too close to a border between two answers."""
     if name != "where":
         return getattr(thing, name)
+    # from the centre of the thing to the nearer line between quadrants
     near = min(abs(thing.x - CANVAS / 2), abs(thing.y - CANVAS / 2)) < 6
     return None if near else " ".join(thing.place())
 
@@ -130,6 +131,7 @@ def _about(
 
 
 def _family(family: str, name: str) -> Callable[[Sequence[Scene], np.random.Generator, str], Question | None]:
+    # the first thing of such a scene is the needle
     only = (0,) if family == "needle" else None
 
     def make(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Question | None:
