@@ -106,8 +106,7 @@ class AdaptInfer(Method):
             wanted = stage_budgets(budget.count(count), layers, depth, count)
         points, left = [], count
         for layer, b in zip(layers, wanted, strict=True):
-            # a number of tokens is capped, since each cut must remove one; a share is rounded first, as 0.29
-            # * 100 is 28.999...
+            # a number of tokens is capped, since each cut must remove one; a share of what is left is not
             left = min(b, left - 1) if isinstance(b, int) else max(1, min(int(round(b * left, 6)), left))
             left = max(left, 0)
             points.append(CutPoint(layer + 1, left, source=layer))

@@ -147,8 +147,7 @@ def attn_logits_kernel(
     asked = (key >= v0) & (key < v0 + nv)
     mask = (mine < group)[:, None] & asked[None, :]
     tl.store(logits + row[:, None] * nv + (key - v0)[None, :], found, mask=mask)
-    # sums relative to the largest logit of the block cannot overflow; the next launch brings blocks to one
-    # scale
+    # sums relative to the block's largest logit cannot overflow; the next launch brings them to one scale
     top = tl.max(found, 1)
     tl.store(most + row * blocks + block, top, mask=mine < group)
     tl.store(total + row * blocks + block, tl.sum(tl.exp(found - top[:, None]), 1), mask=mine < group)

@@ -60,8 +60,8 @@ def load_keys(scores, at, valid, parts, stride):
 @triton.jit
 def kth_key(key, k):
     """A bound such that all keys above it and the first of those equal to it make k."""
-    # bisection over values, at most 32 counts: neither a sort nor shared memory. A bound that exactly k keys
-    # reach is as good as the k-th key itself
+    # bisection over values: at most 32 counts, and no sort. A bound that exactly k keys reach is as good as
+    # the k-th key itself
     low = tl.min(tl.where(key == 0, 0xFFFFFFFF, key), 0)
     high = tl.max(key, 0)
     while low < high:

@@ -158,8 +158,7 @@ class Rows:
         self.args: list[Tensor | int] = []
         for x, y in zip(self.flat, ys, strict=True):
             self.args += [x, plain(y), x.shape[-1], 0 if packed else x.stride(0), x.stride(-2)]
-        # a kernel has a fixed list of arguments: the first tensor stands for those missing, with tiles of
-        # width 0
+        # a kernel has a fixed list of arguments: the first tensor stands for those that are not there
         self.args += self.args[:5] * (_TENSORS - len(xs))
         self.bytes = sum(x.shape[-1] * x.element_size() for x in self.flat)
 
