@@ -93,6 +93,7 @@ def resolve_all(
     if isinstance(method, Method):
         budget = None if keep is None else Budget.of(keep)
         name = method.name or type(method).__name__.lower()
+        # inside the language model a schedule of the method's own may stand in for a budget
         needs_one = method.budgeted and method.counts == "budget" and method.slot != "inside_lm"
         if budget is None and needs_one and need_keep:
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
@@ -197,6 +198,7 @@ def _with_pictures(maps: list[ScoreMap], image: Picture | Sequence[Picture | Non
     if image is None:
         return maps
     pictures = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    # not their number: the frames of a clip share an index
     count = maps[-1].index + 1
     if len(pictures) != count:
         raise SpecError(
@@ -261,10 +263,12 @@ def select(
         return _own_indices(built, tokens)
     k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:
+        # a copy: rows of an expanded tensor are one memory, and whoever writes into one would change all
         return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
     with torch.no_grad():
         result = choose(built, tokens, k)
     if isinstance(result, Merged):
+        # merged rows have no place of their own, which is -1
         return torch.stack([row[row >= 0].sort().values for row in result.slots])
     return result
 
@@ -280,6 +284,7 @@ def _given_tokens(tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
     if tokens.count == 0 or tokens.batch == 0:
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
     for name, value in tensors.items():
+        # towers without [CLS] and prompts without words give empty ones of these
         if isinstance(value, Tensor) and value.numel() == 0 and name not in ("cls_features", "text_embeds"):
             raise SpecError(
                 f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty "
@@ -305,6 +310,7 @@ def _grids(grid: Any) -> tuple[tuple[int, int], ...]:
         return ()
     try:
         blocks = [grid] if isinstance(grid[0], int) else list(grid)
+        # whole numbers of NumPy and torch as well, and no 2.5
         grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in blocks)
     except (TypeError, ValueError, LookupError) as error:
         raise SpecError(f"grid={grid!r}; expected (rows, cols) or several of them") from error

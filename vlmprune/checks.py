@@ -22,6 +22,7 @@ def one_of(option: str, value: object, allowed: Sequence[object]) -> None:
 def check_int(option: str, value: object, least: int | None = None, most: int | None = None) -> None:
     """Raise unless an option is an integer between two bounds."""
     low, high = (-(2**63) if least is None else least), (2**63 if most is None else most)
+    # not isinstance, for which True is an integer
     if type(value) is not int or not low <= value <= high:
         expected = (
             "an integer"
@@ -47,6 +48,7 @@ def check_positive(option: str, value: object) -> None:
 def check_layers(option: str, layers: Sequence[object], first: int, count: int | None = None) -> None:
     """Raise unless an option lists ascending decoder layers: one or more, or exactly ``count``."""
     known = [layer for layer in layers if type(layer) is int and layer >= first]
+    # all of them layers, in order, and none twice
     ascending = known == list(layers) == sorted(set(known))
     if not ascending or not (layers if count is None else len(layers) == count):
         number = "" if count is None else f"{count} "

@@ -75,6 +75,7 @@ class LazyTable(Generic[T]):
 
     def refresh(self) -> None:
         """Look for other packages again."""
+        # where cached_property keeps its value
         self.__dict__.pop("offers", None)
 
     def __contains__(self, name: object) -> bool:

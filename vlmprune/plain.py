@@ -50,6 +50,7 @@ def flat(value: DataclassInstance) -> dict[str, Any]:
 
 def _flatten(name: str, hint: Any, value: Any, found: dict[str, Any]) -> None:
     inner = get_args(hint)
+    # an optional field: its columns are those of its type, also where it holds nothing
     if type(None) in inner:
         (hint,) = (one for one in inner if one is not type(None))
         inner = get_args(hint)

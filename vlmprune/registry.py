@@ -120,6 +120,7 @@ def register(name: str) -> Callable[[M], M]:
     def decorate(cls: M) -> M:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise SpecError(f"@register({name!r}) got {cls!r}; expected a subclass of vlmprune.Method")
+        # vars, since a child of a dataclass inherits this without being one
         if "__dataclass_params__" not in vars(cls):
             dataclass(frozen=True)(cls)  # in place
         _check_class(name, cls)
@@ -152,6 +153,7 @@ def _check_class(name: str, cls: type[Method]) -> None:
         cls.kind()
     if cls.wraps and "inner" not in {field.name for field in fields(cls)}:
         raise SpecError(f"method {name!r} wraps another one but has no field for it; add `inner: Method`")
+    # the property itself, where the needs depend on options
     needs = inspect.getattr_static(cls, "needs")
     if isinstance(needs, property):
         return
@@ -257,6 +259,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if hint is float:
+        # a whole number will do, True will not
         return type(value) in (int, float)
     if hint in (bool, int, str, type(None)):
         return type(value) is hint

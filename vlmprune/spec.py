@@ -57,6 +57,7 @@ class Part(Printed):
                 f"method {self.name!r} got an option twice: {[key for key, _ in pairs]}; give each option "
                 "once"
             )
+        # sorted, so that specs that mean the same print and compare the same
         object.__setattr__(self, "args", tuple(sorted((key, _plain(key, value)) for key, value in pairs)))
 
     def __str__(self) -> str:
@@ -141,6 +142,7 @@ class Spec(Printed):
     def build(self, require_budget: bool = False) -> tuple[Plan, ...]:
         """One plan per method, wrappers around the part to their right."""
         plans: list[Plan] = []
+        # from the right: a wrapper finds what it wraps built already
         for part in reversed(self.parts):
             cls = get(part.name)
             if cls.wraps:
@@ -175,6 +177,7 @@ def parse(text: str | Spec) -> Spec:
     if not isinstance(text, str):
         raise SpecError(f"a spec is text, got {text!r} of type {type(text).__name__}; expected {GRAMMAR}")
     spec = Spec(tuple(map(_parse_part, split(text))))
+    # only to check the options: the methods are built again where they run
     spec.build()
     return spec
 
@@ -206,6 +209,7 @@ def _parse_part(text: str) -> Part:
 def _parse_args(name: str, text: str) -> tuple[tuple[str, Value], ...]:
     problem = f"cannot read the options ({text}) of method {name!r}; expected option=value, ..."
     try:
+        # read as a call in Python and never run: every value must be a literal
         call = ast.parse(f"f({text})", mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise SpecError(f"{problem}: {error}") from error
@@ -239,6 +243,7 @@ def _plain(key: str, value: Any) -> Value:
         return value
     if isinstance(value, str):
         return str(value)
+    # NumPy's numbers become Python's, which print as they are typed
     if isinstance(value, Integral) and abs(int(value)) <= LARGEST:
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value):
@@ -253,6 +258,7 @@ def _plain(key: str, value: Any) -> Value:
 
 def _show(value: Value) -> str:
     if isinstance(value, str):
+        # quoted is what would be read back as something else
         bare = (
             re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value)
             and not keyword.iskeyword(value)

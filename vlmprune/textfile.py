@@ -17,6 +17,7 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         EvaluationError: the file system refuses; says why and what to do.
     """
+    # in the same folder, since a rename is atomic within one file system only
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -94,6 +94,7 @@ def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
 
 def fitting(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> list[Column[L]]:
     """All columns in full where there is room, else in short, else without those that can be spared."""
+    # without a short form, the full text stands in every cell
     left = [replace(column, short=None) for column in columns]
     if _width(left, rows, screen) <= screen.width:
         return left
@@ -104,6 +105,7 @@ def fitting(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) ->
 
 
 def _width(columns: Sequence[Column[L]], rows: Sequence[L], screen: Console) -> int:
+    # so wide that nothing folds while it is measured
     return Measurement.get(screen, screen.options.update(width=10_000), grid(columns, rows)).maximum
 
 

@@ -93,6 +93,7 @@ def _compare(config: Config, folder: Path, settings: Any, as_json: bool) -> None
     except KeyboardInterrupt as stop:
         text = f"Stopped. All answers so far are in {folder}; the same command goes on from there."
         stderr().print(plain(text), soft_wrap=True)
+        # 128 and the number of the signal, as shells have it
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     if as_json:
         print_json(found)

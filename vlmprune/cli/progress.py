@@ -92,6 +92,7 @@ class Lines:
 
     def _left(self) -> str:
         spent, made = self.clock() - self._begun, self.done - self._before
+        # by the pace of this call: answers that were there before cost it nothing
         left = spent * (self.total - self.done) / made if made else 0
         return f"about {left / 60:.0f} min left"
 

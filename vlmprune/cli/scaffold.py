@@ -179,6 +179,7 @@ def scaffold(name: str, folder: Path) -> Scaffold:
         raise SpecError(f"no folder at {str(folder)!r}; expected an existing one: make it first")
     inside = (folder / "vlmprune" / "methods").is_dir()
     plan = _inside(name, cls, folder) if inside else _outside(name, cls, folder)
+    # looked at before anything is written, so that a refusal leaves no half of a method
     present = [str(folder / path) for path in plan.new if (folder / path).exists()]
     if present:
         raise SpecError(

@@ -55,6 +55,7 @@ def of_system(error: OSError) -> OSError:
     try:
         sys.stdout.flush()
     except OSError:
+        # Python flushes stdout once more as it ends, and must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     where = f" {error.filename!r}" if error.filename else ""
     if error.errno in _NOT_WRITTEN:

@@ -41,6 +41,7 @@ def verify(
         run_checks(spec, family or None, results.append)
     else:
         screen = stdout()
+        # transient: a live table is cut to the screen, so the whole one is printed at the end
         with Live(Text(f"{spec}: building tiny models"), console=screen, transient=True) as live:
 
             def on_result(result: CheckResult) -> None:

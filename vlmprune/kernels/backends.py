@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation runs: forced by an argument or a context manager, else chosen by device, dtype and
-size.
-"""
+"""Which implementation runs: a forced one, else what device, dtype and size ask for."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from .cpu_greedy import GRAM
 BACKENDS = ("reference", "torch", "triton")
 _COPIES = ("gather_rows", "unprune")  # move numbers and compute none, so any dtype will do
 _NO_TRITON = ("greedy_cover",)
+# a context variable, so that what one thread forces is not seen by others
 _forced: ContextVar[str] = ContextVar("vlmprune_kernels", default="")
 
 
@@ -67,6 +66,7 @@ def implementation(name: str, like: Tensor, backend: str | None, ordered: bool =
     if wanted == "triton" or (not wanted and like.is_cuda and not _obstacle(name, like, ordered)):
         return _launcher(name, like, wanted)
     found = getattr(cpu if like.is_cpu else eager, name)
+    # unprune alone has two ways: distinct rows are copied, others must be added up
     return partial(found, ordered=ordered) if name == "unprune" else found
 
 

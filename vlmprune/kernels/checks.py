@@ -46,6 +46,7 @@ def _pattern(expected: tuple[int, ...], rank: int) -> str:
 
 
 def count(name: str, value: object) -> None:
+    # True is an int to Python; sizes are SymInt while a model is compiled
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
         raise InvariantError(f"{name}={value!r}; expected an integer from 0 on")
 
@@ -60,6 +61,7 @@ def rows(name: str, xs: Sequence[object], lead: tuple[int, ...], like: Tensor) -
     listed(name, xs)
     rank, device = len(lead), like.device
     for at, x in enumerate(xs):
+        # asked before every kernel: one test of what is right, and the reasons only for what is not
         if isinstance(x, Tensor) and x.shape[:rank] == lead and x.device == device:
             continue
         if not isinstance(x, Tensor) or x.ndim < rank:
@@ -108,6 +110,7 @@ def inside(idx: Tensor, n: int) -> None:
 def not_negative(name: str, value: Tensor) -> None:
     """Numbers from 0 on; those of a GPU are trusted."""
     if not _unseen(value) and bool((value < 0).any()):
+        # the least of numbers that hold a NaN is NaN, which names no culprit
         raise InvariantError(f"{name} holds {float(value.nan_to_num(0).min())}; expected numbers from 0 on")
 
 

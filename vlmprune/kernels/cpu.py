@@ -21,20 +21,21 @@ from .eager import attn_row_scores, gather_rows, unprune, zoo_sensitivity
 
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
+    # numpy() refuses tensors that ask for gradients
     scores = reference.added(scores.detach()).float()  # (B, N)
     batch, n = scores.shape
     if k >= n:
         return torch.arange(n, dtype=torch.int32).expand(batch, n).contiguous()
     if k == 0:
         return torch.empty(batch, 0, dtype=torch.int32)
-    # the k-th largest value, found without sorting; NaN where the row holds one, since torch ranks NaN
-    # highest
+    # the k-th largest value, found without sorting; NaN where the row holds one, which torch ranks highest
     limits = scores.topk(k, sorted=False).values.numpy().min(axis=1)
     idx, rows = np.empty((batch, k), np.int32), scores.numpy()
     for b in range(batch):
         limit = limits[b]
         idx[b] = (
             _at_least(rows[b], limit, k)
+            # NaN differs from itself
             if limit == limit
             else reference.topk_select(scores[b : b + 1], k)[0].numpy()
         )
@@ -44,6 +45,7 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
 def _at_least(row: np.ndarray, limit: np.float32, k: int) -> np.ndarray:
     """The k indices of values above the limit, or equal to it from the left."""
     (found,) = (row >= limit).nonzero()
+    # no ties at the limit, which is the usual case
     if len(found) == k:
         return found
     keep = row > limit

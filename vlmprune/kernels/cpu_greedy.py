@@ -76,9 +76,11 @@ def greedy_cover(
     rows: Tensor, k: int, weight: Tensor | None = None, combine: str = "product"
 ) -> tuple[Tensor, Tensor]:
     def walk(b: int, k: int) -> Iterator[Pick]:
+        # (N, R): a token's column is read again and again, so its numbers stand side by side
         columns = np.ascontiguousarray(_numbers(rows[b]).T)
         return _cover(columns, _entry(weight, b), combine, k)
 
+    # _each reads batch and number of tokens off the first two axes
     return _each(rows[:, :1].transpose(1, 2), k, walk)
 
 
@@ -137,6 +139,7 @@ def _maxmin(
         value = value if weight is None else weight * value
     else:
         value = np.ones(n, np.float32) if weight is None else weight
+    # the walk writes into it
     weight = None if weight is None else weight.copy()
     step = apart = None  # distance to the last pick, and to the nearest pick
     for _ in range(k):
@@ -159,6 +162,7 @@ def _nearest(matrix: Numbers) -> Numbers:
         return np.zeros(n, matrix.dtype)
     found = np.empty(n, matrix.dtype)
     for start in range(0, n, _ROWS):
+        # the walk reads the matrix later, so its diagonal must stay
         part = matrix[start : start + _ROWS].copy()
         number = np.arange(len(part))
         part[number, start + number] = -np.inf
@@ -230,10 +234,12 @@ def _dpp(residual: Numbers, part: Part, k: int) -> Iterator[Pick]:
             explained = part(token, residual)
             residual -= explained * explained
             residual[residual <= floor] = 0
+        # last, because the floor above lifts what is below it to 0, taken tokens as well
         residual[taken] = -np.inf
 
 
 def _cholesky(sim: Numbers, relevance: Numbers, k: int) -> tuple[Numbers, Part]:
+    # one memory, seen by torch, which multiplies, and by NumPy, which does the small steps
     rows = torch.empty(k, len(sim), dtype=torch.from_numpy(sim).dtype)  # of the decomposition
     shared, filled = _numbers(rows), 0
 
@@ -241,6 +247,7 @@ def _cholesky(sim: Numbers, relevance: Numbers, k: int) -> tuple[Numbers, Part]:
         nonlocal filled
         before = rows[:filled]
         line = relevance[token] * sim[token] * relevance
+        # the residual of the pick is above zero: _dpp asks for a part only then
         shared[filled] = (line - _products(before[:, token], before)) / np.sqrt(residual[token])
         filled += 1
         return shared[filled - 1]

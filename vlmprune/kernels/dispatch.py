@@ -95,6 +95,7 @@ def gather_rows(
     if not xs:
         return []
     checks.integers("idx", idx, 2, "(B, K)", xs[0] if isinstance(xs[0], Tensor) else idx)
+    # a first entry that is no tensor is named by checks.rows, so this must not fail before
     n = xs[0].shape[1] if isinstance(xs[0], Tensor) and xs[0].ndim > 1 else 0
     checks.rows("xs", xs, (idx.shape[0], n), idx)
     checks.inside(idx, n)
@@ -278,11 +279,13 @@ def _packed(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int,
     checks.count("total_k", total_k)
     checks.count("max_n", max_n)
     checks.segments(scores.shape[0], cu_n, k, cu_k, total_k, max_n)
+    # the kernels load int32; a cast copies nothing where that is what was given
     return scores.float(), cu_n.int(), k.int(), cu_k.int(), total_k, max_n
 
 
 def _single(x: Tensor) -> Tensor:
     """In at least float32."""
+    # half precision would lose the small differences that a greedy choice turns on; float64 stays
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels in plain torch without host syncs, on any device: for accelerators where Triton is missing or
-not faster.
-"""
+"""The kernels in plain torch, on any device and without waits of the host: where there is no Triton."""
 
 from __future__ import annotations
 
@@ -44,6 +42,7 @@ def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
 
 def unprune(g: Tensor, idx: Tensor, n: int, ordered: bool = False) -> Tensor:
     full = g.new_zeros(g.shape[0] * n, *g.shape[2:])
+    # adding by index is slower, and not deterministic on CUDA; rows that are distinct need no sum
     place = full.index_copy_ if ordered else full.index_add_
     return place(0, _numbered(idx, n), _flat(g)).unflatten(0, (g.shape[0], n))
 
@@ -81,13 +80,13 @@ def greedy_maxmin_features(
 
 
 def greedy_dpp_features(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt: the part of a token along the new direction q of a pick is its entry of the Cholesky
-    row."""
+    """Gram-Schmidt: a token's part along the new direction q of a pick is its entry of the Cholesky row."""
     k = min(k, features.shape[1])
     residual = relevance * features.square().sum(-1) * relevance
     floor = reference.RESIDUAL * residual.clamp_min(0)
     residual = torch.where(residual <= floor, 0, residual)
     taken = torch.zeros_like(residual, dtype=torch.bool)
+    # (B, directions, D), no more directions than dimensions
     basis = features.new_zeros(features.shape[0], min(k, features.shape[2]), features.shape[2])
     order, gain = [], []
     for step in range(k):
@@ -128,6 +127,7 @@ def _nearest(features: Tensor) -> Tensor:
     found = []
     for start in range(0, n, _CHUNK):
         sim = features[:, start : start + _CHUNK] @ features.transpose(1, 2)  # (B, chunk, N)
+        # a chunk begins at row ``start``, so that its tokens meet themselves on a shifted diagonal
         sim.diagonal(start, dim1=1, dim2=2).fill_(-torch.inf)
         found.append(sim.amax(-1))
     return torch.cat(found, dim=1)
@@ -140,6 +140,7 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     if lse is not None:
         k, v0 = k[:, :, v0 : v0 + nv], 0  # the other columns are in the log-sum-exp already
     groups = q.shape[1] // k.shape[1]
+    # query heads stand beside the key head that they share, so keys are read once and never repeated
     folded = (q.float() * scale).unflatten(1, (-1, groups))  # (B, Hk, G, d)
     logits = torch.cat(
         [folded @ part.float().transpose(2, 3) for part in k.split(_KEYS, dim=2)], dim=-1

@@ -44,6 +44,7 @@ SCHEMAS = {
     "zoo_sensitivity": "(Tensor slope, Tensor kernel, *, str backend='') -> Tensor",
 }
 
+# held by the module: ops vanish when this object does
 LIBRARY = torch.library.Library("vlmprune", "DEF")
 NAMESPACE = torch.ops.vlmprune
 
@@ -53,6 +54,7 @@ def _runner(name: str) -> Callable[..., Any]:
         like = args[0]
         if name == "gather_rows":
             xs, idx = args
+            # without a tensor there is no device to choose an implementation by
             if not xs:
                 return []
             checks.inside(idx, xs[0].shape[1])
@@ -60,9 +62,8 @@ def _runner(name: str) -> Callable[..., Any]:
         elif name == "unprune":
             checks.inside(args[1], args[2])
         made = implementation(name, like, backend, ordered)(*args)
-        return (
-            reference.added(made)[None] if name == "attn_row_scores" else made
-        )  # how many parts there are must not depend
+        # one part whatever splits the heads: a compiler was promised the shape (1, B, nv)
+        return reference.added(made)[None] if name == "attn_row_scores" else made
 
     return run
 
@@ -75,10 +76,12 @@ def _indices(like: Tensor, *shape: Any) -> Tensor:
 
 
 def _kept(k: Any, n: Any) -> Any:
+    # sizes may be symbols while compiling; min() would compare them, and so fix the smaller one for good
     return torch.sym_min(k, n)
 
 
 def _topk_select(scores: Tensor, k: Any) -> Tensor:
+    # the axis of samples of (B, N) and of (R, B, N) alike
     return _indices(scores, scores.shape[-2], _kept(k, scores.shape[-1]))
 
 
@@ -189,6 +192,7 @@ def _prune_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], o
 
 def _prune_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     (idx,) = ctx.saved_tensors
+    # the rows before and behind the tokens have gradients, too
     rows = reference.with_ends(idx, *ctx.ends)
     return (
         None,
@@ -210,6 +214,7 @@ def _prune_varlen_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, 
 def _prune_varlen_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     idx, cu_n, cu_k = ctx.saved_tensors
     total, total_k = ctx.sizes
+    # a packed batch goes back as one long sample (1, T, *)
     rows = reference.packed_rows(idx, cu_n, cu_k, total_k).int()[None]
     back = [_scatter(None if g is None else g[None], rows, total, ctx.options) for g in grads]
     return None, None, None, None, None, None, [full if full is None else full[0] for full in back]
@@ -235,10 +240,12 @@ _GRADIENTS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
 def _register() -> None:
     for name, schema in SCHEMAS.items():
         LIBRARY.define(name + schema)
+        # one function for all devices, below autograd: which implementation runs is decided in the call
         LIBRARY.impl(name, _runner(name), "CompositeExplicitAutograd")
         shapes = _SHAPES[name]
         torch.library.register_fake(
             f"vlmprune::{name}",
+            # a default binds the value of this round, where a closure would see that of the last
             lambda *args, shapes=shapes, backend="", ordered=False: shapes(*args),
             lib=LIBRARY,
         )

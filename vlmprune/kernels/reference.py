@@ -31,6 +31,8 @@ def added(scores: Tensor) -> Tensor:
     """Scores (B, N), or partial scores (R, B, N) added in their order."""
     if scores.ndim == 2:
         return scores
+    # one after the other in float32, as the kernels add them: another order would round otherwise, and break
+    # ties
     total = scores[0].float()
     for part in scores[1:]:
         total = total + part.float()
@@ -38,18 +40,14 @@ def added(scores: Tensor) -> Tensor:
 
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
-    """(B, min(k, N)) ascending indices of the highest of scores (B, N), or of partial scores (R, B, N) added
-    up.
-    """
+    """(B, min(k, N)) ascending indices of the highest scores (B, N), or sums of partial ones (R, B, N)."""
     return ranked(added(scores))[:, :k].sort(dim=-1).values.int()
 
 
 def topk_select_varlen(
     scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
 ) -> Tensor:
-    """``topk_select`` of the segments cu_n[s] : cu_n[s+1] of packed scores (T,), k[s] of each; indices count
-    from their start.
-    """
+    """``topk_select`` of k[s] in each segment cu_n[s] : cu_n[s+1] of scores (T,); indices count in it."""
     edges = cu_n.tolist()
     segments = [scores[start:end] for start, end in pairwise(edges)]
     picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]
@@ -111,12 +109,14 @@ def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
 
 def best_of(value: Tensor, taken: Tensor) -> Tensor:
     """(B, 1) token of the largest value (B, N) that is not taken; NaN after all numbers, taken ones never."""
+    # torch's argmax takes NaN for the largest. Three ranks keep taken tokens, NaN and numbers apart, even
+    # where a number is -inf
     low = torch.where(value.isnan(), -torch.inf, value)
     rank = torch.where(taken, 0, torch.where(value.isnan(), 1, 2))
-    top = torch.where(
-        rank == rank.amax(-1, keepdim=True), 1, 0
-    ).bool()  # tokens, or NaN if no others are left
+    # numbers, or NaN where no others are left
+    top = torch.where(rank == rank.amax(-1, keepdim=True), 1, 0).bool()
     highest = torch.where(top, low, -torch.inf).amax(-1, keepdim=True)
+    # argmax of equal values is the first of them: the lower index
     return (top & (low == highest)).int().argmax(-1, keepdim=True)
 
 
@@ -157,6 +157,7 @@ def greedy_maxmin(
         order.append(pick)
         worth.append(value.gather(1, pick))
         row = sim.gather(1, pick[..., None].expand(-1, -1, sim.shape[-1]))[:, 0]
+        # torch.maximum passes NaN on, so a token whose similarity is no number ranks last from here on
         best = row if best is None else torch.maximum(best, row)
         taken = taken.scatter(1, pick, True)
         value = worth_of(best, weight)
@@ -193,6 +194,7 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     kernel = relevance[..., None] * sim * relevance[:, None]
     residual = kernel.diagonal(dim1=1, dim2=2)
+    # a floor for every token, since residuals grow with the square of its relevance
     floor = RESIDUAL * residual.clamp_min(0)
     residual = torch.where(residual <= floor, 0, residual)
     taken = torch.zeros_like(residual, dtype=torch.bool)
@@ -206,7 +208,9 @@ def greedy_dpp(sim: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
         taken = taken.scatter(1, pick, True)
         at = pick[..., None]
         line = kernel.gather(1, at.expand(-1, -1, kernel.shape[-1]))[:, 0]
+        # (B, N) inner product of the column of the pick with that of every token
         explained = (rows.gather(2, at.expand(-1, rows.shape[1], -1)) * rows).sum(1)
+        # a pick that is explained already has nothing left but noise, whose root would blow it up
         row = torch.where(left > 0, (line - explained) / left.sqrt(), 0)
         rows = torch.cat([rows, row[:, None]], dim=1)
         residual = residual - row.square()
@@ -270,8 +274,10 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
         v0, nv: first column and number of columns.
         scale: of the logits.
     """
+    # neighbouring query heads share a key head: repeat_interleave, not repeat
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, d)
     logits = (keys @ q.float()[..., None])[..., 0] * scale  # (B, H, S)
+    # with the log-sum-exp of the whole row known, the columns asked for are enough
     weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
     return weights[..., v0 : v0 + nv].mean(1)[None]
 

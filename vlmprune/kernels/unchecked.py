@@ -19,6 +19,7 @@ from .checks import PLAIN
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
     """(B, min(k, N)) ascending int32 indices of the k highest scores (B, N) or sums of (R, B, N)."""
+    # all kernels rank float32; half precision becomes that without loss
     scores = scores.float()
     idx: Tensor = run("topk_select", (scores, min(k, scores.shape[-1])), (scores,), backend)
     return idx
@@ -41,6 +42,7 @@ def run(
 ) -> Any:
     """Straight to the implementation, or through ``torch.ops`` for a compiler, autograd or a fake mode."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    # lists, not generators: this runs before every kernel, and has two or three entries to look at
     recorded = grad and any([x.requires_grad for x in differentiable])
     if not compiling and not recorded and all([x is None or type(x) in PLAIN for x in tensors]):
         like = args[0][0] if name == "gather_rows" else args[0]
@@ -49,6 +51,7 @@ def run(
             return start(*args)
         with torch.no_grad():  # entering it takes as long as a small kernel
             return start(*args)
+    # registers the ops, which only a compiler, autograd or a fake mode has a use for
     from . import ops
 
     # what use() says is read when a compiled function runs; a gradient runs elsewhere, so that it is told

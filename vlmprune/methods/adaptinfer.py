@@ -106,6 +106,7 @@ class AdaptInfer(Method):
             wanted = stage_budgets(budget.count(count), layers, depth, count)
         points, left = [], count
         for layer, b in zip(layers, wanted, strict=True):
+            # a number of tokens is capped, since each cut must remove one; a share of what is left is not
             left = min(b, left - 1) if isinstance(b, int) else max(1, min(int(round(b * left, 6)), left))
             left = max(left, 0)
             points.append(CutPoint(layer + 1, left, source=layer))
@@ -113,6 +114,7 @@ class AdaptInfer(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         w = text_weights(tokens.need("text_to_text"), tokens.query_mask, self.mix)
+        # (B, H, R, 1) times (B, H, R, N)
         return (w[..., None] * tokens.need("text_attention").float()).sum(dim=(1, 2))
 
 
@@ -126,6 +128,7 @@ def text_weights(attention: Tensor, real: Tensor | None = None, mix: float = 1.0
         both = real[:, None, :, None] & real[:, None, None]
         A = A.masked_fill(~both, 0.0)
         count = real.sum(dim=1)[:, None, None]
+    # what a token gives itself stands in both sums
     w = A.sum(dim=2) + A.sum(dim=3) - A.diagonal(dim1=2, dim2=3)
     w = mix * w + (1 - mix) * w.sum(dim=2, keepdim=True) / count
     return w if real is None else w.masked_fill(~real[:, None], 0.0)
@@ -149,8 +152,10 @@ def stage_budgets(keep: int, layers: tuple[int, ...], depth: int, count: int) ->
 
     ratio, most = 0.25 if keep >= 100 else 0.2, count - 1
     if mean(most, ratio) < keep:
+        # the first layer keeps the most it may, so only a slower fall can meet the mean
         ratio = (bisect_right(range(1001), keep, key=lambda share: mean(most, share / 1000)) - 1) / 1000
         return falling(most, ratio, len(layers))
+    # the mean grows with the first budget: bisection finds the last one that fits
     first = bisect_right(range(count), keep, key=lambda b: mean(b, ratio)) - 1
     if first < 0:
         raise SpecError(

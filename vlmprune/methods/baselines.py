@@ -83,6 +83,7 @@ class Pool(Method):
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         x, grids = tokens.need("features"), tokens.need("grids")  # x: (B, N, D)
         member = cells(grids, k) == torch.arange(k)[:, None]  # (k, N)
+        # rows sum to 1, so that the product below is the mean of a cell
         weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
         y = weight @ x.float()  # (B, k, D); not by index_add, which is not deterministic on CUDA
         return Merged(y.to(x.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))

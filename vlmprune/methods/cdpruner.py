@@ -41,6 +41,7 @@ def likeness(tokens: Tensor, words: Tensor, mask: Tensor | None = None) -> Tenso
     """
     cosines = unit(tokens) @ unit(words).transpose(1, 2)  # (B, N, M)
     if mask is None:
+        # without words all relevance is 0, and none is NaN
         return cosines.sum(dim=2) / max(1, words.shape[1])
     real = mask[:, None].to(cosines.dtype)
     return (cosines * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)
@@ -50,6 +51,7 @@ def scaled(relevance: Tensor) -> Tensor:
     """(B, N) relevance stretched to just above 0 .. 1 in every row; all ones where a row is constant."""
     low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
     constant = high == low
+    # just above 0: a relevance of 0 would take the token out of the process for good
     return torch.where(constant, 1.0, (relevance - low + 1e-6) / torch.where(constant, 1.0, high - low))
 
 

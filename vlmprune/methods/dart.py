@@ -91,12 +91,15 @@ class DART(Method):
         n = self.norms(tokens.need("lm_keys"))  # (B, N)
         n_text = self.norms(tokens.need("text_keys"))  # (B, R)
         if tokens.query_mask is not None:
+            # padding is no pivot
             n_text = n_text.masked_fill(~tokens.query_mask, -torch.inf)
+        # the pivots alone fill the budget, so none of them picks anything
         if k <= self.visual_pivots:
             return top_k(n, k)
         P_v, P_t = best_first(n, self.visual_pivots), best_first(n_text, self.text_pivots)
         states = torch.cat([tokens.need("lm_states"), tokens.need("text_states")], dim=1)
         pivots = torch.cat([P_v, P_t + n.shape[1]], dim=1)  # (B, P) rows of the states
+        # where there are fewer words than text pivots, the rest are padding at -inf
         real = torch.cat([n, n_text], dim=1).gather(1, pivots).isfinite()
         if self.variant == "official":
             order = set_order(tokens, pivots, n.shape[1])
@@ -126,6 +129,7 @@ def least_similar(states: Tensor, pivots: Tensor, kept: Tensor, m: Tensor, k: in
     unit = torch.nn.functional.normalize(states.float(), dim=-1)
     at = pivots[..., None].expand(-1, -1, unit.shape[-1])
     cos = unit.gather(1, at) @ unit[:, : kept.shape[1]].transpose(1, 2)  # (B, P, N)
+    # one after the other: what a pivot took is gone for the next
     for p in range(pivots.shape[1]):
         kept = kept | highest(-cos[:, p], m[:, p], ~kept)
     return top_k(kept.float(), k)

@@ -69,6 +69,7 @@ class DyVTE(Method):
                 f"exit={self.exit}, behind which no layer is left of 0..{depth - 1}; choose at most "
                 f"{depth - 2}"
             )
+        # no source: all tokens leave, so nothing is ranked
         return (CutPoint(self.exit + 1, 0, source=None),)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
@@ -76,9 +77,7 @@ class DyVTE(Method):
 
 
 def gate_features(h: Tensor) -> Tensor:
-    """(B, 2D) what a gate reads of the states h (B, T, D) of at least two tokens of text: mean of all but the
-    last, and the last.
-    """
+    """(B, 2D) what a gate reads of text states h (B, T, D), T >= 2: mean of all but the last, the last."""
     if h.shape[1] < 2:
         raise SpecError(f"{h.shape[1]} tokens of text behind the picture; a gate of dyvte reads at least 2")
     h = h.float()

@@ -54,6 +54,7 @@ class FasterVLM(Method):
     def __post_init__(self) -> None:
         check_tower_options(self.cls, self.layer, self.anyres)
         if self.anyres == "spatial":
+            # what the class says for all is another for this option; the instance is frozen
             object.__setattr__(self, "layout", "spatial")
 
     @property

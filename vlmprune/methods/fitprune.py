@@ -120,6 +120,7 @@ class FitPrune(Method):
         lost = [gone[-1] if self.final else sum(gone) / len(gone) for gone in tables]
         best = min(range(len(tables)), key=lambda number: abs(1 - lost[number] - keep))
         factor = (1 - keep) / lost[best] if lost[best] else float("inf")
+        # stretched so far, the table would leave no token in the last layers
         if factor * tables[best][-1] >= 1:
             least = 1 - max(share / gone[-1] for share, gone in zip(lost, tables, strict=True) if gone[-1])
             raise SpecError(
@@ -135,9 +136,7 @@ class FitPrune(Method):
 
 
 def cross_attention(attention: Tensor, real: Tensor | None) -> Tensor:
-    """(B, N) sum over the queries, of which ``real`` (B, R) count, of the head maximum of attention (B, H, R,
-    N).
-    """
+    """(B, N) head maximum of attention (B, H, R, N), summed over the queries that are ``real`` (B, R)."""
     M = attention.float().amax(dim=1)  # (B, R, N)
     return M.sum(dim=1) if real is None else M.masked_fill(~real[..., None], 0.0).sum(dim=1)
 
@@ -158,5 +157,6 @@ def shares_gone(table: tuple[int, ...], depth: int, whole: bool = False) -> tupl
     """
     layers = len(table) if whole else DEPTH
     gone = [0, *accumulate(table)]
+    # the layer of the table that is as deep, for models of another depth
     at = [layer * layers // depth for layer in range(depth)]
     return tuple(gone[min(where, len(gone) - 1)] / PATCHES for where in at)

@@ -126,6 +126,7 @@ class FlashVLM(Method):
             a = tokens.need("received_attention").float()
         else:
             a = tokens.need("cls_attention").float().mean(1)  # (B, H, N) -> (B, N)
+        # a geometric mean by logarithms: a zero on either side would make -inf
         a, s = unit_range(a).clamp_min(EPS), self.relevance(tokens).clamp_min(EPS)
         return unit_range(torch.exp((1 - self.eta) * a.log() + self.eta * s.log()))
 

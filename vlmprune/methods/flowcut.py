@@ -64,14 +64,17 @@ class FlowCut(Method):
         a = block.need("cls_attention").float().mean(dim=1)  # (T, n)
         a = a / a.sum(dim=1, keepdim=True)
         s = likeness(block.values, block.alive)
+        # without [CLS], which stands in front
         score = importance(a, s, block.values[:, :, -block.count :].float().mean(dim=1))
         c = score if block.notes is None else (block.notes + score) / 2
         left = block.left - 1
+        # every second block drops; the others only bring the running score up to date
         if left % 2:
             return Shortened(notes=c)
         drop = drops(a, n, k, left)
         if self.variant == "official":
             drop = drop.amax().expand_as(drop)
+        # never below what is wanted, and crops that hold no more lose nothing
         return Shortened(highest(c, torch.where(n > k, (n - drop).clamp_min(k), n), block.alive), notes=c)
 
 
@@ -98,6 +101,7 @@ def drops(a: Tensor, n: Tensor, target: int, left: int) -> Tensor:
     """
     if left == 0:
         return n
+    # 1 - e^2 is a small difference of numbers near 1, and it is rounded to whole patches
     p = a.double()
     entropy = -torch.xlogy(p, p).sum(dim=1)
     e = entropy / n.double().log().clamp_min(1e-12)  # one patch is as even as can be

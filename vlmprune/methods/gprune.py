@@ -43,6 +43,7 @@ def graph(u: Tensor, threshold: float, temperature: float) -> Iterator[tuple[Ten
     for rows in u.split(_ROWS_AT_ONCE, dim=1):
         s = rows @ u.transpose(1, 2)  # (B, r, N)
         edge = s >= threshold
+        # finite, so that a row without any edge becomes uniform and not NaN
         yield (s.masked_fill(~edge, _NO_EDGE) / temperature).softmax(dim=-1), edge.sum(dim=-1)
 
 

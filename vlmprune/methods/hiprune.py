@@ -39,6 +39,7 @@ def neighbourhoods(grids: Grids) -> Tensor:
     found, start = [], 0
     for rows, cols in grids:
         token = torch.arange(rows * cols).view(rows, cols) + start
+        # a frame of -1 stands for what lies outside, so no side needs a case of its own
         framed = torch.nn.functional.pad(token, (1, 1, 1, 1), value=-1)
         sides = (framed[1:-1, :-2], framed[1:-1, 2:], framed[:-2, 1:-1], framed[2:, 1:-1])
         found.append(torch.stack([token, *sides], dim=-1).view(-1, 5))
@@ -112,4 +113,5 @@ class HiPrune(Method):
         around = neighbourhoods(grids) if self.variant == "grid" else wrapped_neighbourhoods(grids)
         anchors = self.anchors(tokens, k)
         first = first_to_fit(around.to(anchors.device)[anchors], tokens.count, k)  # (B, N)
+        # anchors and their neighbours first, then the best of the others
         return top_k(a.masked_fill(first, torch.inf), k)

@@ -39,6 +39,7 @@ def minmax(scores: Tensor) -> Tensor:
 def share_below(scores: Tensor) -> Tensor:
     """(B, N) share of the other tokens that score less; equal scores stay equal."""
     ordered = scores.sort(dim=1).values
+    # from the left: equal scores find the same place
     return torch.searchsorted(ordered, scores.contiguous()).float() / max(1, scores.shape[1] - 1)
 
 
@@ -64,6 +65,7 @@ def marginal_relevance(
         taken = taken.scatter(1, picks, True)
         (rows,) = dispatch.gather_rows([x], picks)
         like = (rows @ x.transpose(1, 2)).amax(dim=1)  # (B, p, N) -> (B, N)
+        # only the newest picks are compared: what the earlier ones said is in ``near``
         near = like if near is None else torch.maximum(near, like)
         value = balance * importance - (1 - balance) * near
     return torch.cat(order, dim=1)
@@ -99,6 +101,7 @@ class MMR(Method):
                 f"mmr re-ranks scores given before the language model, and {self.inner.name} has none; wrap "
                 "a method that has, as in mmr+fastervlm@64"
             )
+        # it selects, whatever the method inside does
         act_as(self, self.inner, but=("kind", "needs", "nested"))
         object.__setattr__(self, "needs", tuple(dict.fromkeys((*needs_of(self.inner), Need("features")))))
         object.__setattr__(self, "nested", self.parallel == 1)

@@ -130,6 +130,7 @@ class MMTok(Method):
         if excluded is not None:
             last = torch.zeros(excluded.shape, device=cover.device).masked_fill(excluded, -torch.inf)
             weight = last.expand(cover.shape[0], -1)
+        # a sum, since -inf times a gain of 0 would be NaN
         order, gain = dispatch.greedy_cover(cover, k, weight, "sum")
         return order.long(), gain
 

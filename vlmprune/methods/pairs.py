@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods that compare tokens in pairs have in common: which rows stand for the tokens of a picture, and
-how many there may be.
-"""
+"""For methods that compare tokens in pairs: which rows stand for tokens, and how many there may be."""
 
 from __future__ import annotations
 
@@ -15,15 +13,14 @@ LARGEST = 4096  # tokens of which all pairs are held: 64 MB
 
 
 def patch_rows(tokens: VisualTokens) -> Tensor:
-    """(B, N, C) rows of unit length before the projector; tokens themselves (B, N, D) where that merges
-    patches.
-    """
+    """(B, N, C) unit rows before the projector; where that merges patches, the tokens (B, N, D)."""
     rows = tokens.need("encoder_features")
     return unit(rows if rows.shape[1] == tokens.count else tokens.need("features"))
 
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least; a row of zeros stays one, and is like no other."""
+    # cosines that differ in half precision only by rounding would tie
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return torch.nn.functional.normalize(rows, dim=-1, eps=1e-8)
 

@@ -64,6 +64,7 @@ def nearest(keys: Tensor, centres: Tensor, count: int) -> Tensor:
         return centres.new_empty(*centres.shape, count)
     for some in centres.split(_CENTRES_AT_ONCE, dim=1):
         cosine = dispatch.gather_rows([unit], some)[0] @ unit.transpose(1, 2)  # (B, some, n)
+        # a centre is no neighbour of its own, which is also why there are at most n - 1
         cosine = cosine.scatter(2, some[..., None], -torch.inf)
         found.append(top_k(cosine.flatten(0, 1), count).unflatten(0, some.shape))
     return torch.cat(found, dim=1)
@@ -77,6 +78,7 @@ def folded(x: Tensor, a: Tensor, centres: Tensor, near: Tensor) -> Tensor:
     for centre, some in zip(
         centres.split(_CENTRES_AT_ONCE, dim=1), near.split(_CENTRES_AT_ONCE, dim=1), strict=True
     ):
+        # a product with a matrix of few entries: adding up by index is not deterministic on CUDA
         weights = a.new_zeros(*centre.shape, x.shape[1])  # (B, some, n)
         weights.scatter_(2, some, a[:, None].expand_as(weights).gather(2, some))
         rows.append(dispatch.gather_rows([x], centre)[0] + weights @ x)
@@ -85,6 +87,7 @@ def folded(x: Tensor, a: Tensor, centres: Tensor, near: Tensor) -> Tensor:
 
 def left_over(x: Tensor, a: Tensor, centres: Tensor, rule: str) -> Tensor:
     """(B, 1, C) float32: the patches that are no centres, summed or averaged by attention."""
+    # the attention of all patches but the centres
     weights = a.scatter(1, centres, 0.0)[:, None]  # (B, 1, n)
     summed = weights @ x.float()
     return summed if rule == "sum" else summed / weights.sum(-1, keepdim=True).clamp_min(1e-12)
@@ -156,6 +159,7 @@ class PruMerge(Method):
         batch, n = a.shape
         if self.variant == "picture":
             counts = outliers(a, self.iqr).clamp_min(1).tolist()
+            # three evenly spaced patches for every outlier
             grids = [range(0, n, max(1, n // count // 3)) for count in counts]
         else:
             ratio = outliers(a.flatten()[None], self.iqr).item() / (batch * n)
@@ -176,6 +180,7 @@ class PruMerge(Method):
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         a = self.attention(tokens)
+        # one row of the budget is that of all other patches
         return self._rows(tokens, a, self.centres(a, k - (self.extra != "none")), slice(None))
 
     def own(self, tokens: VisualTokens) -> list[Merged]:
@@ -199,6 +204,7 @@ class PruMerge(Method):
         slots = centres
         if self.extra != "none" and centres.shape[1] < tokens.count:  # else there are no others
             rows = torch.cat([rows, left_over(encoded, a, centres, self.extra)], dim=1)
+            # -1: the row of all others has no place of its own
             slots = torch.cat([slots, slots.new_full((slots.shape[0], 1), -1)], dim=1)
         made = tokens.need("projector")(rows.to(encoded.dtype))  # works token by token
         return Merged(made.to(tokens.need("features").dtype), slots)

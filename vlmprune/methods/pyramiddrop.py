@@ -104,6 +104,7 @@ def geometric_shares(layers: tuple[int, ...], depth: int, mean: float | None) ->
         )
     lengths = [after - before for before, after in pairwise((0, *layers, depth))]
     low, high = 0.0, 1.0
+    # bisection: the mean grows with r, and a float has no digits for more halvings
     for _ in range(60):
         r = (low + high) / 2
         if sum(length * r**stage for stage, length in enumerate(lengths)) / depth < mean:

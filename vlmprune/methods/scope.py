@@ -95,6 +95,7 @@ class SCOPE(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         saliency = self.saliency(tokens)
+        # false for NaN too. A negative weight would turn the largest gain into the smallest
         tokens.require(
             (saliency >= 0).all(),
             lambda: InvariantError(

@@ -34,13 +34,12 @@ _ROWS_AT_ONCE = 512  # of the cosines: no N x N map is held
 
 
 def largest_cosine(x: Tensor, compare: str) -> Tensor:
-    """(B, N) the largest cosine of each token (B, N, D) with a later one, or with any other one; -1 where
-    there is none.
-    """
+    """(B, N) largest cosine of each token (B, N, D) with a later, or any other one; -1 for none."""
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     column, found = torch.arange(x.shape[1], device=x.device), []
     for rows, own in zip(unit.split(_ROWS_AT_ONCE, dim=1), column.split(_ROWS_AT_ONCE), strict=True):
         other = column > own[:, None] if compare == "later" else column != own[:, None]  # (r, N)
+        # no cosine is below -1
         found.append((rows @ unit.transpose(1, 2)).masked_fill(~other, -1.0).amax(dim=2))
     return torch.cat(found, dim=1)
 

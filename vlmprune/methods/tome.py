@@ -42,23 +42,29 @@ class ToMe(Method):
         return range(max(depth - 1, 1))
 
     def shorten(self, block: EncoderBlock, k: int) -> Shortened:
+        # mean over heads, without [CLS], which stands in front
         keys = block.keys.float().mean(dim=1)[:, -block.count :]  # (T, n, d)
         keys = torch.nn.functional.normalize(keys, dim=-1)
         crops, n = keys.shape[:2]
         into = torch.arange(n, device=keys.device).expand(crops, -1)
         keep = torch.ones(crops, n, dtype=torch.bool, device=keys.device)
         rows = into  # (T, m), those that are left
+        # // of a negative number rounds away from 0: earlier blocks take more, so the last has no rest to
+        # catch up
         goal = n + (k - n) // max(block.left, 1)
         while rows.shape[1] > goal:
             a, b = rows[:, ::2], rows[:, 1::2]
+            # one round can take half of the rows at most
             r = min(rows.shape[1] - goal, b.shape[1], a.shape[1])
             pairs = _at(keys, a) @ _at(keys, b).transpose(1, 2)  # (T, a, b)
             best = pairs.max(dim=-1)
             chosen = top_k(best.values, r)
             source, target = a.gather(1, chosen), b.gather(1, best.indices.gather(1, chosen))
+            # repeat, not expand: scatter needs rows of their own
             moved = torch.arange(n, device=keys.device).repeat(crops, 1).scatter(1, source, target)
             into = moved.gather(1, into)  # what had joined a row goes with it
             keep = keep.scatter(1, source, False)
+            # every crop loses as many, so the rows are equally long
             rows = keep.nonzero()[:, 1].view(crops, -1)
         return Shortened(keep, into)
 

@@ -69,6 +69,7 @@ def contextual_rows(H: Tensor, groups: Groups, combine: str) -> Tensor:
     total, count = joins.transpose(1, 2) @ H_member, joins.sum(1)[..., None]
     if combine == "mean":
         return (H_target + total) / (1 + count)
+    # a target that nothing joins stays as it is
     return H_target + total / count.clamp_min(1)
 
 

@@ -53,6 +53,7 @@ def without_twins(features: Tensor, residual: Tensor, k: int, step: int = 8, ras
     """
     batch, n = features.shape[:2]
     unit = normalize(features.float(), dim=-1)
+    # all pairs once; every round looks its own up
     cosine = (unit @ unit.transpose(1, 2)).flatten(1)  # (B, N * N)
     while k and residual.shape[1] > k:
         if raster:
@@ -61,6 +62,7 @@ def without_twins(features: Tensor, residual: Tensor, k: int, step: int = 8, ras
         pairs = (even[..., None] * n + odd[:, None]).flatten(1)  # (B, R / 2 * R / 2)
         likeness = cosine.gather(1, pairs).view(batch, even.shape[1], -1).amax(dim=2)
         gone = min(step, residual.shape[1] - k)
+        # the order is a part of the method: it decides the even and odd places of the next round
         residual = torch.cat([even.gather(1, ranked(likeness)[:, gone:]), odd], dim=1)
     return residual[:, :k]
 

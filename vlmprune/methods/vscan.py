@@ -152,9 +152,7 @@ class SecondStage(Method):
 
 
 def windows(grids: tuple[tuple[int, int], ...], side: int) -> Tensor:
-    """(W, M) tokens of every window of about side x side, in raster order; -1 behind the last of a smaller
-    one.
-    """
+    """(W, M) tokens of every window of about side x side, in raster order; -1 fills up smaller ones."""
     found, start = [], 0
     for rows, cols in grids:
         token = start + torch.arange(rows * cols).view(rows, cols)
@@ -178,12 +176,11 @@ def per_window(k: int, members: Tensor, local: float = 0.5) -> int:
 
 
 def scan(a: Tensor, A: Tensor, members: Tensor, w: int, k: int) -> Tensor:
-    """(B, k) ascending tokens: the w best by ``a`` (B, N) of every window (W, M), then the best others by
-    ``A`` (B, N).
-    """
+    """(B, k) ascending: the w best by ``a`` (B, N) of every window (W, M), then the best others by ``A``."""
     taken = local_set(a, members, w)
     chosen = torch.zeros_like(A, dtype=torch.bool).scatter(1, taken, True)
     others = top_k(A.masked_fill(chosen, -torch.inf), k - taken.shape[1]) if taken.shape[1] < k else taken
+    # from a mask of k tokens to ascending indices
     return top_k(chosen.scatter(1, others, True).float(), k)
 
 
@@ -194,9 +191,7 @@ def local_set(a: Tensor, members: Tensor, w: int) -> Tensor:
 
 
 def joining(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N - k) tokens that are not kept (B, k), and the number of the kept one that each is most similar
-    to.
-    """
+    """(B, N - k) tokens that are not among the kept (B, k), and which of these each is most similar to."""
     rest = rest_of(kept, x.shape[1])
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     cosine = _rows(unit, rest) @ _rows(unit, kept).transpose(1, 2)  # (B, N - k, k)

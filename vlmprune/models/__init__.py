@@ -61,6 +61,7 @@ def families() -> list[str]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile and PEFT: that is where ``generate`` runs."""
     inside: Any = model
+    # either may be inside the other
     while True:
         if hasattr(inside, "_orig_mod"):
             inside = inside._orig_mod
@@ -77,6 +78,7 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
     A model type is a fact and no word that a user types, so none is suggested in place of it.
     """
     config = config or {}
+    # the authors' own format has the model type of the converted one, but names a class and no vision_config
     authors = (
         model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
     )
@@ -111,6 +113,7 @@ def adapter_for(model: Any) -> Adapter:
     model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
+    # DistributedDataParallel and its like
     if config is None and isinstance(getattr(model, "module", None), nn.Module):
         raise UnsupportedError(
             f"{type(model).__name__} wraps a model; give the one inside, its .module, or wrap it later"

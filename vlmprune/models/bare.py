@@ -104,6 +104,7 @@ def pooling_attention(tower: Any, hidden: Tensor) -> Tensor:
         tokens = tokens + pool.pos_embed.to(tokens.dtype)
     heads = pool.num_heads
     query = pool.q_norm(pool.q(pool.latent[:, :1]).unflatten(-1, (heads, -1)))  # (1, 1, H, d)
+    # keys are the first half, values the second
     keys = pool.k_norm(pool.kv(tokens).chunk(2, dim=-1)[0].unflatten(-1, (heads, -1)))
     rows = row_attention(query[:, 0].flatten(1).expand(len(tokens), -1), keys.flatten(2), heads, pool.scale)
     return rows[..., drop:]

@@ -140,6 +140,7 @@ class Adapter:
         """Refuse encoder calls that the capture would misread."""
         pixels = arguments.get(modality.pixels)
         check_pixels(modality.pixels, pixels, 4, "(images, [crops,] channels, height, width)")
+        # a call may ask for another layer than the config does, and the capture was set up by the config
         for name in ("vision_feature_layer", "vision_feature_layers"):  # VipLLaVA: plural in transformers 4
             layer, held = arguments.get(name), getattr(self.config, name, None)
             if layer is not None and layer != held:
@@ -159,6 +160,7 @@ class Adapter:
         captured = {need: patches_first(need.what, value) for need, value in found.items()}
         if captured:
             for need, value in captured.items():
+                # noted and read later: looking at the answer here would make the host wait for the tower
                 checks.require(all_finite(value), partial(_not_finite, modality, need))
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
@@ -198,8 +200,11 @@ class Adapter:
         raw = {need: value[:, value.shape[1] - n :] for need, value in found.items()}
         special = self.special(pack(torch.zeros(count, n, 1)))  # the CPU knows where the newlines are
         if raw:
+            # all quantities go through the model's packing as channels of one tensor, in float32, since it
+            # may scale down
             packed = pack(torch.cat([value.float() for value in raw.values()], dim=-1))  # (length, channels)
             if special is not None:
+                # indices from the CPU: a mask on the device would make the host wait for its count
                 packed = packed[(~special).nonzero()[:, 0].to(packed.device)]
             carried = packed.split([value.shape[-1] for value in raw.values()], dim=-1)
             captured |= {need: value.to(raw[need].dtype) for need, value in zip(raw, carried, strict=True)}
@@ -240,6 +245,7 @@ class Adapter:
     ) -> Tensor:
         """Pack one picture's channels to ``length`` rows; a [CLS] token that the model reads is NaN too."""
         packed = self.pack(modality, channels, number, arguments)
+        # vision_feature_select_strategy="full" hands [CLS] to the language model, in front
         if packed.shape[0] == length - 1 and self.cls and count == 1:
             packed = torch.cat([packed.new_full((1, packed.shape[1]), torch.nan), packed])
         if packed.shape[0] != length:
@@ -282,8 +288,10 @@ def _crop_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: in
 def tile_grids(special: Tensor, side: int) -> Grids:
     """Blocks of a picture: its base crop, then the unpadded detail image with one newline per row."""
     special = special.cpu()
+    # what stands before the first patch, such as [CLS]
     lead = int(special.to(torch.uint8).argmin())
     rest = special[lead + side * side :]
+    # a newline ends every row
     rows = int(rest.sum())
     patches = rest.shape[0] - rows
     if patches == 0:

@@ -58,6 +58,7 @@ class Gemma3Adapter(Adapter):
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         rows, cols = self.grid(modality, number, arguments)
+        # (channels, rows, cols), as pooling takes it
         channels = crops[0].T.unflatten(1, (rows, cols))
         pooled = self.projector.connector.avg_pool(channels)
         return pooled.flatten(1).T

@@ -37,6 +37,8 @@ class Idefics3Adapter(Adapter):
         mask = arguments.get("pixel_attention_mask")
         if mask is None or not self._reads_attention:
             return
+        # (rows, pictures, pixels). Pictures that fill up a row are masked whole, and the model drops them; a
+        # masked part stays
         pixels = mask.bool().flatten(2)
         if bool((pixels.any(dim=2) != pixels.all(dim=2)).any()):
             raise UnsupportedError(

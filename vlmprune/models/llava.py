@@ -7,9 +7,7 @@ from .base import Adapter
 
 
 class LlavaAdapter(Adapter):
-    """LlavaForConditionalGeneration with a CLIP or SigLIP tower and any decoder that transformers builds its
-    masks for.
-    """
+    """LlavaForConditionalGeneration: a CLIP or SigLIP tower, a decoder that transformers makes masks for."""
 
     model_type = "llava"
     shortens = True

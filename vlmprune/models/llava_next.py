@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT: a base crop, then tiles assembled to one big image, unpadded, with a newline embedding after
-each row.
-"""
+"""LLaVA-NeXT: a base crop, then tiles put together to one unpadded image, a newline behind each row."""
 
 from __future__ import annotations
 
@@ -25,6 +23,7 @@ class LlavaNextAdapter(Adapter):
 
     def _geometry(self, name: str) -> Any:
         """A geometry function of the model's own module."""
+        # each family has a copy of its own; this is the one that the model calls
         return getattr(sys.modules[type(self.inner).__module__], name)
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
@@ -68,6 +67,7 @@ class LlavaNextAdapter(Adapter):
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = self._geometry("get_anyres_image_grid_shape")
+        # the model counts tiles as (height, width)
         down, across = shape(
             arguments["image_sizes"][number],
             self.config.image_grid_pinpoints,

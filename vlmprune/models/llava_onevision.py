@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision: tiles that are scaled down when there are too many; frames of a clip pooled to a
-quarter."""
+"""LLaVA-OneVision: tiles, scaled down when there are too many; frames of a clip pooled to a quarter."""
 
 from __future__ import annotations
 
@@ -17,9 +16,7 @@ from .llava_next import LlavaNextAdapter
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
-    """LlavaOnevisionForConditionalGeneration: images and video. Several images of one prompt are one crop
-    each.
-    """
+    """LlavaOnevisionForConditionalGeneration: images, one crop each where a prompt has several, and clips."""
 
     model_type = "llava_onevision"
     modalities = (IMAGE, VIDEO)

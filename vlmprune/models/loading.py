@@ -50,6 +50,7 @@ def load(
 
     if not name:
         raise VlmPruneError(f"the model name is empty; expected {TINY!r}, a folder or an HF id")
+    # small files first, in order of size: what is wrong with them is said before gigabytes are read
     check_config(name)
     config = read_pretrained(name, "config", AutoConfig.from_pretrained)
     processor = read_pretrained(
@@ -65,6 +66,7 @@ def load(
         AutoModelForImageTextToText.from_pretrained,
         config=config,
         dtype=dtype,
+        # the other format is a pickle, which can run code when it is read
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -77,9 +79,7 @@ def load(
 
 
 def check_config(name: str) -> None:
-    """Raise unless the config.json of a checkpoint is that of a supported family; reads this one file and
-    runs no code.
-    """
+    """Raise unless config.json names a supported family; reads this one file and runs no code."""
     from transformers import PretrainedConfig
 
     config, _ = read_pretrained(name, "config", PretrainedConfig.get_config_dict)
@@ -104,6 +104,7 @@ def check_device(device: str) -> None:
             f"device {device!r} cannot be used, since torch knows none of this name; {expected}"
         ) from error
     try:
+        # torch.device() takes any number of a GPU: only work on it tells whether it is there
         torch.empty(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
@@ -154,6 +155,7 @@ def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
 
 def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
     """Call one from_pretrained; what can be wrong with a name or a folder becomes one clear error."""
+    # an HF id has one slash at most, and never begins with a dot or a tilde
     path = Path(name).expanduser()
     if not path.is_dir() and (
         path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()

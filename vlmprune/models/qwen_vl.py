@@ -143,6 +143,7 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
                 window_size=tower.window_size,
                 patch_size=tower.patch_size,
             )[0]
+        # the tower works window by window; argsort of its order is the way back
         cells = packed.unflatten(0, (-1, self.merge**2))
         return cells[torch.argsort(windows.to(cells.device))].flatten(0, 1)
 

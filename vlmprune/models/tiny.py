@@ -40,6 +40,7 @@ def verify(folder: Path = FOLDER) -> dict[str, str]:
         raise VlmPruneError(
             f"the tiny model lacks {SUMS} in {folder}; expected the files of the package: install it again"
         )
+    # two spaces, as sha256sum writes them
     lines = [line.split("  ", 1) for line in sums.read_text().splitlines() if line]
     expected = {name: digest for digest, name in lines}
     for name, digest in expected.items():

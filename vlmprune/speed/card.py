@@ -104,6 +104,7 @@ def measure(
             continue
         try:
             session = prune(workload.model, text)
+            # watches one pruned call, so that what a method cannot do here is known before anything is timed
             sessions[session.spec] = (session, FreeSide(session, workload.first_token))
         except UnsupportedError as error:
             left_out.append(LeftOut(workload.name, text, str(error)))
@@ -131,6 +132,7 @@ def measure(
     for spec, (session, free) in sessions.items():
         with session:
             counts = _counted(workload)
+        # the ideal counts only if it computes the same: the row says how far apart they are
         difference = float((free.first_token() - free.logits).abs().max())
         measured = _Measured(_report(session).tokens_per_layer, *counts, difference)
         rows.append(_row(spec, times, measured, common))
@@ -197,6 +199,7 @@ def _first_tokens(
         on_round=_counter(workload, "first tokens", effort.rounds + effort.warmup, tell),
     )
     for values in choosing.values():
+        # race drops its own warm-up; the clock of the session knows nothing of it
         del values[: effort.warmup]
     return times
 

@@ -47,6 +47,7 @@ class FreeSide:
             watch = self.lm.register_forward_pre_hook(
                 lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
             )
+            # on a stack, so that hooks also go where the call fails
             stack.callback(watch.remove)
             for index, layer in enumerate(self.lm.layers):
                 stack.callback(layer.register_forward_pre_hook(partial(self._note, index)).remove)
@@ -90,6 +91,7 @@ class FreeSide:
     def _layers(self) -> Tensor:
         """A plain loop over the layers, whose cuts are given; without a mask attention is causal."""
         hidden, positions = self.embeds, self.positions
+        # new in every call and filled by it: that is a part of a real prefill
         cache = {
             cache_name(inspect.signature(self.lm.layers[0].forward).parameters): DynamicCache(
                 config=self.lm.config
@@ -103,6 +105,7 @@ class FreeSide:
                 rows, positions = self.cuts[index]
                 (hidden,) = dispatch.gather_rows([hidden], rows)
                 angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
+            # a layer returns a tuple or the tensor alone, by version
             output = layer(hidden, attention_mask=mask, position_embeddings=angles, use_cache=True, **cache)
             hidden = output[0] if isinstance(output, tuple) else output
         return self.lm.norm(hidden)

@@ -34,6 +34,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._known:
                 self._known[storage] = True
                 self.live += storage.nbytes()
+                # views share a storage, which dies with the last of them
                 weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return output
@@ -42,6 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= count
 
     def take(self) -> int:
+        # the next peak starts from what is alive now
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -54,11 +56,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        LiveBytes() as live,
-    ):  # not inference mode: see memory_profile
+    # not inference mode: see memory_profile
+    with torch.inference_mode(False), torch.no_grad(), LiveBytes() as live:
         call()
     return live.peak
 

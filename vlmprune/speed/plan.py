@@ -116,12 +116,14 @@ def fit(
 
     Three coefficients have seven non-empty sets that may be positive, so all are tried.
     """
+    # divided by its time, so that a short prefill counts as much as a long one
     matrix, ones = np.asarray(terms) / np.asarray(seconds)[:, None], np.ones(len(seconds))
     best, least = np.zeros(3), np.inf
     for size in (1, 2, 3):
         for columns in map(list, combinations(range(3), size)):
             found = np.linalg.lstsq(matrix[:, columns], ones, rcond=None)[0]
             error = float(((matrix[:, columns] @ found - ones) ** 2).sum())
+            # smaller sets come first: one more coefficient must really fit better
             if (found >= 0).all() and error < least - 1e-12:
                 best, least = np.zeros(3), error
                 best[columns] = found
@@ -154,6 +156,7 @@ def plan(
         [decode_terms(b, [n]) for b, n in points], [medians["decode", b, n] for b, n in points]
     )
     one = workload.batch
+    # noise can make a small difference negative
     choose = max(0.0, medians["attached"] - medians["free"]) / one
     costs = Costs(prefill, decode, medians["encode"] / one, choose, 0.0, visual, share)
     case = Case(visual, workload.text_tokens, one, answer_tokens)
@@ -239,10 +242,8 @@ def _measure(
     )
     found = {name: median(values) for name, values in times.items()}
     gaps = [a - f for a, f in zip(times["attached"], times["free"], strict=True)]
-    found["attached"], found["free"] = (
-        median(gaps),
-        0.0,
-    )  # within a round, a slow minute of the machine cancels
+    # within a round, a slow minute of the machine cancels
+    found["attached"], found["free"] = median(gaps), 0.0
     return points, found, visual, layers
 
 
@@ -258,6 +259,7 @@ class _Decoder:
         self.lm, self.head = workload.adapter.language_model, workload.model.get_output_embeddings()
         table = workload.model.get_input_embeddings().weight
         rows = torch.randint(0, table.shape[0], (batch, length), generator=torch.Generator().manual_seed(0))
+        # real rows of the table: the time does not depend on what they say
         self.embeds = table[rows.to(table.device)]  # (B, L, D)
         self.cache: Any = None
 

@@ -160,6 +160,7 @@ def random_model(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
+        # nothing of full size is ever made elsewhere or in float32: a 7B model might not fit twice
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
             model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -177,9 +178,8 @@ def inputs_of(name: str, model: Any, batch: int = 1, text: int = 60) -> dict[str
         key: value.to(weight.device) for key, value in _pixels(shape, model.config, batch, random).items()
     }
     pixels["pixel_values"] = pixels["pixel_values"].to(weight.dtype)
-    first = (
-        3 * text // 5
-    )  # as in the prompt of LLaVA-1.5: system text before the picture, a short question behind it
+    # as in the prompt of LLaVA-1.5: system text before the picture, a short question behind it
+    first = 3 * text // 5
     before, after = (torch.randint(100, 30000, (count,), generator=random) for count in (first, text - first))
     image = torch.full((_placeholders(shape, model.config),), model.config.image_token_id)
     start, end = (torch.tensor(shape.around[i : i + 1], dtype=torch.long) for i in (0, 1))

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-Entry = tuple[
-    AbstractContextManager[Any] | None, Callable[[], Any]
-]  # entered around the call and not timed; the call
+# what is entered around the call and not timed, and the call
+Entry = tuple[AbstractContextManager[Any] | None, Callable[[], Any]]
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -37,8 +36,10 @@ def race(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         gc.collect()
+        # a collection in the middle of a call would be timed with it
         gc.disable()
         try:
+            # another one begins each round, so that none is always the first after the pause
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 attached, call = entries[name]
                 with nullcontext() if attached is None else attached:

@@ -64,6 +64,7 @@ class Workload:
 
     def answer(self, tokens: int) -> None:
         """Pixels in, ``tokens`` greedy tokens out."""
+        # the least as well as the most: an early end of the text would make answers of unequal length
         ids = self.model.generate(
             **self.inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1
         )

@@ -24,6 +24,7 @@ def png(image: Image.Image) -> bytes:
 def figure(image: Image.Image, caption: str) -> str:
     """A picture with a line of text below it."""
     data = b64encode(png(image)).decode()
+    # in the page itself: a notebook that is sent on keeps its pictures
     shown = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}" style="max-width: 100%">'
     return f"<figure>{shown}<figcaption><code>{escape(caption)}</code></figcaption></figure>"
 

@@ -33,9 +33,8 @@ _STRIP = 2**20  # pixels that are floats at a time
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 Grids = Sequence[tuple[int, int]]
-Paint = Callable[
-    [np.ndarray, np.ndarray, int], np.ndarray
-]  # (h, w, 3) pixels, (h, w) values, outline -> pixels
+# (h, w, 3) pixels, (h, w) values, width of the outline -> pixels
+Paint = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 def open_picture(image: Image.Image | str | PathLike[str], max_side: int | None = None) -> Image.Image:
@@ -244,9 +243,8 @@ def _fitting(image: Any, panels: int, max_side: int | None) -> Image.Image:
     if max_side is not None and panels * (picture.width + _gap(picture.width)) > max_side + _gap(
         picture.width
     ):
-        width = min(
-            int(max_side / (1.02 * panels)), (max_side - 4 * (panels - 1)) // panels
-        )  # as _gap has it
+        # as _gap has it
+        width = min(int(max_side / (1.02 * panels)), (max_side - 4 * (panels - 1)) // panels)
         if width < NARROWEST:
             raise SpecError(
                 f"{panels} blocks of tokens do not fit into {max_side} pixels side by side; give a larger "
@@ -283,6 +281,7 @@ def _outline(box: tuple[int, int, int, int], grids: Grids) -> int:
 
 def _enlarge(block: np.ndarray, height: int, width: int, rows: slice) -> np.ndarray:
     """These rows of a block that is drawn ``height`` x ``width`` pixels large."""
+    # the patch under the middle of each pixel, in whole numbers: no seam moves by rounding
     y = (2 * np.arange(height)[rows] + 1) * block.shape[0] // (2 * height)
     x = (2 * np.arange(width) + 1) * block.shape[1] // (2 * width)
     return block[y[:, None], x]

@@ -71,6 +71,7 @@ class EncodeOnce:
     def take(self, batch: Batch) -> list[EncodedImage]:
         """The images of a batch in order; those not seen before are encoded in one call."""
         keys = [sample.images for sample in batch.samples]
+        # equal keys are equal pictures: one row stands for all that show them
         new = {key: row for row, key in enumerate(keys) if key and key not in self._known}
         if new:
             texts = [batch.texts[row] for row in new.values()]
@@ -82,6 +83,7 @@ class EncodeOnce:
         for key in filter(None, keys):
             self._known.move_to_end(key)
             taken += self._known[key]
+        # after the batch was served, which may hold more than that
         while len(self._known) > self.size:
             self._known.popitem(last=False)
         return taken

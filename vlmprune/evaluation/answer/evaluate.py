@@ -76,6 +76,7 @@ def evaluate(
         raise EvaluationError(
             f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template"
         )
+    # all of them before the first question: what this model cannot do is said at once
     sessions = [prune(model, text, positions=positions, strict=strict) for text in texts]
     return _run(model, processor, samples, sessions, task, batch_size, max_new_tokens, share)
 
@@ -90,6 +91,7 @@ def _run(
     words: int,
     share: bool,
 ) -> Iterator[Record]:
+    # a method inside the tower needs pictures that went through it there
     sharing = [session for session in sessions if share and not session.in_tower]
     once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
@@ -133,6 +135,7 @@ def _answer(
     found = []
     for sample, answer, shown, asked in zip(batch.samples, answers, batch.pictures, batch.asked, strict=True):
         score = task.score(sample, answer.strip())
+        # NaN fails the comparison
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise EvaluationError(
                 f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"

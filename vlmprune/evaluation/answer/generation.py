@@ -64,6 +64,7 @@ def generate(
         options: of ``model.generate``.
     """
     clock = Clock(model.device)
+    # the report of an earlier call must not pass for that of this one
     session.last = None
     try:
         with session, served or nullcontext():
@@ -91,6 +92,7 @@ def _checked_report(session: Session, pictures: int, named: str) -> Report:
             f"{session.spec}: hooks saw {len(report.dense_tokens)} images of {pictures} on {named}"
         )
     budgets = [slot.budget for slot in session.slots.values()]
+    # under other scopes the size of a picture alone does not say whether a cut was due
     wanted = [budget for budget in budgets if budget is not None and budget.scope == "image"]
     asked = any(budget.count(count) < count for budget in wanted for count in report.dense_tokens)
     if asked and not {"enter", "stage"} & set(report.firings):
@@ -119,10 +121,12 @@ class Clock(StoppingCriteria):
 
     def _now(self) -> float:
         if self.cuda:
+            # kernels run behind the host: without waiting, only their launches would be timed
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        # called after every token, and first after the first
         if not self.first:
             self.first = self._now() - self._started
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -78,6 +78,7 @@ def asked_of(config: Config, device: str, trust_remote_code: bool) -> dict[str, 
     """All that a table answers, as plain values."""
     values = config.plain()
     del values["out"], values["published"]  # where it is written, and what is shown beside it
+    # which of several GPUs answered decides nothing
     return values | {"device": device.partition(":")[0], "trust_remote_code": trust_remote_code}
 
 

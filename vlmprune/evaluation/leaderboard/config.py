@@ -118,6 +118,7 @@ def _specs(value: Any, keep: Any) -> tuple[Spec, ...]:
     for text in _list("specs", value, str):
         spec = parse(text)
         bare = not any(part.budget for part in spec.parts)
+        # ``keep`` is for specs that have no budget and a method that takes one
         takes = bare and any(get(part.name).budgeted for part in spec.parts)
         spread += takes
         found += [spec.with_keep(budget) for budget in budgets] if takes and budgets else [spec]
@@ -161,6 +162,7 @@ def _list(key: str, value: Any, kind: type | None) -> tuple[Any, ...]:
     for item in value:
         if kind and item == "":
             raise SpecError(f"{key} holds '', an empty text; leave the entry out, or write what it was to be")
+        # not isinstance: YAML reads yes as True, which would pass for a 1
         if kind and type(item) is not kind:
             given = f"{shown(item)}, a {type(item).__name__}"
             raise SpecError(f"{key} holds {given}; expected {kind.__name__} (quote what is text)")

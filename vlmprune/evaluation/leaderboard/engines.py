@@ -58,6 +58,7 @@ class Ray:
             max_retries=self.retries,
             name=f"vlmprune {setting.model} {setting.task}",
         )
+        # sent to the cluster once, not with every task
         shared, waiting = ray.put(setting), iter(jobs)
         running: list[Any] = []
         try:

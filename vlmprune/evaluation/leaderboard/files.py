@@ -33,6 +33,7 @@ def files_below(folder: Path) -> list[Path]:
     for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(where)
         here = Path(where)
+        # links can form a loop. Written in place: this is how os.walk is told where to go
         folders[:] = [] if real in seen else [name for name in folders if _belongs(here / name)]
         found += [] if real in seen else [here / name for name in names if not name.startswith(".")]
         seen.add(real)
@@ -57,9 +58,8 @@ def source_files(file: Path) -> tuple[Path, list[Path]]:
     folder = file.parent
     while (folder / "__init__.py").is_file():
         package, folder = folder, folder.parent
-    if (
-        package is not None and package.name != "lmms_eval"
-    ):  # its version counts already, and it has thousands of files
+    # of lmms-eval the version counts already, and it has thousands of files
+    if package is not None and package.name != "lmms_eval":
         return folder, files_below(package)
     found = [file]
     for module in found:  # grows meanwhile
@@ -108,6 +108,7 @@ def top_level(made: Any) -> str | None:
 
 def read_once(folder: Path, files: Sequence[Path]) -> str:
     """Digest of large files, read once as long as sizes and times stay: 7B weights take seconds."""
+    # ctime too: the other time can be set
     stats = [(file, file.stat()) for file in files]
     return _read_once(folder, tuple((file, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for file, st in stats))
 
@@ -125,5 +126,6 @@ def digest(files: Sequence[Path], root: Path) -> str:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 own.update(block)
+        # with the name: two files that swap their contents are another model
         whole.update(file.relative_to(root).as_posix().encode() + b"\0" + own.digest())
     return whole.hexdigest()[:16]

@@ -118,6 +118,7 @@ def _code(what: str, made: Iterable[Any]) -> str:
             raise EvaluationError(
                 f"{what} has no source file, so nothing would tell when it changes; put it in a module"
             ) from error
+    # sorted, since a set comes in no order of its own
     return hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16] if found else ""
 
 
@@ -133,6 +134,7 @@ def weights(name: str, trust_remote_code: bool = False) -> str:
     found = _of_folder(name, folder) if folder.is_dir() else ""
     if found and not trust_remote_code:
         return found
+    # its config carries the commit: no weights are read for it
     config = read_pretrained(name, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         _refuse_code_elsewhere(name, getattr(config, "auto_map", None) or {})

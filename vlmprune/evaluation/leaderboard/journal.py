@@ -60,6 +60,7 @@ class Journal:
         with told(self.path), self.path.open("a+b") as file:
             end = whole = file.seek(0, os.SEEK_END)
             while whole:
+                # from the end, block by block: a journal is long, its last line is short
                 start = max(0, whole - 4096)
                 file.seek(start)
                 at = file.read(whole - start).rfind(b"\n")
@@ -74,9 +75,11 @@ class Journal:
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> int:
         """Write the lines of samples that are not there yet, in one go; returns how many."""
+        # by id: of a sample that comes twice one line is written
         new = {line["id"]: line for line in lines if line["id"] not in self.ids}
         data = b"".join(encode_line(self.cell, line) for line in new.values())
         if data:
+            # unbuffered: a killed process leaves whole lines, and at most one broken one
             with told(self.path), self.path.open("ab", buffering=0) as file:
                 before = file.tell()
                 try:
@@ -192,6 +195,7 @@ def locked(folder: Path) -> Iterator[None]:
         for left in left_behind(folder):
             with told(left):
                 left.unlink()
+        # only for the messages of others: the lock is what counts
         replace_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
@@ -237,10 +241,8 @@ def told(path: Path) -> Iterator[None]:
     """One clear error for whatever a file system refuses."""
     try:
         yield
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # filelock raises the latter where a file system has no locks
+    # filelock raises the latter where a file system has no locks
+    except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             todo = "the disk is full; make room and run the same command again: no answer is lost"

@@ -104,15 +104,15 @@ def _candidates(folder: Path, cell: str) -> Iterator[dict[str, Any]]:
     sound = [Run(folder).recipe(other) for other in cells_of(folder) if is_sound(folder, other)]
     plugins = {name: code for recipe in sound for name, code in (recipe.get("plugins") or {}).items()}
     mine = {name: code for name, code in plugins.items() if name in {part.name for part in parts}}
+    # recipes of one config differ in these three; the hash tells whether the guess is right
     for recipe in sound:
         yield recipe | {"spec": spec, "seeds": seeds, "plugins": mine}
 
 
 def _write_info(folder: Path, tell: Tell) -> None:
     cells = [cell for cell in cells_of(folder) if is_sound(folder, cell)]
-    cells.sort(
-        key=lambda cell: ((folder / "cells" / f"{cell}.json").stat().st_mtime_ns, cell)
-    )  # as they were asked
+    # as they were asked
+    cells.sort(key=lambda cell: ((folder / "cells" / f"{cell}.json").stat().st_mtime_ns, cell))
     config = config_of([Run(folder).recipe(cell) for cell in cells], folder)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     info = {

@@ -90,6 +90,7 @@ def leaderboard(
     where ``settings.replace`` says so.
     """
     folder, settings, progress = Path(out), settings or Settings(), progress or Silent()
+    # before the lock, which would write into a folder that may be somebody else's
     refuse_other_format(folder)
     asked = asked_of(config, settings.device, settings.trust_remote_code)
     plan = planned(config, settings)
@@ -119,9 +120,11 @@ def leaderboard(
                 "rows": rows,
                 "headline": headline,
             }
+            # only the last round knows which cells belong to none of the tables
             beside = others(folder, mine) if setting is plan[-1] else []
             found |= {"failed": failed, "speed": [], "other_cells": beside}
             if rows:
+                # after every model and task: a run that is killed leaves a table of what is whole
                 replace_json(folder / "results.json", found)
     if not rows:
         raise EvaluationError(
@@ -133,6 +136,7 @@ def leaderboard(
 def planned(config: Config, settings: Settings) -> list[Setting]:
     """All models on all tasks; whatever is wrong with any of them is said before the first answer."""
     tasks = [get_task(name) for name in config.tasks]
+    # workers of a cluster have devices of their own
     if isinstance(settings.engine, Local):
         check_device(settings.device)
     plugins = identity.plugins(map(str, config.specs))
@@ -191,9 +195,8 @@ class _Comparison:
         self.ids = {sample.id for sample in self.samples}
         self.whole: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.matched: dict[
-            str, str
-        ] = {}  # spec without a budget -> budget of the baselines that it is compared with
+        # spec without a budget -> budget of the baselines that it is compared with
+        self.matched: dict[str, str] = {}
 
     def answer(self, specs: Iterable[str], what: str = "") -> None:
         """Answer what is missing of these specs."""
@@ -228,6 +231,7 @@ class _Comparison:
         """The baselines of methods that go by a rule of their own, at the budget that equals it."""
         run = Run(self.folder)
         for spec, cell in self.whole.items():
+            # what it read is known only now that it has answered
             if budget_of(spec) is None and (budget := budget_read(run.journal(cell))):
                 self.matched[spec] = budget
         wanted = [text for budget in self.matched.values() for text in baselines(budget, seeds)]

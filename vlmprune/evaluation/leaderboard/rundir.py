@@ -38,12 +38,14 @@ _FIELDS = [f.name for f in fields(Record) if f.default is MISSING and f.default_
 def cell_id(recipe: Mapping[str, Any]) -> str:
     """16 hex digits of everything that can change an answer of the cell."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    # names of files can hold bytes that are no UTF-8
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def encode_line(cell: str, values: Mapping[str, Any]) -> bytes:
     """One line of the journal of ``cell``: values as JSON, and a checksum of their text and the cell."""
     text = json.dumps(values).encode()
+    # the checksum becomes the last key of the object
     return text[:-1] + f', "sum": "{_checksum(cell, text)}"}}\n'.encode()
 
 
@@ -81,6 +83,7 @@ def _decode_line(cell: str, line: bytes) -> dict[str, Any] | str:
     tail = _TAIL.fullmatch(line, max(0, len(line) - _TAIL_LENGTH))
     if tail is None:
         return "has no checksum: it was changed, or written by a version that made none"
+    # the bytes that were summed: JSON that is read and written again need not be the same ones
     text = line[: tail.start()] + b"}"
     if tail[1].decode() != _checksum(cell, text):
         return "does not match its checksum: it was changed after it was written, or belongs to another cell"

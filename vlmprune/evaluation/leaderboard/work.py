@@ -74,12 +74,14 @@ class Bench:
         for spec in job.specs:
             try:
                 self._check_methods(spec)
+                # attaches nothing: asks whether this model can do it
                 prune(self.model, spec, positions=self.setting.positions)
                 specs.append(spec)
             except Exception as error:  # a plug-in may raise anything
                 yield Failure(spec, reason(error))
         while specs:
             answered = yield from self._answer(job, specs)
+            # the others answer this portion again, and the journal takes only what it lacks
             specs = specs[: answered - 1] + specs[answered:] if answered else []
 
     def _check_methods(self, spec: str) -> None:
@@ -106,6 +108,7 @@ class Bench:
         for rows_of_batch in sizes:
             for number, spec in enumerate(specs, 1):
                 try:
+                    # evaluate gives batch after batch, and in each batch spec after spec
                     yield Lines(spec, [self._line(next(records)) for _ in range(rows_of_batch)])
                 except EvaluationError as error:
                     yield Failure(spec, reason(error))

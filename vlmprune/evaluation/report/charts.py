@@ -36,6 +36,7 @@ class Frame:
     @classmethod
     def of(cls, rows: Sequence[Row], chance: float | None) -> Frame:
         tokens = [_tokens(row) for row in rows]
+        # room at both ends, by a factor since the axis is logarithmic
         return cls((min(tokens) / 1.1, max(tokens) * 1.1), score_range(rows, chance))
 
     def x(self, tokens: float) -> float:
@@ -146,6 +147,7 @@ def _polyline(frame: Frame, rows: Sequence[Row], kind: str) -> str:
 
 def _area(frame: Frame, rows: Sequence[Row], ends: Callable[[Row], Interval], kind: str) -> str:
     low, high = ([(_tokens(row), ends(row)[side]) for row in rows] for side in (0, 1))
+    # along the upper ends, and back along the lower ones
     return f'<polygon class="{kind}" points="{_points(frame, high + low[::-1])}"/>'
 
 
@@ -162,12 +164,8 @@ def _svg(name: str, body: str) -> str:
 
 # --- one budget: a line per spec ------------------------------------------------------------------
 
-NAMES, SPAN, STEP, FOOT = (
-    150,
-    270,
-    19,
-    34,
-)  # width of the names and of the axis, height of a line and of the axis
+NAMES, SPAN = 150, 270  # width of the names and of the axis
+STEP, FOOT = 19, 34  # height of a line and of the axis
 
 
 def forest(rows: Sequence[Row], chance: float | None) -> str:

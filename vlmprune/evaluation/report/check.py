@@ -56,6 +56,7 @@ def _problems(run: Run, rows: Sequence[Row]) -> Iterator[str]:
             continue
         yield from _stale(row, cell, recipe, samples)
         answered = _Answered(row.spec, recipe, {sample["id"] for sample in samples})
+        # every row is compared with the first of its model and task
         unlike += _incomparable(name, first.setdefault(row.setting, answered), answered)
     yield from unlike
 

@@ -109,6 +109,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise UnsupportedError("plots need matplotlib: pip install matplotlib") from error
+    # draws into files, also where there is no screen
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

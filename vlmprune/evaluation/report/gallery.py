@@ -100,6 +100,7 @@ def gallery(run: Run, rows: Sequence[Row], limit: int) -> Gallery:
     if never:
         made.notes.append(f"No answer changed under {', '.join(dict.fromkeys(never))}.")
     questions = _Questions(run, made.notes)
+    # one of every method, then the next of every method, as long as there are some
     picked = list(filter(None, chain.from_iterable(zip_longest(*map(_turns, methods.values())))))[:limit]
     order = {id(row): number for number, row in enumerate(rows)}
     picked.sort(key=lambda pick: (order[id(pick.row)], _score(pick.line) >= RIGHT))
@@ -230,6 +231,7 @@ def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> It
         given = f"shows {len(images)} images, its journal has kept patches of {len(answer.keep)}"
         raise EvaluationError(f"{answer.id} {given}; run the row again")
     for number, image in enumerate(images):
+        # a whole number, so that pixels stay square and sharp
         factor = -(-SMALLEST // min(image.size))
         large = (
             image.resize((image.width * factor, image.height * factor), resample=0) if factor > 1 else image

@@ -53,6 +53,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     budgets: dict[tuple[object, object], float] = {}
     for row in rows:
         key = (row.setting, row.keep)
+        # rows of a budget read slightly different counts; the largest places them together
         budgets[key] = max(budgets.get(key, 0.0), row.realised_tokens)
 
     def rank(row: Row) -> tuple[object, ...]:

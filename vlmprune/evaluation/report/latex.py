@@ -90,6 +90,7 @@ def _without_intervals(column: Column[Row]) -> Column[Row]:
 def _environment(columns: Sequence[Column[L]], rows: Sequence[L], caption: Sequence[str], label: str) -> str:
     wins = {column.key: winners(column, rows) for column in columns}
     body = []
+    # a rule between budgets
     for _, group in groupby(enumerate(rows), key=lambda pair: pair[1].keep):
         body.append("    \\midrule")
         for number, row in group:

@@ -84,6 +84,7 @@ def page(run: Run, results: Results, options: Options) -> str:
         todo = "pip install jinja2 (in a clone it comes with pip install -e '.[eval]')"
         raise UnsupportedError(f"the HTML report needs jinja2: {todo}") from error
     loader = PackageLoader("vlmprune", ASSETS)
+    # answers of models are text of strangers; a name that is not given is an error, not nothing
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     script = _asset("page.js")
     rows = ordered(results.rows)

@@ -117,6 +117,7 @@ def _lines(rows: Sequence[Row], tasks: Sequence[str]) -> list[Across]:
     lines = []
     for spec, by_task in specs.items():
         known = next(iter(by_task.values()))
+        # a mean over fewer tasks would not compare with those of other rows
         average, retained = None, None
         if len(by_task) == len(tasks):
             average = fmean(row.accuracy for row in by_task.values())

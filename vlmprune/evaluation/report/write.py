@@ -53,6 +53,7 @@ def write_report(
         tasks = sorted({row.task for row in results.rows})
         raise EvaluationError(f"--table tasks compares several tasks of a model; this run has {tasks}")
     text = FORMATS[name](run, results, options)
+    # last, so that a run that is refused leaves no empty folder
     _make_folder(path.parent, made=out is not None and is_folder(out))
     replace_text(path, text)
     return path

@@ -21,10 +21,8 @@ from .seeds import seedless
 from .summary import DENSE, Headline, Row, summarise
 
 KEEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)
-BASES = (
-    "fastervlm",
-    "fastv",
-)  # what wrappers are put around: one method before the language model, one inside
+# what wrappers are put around: one method before the language model, one inside
+BASES = ("fastervlm", "fastv")
 # schedules that start early, for budgets that the default one cannot meet
 EARLY = {"pyramiddrop": "pyramiddrop(layers=(1,2,3))"}
 Values = tuple[float, float, float]  # accuracy, and the ends of its interval
@@ -59,6 +57,7 @@ def plan(
     for label in _labels(list_methods() if methods is None else methods):
         for keep in sorted({float(keep) for keep in keeps if keep < 1}, reverse=True):
             reason = ""
+            # the first form that this model takes; the else below is for neither
             for text in (label, EARLY.get(label)):
                 specs: tuple[str, ...] = ()
                 try:

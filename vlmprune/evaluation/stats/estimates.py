@@ -195,6 +195,7 @@ def differences(
         return {}
     columns, at = [table.column(spec) for spec in specs], table.column(reference)
     drawn = draws(table, resamples, seed)
+    # the same clusters were drawn for all specs: what is hard for both cancels
     drawn = drawn[:, columns] - drawn[:, [at]]
     lows, highs = _percentiles(drawn, level)
     sums, count = table.sums
@@ -224,6 +225,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction of p-values."""
     p = np.asarray(p, dtype=float)
     order = np.argsort(p)
+    # a larger p never gets a smaller corrected one
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(stepped, 1.0)
@@ -279,6 +281,7 @@ def headline(
 
 def _resample(rng: np.random.Generator, rows: int, sums: np.ndarray, count: np.ndarray) -> np.ndarray:
     clusters = len(count)
+    # numbers of row r are shifted by r clusters, so that one bincount counts the draws of all rows
     picks = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
     weights = np.bincount(picks.ravel(), minlength=rows * clusters).reshape(rows, clusters).astype(float)
     return (weights @ sums) / (weights @ count)[:, None]

@@ -46,6 +46,7 @@ def covered_share(mask: np.ndarray, boxes: Tensor, view: str) -> np.ndarray:
     """(N,) share of every box that is covered by the mask (height, width); boxes in [0, 1] of the view."""
     if mask.ndim != 2:
         raise EvaluationError(f"an object mask has shape {mask.shape}; expected (height, width)")
+    # the processor cuts off what lies outside of the largest centred square
     if view == "center":
         side = min(mask.shape)
         top, left = ((length - side) // 2 for length in mask.shape)

@@ -66,6 +66,7 @@ def saliency(
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Probability that a positive outranks a negative, ties counted half."""
     _, code, count = np.unique(scores, return_inverse=True, return_counts=True)
+    # equal scores share the mean of their ranks
     ranks = (count.cumsum() - (count - 1) / 2)[code]
     ones = int(positive.sum())
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * (len(scores) - ones)))

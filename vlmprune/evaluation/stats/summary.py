@@ -166,6 +166,7 @@ def summarise(
     table.column(DENSE)
     inside, outside = estimates.headline(table, blind, DENSE)
     whole, bands = merge_seeds(table)
+    # means over seeds first, so that both tables have the same columns
     table = whole.where(np.isin(whole.families, inside)) if inside else whole
     singles = {spec for specs in bands.values() for spec in specs}
     tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
@@ -232,6 +233,7 @@ def _against_random(
         mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
         if budget is not None and random in table.specs:
             found |= estimates.differences(table, random, mine, resamples=resamples, seed=seed)
+    # over all budgets together: more rows are more chances to be lucky
     corrected = estimates.holm(np.array([one.p for one in found.values()]))
     return {
         spec: replace(one, p_holm=float(p)) for (spec, one), p in zip(found.items(), corrected, strict=True)

@@ -53,6 +53,7 @@ def logits_of(
     if UP:
         query = query.to(tl.float32)
         key = key.to(tl.float32)
+    # no TF32: it would swap tokens whose scores differ in later digits
     return tl.dot(query, tl.trans(key), input_precision="ieee") * scale
 
 
@@ -95,6 +96,7 @@ def attn_row_kernel(
     total = tl.zeros([KEYS], tl.float32)
     for head in range(split * heads, split * heads + heads):
         logits = logits_of(q, k, head, at, valid, group, q_head, k_row, scale, GROUP, D, WIDTH, UNIT, UP)
+        # heads that only fill up the tile: exp(0 - inf) is 0, so they add nothing
         norm = tl.load(lse + head * group + mine, mask=mine < group, other=float("inf")).to(tl.float32)
         total += tl.sum(tl.exp(logits - norm[:, None]), 0)
         k += k_head * UNIT
@@ -145,6 +147,7 @@ def attn_logits_kernel(
     asked = (key >= v0) & (key < v0 + nv)
     mask = (mine < group)[:, None] & asked[None, :]
     tl.store(logits + row[:, None] * nv + (key - v0)[None, :], found, mask=mask)
+    # sums relative to the block's largest logit cannot overflow; the next launch brings them to one scale
     top = tl.max(found, 1)
     tl.store(most + row * blocks + block, top, mask=mine < group)
     tl.store(total + row * blocks + block, tl.sum(tl.exp(found - top[:, None]), 1), mask=mine < group)
@@ -193,6 +196,7 @@ def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, 
     up = q.dtype != k.dtype or (
         q.dtype != torch.float32 and q.device.type == "cpu" and triton.knobs.runtime.interpret
     )
+    # tl.dot takes no side below 16
     tile = _KEYS, max(16, next_power_of_2(group)), d, max(16, next_power_of_2(d)), unit, up
     shape = *(stride // unit for stride in strides), *tile
     if lse is None:
@@ -220,6 +224,7 @@ def _over_all_keys(q: Tensor, k: Tensor, v0: int, nv: int, scale: float, shape: 
     key_heads, keys = k.shape[1:3]
     blocks, columns = -(-keys // _KEYS), -(-nv // _KEYS)
     logits = torch.empty(batch, heads, nv, dtype=torch.float32, device=q.device)
+    # one allocation for both
     most, total = torch.empty(2, batch, heads, blocks, dtype=torch.float32, device=q.device).unbind()
     out = torch.empty(1, batch, nv, dtype=torch.float32, device=q.device)
     sizes = v0, nv, keys, key_heads, heads // key_heads, blocks, float(scale)

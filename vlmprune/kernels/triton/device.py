@@ -40,6 +40,7 @@ def sortable(x):
 @triton.jit
 def value_of(key):
     """The float32 of a key."""
+    # the steps of ``sortable`` backwards; its one key for NaN becomes a NaN again
     value = (key - 0x807FFFFF).to(tl.int32, bitcast=True)
     sign = value >> 31
     bits = (value + sign) ^ (sign & 0x7FFFFFFF)
@@ -59,6 +60,8 @@ def load_keys(scores, at, valid, parts, stride):
 @triton.jit
 def kth_key(key, k):
     """A bound such that all keys above it and the first of those equal to it make k."""
+    # bisection over values: at most 32 counts, and no sort. A bound that exactly k keys reach is as good as
+    # the k-th key itself
     low = tl.min(tl.where(key == 0, 0xFFFFFFFF, key), 0)
     high = tl.max(key, 0)
     while low < high:
@@ -119,7 +122,9 @@ def place(n, programs, ROWS: tl.constexpr):
 def leave(keys, tokens, step, value, taken, token):
     """The best token of a program, for the next launch."""
     key, best = best_of(value, taken, token)
+    # two sets take turns: no program reads what this launch writes
     at = (step & 1) * tl.num_programs(0) + tl.program_id(0)
+    # the buffer is int32: torch has little for uint32, and the bits are the same
     tl.store(keys + at, key.to(tl.int32, bitcast=True))
     tl.store(tokens + at, best)
 
@@ -127,6 +132,7 @@ def leave(keys, tokens, step, value, taken, token):
 @triton.jit
 def pick_left(keys, tokens, order, worth, step, k, programs, PARTIALS: tl.constexpr):
     """The pick of the launch before and its value; the first program of a batch entry writes them down."""
+    # every program finds the pick for itself: cheaper than a launch that would tell it
     b = tl.program_id(0) // programs
     lane = tl.arange(0, PARTIALS)
     there = lane < programs

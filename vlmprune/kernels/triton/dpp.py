@@ -34,6 +34,7 @@ def settled(residual, floor):
 @triton.jit
 def new_row(line, explained, left):
     """The next row of the decomposition; zeros where nothing is left to explain."""
+    # rounded as IEEE says, as on the CPU: the plain operators may approximate
     root = tl.sqrt_rn(tl.where(left > 0, left, 1.0))
     return tl.where(left > 0, tl.div_rn(line - explained, root + tl.zeros_like(line)), 0.0)
 
@@ -62,6 +63,7 @@ def dpp_kernel(
     relevance += b * n
     history += b * k * BLOCK
     own = tl.load(relevance + lane, mask=valid, other=0.0)
+    # a step of a row and a column walks down the diagonal
     residual = own * tl.load(sim + lane.to(tl.int64) * (row_stride + 1), mask=valid, other=0.0) * own
     floor = noise * tl.maximum(residual, 0.0)
     residual = settled(residual, floor)
@@ -149,6 +151,7 @@ def dpp_step_kernel(
             row = similarity(source, token, pick, valid, d, row_stride, ROWS, WIDTH, FEATURES)
             history += b * n * history_stride
             mine = token.to(tl.int64)
+            # reads whole tiles: columns that no pick has written yet are zero
             used, width = step - 1, history_stride
             explained = dots(history, mine, pick, valid, used, width, width, ROWS, WIDTH)
             row = new_row(tl.load(relevance + b * n + pick) * row * own, explained, left)
@@ -189,6 +192,7 @@ def _by_steps(source: Tensor, relevance: Tensor, k: int, features: bool) -> tupl
     source = rows_contiguous(source)
     order, gain = outputs(source, k)
     steps = Steps(source)
+    # whole tiles, all zero at first: a step reads beyond the picks so far
     width = -(-k // steps.tiles[1]) * steps.tiles[1]
     history = torch.zeros(*source.shape[:2], width, dtype=torch.float32, device=source.device)
     state = steps.state(), steps.state(), steps.taken, history, *steps.left

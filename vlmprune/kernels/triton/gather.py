@@ -77,6 +77,7 @@ def gather_kernel(
     target = pid // split % blocks * ROWS + tl.arange(0, ROWS)
     chosen = target - pre
     token = tl.load(idx + first + chosen, mask=(chosen >= 0) & (chosen < k), other=0)
+    # before the tokens, a kept token, behind the tokens
     row = tl.where(chosen < 0, target, tl.where(chosen < k, pre + token, pre + n + chosen - k))
     keep = target < pre + k + post
     b = s.to(tl.int64)
@@ -96,6 +97,7 @@ def unprune_kernel(idx, g, y, d, b, r, n, k, steps, blocks, split, ROWS: tl.cons
     row = pid // split % blocks * ROWS + tl.arange(0, ROWS)
     low = tl.zeros([ROWS], tl.int32)
     high = low + k
+    # as many halvings for all lanes, which walk together
     for _ in range(0, steps):
         middle = (low + high) >> 1
         less = tl.load(idx + s * k + middle, mask=low < high, other=0) < row
@@ -129,6 +131,7 @@ class Segments:
 
 def plain(x: Tensor) -> Tensor:
     """The same bits in a dtype that kernels can load."""
+    # bool and float8 are not loaded everywhere; a copy needs no more than the bits
     if x.dtype in _PLAIN:
         return x
     if x.dtype.itemsize not in _SAME_SIZE:
@@ -142,6 +145,7 @@ def flat(x: Tensor, lead: int) -> Tensor:
     """x with the dimensions behind the first ``lead`` flattened into one, of stride 1."""
     x = plain(x)
     x = x.unsqueeze(-1) if x.ndim == lead else x.flatten(lead)
+    # batches and rows may be strided, the numbers of a row stand side by side
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -154,6 +158,7 @@ class Rows:
         self.args: list[Tensor | int] = []
         for x, y in zip(self.flat, ys, strict=True):
             self.args += [x, plain(y), x.shape[-1], 0 if packed else x.stride(0), x.stride(-2)]
+        # a kernel has a fixed list of arguments: the first tensor stands for those that are not there
         self.args += self.args[:5] * (_TENSORS - len(xs))
         self.bytes = sum(x.shape[-1] * x.element_size() for x in self.flat)
 
@@ -167,6 +172,7 @@ class Rows:
     def split(self, segments: int, blocks: int, kept: int, tiles: list[int]) -> int:
         """Programs that share the columns of a block of rows, for slices of about SLICE bytes."""
         wanted = max(_BUSY, min(segments * kept * self.bytes // SLICE, PROGRAMS))
+        # there are tiles of 0 behind those of the tensors
         most = max(-(-x.shape[-1] // tile) for x, tile in zip(self.flat, tiles, strict=False))
         return max(1, min(most, wanted // max(segments * blocks, 1)))
 

@@ -39,6 +39,7 @@ class Steps:
         self.programs = -(-n // self.rows)
         self.tiles = self.rows, _TILE // self.rows, max(16, next_power_of_2(self.programs))
         self.grid = batch * self.programs
+        # keys and tokens, for two sets of programs that take turns
         self.left = torch.empty(2, 2 * self.grid, dtype=torch.int32, device=source.device).unbind()
         self.taken = torch.empty(batch, n, dtype=torch.int8, device=source.device)
 
@@ -47,4 +48,5 @@ class Steps:
         return torch.empty(self.size, dtype=torch.float32, device=self.taken.device)
 
     def sizes(self, source: Tensor, k: int) -> tuple[int, ...]:
+        # the 0 is the step, which launch_steps counts up
         return source.shape[1], k, 0, self.programs, source.shape[2], source.stride(0), source.stride(1)

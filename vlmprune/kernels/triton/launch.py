@@ -58,6 +58,7 @@ def launch_steps(kernel: Kernel, grid: int, count: int, step: str, *args: Any, n
     again = None
     with _on(device):
         for i in range(count if grid else 0):
+            # a specialised argument would compile a variant of its own for the 1
             args = (*args[:at], i, *args[at + 1 :])
             if again is None:
                 again = start(kernel, grid, args, device, num_warps)
@@ -66,6 +67,7 @@ def launch_steps(kernel: Kernel, grid: int, count: int, step: str, *args: Any, n
 
 
 def _on(device: torch.device) -> AbstractContextManager:
+    # a launch goes to the current device, wherever its tensors are
     foreign = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if foreign else nullcontext()
 
@@ -86,6 +88,7 @@ def start(
     key = (kernel.fn, device.index, num_warps, facts(kernel, args))
     found = _compiled.get(key)
     if found is None:
+        # compiles the kernel and starts it
         found = _compiled[key] = kernel[(grid,)](*args, num_warps=num_warps, **OPTIONS)
         return on_grid(found, grid)
     again = on_grid(found, grid)
@@ -109,8 +112,10 @@ def facts(kernel: Kernel, args: tuple[Any, ...]) -> tuple[object, ...]:
         if at in constant:
             found.append(arg)
         elif isinstance(arg, Tensor):
+            # Triton emits wide loads where an address is a multiple of 16 bytes
             found.append((arg.dtype, arg.data_ptr() % 16 == 0))
         elif isinstance(arg, int):
+            # passed as 64 bits then
             wide = arg.bit_length() > 31
             found.append((wide, arg % 16 == 0, arg == 1) if at in special else wide)
         else:

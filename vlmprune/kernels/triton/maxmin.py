@@ -54,6 +54,7 @@ def nearest_kernel(
         other = start + tl.arange(0, BLOCK)
         wanted = valid[:, None] & (other < n)[None, :] & (token[:, None] != other[None, :])
         value = tl.load(row[:, None] + other[None, :], mask=wanted, other=-float("inf"))
+        # the comparison below drops NaN without a word, so they are noted apart
         spoilt |= (value != value).to(tl.int32)
         most = tl.where(value > most, value, most)
     best = tl.where(tl.max(spoilt, 1) > 0, float("nan"), tl.max(most, 1))
@@ -90,6 +91,7 @@ def maxmin_kernel(
         tl.store(worth + b * k + step, value_of(top))
         taken = taken | (lane == pick)
         row = tl.load(sim + pick.to(tl.int64) * row_stride + lane, mask=valid, other=0.0)
+        # tl.maximum drops NaN unless told
         best = tl.maximum(best, row, propagate_nan=tl.PropagateNan.ALL)
         value = worth_of(best, weight, at, valid, WEIGHTED)
 
@@ -153,6 +155,7 @@ def greedy_maxmin(
     start = _first_values(sim, weight, first, features=False)
     block = block_of(n)
     shape = n, order.shape[1], sim.stride(0), sim.stride(1), block, weight is not None
+    # a pointer that nothing reads where there are no weights
     args = sim, start if weight is None else weight, start, order, worth
     launch(maxmin_kernel, batch, *args, *shape, num_warps=min(16, 2 * warps(block)))
     return order, worth

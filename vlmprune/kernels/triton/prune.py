@@ -48,12 +48,14 @@ def kept_rows(
     above = (key > bound).to(tl.int32)
     equal = (key == bound).to(tl.int32)
     need = k - tl.sum(above, 0)
+    # kept tokens in front of this slice: where its own rows go in the output
     before = (lane < at - pre).to(tl.int32)
     above_before = tl.sum(above * before, 0)
     equal_before = tl.sum(equal * before, 0)
 
     row = at + tl.arange(0, ROWS)
     token = row - pre
+    # loaded again: values in registers cannot be indexed by a slice
     own = load_keys(scores, start + token, (token >= 0) & (token < n), parts, stride)
     keep, place = keep_rank(own, bound, need, above_before, equal_before)
     if part == 0:
@@ -176,6 +178,7 @@ def run(
     rows = None if form == "two" else fused_rows(count, length)
     if form == "fused":
         rows = rows or 64
+    # too many programs would select anew, there is nothing to copy, or one cannot hold all scores
     if rows is None or not groups or most_n > MAX_BLOCK:
         if idx.numel():
             select(parts, idx, segments.edges, count, segments.n, segments.k, most_n, segments.packed)

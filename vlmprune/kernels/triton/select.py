@@ -30,6 +30,7 @@ def select_kernel(
     lane = tl.arange(0, BLOCK)
     key = load_keys(scores, start + lane, lane < n, parts, stride)
     bound = kth_key(key, k)
+    # of the keys that equal the bound so many are kept, from the left
     need = k - tl.sum((key > bound).to(tl.int32), 0)
     keep, place = keep_rank(key, bound, need, 0, 0)
     tl.store(idx + first + place, lane, mask=keep)
@@ -41,6 +42,7 @@ def narrow(hist, k, BINS: tl.constexpr):
     bins = tl.arange(0, BINS)
     count = tl.load(hist + bins)
     reach = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys in this bin or above, falling with the bin
+    # the last bin that k keys reach, since ``reach`` falls
     digit = tl.sum((reach >= k).to(tl.int32), 0) - 1
     return digit.to(tl.uint32), k - tl.sum(tl.where(bins > digit, count, 0), 0)
 
@@ -66,12 +68,14 @@ def histogram_kernel(
     s = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     start, n, _, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
+    # segments of a packed batch differ in length; programs beyond the end of theirs have nothing to do
     if chunk * CHUNK < n:
         hist += s * 3 * BINS
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         valid = token < n
         key = load_keys(scores, start + token, valid, parts, stride)
         if DIGIT == 0:
+            # 32 bits are 11, 11 and 10
             digit = key >> 21
         else:
             high, k = narrow(hist, k, BINS)
@@ -84,6 +88,7 @@ def histogram_kernel(
                 digit = key & 0x3FF
         # counted within the program first: scores crowd in few bins
         count = tl.histogram(digit.to(tl.int32), BINS, mask=valid)
+        # whole numbers add up to the same in any order
         tl.atomic_add(hist + DIGIT * BINS + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
 
 
@@ -116,6 +121,7 @@ def compact_kernel(
         lane = tl.arange(0, CHUNK)
         above = tl.zeros([CHUNK], tl.int32)
         equal = tl.zeros([CHUNK], tl.int32)
+        # what earlier chunks keep is counted anew, so that no program waits for a scan over all
         for before in range(0, chunk):
             token = before * CHUNK + lane
             key = load_keys(scores, start + token, token < n, parts, stride)
@@ -144,6 +150,7 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
     if k:
+        # the edges are of packed batches: pointers that nothing reads here
         select(parts_of(scores), idx, (idx, idx, idx), batch, n, k, n, False)
     return idx
 

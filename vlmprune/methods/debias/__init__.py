@@ -117,6 +117,7 @@ class Debias(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         a = self.inner.score(tokens)  # (B, N)
+        # behind the first cut, the number of a token says no more where it stood in the picture
         return a if tokens.cut else self.corrected(a.float(), self.real(tokens), tokens.require)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
@@ -135,6 +136,7 @@ class Debias(Method):
                 "them"
             ),
         )
+        # attention is never negative: padding comes behind all real patches, and keeps its own order
         return found if m is None else torch.where(m, found, below_zero(a))
 
     def real(self, tokens: VisualTokens) -> Tensor | None:
@@ -153,4 +155,5 @@ class Debias(Method):
 def below_zero(a: Tensor) -> Tensor:
     """(B, N) -1, -2, ... in the order of scores a (B, N), -1 for the best."""
     order = torch.sort(0.0 - a, dim=-1, stable=True).indices
+    # argsort of an order is the rank of each token
     return -1.0 - order.argsort(dim=-1)

@@ -164,6 +164,7 @@ class Recorder(Method):
         object.__setattr__(self, "budgeted", self.budget is not None)
 
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
+        # scores are asked for only where something is cut, and one token is the least
         return (replace(self.inner.cuts(depth, budget, count)[0], keep=max(1, count - 1)),)
 
     def check_model(self, config: Any) -> None:
@@ -186,6 +187,7 @@ def calibrate(model: Any, inputs: Iterable[Mapping[str, Any]], base: Any, path: 
         base: spec or object of the method whose scores are averaged, such as ``"fastv@64"``.
         path: of the file, ending in .json; given to ``debias(trend='...')`` afterwards.
     """
+    # the verbs load methods by name: at the top of this file that would be a cycle
     from ...api import prune, resolve, score
 
     if not str(path).endswith(".json"):
@@ -195,6 +197,7 @@ def calibrate(model: Any, inputs: Iterable[Mapping[str, Any]], base: Any, path: 
     recorder, samples = Recorder(method, budget), 0
     for sample in inputs:
         samples += 1
+        # no language model has to run for these
         if method.slot == "before_lm":
             score(model, sample, recorder)
             continue

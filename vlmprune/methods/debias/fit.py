@@ -31,8 +31,10 @@ def fit_exponential(mean: np.ndarray, steps: int = 100) -> tuple[float, float]:
 
     for _ in range(steps):
         curve = np.exp(point[1] * x)
+        # the columns are derivatives of the curve by mu and by sigma
         step = np.linalg.lstsq(np.stack([curve, point[0] * x * curve], 1), residual(point), rcond=None)[0]
         error = np.square(residual(point)).sum()
+        # a whole step may overshoot: it is halved until the error falls
         while np.square(residual(point + step)).sum() > error and np.abs(step).max() > 1e-12:
             step = step / 2
         point = point + step

@@ -63,4 +63,5 @@ def resized(side: int, width: int, height: int) -> Tensor:
     left, top = (long - width) // 2, (long - height) // 2
     square = Image.new("L", (long, long), 0)
     square.paste(1, (left, top, left + width, top + height))
+    # Pillow averages around each patch and rounds the result to 0 or 1
     return torch.from_numpy(np.array(square.resize((side, side), Image.Resampling.BILINEAR)) > 0).flatten()

@@ -26,6 +26,7 @@ def _members(crop: Tensor) -> Tensor:
     """(C, M) tokens by crop, from the crop (N,) of every token."""
     sizes = torch.bincount(crop)
     real = torch.arange(int(sizes.max())) < sizes[:, None]
+    # stable: crop after crop, and each of them in raster order
     return torch.full(real.shape, -1).masked_scatter(real, crop.argsort(stable=True))
 
 

@@ -34,6 +34,7 @@ def capped(quota: Tensor, weight: Tensor, sizes: Tensor, k: int) -> Tensor:
     over = (quota - sizes).clamp_min(0).sum(1, keepdim=True)
     quota = quota.minimum(sizes)
     pull = weight * (sizes - quota)
+    # rounded down, so that no more is given than there is; the last line hands out what is left
     share = (over * (pull / pull.sum(1, keepdim=True).clamp_min(_TINY))).floor().long()
     quota = quota + share.minimum(sizes - quota)
     return quota + hand_out(k - quota.sum(1), weight, sizes - quota)
@@ -43,5 +44,6 @@ def hand_out(left: Tensor, weight: Tensor, room: Tensor) -> Tensor:
     """(B, C) whole tokens of ``left`` (B,): the heaviest crop takes what it has room for, then the next."""
     order = torch.sort(-weight, dim=-1, stable=True).indices
     room = room.gather(1, order)
+    # what the heavier crops can take
     before = room.cumsum(1) - room
     return torch.zeros_like(room).scatter(1, order, (left[:, None] - before).clamp_min(0).minimum(room))

@@ -21,6 +21,7 @@ def variance(features: Tensor, members: Tensor) -> Tensor:
     found = []
     for start in range(0, members.shape[1], _CHUNK):
         S = z[:, :, start : start + _CHUNK] @ z.transpose(2, 3)  # (B, C, chunk, M)
+        # a chunk begins at row ``start``, so its tokens meet themselves on a shifted diagonal
         S.diagonal(start, dim1=2, dim2=3).zero_()
         mu = S.sum(-1, keepdim=True) / others
         # the zero of the diagonal counts

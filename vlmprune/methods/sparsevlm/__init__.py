@@ -96,6 +96,7 @@ class SparseVLM(Method):
         for layer, row in zip(layers, rows, strict=True):
             kept = max(1, round(row * count / PATCHES))
             if kept < n:
+                # what is recycled goes on as well, so that the next cut starts from more rows than were kept
                 n = kept + (cluster_count(n - kept) if self.recycles else 0)
             found.append(CutPoint(layer + 1, n, source=layer))
         return tuple(found)
@@ -111,6 +112,7 @@ class SparseVLM(Method):
     def raters(self, text: Tensor, visual: Tensor) -> Tensor:
         affinity = rater_affinity(text, visual)  # (T,)
         chosen = affinity > affinity.mean()
+        # all of them where none stands out, said on the device: an ``if`` would wait for it
         return chosen | ~chosen.any()
 
     def score(self, tokens: VisualTokens) -> Tensor:

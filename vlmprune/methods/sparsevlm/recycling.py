@@ -35,6 +35,7 @@ def kept_of(n: int, rows: int) -> int:
             f"keep={rows} of {n} tokens is too small for the {cluster_count(n)} recycled ones; keep more, or "
             "set recycle=False"
         )
+    # the clusters grow with what is cut, so several numbers can fit: the most kept patches
     return fitting[-1]
 
 
@@ -49,6 +50,7 @@ def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None 
     picked = pick(features, scores if ranking is None else ranking, kept)
     cut = features.shape[1] - kept
     c = cluster_count(cut)
+    # what is kept is no candidate
     of_cut = scores.scatter(1, picked.slots, -torch.inf)
     best = of_cut.sort(dim=-1, descending=True, stable=True).indices[:, : candidate_count(cut)]
     x = rows_at(features, best).float()  # (B, n1, D)

@@ -125,6 +125,7 @@ class VAR(Method):
         A = attention
         budget = (1 - self.sink_keep) * (A * S).sum(-1, keepdim=True)  # (B, H, Q, 1), text sinks too
         rest = (A * R).sum(-1, keepdim=True)
+        # rows where nothing could take it are left alone below; until then they must not be NaN
         share = A * R / rest.clamp_min(torch.finfo(rest.dtype).tiny)
         new = A * torch.where(S, self.sink_keep, 1.0) + budget * share
         return torch.where(edited & (rest > 0), new, A)
@@ -133,6 +134,7 @@ class VAR(Method):
 def sink_strength(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """(B, n) phi: the largest sink dimension over the RMS of the hidden state x (B, n, D), in float32."""
     x = x.float()
+    # as RMSNorm has it, which is what these states go through next
     rms = (x.square().mean(-1) + 1e-6).sqrt()
     return x[..., list(dims)].abs().amax(-1) / rms
 
@@ -141,4 +143,5 @@ def mass_and_portion(attention: Tensor, sinks: Tensor, visual: Tensor) -> tuple[
     """(B, H, Q) visual mass of attention (B, H, Q, L), and the portion of it on visual sinks."""
     S, V = sinks[:, None, None], visual[:, None, None]  # (B, 1, 1, L)
     mass = (attention * V).sum(-1)
+    # a head that does not look at the picture has the portion 0, not 0 / 0
     return mass, (attention * (V & S)).sum(-1) / (mass + 1e-6 * V.sum(-1))

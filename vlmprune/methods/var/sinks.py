@@ -88,6 +88,7 @@ def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
         seen.append(args[0] if args else kwargs["hidden_states"])
 
     quarter = config.num_hidden_layers // 4
+    # massive dimensions are not there yet in the first layers, and gone again in the last
     middle = language_model.layers[quarter : config.num_hidden_layers - quarter]
     hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in middle]
     try:

@@ -63,6 +63,7 @@ class TwoLayers:
     def slope(self, x: Tensor) -> Tensor:
         """(..., H) derivative of the activation at x (..., C)."""
         pre = self._pre(x)
+        # the derivative of the sum is that of every entry, since the activation acts on each alone
         with torch.enable_grad():
             return torch.autograd.grad(self.act(pre.requires_grad_()).sum(), pre)[0]
 
@@ -167,6 +168,7 @@ def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
     if rank >= min(weight.shape):
         return (weight,)
     left, scale, right = torch.linalg.svd(weight, full_matrices=False)
+    # in the order in which they are applied: to C, then from rank to the output
     return right[:rank], left[:, :rank] * scale[:rank]
 
 

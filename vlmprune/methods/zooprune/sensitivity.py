@@ -55,6 +55,7 @@ def directional(projector: Any, x: Tensor, u: Tensor, rank: int | None = None) -
 
         def change(u: Tensor) -> Tensor:  # (m', 1, 1, C)
             if layers.gain is not None:
+                # LayerNorm lets no change of the mean through, and none along the token itself
                 u = u - u.mean(-1, keepdim=True) - z * (z * u).mean(-1, keepdim=True)
                 u = u * layers.gain / power[..., None].sqrt()
             return layers.second.linear(g * layers.first.linear(u))
@@ -105,6 +106,7 @@ def _frobenius(layers: TwoLayers, K: Tensor, x: Tensor) -> Tensor:
         z, power = layers.standardised(x)
         along = layers.second.linear(g * layers.first.linear(z * layers.gain))
         squared = (squared - (2 - z.square().mean(-1)) / C * along.square().sum(-1)) / power
+    # rounding can leave a trace below 0
     return (squared.clamp_min(0) / C).sqrt()
 
 

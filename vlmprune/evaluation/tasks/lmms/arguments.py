@@ -68,6 +68,7 @@ class Arguments:
                     f"model argument {name!r} is given twice: {given[name]!r} and {value!r}; give it once"
                 )
             given[name] = value
+        # as text, so that what lmms-eval adds is checked like what was typed
         given |= {
             name: str(value)
             for name, value in (flags or {}).items()

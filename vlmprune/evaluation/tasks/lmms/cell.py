@@ -53,6 +53,7 @@ def run_cell(
         bootstrap_iters=0,
         process_docs_parallel=1,
         log_samples=True,
+        # lmms-eval would set the seeds of the whole process
         random_seed=None,
         numpy_random_seed=None,
         torch_random_seed=None,
@@ -79,9 +80,8 @@ def records(rows: Sequence[Mapping[str, Any]], task: LmmsTask) -> list[Record]:
 
 def _record(row: Mapping[str, Any], task: LmmsTask) -> Record:
     number, answer, seen = row["doc_id"], row.get("resps", row["filtered_resps"]), row["token_counts"][0]
-    while isinstance(
-        answer, list
-    ):  # of requests and repeats, of which there is one; a log has the text alone
+    # of requests and repeats, of which there is one; a log has the text alone
+    while isinstance(answer, list):
         answer = answer[0]
     if not seen or "realised_tokens" not in seen:
         raise EvaluationError(

@@ -119,6 +119,7 @@ def frames(clip: Any, most: int) -> np.ndarray:
         raise EvaluationError(
             f"a task gave a {type(clip).__name__} as clip; expected the path of a file or its frames"
         )
+    # unique: of a short clip a frame would come twice
     chosen = np.unique(np.linspace(0, len(clip) - 1, min(most, len(clip)), dtype=int))
     return np.stack(
         [np.asarray(picture(clip[i]) if isinstance(clip[i], Image.Image) else clip[i]) for i in chosen]

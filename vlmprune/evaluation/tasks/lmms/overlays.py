@@ -47,6 +47,7 @@ def mmbench_circular(results: Sequence[Mapping[str, Any]]) -> float:
     """The official number: a question counts where it is answered under every rotation of its options."""
     rotations: dict[int, list[float]] = {}
     for result in results:
+        # rotations of a question have its index plus a multiple of a million
         rotations.setdefault(int(result["index"]) % 1_000_000, []).append(result["score"])
     return sum(map(min, rotations.values())) / len(rotations)
 

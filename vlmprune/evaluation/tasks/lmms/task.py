@@ -91,9 +91,8 @@ class LmmsTask:
     def fingerprint(self) -> str:
         """Of the version of lmms-eval, the configuration and all documents but their pictures."""
         digest = hashlib.sha256(metadata.version("lmms_eval").encode())
-        config = {
-            key: value for key, value in vars(self.lmms.config).items() if key != "dataset_kwargs"
-        }  # may name folders
+        # those arguments may name folders
+        config = {key: value for key, value in vars(self.lmms.config).items() if key != "dataset_kwargs"}
         digest.update(json.dumps(config, sort_keys=True, default=_named).encode())
         for doc in self.lmms.eval_docs_no_media:
             digest.update(json.dumps(doc, sort_keys=True, default=_named).encode())
@@ -224,6 +223,7 @@ def _named(value: Any) -> str:
 def _key(visual: Any) -> str:
     """Equal for equal pictures; clips by their path."""
     if isinstance(visual, Image.Image):
+        # bytes alone do not tell 2 x 3 pixels from 3 x 2
         return hashlib.sha256(repr((visual.mode, visual.size)).encode() + visual.tobytes()).hexdigest()[:16]
     if isinstance(visual, str | Path):
         return Path(visual).name

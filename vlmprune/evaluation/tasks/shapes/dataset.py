@@ -129,6 +129,7 @@ def draw(seed: int, family: str, index: int) -> tuple[Question, tuple[Scene, ...
     answers = (
         YES_NO if paired else (template.answers[turn % len(template.answers)] if template.answers else "",)
     )
+    # by cluster and not by index: yes and no about one image must draw the same scene
     rng = np.random.default_rng([seed, FAMILIES.index(family), cluster])
     for _ in range(_TRIES):
         scenes = tuple(sample_scene(rng, template.kind) for _ in range(template.images))

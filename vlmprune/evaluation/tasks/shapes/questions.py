@@ -110,6 +110,7 @@ def _property(thing: Thing, name: str) -> str | None:
     """What is true of a thing; None where it is too close to a border between two answers."""
     if name != "where":
         return getattr(thing, name)
+    # from the centre of the thing to the nearer line between quadrants
     near = min(abs(thing.x - CANVAS / 2), abs(thing.y - CANVAS / 2)) < 6
     return None if near else " ".join(thing.place())
 
@@ -125,10 +126,12 @@ def _about(
     if i is None:
         return None
     words = text.format(call(scene.things[i]))
+    # the last word but one: the question mark is a word
     return Question("", name, words, answer, (Mention(len(words.split()) - 2, ((0, i),)),))
 
 
 def _family(family: str, name: str) -> Callable[[Sequence[Scene], np.random.Generator, str], Question | None]:
+    # the first thing of such a scene is the needle
     only = (0,) if family == "needle" else None
 
     def make(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Question | None:

@@ -16,6 +16,7 @@ ZOOM = 2
 
 def render(scene: Scene) -> Image.Image:
     """The (CANVAS, CANVAS) RGB picture of a scene."""
+    # the order of draws is part of what a picture is: a change of it needs another VERSION
     rng = np.random.default_rng(scene.texture_seed)
     ground = Image.fromarray(_texture(rng, scene.texture)).resize(
         (CANVAS * ZOOM,) * 2, Image.Resampling.BILINEAR
