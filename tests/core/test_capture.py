@@ -139,6 +139,13 @@ def test_layers_outside_the_tower_and_missing_cls_are_refused() -> None:
         VisionCapture(torch.nn.Linear(2, 2), NEEDS, (-2,))
 
 
+def test_a_block_without_attention_is_named() -> None:
+    block = find_blocks(shared_model("llava", "clip", None).model.vision_tower)[0]
+    tower = torch.nn.Sequential(block, torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match="a Linear of this vision tower has no attention"):
+        VisionCapture(tower, [Need("keys", 2)], (1,))
+
+
 @torch.no_grad()
 def columns_fed_by(model: Any, inputs: dict[str, Tensor], crop: int, patch: int) -> set[int]:
     """Columns of the dense merged embeddings that change when one patch of one crop changes before the

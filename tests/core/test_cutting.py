@@ -119,6 +119,12 @@ def test_crops_that_are_no_rectangle_are_refused() -> None:
         make_units([picture], [[0]], "crop")
 
 
+def test_a_budget_per_crop_of_a_picture_that_names_no_crops_is_refused() -> None:
+    picture = Picture(torch.zeros(4, 2), ((2, 2),))
+    with pytest.raises(InvariantError, match=r"picture 0 does not say .* without '/crop'"):
+        make_units([picture], [[0]], "crop")
+
+
 def test_a_budget_per_image_per_crop_and_for_all_images() -> None:
     pictures = [image([9, 1, 8, 7], grids=((1, 2), (1, 2))), image([2, 6, 3, 4])]
     assert kept(cut(pictures, [[0, 1]], 2)) == [[0, 2], [1, 3]]

@@ -142,10 +142,10 @@ def choose_own(method: Method, tokens: VisualTokens, checks: Checks = NOW) -> li
         raise InvariantError(
             f"{method.name}: own returned {_describe(answer)}; expected torch.bool of shape {(batch, n)}"
         )
-    kept: list[Tensor | Merged] = [row.nonzero()[:, 0] for row in answer]
+    kept = [row.nonzero()[:, 0] for row in answer]
     if empty := [number for number, one in enumerate(kept) if not len(one)]:
         raise InvariantError(f"{method.name}: own keeps nothing of units {empty}; expected at least a token")
-    return kept
+    return list(kept)
 
 
 def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: Checks) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,20 @@ _TensorField = Literal[
     "text_keys",
     "text_states",
 ]
+
+
+class LayerFields(TypedDict, total=False):
+    """Fields of ``VisualTokens`` that are read of a layer of the language model."""
+
+    text_attention: Tensor
+    text_to_text: Tensor
+    lm_received: Tensor
+    lm_keys: Tensor | None
+    lm_states: Tensor
+    text_keys: Tensor | None
+    text_states: Tensor
+
+
 # name -> ranks it may have; (B, N) attention is read as one head
 _RANKS = {
     "features": (3,),
@@ -236,7 +250,8 @@ class VisualTokens:
             ordinals: of the units.
             others: further fields.
         """
-        tokens, further = object.__new__(cls), {}
+        tokens = object.__new__(cls)
+        further: dict[Need, Tensor] = {}
         values: dict[str, Any] = {"ordinal": torch.tensor(list(ordinals)), "of_layers": further, **others}
         for need, value in captured.items():
             value = patches_last(need.what, value)

@@ -72,7 +72,7 @@ class AttentionTap:
         self.module, self.listener, self.bias = module, listener, bias
 
     def install(self) -> None:
-        config = self.module.config
+        config: Any = self.module.config
         if not isinstance(config, TappedConfig):
             config = TappedConfig(config)
             self.module.config = config
@@ -118,7 +118,7 @@ def _tapped(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of tapped modules."""
-    config = module.config
+    config: Any = module.config
     if not isinstance(config, TappedConfig):  # removed while the model ran, by another thread
         return _own_function(module, config._attn_implementation)(
             module, query, key, value, attention_mask, **options

@@ -100,7 +100,7 @@ def placeholders(state: ForwardState, adapter: Adapter, modality: Modality) -> T
     token, device = adapter.token_id(modality), state.embeds.device
     if state.input_ids is not None:
         return (state.input_ids == token).to(device)
-    embeds = state.inputs_embeds
+    embeds = state.given  # no ids: embeddings
     row = adapter.inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
     return (embeds == row).all(dim=-1).to(device)
 
@@ -158,8 +158,8 @@ def full_mask(mask: Any, batch: int, seen: int, new: int, device: torch.device) 
 
 def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes | None:
     """Types of the new tokens; families give those of the whole conversation or of what is fed."""
-    given = state.given_types
-    if given is None:
+    given, text = state.given_types, adapter.text_type
+    if given is None or text is None:
         return None
     if given.ndim != 2 or given.shape[1] < new:
         raise InvariantError(
@@ -167,7 +167,7 @@ def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes |
         )
     # the class's own: on the instance a session's patch stands in its place
     make = type(adapter.model).create_masks_for_generate
-    return TokenTypes(given[:, -new:], adapter.text_type, make, adapter.model.config)
+    return TokenTypes(given[:, -new:], text, make, adapter.model.config)
 
 
 def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ def pictures_of(output: Any) -> PictureHolder | None:
 class PatchedMethod:
     """A bound method replaced on one instance; refuses to be copied with its model."""
 
+    __call__: Callable[..., Any]  # of every child
+
     def __init__(self, session: Session, module: nn.Module, name: str, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)  # generate inspects the signature
         self.session, self.module, self.name, self.original = session, module, name, original
@@ -69,7 +71,7 @@ class PatchedMethod:
             "detach first"
         )
 
-    def __reduce__(self) -> None:
+    def __reduce__(self) -> NoReturn:
         raise UnsupportedError("a model cannot be pickled while pruning is attached; detach first")
 
 

@@ -233,7 +233,7 @@ class Session:
         return self if self.attached else self.attach()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        lost = getattr(self._local, "unplaced", 0) and not getattr(self._local, "opened", False)
+        lost = self._unplaced and not getattr(self._local, "opened", False)
         self.detach()
         if kind is None:
             self.settle()
@@ -249,6 +249,11 @@ class Session:
             self._local.checks = DeferredChecks()
         return self._local.checks
 
+    @property
+    def _unplaced(self) -> int:
+        """How often this thread encoded pictures that no forward has placed yet."""
+        return getattr(self._local, "unplaced", 0)
+
     def settle(self) -> None:
         """Read the checks that were left for later, and raise the first that failed."""
         if self.checks:
@@ -257,7 +262,7 @@ class Session:
     def encoded(self, modality: Modality, pictures: list[Picture]) -> None:
         """Pictures were encoded; outside of a forward, as generate does, the next one must place them."""
         if self.state is None:
-            self._local.unplaced = getattr(self._local, "unplaced", 0) + 1
+            self._local.unplaced = self._unplaced + 1
         else:
             self.state.pictures[modality.name] = pictures
             self.state.report.fire("encode")
@@ -296,12 +301,7 @@ class Session:
         source = take_pictures(state, self.adapter, self.spec, kwargs)
         if state.pictures or not self.enabled:
             self._local.unplaced = 0
-        elif (
-            source is None
-            and state.input_ids is None
-            and not state.continues
-            and getattr(self._local, "unplaced", 0)
-        ):
+        elif source is None and state.input_ids is None and not state.continues and self._unplaced:
             raise self._never_placed()
         if state.reads_text or set(self.slots) - {"encoder", "before_lm"}:
             state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
@@ -331,7 +331,7 @@ class Session:
     ) -> tuple[tuple, dict[str, Any]] | None:
         state = self.state
         if state is None:
-            if self.enabled and getattr(self._local, "unplaced", 0):
+            if self.enabled and self._unplaced:
                 raise self._never_placed()
             return None
         state.entered = True

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.deferred import DeferredChecks
 from ..core.report import Report
-from ..errors import UnsupportedError
+from ..errors import InvariantError, UnsupportedError
 from .sequence.cache import CacheState, Marks, has_running_states
 from .sequence.compaction import Compaction
 from .sequence.placement import Columns, Placement
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from .slots.cutting import Cut
     from .slots.spans import InsideRecord
 
+T = TypeVar("T")
+
 
 @dataclass(eq=False)
 class ForwardState:
     """What is known of one forward.
 
     Args:
-        input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model.
+        input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model, one of them.
         report: what users will read about it.
         checks: what has to be true of values that are on a device.
         continues: the cache holds earlier tokens of the conversation.
@@ -39,9 +41,8 @@ class ForwardState:
         given_mask, given_types: attention mask and token types as given, for models that make their masks of
             them before the language model.
         entered: the language model was reached.
-        embeds: (B, n, D) merged embeddings that enter it, shorter after a cut before it.
         cache, cache_state: the KV cache, and what is attached to it where it was cut.
-        columns, placements: where the pictures stand, one placement per modality that has any.
+        placements: where the pictures stand, one per modality that has any.
         seen: tokens of the conversation before this forward.
         stacked: layers after which features were added to hidden states (DeepStack).
         inside: what cuts inside the language model know.
@@ -66,10 +67,8 @@ class ForwardState:
     given_mask: Any = None
     given_types: Tensor | None = None
     entered: bool = False
-    embeds: Tensor | None = None
     cache: Any = None
     cache_state: CacheState | None = None
-    columns: Columns | None = None
     placements: list[Placement] = field(default_factory=list)
     seen: int = 0
     stacked: int = 0
@@ -84,6 +83,36 @@ class ForwardState:
     reads_text: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
+    _embeds: Tensor | None = None
+    _columns: Columns | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """Ids (B, n), or embeddings (B, n, D) where they were given in their place."""
+        return _known(self.inputs_embeds if self.input_ids is None else self.input_ids, "input")
+
+    @property
+    def embeds(self) -> Tensor:
+        """(B, n, D) merged embeddings that enter the language model, shorter after a cut before it."""
+        return _known(self._embeds, "merged sequence")
+
+    @embeds.setter
+    def embeds(self, embeds: Tensor) -> None:
+        self._embeds = embeds
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns of the sequence are pictures; known of forwards that have any."""
+        return _known(self._columns, "columns of pictures")
+
+    @columns.setter
+    def columns(self, columns: Columns) -> None:
+        self._columns = columns
+
+    @property
+    def tracked(self) -> InsideRecord:
+        """``inside``, for cuts that have begun."""
+        return _known(self.inside, "record of cuts inside the language model")
 
     @property
     def new_tokens(self) -> int:
@@ -95,7 +124,7 @@ class ForwardState:
     def views(self) -> Views:
         """The sequence as the decoder layers see it, made when first asked for."""
         if self._views is None:
-            self._views = self.open_views()
+            self._views = _known(self.open_views, "way to open views")()
         return self._views
 
     @property
@@ -140,3 +169,13 @@ class ForwardState:
                 "this language model keep a running state that the filling of shorter rows would change in "
                 "a later turn; continue the conversations one by one"
             )
+
+
+def _known(value: T | None, what: str) -> T:
+    """The value, which is there once the merged sequence is about to enter the language model."""
+    if value is None:
+        raise InvariantError(
+            f"this forward has no {what} yet; expected it to be read where the merged sequence enters the "
+            "language model, or later"
+        )
+    return value

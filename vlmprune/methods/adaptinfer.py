@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core.method import CutPoint, Method, Need
+from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
@@ -59,10 +59,10 @@ class AdaptInfer(Method):
     budgets: tuple[float, ...] | None = None
     mix: float = 1.0
 
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False  # later stages rank with layers that saw other tokens
-    positions: ClassVar[str] = "original"
+    positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[Need, ...]] = (
         Need("text_attention", text="question"),
         Need("text_to_text", text="question"),
@@ -96,7 +96,8 @@ class AdaptInfer(Method):
                 f"layers={layers}, behind which tokens leave, but the language model has layers "
                 f"0..{depth - 1}; choose layers below {depth - 1}"
             )
-        if budget is None:
+        wanted: tuple[float, ...]
+        if self.budgets is not None:
             wanted = self.budgets
         elif budget.count(count) == count:  # all tokens stay: the dense model
             return tuple(CutPoint(layer + 1, count, source=layer) for layer in layers)
@@ -150,13 +151,13 @@ def stage_budgets(keep: int, layers: tuple[int, ...], depth: int, count: int) ->
     def mean(first: int, ratio: float) -> float:
         return counted_mean(layers, falling(first, ratio, len(layers)), depth, count)
 
-    ratio, most = 0.25 if keep >= 100 else 0.2, count - 1
+    ratio, most, wanted = 0.25 if keep >= 100 else 0.2, count - 1, float(keep)
     if mean(most, ratio) < keep:
         # the first layer keeps the most it may, so only a slower fall can meet the mean
-        ratio = (bisect_right(range(1001), keep, key=lambda share: mean(most, share / 1000)) - 1) / 1000
+        ratio = (bisect_right(range(1001), wanted, key=lambda share: mean(most, share / 1000)) - 1) / 1000
         return falling(most, ratio, len(layers))
     # the mean grows with the first budget: bisection finds the last one that fits
-    first = bisect_right(range(count), keep, key=lambda b: mean(b, ratio)) - 1
+    first = bisect_right(range(count), wanted, key=lambda b: mean(b, ratio)) - 1
     if first < 0:
         raise SpecError(
             f"keep asks adaptinfer for {keep} of {count} tokens on average, but the layers before "

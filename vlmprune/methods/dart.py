@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..core.method import CutPoint, Method, Need
+from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.select import best_first, highest, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -54,10 +54,10 @@ class DART(Method):
     norm: str = "l1"
     variant: str = "exact"
 
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False
-    positions: ClassVar[str] = "original"
+    positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[Need, ...]] = (
         Need("lm_keys"),
         Need("lm_states"),

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.method import Counts, CutPoint, Method
+from ..core.method import Counts, CutPoint, Method, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
@@ -43,9 +43,9 @@ class DyVTE(Method):
 
     exit: int | None = None
 
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     counts: ClassVar[Counts] = "own"
-    positions: ClassVar[str] = "original"
+    positions: ClassVar[Positions] = "original"
     paper: ClassVar[str] = "arXiv:2411.19628"
     licence: ClassVar[str] = "none stated"
 

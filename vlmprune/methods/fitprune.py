@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..core.method import CutPoint, Method, Need
+from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
@@ -76,11 +76,11 @@ class FitPrune(Method):
     min_delete: int = 1
     causal_correction: bool = False
 
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     nested: ClassVar[bool] = False  # other budgets cut at other layers
-    positions: ClassVar[str] = "original"
+    positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[Need, ...]] = (Need("text_attention", text="question"), Need("lm_received"))
     paper: ClassVar[str] = "arXiv:2409.10197"
     licence: ClassVar[str] = "none stated"

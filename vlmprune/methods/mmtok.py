@@ -136,7 +136,7 @@ class MMTok(Method):
 
     def excluded(self, tokens: VisualTokens) -> Tensor | None:
         """(N,) bool, tokens that are padding; None where nothing was padded."""
-        if self.pad == "none":
+        if self.pad is None or self.image_size is None:  # one of them is never given alone
             return None
         grids = tokens.need("grids")
         if len(grids) > 1 or grids[0][0] != grids[0][1]:

@@ -25,7 +25,7 @@ Provenance: Shang et al., arXiv:2403.15388; written from a description of paper 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -133,9 +133,13 @@ class PruMerge(Method):
         check_tower_options(self.cls, None, "unpad")
 
     @property
+    def ranked_by(self) -> Literal["wide_attention", "received_attention"]:
+        """The attention that centres are chosen by."""
+        return "wide_attention" if self.cls == "token" else "received_attention"
+
+    @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        attention = Need("wide_attention" if self.cls == "token" else "received_attention", _LAST)
-        captured = (attention, Need("wide_keys", _LAST), Need("encoder_features"))
+        captured = (Need(self.ranked_by, _LAST), Need("wide_keys", _LAST), Need("encoder_features"))
         return (*captured, Need("features"), Need("projector"))
 
     def least(self, count: int) -> int:
@@ -143,7 +147,7 @@ class PruMerge(Method):
 
     def attention(self, tokens: VisualTokens) -> Tensor:
         """(B, N) attention that centres are chosen by."""
-        return tokens.need(self.needs[0].what).float()
+        return tokens.need(self.ranked_by).float()
 
     def centres(self, a: Tensor, k: int) -> Tensor:
         """(B, k) centres at a fixed number: by attention (B, N) and, with ``plus``, evenly spaced ones."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..checks import check_int, check_number, one_of
-from ..core.method import Method, Need
+from ..core.method import Method, Need, What
 from ..core.select import ranked
 from ..core.tokens import VisualTokens
 from ..errors import UnsupportedError
@@ -123,7 +123,7 @@ class VisPruner(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        attention = "cls_attention" if self.cls == "token" else "received_attention"
+        attention: What = "cls_attention" if self.cls == "token" else "received_attention"
         return Need(attention, self.layer), Need("encoder_features")
 
     def check_unit(self, count: int) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..core.budget import Budget
-from ..core.method import CutPoint, Merged, Method, Need, What
+from ..core.method import CutPoint, Merged, Method, Need, Positions, SlotName, What
 from ..core.select import rest_of, top_k, top_k_in_groups
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -126,9 +126,9 @@ class SecondStage(Method):
     first: Budget
 
     name: ClassVar[str] = "vscan"
-    slot: ClassVar[str] = "inside_lm"
+    slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
-    positions: ClassVar[str] = "compact"
+    positions: ClassVar[Positions] = "compact"
     needs: ClassVar[tuple[What, ...]] = ("text_attention",)
 
     def __post_init__(self) -> None:

@@ -243,7 +243,7 @@ def cell(family: str, spec: str = SPEC, capability: str | None = None) -> str:
 
 def table() -> dict[str, Any]:
     """What was measured and shipped."""
-    return json.loads(files("vlmprune").joinpath("assets", ASSET).read_text(encoding="utf-8"))
+    return json.loads((files("vlmprune") / "assets" / ASSET).read_text(encoding="utf-8"))
 
 
 def stale(found: dict[str, Any]) -> list[str]:

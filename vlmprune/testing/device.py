@@ -120,11 +120,15 @@ class Pretended(Tensor):
     def numpy(self, *args: Any, **options: Any) -> Any:
         raise TypeError("a tensor on a device has no numpy(); move it to the CPU first")
 
-    def __repr__(self, *args: Any, **options: Any) -> str:
+    # torch gives its own no types
+    def __repr__(self, *args: Any, **options: Any) -> str:  # type: ignore[override]
         return f"Pretended({tuple(self.here.shape)}, {self.here.dtype})"
 
+    # torch's own is a C function that says "none", which mypy takes for a method of instances
     @classmethod
-    def __torch_dispatch__(cls, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, op: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Pretended)]
         return tensors[0].device_of.run(op, args, kwargs or {})
 

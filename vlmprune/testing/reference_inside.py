@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from ..core.method import CutPoint, Merged, Method, needs, needs_of
 from ..core.select import choose
-from ..core.tokens import VisualTokens
+from ..core.tokens import LayerFields, VisualTokens
 from ..hooks.sequence.cache import cache_in, cache_name
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
@@ -128,6 +128,7 @@ class Twin:
         """Choose at one layer: the columns that stay of every picture; remembers what is kept and merged."""
         queries = [columns.index(c) for c in self._raters()]
         source = self.points(len(self.pictures[0]))[number].source
+        source = index if source is None else source
         left, places, rows = [], [], []
         for picture, span in zip(self.pictures, spans, strict=True):
             keep = self.points(len(picture))[number].keep
@@ -162,9 +163,7 @@ class Twin:
             self.merged[index] = (places, torch.cat(rows))
         return left
 
-    def _read(
-        self, said: Said, hidden: Tensor, at: list[int], queries: list[int]
-    ) -> dict[str, Tensor | None]:
+    def _read(self, said: Said, hidden: Tensor, at: list[int], queries: list[int]) -> LayerFields:
         """Fields of VisualTokens: of a picture at columns ``at``, and of the columns that query it."""
         states = self.language_model.norm(hidden)
         return {
@@ -193,7 +192,8 @@ class Twin:
             attention_mask=mask,
             **options,
         )[1]
-        said = Said(maps, cache.layers[index].keys.transpose(1, 2) if options else None)
+        layers: Any = cache.layers  # of attention: those of other kinds hold no keys
+        said = Said(maps, layers[index].keys.transpose(1, 2) if options else None)
         out = layer(hidden, attention_mask=mask, position_embeddings=angles)
         return (out[0] if isinstance(out, tuple) else out), said
 

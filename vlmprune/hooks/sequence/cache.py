@@ -24,7 +24,11 @@ from torch import Tensor
 from ...errors import InvariantError
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from .views import SequenceView
+else:
+    Cache = object  # the class that is adopted comes behind the mixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,7 @@ class CacheState:
         return copy
 
 
-class CutCacheMixin:
+class CutCacheMixin(Cache):
     """Overrides that a cut cache needs; mixed into the class of the cache at adoption."""
 
     _vlmprune_state: CacheState | None
@@ -105,7 +109,7 @@ class CutCacheMixin:
             )
         return state.seen_with(self)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self._vlmprune_state is not None:
             self._vlmprune_state.select(beam_idx)

@@ -129,12 +129,15 @@ def uses_flash(config: Any) -> bool:
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma 3), else None."""
     rotary = getattr(language_model, "rotary_emb", None)  # some hybrids do not rotate at all
-    by_kind = rotary is not None and _turns_by_kind(type(rotary))
-    return language_model.config.layer_types[layer] if by_kind else None
+    made_by: type = type(rotary)
+    if rotary is None or not _turns_by_kind(made_by):
+        return None
+    config: Any = language_model.config
+    return config.layer_types[layer]
 
 
 @lru_cache  # every layer asks at every decode step
-def _turns_by_kind(rotary: type) -> bool:
+def _turns_by_kind(rotary: type[nn.Module]) -> bool:
     return "layer_type" in inspect.signature(rotary.forward).parameters
 
 

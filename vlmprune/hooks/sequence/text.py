@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def told_apart(state: ForwardState, placement: Placement) -> Placement:
     """The placement with one picture per prompt, where rows with different text share a picture."""
-    given = state.inputs_embeds if state.input_ids is None else state.input_ids
+    given = state.given
     prompt, valid = given[:, : given.shape[1] - state.generated], state.columns.valid
 
     def same(one: int, other: int) -> bool:
@@ -75,7 +75,7 @@ def word_columns(state: ForwardState, adapter: Adapter, text: Text) -> Tensor:
     Padding, pictures, tokens that the configuration names (begin, end, placeholders) and what was generated
     so far are no words.
     """
-    columns, given = state.columns, state.input_ids
+    columns, given = state.columns, state.given
     device = columns.visual[0].device
     words = ~torch.stack(columns.visual).any(dim=0)
     if text == "question":
@@ -83,13 +83,13 @@ def word_columns(state: ForwardState, adapter: Adapter, text: Text) -> Tensor:
     if columns.valid is not None:
         words &= columns.valid.to(device)
     ids = torch.tensor(sorted(set(named_ids(adapter))), device=device)
-    if given is not None:
+    if state.input_ids is not None:
         words &= ~torch.isin(given.to(device), ids)
     else:
         embedding = adapter.inner.get_input_embeddings()
-        ids = ids[ids < embedding.num_embeddings].to(state.inputs_embeds.device)
+        ids = ids[ids < embedding.num_embeddings].to(given.device)
         for row in embedding(ids):
-            words &= ~(state.inputs_embeds == row).all(dim=-1).to(device)
+            words &= ~(given == row).all(dim=-1).to(device)
     words[:, words.shape[1] - state.generated :] = False
     return words
 

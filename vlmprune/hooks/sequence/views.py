@@ -133,7 +133,8 @@ class SequenceView:
         if kind not in self._angles:
             places = self.position_ids[1:] if self.position_ids.shape[:-2] == (4,) else self.position_ids
             options = () if kind is None else (kind,)
-            self._angles[kind] = language_model.rotary_emb(hidden, places, *options)
+            rotary: Any = language_model.rotary_emb
+            self._angles[kind] = rotary(hidden, places, *options)
         made = self._angles[kind]
         if isinstance(made, Tensor):
             return made.to(hidden.device)

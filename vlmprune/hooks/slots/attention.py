@@ -10,7 +10,7 @@ cache, for decode steps.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from . import Attachment, Handle
 class AttentionSlot:
     """Edits the attention of one model by one method."""
 
-    in_tower = False
+    in_tower: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.budget = attachment, budget
@@ -91,11 +91,9 @@ class AttentionSlot:
     def _marks(self, state: ForwardState, index: int, hidden: Tensor, valid: Tensor) -> Marks:
         """Marks over all slots of this layer, those of earlier calls from the cache."""
         width, new = valid.shape[1], hidden.shape[1]
+        if not state.placements:  # later turns and decode steps reuse the marks of the prompt with pictures
+            return state.held_marks[index].fit(width)
         held = state.held_marks.get(index)
-        if (
-            not state.placements
-        ):  # later turns and decode steps reuse the marks of the prompt with the pictures
-            return held.fit(width)
         with torch.no_grad():
             marked = self.method.mark(hidden, self.language_model)
         if state.generated:

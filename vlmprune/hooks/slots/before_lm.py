@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ...errors import InvariantError, UnsupportedError
 from ..sequence.text import with_text
 from ..state import ForwardState
 from ..vision.pictures import Picture, Unit, make_units, stack_units
-from ..vision.tiles import choose_in_tiles
+from ..vision.tiles import Tiles, choose_in_tiles
 from . import Attachment, Handle
 from .cutting import Cut, cut_sequence, joined, listed
 
@@ -33,7 +34,7 @@ Projector = Callable[[Tensor], Tensor]
 class BeforeLM:
     """Cuts the merged sequence before the first decoder layer."""
 
-    in_tower = False
+    in_tower: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
@@ -80,16 +81,18 @@ def cut_pictures(
     if budget is None and method.counts == "budget":
         return [None] * len(pictures)
     spatial = {
-        p for p, picture in enumerate(pictures) if method.layout == "spatial" and picture.tiles is not None
+        p: picture.tiles
+        for p, picture in enumerate(pictures)
+        if method.layout == "spatial" and picture.tiles is not None
     }
     cuts: list[Cut | None] = [None] * len(pictures)
-    for p in spatial:
+    for p, tiles in spatial.items():
         if budget is None:
             raise UnsupportedError(
                 f"anyres='spatial' lays out tiles of equal counts, but {method.name} counts by itself; give "
                 f"a budget per tile, as in '{method.name}(anyres=spatial)@64/crop'"
             )
-        cuts[p] = _cut_tiles(pictures[p], method, budget, projector, checks)
+        cuts[p] = _cut_tiles(pictures[p], tiles, method, budget, projector, checks)
     units = make_units(
         pictures,
         [[p for p in sample if p not in spatial] for sample in samples],
@@ -120,10 +123,12 @@ class Choice:
     index: Tensor | None
     rows: Tensor | None = None
 
-    def patches(self) -> Tensor | None:
-        """(k,) patches of the picture that stay, -1 for rows without a place; None: all of them."""
-        if self.index is None or self.own is None:
-            return self.own if self.index is None else self.index
+    def patches(self, count: int) -> Tensor:
+        """(k,) patches that stay of a picture that has ``count``, -1 for rows without a place."""
+        if self.index is None:
+            return torch.arange(count) if self.own is None else self.own
+        if self.own is None:
+            return self.index
         own = self.own.to(self.index.device)
         return torch.where(self.index < 0, -1, own[self.index.clamp_min(0)])
 
@@ -205,7 +210,7 @@ def to_slots(picture: Picture, parts: Sequence[Choice]) -> Cut | None:
     if all(part.index is None for part in parts):
         return None
     device = picture.features.device
-    kept = [torch.arange(picture.count) if part.patches() is None else part.patches() for part in parts]
+    kept = [part.patches(picture.count) for part in parts]
     keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept]).sort().values
     if all(part.rows is None for part in parts):
         slots = picture.slots_of(keep_idx)
@@ -222,7 +227,7 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor) -> Cut
     listed_in_order = len(parts) == 1 and picture.special is None
     for part in parts:
         own = torch.arange(picture.count) if part.own is None else part.own
-        if part.rows is None:
+        if part.rows is None or part.index is None:  # rows always come with an index
             patches = own if part.index is None else own.to(part.index.device)[part.index]
             slots.append(picture.slots_of(patches))
             rows.append(picture.patch_features(patches))
@@ -255,9 +260,14 @@ def hosts_of(slots: Tensor, index: Tensor) -> Tensor:
 
 
 def _cut_tiles(
-    picture: Picture, method: Method, budget: Budget, projector: Projector | None, checks: Checks
+    picture: Picture,
+    tiles: Tiles,
+    method: Method,
+    budget: Budget,
+    projector: Projector | None,
+    checks: Checks,
 ) -> Cut | None:
-    found = choose_in_tiles(picture.tiles, picture.length, method, budget, projector, checks)
+    found = choose_in_tiles(tiles, picture.length, method, budget, projector, checks)
     if found is None:
         return None
     slots = torch.arange(found.rows.shape[0])

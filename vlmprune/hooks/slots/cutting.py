@@ -68,7 +68,7 @@ def cut_sequence(
             gone.append(slots)
             kept.append(slots[cut.kept_slots.to(slots.device)])
             dropped[row] += picture.length - cut.kept_slots.shape[0]
-            if cut.rows is not None:
+            if cut.rows is not None and cut.row_slots is not None:
                 row_at.append(slots[cut.row_slots.to(slots.device)])
                 rows.append(cut.rows.to(embeds.device, embeds.dtype))
         first += len(placement.pictures)

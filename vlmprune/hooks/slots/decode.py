@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from ...core.budget import Budget
@@ -15,7 +17,7 @@ from . import Attachment, Handle
 class DecodeSlot:
     """Hides visual tokens from decode steps, by the mask of the step."""
 
-    in_tower = False
+    in_tower: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
@@ -40,8 +42,9 @@ class DecodeSlot:
             state.marks.setdefault(view.start, Marks(torch.zeros_like(held), held))
 
     def _hide(self, state: ForwardState) -> None:
+        held_marks = state.held_marks
         for number, view in enumerate(state.views.all):
-            marks = state.cache_state.marks.get(view.start)
+            marks = held_marks.get(view.start)
             if marks is None:
                 continue
             visual = marks.fit(view.held.shape[1]).visual & view.held

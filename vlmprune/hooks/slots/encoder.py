@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..attention_tap import AttentionTap, reads_interface
 from ..state import ForwardState
 from ..vision.capture import Record, block_index, first_row
 from ..vision.pictures import Picture
-from ..vision.tower import attention_of, find_blocks, prefix_length
+from ..vision.tower import attention_in, attention_of, find_blocks, prefix_length
 from . import Attachment, Handle
 from .cutting import Cut, cut_sequence, listed
 
@@ -116,14 +116,14 @@ class Shortening:
 class EncoderSlot:
     """Shortens the sequence of a vision tower behind some of its blocks."""
 
-    in_tower = True
+    in_tower: ClassVar[bool] = True
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
         self._local = threading.local()
-        self._refuse()
+        self.projector = self._readable_projector()
         adapter = attachment.adapter
-        blocks = find_blocks(adapter.vision_tower)
+        blocks = list(find_blocks(adapter.vision_tower))
         self.blocks = blocks[: block_index(adapter.layers[0], len(blocks)) + 1]  # later ones feed nothing
         self.prefix = prefix_length(adapter.vision_tower)
         self.asked = frozenset(method.shortens_at(len(self.blocks)))
@@ -135,9 +135,11 @@ class EncoderSlot:
                 f"{method.name} reads; use a method that needs none, e.g. 'tome@64/crop'"
             )
 
-    def _refuse(self) -> None:
+    def _readable_projector(self) -> nn.Module:
+        """The projector, where tower and projector let patches leave."""
         adapter, name = self.attachment.adapter, self.method.name
-        if not adapter.shortens or len(adapter.layers) != 1:
+        projector = adapter.projector
+        if not adapter.shortens or len(adapter.layers) != 1 or not isinstance(projector, nn.Module):
             raise UnsupportedError(
                 f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a "
                 f"projector of single patches; {adapter.model_type} mixes patches there. Prune behind it, "
@@ -149,17 +151,18 @@ class EncoderSlot:
                 f"{name} needs the attention of {type(adapter.vision_tower).__name__}, which attends by "
                 "itself; prune behind the tower, e.g. with 'fastervlm@64'"
             )
+        return projector
 
     def hooks(self) -> list[Handle]:
         if self.budget is None:
             return []
         handles: list[Handle] = []
         for number, block in enumerate(self.blocks):
-            tap = AttentionTap(attention_of(block), self._listen, self._bias)
+            tap = AttentionTap(attention_in(block), self._listen, self._bias)
             tap.install()
             handles.append(tap)
             handles.append(block.register_forward_hook(self._behind(number)))
-        handles.append(self.attachment.adapter.projector.register_forward_hook(self._behind_projector))
+        handles.append(self.projector.register_forward_hook(self._behind_projector))
         return handles
 
     def missed(self, state: ForwardState) -> set[int]:
@@ -216,7 +219,7 @@ class EncoderSlot:
         return hook
 
     def _target(self, total: int) -> int:
-        return min(self.budget.count(total), total)
+        return total if self.budget is None else min(self.budget.count(total), total)
 
     @torch.no_grad()
     def _block(self, run: Shortening, call: AttentionCall, patches: Tensor, left: int) -> EncoderBlock:
@@ -271,19 +274,20 @@ class EncoderSlot:
             return
         state.report.seconds += self._local.__dict__.pop("seconds", 0.0)
         pictures, _ = listed(state)
-        cut_sequence(state, self.attachment, self.method, [self._cut(picture) for picture in pictures])
+        cuts = [self._cut(picture, self.budget) for picture in pictures]
+        cut_sequence(state, self.attachment, self.method, cuts)
 
-    def _cut(self, picture: Picture) -> Cut | None:
+    def _cut(self, picture: Picture, budget: Budget) -> Cut | None:
         if PRESENT not in picture.captured:
             raise CaptureError(
                 f"a picture was encoded without {self.method.name}; encode it while "
                 f"{self.attachment.spec!r} is attached"
             )
         present = picture.captured[PRESENT][:, 0]
-        if self.budget.scope != "crop" and len(picture.grids) > 1:
+        if budget.scope != "crop" and len(picture.grids) > 1:
             raise UnsupportedError(
                 f"{self.method.name} spends its budget in every tile of a picture: write "
-                f"'@{self.budget.keep}/crop' instead of '@{self.budget}'"
+                f"'@{budget.keep}/crop' instead of '@{budget}'"
             )
         if bool(((present != 0) & (present != 1)).any()):
             raise UnsupportedError(

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .spans import InsideRecord, Span
 class InsideLM:
     """Runs the cuts of one method inside the language model."""
 
-    in_tower = False
+    in_tower: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
@@ -70,7 +70,7 @@ class InsideLM:
     def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
         """Pictures that lose tokens at the input of a layer, and how many tokens of each go on."""
         found = []
-        for span in state.inside.spans:
+        for span in state.tracked.spans:
             keep = next(point.keep for point in self._points(span.picture.count) if point.layer == index)
             if keep < span.ids.shape[0]:
                 found.append((span, keep))
@@ -247,7 +247,7 @@ class InsideLM:
         attention: Tensor | None,
     ) -> Ranked:
         slots = state.views.at(index).width
-        return read(attended, queries, attention, self.wanted, state.inside.spans, slots)
+        return read(attended, queries, attention, self.wanted, state.tracked.spans, slots)
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
@@ -256,11 +256,11 @@ class InsideLM:
         prompt = valid.shape[1] - state.generated
         # the last token of the prompt; where a cut took it, the last one that stays
         last = (valid[:, :prompt] * columns[:prompt]).argmax(dim=1, keepdim=True)  # (B, 1)
-        if state.inside.raters is None:
+        raters = state.tracked.raters
+        if raters is None:
             return last, None
-        raters = state.inside.raters
         order = raters.to(torch.int8).argsort(dim=1, stable=True)
-        order = order[:, raters.shape[1] - state.inside.queries :]
+        order = order[:, raters.shape[1] - state.tracked.queries :]
         real = raters.gather(1, order)
         none = ~real[:, -1:]  # rows without a rater
         order = torch.where(none, last, torch.where(real, order, order[:, -1:]))
@@ -271,7 +271,7 @@ class InsideLM:
     @torch.compiler.disable
     def _cut(self, state: ForwardState, index: int, hidden: Tensor) -> Tensor:
         """Cut the sequence (B, n, D) that enters layer ``index``."""
-        started, inside = time.perf_counter(), state.inside
+        started, inside = time.perf_counter(), state.tracked
         ranked, inside.ranked = inside.ranked, None
         groups: dict[tuple, list[Span]] = defaultdict(list)
         for span, keep in self._leaving(state, index):
@@ -301,8 +301,8 @@ class InsideLM:
             hidden = self._apply(spans, result, hidden)
             kept += [span.columns + span.row * length for span in spans]
         view = state.views.at(index)
-        keep = view.new.clone() if inside.lengths is not None else torch.ones_like(view.new)
-        keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
+        stays = view.new.clone() if inside.lengths is not None else torch.ones_like(view.new)
+        stays = stays.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
         if inside.lengths is None:
             width = length - dropped[0]
         else:
@@ -313,7 +313,7 @@ class InsideLM:
                 f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
                 "holds nothing else: there is nothing left to read; ask something about the picture"
             )
-        compaction = Compaction(keep.view(batch, length), view.new, width)
+        compaction = Compaction(stays.view(batch, length), view.new, width)
         state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, self.attachment.policy(self.method))
         self._follow(state, compaction)
@@ -326,15 +326,18 @@ class InsideLM:
     ) -> VisualTokens:
         at = torch.stack([span.columns for span in spans])  # (U, N)
         row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
-        source = index if self.sources[index] is None else self.sources[index]
+        source = self.sources[index]
+        if source is None:
+            source = index
         positions = state.views.at(source).position_ids
         # M-RoPE knows no single position
         plain = positions.expand(hidden.shape[0], -1)[row] if positions.ndim == 2 else None
+        found = fields_of(ranked, self.wanted, row, at, hidden.shape[1])
+        found.update(states_of(self.language_model, self.wanted, hidden, ranked, row, at))
         return VisualTokens(
             checks=state.checks,
             features=hidden[row[:, None], at],
-            **fields_of(ranked, self.wanted, row, at, hidden.shape[1]),
-            **states_of(self.language_model, self.wanted, hidden, ranked, row, at),
+            **found,
             query_mask=None if ranked.real is None else ranked.real[row],
             query_positions=None if plain is None else plain.gather(1, ranked.rows[row]),
             positions=None if plain is None else plain.gather(1, at),
@@ -361,7 +364,7 @@ class InsideLM:
 
     def _follow(self, state: ForwardState, compaction: Compaction) -> None:
         """Take all tracked columns through a cut."""
-        inside, where = state.inside, compaction.new_columns()
+        inside, where = state.tracked, compaction.new_columns()
         for span in inside.spans:
             span.columns = where[span.row][span.columns]
         if inside.raters is not None:
@@ -369,7 +372,7 @@ class InsideLM:
 
     def _note(self, state: ForwardState, index: int) -> None:
         report = state.report
-        for span in state.inside.spans:
+        for span in state.tracked.spans:
             if span.shown:
                 left = report.realised_tokens[span.number] = span.ids.shape[0]
                 layers = report.layer_tokens[span.number]

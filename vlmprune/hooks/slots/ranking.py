@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.method import Method, What, needs_of
+from ...core.tokens import LayerFields
 from ...errors import UnsupportedError
 from ..attention_call import AttentionCall, over_slots
 from .spans import Span
@@ -108,15 +109,13 @@ def received_by_pictures(call: AttentionCall, spans: Sequence[Span], slots: int)
     return total
 
 
-def fields_of(
-    ranked: Ranked, wanted: Collection[What], row: Tensor, at: Tensor, length: int
-) -> dict[str, Tensor]:
+def fields_of(ranked: Ranked, wanted: Collection[What], row: Tensor, at: Tensor, length: int) -> LayerFields:
     """Fields of VisualTokens for units that stand in rows ``row`` (U,) at columns ``at`` (U, N).
 
     Args:
         length: n, columns of this call; the slots before them are earlier ones.
     """
-    found: dict[str, Tensor] = {}
+    found: LayerFields = {}
     if ranked.attention is not None:
         held = ranked.attention.shape[-1] - length
         attention = ranked.attention[row]  # (U, H, R, S)
@@ -141,7 +140,7 @@ def states_of(
     ranked: Ranked,
     row: Tensor,
     at: Tensor,
-) -> dict[str, Tensor]:
+) -> LayerFields:
     """Normalised hidden states (B, n, D) of the same units, and of the text that queries them."""
     if not any(what in wanted for what in _STATES):
         return {}

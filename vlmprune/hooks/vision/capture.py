@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ...core.deferred import NOW, Checks
 from ...core.method import OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
 from ..attention_call import AttentionCall
-from .tower import FusedReader, TapReader, attention_of, find_blocks, has_cls, prefix_length, reader_of
+from .tower import FusedReader, TapReader, attention_in, find_blocks, has_cls, prefix_length, reader_of
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 OF_CLS = ("cls_attention", "wide_attention")
@@ -90,7 +91,7 @@ class VisionCapture:
             for need in of_tower
         }
         self.readers: list[tuple[int, TapReader | FusedReader]] = [
-            (index, reader_of(attention_of(blocks[index])))
+            (index, reader_of(attention_in(blocks[index])))
             for index in sorted(set(self.blocks_of.values()))
             for blocks in self.blocks
         ]
@@ -134,9 +135,11 @@ class VisionCapture:
         self._scope = self.recording()
         return self._scope.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.remove()
-        self._scope.__exit__(*error)
+        self._scope.__exit__(kind, error, trace)
 
     @property
     def is_recording(self) -> bool:

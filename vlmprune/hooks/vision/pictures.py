@@ -138,6 +138,11 @@ def make_units(pictures: Sequence[Picture], samples: Sequence[Sequence[int]], sc
 def _units_of(number: int, picture: Picture, scope: str) -> list[Unit]:
     if scope != "crop":
         return [Unit([(number, None)], picture.grids, picture.count)]
+    if picture.crops is None:
+        raise InvariantError(
+            f"picture {number} does not say which crop its patches belong to, which a budget per crop needs; "
+            "give Picture(crops=...), or a budget without '/crop'"
+        )
     crops = picture.crops().cpu()
     places = coordinates(picture.grids)
     units = []

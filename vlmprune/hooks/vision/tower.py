@@ -30,6 +30,17 @@ def attention_of(block: nn.Module) -> nn.Module | None:
     return next((module for module in found if module is not None and _readable(module)), None)
 
 
+def attention_in(block: nn.Module) -> nn.Module:
+    """The self-attention of a block that has to have one."""
+    attention = attention_of(block)
+    if attention is None:
+        raise UnsupportedError(
+            f"a {type(block).__name__} of this vision tower has no attention that can be read; choose a "
+            "method that needs none, e.g. 'divprune@64'"
+        )
+    return attention
+
+
 def _readable(attention: nn.Module) -> bool:
     return reads_interface(attention) or hasattr(attention, "qkv")
 
@@ -51,9 +62,8 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
 
 def prefix_length(tower: nn.Module) -> int:
     """How many tokens stand in front of the patches: [CLS], and registers where there are some."""
-    if hasattr(tower, "num_prefix_tokens"):
-        return tower.num_prefix_tokens
-    return int(has_cls(tower))
+    counted: int | None = getattr(tower, "num_prefix_tokens", None)
+    return int(has_cls(tower)) if counted is None else counted
 
 
 def has_cls(tower: nn.Module) -> bool:
@@ -110,7 +120,7 @@ class FusedReader:
             raise UnsupportedError(
                 f"{type(attention).__name__} does not say its number of heads; its attention cannot be read"
             )
-        self.attention = attention
+        self.attention: Any = attention  # which modules it has is known to timm alone
         self.heads: int = heads
 
     def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:

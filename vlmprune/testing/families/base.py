@@ -71,7 +71,12 @@ class Family:
         return known("text", text or self.variants[0][1], self.texts)
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 
 
 def vision_config(tower: str, merge: int = 1) -> Any:
