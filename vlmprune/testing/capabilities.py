@@ -187,6 +187,7 @@ OF_METHODS = (
 OPTIONS = {
     "cls='mean'": "cls=mean",
     "estimator='zo'": "estimator=zo",
+    "place='after'": "place=after",
 }  # what a refusal says, and the option in a spec
 
 
@@ -205,18 +206,24 @@ def runs(subject: Subject) -> None:
 def measure(family: str, method: str) -> dict[str, str]:
     """A method on a family: the spec that was tried, whether it "runs", and if so what else it can do.
 
-    A method that the family refuses is tried with the option that the refusal names.
+    A method that the family refuses is tried with the option that the refusal names, and with what that one
+    is refused with.
     """
     spec = default_spec(method)
     found = cell(family, spec)
-    option = next(
-        (text for hint, text in OPTIONS.items() if found.startswith("no: ") and hint in found), None
-    )
-    if option is not None:
-        spec = default_spec(f"{method}+fastervlm({option})" if get(method).wraps else f"{method}({option})")
+    options: list[str] = []
+    while found.startswith("no: ") and (more := _named(found, options)):
+        options += more
+        given = ",".join(options)
+        spec = default_spec(f"{method}+fastervlm({given})" if get(method).wraps else f"{method}({given})")
         found = cell(family, spec)
     row = {"spec": spec, "runs": found}
     return row | ({name: cell(family, spec, name) for name in OF_METHODS} if found == "yes" else {})
+
+
+def _named(refusal: str, tried: list[str]) -> list[str]:
+    """The first option that a refusal names and that was not tried; none or one."""
+    return [text for hint, text in OPTIONS.items() if hint in refusal and text not in tried][:1]
 
 
 def cell(family: str, spec: str = SPEC, capability: str | None = None) -> str:
