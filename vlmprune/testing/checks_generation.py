@@ -119,7 +119,7 @@ def second_turn(subject: Subject) -> None:
         expect(torch.equal(*answers), "a deep-copied cache answers differently")
         if subject.makes_rows:
             continue
-        kept = kept_by_hand(subject.model, inputs, maps, positions)[0]
+        kept = kept_by_hand(subject.model, inputs, maps, positions, subject.keeps_nothing)[0]
         with torch.no_grad():
             tail = subject.model.get_input_embeddings()(ids[:, prompt:])
         want = greedy(subject.model, kept.grown(tail), 5)

@@ -62,7 +62,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
                 subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
             ]
-        for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
+        for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions, subject.keeps_nothing)):
             want = greedy(subject.model, kept, ids.shape[1])
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
             close(rows[i], logits_of(subject.model, kept)[-1], f"{positions} row {i} logits")

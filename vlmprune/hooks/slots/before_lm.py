@@ -108,7 +108,12 @@ def cut_pictures(
         for p, part in split_by_picture(unit, choice, pictures, method):
             by_picture[p].append(part)
     for p, parts in by_picture.items():
-        cuts[p] = to_slots(pictures[p], parts, in_place)
+        if budget is None and all(part.index is not None and not len(part.index) for part in parts):
+            # newline and [CLS] slots go as well: they tell of the picture, and part nothing any more
+            none = torch.empty(0, dtype=torch.int64, device=pictures[p].features.device)
+            cuts[p] = Cut(none, none, pictures[p].grids)
+        else:
+            cuts[p] = to_slots(pictures[p], parts, in_place)
     return cuts
 
 
