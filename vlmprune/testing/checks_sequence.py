@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..api import prune, score
 from ..core.keepmap import KeepMap
+from ..errors import UnsupportedError
 from .checks_inside import counts_follow_the_schedule, cut_equals_twin
 from .conformance import RAGGED, Subject, close, expect, generate, report_of
 from .reference import (
@@ -26,6 +27,8 @@ from .tiny import tiny_row
 
 def keep_all_is_dense(subject: Subject) -> None:
     """keep = all: logits equal bit for bit, ids equal."""
+    if subject.keeps_nothing:
+        raise UnsupportedError(f"{subject.method.name} keeps nothing, whatever there is")
     everything = subject.with_keep(1.0) if subject.method.budgeted else subject
     for images in ((1,), RAGGED):
         inputs = subject.inputs(images)
