@@ -23,6 +23,7 @@ OPTIONS = [
     "fastervlm(cls=mean)@9",
     "visionzip(cls=mean)@12",
     "visionzip(contextual=2,combine=mean)@12",
+    "visionzip(cls=mean,place=after)@12",
     "random(seed=3)@0.3",
     "fastervlm@4/crop",
     "random@5/crop",
@@ -171,8 +172,8 @@ def test_a_broken_method_fails_conformance(monkeypatch: pytest.MonkeyPatch) -> N
     """The checks can fail: a cut that shifts every kept token by one is caught."""
     to_slots = before_lm.to_slots
 
-    def shifted(picture, parts):
-        cut = to_slots(picture, parts)
+    def shifted(picture, parts, *rest):
+        cut = to_slots(picture, parts, *rest)
         if cut is not None and cut.rows is None:
             cut.kept_slots = (cut.kept_slots + 1) % picture.length
         return cut

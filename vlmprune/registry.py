@@ -19,6 +19,7 @@ GROUP = "vlmprune.methods"
 
 _BUILTIN = {
     "dense": "vlmprune.methods.baselines:Dense",
+    "blind": "vlmprune.methods.baselines:Blind",
     "random": "vlmprune.methods.baselines:Random",
     "uniform": "vlmprune.methods.baselines:Uniform",
     "pool": "vlmprune.methods.baselines:Pool",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,27 @@ def transcription(h, cls, a, keys, dominant, contextual, rule):
         else:
             context.append(h[t] + h[members[t]].mean(0) if members[t] else h[t])
     return np.stack([*cls, *h[kept], *context]), [-1] * len(cls) + kept + targets
+
+
+@pytest.mark.parametrize("rule", ["add", "mean"])
+@pytest.mark.parametrize(("k", "contextual"), [(11, 3), (32, 30), (20, 1)])
+def test_behind_the_projector_the_rows_are_averages_of_tokens(rule, k, contextual):
+    tokens = inputs(dtype=torch.float64)
+    method = VisionZip(contextual=contextual, combine=rule, place="after")
+    merged = choose(method, replace(tokens, encoder_features=None), k)
+    for row in range(2):
+        cls = tokens.projector(tokens.cls_features[row]).numpy()
+        given = (tokens.features, tokens.cls_attention, tokens.keys)
+        x, a, keys = (one[row].numpy() for one in given)
+        rows, slots = transcription(x, cls, a, keys, k - 1 - contextual, contextual, rule)
+        assert merged.slots[row].tolist() == slots
+        torch.testing.assert_close(merged.features[row], torch.from_numpy(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_a_place_reads_is_captured():
+    wanted = {"received_attention", "keys", "features"}
+    assert {need.what for need in VisionZip(cls="mean", place="after").needs} == wanted
+    assert {need.what for need in VisionZip(cls="mean").needs} == wanted | {"encoder_features", "projector"}
 
 
 @pytest.mark.parametrize("rule", ["add", "mean"])
@@ -158,7 +181,15 @@ def test_too_small_budgets_name_the_smallest_that_works(method, keep, crops, lea
 
 
 @pytest.mark.parametrize(
-    "options", [{"combine": "sum"}, {"contextual": -1}, {"contextual": 1.5}, {"cls": "no"}, {"anyres": "x"}]
+    "options",
+    [
+        {"combine": "sum"},
+        {"contextual": -1},
+        {"contextual": 1.5},
+        {"cls": "no"},
+        {"anyres": "x"},
+        {"place": "behind"},
+    ],
 )
 def test_unknown_options_are_refused(options):
     with pytest.raises(SpecError, match=f"{next(iter(options))}="):

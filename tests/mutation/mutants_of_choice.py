@@ -24,8 +24,8 @@ def descending(top_k: Function) -> Function:
 
 
 def shifted_slots(to_slots: Function) -> Function:
-    def changed(picture: Any, parts: Any) -> Any:
-        cut = to_slots(picture, parts)
+    def changed(picture: Any, parts: Any, *rest: Any) -> Any:
+        cut = to_slots(picture, parts, *rest)
         return None if cut is None else replace(cut, kept_slots=(cut.kept_slots + 1) % picture.length)
 
     return changed
@@ -34,8 +34,8 @@ def shifted_slots(to_slots: Function) -> Function:
 def patches_only(to_slots: Function) -> Function:
     """Newline and [CLS] slots go with the patches that are cut."""
 
-    def changed(picture: Any, parts: Any) -> Any:
-        cut = to_slots(picture, parts)
+    def changed(picture: Any, parts: Any, *rest: Any) -> Any:
+        cut = to_slots(picture, parts, *rest)
         if cut is None:
             return None
         patch = torch.isin(cut.kept_slots, picture.patches.to(cut.kept_slots.device))

@@ -177,8 +177,8 @@ class Method:
 
     def own(self, tokens: VisualTokens) -> Tensor | Sequence[Merged]:
         """What stays where no budget is given and ``counts`` is "own" or "both": (B, N) bool, or of a merging
-        method one ``Merged`` of one unit for each of the B units. Every unit keeps at least one row, and its
-        answer must not depend on the other units.
+        method one ``Merged`` of one unit for each of the B units. Every unit keeps at least one row, unless
+        ``least`` says 0, and its answer must not depend on the other units.
         """
         raise NotImplementedError
 
@@ -237,7 +237,7 @@ class Method:
     # --- checks -----------------------------------------------------------------------------------
 
     def least(self, count: int) -> int:
-        """The fewest tokens of ``count`` that this method can keep."""
+        """The fewest tokens of ``count`` that this method can keep; 0 where ``own`` may keep none."""
         return 1
 
     def check_unit(self, count: int) -> None:

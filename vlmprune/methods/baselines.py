@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baselines that every method has to beat: keep all, a random subset, a regular grid, or its averages.
+"""The baselines that every method has to beat: all tokens, none, a random subset, a grid, its averages.
 
     dense:   score_i = 1
+    blind:   no token stays
     random:  score_i ~ U(0, 1)
     uniform: the token nearest to the centre of each of k near-square cells of the grid
     pool:    y_c = mean of x_i over the tokens i of cell c
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..core.grid import cells, centres
-from ..core.method import Merged, Method, What
+from ..core.method import Counts, Merged, Method, What
 from ..core.tokens import VisualTokens
 from ..registry import register
 
@@ -33,6 +34,20 @@ class Dense(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.ones(tokens.batch, tokens.count, device=tokens.device)
+
+
+@register("blind")
+@dataclass(frozen=True)
+class Blind(Method):
+    """Keeps nothing of any picture: what the question alone gives away."""
+
+    counts: ClassVar[Counts] = "own"
+
+    def own(self, tokens: VisualTokens) -> Tensor:
+        return torch.zeros(tokens.batch, tokens.count, dtype=torch.bool, device=tokens.device)
+
+    def least(self, count: int) -> int:
+        return 0
 
 
 @register("random")

@@ -12,9 +12,15 @@ become targets, and every other patch is averaged into the target with the most 
 
 with A, K and H the attention, the keys (mean over heads) and the output of the layer the projector reads.
 
+``place="after"`` is for projectors that merge patches to tokens: there a token stands for its patches, with
+the mean of their A and K, and H is the token as the language model gets it. Averages are made behind the
+projector and not before it, because a merger reads patches in whole cells and only its output has one row
+for each token.
+
 Deviations: one budget is split into [CLS], dominant and contextual rows in the published proportion; sums and
 cosines in float32; key norms are clamped, where the official code gives NaN for a zero key; the default
-``combine="add"`` is the official code, "mean" the plain average that the method is described with.
+``combine="add"`` is the official code, "mean" the plain average that the method is described with;
+``place="after"`` is in neither.
 Provenance: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
 arXiv:2412.04467; written from a description of paper and official code (commit 3151f6d, Apache-2.0); no code
 copied.
@@ -62,7 +68,7 @@ def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Group
 
 
 def contextual_rows(H: Tensor, groups: Groups, combine: str) -> Tensor:
-    """(B, c, C) float32 contextual rows from encoder features H (B, N, C)."""
+    """(B, c, C) float32 contextual rows from the rows H (B, N, C) of the patches or tokens."""
     H_target, H_member = rows_at(H, groups.targets).float(), rows_at(H, groups.members).float()
     number = torch.arange(H_target.shape[1], device=H.device)
     joins = (groups.join[..., None] == number).float()  # (B, R-c, c); one_hot would wait for the GPU
@@ -86,6 +92,7 @@ class VisionZip(Method):
         cls: "token", or "mean" for towers without [CLS]: rank by received attention, no [CLS] row.
         layer: index into the hidden states of the tower, such as -2; None: the layer the model reads.
         anyres: "unpad", or "spatial", the authors' LLaVA-NeXT layout (budget per raw tile, no newline).
+        place: average "before" the projector, or "after" it, for projectors that merge patches to tokens.
     """
 
     contextual: int | None = None
@@ -93,6 +100,7 @@ class VisionZip(Method):
     cls: str = "token"
     layer: int | None = None
     anyres: str = "unpad"
+    place: str = "before"
 
     nested: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv:2412.04467"
@@ -103,19 +111,20 @@ class VisionZip(Method):
         if self.anyres == "spatial":
             object.__setattr__(self, "layout", "spatial")
         one_of("combine", self.combine, ("add", "mean"))
+        one_of("place", self.place, ("before", "after"))
         if self.contextual is not None:
             check_int("contextual", self.contextual, least=0)
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        return (
-            attention_need(self.cls, self.layer),
-            *([Need("cls_features")] if self.cls == "token" else []),
-            Need("keys", self.layer),
-            Need("encoder_features"),
-            Need("features"),
-            Need("projector"),
-        )
+        found = [attention_need(self.cls, self.layer), Need("keys", self.layer), Need("features")]
+        if self.cls == "token":
+            found.append(Need("cls_features"))
+        if self.place == "before":
+            found.append(Need("encoder_features"))
+        if self.place == "before" or self.cls == "token":
+            found.append(Need("projector"))
+        return tuple(found)
 
     def split(self, k: int, crops: int = 1) -> tuple[int, int, int]:
         """How many ([CLS], dominant, contextual) rows a budget of k buys a unit of ``crops`` crops."""
@@ -135,19 +144,32 @@ class VisionZip(Method):
         return A.sum(dim=1)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
-        H, features = tokens.need("encoder_features"), tokens.need("features")  # (B, N, C), (B, N, D)
-        if H.shape[1] != tokens.count:
-            raise UnsupportedError(
-                f"visionzip merges before the projector, but {H.shape[1]} patches become "
-                f"{tokens.count} tokens in this one"
-            )
+        features = tokens.need("features")  # (B, N, D)
+        H = self._averaged(tokens)  # (B, N, C) before the projector, (B, N, D) behind it
         cls = tokens.need("cls_features") if self.cls == "token" else H[:, :0]  # (B, T, C)
         crops = cls.shape[1]
         _, dominant, contextual = self.split(k, crops)
         groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual)
         context = contextual_rows(H, groups, self.combine).to(H.dtype)
-        made = tokens.need("projector")(torch.cat([cls, context], dim=1))  # works token by token
-        rows = [made[:, :crops], rows_at(features, groups.dominant), made[:, crops:]]
+        if self.place == "before":
+            made = tokens.need("projector")(torch.cat([cls, context], dim=1))  # works token by token
+            first, last = made[:, :crops], made[:, crops:]
+        else:
+            first, last = tokens.need("projector")(cls) if crops else cls, context
+        rows = [first, rows_at(features, groups.dominant), last]
         no_place = groups.targets.new_full(cls.shape[:2], -1)
         slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
         return Merged(torch.cat(rows, dim=1), slots, context=torch.arange(k) >= k - contextual)
+
+    def _averaged(self, tokens: VisualTokens) -> Tensor:
+        """(B, N, channels) what contextual rows are averages of."""
+        if self.place == "after":
+            return tokens.need("features")
+        H = tokens.need("encoder_features")
+        if H.shape[1] != tokens.count:
+            raise UnsupportedError(
+                f"visionzip merges before the projector, but {H.shape[1]} patches become "
+                f"{tokens.count} tokens in this one; average behind it with place='after', e.g. "
+                "visionzip(cls=mean,place=after)"
+            )
+        return H

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..api import prune, score
 from ..core.keepmap import KeepMap
+from ..errors import UnsupportedError
 from .checks_inside import counts_follow_the_schedule, cut_equals_twin
 from .conformance import RAGGED, Subject, close, expect, generate, report_of
 from .reference import (
@@ -26,6 +27,8 @@ from .tiny import tiny_row
 
 def keep_all_is_dense(subject: Subject) -> None:
     """keep = all: logits equal bit for bit, ids equal."""
+    if subject.keeps_nothing:
+        raise UnsupportedError(f"{subject.method.name} keeps nothing, whatever there is")
     cuts = subject.method.budgeted or subject.method.counts == "own"
     everything = subject.with_keep(1.0) if cuts else subject
     for images in ((1,), RAGGED):
@@ -63,7 +66,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
                 subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
             ]
-        for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions)):
+        for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions, subject.keeps_nothing)):
             want = greedy(subject.model, kept, ids.shape[1])
             expect(ids[i].tolist() == want, f"{positions} row {i}: answer {ids[i].tolist()}, by hand {want}")
             close(rows[i], logits_of(subject.model, kept)[-1], f"{positions} row {i} logits")

@@ -103,6 +103,11 @@ class Subject:
         return self.method.slot == "inside_lm"
 
     @property
+    def keeps_nothing(self) -> bool:
+        """Whether pictures may leave whole, with all that stands between their tokens."""
+        return self.method.least(GRID * GRID) == 0
+
+    @property
     def makes_rows(self) -> bool:
         """Whether the language model reads rows that a dense run does not have."""
         return self.method.kind() in ("merge", "shorten")

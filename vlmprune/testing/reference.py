@@ -125,12 +125,17 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
 
 
 def kept_by_hand(
-    model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap], positions: str
+    model: Any, inputs: dict[str, Tensor], maps: Sequence[KeepMap], positions: str, text_only: bool = False
 ) -> list[Kept]:
     """The kept part of every row of a batch, from dense embeddings and the KeepMaps of a pruned run.
 
-    KeepMaps lie in the order in which their pictures stand in the batch (images before clips).
+    KeepMaps lie in the order in which their pictures stand in the batch (images before clips). With
+    ``text_only`` newline and [CLS] embeddings of the pictures go as well.
     """
+    names = ("image_token_id", "video_token_id")
+    pictured = torch.isin(
+        inputs["input_ids"], torch.tensor([getattr(model.config, name, None) or -1 for name in names])
+    )
     embeds = merged_embeddings(model, inputs)
     columns = placeholder_columns(model, inputs["input_ids"], embeds)
     kept: list[Kept] = []
@@ -146,6 +151,8 @@ def kept_by_hand(
             keep[block] = False
             keep[[block[i] for i in one.keep_idx.tolist()]] = True
             start += one.total
+        if text_only:
+            keep &= ~pictured[row]
         chosen = dense.columns(keep[mask])
         kept.append(chosen if positions == "original" else chosen.recounted())
     if pending:

@@ -61,6 +61,7 @@ class BeforeLM:
             self.attachment.adapter.projector,
             strict=self.attachment.strict,
             checks=state.checks,
+            in_place=self.attachment.policy(self.method) == "original",
         )
         cut_sequence(state, self.attachment, self.method, cuts)
         if any(cut is not None for cut in cuts):
@@ -76,8 +77,14 @@ def cut_pictures(
     *,
     strict: bool = False,
     checks: Checks = NOW,
+    in_place: bool = False,
 ) -> list[Cut | None]:
-    """One Cut per picture, None where it stays whole. ``samples`` lists the pictures of each prompt."""
+    """One Cut per picture, None where it stays whole. ``samples`` lists the pictures of each prompt.
+
+    Args:
+        in_place: rows of merging methods stand in the slots of their tokens, because what a slot has beside
+            its row (its position, features added later) stays; otherwise in the order of the method.
+    """
     if budget is None and method.counts == "budget":
         return [None] * len(pictures)
     spatial = {
@@ -104,7 +111,12 @@ def cut_pictures(
         for p, part in split_by_picture(unit, choice, pictures, method):
             by_picture[p].append(part)
     for p, parts in by_picture.items():
-        cuts[p] = to_slots(pictures[p], parts)
+        if budget is None and all(part.index is not None and not len(part.index) for part in parts):
+            # newline and [CLS] slots go as well: they tell of the picture, and part nothing any more
+            none = torch.empty(0, dtype=torch.int64, device=pictures[p].features.device)
+            cuts[p] = Cut(none, none, pictures[p].grids)
+        else:
+            cuts[p] = to_slots(pictures[p], parts, in_place)
     return cuts
 
 
@@ -205,7 +217,7 @@ def split_by_picture(
     return parts
 
 
-def to_slots(picture: Picture, parts: Sequence[Choice]) -> Cut | None:
+def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) -> Cut | None:
     """Turn the choices inside one picture into slots."""
     if all(part.index is None for part in parts):
         return None
@@ -217,14 +229,14 @@ def to_slots(picture: Picture, parts: Sequence[Choice]) -> Cut | None:
         if picture.special is not None:
             slots = torch.cat([slots, picture.specials.to(slots.device)])
         return Cut(slots, keep_idx, picture.grids)
-    return _to_rows(picture, parts, keep_idx)
+    return _to_rows(picture, parts, keep_idx, in_place)
 
 
-def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor) -> Cut:
+def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_place: bool) -> Cut:
     """Slots and rows of a merging method; a unit that is kept whole beside merged ones counts as rows too."""
     slots, rows = [], []
     # rows may be reordered freely only where nothing else stands between the patches
-    listed_in_order = len(parts) == 1 and picture.special is None
+    listed_in_order = len(parts) == 1 and picture.special is None and not in_place
     for part in parts:
         own = torch.arange(picture.count) if part.own is None else part.own
         if part.rows is None or part.index is None:  # rows always come with an index
