@@ -225,6 +225,15 @@ def test_what_cannot_be_combined_or_asked_says_why() -> None:
             needs: ClassVar[tuple[What, ...]] = ()
 
 
+def test_clips_whose_patches_are_averaged_before_the_projector_are_refused() -> None:
+    model, inputs = tiny_model("llava_next_video"), tiny_inputs("llava_next_video", images=(1,), video=True)
+    with (
+        vlmprune.prune(model, "tome@9/crop"),
+        pytest.raises(UnsupportedError, match="averages the patches of a video"),
+    ):
+        model(**inputs)
+
+
 def test_images_that_were_encoded_without_it_cannot_be_used() -> None:
     model, inputs = tiny_model(), tiny_inputs()
     session = vlmprune.prune(model, "tome@9")

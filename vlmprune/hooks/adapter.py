@@ -46,6 +46,7 @@ class Adapter(Protocol):
         deepstack: method of the language model that adds features to hidden states after a layer.
         shortens: whether patches can leave inside the tower: a tower of plain blocks over (crops, patches,
             width), and a projector of single patches.
+        pools: what has its patches averaged in front of the projector.
         layers: indices of the hidden states that features are taken from.
         model: the whole ``...ForConditionalGeneration``.
         inner: the multimodal model in it, which encodes pictures and merges them into the text.
@@ -61,6 +62,7 @@ class Adapter(Protocol):
     text_type: ClassVar[int | None]
     deepstack: ClassVar[str | None]
     shortens: ClassVar[bool]
+    pools: ClassVar[tuple[ModalityName, ...]]
     model: Any
     inner: Any
     vision_tower: Any

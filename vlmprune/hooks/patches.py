@@ -145,6 +145,7 @@ class Encode(PatchedMethod):
         session.adapter.check(arguments, self.modality)
         checks = session.checks
         with session.capture.recording(checks) as record:
+            record.modality = self.modality.name
             output = self.original(*args, **kwargs)
         pictures = session.adapter.pictures(self.modality, output, arguments, record.take(), checks)
         return self._hand_over(output, pictures)

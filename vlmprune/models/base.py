@@ -18,7 +18,7 @@ from ..core.deferred import Checks, all_finite
 from ..core.method import Need, Positions, What
 from ..core.tokens import patches_first
 from ..errors import CaptureError, UnsupportedError
-from ..hooks.adapter import Modality
+from ..hooks.adapter import Modality, ModalityName
 from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
 from ..hooks.vision.tiles import Tiles
@@ -48,6 +48,7 @@ class Adapter:
     text_type: ClassVar[int | None] = None
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
+    pools: ClassVar[tuple[ModalityName, ...]] = ()
     # method of the language model that adds features to hidden states after a layer
     deepstack: ClassVar[str | None] = None
 

@@ -21,6 +21,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
     model_type = "llava_next_video"
     modalities = (IMAGE, VIDEO)
+    pools = ("video",)
 
     def _stride(self) -> int:
         return self.config.spatial_pool_stride

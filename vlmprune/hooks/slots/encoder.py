@@ -192,6 +192,15 @@ class EncoderSlot:
         run = self._run()
         return None if run is None else run.bias(self.prefix)
 
+    def _refuse_pooled(self, record: Record) -> None:
+        adapter = self.attachment.adapter
+        if record.modality in adapter.pools:
+            raise UnsupportedError(
+                f"{adapter.model_type} averages the patches of a {record.modality} in front of its "
+                f"projector, where {self.method.name} left some out; prune behind the tower, e.g. with "
+                "'fastervlm@64'"
+            )
+
     def _behind(self, number: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: object, output: Any) -> Any:
             record = self.attachment.record()
@@ -199,6 +208,7 @@ class EncoderSlot:
                 return None
             hidden = output[0] if isinstance(output, tuple) else output  # (T, p + n, C)
             if number == 0:
+                self._refuse_pooled(record)
                 self._local.run = Shortening.begin(record, hidden[:, self.prefix :])
             if number not in self.asked:
                 return None

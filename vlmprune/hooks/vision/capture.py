@@ -184,6 +184,7 @@ class Record:
 
     def __init__(self, capture: VisionCapture, checks: Checks) -> None:
         self.capture, self.checks = capture, checks
+        self.modality = "image"
         self.grad = torch.is_grad_enabled()
         self.rows: dict[int, Tensor] = {}
         self.found: dict[Need, Tensor] = {}
