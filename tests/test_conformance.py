@@ -111,6 +111,7 @@ REFUSALS = {
     },
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
     "takes no budget": set(FAMILIES),
+    "keeps nothing": set(FAMILIES),
 }
 
 

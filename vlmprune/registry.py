@@ -298,7 +298,8 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
             if field.init and field.default is MISSING and field.default_factory is MISSING
         ]
         needs = () if required else cls().needs
-    overrides_verb = any(getattr(cls, verb) is not getattr(Method, verb) for verb in VERBS[cls.slot])
+    verbs = (*VERBS[cls.slot], "own")
+    overrides_verb = any(getattr(cls, verb) is not getattr(Method, verb) for verb in verbs)
     doc = inspect.getdoc(cls) or ""
     return MethodInfo(
         name=name,

@@ -14,16 +14,8 @@ from transformers import DynamicCache
 
 import vlmprune
 from vlmprune.errors import UnsupportedError
-from vlmprune.hooks.attention_tap import (
-    AttentionCall,
-    AttentionTap,
-    TappedConfig,
-    find_attention,
-    over_keys,
-    over_slots,
-    probe,
-    tap,
-)
+from vlmprune.hooks.attention_call import AttentionCall, over_keys, over_slots
+from vlmprune.hooks.attention_tap import AttentionTap, TappedConfig, find_attention, probe, tap
 from vlmprune.testing.backbones import BACKBONES, RECURRENT
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 

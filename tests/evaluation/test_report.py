@@ -129,7 +129,7 @@ def test_results_that_cannot_be_read_say_where(broken_run, change, message):
 def test_a_speed_file_that_is_none_says_what_to_do(broken_run):
     write(broken_run / "speed.json", {"conditions": {}})
     with pytest.raises(
-        EvaluationError, match=r"speed.json lacks \['rows'\]; remove it and run `vlmprune bench"
+        EvaluationError, match=r"speed.json lacks a list of rows; measure it again with `vlmprune bench --out"
     ):
         write_report(broken_run)
 

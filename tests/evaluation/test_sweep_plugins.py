@@ -19,6 +19,7 @@ from vlmprune.evaluation.leaderboard.plan import Setting
 from vlmprune.evaluation.leaderboard.run import planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
 from vlmprune.evaluation.tasks import registry as tasks
+from vlmprune.evaluation.tasks.lmms.task import LmmsTask
 
 METHOD = """
 from vlmprune import Method, register
@@ -260,7 +261,8 @@ def test_functions_of_a_task_file_of_lmms_eval_count(tmp_path):
             "metric_list": [{"aggregation": sum}],
             "task": "x",
         }
-        task = SimpleNamespace(lmms=SimpleNamespace(config=SimpleNamespace(**lists)))
+        task = object.__new__(LmmsTask)
+        task.lmms = SimpleNamespace(config=SimpleNamespace(**lists))
         found.add(identity.task_code("lmms:x", task))
     assert len(found) == 2 and "" not in found
 

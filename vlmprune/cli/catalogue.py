@@ -153,6 +153,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "shorten": "drops or merges patches inside the vision tower",
         "reweight": "edits attention, chooses no tokens",
         "visible": "hides tokens from decode steps",
+        "": "lets tokens leave by a schedule, whatever they are",
     }
     return {
         "example": example(info),

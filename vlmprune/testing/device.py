@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..core.tokens import VisualTokens
@@ -147,7 +147,8 @@ class PretendedDevice(TorchDispatchMode):
 
     def away(self, value: Tensor) -> Pretended:
         """A tensor of the CPU as one of this device; not counted."""
-        return Pretended(value.detach(), self)
+        with _disable_current_modes():  # also while this device is pretended
+            return Pretended(value.detach(), self)
 
     def wait(self, what: str) -> None:
         """Count a wait at the line that asks for it."""
