@@ -30,7 +30,8 @@ _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)  # 
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 # other names for a budget; most mean the share to drop in one code base and the share to keep in another
 _BUDGET_WORDS = re.compile(
-    "keep(_ratio)?|budget|tokens|visual_token_num|retain(ed_tokens|_ratio)?|retention_ratio|ratio|rate|drop(_ratio)?|prune_ra(te|tio)|reduction_ratio|sparsity"
+    "keep(_ratio)?|budget|tokens|visual_token_num|retain(ed_tokens|_ratio)?|retention_ratio|ratio|rate|"
+    "drop(_ratio)?|prune_ra(te|tio)|reduction_ratio|sparsity"
 )
 
 
