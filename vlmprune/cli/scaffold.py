@@ -45,7 +45,7 @@ class $cls(Method):
 
     power: float = 1.0
 
-    needs: ClassVar[tuple[str, ...]] = ("features",)
+    needs = ("features",)
     paper: ClassVar[str] = ""
     licence: ClassVar[str] = ""
 
