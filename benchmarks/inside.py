@@ -43,7 +43,7 @@ from vlmprune.speed.timing import Entry, race, ratios, spread
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
 from llava_shape import SIZES, TEXT, Prompt, build
-from tax import _count, save
+from tax import _count, add_common_options, save
 
 
 class Watch:
@@ -128,21 +128,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--size", default="small", choices=list(SIZES), help="7b: as LLaVA-1.5-7B; default small"
     )
     parser.add_argument("--repeats", type=_count, default=15, help="rounds")
-    parser.add_argument("--warmup", type=_count, default=2, help="rounds that are not counted")
-    parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=["wall", "process"],
-        help="process: CPU seconds, for a busy machine",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="JSON list that takes the row, in place of an older one like it",
-    )
-    parser.add_argument("--json", action="store_true", help="print the row as the last line")
+    add_common_options(parser)
     return parser.parse_args(words)
 
 

@@ -178,6 +178,15 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--capture-repeats", type=_count, help="rounds for the cost of capture; default twice --repeats"
     )
+    add_common_options(parser)
+    options = parser.parse_args(words)
+    options.vision_repeats = options.vision_repeats or -(-options.repeats // 3)
+    options.capture_repeats = options.capture_repeats or 2 * options.repeats
+    return options
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """How to measure, and where the row goes."""
     parser.add_argument("--warmup", type=_count, default=2, help="rounds that are not counted")
     parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="default: all cores")
     parser.add_argument(
@@ -193,10 +202,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         help="JSON list that takes the row, in place of an older one like it",
     )
     parser.add_argument("--json", action="store_true", help="print the row as the last line")
-    options = parser.parse_args(words)
-    options.vision_repeats = options.vision_repeats or -(-options.repeats // 3)
-    options.capture_repeats = options.capture_repeats or 2 * options.repeats
-    return options
 
 
 def _count(word: str) -> int:
