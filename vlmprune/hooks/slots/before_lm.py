@@ -225,10 +225,7 @@ def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) 
     kept = [part.patches(picture.count) for part in parts]
     keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept]).sort().values
     if all(part.rows is None for part in parts):
-        slots = picture.slots_of(keep_idx)
-        if picture.special is not None:
-            slots = torch.cat([slots, picture.specials.to(slots.device)])
-        return Cut(slots, keep_idx, picture.grids)
+        return Cut.of(picture, keep_idx)
     return _to_rows(picture, parts, keep_idx, in_place)
 
 

@@ -34,6 +34,14 @@ class Cut:
     row_slots: Tensor | None = None
     rows: Tensor | None = None
 
+    @classmethod
+    def of(cls, picture: Picture, keep_idx: Tensor) -> Cut:
+        """Patches ``keep_idx`` (k,) of a picture that stay as they are, and all slots that are none."""
+        slots = picture.slots_of(keep_idx)
+        if picture.special is not None:
+            slots = torch.cat([slots, picture.specials.to(slots.device)])
+        return cls(slots, keep_idx, picture.grids)
+
     @property
     def realised(self) -> int:
         """Visual tokens that the language model reads for this picture, newlines not counted."""
@@ -72,9 +80,7 @@ def cut_sequence(
                 row_at.append(slots[cut.row_slots.to(slots.device)])
                 rows.append(cut.rows.to(embeds.device, embeds.dtype))
         first += len(placement.pictures)
-    keep = torch.ones_like(view.new) if lengths is None else view.new.clone()
-    keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
-    keep = keep.view(batch, length)
+    keep = staying(view.new, gone, kept, known=lengths is not None)
     if rows:
         embeds = embeds.flatten(0, 1).index_copy(0, joined(row_at), joined(rows)).view_as(embeds)
     if lengths is None:
@@ -93,6 +99,19 @@ def cut_sequence(
     report.sequence = (length, compaction.width)
     report.fire("enter")
     state.embeds = compaction.sequence(embeds)
+
+
+def staying(new: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor], *, known: bool) -> Tensor:
+    """(B, L) bool, columns that stay: all but those in ``gone``, of which those in ``kept`` stay as well.
+
+    Args:
+        new: (B, L) bool, columns that are tokens.
+        gone, kept: flat columns, row * L + column.
+        known: how many tokens a row has is known, so that padding need not count as kept.
+    """
+    keep = new.clone() if known else torch.ones_like(new)
+    keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
+    return keep.view_as(new)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

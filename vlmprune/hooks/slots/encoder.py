@@ -308,7 +308,4 @@ class EncoderSlot:
         keep_idx = present.nonzero()[:, 0]
         if keep_idx.shape[0] == picture.count:
             return None
-        slots = picture.slots_of(keep_idx)
-        if picture.special is not None:
-            slots = torch.cat([slots, picture.specials.to(slots.device)])
-        return Cut(slots, keep_idx, picture.grids)
+        return Cut.of(picture, keep_idx)

@@ -30,7 +30,7 @@ from ..sequence.compaction import Compaction
 from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
 from ..state import ForwardState
 from . import Attachment, Handle
-from .cutting import joined
+from .cutting import staying
 from .ranking import Ranked, asked_for, asks_the_question, attention_of, fields_of, read, states_of
 from .spans import InsideRecord, Span
 
@@ -301,8 +301,7 @@ class InsideLM:
             hidden = self._apply(spans, result, hidden)
             kept += [span.columns + span.row * length for span in spans]
         view = state.views.at(index)
-        stays = view.new.clone() if inside.lengths is not None else torch.ones_like(view.new)
-        stays = stays.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
+        stays = staying(view.new, gone, kept, known=inside.lengths is not None)
         if inside.lengths is None:
             width = length - dropped[0]
         else:
@@ -313,7 +312,7 @@ class InsideLM:
                 f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
                 "holds nothing else: there is nothing left to read; ask something about the picture"
             )
-        compaction = Compaction(stays.view(batch, length), view.new, width)
+        compaction = Compaction(stays, view.new, width)
         state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, self.attachment.policy(self.method))
         self._follow(state, compaction)
