@@ -22,10 +22,9 @@ from torch import Tensor
 from ..checks import check_int, check_number, one_of
 from ..core.deferred import all_finite
 from ..core.method import Method, Need, act_as, needs_of
-from ..core.select import best_first
+from ..core.select import best_first, rows_at
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError, SpecError
-from ..kernels import dispatch
 from ..registry import register
 from .pairs import unit
 
@@ -63,8 +62,7 @@ def marginal_relevance(
         picks = best_first(value.masked_fill(taken, -torch.inf), min(parallel, k - start))  # (B, p)
         order.append(picks)
         taken = taken.scatter(1, picks, True)
-        (rows,) = dispatch.gather_rows([x], picks)
-        like = (rows @ x.transpose(1, 2)).amax(dim=1)  # (B, p, N) -> (B, N)
+        like = (rows_at(x, picks) @ x.transpose(1, 2)).amax(dim=1)  # (B, p, N) -> (B, N)
         # only the newest picks are compared: what the earlier ones said is in ``near``
         near = like if near is None else torch.maximum(near, like)
         value = balance * importance - (1 - balance) * near

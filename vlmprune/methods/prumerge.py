@@ -33,10 +33,9 @@ from torch.nn.functional import normalize
 
 from ..checks import check_int, check_number, one_of
 from ..core.method import Counts, Merged, Method, Need
-from ..core.select import ranked, rest_of, top_k
+from ..core.select import ranked, rest_of, rows_at, top_k
 from ..core.tokens import VisualTokens
 from ..errors import UnsupportedError
-from ..kernels import dispatch
 from ..registry import register
 from .fastervlm import check_tower_options
 
@@ -63,7 +62,7 @@ def nearest(keys: Tensor, centres: Tensor, count: int) -> Tensor:
     if not count or not centres.shape[1]:
         return centres.new_empty(*centres.shape, count)
     for some in centres.split(_CENTRES_AT_ONCE, dim=1):
-        cosine = dispatch.gather_rows([unit], some)[0] @ unit.transpose(1, 2)  # (B, some, n)
+        cosine = rows_at(unit, some) @ unit.transpose(1, 2)  # (B, some, n)
         # a centre is no neighbour of its own, which is also why there are at most n - 1
         cosine = cosine.scatter(2, some[..., None], -torch.inf)
         found.append(top_k(cosine.flatten(0, 1), count).unflatten(0, some.shape))
@@ -81,7 +80,7 @@ def folded(x: Tensor, a: Tensor, centres: Tensor, near: Tensor) -> Tensor:
         # a product with a matrix of few entries: adding up by index is not deterministic on CUDA
         weights = a.new_zeros(*centre.shape, x.shape[1])  # (B, some, n)
         weights.scatter_(2, some, a[:, None].expand_as(weights).gather(2, some))
-        rows.append(dispatch.gather_rows([x], centre)[0] + weights @ x)
+        rows.append(rows_at(x, centre) + weights @ x)
     return torch.cat(rows, dim=1)
 
 

@@ -33,10 +33,9 @@ from torch import Tensor
 from ..checks import one_of
 from ..core.budget import Budget
 from ..core.method import CutPoint, Merged, Method, Need, Positions, SlotName, What
-from ..core.select import rest_of, top_k, top_k_in_groups
+from ..core.select import rest_of, rows_at, top_k, top_k_in_groups
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
-from ..kernels import dispatch
 from ..registry import register
 from .fastervlm import check_tower_options
 
@@ -92,15 +91,14 @@ class VScan(Method):
             return ()  # keeping everything is the dense model
         return ((SecondStage(*self.second, budget), None),)
 
-    def merge(self, tokens: VisualTokens, k: int, ranking: Tensor | None = None) -> Merged:
-        """``ranking`` (B, N) stands in for the deep attention."""
-        A = self.attention(tokens, None) if ranking is None else ranking.float()
+    def merge(self, tokens: VisualTokens, k: int) -> Merged:
+        A = self.attention(tokens, None)
         a = self.attention(tokens, self.shallow)
         members = windows(tokens.need("grids"), self.window)
         kept = scan(a, A, members.to(A.device), per_window(k, members, self.local), k)
         x = tokens.need("features")
         if self.merging == "none":
-            return Merged(_rows(x, kept), kept)
+            return Merged(rows_at(x, kept), kept)
         return Merged(merged_means(x, kept).to(x.dtype), kept)
 
     def attention(self, tokens: VisualTokens, layer: int | None) -> Tensor:
@@ -194,16 +192,16 @@ def joining(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N - k) tokens that are not among the kept (B, k), and which of these each is most similar to."""
     rest = rest_of(kept, x.shape[1])
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    cosine = _rows(unit, rest) @ _rows(unit, kept).transpose(1, 2)  # (B, N - k, k)
+    cosine = rows_at(unit, rest) @ rows_at(unit, kept).transpose(1, 2)  # (B, N - k, k)
     return rest, cosine.argmax(dim=-1)
 
 
 def merged_means(x: Tensor, kept: Tensor) -> Tensor:
     """(B, k, D) float32 means of the kept tokens of x (B, N, D), each with those that join it."""
     rest, target = joining(x, kept)
-    total = _rows(x, kept).float()
+    total = rows_at(x, kept).float()
     count = total.new_ones(*kept.shape, 1).scatter_add(1, target[..., None], total.new_ones(*rest.shape, 1))
-    joined = _rows(x, rest).float()
+    joined = rows_at(x, rest).float()
     return total.scatter_add(1, target[..., None].expand_as(joined), joined) / count
 
 
@@ -218,7 +216,3 @@ def official_keep(keep: int, count: int = 16) -> int:
     """
     local = keep // 2
     return local // count * count + keep - local
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return dispatch.gather_rows([x], index)[0]

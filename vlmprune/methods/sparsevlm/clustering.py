@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.select import best_first
+
 
 class Peaks(NamedTuple):
     """Clusters of n tokens."""
@@ -33,7 +35,7 @@ def density_peaks(x: Tensor, clusters: int) -> Peaks:
     denser = density[:, None, :] > density[:, :, None]
     apart = torch.where(denser, D, D.amax(dim=(1, 2), keepdim=True)).amin(dim=-1)
     prominence = density * apart
-    centres = prominence.sort(dim=-1, descending=True, stable=True).indices[:, :clusters]
+    centres = best_first(prominence, clusters)
     nearest = D.gather(1, centres[..., None].expand(-1, -1, x.shape[1])).argmin(dim=1)
     number = torch.arange(clusters, device=x.device).expand_as(centres)
     # a centre joins itself even where another one is as near

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...core.select import best_first
 from ...errors import SpecError
 from .raters import rated
 
@@ -39,7 +40,7 @@ def top_heads(scores: Tensor, heads: int | None) -> Tensor:
         raise SpecError(
             f"heads={count} but the language model has {scores.shape[1]}; choose fewer, or None for half"
         )
-    return scores.sum(dim=-1).sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return best_first(scores.sum(dim=-1), count)
 
 
 def top_head_scores(attention: Tensor, mask: Tensor | None, heads: int | None) -> Tensor:

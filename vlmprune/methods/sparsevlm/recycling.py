@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.method import Merged
-from ...core.select import rows_at, top_k
+from ...core.select import best_first, rows_at, top_k
 from ...errors import SpecError
 from .clustering import cluster_means, density_peaks
 
@@ -52,7 +52,7 @@ def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None 
     c = cluster_count(cut)
     # what is kept is no candidate
     of_cut = scores.scatter(1, picked.slots, -torch.inf)
-    best = of_cut.sort(dim=-1, descending=True, stable=True).indices[:, : candidate_count(cut)]
+    best = best_first(of_cut, candidate_count(cut))
     x = rows_at(features, best).float()  # (B, n1, D)
     merged = cluster_means(x, density_peaks(x, c).assignment, c).to(features.dtype)
     no_place = picked.slots.new_full((len(x), c), -1)
