@@ -232,21 +232,28 @@ def test_slots_held_and_seen_follow_the_schedule_and_decoding_counts_on():
         PyramidDrop(layers=(1, 2), shares=(0.34, 0.17)),
     )
     for policy, numbers in (("compact", ([10], [6], [5])), ("original", ([10], [10], [10]))):
-        asked = []
+        asked, turned = [], []
+
+        def turn(module, args, kwargs, turned=turned):
+            turned.append(kwargs["position_embeddings"])
 
         def ask(module, args, kwargs, asked=asked):
             asked.append(args[1] if len(args) > 1 else kwargs["position_ids"])
 
         handle = model.language_model.rotary_emb.register_forward_pre_hook(ask, with_kwargs=True)
         with torch.no_grad(), attach_to_decoder(model, method, positions=policy) as run:
+            spy = model.language_model.layers[2].register_forward_pre_hook(turn, with_kwargs=True)
             cache = model.read(embeds, [(2, 8)]).past_key_values
+            spy.remove()
             assert [cache.get_seq_length(layer) for layer in range(3)] == [
                 10,
                 6,
                 5,
             ] and cache.get_seq_length() == 10
             kept = [2 + i for i in run.last.keep[0].keep_idx.tolist()]
-            assert asked[-1][0].tolist() == ([0, 1, 2, 3, 4] if policy == "compact" else [0, 1, *kept, 8, 9])
+            places = [0, 1, 2, 3, 4] if policy == "compact" else [0, 1, *kept, 8, 9]
+            want = model.language_model.rotary_emb(embeds, torch.tensor([places]))
+            assert all(torch.equal(got, one) for got, one in zip(turned[0], want, strict=True))
             asked.clear()
             model.step(torch.randn(1, 1, 16), cache)
         handle.remove()

@@ -9,6 +9,8 @@ the host waits for the device anyway. What a failed check would have spoiled is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,45 +29,84 @@ class Checks:
         if not bool(ok):
             raise explain()
 
+    def finite(self, values: Tensor, explain: Explain) -> None:
+        """Raise the error where a value is NaN or infinite."""
+        if values.numel() and not bool(magnitude(values) < torch.inf):
+            raise explain()
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A check whose answer is on a device: () bool, or () a magnitude that must be finite."""
+
+    measured: Tensor
+    explain: Explain
+
+    def holds(self) -> bool:
+        """Whether it holds; waits for the device."""
+        return bool(self.measured if self.measured.dtype == torch.bool else self.measured < torch.inf)
+
 
 class DeferredChecks(Checks):
     """Makes checks on the CPU at once, and gathers those on a device."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Explain]] = []
+        self._waiting: list[_Waiting] = []
 
     def require(self, ok: Tensor, explain: Explain) -> None:
         if ok.device.type == "cpu":
             super().require(ok, explain)
         else:
-            self._waiting.append((ok.detach(), explain))
+            self._waiting.append(_Waiting(ok.detach().reshape(()), explain))
+
+    def finite(self, values: Tensor, explain: Explain) -> None:
+        if values.device.type == "cpu":
+            super().finite(values, explain)
+        elif values.numel():
+            self._waiting.append(_Waiting(magnitude(values), explain))
 
     def __bool__(self) -> bool:
         """Whether checks wait for their answer."""
         return bool(self._waiting)
 
-    def flag(self) -> Tensor:
-        """() bool on the device: all is well so far."""
-        return torch.stack([ok.reshape(()) for ok, _ in self._waiting]).all()
+    def _zero_or_nan(self, device: torch.device) -> Tensor:
+        """() float on ``device``: 0 if all is well so far, else NaN; a launch per check and one more."""
+        measured = [one.measured.to(device) for one in self._waiting]
+        answers = [one for one in measured if one.dtype == torch.bool]
+        magnitudes = [one for one in measured if one.dtype != torch.bool]
+        if magnitudes:  # the largest of them is NaN where one is; infinity less itself is NaN
+            largest = reduce(torch.maximum, magnitudes)
+            zero = largest - largest
+        else:
+            zero = answers[0] / answers[0] - 1  # 1 / 1 or 0 / 0
+        for ok in answers:
+            zero = zero / ok
+        return zero
 
     def poison(self, hidden: Tensor) -> Tensor:
         """``hidden`` as it is, or NaN everywhere after a failed check: no wrong answer can pass."""
-        if not self._waiting or self._waiting[0][0].device != hidden.device:
-            return hidden
-        return hidden.masked_fill(~self.flag(), torch.nan)
+        return hidden + self._zero_or_nan(hidden.device) if self._waiting else hidden
 
     def settle(self) -> None:
         """Wait for the answers and raise the first error."""
-        waiting, self._waiting = self._waiting, []
-        if waiting and not bool(torch.stack([ok.reshape(()) for ok, _ in waiting]).all()):
-            raise next(explain() for ok, explain in waiting if not bool(ok))
+        waiting, well = self._waiting, True
+        if waiting:  # one wait where all is well
+            well = bool(self._zero_or_nan(waiting[0].measured.device) == 0)
+        self._waiting = []
+        if not well:
+            raise next(one.explain() for one in waiting if not one.holds())
 
 
 NOW = Checks()
 
 
+def magnitude(values: Tensor) -> Tensor:
+    """() the largest magnitude, NaN or infinite where a value is. One launch; isfinite().all() takes four."""
+    return torch.linalg.vector_norm(values.detach(), ord=torch.inf)
+
+
 def all_finite(values: Tensor) -> Tensor:
-    """() bool: no value is NaN or infinite. Two launches on a device, where isfinite().all() takes five."""
+    """() bool: no value is NaN or infinite."""
     if values.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=values.device)
-    return torch.linalg.vector_norm(values.detach(), ord=torch.inf) < torch.inf  # NaN is less than nothing
+    return magnitude(values) < torch.inf  # NaN is less than nothing

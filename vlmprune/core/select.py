@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InvariantError, SpecError
 from ..kernels import unchecked
-from .deferred import NOW, Checks, all_finite
+from .deferred import NOW, Checks
 from .method import Merged, Method
 from .tokens import VisualTokens
 
@@ -154,8 +154,8 @@ def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: 
         raise InvariantError(
             f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}"
         )
-    checks.require(
-        all_finite(scores),
+    checks.finite(
+        scores,
         lambda: InvariantError(
             f"{method.name}: {int((~torch.isfinite(scores)).sum())} of {batch * n} scores are not finite and "
             f"cannot be ranked. {_LOOK}"
@@ -171,7 +171,7 @@ def _checked_indices(method: Method, keep: Tensor, batch: int, n: int, k: int, c
         )
     keep = keep.sort(dim=-1).values
     checks.require(
-        ~_misplaced(keep, 0, n).any(),
+        _distinct(keep, 0, n),
         lambda: InvariantError(
             f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices "
             f"in 0..{n - 1} per row"
@@ -196,18 +196,29 @@ def _checked_rows(
             f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}"
         )
     ordered = slots.sort(dim=-1).values
-    checks.require(
-        all_finite(rows),
+    checks.finite(
+        rows,
         lambda: InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}"),
     )
     checks.require(
-        ~_misplaced(ordered, -1, n).any(),
+        _distinct(ordered, -1, n),
         lambda: InvariantError(
             f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct "
             f"indices in 0..{n - 1} per row"
         ),
     )
     return merged
+
+
+def _distinct(ordered: Tensor, lowest: int, n: int) -> Tensor:
+    """() bool: ascending indices (B, K) are in range and differ (-1 may repeat); few launches on a device."""
+    if ordered.shape[1] == 0:
+        return torch.ones((), dtype=torch.bool, device=ordered.device)
+    steps = ordered.diff(dim=1)
+    if lowest < 0:
+        steps = steps + (ordered[:, :-1] < 0)
+    ends = ordered[:, :1] - (lowest - 1), n - ordered[:, -1:]
+    return (torch.cat([ends[0], steps, ends[1]], dim=1) > 0).all()
 
 
 def _misplaced(ordered: Tensor, lowest: int, n: int) -> Tensor:

@@ -267,6 +267,10 @@ class VisualTokens:
         """Raise the error unless ``ok``, a bool tensor with one element; on a device, once the host waits."""
         self.checks.require(ok, explain)
 
+    def require_finite(self, values: Tensor, explain: Explain) -> None:
+        """Raise the error where a value is NaN or infinite; on a device, once the host waits."""
+        self.checks.finite(values, explain)
+
     @overload
     def need(self, name: _TensorField, layer: int | float | None = None) -> Tensor: ...
     @overload

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.deferred import NOW, Checks
+from ..core.deferred import NOW, Checks, magnitude
 from ..errors import UnsupportedError
 
 # relative error of a recomputed output row: right formulas stay below 1e-6 in float32, wrong ones exceed 0.5
@@ -62,8 +63,9 @@ class AttentionCall:
         groups = self.queries.shape[1] // self.keys.shape[1]  # query heads that share a key head
         # (B, Hk, groups * R, d)
         queries = self.queries.gather(2, at).float().unflatten(1, (-1, groups)).flatten(2, 3)
-        folded = torch.cat([queries @ keys.float().transpose(2, 3) for keys in _in_parts(self.keys)], dim=-1)
-        logits = folded.unflatten(2, (groups, -1)).flatten(1, 2) * self.scaling
+        folded = [_scaled(queries, keys.float(), self.scaling) for keys in _in_parts(self.keys)]
+        whole = folded[0] if len(folded) == 1 else torch.cat(folded, dim=-1)
+        logits = whole.unflatten(2, (groups, -1)).flatten(1, 2)
         softcap = self.options.get("softcap")
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
@@ -73,6 +75,9 @@ class AttentionCall:
         mask = self.mask
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point():
             return logits + self._rows_of(mask, rows).float()
+        if mask is None and self._causal and self.options.get("sliding_window") is None:
+            slots = torch.arange(self.keys.shape[2], device=rows.device)
+            return logits.masked_fill((slots > self._own_keys(rows)[..., None])[:, None], -torch.inf)
         visible = self.visible(rows)
         return logits.masked_fill(~(visible if visible.ndim == 4 else visible[:, None]), -torch.inf)
 
@@ -91,9 +96,7 @@ class AttentionCall:
         if hasattr(mask, "mask_mod"):  # flex attention
             batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
             return mask.mask_mod(batch, torch.zeros_like(batch), rows[..., None], slots[None, None])
-        fed = self.queries.shape[2]
-        own = rows + held - fed if self.flash or fed == 1 else rows  # (B, R), the key of every query itself
-        at = own[..., None]
+        at = self._own_keys(rows)[..., None]
         everything = torch.ones(*rows.shape, held, dtype=torch.bool, device=rows.device)
         seen = slots <= at if self._causal else everything
         window = self.options.get("sliding_window")
@@ -102,6 +105,11 @@ class AttentionCall:
         if isinstance(mask, Tensor):
             seen = seen & mask[:, None, :held].bool()
         return seen
+
+    def _own_keys(self, rows: Tensor) -> Tensor:
+        """(B, R), the key of every query itself."""
+        held, fed = self.keys.shape[2], self.queries.shape[2]
+        return rows + held - fed if (self.flash or fed == 1) and held != fed else rows
 
     @property
     def _causal(self) -> bool:
@@ -123,7 +131,8 @@ class AttentionCall:
         weights_of = weights.unflatten(1, (self.values.shape[1], -1)).flatten(2, 3)  # (B, Hk, groups * R, S)
         shares = weights_of.split([part.shape[2] for part in parts], dim=-1)
         # (B, Hk, groups * R, d)
-        folded = sum(share @ part.float() for share, part in zip(shares, parts, strict=True))
+        pairs = zip(shares, parts, strict=True)
+        folded = reduce(torch.add, [_product(share, part.float()) for share, part in pairs])
         return folded.unflatten(2, (-1, weights.shape[2])).flatten(1, 2).transpose(1, 2)
 
     def received(self, rows: int = 16) -> Tensor:
@@ -186,16 +195,29 @@ class AttentionCall:
             keep = real[..., None, None]
             given, made = given.where(keep, 0.0), made.where(keep, 0.0)
         bound = _TOLERANCE.get(output.dtype, _TOLERANCE_HALF)
-        error = (made - given).abs().amax() / given.abs().amax().clamp_min(1e-20)
-        overflow = given.isnan().any()  # of the model itself: what is captured is checked for that
+        wrong, largest = magnitude(made - given), magnitude(given)
+        overflow = largest != largest  # NaN of the model itself: what is captured is checked for that
         checks.require(
-            (error <= bound) | overflow,
+            (wrong <= bound * largest) | overflow,
             lambda: UnsupportedError(
                 f"attention rows of {type(self.module).__name__} were recomputed with an error of "
-                f"{float(error):.2g} (at most {bound:g} is rounding): it attends by a rule that is not known "
-                "here; use a method that reads no attention of it, e.g. 'divprune@64'"
+                f"{float(wrong / largest.clamp_min(1e-20)):.2g} (at most {bound:g} is rounding): it attends "
+                "by a rule that is not known here; use a method that reads no attention of it, e.g. "
+                "'divprune@64'"
             ),
         )
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """(B, H, n, d) x (B, H, d, m) -> (B, H, n, m); a plain matmul is two operations on a device."""
+    return torch.bmm(one.flatten(0, 1), other.flatten(0, 1)).unflatten(0, one.shape[:2])
+
+
+def _scaled(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """(B, H, n, d) x (B, H, m, d) -> (B, H, n, m) inner products times ``scale``."""
+    each = queries.flatten(0, 1)
+    made = torch.baddbmm(each[..., :1], each, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    return made.unflatten(0, queries.shape[:2])
 
 
 def _in_parts(states: Tensor) -> tuple[Tensor, ...]:

@@ -137,11 +137,13 @@ class ForwardState:
         """Per layer, what was marked in earlier forwards of this conversation."""
         return {} if self.cache_state is None else self.cache_state.marks
 
-    def kept_patches(self, number: int, picture: Picture) -> Tensor:
-        """(n,) ascending patches of a picture, by its number in the report, that enter the first layer."""
+    def kept_patches(self, number: int, picture: Picture) -> Tensor | None:
+        """(n,) ascending patches of a picture, by its number in the report, that enter the first layer; None:
+        all of them.
+        """
         cut = self.cuts[number] if self.cuts else None
         if cut is None:
-            return torch.arange(picture.count, device=picture.features.device)
+            return None
         if cut.row_slots is None:
             return cut.keep_idx
         slots = cut.row_slots.sort().values  # a merged row stands for the patch whose place it takes
@@ -161,7 +163,7 @@ class ForwardState:
 
         Such layers cannot skip a dead slot; at the beginning of a conversation their state is empty.
         """
-        if self.views.at(0).held.shape[1] == 0 or not has_running_states(self.cache):
+        if compaction.is_even or self.views.at(0).held.shape[1] == 0 or not has_running_states(self.cache):
             return
         if bool((compaction.count != compaction.width).any()):
             raise UnsupportedError(

@@ -25,6 +25,14 @@ def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor
     return idx
 
 
+def prune(
+    scores: Tensor, k: int, xs: Sequence[Tensor], *, backend: str | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """``topk_select`` by float32 scores (B, N), and these rows (B, k, *) of each of xs (B, N, *)."""
+    idx, ys = run("prune", (scores, k, list(xs), 0, 0), (scores, *xs), backend, xs)
+    return idx, list(ys)
+
+
 def gather_rows(
     xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None
 ) -> list[Tensor]:

@@ -25,7 +25,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.deferred import all_finite
 from ..core.method import Method, What
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError
@@ -72,8 +71,8 @@ class DivPrune(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         order, distance = greedy_maxmin(tokens.need("features"), k)
-        tokens.require(
-            all_finite(distance),
+        tokens.require_finite(
+            distance,
             lambda: InvariantError(
                 "divprune: distances between features are not finite. Check the features for NaN and overflow"
             ),

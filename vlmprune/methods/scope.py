@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, one_of
-from ..core.deferred import all_finite
 from ..core.method import Method, Need
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError
@@ -103,8 +102,8 @@ class SCOPE(Method):
             ),
         )
         order, worth = cover_salient(patch_rows(tokens), saliency**self.alpha, k, self.combine)
-        tokens.require(
-            all_finite(worth),
+        tokens.require_finite(
+            worth,
             lambda: InvariantError("scope: patches are not finite. Check the features for NaN and overflow"),
         )
         return order

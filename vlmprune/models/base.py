@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.deferred import Checks, all_finite
+from ..core.deferred import Checks
 from ..core.method import Need, Positions, What
 from ..core.tokens import patches_first
 from ..errors import CaptureError, UnsupportedError
@@ -162,7 +162,7 @@ class Adapter:
         if captured:
             for need, value in captured.items():
                 # noted and read later: looking at the answer here would make the host wait for the tower
-                checks.require(all_finite(value), partial(_not_finite, modality, need))
+                checks.finite(value, partial(_not_finite, modality, need))
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
         parts = {need: self.divide(modality, value, counts, arguments) for need, value in captured.items()}
@@ -203,7 +203,8 @@ class Adapter:
         if raw:
             # all quantities go through the model's packing as channels of one tensor, in float32, since it
             # may scale down
-            packed = pack(torch.cat([value.float() for value in raw.values()], dim=-1))  # (length, channels)
+            channels = [value.float() for value in raw.values()]
+            packed = pack(channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1))  # (length, c)
             if special is not None:
                 # indices from the CPU: a mask on the device would make the host wait for its count
                 packed = packed[(~special).nonzero()[:, 0].to(packed.device)]

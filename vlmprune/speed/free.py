@@ -70,10 +70,10 @@ class FreeSide:
         for start, compaction in self.session.state.views.cuts:
             # a cut before the language model is listed at layer 0 too; its parent was longer than the input
             if start == index and not (
-                start == 0 and compaction.kept.shape[1] > self._given["inputs_embeds"].shape[1]
+                start == 0 and compaction.length > self._given["inputs_embeds"].shape[1]
             ):
                 self.cuts[index] = (
-                    compaction.index.clone(),
+                    compaction.index.long().clone(),
                     self.session.state.views.at(index).position_ids.clone(),
                 )
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compaction: from a sequence of L columns to the shorter one of the N columns that are kept.
 
-Rows of a batch that keep fewer columns than the longest are filled on the left with *dead slots*: they repeat
-a real, dropped token, so that nothing is ever NaN, and they are masked.
+There are two ways to make one. Where every row loses the same number of tokens, the usual case, one fused
+kernel selects the columns and copies all that goes with them (``Compaction.even``). Otherwise rows that keep
+fewer columns than the longest are filled on the left with *dead slots*: they repeat a real, dropped token, so
+that nothing is ever NaN, and they are masked.
 
 Where the lengths are known from shapes alone, nothing here asks the device for a value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -29,25 +32,53 @@ class Compaction:
         width: N, where the caller knows it; padding columns then count as kept. Without it padding is
             dropped, or a row without a picture would stop the whole batch from shrinking, and the device is
             asked once.
-        tail: columns at the end that every row keeps, where the caller knows a lower bound.
     """
 
-    def __init__(
-        self, keep: Tensor, valid: Tensor, width: int | None = None, tail: int | None = None
-    ) -> None:
-        self.kept = keep = keep if width is not None else keep & valid
-        if tail is None and width is not None and keep.device.type != "cpu":
-            tail = 0  # a bound for what may be cropped of a cache, which is not worth asking the device for
-        if width is None or tail is None:
-            every = keep.all(dim=0).flip(0).cumprod(0).sum()  # columns at the end that every row keeps
-            width, tail = torch.stack([keep.sum(dim=1).max(), every]).tolist()
-        self.width, self.tail = width, tail
+    is_even = False  # every row keeps all its columns but the same number of tokens: nothing is filled up
+
+    def __init__(self, keep: Tensor, valid: Tensor, width: int | None = None) -> None:
+        self._keep = keep = keep if width is not None else keep & valid
+        self.width = int(keep.sum(dim=1).max()) if width is None else width
+        self.length = keep.shape[1]
         # a stable sort puts dropped columns first and kept ones last, both ascending: its end is the new
         # sequence
         order = keep.to(torch.int8).argsort(dim=1, stable=True)
-        self.index = order[:, keep.shape[1] - width :]  # (B, N)
+        self.index = order[:, self.length - self.width :]  # (B, N)
         self.valid = (keep & valid).gather(1, self.index)  # (B, N)
         self._tokens = valid
+
+    @staticmethod
+    def even(
+        stays: Tensor,
+        width: int,
+        valid: Tensor,
+        position_ids: Tensor,
+        along: Sequence[Tensor],
+        *,
+        whole: bool,
+    ) -> Compaction:
+        """A cut after which every row keeps ``width`` columns: those where ``stays`` (B, L) is 1 and not 0.
+
+        Args:
+            stays: float32.
+            valid: (B, L) bool, columns that are tokens; all that go are.
+            position_ids: (..., B or 1, L).
+            along: (B or 1, L, *), what ``sequence`` will be asked for once.
+            whole: all columns are tokens.
+        """
+        return _Even(stays, width, valid, position_ids, along, whole)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(B, L) bool, columns that stay."""
+        return self._keep
+
+    @cached_property
+    def tail(self) -> int:
+        """Columns at the end that every row keeps: a bound for what may be cropped of a cache."""
+        if self.kept.device.type != "cpu":
+            return 0  # not worth asking the device for
+        return int(self.kept.all(dim=0).flip(0).cumprod(0).sum())
 
     @cached_property
     def dropped(self) -> Tensor:
@@ -65,17 +96,21 @@ class Compaction:
         return self.dropped.cumsum(dim=1)
 
     @property
-    def lost(self) -> Tensor:
-        """(B,) tokens dropped from each row."""
+    def lost(self) -> Tensor | int:
+        """(B,) tokens dropped from each row, or one number for all rows."""
         return self.lost_before[:, -1]
 
+    def lengths(self, before: list[int]) -> list[int]:
+        """Tokens of every row, of which there were so many."""
+        return self.count.tolist()
+
     def sequence(self, rows: Tensor) -> Tensor:
-        """(B, L, D) -> (B, N, D)."""
+        """(B, L, *) -> (B, N, *)."""
         return unchecked.gather_rows([rows], self.index.to(rows.device))[0]
 
     def follow(self, mask: Tensor) -> Tensor:
         """(B, L) bool marks of columns -> (B, N)."""
-        return mask.gather(1, self.index) & self.valid
+        return mask.gather(1, self.index.long()) & self.valid
 
     def new_columns(self) -> Tensor:
         """(B, L) column of the new sequence where each kept column of the old one went."""
@@ -86,14 +121,93 @@ class Compaction:
 
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         """(..., B or 1, L) -> (..., B, N)."""
-        index = self.index.to(position_ids.device)
+        kept = self._positions_of(position_ids)
+        return self._counted_again(kept) if policy == "compact" else kept
+
+    def _positions_of(self, position_ids: Tensor) -> Tensor:
+        index = self.index.to(position_ids.device).long()
         full = position_ids.expand(*position_ids.shape[:-2], *index.shape[:1], position_ids.shape[-1])
-        kept = full.gather(-1, index.expand(*full.shape[:-1], index.shape[-1]))
-        if policy == "compact":  # dead slots must not go below 0
-            kept = (kept - self.lost_before.to(kept.device).gather(1, index)).clamp_min(0)
-        return kept
+        return full.gather(-1, index.expand(*full.shape[:-1], index.shape[-1]))
+
+    def _counted_again(self, kept: Tensor) -> Tensor:
+        """Positions (B, N) less the tokens lost before each; those of dead slots must not go below 0."""
+        return (kept - self.lost_before.gather(1, self.index).to(kept.device)).clamp_min(0)
 
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every old column takes the last kept row at or before it."""
         source = self.new_columns().clamp_min(0).to(rows.device)  # (B, L)
         return unchecked.gather_rows([rows], source)[0]
+
+
+class _Even(Compaction):
+    """See ``Compaction.even``: what follows from equal lengths, in few launches; ``index`` is int32."""
+
+    is_even = True
+
+    def __init__(
+        self,
+        stays: Tensor,
+        width: int,
+        valid: Tensor,
+        position_ids: Tensor,
+        along: Sequence[Tensor],
+        whole: bool,
+    ) -> None:
+        self.length, self.width, self._tokens, self._whole = stays.shape[1], width, valid, whole
+        batch, device = stays.shape[0], stays.device
+        # the axes of M-RoPE behind the columns, as the kernel copies rows
+        places = position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)
+        xs = [x.to(device).expand(batch, *x.shape[1:]) for x in (places, *along)]
+        self.index, cut = unchecked.prune(stays, width, xs if whole else [*xs, valid])  # (B, N)
+        self.valid = valid[:, :width] if whole else cut.pop()
+        positions = cut[0][..., 0] if position_ids.ndim == 2 else cut[0].movedim(-1, 0)
+        self._cut = [(position_ids, positions), *zip(along, cut[1:], strict=True)]
+
+    @cached_property
+    def kept(self) -> Tensor:
+        return torch.zeros_like(self._tokens).scatter(1, self.index.long(), True)
+
+    @property
+    def lost(self) -> int:
+        return self.length - self.width
+
+    def lengths(self, before: list[int]) -> list[int]:
+        return [length - self.lost for length in before]
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """(L,) int32, numbers of the columns."""
+        return torch.arange(self.length, dtype=torch.int32, device=self.index.device)
+
+    def _taken(self, given: Tensor) -> Tensor | None:
+        """What was cut of ``given`` in the same launch, once: else the long one would live on with this."""
+        for number, (long, short) in enumerate(self._cut):
+            if long is given:
+                del self._cut[number]
+                return short
+        return None
+
+    def sequence(self, rows: Tensor) -> Tensor:
+        cut = self._taken(rows)
+        return super().sequence(rows) if cut is None else cut
+
+    def _positions_of(self, position_ids: Tensor) -> Tensor:
+        cut = self._taken(position_ids)
+        return super()._positions_of(position_ids) if cut is None else cut.to(position_ids.device)
+
+    def _counted_again(self, kept: Tensor) -> Tensor:
+        # a kept column has moved to the left by the tokens that went before it
+        numbers = kept - (self.index - self._columns[: self.width]).to(kept.device)
+        return numbers if self._whole else numbers.clamp_min(0)  # padding has any position
+
+    def new_columns(self) -> Tensor:
+        return self._last_kept().long()
+
+    def expand(self, rows: Tensor) -> Tensor:
+        return unchecked.gather_rows([rows], self._last_kept().to(rows.device))[0]
+
+    def _last_kept(self) -> Tensor:
+        """(B, L) int32, where the last kept column at or before each went; 0 where there is none."""
+        columns = self._columns.expand(self.index.shape[0], -1).contiguous()
+        behind = self.index[:, 1:].contiguous()  # all kept ones but the first
+        return torch.searchsorted(behind, columns, right=True, out_int32=True)

@@ -41,7 +41,7 @@ class TokenTypes:
     config: Any
 
     def cut(self, compaction: Compaction) -> TokenTypes:
-        return replace(self, new=self.new.gather(1, compaction.index.to(self.new.device)))
+        return replace(self, new=self.new.gather(1, compaction.index.long().to(self.new.device)))
 
     def masks(self, hidden: Tensor, valid: Tensor, cache: Any) -> Any:
         """A mask, or one per kind of layer, for the new tokens over all (B, P + n) slots."""

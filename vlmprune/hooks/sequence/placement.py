@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,13 +28,26 @@ class Placement:
         pictures: as encoded, not expanded for beams.
         rows: numbers of the pictures of every row, in reading order.
         visual: (B, L) bool, their placeholder columns.
-        flat: (S,) where each slot stands, as row * L + column, in reading order, row after row.
+        host: the same on the CPU; None where the device was not asked.
     """
 
     pictures: Sequence[Picture]
     rows: list[list[int]]
     visual: Tensor
-    flat: Tensor
+    host: Tensor | None
+
+    @property
+    def total(self) -> int:
+        """S, slots of all pictures in all rows."""
+        return sum(self.pictures[p].length for row in self.rows for p in row)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """(S,) where each slot stands, as row * L + column, in reading order, row after row."""
+        if self.host is not None:
+            return self.host.flatten().nonzero()[:, 0].to(self.visual.device)
+        # placeholders first, each kind in ascending order
+        return (~self.visual.flatten()).to(torch.int8).argsort(stable=True)[: self.total]
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(row, picture, first slot) of every picture in every row that shows it, in reading order."""
@@ -44,9 +58,16 @@ class Placement:
                 start += self.pictures[p].length
         return found
 
-    def columns(self, start: int, slots: Tensor) -> Tensor:
-        """(n,) columns in their row of some slots of the picture whose first slot is ``start``."""
-        return self.flat[start + slots.to(self.flat.device)] % self.visual.shape[1]
+    def columns(self, row: int, start: int, slots: Tensor | int) -> Tensor:
+        """(n,) columns in ``row`` of some slots (n,) of the picture whose first slot is ``start``.
+
+        A number stands for that many first slots.
+        """
+        if isinstance(slots, int):
+            flat = self.flat[start : start + slots]
+        else:
+            flat = self.flat[start + slots.to(self.flat.device)]
+        return flat - row * self.visual.shape[1] if row else flat
 
 
 @dataclass(eq=False)
@@ -102,7 +123,7 @@ def place(pictures: Sequence[Picture], columns: Columns, modality: int, checks: 
     if columns.host is not None:
         here = columns.host[modality]
         rows = assign(lengths, here.sum(dim=1).tolist())
-        return Placement(pictures, rows, visual, here.flatten().nonzero()[:, 0].to(visual.device))
+        return Placement(pictures, rows, visual, here)
     total = sum(lengths)
     checks.require(
         visual.sum() == total,
@@ -110,9 +131,7 @@ def place(pictures: Sequence[Picture], columns: Columns, modality: int, checks: 
             f"{int(visual.sum())} placeholder tokens for pictures of {lengths} tokens; expected {total}"
         ),
     )
-    # placeholders first, each kind in ascending order
-    flat = (~visual[0]).to(torch.int8).argsort(stable=True)[:total]
-    return Placement(pictures, [list(range(len(pictures)))], visual, flat)
+    return Placement(pictures, [list(range(len(pictures)))], visual, None)
 
 
 def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

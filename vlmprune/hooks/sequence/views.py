@@ -27,8 +27,8 @@ class SequenceView:
         held: (B, P) bool, slots of the cache from before this call: False for dead slots and padding.
         new: (B, n) bool, the same for the columns of this call.
         position_ids: (B or 1, n); (3 or 4, B, n) for M-RoPE, four with the plain numbers first.
-        lost: (B,) tokens cut so far in this group, earlier turns included, where positions are re-counted;
-            None: nothing was.
+        lost: tokens cut so far in this group, earlier turns included, where positions are re-counted: (B,),
+            or one number for all rows; None: nothing was.
         maskless: the mask may stay None: every slot is a token, which is known without asking a device.
         gaps: positions were not re-counted after a cut of this call.
         types: what each token is, where the model lets some tokens attend both ways.
@@ -38,7 +38,7 @@ class SequenceView:
     held: Tensor
     new: Tensor
     position_ids: Tensor
-    lost: Tensor | None
+    lost: Tensor | int | None
     maskless: bool = False
     gaps: bool = False
     types: TokenTypes | None = None
@@ -61,7 +61,7 @@ class SequenceView:
         """This view after a cut."""
         lost = self.lost
         if policy == "compact":
-            lost = compaction.lost if lost is None else lost + compaction.lost.to(lost.device)
+            lost = compaction.lost if lost is None else _sum(lost, compaction.lost)
         types = None if self.types is None else self.types.cut(compaction)
         positions = compaction.positions(self.position_ids, policy)
         maskless = self.maskless and compaction.valid.shape[0] == 1  # more rows may be filled up
@@ -107,15 +107,19 @@ class SequenceView:
             held = held[:, :1].expand(-1, held.shape[1] + seen - static)
         elif seen > static:
             held = torch.cat([held, mask[:, static:seen]], dim=1)
-        if lost is not None:
+        if isinstance(lost, Tensor):
             lost = lost.to(position_ids.device)
             position_ids = position_ids - lost[:, None]
+        elif lost is not None:
+            position_ids = position_ids - lost
         return SequenceView(self.start, held, mask[:, seen:], position_ids, lost, maskless, types=types)
 
     def select(self, rows: Tensor) -> SequenceView:
         """The rows of a batch that beam search goes on with."""
         held = self.held[rows.to(self.held.device)]
-        lost = None if self.lost is None else self.lost[rows.to(self.lost.device)]
+        lost = self.lost
+        if isinstance(lost, Tensor):
+            lost = lost[rows.to(lost.device)]
         return SequenceView(self.start, held, held[:, :0], self.position_ids, lost)
 
     # --- for the layers of the group --------------------------------------------------------------
@@ -139,6 +143,10 @@ class SequenceView:
         if isinstance(made, Tensor):
             return made.to(hidden.device)
         return tuple(angle.to(hidden.device) for angle in made)
+
+    def take_angles(self, language_model: nn.Module, layer: int, angles: tuple[Tensor, ...]) -> None:
+        """Use these as the angles of a layer and others of its kind: they were cut of those before."""
+        self._angles[angle_kind(language_model, layer)] = angles
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
@@ -165,6 +173,12 @@ class SequenceView:
         if kinds is None:
             return self.mask(config, 0, hidden, cache)
         return {kind: self.mask(config, kinds.index(kind), hidden, cache) for kind in set(kinds)}
+
+
+def _sum(one: Tensor | int, other: Tensor | int) -> Tensor | int:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        other = other.to(one.device)
+    return one + other
 
 
 class Views:

@@ -114,7 +114,7 @@ def cut_pictures(
         if budget is None and all(part.index is not None and not len(part.index) for part in parts):
             # newline and [CLS] slots go as well: they tell of the picture, and part nothing any more
             none = torch.empty(0, dtype=torch.int64, device=pictures[p].features.device)
-            cuts[p] = Cut(none, none, pictures[p].grids)
+            cuts[p] = Cut(none, none, pictures[p].grids, pictures[p].length)
         else:
             cuts[p] = to_slots(pictures[p], parts, in_place)
     return cuts
@@ -249,7 +249,7 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_pla
     every = joined([one.to(device) for one in slots])
     merged = joined([one.to(device, rows[0].dtype) for one in rows])
     kept = every if picture.special is None else torch.cat([every, picture.specials.to(device)])
-    return Cut(kept, keep_idx, picture.grids, every, merged)
+    return Cut(kept, keep_idx, picture.grids, picture.length, every, merged)
 
 
 def hosts_of(slots: Tensor, index: Tensor) -> Tensor:
@@ -280,4 +280,4 @@ def _cut_tiles(
     if found is None:
         return None
     slots = torch.arange(found.rows.shape[0])
-    return Cut(slots, found.keep_idx, found.grids, slots, found.rows)
+    return Cut(slots, found.keep_idx, found.grids, picture.length, slots, found.rows)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core.method import Method
 from ...errors import InvariantError
 from ..sequence.compaction import Compaction
+from ..sequence.placement import Placement
 from ..state import ForwardState
 from ..vision.pictures import Grids, Picture
 from . import Attachment
@@ -25,12 +26,14 @@ class Cut:
         kept_slots: (K,) placeholder slots that stay, newline and [CLS] slots included, in any order.
         keep_idx: (k,) patches that stay; ascending where nothing is merged, -1 for rows without a place.
         grids: blocks that ``keep_idx`` counts in: those of the picture, or of its tiles before unpadding.
+        length: slots that the picture had.
         row_slots, rows: (M,) slots and the (M, D) embeddings that take their place, for merging methods.
     """
 
     kept_slots: Tensor
     keep_idx: Tensor
     grids: Grids
+    length: int
     row_slots: Tensor | None = None
     rows: Tensor | None = None
 
@@ -40,7 +43,7 @@ class Cut:
         slots = picture.slots_of(keep_idx)
         if picture.special is not None:
             slots = torch.cat([slots, picture.specials.to(slots.device)])
-        return cls(slots, keep_idx, picture.grids)
+        return cls(slots, keep_idx, picture.grids, picture.length)
 
     @property
     def realised(self) -> int:
@@ -60,45 +63,98 @@ def cut_sequence(
             report.realised_tokens[number] = cut.realised
             report.layer_tokens[number] = [cut.realised] * attachment.depth
             report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
-    embeds = state.embeds  # (B, L, D)
-    batch, length = embeds.shape[:2]
-    view = state.views.at(0)
-    lengths = state.columns.lengths
-    gone, kept, row_at, rows = [], [], [], []  # flat columns
-    dropped = [0] * batch
-    first = 0
-    for placement in state.placements:
-        for row, p, start in placement.spans():
-            cut, picture = cuts[first + p], placement.pictures[p]
-            if cut is None:
-                continue
-            slots = placement.flat[start : start + picture.length]
-            gone.append(slots)
-            kept.append(slots[cut.kept_slots.to(slots.device)])
-            dropped[row] += picture.length - cut.kept_slots.shape[0]
-            if cut.rows is not None and cut.row_slots is not None:
-                row_at.append(slots[cut.row_slots.to(slots.device)])
-                rows.append(cut.rows.to(embeds.device, embeds.dtype))
-        first += len(placement.pictures)
-    keep = staying(view.new, gone, kept, known=lengths is not None)
-    if rows:
-        embeds = embeds.flatten(0, 1).index_copy(0, joined(row_at), joined(rows)).view_as(embeds)
-    if lengths is None:
+    embeds = with_rows(state, cuts)  # (B, L, D)
+    view, lengths = state.views.at(0), state.columns.lengths
+    length, dropped = embeds.shape[1], dropped_tokens(state, cuts)
+    is_padded = lengths is not None and (max(lengths) < length or state.columns.masked_pictures)
+    if len(set(dropped)) == 1 and not is_padded:
         width = length - dropped[0]
-    elif state.columns.masked_pictures:
-        width = None  # not every slot that goes was a token
+        compaction = Compaction.even(
+            stays(state, cuts), width, view.new, view.position_ids, [embeds], whole=view.maskless
+        )
     else:
-        width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
-    compaction = Compaction(keep, view.new, width)
+        compaction = _uneven(state, cuts, dropped, lengths)
     if compaction.width == 0:
         raise InvariantError(
-            f"attention_mask of shape {(batch, length)} masks every token; expected 1 for tokens"
+            f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
         )
     state.refuse_dead_slots(compaction, attachment.spec)
     state.views.cut(0, compaction, attachment.policy(method))
     report.sequence = (length, compaction.width)
     report.fire("enter")
     state.embeds = compaction.sequence(embeds)
+
+
+def numbered(state: ForwardState, cuts: Sequence[Cut | None]) -> Iterator[tuple[Placement, int, int, Cut]]:
+    """(placement, row, first slot, cut) of every picture in every row that loses tokens, in reading order."""
+    first = 0
+    for placement in state.placements:
+        for row, p, start in placement.spans():
+            cut = cuts[first + p]
+            if cut is not None:
+                yield placement, row, start, cut
+        first += len(placement.pictures)
+
+
+def dropped_tokens(state: ForwardState, cuts: Sequence[Cut | None]) -> list[int]:
+    """Tokens that every row of the batch loses."""
+    dropped = [0] * state.embeds.shape[0]
+    for _, row, _, cut in numbered(state, cuts):
+        dropped[row] += cut.length - cut.kept_slots.shape[0]
+    return dropped
+
+
+def stays(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
+    """(B, L) float32: 1 for columns that stay, 0 for those that go."""
+    device, first = state.embeds.device, 0
+    found = torch.ones(state.embeds.shape[:2], device=device)
+    for placement in state.placements:
+        marks, kept = torch.zeros(placement.total, device=device), []
+        for _, p, start in placement.spans():
+            cut, length = cuts[first + p], placement.pictures[p].length
+            if cut is None:
+                marks[start : start + length].fill_(1.0)
+            else:
+                kept.append(cut.kept_slots.to(device) + start if start else cut.kept_slots.to(device))
+        if kept:
+            marks.index_fill_(0, joined(kept), 1.0)
+        # slots are counted in the order of their columns
+        found = found.masked_scatter(placement.visual, marks)
+        first += len(placement.pictures)
+    return found
+
+
+def with_rows(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
+    """(B, L, D) the sequence with the rows of merging methods in their slots."""
+    embeds, at, rows = state.embeds, [], []
+    for placement, _, start, cut in numbered(state, cuts):
+        if cut.rows is not None and cut.row_slots is not None:
+            slots = placement.flat[start : start + cut.length]
+            at.append(slots[cut.row_slots.to(slots.device)])
+            rows.append(cut.rows.to(embeds.device, embeds.dtype))
+    if not rows:
+        return embeds
+    return embeds.flatten(0, 1).index_copy(0, joined(at), joined(rows)).view_as(embeds)
+
+
+def _uneven(
+    state: ForwardState, cuts: Sequence[Cut | None], dropped: Sequence[int], lengths: list[int] | None
+) -> Compaction:
+    """A cut after which rows differ in length, or padding goes as well."""
+    gone, kept = [], []  # flat columns
+    for placement, _, start, cut in numbered(state, cuts):
+        slots = placement.flat[start : start + cut.length]
+        gone.append(slots)
+        kept.append(slots[cut.kept_slots.to(slots.device)])
+    view = state.views.at(0)
+    keep = staying(view.new, gone, kept, known=lengths is not None)
+    if lengths is None:
+        width: int | None = keep.shape[1] - dropped[0]
+    elif state.columns.masked_pictures:
+        width = None  # not every slot that goes was a token
+    else:
+        width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
+    return Compaction(keep, view.new, width)
 
 
 def staying(new: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor], *, known: bool) -> Tensor:
@@ -110,8 +166,13 @@ def staying(new: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor], *, know
         known: how many tokens a row has is known, so that padding need not count as kept.
     """
     keep = new.clone() if known else torch.ones_like(new)
-    keep = keep.flatten().index_fill_(0, joined(gone), False).index_fill_(0, joined(kept), True)
-    return keep.view_as(new)
+    return mark(keep, gone, kept)
+
+
+def mark(found: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+    """``found`` (B, L) with 0 at the flat columns ``gone``, and with 1 at those of them that are ``kept``."""
+    flat = found.flatten().index_fill_(0, joined(gone), 0)
+    return (flat.index_fill_(0, joined(kept), 1) if kept else flat).view_as(found)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

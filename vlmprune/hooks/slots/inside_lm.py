@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,10 +29,21 @@ from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
 from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
+from ..sequence.views import SequenceView
 from ..state import ForwardState
 from . import Attachment, Handle
-from .cutting import staying
-from .ranking import Ranked, asked_for, asks_the_question, attention_of, fields_of, read, states_of
+from .cutting import mark, staying
+from .ranking import (
+    LayerTokens,
+    Ranked,
+    Units,
+    asked_for,
+    asks_the_question,
+    attention_of,
+    fields_of,
+    read,
+    states_of,
+)
 from .spans import InsideRecord, Span
 
 
@@ -72,7 +84,7 @@ class InsideLM:
         found = []
         for span in state.tracked.spans:
             keep = next(point.keep for point in self._points(span.picture.count) if point.layer == index)
-            if keep < span.ids.shape[0]:
+            if keep < span.count:
                 found.append((span, keep))
         return found
 
@@ -124,7 +136,11 @@ class InsideLM:
             for row, p, start in placement.spans():
                 picture = placement.pictures[p]
                 ids = state.kept_patches(number + p, picture)
-                columns = placement.columns(start, picture.slots_of(ids.to(state.embeds.device)))
+                if ids is None and picture.special is None:
+                    columns = placement.columns(row, start, picture.length)
+                else:
+                    patches = torch.arange(picture.count) if ids is None else ids
+                    columns = placement.columns(row, start, picture.slots_of(patches.to(state.embeds.device)))
                 if where is not None:
                     columns = where[row][columns]
                 spans.append(Span(row, columns, ids, number + p, p not in shown, ordinals[row], picture))
@@ -133,7 +149,7 @@ class InsideLM:
             number += len(placement.pictures)
         lengths = state.columns.lengths
         if lengths is not None and compaction is not None:
-            lengths = compaction.count.tolist()
+            lengths = compaction.lengths(lengths)
         raters = self._raters(state, spans)
         queries = 1 if raters is None else max(1, int(raters.sum(dim=1).max()))
         state.inside = InsideRecord(spans, raters, lengths, queries)
@@ -179,7 +195,7 @@ class InsideLM:
         if state.inside is not None and index in self.sources:
             if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
-            hidden = self._cut(state, index, hidden)
+            hidden = self._cut(state, index, hidden, self._angles(state, index, hidden, kwargs))
         if state.views.at(index).start == 0:
             return None
         return (hidden, *args[1:]), self._as_viewed(state, index, hidden, kwargs)
@@ -201,6 +217,22 @@ class InsideLM:
         if "cache_position" in kwargs:
             kwargs["cache_position"] = torch.arange(view.held.shape[1], view.width, device=hidden.device)
         return kwargs
+
+    def _angles(
+        self, state: ForwardState, index: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """(B or 1, n, d) cos and sin of what enters a layer; () where a model keeps them in another form."""
+        given: Any = kwargs.get("position_embeddings")
+        view = state.views.at(index)
+        if given is not None and view.position_ids is not state.views.at(0).position_ids:
+            given = view.angles(self.language_model, index, hidden)
+        known = isinstance(given, tuple) and all(
+            isinstance(one, Tensor)
+            and one.ndim == 3
+            and one.shape[:2] in ((1, hidden.shape[1]), hidden.shape[:2])
+            for one in given
+        )
+        return given if known else ()
 
     # --- attention rows ---------------------------------------------------------------------------
 
@@ -251,11 +283,14 @@ class InsideLM:
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
-        valid = state.views.at(index).new
-        columns = torch.arange(1, valid.shape[1] + 1, device=valid.device)
-        prompt = valid.shape[1] - state.generated
+        view = state.views.at(index)
+        valid, prompt = view.new, view.new.shape[1] - state.generated
         # the last token of the prompt; where a cut took it, the last one that stays
-        last = (valid[:, :prompt] * columns[:prompt]).argmax(dim=1, keepdim=True)  # (B, 1)
+        if view.maskless:
+            last = torch.full((valid.shape[0], 1), prompt - 1, device=valid.device)
+        else:
+            columns = torch.arange(1, prompt + 1, device=valid.device)
+            last = (valid[:, :prompt] * columns).argmax(dim=1, keepdim=True)  # (B, 1)
         raters = state.tracked.raters
         if raters is None:
             return last, None
@@ -269,13 +304,13 @@ class InsideLM:
     # --- the cut ----------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _cut(self, state: ForwardState, index: int, hidden: Tensor) -> Tensor:
-        """Cut the sequence (B, n, D) that enters layer ``index``."""
+    def _cut(self, state: ForwardState, index: int, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
+        """Cut the sequence (B, n, D) that enters layer ``index``, and its rotary angles along with it."""
         started, inside = time.perf_counter(), state.tracked
         ranked, inside.ranked = inside.ranked, None
         groups: dict[tuple, list[Span]] = defaultdict(list)
         for span, keep in self._leaving(state, index):
-            groups[(span.ids.shape[0], keep, span.grids)].append(span)
+            groups[(span.count, keep, span.grids)].append(span)
         inside.done.add(index)
         if not groups:
             return hidden
@@ -288,10 +323,10 @@ class InsideLM:
                 "Detach, and attach again"
             )
         batch, length = hidden.shape[:2]
-        dropped, gone, kept = [0] * batch, [], []
+        dropped, gone = [0] * batch, []
         for (count, k, _), spans in groups.items():
             for span in spans:
-                gone.append(span.columns + span.row * length)
+                gone.append(span.flat(length))
                 dropped[span.row] += count - k
             if k == 0:
                 result: Tensor | Merged = torch.empty(len(spans), 0, dtype=torch.long, device=hidden.device)
@@ -299,73 +334,102 @@ class InsideLM:
                 tokens = self._tokens(state, index, spans, hidden, ranked)
                 result = choose(self.method, tokens, k, state.checks)
             hidden = self._apply(spans, result, hidden)
-            kept += [span.columns + span.row * length for span in spans]
-        view = state.views.at(index)
-        stays = staying(view.new, gone, kept, known=inside.lengths is not None)
-        if inside.lengths is None:
-            width = length - dropped[0]
-        else:
-            inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
-            width = max(inside.lengths)
-        if min(inside.lengths or [width]) < 1:
+        kept = [span.flat(length) for spans in groups.values() for span in spans]
+        lengths = inside.lengths or [length] * batch
+        if min(have - drop for have, drop in zip(lengths, dropped, strict=True)) < 1:
             raise InvariantError(
                 f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
                 "holds nothing else: there is nothing left to read; ask something about the picture"
             )
-        compaction = Compaction(stays, view.new, width)
+        policy = self.attachment.policy(self.method)
+        # positions that are counted again turn otherwise
+        turned = angles if policy == "original" else ()
+        compaction = self._compaction(state.views.at(index), inside, gone, kept, dropped, [hidden, *turned])
         state.refuse_dead_slots(compaction, self.attachment.spec)
-        state.views.cut(index, compaction, self.attachment.policy(self.method))
-        self._follow(state, compaction)
+        state.views.cut(index, compaction, policy)
+        if turned and compaction.is_even:
+            cut = tuple(compaction.sequence(one) for one in turned)
+            state.views.at(index).take_angles(self.language_model, index, cut)
+        self._follow(state, index, compaction)
         state.report.seconds += time.perf_counter() - started
         self._note(state, index)
         return compaction.sequence(hidden)
 
+    @staticmethod
+    def _compaction(
+        view: SequenceView,
+        inside: InsideRecord,
+        gone: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        dropped: Sequence[int],
+        along: Sequence[Tensor],
+    ) -> Compaction:
+        """The cut that drops the flat columns ``gone`` but those ``kept``; rows lose ``dropped`` tokens."""
+        length, lengths = view.new.shape[1], inside.lengths
+        if lengths is not None:
+            inside.lengths = [have - drop for have, drop in zip(lengths, dropped, strict=True)]
+        if len(set(dropped)) == 1 and (lengths is None or max(lengths) == length):
+            stays = mark(torch.ones(view.new.shape, device=view.new.device), gone, kept)
+            width = length - dropped[0]
+            return Compaction.even(stays, width, view.new, view.position_ids, along, whole=view.maskless)
+        stays = staying(view.new, gone, kept, known=lengths is not None)
+        width = length - dropped[0] if inside.lengths is None else max(inside.lengths)
+        return Compaction(stays, view.new, width)
+
     def _tokens(
         self, state: ForwardState, index: int, spans: Sequence[Span], hidden: Tensor, ranked: Ranked
     ) -> VisualTokens:
-        at = torch.stack([span.columns for span in spans])  # (U, N)
-        row = torch.tensor([span.row for span in spans], device=hidden.device)  # (U,)
+        rows, columns = [span.row for span in spans], [span.columns for span in spans]
+        at = columns[0][None] if len(columns) == 1 else torch.stack(columns)  # (U, N)
+        in_order = rows == list(range(hidden.shape[0]))
+        units = Units(None if in_order else torch.tensor(rows, device=hidden.device), at)
         source = self.sources[index]
         if source is None:
             source = index
         positions = state.views.at(source).position_ids
-        # M-RoPE knows no single position
-        plain = positions.expand(hidden.shape[0], -1)[row] if positions.ndim == 2 else None
-        found = fields_of(ranked, self.wanted, row, at, hidden.shape[1])
-        found.update(states_of(self.language_model, self.wanted, hidden, ranked, row, at))
-        return VisualTokens(
+        found = fields_of(ranked, self.wanted, units, hidden.shape[1])
+        found.update(states_of(self.language_model, self.wanted, hidden, ranked, units))
+        tokens = VisualTokens(
             checks=state.checks,
-            features=hidden[row[:, None], at],
             **found,
-            query_mask=None if ranked.real is None else ranked.real[row],
-            query_positions=None if plain is None else plain.gather(1, ranked.rows[row]),
-            positions=None if plain is None else plain.gather(1, at),
-            rotary_frequencies=None if plain is None else rotary_frequencies(self.language_model, source),
+            query_mask=None if ranked.real is None else units.of_row(ranked.real),
             grids=spans[0].grids,
             ordinal=torch.tensor([span.ordinal for span in spans]),
             cut=self.layers.index(index),
+            size=(at.shape[0], at.shape[1]),
+            like=hidden,
+        )
+        if positions.ndim > 2:  # M-RoPE knows no single position
+            return LayerTokens.of_layer(tokens, lambda: units.take(hidden))
+        plain = positions.expand(hidden.shape[0], -1)
+        return LayerTokens.of_layer(
+            replace(tokens, rotary_frequencies=rotary_frequencies(self.language_model, source)),
+            lambda: units.take(hidden),
+            lambda: units.of_row(plain).gather(1, at),
+            lambda: units.of_row(plain.gather(1, ranked.rows)),
         )
 
     def _apply(self, spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
         """Let every span know what stays of it, and write the rows of merging methods."""
         for number, span in enumerate(spans):
             if not isinstance(result, Merged):
-                index = result[number]
-                span.columns, span.ids = span.columns[index], span.ids.to(index.device)[index]
+                span.keep(result[number])
                 continue
-            index = result.slots[number]
-            span.columns = span.columns[last_hosts(index, span.columns.shape[0])]
+            index, ids = result.slots[number], span.ids
+            span.columns = span.columns[last_hosts(index, span.count)]
             rows = result.features[number].to(hidden.dtype)
             hidden = hidden.index_put((torch.full_like(span.columns, span.row), span.columns), rows)
-            ids = span.ids.to(index.device)
-            span.ids = torch.where(index >= 0, ids[index.clamp_min(0)], -1)
+            patches = index if ids is None else ids.to(index.device)[index.clamp_min(0)]
+            span.ids = torch.where(index >= 0, patches, -1)
         return hidden
 
-    def _follow(self, state: ForwardState, compaction: Compaction) -> None:
-        """Take all tracked columns through a cut."""
-        inside, where = state.tracked, compaction.new_columns()
-        for span in inside.spans:
-            span.columns = where[span.row][span.columns]
+    def _follow(self, state: ForwardState, index: int, compaction: Compaction) -> None:
+        """Take all tracked columns through a cut at layer ``index``."""
+        inside = state.tracked
+        if index != self.layers[-1]:  # after the last cut nobody asks where the tokens stand
+            where = compaction.new_columns()
+            for span in inside.spans:
+                span.columns = where[span.row][span.columns]
         if inside.raters is not None:
             inside.raters = compaction.follow(inside.raters)
 
@@ -373,7 +437,7 @@ class InsideLM:
         report = state.report
         for span in state.tracked.spans:
             if span.shown:
-                left = report.realised_tokens[span.number] = span.ids.shape[0]
+                left = report.realised_tokens[span.number] = span.count
                 layers = report.layer_tokens[span.number]
                 layers[index:] = [left] * (len(layers) - index)
                 report.kept[span.number] = span.ids

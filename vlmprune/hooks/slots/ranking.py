@@ -8,14 +8,16 @@ Hk key heads, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ...core.method import Method, What, needs_of
-from ...core.tokens import LayerFields
+from ...core.select import rows_at
+from ...core.tokens import LayerFields, VisualTokens
 from ...errors import UnsupportedError
 from ..attention_call import AttentionCall, over_slots
 from .spans import Span
@@ -109,28 +111,91 @@ def received_by_pictures(call: AttentionCall, spans: Sequence[Span], slots: int)
     return total
 
 
-def fields_of(ranked: Ranked, wanted: Collection[What], row: Tensor, at: Tensor, length: int) -> LayerFields:
-    """Fields of VisualTokens for units that stand in rows ``row`` (U,) at columns ``at`` (U, N).
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Where U units of N tokens stand in a batch.
+
+    Args:
+        rows: (U,) row of each; None: unit b stands in row b of B.
+        at: (U, N) columns.
+    """
+
+    rows: Tensor | None
+    at: Tensor
+
+    def of_row(self, value: Tensor) -> Tensor:
+        """(U, ...) of what there is of every row (B, ...)."""
+        return value if self.rows is None else value[self.rows]
+
+    def take(self, value: Tensor, held: int = 0) -> Tensor:
+        """(U, N, *) of what every slot (B, S, *) has, the first ``held`` of them from before this call."""
+        return rows_at(self.of_row(value), self.at + held if held else self.at)
+
+
+class LayerTokens(VisualTokens):
+    """Tokens at a cut: what few methods read is gathered when it is first asked for."""
+
+    _gathered: Mapping[str, Callable[[], Tensor]]
+
+    @classmethod
+    def of_layer(
+        cls,
+        tokens: VisualTokens,
+        features: Callable[[], Tensor],
+        positions: Callable[[], Tensor] | None = None,
+        query_positions: Callable[[], Tensor] | None = None,
+    ) -> LayerTokens:
+        """``tokens`` with these fields, each given by what gathers it."""
+        made = object.__new__(cls)
+        later = {"features": features, "positions": positions, "query_positions": query_positions}
+        gathered = {name: one for name, one in later.items() if one is not None}
+        held = {name: value for name, value in vars(tokens).items() if name not in gathered}
+        vars(made).update(held, _gathered=gathered)
+        return made
+
+    # a value of the instance goes before these, and each leaves its answer there
+
+    @cached_property
+    def features(self) -> Tensor:
+        return self._gathered["features"]()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._gathered["positions"]()
+
+    @cached_property
+    def query_positions(self) -> Tensor:
+        return self._gathered["query_positions"]()
+
+
+def fields_of(ranked: Ranked, wanted: Collection[What], units: Units, length: int) -> LayerFields:
+    """Fields of VisualTokens for some units.
 
     Args:
         length: n, columns of this call; the slots before them are earlier ones.
     """
     found: LayerFields = {}
+    asking = (
+        units if ranked.attention is None and ranked.keys is None else Units(None, units.of_row(ranked.rows))
+    )
     if ranked.attention is not None:
         held = ranked.attention.shape[-1] - length
-        attention = ranked.attention[row]  # (U, H, R, S)
-        wide = (-1, attention.shape[1], attention.shape[2], -1)
-        found["text_attention"] = attention.gather(3, (at + held)[:, None, None].expand(wide))
+        attention = units.of_row(ranked.attention)  # (U, H, R, S)
+        found["text_attention"] = _columns_of(attention, units.at + held if held else units.at)
         if "text_to_text" in wanted:
-            rows = (ranked.rows + held)[row]
-            found["text_to_text"] = attention.gather(3, rows[:, None, None].expand(wide))
+            found["text_to_text"] = _columns_of(attention, asking.at + held)
     if ranked.keys is not None:
-        held = ranked.keys.shape[1] - length
-        found["lm_keys"] = ranked.keys[row[:, None], at + held]
-        found["text_keys"] = ranked.keys[row[:, None], ranked.rows[row] + held]
+        held, keys = ranked.keys.shape[1] - length, units.of_row(ranked.keys)
+        found["lm_keys"] = Units(None, units.at).take(keys, held)
+        found["text_keys"] = asking.take(keys, held)
     if ranked.received is not None:
-        found["lm_received"] = ranked.received[row[:, None], at + ranked.received.shape[1] - length]
+        found["lm_received"] = units.take(ranked.received, ranked.received.shape[1] - length)
     return found
+
+
+def _columns_of(attention: Tensor, at: Tensor) -> Tensor:
+    """(U, H, R, N) of the slots ``at`` (U, N)."""
+    return attention.gather(3, at[:, None, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
 def states_of(
@@ -138,8 +203,7 @@ def states_of(
     wanted: Collection[What],
     hidden: Tensor,
     ranked: Ranked,
-    row: Tensor,
-    at: Tensor,
+    units: Units,
 ) -> LayerFields:
     """Normalised hidden states (B, n, D) of the same units, and of the text that queries them."""
     if not any(what in wanted for what in _STATES):
@@ -150,6 +214,7 @@ def states_of(
             f"{type(language_model).__name__} has no final norm by the name 'norm', which this method reads "
             "hidden states through; use a method that ranks by attention, e.g. 'fastv@64'"
         )
-    places = torch.cat([at, ranked.rows[row]], dim=1)
-    states = norm(hidden[row[:, None], places])
-    return {"lm_states": states[:, : at.shape[1]], "text_states": states[:, at.shape[1] :]}
+    places = torch.cat([units.at, units.of_row(ranked.rows)], dim=1)
+    states = norm(Units(units.rows, places).take(hidden))
+    count = units.at.shape[1]
+    return {"lm_states": states[:, :count], "text_states": states[:, count:]}

@@ -21,7 +21,7 @@ class Span:
     Args:
         row: of the batch.
         columns: (n,) ascending columns of the sequence that they stand at.
-        ids: (n,) patch number in the picture, -1 for merged rows.
+        ids: (n,) patch number in the picture, -1 for merged rows; None: all patches.
         number: of the picture in the report.
         shown: whether this is the first row that shows the picture.
         ordinal: of the picture in its row.
@@ -30,16 +30,30 @@ class Span:
 
     row: int
     columns: Tensor
-    ids: Tensor
+    ids: Tensor | None
     number: int
     shown: bool
     ordinal: int
     picture: Picture
 
     @property
+    def count(self) -> int:
+        """n, tokens that are left."""
+        return self.columns.shape[0]
+
+    @property
     def grids(self) -> Grids:
         """The blocks that the tokens still form: all of the picture's, or none once some are cut."""
-        return self.picture.grids if self.ids.shape[0] == self.picture.count else ()
+        return self.picture.grids if self.count == self.picture.count else ()
+
+    def flat(self, length: int) -> Tensor:
+        """(n,) the columns as row * length + column."""
+        return self.columns + self.row * length if self.row else self.columns
+
+    def keep(self, index: Tensor) -> None:
+        """Only the tokens at ``index`` (k,) are left."""
+        self.columns = self.columns[index]
+        self.ids = index if self.ids is None else self.ids.to(index.device)[index]
 
 
 @dataclass(eq=False)

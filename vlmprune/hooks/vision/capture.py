@@ -259,8 +259,10 @@ def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tens
     """
     crops, width = query.shape
     if query.device.type != "cpu":  # a few launches are worth more there than one copy of the keys
+        each = query.float().reshape(crops * heads, 1, -1)
         wide = keys.float().view(crops, -1, heads, width // heads).permute(0, 2, 3, 1)  # (T, H, d, S)
-        return ((query.float() * scale).view(crops, heads, 1, -1) @ wide).softmax(dim=-1)[:, :, 0]
+        logits = torch.baddbmm(each[..., :1], each, wide.flatten(0, 1), beta=0, alpha=scale)
+        return logits.softmax(dim=-1).view(crops, heads, -1)
     head_of = torch.arange(width, device=query.device) // (width // heads)
     spread = query.new_zeros(crops, width, heads, dtype=torch.float32)
     spread[:, torch.arange(width, device=query.device), head_of] = query.float() * scale
