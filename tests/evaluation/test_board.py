@@ -195,8 +195,8 @@ print("\\N{SNOWMAN} \\N{HORIZONTAL ELLIPSIS}")
     ("encoding", "minus", "arrow"),
     [
         ("ascii", "-", "^"),
-        ("latin-1", "-", "^"),
-        ("cp1252", "-", "^"),
+        pytest.param("latin-1", "-", "^", marks=pytest.mark.slow),
+        pytest.param("cp1252", "-", "^", marks=pytest.mark.slow),
         ("utf-8", "\N{MINUS SIGN}", "\N{UPWARDS ARROW}"),
     ],
 )
