@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmprune.hooks.sequence.compaction import Compaction
 
@@ -103,3 +105,52 @@ def test_gradients_reach_kept_rows_only() -> None:
     cut = Compaction(keep, valid)
     cut.sequence(rows)[cut.valid].sum().backward()
     assert torch.equal(rows.grad[..., 0] != 0, keep & valid)
+
+
+@st.composite
+def even_cuts(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """(keep, valid) of a left-padded batch whose rows all lose the same number of tokens."""
+    rows, columns, seed = draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(0, 999))
+    random = torch.Generator().manual_seed(seed)
+    padding = torch.randint(0, columns - 1, (rows, 1), generator=random)
+    padding[0] = 0  # the longest row has none
+    valid = torch.arange(columns) >= padding
+    lost = draw(st.integers(0, int(valid.sum(dim=1).min()) - 1))
+    order = torch.rand(rows, columns, generator=random).masked_fill(~valid, 2.0).argsort(dim=1)
+    return torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :lost], False), valid
+
+
+@settings(max_examples=60, deadline=None)
+@given(even_cuts(), st.booleans())
+def test_an_even_cut_is_the_same_in_one_launch(cut: tuple[torch.Tensor, torch.Tensor], shared: bool) -> None:
+    keep, valid = cut
+    width, rows = int(keep[0].sum()), torch.randn(*keep.shape, 3)
+    numbers = (valid.long().cumsum(1) - 1).clamp_min(0)
+    if shared and bool(valid.all()):
+        numbers = numbers[:1]  # one row of positions for all
+    slow, whole = Compaction(keep, valid, width), bool(valid.all())
+    fast = Compaction.even(keep.float(), width, valid, numbers, [rows], whole=whole)
+    assert torch.equal(fast.sequence(rows), slow.sequence(rows))
+    assert torch.equal(fast.sequence(rows + 1), slow.sequence(rows + 1))  # not among those cut along
+    assert torch.equal(fast.valid, slow.valid) and torch.equal(fast.kept, slow.kept)
+    assert torch.equal(fast.index.long(), slow.index) and fast.tail == slow.tail and fast.is_even
+    assert slow.lost.tolist() == [fast.lost] * len(keep)
+    marks = torch.rand(keep.shape) < 0.5
+    assert torch.equal(fast.follow(marks), slow.follow(marks))
+    moved = torch.where(keep, fast.new_columns(), -1)
+    assert torch.equal(moved, torch.where(keep, slow.new_columns(), -1))
+    short = fast.sequence(rows)
+    assert torch.equal(fast.expand(short), slow.expand(short))
+    for policy in ("original", "compact"):
+        found, want = fast.positions(numbers, policy), slow.positions(numbers, policy)
+        assert torch.equal(found[fast.valid], want[slow.valid]) and int(found.min()) >= 0
+
+
+def test_axes_of_positions_are_cut_along() -> None:
+    numbers = torch.randint(9, (3, 2, 5))  # M-RoPE
+    keep = torch.tensor([[True, False, True, True, False], [True, True, False, False, True]])
+    everything = torch.ones_like(keep)
+    fast = Compaction.even(keep.float(), 3, everything, numbers, [], whole=True)
+    want = Compaction(keep, everything, 3).positions(numbers, "original")
+    assert torch.equal(fast.positions(numbers, "original"), want)
+    assert torch.equal(fast.positions(numbers, "original"), want)  # asked again, when it is not held any more

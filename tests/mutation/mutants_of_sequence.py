@@ -27,12 +27,17 @@ def one_row_before(expand: Function) -> Function:
     return lambda self, rows: expand(self, torch.cat([rows[:, :1], rows[:, :-1]], dim=1))
 
 
-def tail_of_any_row(init: Function) -> Function:
+def tail_of_any_row(tail: Function) -> Function:
     """Columns at the end that any row keeps count as kept by every row."""
+    return lambda self: int(self.kept.any(dim=0).flip(0).cumprod(0).sum())
 
-    def changed(self: Any, keep: Any, valid: Any, *rest: Any, **known: Any) -> None:
-        init(self, keep, valid, *rest, **known)
-        self.tail = int((keep & valid).any(dim=0).flip(0).cumprod(0).sum())
+
+def next_row_along(taken: Function) -> Function:
+    """What is cut in the launch of the choice is of the columns behind."""
+
+    def changed(self: Any, given: Any) -> Any:
+        cut = taken(self, given)
+        return cut if cut is None else cut.roll(1, dims=1)
 
     return changed
 
@@ -50,7 +55,8 @@ def at_the_places_seen(resumed: Function) -> Function:
 
     def changed(self: Any, *args: Any) -> Any:
         view = resumed(self, *args)
-        return replace(view, position_ids=view.position_ids + view.lost[:, None])
+        lost = view.lost if isinstance(view.lost, int) else view.lost[:, None]
+        return replace(view, position_ids=view.position_ids + lost)
 
     return changed
 
@@ -168,12 +174,19 @@ SEQUENCE = (
     Mutant("dead slots not masked", at.VIEW_CUT, all_new_valid, LLAVA),
     Mutant(
         "tail of any row for every row",
-        at.COMPACTION,
+        at.TAIL,
         tail_of_any_row,
         Pytest("tests/core/test_dead_slots.py"),
     ),
     Mutant("output not expanded", at.LEAVE, output_left_short, LLAVA),
-    Mutant("wrong row expanded", at.EXPAND, one_row_before, LLAVA),
+    Mutant("wrong row expanded", at.EVEN_EXPAND, one_row_before, LLAVA),
+    Mutant(
+        "wrong row expanded where rows differ",
+        at.EXPAND,
+        one_row_before,
+        Pytest("tests/core/test_compaction.py"),
+    ),
+    Mutant("other rows copied along", at.EVEN_TAKEN, next_row_along, LLAVA),
     Mutant("gradient cut off", at.CUT_SEQUENCE, detached_rows, LLAVA),
     Mutant(
         "types of other tokens", at.TYPES_CUT, types_of_the_first, Checks("fastervlm(cls=mean)@9", "gemma3")

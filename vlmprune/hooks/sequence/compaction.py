@@ -73,7 +73,7 @@ class Compaction:
         """(B, L) bool, columns that stay."""
         return self._keep
 
-    @cached_property
+    @property
     def tail(self) -> int:
         """Columns at the end that every row keeps: a bound for what may be cropped of a cache."""
         if self.kept.device.type != "cpu":
