@@ -20,6 +20,7 @@ README, CARDS = ROOT / "README.md", ROOT / "methods"
 BEGIN = "<!-- methods: made by docs/readme_tables.py, not by hand -->"
 END = "<!-- end of methods -->"
 WHERE = {
+    "picture": "before the processor",
     "encoder": "inside the vision tower",
     "before_lm": "before the language model",
     "inside_lm": "inside the language model",

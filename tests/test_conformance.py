@@ -14,11 +14,11 @@ from vlmprune.hooks.sequence import views
 from vlmprune.hooks.sequence.views import SequenceView
 from vlmprune.hooks.slots import before_lm
 from vlmprune.hooks.slots.inside_lm import InsideLM
-from vlmprune.registry import get, list_methods
+from vlmprune.registry import attachable_methods, get
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
 from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
 
-METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+METHODS = [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
 OPTIONS = [
     "fastervlm(cls=mean)@9",
     "visionzip(cls=mean)@12",

@@ -88,6 +88,20 @@ def resolve_all(
     method: str | Spec | Method, keep: Any = None, *, need_keep: bool = True
 ) -> tuple[list[tuple[Method, Budget | None]], str]:
     """Acting methods with their budgets, and the spec text, from whatever a user may give."""
+    plans, text = _resolved(method, keep, need_keep)
+    for built, _ in plans:
+        if built.slot == "picture":
+            raise UnsupportedError(
+                f"{text!r} shrinks the picture before the processor reads it, so there is nothing to attach "
+                f"to a model; use vlmprune.encode(model, processor, picture, question, prune={text!r}), or "
+                f"`vlmprune run` and `vlmprune leaderboard`"
+            )
+    return plans, text
+
+
+def _resolved(
+    method: str | Spec | Method, keep: Any, need_keep: bool
+) -> tuple[list[tuple[Method, Budget | None]], str]:
     if isinstance(method, Replay):
         return [(method, Budget.of(method.keep if keep is None else keep))], "replay"
     if isinstance(method, Method):

@@ -23,6 +23,7 @@ _BUILTIN = {
     "random": "vlmprune.methods.baselines:Random",
     "uniform": "vlmprune.methods.baselines:Uniform",
     "pool": "vlmprune.methods.baselines:Pool",
+    "downsample": "vlmprune.methods.baselines:Downsample",
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
@@ -198,6 +199,11 @@ def unregister(name: str) -> None:
 def list_methods() -> list[str]:
     """Sorted names of all methods; loads none of them."""
     return sorted({*_TABLE.names(), *_METHODS})
+
+
+def attachable_methods() -> list[str]:
+    """Sorted names of the methods that act inside a model: all but those that change the picture before."""
+    return [name for name in list_methods() if get(name).slot != "picture"]
 
 
 def refused_plugins() -> list[str]:

@@ -168,7 +168,18 @@ class Spec(Printed):
                     f"{part}@0.25"
                 )
             plans.append(Plan(part.build(), part.budget))
+        _check_alone(self, plans)
         return tuple(reversed(plans))
+
+
+def _check_alone(spec: Spec, plans: list[Plan]) -> None:
+    """Refuse a smaller picture together with pruning: a share would be one of another number of tokens."""
+    for plan in plans:
+        if plan.method.slot == "picture" and len(plans) > 1:
+            raise SpecError(
+                f"{plan.method.name} changes the picture, so budgets of the others in {str(spec)!r} would "
+                f"count other tokens; write it alone, as in '{plan.method.name}@64'"
+            )
 
 
 def parse(text: str | Spec) -> Spec:

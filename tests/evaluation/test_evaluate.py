@@ -21,12 +21,12 @@ from vlmprune.evaluation.answer.record import Record
 from vlmprune.evaluation.tasks.registry import get_task, list_tasks
 from vlmprune.evaluation.tasks.sample import Sample
 from vlmprune.hooks.session import Session
-from vlmprune.registry import get, list_methods
+from vlmprune.registry import attachable_methods, get
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.conformance import default_spec
 from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_bundle
 
-METHODS = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+METHODS = [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
 WORDS = 4
 
 

@@ -110,10 +110,10 @@ def _count(prune: list[str] | None, families: list[str] | None, out: Path | None
         raise SpecError(f"--out {str(out)!r}; expected a .csv file in a folder that is there")
 
     from ..plain import plain as plain_values
-    from ..registry import list_methods
+    from ..registry import attachable_methods
     from ..testing.device_counts import FAMILIES, CountRow, count_rows, write
 
-    specs = _specs(prune) if prune else [name for name in list_methods() if name != "dense"]
+    specs = _specs(prune) if prune else [name for name in attachable_methods() if name != "dense"]
     rows: list[CountRow] = []
     with stderr().status("") as status:
         for row in count_rows(specs, families or FAMILIES):

@@ -150,6 +150,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "score": "scores every token, the highest are kept",
         "select": "chooses a set",
         "merge": "merges tokens",
+        "shrink": "gives the processor a smaller picture",
         "shorten": "drops or merges patches inside the vision tower",
         "reweight": "edits attention, chooses no tokens",
         "visible": "hides tokens from decode steps",
@@ -157,7 +158,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
     }
     return {
         "example": example(info),
-        "stage": info.slot,
+        "slot": info.slot,
         "needs": ", ".join(info.needs) or "nothing from the model",
         "how": verbs[info.kind],
         "query-aware": "yes, it reads the question" if info.query_aware else "no",

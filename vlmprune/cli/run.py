@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -61,6 +62,7 @@ def run(
 
     from ..evaluation.tasks.shapes.example import example
     from ..models.loading import TINY, TINY_NOTE, encode, load
+    from ..models.shrink import shrinks
 
     limit_threads(context, model, threads)
     if image is None and model == TINY:
@@ -68,10 +70,13 @@ def run(
     with stderr().status(f"loading {model}"):
         loaded, processor = load(model, device, dtype, trust_remote_code)
     inputs = encode(loaded, processor, picture, question)
+    smaller = encode(loaded, processor, picture, question, spec) if shrinks(spec) else None
     # where a first call is slow and a warm-up too dear, pruning goes first and pays for it
     warm = model == TINY or loaded.device.type != "cpu"
     with stderr().status("generating"):
-        pruned, whole, report = _answers(loaded, processor, inputs, spec, max_new_tokens, dense, warm)
+        pruned, whole, report = _answers(
+            loaded, processor, inputs, smaller, spec, max_new_tokens, dense, warm
+        )
     if draw is not None:
         _draw(report, picture, draw)
     found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
@@ -87,24 +92,44 @@ def run(
 
 
 def _answers(
-    model: Any, processor: Any, inputs: Any, spec: Spec, max_new_tokens: int, dense: bool, warm: bool
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    smaller: Any,
+    spec: Spec,
+    max_new_tokens: int,
+    dense: bool,
+    warm: bool,
 ) -> tuple[Answer, Answer | None, Report]:
-    """The pruned answer, the dense one where it is wanted, and what was pruned."""
+    """The pruned answer, the dense one where it is wanted, and what was pruned; ``smaller``: the inputs of a
+    spec that shrinks the picture.
+    """
     from ..api import prune
 
-    with prune(model, spec) as session:
+    shown = inputs if smaller is None else smaller
+    with prune(model, spec if smaller is None else "dense") as session:
         if warm:
-            ask(model, processor, inputs, 2)
-        pruned = ask(model, processor, inputs, max_new_tokens)
-    if session.last is None:
+            ask(model, processor, shown, 2)
+        pruned = ask(model, processor, shown, max_new_tokens)
+    report = session.last
+    if report is None:
         raise InvariantError(
             f"there is no report of {str(spec)!r}, so nothing shows what was pruned; expected one"
         )
+    if smaller is not None:
+        report = _of_smaller(report, spec, inputs["input_ids"].shape[1])
     if not dense:
-        return pruned, None, session.last
+        return pruned, None, report
     if warm:
         ask(model, processor, inputs, 2)
-    return pruned, ask(model, processor, inputs, max_new_tokens), session.last
+    return pruned, ask(model, processor, inputs, max_new_tokens), report
+
+
+def _of_smaller(report: Report, spec: Spec, length: int) -> Report:
+    """The report of one smaller picture, beside a dense prompt of ``length`` tokens."""
+    read, _ = report.sequence
+    dense = [sum(report.dense_tokens) + length - read]
+    return replace(report, method=str(spec), dense_tokens=dense, sequence=(length, read))
 
 
 def _counts(report: Report, pruned: Answer, whole: Answer | None) -> dict[str, Any]:
@@ -167,10 +192,12 @@ def _check_draw(path: Path, spec: Spec) -> None:
         raise SpecError(
             f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first"
         )
-    if not spec.prunes:
+    from ..models.shrink import shrinks
+
+    if not spec.prunes or shrinks(spec):
+        why = "shrinks the picture and chooses no tokens" if spec.prunes else "keeps every token"
         raise SpecError(
-            f"--draw has nothing to show: {str(spec)!r} keeps every token; give a budget, as in "
-            "fastervlm@0.25"
+            f"--draw has nothing to show: {str(spec)!r} {why}; give a budget, as in fastervlm@0.25"
         )
 
 

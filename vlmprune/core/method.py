@@ -8,7 +8,8 @@ A method is a frozen dataclass whose fields are its options. It says in which sl
   ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
   changes features); where the data may say how many tokens stay, ``own(tokens)`` beside or in place of it;
 * in the attention slot ``mark`` and ``reweight``, in the decode slot ``visible``, in the encoder slot
-  ``shorten``.
+  ``shorten``;
+* in the picture slot, which is before the processor and not in a model, ``shrink``.
 
 It never sorts, gathers, masks, counts budgets or sees a model: that is done once, for all methods.
 """
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .encoder import EncoderBlock, Shortened
 
-SlotName = Literal["encoder", "before_lm", "inside_lm", "attention", "decode"]
-Verb = Literal["score", "select", "merge", "shorten", "reweight", "visible"]
+SlotName = Literal["picture", "encoder", "before_lm", "inside_lm", "attention", "decode"]
+Verb = Literal["shrink", "score", "select", "merge", "shorten", "reweight", "visible"]
 Layout = Literal["packed", "spatial"]
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
 Counts = Literal["budget", "own", "both"]
@@ -39,6 +40,7 @@ Text = Literal["question", "prompt"]  # what stands after the last picture, or a
 SLOTS: tuple[SlotName, ...] = get_args(SlotName)
 _CUTS: tuple[Verb, ...] = ("score", "select", "merge")
 VERBS: dict[SlotName, tuple[Verb, ...]] = {
+    "picture": ("shrink",),
     "encoder": ("shorten",),
     "before_lm": _CUTS,
     "inside_lm": _CUTS,
@@ -232,6 +234,12 @@ class Method:
 
     def shorten(self, block: EncoderBlock, k: int) -> Shortened:
         """What goes on behind a block where k patches of every crop shall be left in the end."""
+        raise NotImplementedError
+
+    # --- picture ----------------------------------------------------------------------------------
+
+    def shrink(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
+        """(rows, cols) of the tokens, at most k, that a picture of ``grid`` rows and columns shall become."""
         raise NotImplementedError
 
     # --- checks -----------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The baselines that every method has to beat: all tokens, none, a random subset, a grid, its averages.
+"""The baselines that every method has to beat: all tokens, none, a random subset, a grid, its averages, and
+a smaller picture.
 
     dense:   score_i = 1
     blind:   no token stays
     random:  score_i ~ U(0, 1)
     uniform: the token nearest to the centre of each of k near-square cells of the grid
     pool:    y_c = mean of x_i over the tokens i of cell c
+    downsample: the picture at the size that gives r x c <= k tokens, r / c as near to its own shape as can be
 
 Deviations: there is no paper. Provenance: written for this package; no code was read.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..core.grid import cells, centres
-from ..core.method import Counts, Merged, Method, What
+from ..core.method import Counts, Merged, Method, SlotName, What
 from ..core.tokens import VisualTokens
 from ..registry import register
 
@@ -102,3 +105,25 @@ class Pool(Method):
         weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
         y = weight @ x.float()  # (B, k, D); not by index_add, which is not deterministic on CUDA
         return Merged(y.to(x.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))
+
+
+@register("downsample")
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Shrinks the picture before the processor reads it, so that the model makes fewer tokens of it.
+
+    The vision tower reads less, too. For models that read pictures of any size, such as Qwen-VL.
+    """
+
+    slot: ClassVar[SlotName] = "picture"
+    nested: ClassVar[bool] = False
+
+    def shrink(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
+        rows, cols = grid
+        if k >= rows * cols:
+            return grid
+        tall = math.sqrt(k * rows / cols)  # rows of a grid of the same shape with k tokens
+        # the rows below and above it, each with all the columns that k allows
+        near = [min(max(1, whole), rows, k) for whole in (math.floor(tall), math.ceil(tall))]
+        found = [(r, min(k // r, cols)) for r in near]
+        return min(found, key=lambda one: abs(math.log(one[0] * cols / (one[1] * rows))))

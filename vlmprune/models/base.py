@@ -23,6 +23,7 @@ from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
 from ..hooks.vision.tiles import Tiles
 from ..hooks.vision.tower import has_cls
+from .shrink import Resolution
 
 IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
@@ -134,6 +135,13 @@ class Adapter:
     ) -> tuple[tuple[int, int], ...]:
         """Blocks (rows, cols); ``special`` (length,) marks what is no patch, ``grid`` is that of a crop."""
         return tile_grids(special, self.side)
+
+    def resolution(self, processor: Any) -> Resolution:
+        """How its processor makes tokens of pictures of any size; refused where its tower reads one size."""
+        raise UnsupportedError(
+            f"{self.model_type} reads pictures, or tiles of them, at one size, so that they cannot be shrunk "
+            "to a number of tokens; compare with 'pool@64', or take a model that reads any size, like Qwen-VL"
+        )
 
     # --- what the core calls ----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ checkpoint runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 
 from ..checks import one_of
 from ..errors import SpecError, UnsupportedError, VlmPruneError
-from . import check_family
+from ..spec import Spec
+from . import adapter_for, check_family
+from .shrink import shrink_for
 
 TINY = "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -140,7 +142,7 @@ def prompt(processor: Any, question: str) -> str:
     return f"USER: {image}\n{question} ASSISTANT:"
 
 
-def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
+def encode(model: Any, processor: Any, image: Any, question: str, prune: str | Spec | None = None) -> Any:
     """Inputs of ``model.generate`` for one picture and one question, on the device and in the dtype of the
     model.
 
@@ -148,8 +150,13 @@ def encode(model: Any, processor: Any, image: Any, question: str) -> Any:
         model, processor: as ``load`` gives them, or as transformers loads them.
         image: PIL image.
         question: plain text; the place of the picture and the turns of a dialogue are added.
+        prune: a spec that changes the picture, such as ``"downsample@64"``; all others act inside the model.
     """
-    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt")
+    options: Mapping[str, Any] = {}
+    if prune is not None:
+        made = shrink_for(adapter_for(model), processor, prune)([image])
+        (image,), options = made.images, made.options
+    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt", **options)
     return inputs.to(model.device, model.dtype)
 
 

@@ -19,6 +19,7 @@ from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import VisionCapture
 from ..hooks.vision.pictures import Picture
 from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
+from .shrink import Resolution
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
@@ -112,6 +113,19 @@ class Qwen2VLAdapter(Adapter):
     ) -> tuple[tuple[int, int], ...]:
         rows, cols = (n // self.merge for n in grid)
         return ((rows, cols),) * crops
+
+    def resolution(self, processor: Any) -> Resolution:
+        images = processor.image_processor
+
+        def grid(picture: Any) -> tuple[int, int]:
+            made = images(images=[picture], return_tensors="pt")
+            _, rows, cols = made[GRIDS["image"]][0].tolist()
+            return rows // self.merge, cols // self.merge
+
+        def unchanged(pixels: int) -> dict[str, Any]:
+            return {"images_kwargs": {"size": {**dict(images.size), "shortest_edge": pixels}}}
+
+        return Resolution(images.patch_size * self.merge, grid, images.resample, unchanged)
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):

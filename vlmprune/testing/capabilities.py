@@ -21,7 +21,7 @@ from ..api import prune
 from ..errors import UnsupportedError
 from ..hooks.session import Session
 from ..models import adapter_for, families
-from ..registry import get, list_methods
+from ..registry import attachable_methods, get
 from .checks_generation import MODES, batched_modes_agree, hand_written_loop, second_turn
 from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
 from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
@@ -206,7 +206,7 @@ OPTIONS = {
 
 def method_names() -> list[str]:
     """The built-in methods."""
-    return [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+    return [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
 
 
 def runs(subject: Subject) -> None:

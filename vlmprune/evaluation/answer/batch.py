@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import EvaluationError
 from ...hooks.vision.encode import EncodedImage, EncodedImages
+from ...models.shrink import Shrink, Shrunk
 from ..stats.objects import Asked
 from ..tasks.sample import Sample
 
@@ -22,6 +23,7 @@ class Batch:
         texts, images, asked: of every sample: its prompt, its pictures, and what it asks about.
         inputs: left-padded model inputs on the device of the model.
         pictures: numbers of the images of every sample, counted over the batch.
+        smaller: how the images were shrunk, where they were.
     """
 
     samples: Sequence[Sample]
@@ -30,6 +32,7 @@ class Batch:
     asked: list[Asked]
     inputs: dict[str, Any]
     pictures: list[range]
+    smaller: Shrunk | None = None
 
     @classmethod
     def make(cls, samples: Sequence[Sample], processor: Any, model: Any) -> Batch:
@@ -48,6 +51,29 @@ class Batch:
             texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
             pictures.append(range(start, start := start + len(images[-1])))
         return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
+
+    def shrunk(self, shrink: Shrink, processor: Any, model: Any) -> Batch:
+        """The same questions about smaller images."""
+        made = shrink([image for row in self.images for image in row])
+        images = [[made.images[number] for number in shown] for shown in self.pictures]
+        inputs = model_inputs(processor, model, self.texts, images, options=made.options)
+        return replace(self, images=images, inputs=inputs, smaller=made)
+
+    def check(self, tokens: Sequence[int], spec: str) -> None:
+        """Raise where the model read other numbers of tokens than smaller images were made for."""
+        if self.smaller is not None and tuple(tokens) != self.smaller.tokens:
+            raise EvaluationError(
+                f"{spec}: the model read {list(tokens)} visual tokens on {self.named}; expected "
+                f"{list(self.smaller.tokens)}: its processor changed the size of the pictures again"
+            )
+
+    def whole(self, shown: Sequence[int]) -> dict[str, int]:
+        """Fields of a Record: the tokens that these images would have at their own size, where they were
+        shrunk.
+        """
+        if self.smaller is None:
+            return {}
+        return {"dense_tokens": sum(self.smaller.dense[number] for number in shown)}
 
     @property
     def named(self) -> str:
@@ -90,13 +116,29 @@ class EncodeOnce:
 
 
 def model_inputs(
-    processor: Any, model: Any, texts: list[str], images: list[list[Any]], clips: Sequence[Any] = ()
+    processor: Any,
+    model: Any,
+    texts: list[str],
+    images: list[list[Any]],
+    clips: Sequence[Any] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What ``model.generate`` takes: left-padded, on its device, in its dtype. ``clips``: of all texts."""
+    """What ``model.generate`` takes: left-padded, on its device, in its dtype.
+
+    Args:
+        clips: of all texts.
+        options: of the processor, for the images.
+    """
     # families that pack by sample want no entry for rows without images
     shown = [row for row in images if row] or None
     videos = {"videos": list(clips)} if clips else {}
     made = processor(
-        text=texts, images=shown, padding=True, padding_side="left", return_tensors="pt", **videos
+        text=texts,
+        images=shown,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **videos,
+        **(options or {}),
     )
     return dict(made.to(model.device, model.dtype))

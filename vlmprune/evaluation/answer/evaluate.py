@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from ...api import prune
 from ...errors import EvaluationError, UnsupportedError
 from ...hooks.session import Session
 from ...hooks.vision.encode import EncodedImages
+from ...models.shrink import Shrink, shrink_for, shrinks
 from ...spec import Spec, parse
 from ..tasks.sample import Sample, Task
 from .batch import Batch, EncodeOnce
@@ -77,22 +79,41 @@ def evaluate(
             f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template"
         )
     # all of them before the first question: what this model cannot do is said at once
-    sessions = [prune(model, text, positions=positions, strict=strict) for text in texts]
-    return _run(model, processor, samples, sessions, task, batch_size, max_new_tokens, share)
+    entrants = [entrant(model, processor, text, positions=positions, strict=strict) for text in texts]
+    return _run(model, processor, samples, entrants, task, batch_size, max_new_tokens, share)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A spec that answers: what is attached, and how its pictures are shrunk where that is what it does."""
+
+    session: Session
+    shrink: Shrink | None = None
+
+
+def entrant(
+    model: Any, processor: Any, spec: str, *, positions: str | None = None, strict: bool = False
+) -> Entrant:
+    """A spec on a model, refused where the two do not fit; attaches nothing."""
+    if not shrinks(spec):
+        return Entrant(prune(model, spec, positions=positions, strict=strict))
+    session = prune(model, "dense", positions=positions)
+    session.spec = spec  # all tokens of a smaller picture: reports and messages are about that
+    return Entrant(session, shrink_for(session.adapter, processor, spec, strict))
 
 
 def _run(
     model: Any,
     processor: Any,
     samples: Sequence[Sample],
-    sessions: Sequence[Session],
+    entrants: Sequence[Entrant],
     task: Task,
     size: int,
     words: int,
     share: bool,
 ) -> Iterator[Record]:
     # a method inside the tower needs pictures that went through it there
-    sharing = [session for session in sessions if share and not session.in_tower]
+    sharing = [one.session for one in entrants if share and one.shrink is None and not one.session.in_tower]
     once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
@@ -105,12 +126,14 @@ def _run(
             except UnsupportedError:
                 once = None  # this family returns more than features: every record says so
             spent = time.perf_counter() - started
-        for session in sessions:
+        for one in entrants:
+            session = one.session
             if session in sharing and once is not None:
                 served = once.encoded.serving(session, images) if images else nullcontext()
                 yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
             else:
-                yield from _answer(model, processor, batch, session, task, words, nullcontext(), "each", 0.0)
+                own = batch if one.shrink is None else batch.shrunk(one.shrink, processor, model)
+                yield from _answer(model, processor, own, session, task, words, nullcontext(), "each", 0.0)
 
 
 def _answer(
@@ -130,6 +153,7 @@ def _answer(
     made = generate(
         model, session, batch.inputs, pictures=pictures, named=batch.named, served=served, **options
     )
+    batch.check(made.report.dense_tokens, session.spec)
     answers = processor.batch_decode(made.ids, skip_special_tokens=True)
     rows = len(batch.samples)
     found = []
@@ -150,7 +174,7 @@ def _answer(
                 group=sample.group,
                 answer=answer.strip(),
                 score=float(score),
-                **made.counts(shown),
+                **made.counts(shown) | batch.whole(shown),
                 on_object=asked.share(maps),
                 positions=session.positions,
                 encoding=encoding if shown else "none",

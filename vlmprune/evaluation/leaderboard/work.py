@@ -9,11 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 from ... import errors
-from ...api import prune
 from ...errors import EvaluationError, VlmPruneError
 from ...models.loading import load
 from ...spec import parse
-from ..answer.evaluate import evaluate
+from ..answer.evaluate import entrant, evaluate
 from ..answer.record import Record
 from ..tasks.registry import get_task
 from ..tasks.sample import Sample, Task
@@ -75,7 +74,7 @@ class Bench:
             try:
                 self._check_methods(spec)
                 # attaches nothing: asks whether this model can do it
-                prune(self.model, spec, positions=self.setting.positions)
+                entrant(self.model, self.processor, spec, positions=self.setting.positions)
                 specs.append(spec)
             except Exception as error:  # a plug-in may raise anything
                 yield Failure(spec, reason(error))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smaller pictures for a processor: specs of the picture slot, such as ``downsample@64``.
+
+Only for families that read pictures of any size and make one token of every square of some pixels. There the
+processor is given a picture that has the wanted tokens already, and is told not to enlarge it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..core.budget import Budget
+from ..core.method import Method
+from ..errors import SpecError
+from ..spec import Spec, parse
+
+if TYPE_CHECKING:
+    from .base import Adapter
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """How a processor makes tokens of pictures of any size.
+
+    Args:
+        side: pixels along each side of what becomes one token.
+        grid: (rows, cols) of tokens that it makes of a PIL picture.
+        resample: the filter of Pillow with which it changes sizes.
+        unchanged: options of a call that leave pictures of so many pixels, or more, as they are.
+    """
+
+    side: int
+    grid: Callable[[Any], tuple[int, int]]
+    resample: int
+    unchanged: Callable[[int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """Pictures for the processor.
+
+    Args:
+        images: those pictures.
+        options: of the call of the processor that takes them.
+        dense: tokens that each would have had.
+        tokens: tokens that it has now.
+    """
+
+    images: list[Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dense: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """A spec of the picture slot on one model."""
+
+    spec: str
+    method: Method
+    budget: Budget
+    resolution: Resolution
+    strict: bool = False
+
+    def __call__(self, images: Sequence[Any]) -> Shrunk:
+        """PIL pictures in order, each as large as its budget allows."""
+        side, found, dense, tokens = self.resolution.side, [], [], []
+        for image in images:
+            whole = self.resolution.grid(image)
+            count = whole[0] * whole[1]
+            if self.strict and isinstance(self.budget.keep, int) and self.budget.keep > count:
+                raise SpecError(
+                    f"strict: keep={self.budget.keep} tokens but a picture gives {count}; lower keep or drop "
+                    "strict"
+                )
+            rows, cols = self.method.shrink(whole, self.budget.count(count))
+            dense.append(count)
+            tokens.append(rows * cols)
+            found.append(image.convert("RGB").resize((cols * side, rows * side), self.resolution.resample))
+        if not found:
+            return Shrunk([])
+        options = self.resolution.unchanged(min(tokens) * side * side)
+        return Shrunk(found, options, tuple(dense), tuple(tokens))
+
+
+def shrinks(spec: str | Spec) -> bool:
+    """Whether a spec changes pictures, and nothing in a model."""
+    return any(plan.method.slot == "picture" for plan in parse(spec).build())
+
+
+def shrink_for(adapter: Adapter, processor: Any, spec: str | Spec, strict: bool = False) -> Shrink:
+    """What a spec of the picture slot does for a model, refused where the model reads one size only."""
+    parsed = parse(spec)
+    (plan,) = parsed.build(require_budget=True)
+    if plan.method.slot != "picture" or plan.budget is None:
+        raise SpecError(
+            f"{str(parsed)!r} acts inside the model; expected a spec that changes the picture, such as "
+            f"'downsample@64'; write `with vlmprune.prune(model, {str(parsed)!r}):` around generate"
+        )
+    if plan.budget.scope != "image":
+        raise SpecError(
+            f"{str(parsed)!r}: every picture is shrunk by itself, as a whole; drop '/{plan.budget.scope}'"
+        )
+    return Shrink(str(parsed), plan.method, plan.budget, adapter.resolution(processor), strict)
