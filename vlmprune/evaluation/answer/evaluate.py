@@ -20,6 +20,7 @@ from ...api import prune
 from ...errors import EvaluationError, UnsupportedError
 from ...hooks.session import Session
 from ...hooks.vision.encode import EncodedImages
+from ...models import adapter_for
 from ...models.shrink import Shrink, shrink_for, shrinks
 from ...spec import Spec, parse
 from ..tasks.sample import Sample, Task
@@ -99,7 +100,7 @@ def entrant(
         return Entrant(prune(model, spec, positions=positions, strict=strict))
     session = prune(model, "dense", positions=positions)
     session.spec = spec  # all tokens of a smaller picture: reports and messages are about that
-    return Entrant(session, shrink_for(session.adapter, processor, spec, strict))
+    return Entrant(session, shrink_for(adapter_for(model), processor, spec, strict))
 
 
 def _run(
