@@ -113,6 +113,7 @@ def test_list_families():
 def test_show_says_what_a_method_is_and_its_example_parses(method):
     text, info = cli("show", method).stdout, json.loads(cli("show", method, "--json").stdout)
     assert info["example"] in text and info["positions"] in text and info["module"] in text
+    assert re.search(rf"^ *slot +{info['slot']} *$", text, re.MULTILINE)
     for option in info["options"]:
         assert option["name"] in text
     if "..." not in info["example"]:

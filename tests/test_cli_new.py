@@ -94,6 +94,11 @@ def test_a_new_built_in_method_goes_where_the_others_are_and_is_listed(tmp_path)
         "methods/two_words.yaml",
     ]
     assert made.changed == (tmp_path / "vlmprune" / "registry.py",)
+    # what other tests of the repository ask of a new method
+    commands = [step.partition("  (")[0] for step in made.steps]
+    assert "python docs/readme_tables.py" in commands
+    assert "python docs/capabilities.py --method two_words" in commands
+    assert "vlmprune bench --count --out kernels/device_counts.csv" in commands
     before = (ROOT / "vlmprune" / "registry.py").read_text().splitlines()
     after = made.changed[0].read_text().splitlines()
     line = '    "two_words": "vlmprune.methods.two_words:TwoWords",'

@@ -12,7 +12,8 @@ from vlmprune.core.method import CutPoint
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
-from vlmprune.methods.adaptinfer import AdaptInfer, counted_mean, scaled_layers, stage_budgets, text_weights
+from vlmprune.methods.adaptinfer import DEPTH, LAYERS, AdaptInfer, counted_mean, stage_budgets, text_weights
+from vlmprune.methods.depths import scaled_layers
 from vlmprune.testing.checks_inside import cut_equals_twin
 from vlmprune.testing.conformance import Subject
 
@@ -84,7 +85,7 @@ def test_published_budgets(depth, keep, layers, budgets, mean):
 
 @pytest.mark.parametrize(("keep", "count", "depth"), [(192, 576, 32), (40, 729, 28), (9, 36, 4)])
 def test_other_budgets_come_as_near_to_the_mean_as_they_may(keep, count, depth):
-    layers = scaled_layers(depth)
+    layers = scaled_layers(LAYERS, DEPTH, depth)
     budgets = stage_budgets(keep, layers, depth, count)
     ratio = 0.25 if keep >= 100 else 0.2
     more = (budgets[0] + 1, int(ratio * (budgets[0] + 1)), int(ratio * int(ratio * (budgets[0] + 1))))

@@ -18,7 +18,7 @@ from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm.plus import rope_weight
 from vlmprune.methods.sparsevlm.recycling import cluster_count, kept_of, recycle
-from vlmprune.methods.sparsevlm.schedule import published_rows, scaled_layers
+from vlmprune.methods.sparsevlm.schedule import published_rows
 from vlmprune.spec import Budget
 
 # --- transcriptions -------------------------------------------------------------------------------
@@ -249,7 +249,8 @@ def test_every_budget_gives_shrinking_stages():
     [(80, (2, 6, 15)), (40, (2, 6, 15)), (32, (2, 6, 15)), (28, (2, 5, 13)), (16, (1, 3, 8)), (4, (0, 1, 2))],
 )
 def test_layers_scale_to_shallow_models(depth, layers):
-    assert scaled_layers(depth) == layers
+    half = Budget(0.6)
+    assert tuple(point.source for point in SparseVLM().cuts(depth, half, 576)) == layers
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def _inside(name: str, cls: str, folder: Path) -> _Plan:
         _LAST_STEP,
         "python docs/readme_tables.py  (the method's line in the README, from the title of its card)",
         f"python docs/capabilities.py --method {name}  (its column in the table of what families can do)",
+        "vlmprune bench --count --out kernels/device_counts.csv  (what it asks of a device; a test holds it)",
     )
     return _Plan(new, {REGISTRY: _listed(name, f"{module}:{cls}", folder / REGISTRY)}, steps)
 

@@ -32,6 +32,7 @@ from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
+from .depths import scaled_layers
 
 LAYERS, DEPTH = (1, 10, 20), 32
 # (depth, tokens) -> layers, and the tokens that leave them for a mean of ``keep``
@@ -90,7 +91,7 @@ class AdaptInfer(Method):
                 "adaptinfer@64 or adaptinfer(budgets=(133, 27, 3))"
             )
         published, table = PUBLISHED.get((depth, count), (None, {}))
-        layers = self.layers or published or scaled_layers(depth)
+        layers = self.layers or published or scaled_layers(LAYERS, DEPTH, depth)
         if layers[-1] + 1 >= depth:
             raise SpecError(
                 f"layers={layers}, behind which tokens leave, but the language model has layers "
@@ -173,12 +174,3 @@ def falling(first: int, ratio: float, stages: int) -> tuple[int, ...]:
     for _ in range(stages - 1):
         budgets.append(int(ratio * budgets[-1]))
     return tuple(budgets)
-
-
-def scaled_layers(depth: int) -> tuple[int, ...]:
-    """(1, 10, 20), or the nearest layers as deep in a model of another depth."""
-    layers: list[int] = []
-    for layer in LAYERS:
-        scaled = round(layer * depth / DEPTH)
-        layers.append(max(scaled, layers[-1] + 1) if layers else scaled)
-    return tuple(layers)

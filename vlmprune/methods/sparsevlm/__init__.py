@@ -33,10 +33,11 @@ from ...core.method import CutPoint, Merged, Method, SlotName, What
 from ...core.tokens import VisualTokens
 from ...errors import SpecError, UnsupportedError
 from ...registry import register
+from ..depths import scaled_layers
 from .plus import corrected, top_head_scores
 from .raters import rated, rater_affinity
 from .recycling import cluster_count, kept_of, pick, recycle
-from .schedule import PATCHES, published_rows, scaled_layers
+from .schedule import DEPTH, LAYERS, PATCHES, published_rows
 
 
 @register("sparsevlm")
@@ -85,7 +86,8 @@ class SparseVLM(Method):
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
         if budget is None:
             raise SpecError("sparsevlm needs a budget: sparsevlm@192 is the published setting of that name")
-        layers = self.layers or scaled_layers(depth)
+        # deeper models are cut where the published one is
+        layers = self.layers or scaled_layers(LAYERS, DEPTH, min(depth, DEPTH))
         if layers[-1] + 1 >= depth:
             raise SpecError(
                 f"layers={layers} are cut after, but the language model has layers 0..{depth - 1}; choose "

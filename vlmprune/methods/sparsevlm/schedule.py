@@ -39,12 +39,3 @@ def published_rows(keep: float, recycled: bool) -> tuple[float, ...]:
     low, high = next((a, b) for a, b in pairwise(points) if keep <= b)
     share = (keep - low) / (high - low)
     return tuple(a + share * (b - a) for a, b in zip(table[low], table[high], strict=True))
-
-
-def scaled_layers(depth: int) -> tuple[int, ...]:
-    """(2, 6, 15), or the nearest layers as deep in a model of fewer than 32."""
-    layers: list[int] = []
-    for layer in LAYERS:
-        scaled = layer if depth >= DEPTH else round(layer * depth / DEPTH)
-        layers.append(max(scaled, layers[-1] + 1) if layers else scaled)
-    return tuple(layers)
