@@ -19,6 +19,7 @@ COUNTS = {
     "visionzip@12+fastv(layer=2)@4": [12, 12, 4, 4],
     "debias+fastervlm@9": [9, 9, 9, 9],
     "mmr+debias+fastervlm@9": [9, 9, 9, 9],
+    "mmr(importance=rank)+hiprune@9": [9, 9, 9, 9],
     "debias+fastervlm@18+fastv(layer=1)@4": [18, 4, 4, 4],
 }
 
@@ -46,7 +47,8 @@ def test_every_layer_reads_what_the_spec_says_and_rows_are_as_alone(model, spec,
     [
         ("fastervlm@9+divprune@4", UnsupportedError, "both act in the slot 'before_lm'"),
         ("flowcut@12/crop+fastervlm@9", UnsupportedError, "reads all of them behind it"),
-        ("mmr+hiprune@9", SpecError, "hiprune has none"),
+        ("mmr+hiprune@9", SpecError, r"write mmr\(importance=rank\)\+hiprune@64"),
+        ("mmr+divprune@9", SpecError, "divprune has none"),
         ("debias+mmr+fastervlm@9", SpecError, "'mmr' is a wrapper itself"),
     ],
 )

@@ -20,6 +20,7 @@ from vlmprune.errors import InvariantError, SpecError
 from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.methods.fastv import FastV
+from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.mmr import MMR, marginal_relevance, minmax, share_below
 from vlmprune.methods.zooprune import ZOOPrune
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -159,3 +160,29 @@ def test_keep_all_is_dense_and_the_methods_around_it_compose():
         with vlmprune.prune(model, "mmr+zooprune(estimator=norm)@7") as run:
             model(**inputs)
     assert run.last.realised_tokens == [7]
+
+
+def hiprune_tokens(seed=0):
+    """Two pictures of 8 x 8 tokens, with what hiprune and mmr read."""
+    middle, deep, x = (
+        drawn(2, 64, seed=seed).abs(),
+        drawn(2, 64, seed=seed + 1).abs(),
+        drawn(2, 64, 16, seed=seed + 2),
+    )
+    inner = HiPrune(alpha=0.9)
+    layers = {need: middle if need.layer else deep for need in inner.needs}
+    return inner, VisualTokens(x, received_attention=deep, of_layers=layers, grids=((8, 8),))
+
+
+@pytest.mark.parametrize("k", [1, 12, 30, 63])
+def test_around_a_method_that_ranks_at_each_budget_it_reranks_that_order(k):
+    inner, tokens = hiprune_tokens()
+    alone = choose(inner, tokens, k)
+    # by importance alone the set is that of the inner method; by both it is that of the transcription
+    assert choose(MMR(inner, balance=1.0, importance="rank"), tokens, k).tolist() == alone.tolist()
+    wrapped = MMR(inner, importance="rank")
+    assert not wrapped.nested
+    for row, kept in enumerate(choose(wrapped, tokens, k).tolist()):
+        order = inner.ranking(tokens, k)[row]
+        share = [float((order < one).sum()) / 63 for one in order]
+        assert kept == sorted(transcription(share, tokens.features[row], k, 0.5))

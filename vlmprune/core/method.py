@@ -169,6 +169,13 @@ class Method:
         """(B, k) distinct token indices, any order."""
         raise NotImplementedError
 
+    def ranking(self, tokens: VisualTokens, k: int) -> Tensor:
+        """(B, N) finite numbers whose order is that in which ``select`` takes tokens at a budget of k.
+
+        Overridden where a method that chooses a set prefers some tokens to others, for wrappers that re-rank.
+        """
+        raise NotImplementedError
+
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         """k rows that replace the tokens."""
         raise NotImplementedError

@@ -108,10 +108,13 @@ class HiPrune(Method):
         o = tokens.need("received_attention", self.object_layer)  # (B, N)
         return ranked(o)[:, : max(self.min_anchors, round(k * self.alpha / 5))]
 
-    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+    def ranking(self, tokens: VisualTokens, k: int) -> Tensor:
         a, grids = tokens.need("received_attention").float(), tokens.need("grids")
         around = neighbourhoods(grids) if self.variant == "grid" else wrapped_neighbourhoods(grids)
         anchors = self.anchors(tokens, k)
         first = first_to_fit(around.to(anchors.device)[anchors], tokens.count, k)  # (B, N)
-        # anchors and their neighbours first, then the best of the others
-        return top_k(a.masked_fill(first, torch.inf), k)
+        # anchors and their neighbours first, all alike, then the best of the others
+        return a.masked_fill(first, torch.finfo(a.dtype).max)
+
+    def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        return top_k(self.ranking(tokens, k), k)

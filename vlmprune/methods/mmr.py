@@ -77,7 +77,7 @@ class MMR(Method):
     Args:
         balance: lambda: 1 ranks by the scores alone, 0 by distance alone after the first pick.
         importance: "minmax" of the scores, or "rank": the share of tokens that score less, where a few scores
-            tower above all others, as those of attention do.
+            tower above all others, as those of attention do, and where a method only ranks at each budget.
         parallel: picks per step that do not look at each other; fewer steps, less diversity.
     """
 
@@ -94,21 +94,33 @@ class MMR(Method):
         check_number("balance", self.balance, 0, 1)
         one_of("importance", self.importance, ("minmax", "rank"))
         check_int("parallel", self.parallel, 1)
-        if self.inner.slot != "before_lm" or type(self.inner).score is Method.score:
+        ranks = type(self.inner).ranking is not Method.ranking
+        if self.inner.slot != "before_lm" or not (self._scores or ranks):
             raise SpecError(
                 f"mmr re-ranks scores given before the language model, and {self.inner.name} has none; wrap "
                 "a method that has, as in mmr+fastervlm@64"
             )
+        if self.importance == "minmax" and not self._scores:
+            raise SpecError(
+                f"{self.inner.name} says which tokens come first at a budget, not by how much, so there is "
+                f"nothing to stretch to 0 .. 1; write mmr(importance=rank)+{self.inner.name}@64"
+            )
         # it selects, whatever the method inside does
         act_as(self, self.inner, but=("kind", "needs", "nested"))
         object.__setattr__(self, "needs", tuple(dict.fromkeys((*needs_of(self.inner), Need("features")))))
-        object.__setattr__(self, "nested", self.parallel == 1)
+        object.__setattr__(self, "nested", self.parallel == 1 and self._scores)
+
+    @property
+    def _scores(self) -> bool:
+        """Whether the inner method has scores that are the same at every budget."""
+        return type(self.inner).score is not Method.score
 
     def check_model(self, config: Any) -> None:
         self.inner.check_model(config)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        scores, features = self.inner.score(tokens).float(), tokens.need("features")
+        given = self.inner.score(tokens) if self._scores else self.inner.ranking(tokens, k)
+        scores, features = given.float(), tokens.need("features")
         tokens.require(
             all_finite(scores) & all_finite(features),
             lambda: InvariantError(
