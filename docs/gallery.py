@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the README's picture: one question of the benchmark, the whole picture, and what four methods leave of
-it.
+it; or what all methods leave of it.
 
     python docs/gallery.py docs/gallery.png
+    python docs/gallery.py docs/gallery_all.png --all
     python docs/gallery.py needle.png --sample needle-7 --keep 9 --methods random pool fastervlm fastv
 
 Without --sample the question is chosen by a rule and not by hand: the first test question about one picture
 that the whole picture answers right, the first method wrong, and most of the others right. Model and
-questions ship with the package. Methods inside the language model are drawn after their last cut.
+questions ship with the package. Methods inside the language model are drawn after their last cut. With --all
+the question is the same, and every method is there that chooses tokens by a budget. Those whose schedule
+cannot meet it get a quarter or half of the tokens, as their panel says.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vlmprune.core.budget import Budget
+from vlmprune.errors import SpecError
 from vlmprune.evaluation.answer.evaluate import evaluate
 from vlmprune.evaluation.answer.record import Record
 from vlmprune.evaluation.tasks.registry import get_task
 from vlmprune.models.loading import load
+from vlmprune.registry import attachable_methods, get
+from vlmprune.spec import parse
 
 METHODS = ("random", "divprune", "fastervlm", "fastv")
 SIZE = 432  # three pixels for each one of the benchmark, so that patches stay sharp
 GAP = 14
 HEAD, FOOT = 58, 56  # pixels of text above and below a panel
+COLUMNS = 6  # of a gallery of all methods
 LOOKED_AT = 500  # questions; beyond them the rule finds nothing
 
 
@@ -65,14 +73,44 @@ def panel(image: Image.Image, record: Record) -> Image.Image:
     return sheet
 
 
-def gallery(sample: Any, records: list[Record]) -> Image.Image:
-    """One panel per answer under the question."""
+def gallery(sample: Any, records: list[Record], columns: int | None = None) -> Image.Image:
+    """One panel per answer under the question, in rows of ``columns``."""
     panels = [panel(sample.load_images()[0], record) for record in records]
-    sheet = Image.new("RGB", (len(panels) * (SIZE + GAP) - GAP, HEAD + panels[0].height), "white")
+    across, tall = columns or len(panels), panels[0].height
+    rows = -(-len(panels) // across)
+    sheet = Image.new("RGB", (across * (SIZE + GAP) - GAP, HEAD + rows * (tall + GAP) - GAP), "white")
     ImageDraw.Draw(sheet).text((2, 6), sample.question, fill="black", font=ImageFont.load_default(38))
     for number, one in enumerate(panels):
-        sheet.paste(one, (number * (SIZE + GAP), HEAD))
+        down, right = divmod(number, across)
+        sheet.paste(one, (right * (SIZE + GAP), HEAD + down * (tall + GAP)))
     return sheet
+
+
+def every_spec(keep: int, tokens: int, depth: int) -> list[str]:
+    """All built-in methods that choose tokens by a budget, at ``keep`` tokens or the least that they can."""
+    found = []
+    for name in attachable_methods():
+        cls = get(name)
+        if not cls.__module__.startswith("vlmprune.") or not (cls.budgeted or cls.wraps):
+            continue
+        if cls.slot == "attention":
+            continue
+        text = f"{name}+fastervlm" if cls.wraps else name
+        budgets = [f"{keep}/crop"] if cls.slot == "encoder" else [str(keep), "0.25", "0.5"]
+        found.append(next(f"{text}@{one}" for one in budgets if _fits(f"{text}@{one}", tokens, depth)))
+    return found
+
+
+def _fits(spec: str, tokens: int, depth: int) -> bool:
+    """Whether a schedule inside a language model of ``depth`` layers meets its budget."""
+    (plan,) = parse(spec).build()
+    if plan.method.slot != "inside_lm":
+        return True
+    try:
+        plan.method.cuts(depth, plan.budget or Budget(1.0), tokens)
+    except SpecError:
+        return False
+    return True
 
 
 def main(words: list[str] | None = None) -> None:
@@ -84,6 +122,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sample", help="family-number in the test split, as in needle-0; else by the rule")
     parser.add_argument("--keep", type=int, default=18)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--all", action="store_true", help="all methods, about the question of --methods")
     options = parser.parse_args(words)
     bundle, specs = load(options.model), [f"{method}@{options.keep}" for method in options.methods]
     if options.sample is None:
@@ -92,7 +131,13 @@ def main(words: list[str] | None = None) -> None:
         family, _, number = options.sample.rpartition("-")
         sample = get_task("shapes").sample("test", family, int(number))
         found = answers(bundle, sample, specs)
-    gallery(sample, found).save(options.path, optimize=True)
+    if options.all:
+        config = bundle[0].config
+        tokens = found[0].dense_tokens
+        found = answers(
+            bundle, sample, every_spec(options.keep, tokens, config.text_config.num_hidden_layers)
+        )
+    gallery(sample, found, COLUMNS if options.all else None).save(options.path, optimize=True)
     print(f"{sample.id}: {sample.question} {sample.answers[0]}")
 
 

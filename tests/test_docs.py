@@ -19,6 +19,8 @@ from PIL import Image
 from vlmprune.cli import app
 from vlmprune.errors import SpecError
 from vlmprune.evaluation.leaderboard.config import Config
+from vlmprune.registry import get, list_methods
+from vlmprune.spec import parse
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune"
@@ -270,9 +272,20 @@ def test_the_picture_is_chosen_by_its_rule(scores, telling):
     assert script("gallery").telling(records) is telling
 
 
+def test_the_picture_of_all_methods_has_every_one_that_chooses_by_a_budget():
+    specs = script("gallery").every_spec(18, 144, 8)
+    names = {parse(spec).parts[0].name for spec in specs}
+    own = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+    chooses_none = {"dense", "blind", "dyvte", "var", "downsample"}
+    assert names == {*own} - chooses_none
+    # schedules that cannot meet 18 tokens, and those inside the tower, whose budget is one of each crop
+    assert {"pyramiddrop@0.5", "fitprune@0.25", "flowcut@18/crop", "mmr+fastervlm@18"} <= {*specs}
+
+
 @pytest.mark.slow
-def test_the_picture_is_the_one_that_the_rule_gives(tmp_path):
+@pytest.mark.parametrize(("name", "words"), [("gallery.png", []), ("gallery_all.png", ["--all"])])
+def test_the_picture_is_the_one_that_the_rule_gives(tmp_path, name, words):
     gallery = script("gallery")
-    gallery.main([str(tmp_path / "gallery.png")])
-    drawn, shipped = (np.asarray(Image.open(folder / "gallery.png")) for folder in (tmp_path, ROOT / "docs"))
+    gallery.main([str(tmp_path / name), *words])
+    drawn, shipped = (np.asarray(Image.open(folder / name)) for folder in (tmp_path, ROOT / "docs"))
     assert drawn.shape == shipped.shape and (drawn != shipped).mean() < 0.01
