@@ -165,8 +165,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure the pruning tax of one spec.")
-    parser.add_argument("--prune", required=True, metavar="SPEC", help="such as fastervlm@64")
+    parser = argparse.ArgumentParser(description="Measure the pruning tax of one spec, or of all methods.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prune", metavar="SPEC", help="such as fastervlm@64")
+    what.add_argument(
+        "--all",
+        action="store_true",
+        help="all methods in one interleaved run without the tower, which goes on where it was stopped: "
+        "rounds are added to --out, and FILE.csv beside it is the table",
+    )
     parser.add_argument("--keep", help="budget for a spec without one: 64 tokens, or 0.25 of them")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -180,6 +187,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     add_common_options(parser)
     options = parser.parse_args(words)
+    if options.all and options.out is None:
+        parser.error("--all needs --out FILE.jsonl, where the rounds are kept")
     options.vision_repeats = options.vision_repeats or -(-options.repeats // 3)
     options.capture_repeats = options.capture_repeats or 2 * options.repeats
     return options
@@ -227,8 +236,12 @@ def main(words: list[str] | None = None) -> int:
             )
         if options.device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("--device cuda was asked for but torch sees no GPU; use --device cpu")
-        vlmprune.parse(options.prune)  # before the model is built
         torch.set_num_threads(options.threads)
+        if options.all:
+            import tax_all
+
+            return tax_all.main(options)
+        vlmprune.parse(options.prune)  # before the model is built
         start = conditions()
         row = measure(options) | start | {"load_after": os.getloadavg()[0]}
     except VlmPruneError as error:

@@ -21,14 +21,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmprune.core.budget import Budget
-from vlmprune.errors import SpecError
+from vlmprune.cli.catalogue import spec_at
 from vlmprune.evaluation.answer.evaluate import evaluate
 from vlmprune.evaluation.answer.record import Record
 from vlmprune.evaluation.tasks.registry import get_task
 from vlmprune.models.loading import load
 from vlmprune.registry import attachable_methods, get
-from vlmprune.spec import parse
 
 METHODS = ("random", "divprune", "fastervlm", "fastv")
 SIZE = 432  # three pixels for each one of the benchmark, so that patches stay sharp
@@ -87,30 +85,13 @@ def gallery(sample: Any, records: list[Record], columns: int | None = None) -> I
 
 
 def every_spec(keep: int, tokens: int, depth: int) -> list[str]:
-    """All built-in methods that choose tokens by a budget, at ``keep`` tokens or the least that they can."""
-    found = []
-    for name in attachable_methods():
-        cls = get(name)
-        if not cls.__module__.startswith("vlmprune.") or not (cls.budgeted or cls.wraps):
-            continue
-        if cls.slot == "attention":
-            continue
-        text = f"{name}+fastervlm" if cls.wraps else name
-        budgets = [f"{keep}/crop"] if cls.slot == "encoder" else [str(keep), "0.25", "0.5"]
-        found.append(next(f"{text}@{one}" for one in budgets if _fits(f"{text}@{one}", tokens, depth)))
-    return found
-
-
-def _fits(spec: str, tokens: int, depth: int) -> bool:
-    """Whether a schedule inside a language model of ``depth`` layers meets its budget."""
-    (plan,) = parse(spec).build()
-    if plan.method.slot != "inside_lm":
-        return True
-    try:
-        plan.method.cuts(depth, plan.budget or Budget(1.0), tokens)
-    except SpecError:
-        return False
-    return True
+    """All built-in methods that choose tokens by a budget."""
+    classes = {name: get(name) for name in attachable_methods()}
+    return [
+        spec_at(name, keep, tokens, depth)
+        for name, cls in classes.items()
+        if cls.__module__.startswith("vlmprune.") and (cls.budgeted or cls.wraps) and cls.slot != "attention"
+    ]
 
 
 def main(words: list[str] | None = None) -> None:

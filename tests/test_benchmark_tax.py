@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import subprocess
@@ -16,7 +17,9 @@ from transformers import LlavaForConditionalGeneration
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import tax
+import tax_all
 
+from vlmprune.spec import parse
 from vlmprune.speed.memory import memory_profile
 
 MIB = 2**20
@@ -171,3 +174,96 @@ def test_a_hidden_peak_is_seen():
         handle.remove()
     assert max(watched) - max(bare) <= 0  # the maxima hide it
     assert max(after - before for before, after in zip(bare, watched, strict=True)) == 2 * MIB
+
+
+# --- all methods in one run -----------------------------------------------------------------------
+
+SHORT = ("--all", "--size", "tiny", "--keep", "4", "--warmup", "1", "--threads", "1")
+
+
+def table(path):
+    return {row["spec"]: row for row in csv.DictReader(path.with_suffix(".csv").open())}
+
+
+@needs_encoded
+def test_all_methods_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tax_all, "every_method", lambda: ["fastervlm", "hiprune", "blind", "tome", "fastv"])
+    out = tmp_path / "all.jsonl"
+    assert tax.main([*SHORT, "--repeats", "1", "--out", str(out)]) == 0
+    first = out.read_text()
+    assert first.count("\n") == 1
+    with out.open("a") as file:
+        file.write('{"same": {"si')  # killed while it wrote
+    assert tax.main([*SHORT, "--repeats", "2", "--out", str(out)]) == 0
+    assert out.read_text().startswith(first) and out.read_text().count("\n") == 2
+    rows = table(out)
+    assert {spec: row["rounds"] for spec, row in rows.items()} == {
+        "fastervlm@4": "2",
+        "hiprune@4": "2",
+        "blind": "2",
+        "tome": "0",
+        "fastv": "0",
+    }
+    assert (
+        "inside the vision tower" in rows["tome"]["why_not"]
+        and "choose a smaller one" in rows["fastv"]["why_not"]
+    )
+    # two blocks cannot be seen on a tower of one
+    assert {spec: rows[spec]["tower"] for spec in ("fastervlm@4", "hiprune@4")} == {
+        "fastervlm@4": "one block",
+        "hiprune@4": "narrow",
+    }
+    assert [rows[spec]["kept"] for spec in ("fastervlm@4", "blind")] == ["4", "0"]
+    assert "fastervlm@4: tax " in capsys.readouterr().out
+    # nothing is measured where all rounds are there, and other conditions are another file
+    assert tax.main([*SHORT, "--repeats", "2", "--out", str(out)]) == 0
+    assert out.read_text().count("\n") == 2
+    assert tax.main([*SHORT, "--repeats", "2", "--out", str(out), "--dtype", "bfloat16"]) == 2
+    assert "round 1 was measured with {'dtype': 'float32'}" in capsys.readouterr().err
+
+
+def test_a_row_has_the_median_of_ratios_within_rounds():
+    parts = {"bare": 1.0, "watched": 1.5, "choose": 0.001, "kept": 4, "tower": "narrow"}
+    rounds = [
+        {"dense": 8.0, "specs": {"a@4": {**parts, "pruned": 1.5, "free": 2.0}}},
+        {"dense": 6.0, "specs": {"a@4": {**parts, "pruned": 2.5, "free": 2.0}}},
+        {
+            "dense": 6.0,
+            "specs": {
+                "a@4": {**parts, "pruned": 3.5, "free": 2.0},
+                "b@4": {**parts, "pruned": 1.0, "free": 1.0},
+            },
+        },
+    ]
+    a, b, c = tax_all.rows(rounds, {"c": "cannot"})
+    # capture adds half a second to 1.5, 2.5 and 3.5
+    assert (a["spec"], a["tax"], a["ideal"], a["speedup"], a["capture_ms"], a["rounds"]) == (
+        "a@4",
+        1.5,
+        3.0,
+        2.0,
+        500,
+        3,
+    )
+    assert (b["tax"], b["rounds"]) == (1.5, 1)
+    assert (c["spec"], c["rounds"], c["tax"], c["why_not"]) == ("c", 0, "", "cannot")
+
+
+def test_all_needs_a_file_and_excludes_a_spec(capsys):
+    for words, told in (
+        (["--all"], "--all needs --out"),
+        (["--all", "--prune", "fastervlm@4"], "not allowed with"),
+    ):
+        with pytest.raises(SystemExit):
+            tax.main(words)
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_encoded
+def test_every_method_has_a_line(tmp_path):
+    out = tmp_path / "all.jsonl"
+    assert tax.main([*SHORT, "--repeats", "1", "--out", str(out)]) == 0
+    rows = table(out)
+    assert {parse(spec).parts[0].name for spec in rows} == set(tax_all.every_method())
+    assert all(float(row["tax"]) > 0 if int(row["rounds"]) else row["why_not"] for row in rows.values())

@@ -206,6 +206,34 @@ def example(info: MethodInfo) -> str:
     return f"{text}@0.5" if info.slot == "inside_lm" else f"{text}@64"
 
 
+def spec_at(name: str, keep: int, tokens: int, depth: int) -> str:
+    """A spec that keeps ``keep`` of so many tokens, or, where the schedule of a method cannot meet that in a
+    language model of ``depth`` layers, a quarter or half of them.
+
+    Methods that take no budget give their example, wrappers stand around fastervlm.
+    """
+    from ..core.budget import Budget
+    from ..errors import SpecError
+    from ..registry import get, method_info
+
+    cls = get(name)
+    if cls.wraps or cls.slot == "attention":
+        return f"{name}+fastervlm@{keep}"
+    if not cls.budgeted:
+        return f"dyvte(exit={depth // 2})" if name == "dyvte" else example(method_info(name))
+    if cls.slot != "inside_lm":
+        return f"{name}@{keep}/crop" if cls.slot == "encoder" else f"{name}@{keep}"
+    method, problem = cls(), None
+    for budget in (Budget(keep), Budget(0.25), Budget(0.5)):
+        try:
+            method.cuts(depth, budget, tokens)
+        except SpecError as error:
+            problem = error
+            continue
+        return f"{name}@{budget}"
+    raise SpecError(f"{name} can meet neither {keep} tokens nor half of {tokens}: {problem}")
+
+
 def _default(option: Option) -> str:
     return "required" if option.default is MISSING else repr(option.default)
 
