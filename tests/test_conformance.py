@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vlmprune.api import prune
+from vlmprune.errors import UnsupportedError
 from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.sequence import views
 from vlmprune.hooks.sequence.views import SequenceView
@@ -16,6 +18,7 @@ from vlmprune.hooks.slots import before_lm
 from vlmprune.hooks.slots.inside_lm import InsideLM
 from vlmprune.registry import attachable_methods, get
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
+from vlmprune.testing.families import layout_of
 from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
 
 METHODS = [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
@@ -43,7 +46,9 @@ def sampled(method: str, family: str, one_in: int) -> bool:
 
 
 def by_default(method: str, family: str) -> bool:
-    """Every method on LLaVA, a quarter of the cells of its relatives."""
+    """Every method on LLaVA, a quarter of the cells of its relatives; for clips OneVision and a third."""
+    if get(method).clips:
+        return family == "llava_onevision" or sampled(method, family, 3)
     return family == "llava" or (family in LLAVA_FAMILIES and sampled(method, family, 4))
 
 
@@ -55,7 +60,8 @@ def quick(subject: Subject, check: str) -> bool:
     return check in ALWAYS or sampled(subject.spec, f"{subject.family} {check}", 3)
 
 
-CELLS = [(method, family) for method in METHODS for family in FAMILIES]
+CLIPS = [family for family in FAMILIES if layout_of(family).video is not None]
+CELLS = [(method, family) for method in METHODS for family in (CLIPS if get(method).clips else FAMILIES)]
 QUICK = [Subject(default_spec(method), family) for method, family in CELLS if by_default(method, family)]
 # the others run a method of each kind by default, the first of these with all checks
 ALL_CHECKS = "fastervlm(cls=mean)@0.25"
@@ -156,6 +162,13 @@ def test_conformance(subject: Subject, check: str) -> None:
         assert may_refuse(subject, result.detail), result.detail
         return
     assert result.status == "pass", result.detail
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if get(name).clips])
+def test_methods_for_clips_are_refused_where_there_are_none(method: str) -> None:
+    model = Subject("uniform@9", "llava").model
+    with pytest.raises(UnsupportedError, match="takes images only; use a family with clips"):
+        prune(model, default_spec(method))
 
 
 def test_run_checks_reports_every_check_of_every_family_asked_for() -> None:

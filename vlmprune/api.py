@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .core.keepmap import Picture, Replay, ScoreMap
-from .core.method import Merged, Method, Positions, needs_of
+from .core.method import Merged, Method, Positions, check_scope, needs_of
 from .core.select import choose, choose_own
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
@@ -56,6 +56,11 @@ def prune(
         if built.slot != "inside_lm":
             built.kind()  # raises if the class implements no verb of its slot
         built.check_model(adapter.config)
+        if built.clips and all(modality.name != "video" for modality in adapter.modalities):
+            raise UnsupportedError(
+                f"{built.name} reads the frames of one clip, but {adapter.model_type} takes images only; use "
+                "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'"
+            )
     return Session(adapter, plans, text, positions=wanted, strict=strict)
 
 
@@ -113,6 +118,7 @@ def _resolved(
             raise SpecError(f"{name} needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)")
         if budget is not None and not method.budgeted:
             raise SpecError(f"{name} takes no budget but keep={keep!r} was given; drop it")
+        check_scope(method, budget)
         return [(method, budget)], name if budget is None else f"{name}@{budget}"
     if isinstance(method, type) and issubclass(method, Method):
         raise SpecError(f"{method.__name__} is a class; give an object, e.g. {method.__name__}()")

@@ -89,6 +89,7 @@ class MethodInfo:
     licence: str
     doc: str
     counts: str
+    clips: bool
 
     @property
     def stage(self) -> str:
@@ -322,6 +323,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         licence=cls.licence,
         doc=doc,
         counts=cls.counts,
+        clips=cls.clips,
     )
 
 

@@ -18,7 +18,7 @@ from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from .core.budget import LARGEST, Budget, Printed
-from .core.method import Method
+from .core.method import Method, check_scope
 from .errors import SpecError, did_you_mean
 from .registry import fits, get, option_fields, option_types, summary
 
@@ -155,19 +155,21 @@ class Spec(Printed):
                 wrapped = plans.pop()
                 plans.append(Plan(part.build(inner=wrapped.method), wrapped.budget))
                 continue
-            if part.budget and not cls.budgeted:
-                why = ", because the picture decides how many tokens stay" if cls.counts == "own" else ""
+            method = part.build()  # its options may say who counts
+            if part.budget and not method.budgeted:
+                why = ", because the picture decides how many tokens stay" if method.counts == "own" else ""
                 raise SpecError(
                     f"{str(part)!r} has a budget, but method {part.name!r} takes none{why}; drop "
                     f"'@{part.budget}'"
                 )
-            counts_by_budget = cls.budgeted and cls.counts == "budget" and cls.slot != "inside_lm"
+            counts_by_budget = method.budgeted and method.counts == "budget" and cls.slot != "inside_lm"
             if require_budget and counts_by_budget and not part.budget:
                 raise SpecError(
                     f"{str(part)!r} has no budget; expected tokens or a fraction to keep: {part}@64 or "
                     f"{part}@0.25"
                 )
-            plans.append(Plan(part.build(), part.budget))
+            check_scope(method, part.budget)
+            plans.append(Plan(method, part.budget))
         _check_alone(self, plans)
         return tuple(reversed(plans))
 

@@ -26,7 +26,11 @@ from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.conformance import default_spec
 from vlmprune.testing.tiny import LLAVA_FAMILIES, tiny_bundle
 
-METHODS = [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
+METHODS = [
+    name
+    for name in attachable_methods()
+    if get(name).__module__.startswith("vlmprune.") and not get(name).clips
+]
 WORDS = 4
 
 

@@ -110,10 +110,12 @@ def _count(prune: list[str] | None, families: list[str] | None, out: Path | None
         raise SpecError(f"--out {str(out)!r}; expected a .csv file in a folder that is there")
 
     from ..plain import plain as plain_values
-    from ..registry import attachable_methods
+    from ..registry import attachable_methods, get
     from ..testing.device_counts import FAMILIES, CountRow, count_rows, write
 
-    specs = _specs(prune) if prune else [name for name in attachable_methods() if name != "dense"]
+    # what is counted is a prompt with pictures
+    of_pictures = [name for name in attachable_methods() if name != "dense" and not get(name).clips]
+    specs = _specs(prune) if prune else of_pictures
     rows: list[CountRow] = []
     with stderr().status("") as status:
         for row in count_rows(specs, families or FAMILIES):

@@ -202,6 +202,8 @@ def example(info: MethodInfo) -> str:
         return f"{text}+fastervlm@64"
     if not info.budgeted:
         return text
+    if info.clips:
+        return f"{text}@0.25"
     # schedules start late: few can meet 64 of 576 on average
     return f"{text}@0.5" if info.slot == "inside_lm" else f"{text}@64"
 

@@ -66,8 +66,16 @@ def _shares(grids: Grids, k: int) -> list[int]:
         raise InvariantError(
             f"cannot cut grids {tuple(grids)} into {k} cells; expected 1 to {total} cells and no empty grid"
         )
+    return shares_of(sizes, k)
+
+
+def shares_of(sizes: Sequence[int], k: int) -> list[int]:
+    """Whole shares of k in proportion to ``sizes``: largest remainder, ties to the earlier; none above its
+    size where k is no more than all of them.
+    """
+    total = max(sum(sizes), 1)
     shares = [k * size // total for size in sizes]
-    # only grids with a fractional share can receive one more, so no share exceeds its grid
+    # only what has a fractional share can receive one more, so no share exceeds its size
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(k * sizes[i] % total))
     for i in by_remainder[: k - sum(shares)]:
         shares[i] += 1

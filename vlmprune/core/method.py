@@ -150,6 +150,7 @@ class Method:
     positions: ClassVar[Positions] = "compact"
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
     wraps: ClassVar[bool] = False  # takes another method as its field `inner`
+    clips: ClassVar[bool] = False  # reads the frames of one clip; images and parts of clips are refused
     paper: ClassVar[str] = ""
     licence: ClassVar[str] = ""  # of the code that was read for facts, if any
 
@@ -305,6 +306,16 @@ def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
         )
     for name in {*_AS_INNER, *_VERBS_OF_INNER} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
+
+
+def check_scope(method: Method, budget: Budget | None) -> None:
+    """Raise where a budget is spent on another thing than the method can act on."""
+    if method.clips and budget is not None and budget.scope != "image":
+        what = "one frame at a time" if budget.scope == "crop" else "all clips of a prompt together"
+        raise UnsupportedError(
+            f"{method.name}@{budget} is spent on {what}, but {method.name} compares the frames of one clip; "
+            f"use {method.name}@{budget.keep!r}, which is spent on each clip"
+        )
 
 
 def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tuple[Method, Budget | None]]:

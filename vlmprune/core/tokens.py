@@ -68,9 +68,10 @@ _RANKS = {
     "lm_received": (2,),
     "lm_keys": (4,),
     "lm_states": (3,),
+    "frame_vectors": (3,),
 }
 _ONE_A_PATCH = ("received_attention", "wide_attention")
-_APART = ("cls_features", "text_embeds")  # hold no row per token
+_APART = ("cls_features", "text_embeds", "frame_vectors")  # hold no row per token
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,9 @@ class VisualTokens:
         cut: number of the cut inside the language model.
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster
             order.
-        frames: whether these blocks are the frames of one clip.
+        frames: whether these blocks are all frames of one clip.
+        frame_vectors: (B, T, C) one vector for each of the T frames of a clip, such as the output of a tower
+            with a pooling head, where the caller has them.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images; on
             the CPU.
         size: (B, N), for methods that need no tensor at all.
@@ -141,6 +144,7 @@ class VisualTokens:
     rotary_frequencies: Tensor | None = None
     cut: int = 0
     frames: bool = False
+    frame_vectors: Tensor | None = None
     size: tuple[int, int] | None = None
     like: Tensor | None = None
     of_layers: Mapping[Need, Tensor] = field(default_factory=dict)
@@ -169,6 +173,12 @@ class VisualTokens:
             shape = tuple(self.cls_features.shape)
             raise SpecError(
                 f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}"
+            )
+        vectors = self.frame_vectors
+        if vectors is not None and tuple(vectors.shape[:2]) != (self.batch, len(self.grids)):
+            raise SpecError(
+                f"frame_vectors has shape {tuple(vectors.shape)}; expected (batch, frames, width) with batch "
+                f"{self.batch} and {len(self.grids)} frames, one for each block of the grid"
             )
         if self.text_embeds is not None:
             self._check_text(self.text_embeds, bool(shapes))

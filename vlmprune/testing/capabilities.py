@@ -26,6 +26,7 @@ from .checks_generation import MODES, batched_modes_agree, hand_written_loop, se
 from .checks_model import attention_back_ends_agree, threads_do_not_meet, training_works
 from .checks_sequence import batch_row_equals_alone, cut_equals_hand_built
 from .conformance import (
+    CLIP_FRAMES,
     RAGGED,
     TINY_OPTIONS,
     Subject,
@@ -51,20 +52,21 @@ def batch(subject: Subject) -> None:
 
 def several_images(subject: Subject) -> None:
     """A prompt with three images."""
-    inputs = subject.inputs((3,))
+    inputs = tiny_inputs(subject.family, images=(3,))
     with subject.prune() as run:
         generate(subject.model, inputs, max_new_tokens=2)
     check_counts(run, 3, least=0 if subject.keeps_nothing else 1)
 
 
 def video(subject: Subject) -> None:
-    """A clip beside an image."""
+    """A clip beside an image; for methods that read clips only, a clip in every row."""
     if layout_of(subject.family).video is None:
         raise UnsupportedError(f"{subject.family} has no clips of its own; give it frames as images")
-    inputs = tiny_inputs(subject.family, images=(1, 0), video=True)
+    images = (0, 0) if subject.clips else (1, 0)
+    inputs = tiny_inputs(subject.family, images=images, video=True, frames=CLIP_FRAMES)
     with subject.prune() as run:
         generate(subject.model, inputs, max_new_tokens=2)
-    check_counts(run, 3, least=0 if subject.keeps_nothing else 1)
+    check_counts(run, sum(images) + 2, least=0 if subject.keeps_nothing else 1)
 
 
 def check_counts(run: Session, pictures: int, least: int = 1) -> None:

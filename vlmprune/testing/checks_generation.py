@@ -20,7 +20,6 @@ from .conformance import Subject, expect, generate, report_of
 from .reference import dense_rows, greedy, kept_by_hand, legible, read_rows
 from .reference_inside import masked
 from .reference_masks import any_window
-from .tiny import tiny_row
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -79,7 +78,7 @@ def beams_equal_rows_alone(subject: Subject, seed: int = 0) -> None:
     with subject.prune():
         beams = generate(subject.model, inputs, num_beams=3)
         for i in range(len(images)):
-            alone = generate(subject.model, tiny_row(inputs, subject.family, i, images), num_beams=3)[0]
+            alone = generate(subject.model, subject.row(inputs, i, images), num_beams=3)[0]
             expect(
                 torch.equal(beams[i], alone),
                 f"beams of row {i}: {beams[i].tolist()} in the batch, {alone.tolist()} alone",

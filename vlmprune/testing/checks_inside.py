@@ -21,7 +21,6 @@ from .conformance import RAGGED, Subject, close, expect, generate, report_of, sh
 from .reference import dense_rows, language_model, merged_embeddings, placeholder_columns
 from .reference_inside import Twin, masked
 from .reference_masks import any_window
-from .tiny import tiny_row
 
 
 @lru_cache(maxsize=16)
@@ -63,7 +62,7 @@ def cut_equals_twin(subject: Subject) -> None:
             ids = generate(subject.model, inputs)
             counts = report_of(run).dense_tokens
             rows = [
-                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
+                subject.model(**subject.row(inputs, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
             ]
         for i, twin in enumerate(twins(subject, inputs, counts, positions)):

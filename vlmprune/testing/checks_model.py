@@ -181,16 +181,15 @@ def no_attention_map(subject: Subject) -> None:
         return no_map_of_the_sequence(subject, _Shapes)
     inputs = subject.inputs((1,))
     model = subject.model
-    names, n = (
-        set(inspect.signature(model.model.get_image_features).parameters) & set(inputs),
-        layout_of(subject.family).patches,
-    )
+    read = next(one for one in adapter_for(model).modalities if inputs.get(one.pixels) is not None)
+    encode = getattr(model.model, read.encode)
+    names, n = set(inspect.signature(encode).parameters) & set(inputs), layout_of(subject.family).patches
     shapes, channels = {}, 0
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
         try:
             with _Shapes() as seen, torch.no_grad():
-                output = model.model.get_image_features(**{name: inputs[name] for name in names})
+                output = getattr(model.model, read.encode)(**{name: inputs[name] for name in names})
             if run is not None:
                 held = pictures_of(output)  # transformers before 5 returns lists, which nothing can ride on
                 captured = {} if held is None else held.pictures[0].captured

@@ -22,7 +22,6 @@ from .reference import (
     placeholder_columns,
     read_rows,
 )
-from .tiny import tiny_row
 
 
 def keep_all_is_dense(subject: Subject) -> None:
@@ -63,7 +62,7 @@ def cut_equals_hand_built(subject: Subject) -> None:
             ids = generate(subject.model, inputs)
             maps = report_of(run).keep
             rows = [
-                subject.model(**tiny_row(inputs, subject.family, i, RAGGED)).logits[0, -1].detach()
+                subject.model(**subject.row(inputs, i, RAGGED)).logits[0, -1].detach()
                 for i in range(len(RAGGED))
             ]
         for i, kept in enumerate(kept_by_hand(subject.model, inputs, maps, positions, subject.keeps_nothing)):
@@ -118,22 +117,25 @@ def order_and_report(subject: Subject) -> None:
     )
     expect(all(h.shape[1] == length for h in output.hidden_states), "hidden_states have not the full length")
     expect(
-        len(report.dense_tokens) == sum(RAGGED),
-        f"{len(report.dense_tokens)} images reported, expected {sum(RAGGED)}",
+        len(report.dense_tokens) == sum(subject.pictures(RAGGED)),
+        f"{len(report.dense_tokens)} pictures reported, expected {sum(subject.pictures(RAGGED))}",
     )
     expect(all(bool((one.keep_idx.diff() > 0).all()) for one in report.keep), "kept indices do not ascend")
     expect(report.firings.get("encode") == 1, f"hook firings {report.firings}")
     if subject.inside:
         return counts_follow_the_schedule(run)
     budget = run.budget
-    for one, dense, realised in zip(report.keep, report.dense_tokens, report.realised_tokens, strict=True):
+    kept = [0] * len(report.dense_tokens)
+    for one in report.keep:
+        kept[one.index] += len(one)  # the frames of a clip share an index
+    for have, dense, realised in zip(kept, report.dense_tokens, report.realised_tokens, strict=True):
         if budget is not None and budget.scope == "image":
             expect(
                 realised == budget.count(dense),
                 f"{realised} tokens realised, the budget gives {budget.count(dense)} of {dense}",
             )
         if not subject.makes_rows:
-            expect(len(one) == realised, f"KeepMap holds {len(one)} tokens, {realised} were realised")
+            expect(have == realised, f"KeepMaps hold {have} tokens, {realised} were realised")
     return None
 
 
@@ -144,14 +146,14 @@ def batch_row_equals_alone(subject: Subject) -> None:
         together = generate(subject.model, inputs)
         counts = list(report_of(run).realised_tokens)
         alone_counts: list[int] = []
-        for i, images in enumerate(RAGGED):
-            row = tiny_row(inputs, subject.family, i, RAGGED)
+        for i, pictures in enumerate(subject.pictures(RAGGED)):
+            row = subject.row(inputs, i, RAGGED)
             alone = generate(subject.model, row)[0]
             expect(
                 torch.equal(alone, together[i]),
                 f"row {i}: {together[i].tolist()} in the batch, {alone.tolist()} alone",
             )
-            alone_counts += report_of(run).realised_tokens if images else []
+            alone_counts += report_of(run).realised_tokens if pictures else []
         if run.budget is None or run.budget.scope != "total":
             expect(counts == alone_counts, f"realised {counts} in the batch, {alone_counts} alone")
         right = right_padded(inputs)
@@ -182,7 +184,8 @@ def more_keeps_more(subject: Subject) -> None:
     before: list[KeepMap] | None = None
     # 8 leaves room for the [CLS] rows of five crops; a schedule that reads everything first cannot go below
     # its share
-    for keep in (0.4, 0.6, 0.8) if subject.inside else (8, 16, 24):
+    budgets: tuple[int | float, ...] = (0.4, 0.6, 0.8) if subject.inside else (8, 16, 24)
+    for keep in (0.5, 0.7, 0.9) if subject.clips else budgets:
         picked = []
         for _ in range(2):
             with subject.with_keep(keep).prune() as run, torch.no_grad():

@@ -28,9 +28,10 @@ from ..models import adapter_for
 from ..registry import get, list_methods
 from ..spec import Budget, parse
 from .processors import GRID
-from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model
+from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model, tiny_row
 
-RAGGED = (1, 2, 0, 1)  # images per row of the standard batch
+RAGGED = (1, 2, 0, 1)  # images per row of the standard batch; methods for clips get a clip in every row
+CLIP_FRAMES = 5  # of these clips: more than a group of four
 # published options that need a real backbone, in a form that does something on a tiny random one, and options
 # that have to be given
 TINY_OPTIONS = {
@@ -78,8 +79,24 @@ class Subject:
         """A model of its own, for checks that change it."""
         return tiny_model(self.family, self.tower, self.text, **options)
 
+    @property
+    def clips(self) -> bool:
+        """Whether the method reads clips, so that every row has one in place of its images."""
+        return self.method.clips
+
     def inputs(self, images: Sequence[int] = (1,), **options: Any) -> dict[str, Tensor]:
+        if self.clips and any(images):
+            options |= {"video": True, "frames": CLIP_FRAMES}
+            images = (0,) * len(images)
         return tiny_inputs(self.family, images=images, **options)
+
+    def row(self, inputs: dict[str, Tensor], i: int, images: Sequence[int]) -> dict[str, Tensor]:
+        """Row i of ``inputs(images)``, alone and without padding."""
+        return tiny_row(inputs, self.family, i, (0,) * len(images) if self.clips else images)
+
+    def pictures(self, images: Sequence[int]) -> list[int]:
+        """Images or clips in every row of ``inputs(images)``."""
+        return [1] * len(images) if self.clips and any(images) else list(images)
 
     def prune(self, model: Any = None, **options: Any) -> Session:
         return prune(self.model if model is None else model, self.spec, **options)
@@ -154,7 +171,7 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options
 
 def default_spec(method: str) -> str:
     """A bare method name gets a quarter of the tokens as its budget; half, or none, where its schedule cannot
-    meet that.
+    meet that, and half for clips, of which some methods keep whole frames.
 
     A bare wrapper is put around fastervlm.
     """
@@ -164,6 +181,8 @@ def default_spec(method: str) -> str:
     built, budget, text = resolve(method, need_keep=False)
     if budget is not None or not built.budgeted:
         return text
+    if built.clips:
+        return f"{text}@0.5"
     if built.slot == "encoder":
         return f"{text}@0.25/crop"
     if built.slot != "inside_lm":

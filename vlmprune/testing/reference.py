@@ -239,8 +239,10 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
 
 
 def legible(dense: Kept) -> str | None:
-    """The policy of a session whose columns ``read_rows`` can tell, where it needs positions as they were."""
-    return None if dense.blocks is None else "original"
+    """The policy of a session whose columns ``read_rows`` can tell; None where the family has only one."""
+    if dense.blocks is not None:
+        return "original"
+    return "compact" if dense.positions.ndim == 2 else None
 
 
 def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept, list[int] | None]:

@@ -171,7 +171,8 @@ def stack_units(
     checks: Checks = NOW,
 ) -> VisualTokens:
     """VisualTokens of units with the same number of tokens, grids and crops."""
-    first = pictures[units[0].members[0][0]]
+    one = units[0]
+    first = pictures[one.members[0][0]]
     found: dict[Need, Tensor] = {}
     for need in needs:
         if need.what != "features" and need not in first.captured:
@@ -188,10 +189,11 @@ def stack_units(
         found,
         projector=projector,
         checks=checks,
-        grids=units[0].grids,
+        grids=one.grids,
         ordinals=tuple(unit.ordinal for unit in units),
-        size=(len(units), units[0].count),
-        frames=first.frames,
+        size=(len(units), one.count),
+        # a frame alone is no clip, and several clips are not one
+        frames=first.frames and one.crop is None and len(one.members) == 1,
         like=first.features,
     )
 
