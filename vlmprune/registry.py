@@ -51,6 +51,7 @@ _BUILTIN = {
     "dyvte": "vlmprune.methods.dyvte:DyVTE",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
+    "evs": "vlmprune.methods.evs:EVS",
 }
 _TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
 _METHODS: dict[str, type[Method]] = {}  # registered: by hand, or because their module was imported
