@@ -52,6 +52,7 @@ _BUILTIN = {
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
     "evs": "vlmprune.methods.evs:EVS",
+    "vidcom2": "vlmprune.methods.vidcom2:VidCom2",
 }
 _TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
 _METHODS: dict[str, type[Method]] = {}  # registered: by hand, or because their module was imported
