@@ -14,8 +14,8 @@ from official_rules import sparsevlm_rank_budget
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError
+from vlmprune.methods.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm import SparseVLM
-from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm.plus import rope_weight
 from vlmprune.methods.sparsevlm.recycling import cluster_count, kept_of, recycle
 from vlmprune.methods.sparsevlm.schedule import published_rows

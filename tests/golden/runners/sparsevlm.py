@@ -11,8 +11,8 @@ from official_rules import sparsevlm_rank_budget
 from vlmprune.core.select import top_k
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.hooks.sequence.compaction import Compaction
+from vlmprune.methods.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm import SparseVLM
-from vlmprune.methods.sparsevlm.clustering import cluster_means, density_peaks
 from vlmprune.methods.sparsevlm.plus import FLOOR, rope_weight, top_head_scores, top_heads
 from vlmprune.methods.sparsevlm.raters import rated, rater_affinity
 from vlmprune.methods.sparsevlm.recycling import candidate_count, cluster_count, pick, recycle

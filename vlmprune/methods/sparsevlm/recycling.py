@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.method import Merged
 from ...core.select import best_first, rows_at, top_k
 from ...errors import SpecError
-from .clustering import cluster_means, density_peaks
+from ..clustering import cluster_means, density_peaks
 
 
 def candidate_count(cut: int) -> int:
