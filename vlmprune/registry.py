@@ -53,6 +53,7 @@ _BUILTIN = {
     "tome": "vlmprune.methods.tome:ToMe",
     "evs": "vlmprune.methods.evs:EVS",
     "vidcom2": "vlmprune.methods.vidcom2:VidCom2",
+    "fastvid": "vlmprune.methods.fastvid:FastVID",
 }
 _TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
 _METHODS: dict[str, type[Method]] = {}  # registered: by hand, or because their module was imported
