@@ -54,6 +54,8 @@ _BUILTIN = {
     "evs": "vlmprune.methods.evs:EVS",
     "vidcom2": "vlmprune.methods.vidcom2:VidCom2",
     "fastvid": "vlmprune.methods.fastvid:FastVID",
+    "holitom": "vlmprune.methods.holitom:HoliTom",
+    "holitom_inner": "vlmprune.methods.holitom.inner:HoliTomInner",
 }
 _TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
 _METHODS: dict[str, type[Method]] = {}  # registered: by hand, or because their module was imported
