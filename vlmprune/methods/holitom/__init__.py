@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """HoliTom: average still places over the best windows of frames, thin the rest by clusters and attention.
 
-With x_t,i token i of frame t, of T x n, a place i is still in a window of frames b..e where the cosine of x_t,i
-and x_t+1,i is above tau for all t = b..e-1. A window saves (number of still places) (e - b) tokens:
+With x_t,i token i of frame t, of T x n, a place i is still in a window of frames b..e where the cosine of
+x_t,i and x_t+1,i is above tau for all t = b..e-1. A window saves (number of still places) (e - b) tokens:
 
     windows = those of the clip that save most together
     still places of a window     averages over its frames; density peaks among them as centres;
@@ -15,8 +15,8 @@ Deviations: exactly k tokens, by largest remainder over the blocks, where the au
 where k is more than the windows leave, those that save least are taken apart again. A row stands at the place
 of its centre in the first frame of its window, in reading order. No noise in the densities: the lower index
 counts as denser, and wins ties; float32. ``variant="official"`` takes no budget and counts and orders as the
-authors do. Their option D crashes in every setting but 0, which is this. The part inside the language model is
-a method of its own, ``holitom_inner``.
+authors do. Their option D crashes in every setting but 0, which is this. The part inside the language model
+is a method of its own, ``holitom_inner``.
 Provenance: arXiv:2505.21334; written from a description of the official code (commit e9b2972, Apache-2.0);
 no code copied.
 """
@@ -127,7 +127,7 @@ class HoliTom(Method):
         return [self.clip(x[b], a[b], still[b], k) for b in range(x.shape[0])]
 
     def clip(self, x: Tensor, a: Tensor, still: Tensor, k: int | None) -> Merged:
-        """Rows of one clip x (T, n, D) with attention a (T, n); ``still`` (T-1, n) is what does not change."""
+        """Rows of one clip x (T, n, D) with attention a (T, n); ``still`` (T-1, n) does not change."""
         n = a.shape[1]
         windows = best_windows(still.cpu(), n, self.longest)
         if k is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """HoliTom's part inside the language model: keep what the last token attends to, fold in what leaves.
 
-At the input h of decoder layer k, a is the attention of the last prompt token in layer k - 1, mean over heads:
+At the input h of decoder layer k, with a the attention of the last prompt token one layer before:
 
     kept    = the visual tokens with the highest a
     h_j     = mean of h_j and of all tokens that leave and are most like h_j (cosine)     for every kept j
