@@ -126,6 +126,7 @@ REFUSALS = {
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
     "takes no budget": set(FAMILIES),
     "keeps nothing": set(FAMILIES),
+    "without pruning too": {"qwen2_5_vl"},  # a loop over a clip without masks
 }
 
 

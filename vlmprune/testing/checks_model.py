@@ -69,7 +69,8 @@ def nothing_stays(subject: Subject) -> None:
 
     run = subject.prune(model).attach()
     adapter = adapter_for(model)
-    for place in (adapter.language_model.layers[1], adapter.vision_tower):
+    tower = adapter.capture(()).towers[-1] if subject.clips else adapter.vision_tower
+    for place in (adapter.language_model.layers[1], tower):
         bomb = place.register_forward_pre_hook(explode)
         try:
             generate(model, inputs)

@@ -38,6 +38,7 @@ TINY_OPTIONS = {
     "var": "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)",
     "vscan": "vscan(shallow=1)",
     "dyvte": "dyvte(exit=1)",
+    "holitom": "holitom(tau=0.0)",  # frames of noise: at the published threshold nothing stands still
 }
 # checks that speak of cuts and kept tokens
 OF_CUTS = (
