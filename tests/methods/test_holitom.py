@@ -14,7 +14,7 @@ from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
 from vlmprune.methods.holitom import HoliTom
 from vlmprune.methods.holitom.inner import HoliTomInner
-from vlmprune.methods.holitom.windows import best_windows, taken_apart
+from vlmprune.methods.holitom.windows import best_windows, shortened
 from vlmprune.spec import Budget
 
 
@@ -72,14 +72,15 @@ def test_every_budget_gives_exactly_as_many_rows(frames: int, n: int) -> None:
         assert merged.features.shape[1] == k and bool((merged.slots[0].diff() > 0).all())
 
 
-def test_windows_are_taken_apart_where_the_budget_is_above_what_they_leave() -> None:
-    still = torch.ones(3, 4, dtype=torch.bool)
-    still[1] = torch.tensor([True, False, False, False])
+def test_windows_are_cut_where_the_budget_is_above_what_they_leave() -> None:
+    still = torch.ones(6, 4, dtype=torch.bool)
+    still[5, 1:] = False  # the last frame is another scene, but for one place
     windows = best_windows(still, 4)
-    assert [(w.start, w.stop, w.saved) for w in windows] == [(0, 2, 4), (2, 4, 4)]
-    assert [w.length for w in taken_apart(windows, 16, 8)] == [2, 2]
-    assert [w.length for w in taken_apart(windows, 16, 9)] == [1, 1, 2]
-    assert [w.length for w in taken_apart(windows, 16, 13)] == [1, 1, 1, 1]
+    assert [(w.start, w.stop, w.saved) for w in windows] == [(0, 6, 20), (6, 7, 0)]
+    lengths = {k: [w.length for w in shortened(windows, 28, k)] for k in (8, 9, 12, 13, 16, 17, 28)}
+    assert lengths[8] == [6, 1] and lengths[9] == lengths[12] == [5, 1, 1]
+    assert lengths[13] == lengths[16] == [2, 2, 2, 1] and lengths[17] == lengths[28] == [1] * 7
+    assert [w.still for w in shortened(windows, 28, 28)] == [0] * 7
 
 
 @pytest.mark.parametrize("beta", [0.6, None])

@@ -12,7 +12,7 @@ x_t,i and x_t+1,i is above tau for all t = b..e-1. A window saves (number of sti
 Every block of rows, still ones of a window or other ones of a frame, gets the same share of the budget.
 
 Deviations: exactly k tokens, by largest remainder over the blocks, where the authors round up in every frame;
-where k is more than the windows leave, those that save least are taken apart again. A row stands at the place
+where k is more than the windows leave, they are cut into shorter ones. A row stands at the place
 of its centre in the first frame of its window, in reading order. No noise in the densities: the lower index
 counts as denser, and wins ties; float32. ``variant="official"`` takes no budget and counts and orders as the
 authors do. Their option D crashes in every setting but 0, which is this. The part inside the language model
@@ -39,7 +39,7 @@ from ...core.tokens import VisualTokens
 from ...registry import register
 from ..clips import clip_features, counts_by_itself, neighbour_cosine
 from ..clustering import cluster_sums, frame_peaks
-from .windows import Window, best_windows, taken_apart
+from .windows import Window, best_windows, shortened
 
 
 def effective_share(saved: int, count: int, r: float) -> float:
@@ -134,7 +134,7 @@ class HoliTom(Method):
             saved = sum(w.saved for w in windows)
             counts = official_counts(windows, n, effective_share(saved, a.numel(), self.r))
         else:
-            windows = taken_apart(windows, a.numel(), k)
+            windows = shortened(windows, a.numel(), k)
             counts = shares_of(blocks_of(windows, n), k)
         order, rows, slots = ranked(a), [], []
         block = iter(counts)

@@ -83,22 +83,23 @@ def window(still: Tensor, start: int, stop: int, n: int) -> Window:
     return Window(start, stop, still[start : stop - 1].all(dim=0))
 
 
-def taken_apart(windows: Sequence[Window], count: int, k: int) -> list[Window]:
-    """Windows that leave at least k of ``count`` tokens: those that save least become single frames, the
-    earlier first.
-    """
-    left = count - sum(w.saved for w in windows)
-    by_saving = sorted((w for w in windows if w.length > 1), key=lambda w: w.saved)
-    apart = set()
-    for w in by_saving:
-        if left >= k:
-            break
-        apart.add(w.start)
-        left += w.saved
-    found: list[Window] = []
-    for w in windows:
-        if w.start not in apart:
-            found.append(w)
-            continue
-        found += [Window(t, t + 1, torch.zeros_like(w.places)) for t in range(w.start, w.stop)]
+def shortened(windows: Sequence[Window], count: int, k: int) -> list[Window]:
+    """Windows in pieces of as many frames, at most, as leave at least k of ``count`` tokens."""
+    for most in range(max(w.length for w in windows), 1, -1):
+        pieces = [piece for w in windows for piece in in_pieces(w, most)]
+        if count - sum(piece.saved for piece in pieces) >= k:
+            return pieces
+    return [piece for w in windows for piece in in_pieces(w, 1)]
+
+
+def in_pieces(whole: Window, most: int) -> list[Window]:
+    """A window in pieces of ``most`` frames, the last one shorter; a frame alone has no still places."""
+    if whole.length <= most:
+        return [whole]
+    found = []
+    for start in range(whole.start, whole.stop, most):
+        stop = min(start + most, whole.stop)
+        found.append(
+            Window(start, stop, whole.places if stop - start > 1 else torch.zeros_like(whole.places))
+        )
     return found
