@@ -55,6 +55,8 @@ _BUILTIN = {
     "vidcom2": "vlmprune.methods.vidcom2:VidCom2",
     "fastvid": "vlmprune.methods.fastvid:FastVID",
     "holitom": "vlmprune.methods.holitom:HoliTom",
+    "prunevid": "vlmprune.methods.prunevid:PruneVid",
+    "prunevid_inside": "vlmprune.methods.prunevid:PruneVidInside",
     "holitom_inner": "vlmprune.methods.holitom.inner:HoliTomInner",
 }
 _TABLE: LazyTable[type[Method]] = LazyTable("method", _BUILTIN, SpecError, group=GROUP)
