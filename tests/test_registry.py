@@ -88,7 +88,7 @@ def test_only_method_subclasses_register(thing: object) -> None:
 def test_a_method_overrides_a_verb_of_its_slot() -> None:
     with pytest.raises(SpecError, match="overrides none of score, select, merge"):
         register("toy")(type("Toy", (Method,), {}))
-    with pytest.raises(SpecError, match="overrides none of reweight"):
+    with pytest.raises(SpecError, match="overrides none of reweight, relogit, head_scales"):
         register("toy")(type("Toy", (Method,), {"slot": "attention"}))
     register("toy")(type("Toy", (Method,), {"slot": "decode", "visible": lambda self, held, step: held}))
     assert method_info("toy").kind == "visible"

@@ -153,6 +153,8 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "shrink": "gives the processor a smaller picture",
         "shorten": "drops or merges patches inside the vision tower",
         "reweight": "edits attention, chooses no tokens",
+        "relogit": "edits logits of attention, chooses no tokens",
+        "head_scales": "scales outputs of attention heads, chooses no tokens",
         "visible": "hides tokens from decode steps",
         "": "lets tokens leave by a schedule, whatever they are",
     }

@@ -7,7 +7,8 @@ A method is a frozen dataclass whose fields are its options. It says in which sl
 * before and inside the language model exactly one of ``score(tokens) -> (B, N)`` (higher is kept),
   ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
   changes features); where the data may say how many tokens stay, ``own(tokens)`` beside or in place of it;
-* in the attention slot ``mark`` and ``reweight``, in the decode slot ``visible``, in the encoder slot
+* in the attention slot one of ``reweight``, ``relogit`` and ``head_scales``, with at most one source of marks
+  (``mark``, ``mark_columns``, ``mark_tokens``); in the decode slot ``visible``, in the encoder slot
   ``shorten``;
 * in the picture slot, which is before the processor and not in a model, ``shrink``.
 
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
     from .encoder import EncoderBlock, Shortened
 
 SlotName = Literal["picture", "encoder", "before_lm", "inside_lm", "attention", "decode"]
-Verb = Literal["shrink", "score", "select", "merge", "shorten", "reweight", "visible"]
+Verb = Literal[
+    "shrink", "score", "select", "merge", "shorten", "reweight", "relogit", "head_scales", "visible"
+]
 Layout = Literal["packed", "spatial"]
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
 Counts = Literal["budget", "own", "both"]
+Rows = Literal["text", "last", "all"]  # of a prompt: after the last picture, its last token, every token
 Text = Literal["question", "prompt"]  # what stands after the last picture, or all text of the prompt
 
 SLOTS: tuple[SlotName, ...] = get_args(SlotName)
@@ -44,7 +48,7 @@ VERBS: dict[SlotName, tuple[Verb, ...]] = {
     "encoder": ("shorten",),
     "before_lm": _CUTS,
     "inside_lm": _CUTS,
-    "attention": ("reweight",),
+    "attention": ("reweight", "relogit", "head_scales"),
     "decode": ("visible",),
 }
 
@@ -149,6 +153,8 @@ class Method:
     budgeted: ClassVar[bool] = True  # takes a keep budget
     positions: ClassVar[Positions] = "compact"
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
+    rows: ClassVar[Rows] = "text"  # rows of a prompt that the attention slot edits; afterwards every new one
+    mark_values: ClassVar[int] = 1  # the largest mark of ``mark_tokens``
     wraps: ClassVar[bool] = False  # takes another method as its field `inner`
     clips: ClassVar[bool] = False  # reads the frames of one clip; images and parts of clips are refused
     paper: ClassVar[str] = ""
@@ -218,6 +224,10 @@ class Method:
         """Decoder layers that a method of the attention slot edits."""
         raise NotImplementedError
 
+    def heads_of(self, layer: int) -> Sequence[int] | None:
+        """Query heads of a decoder layer that the attention slot edits; None: all of them."""
+        return None
+
     def prepare(self, language_model: Any) -> Method:
         """This method with what it must know of a backbone; asked once, when it is attached."""
         return self
@@ -226,8 +236,38 @@ class Method:
         """(B, n) bool, tokens of a prompt that enter a layer (B, n, D) and that the edit treats apart."""
         raise NotImplementedError
 
+    def mark_columns(self, mean: Tensor, seen: Tensor, visual: Tensor, layer: int) -> Tensor:
+        """(B, H, S) bool, marks of a prompt by what its queries give each slot.
+
+        Args:
+            mean: (B, H, S) attention that each slot gets in this layer, mean over the queries that see it, of
+                the heads that ``heads_of`` names.
+            seen: (B, S) number of these queries, 0 for padding.
+            visual: (B, S) bool, slots of visual tokens.
+        """
+        raise NotImplementedError
+
+    def mark_tokens(self, tokens: VisualTokens) -> Tensor:
+        """(B, N) int8, marks of the patches of B crops, from what the tower saw; 0 is no mark."""
+        raise NotImplementedError
+
     def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
-        """Edited attention (B, H, R, S) for marked and visual slots (B, S)."""
+        """Edited attention (B, H, R, S) for marked slots (B, S), or (B, H, S) where columns were marked, and
+        visual ones (B, S).
+        """
+        raise NotImplementedError
+
+    def relogit(self, logits: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
+        """Edited logits (B, H, R, S), scaled and capped, 0 where a row may not look, for the same slots."""
+        raise NotImplementedError
+
+    def head_scales(self, with_image: Tensor, without: Tensor, layer: int) -> Tensor:
+        """(B, H) factors of the outputs of the heads of a layer.
+
+        Args:
+            with_image: (B, H, d) these outputs at the last token of the prompt, before the output projection.
+            without: (B, H, d) the same where the prompt is read without its pictures, and nothing is scaled.
+        """
         raise NotImplementedError
 
     def visible(self, held: Tensor, step: int) -> Tensor:
@@ -328,6 +368,7 @@ def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tup
                 "combine methods of different slots, such as 'var+fastervlm@128'"
             )
         slots[method.slot] = (method, budget)
+    _refuse_lost_marks({name: method for name, (method, _) in slots.items()})
     if "encoder" in slots and "before_lm" in slots:
         inside, behind = slots["encoder"][0].name, slots["before_lm"][0].name
         raise UnsupportedError(
@@ -335,3 +376,21 @@ def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tup
             f"use one of the two, or cut further inside the language model, such as '{inside}@128+fastv@64'"
         )
     return slots
+
+
+def _refuse_lost_marks(methods: dict[SlotName, Method]) -> None:
+    """Refuse cuts behind which it cannot be said where a token that was marked in the tower stands."""
+    reader = methods.get("attention")
+    if reader is None or type(reader).mark_tokens is Method.mark_tokens:
+        return
+    for name in ("encoder", "before_lm", "inside_lm"):
+        cut = methods.get(name)
+        if cut is None or (cut.slot != "encoder" and cut.layout == "packed" and cut.kind() != "merge"):
+            continue
+        does = (
+            "leaves patches out of the vision tower" if name == "encoder" else "makes rows of several tokens"
+        )
+        raise UnsupportedError(
+            f"{cut.name} {does}, and {reader.name} marks single tokens there; use a method that keeps "
+            f"tokens as they are, such as '{reader.name}+fastervlm@64'"
+        )

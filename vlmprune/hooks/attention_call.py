@@ -118,7 +118,10 @@ class AttentionCall:
 
     def attention(self, rows: Tensor) -> Tensor:
         """(B, H, R, S) softmaxed attention in float32; with sinks (GPT-OSS) a row sums to less than 1."""
-        logits = self.logits(rows)
+        return self.weights(self.logits(rows))
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Attention of these logits (B, H, R, S)."""
         sinks = self.options.get("s_aux")
         if sinks is None:
             return logits.softmax(dim=-1)
@@ -151,6 +154,42 @@ class AttentionCall:
                 visible = self.visible(at)
                 seen += (visible if visible.ndim == 3 else visible.any(dim=1)).sum(dim=1)
         return total / (heads * (count if self.mask is None else seen.clamp_min(1)))
+
+    def given(self, queries: Tensor, rows: int = 16) -> tuple[Tensor, Tensor]:
+        """What some queries (B, n) bool give each key: the sum (B, H, S) of their attention, and the number
+        (B, S) of those that see it. Computed some rows at a time, as ``received`` is.
+        """
+        call = self if self.keys.dtype == torch.float32 else replace(self, keys=self.keys.float())
+        batch, heads, count = self.queries.shape[:3]
+        total = torch.zeros(batch, heads, self.keys.shape[2], device=self.keys.device)
+        seen = torch.zeros(batch, self.keys.shape[2], dtype=torch.int64, device=self.keys.device)
+        for some in torch.arange(count, device=self.keys.device).split(rows):
+            at = some.expand(batch, -1)
+            real = queries[:, some]  # (B, r)
+            # rows of padding may be NaN
+            total += call.attention(at).where(real[:, None, :, None], 0.0).sum(dim=2)
+            visible = self.visible(at)
+            visible = visible if visible.ndim == 3 else visible.any(dim=1)
+            seen += (visible & real[..., None]).sum(dim=1)
+        return total, seen
+
+    def of_heads(self, heads: Tensor) -> AttentionCall:
+        """The call of some query heads (h,) alone, each with the key head that it shares."""
+        shared = heads // (self.queries.shape[1] // self.keys.shape[1])
+        options, mask, sinks = dict(self.options), self.mask, self.options.get("s_aux")
+        if sinks is not None:
+            options["s_aux"] = sinks[heads]
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        return AttentionCall(
+            self.module,
+            self.queries[:, heads],
+            self.keys[:, shared],
+            self.values[:, shared],
+            mask,
+            options,
+            self.flash,
+        )
 
     def segments(self) -> list[AttentionCall]:
         """One call per segment of a sequence packed for FlashAttention; else this call alone."""
@@ -236,6 +275,6 @@ def over_slots(weights: Tensor, slots: int) -> Tensor:
 
 
 def over_keys(mask: Tensor, held: int) -> Tensor:
-    """(B, slots) bool over all slots of a layer -> (B, S) over the ``held`` keys of a call."""
+    """(..., slots) marks over all slots of a layer -> (..., S) over the ``held`` keys of a call."""
     slots = mask.shape[-1]
-    return nn.functional.pad(mask, (0, held - slots)) if held >= slots else mask[:, slots - held :]
+    return nn.functional.pad(mask, (0, held - slots)) if held >= slots else mask[..., slots - held :]

@@ -107,7 +107,7 @@ class Session:
         """What the vision tower and the projector have to be watched for."""
         found: dict[Need, None] = {}
         for name, slot in self.slots.items():
-            if name == "before_lm":
+            if name in ("before_lm", "attention"):
                 found |= dict.fromkeys(needs_of(slot.method))
                 if slot.method.layout == "spatial":
                     found[Need("tile_features")] = None
@@ -163,8 +163,9 @@ class Session:
 
     @property
     def state(self) -> ForwardState | None:
-        """The forward that runs in this thread."""
-        return getattr(self._local, "state", None)
+        """The forward that runs in this thread; none while another prompt runs aside of it."""
+        state = getattr(self._local, "state", None)
+        return None if state is None or state.aside else state
 
     def __repr__(self) -> str:
         attached = "attached" if self.attached else "detached"

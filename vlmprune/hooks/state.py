@@ -49,6 +49,9 @@ class ForwardState:
         entering: the layer that runs and the hidden states (B, n, D) it was given, for the attention slot.
         edited: layers that the attention slot acted on.
         marks: per layer, what is to be attached to the cache; ``held_marks`` are those of earlier forwards.
+        visual_marks: (B, L) int8, what a method of the attention slot marked in the tower, in uncut columns.
+        text_heads: per layer (B, H, d) outputs of the heads at the last token of the text alone.
+        aside: another prompt runs through the layers, which hooks leave alone.
         cuts: per picture what stays of it before the language model, None where all does.
         step: decode steps since the last prompt.
         active: the session is enabled.
@@ -76,6 +79,9 @@ class ForwardState:
     entering: tuple[int, Tensor] | None = None
     edited: set[int] = field(default_factory=set)
     marks: dict[int, Marks] = field(default_factory=dict)
+    visual_marks: Tensor | None = None
+    text_heads: dict[int, Tensor] = field(default_factory=dict)
+    aside: bool = False
     cuts: Sequence[Cut | None] = ()
     step: int = 0
     active: bool = True
@@ -152,10 +158,24 @@ class ForwardState:
         number_of = (~picture.special).cumsum(dim=0) - 1
         return number_of.to(slots.device)[slots]
 
+    @property
+    def visual_columns(self) -> Tensor:
+        """(B, L) bool, placeholder columns of all modalities."""
+        return torch.stack(self.columns.visual).any(dim=0)
+
+    @property
+    def with_pictures(self) -> Tensor:
+        """(B, 1) bool, rows that have a picture."""
+        return self.visual_columns.any(dim=1, keepdim=True)
+
+    @property
+    def marked_in_tower(self) -> Tensor:
+        """``visual_marks``, for methods that make them."""
+        return _known(self.visual_marks, "marks from the vision tower")
+
     def text_after_pictures(self) -> Tensor:
         """(B, L) bool, columns after the last picture of each row that has one."""
-        with_pictures = torch.stack(self.columns.visual).any(dim=0).any(dim=1, keepdim=True)
-        return self.columns.after_pictures() & with_pictures
+        return self.columns.after_pictures() & self.with_pictures
 
     def refuse_dead_slots(self, compaction: Compaction, spec: str) -> None:
         """Raise where a cut would fill up shorter rows in the middle of a conversation and some layers keep a

@@ -1,14 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of methods that re-weight attention: nothing is cut, answers equal an eager twin that edits its
-maps.
-"""
+"""Checks of methods that edit attention: nothing is cut, answers equal an eager twin that edits its maps."""
 
 from __future__ import annotations
 
+import inspect
+
+import torch
+from torch import Tensor
+
 from ..api import prune
+from ..core.method import Method
+from ..hooks.sequence.cache import cache_name, state_of
+from ..hooks.session import Session
 from .conformance import RAGGED, Subject, expect, generate, report_of
 from .reference import dense_rows, kept_by_hand, language_model
 from .reference_attention import AttentionTwin, visual_columns
+
+
+def tower_marks(run: Session, inputs: dict[str, Tensor]) -> Tensor | None:
+    """(B, S) marks over the slots of a prompt, of a method that makes them from the vision tower."""
+    slot = run.slots["attention"]
+    if type(slot.method).mark_tokens is Method.mark_tokens:
+        return None
+    with torch.no_grad():
+        output = run.adapter.model(**inputs, use_cache=True)
+    name = cache_name(inspect.signature(run.adapter.model.forward).parameters)
+    state = state_of(output[name])
+    if state is None:
+        raise AssertionError("the cache carries no marks")
+    marked = next(iter(state.marks.values())).marked
+    expect(bool(marked.any()), "nothing was marked")
+    return marked
 
 
 def edit_equals_eager_twin(subject: Subject) -> None:
@@ -20,13 +42,15 @@ def edit_equals_eager_twin(subject: Subject) -> None:
     method = subject.method.prepare(language_model(model))
     with subject.prune() as run:
         ids = generate(subject.model, inputs)
+        marks = tower_marks(run, inputs)
         expect(
             not report_of(run).pruned and sum(report_of(run).dense_tokens) > 0,
             f"nothing may be cut: {run.last}",
         )
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
-        twin = AttentionTwin(model, method, rows[row], visual)
+        own = None if marks is None else marks[row][mask].tolist()
+        twin = AttentionTwin(model, method, rows[row], visual, own)
         want = twin.greedy(ids.shape[1])
         expect(ids[row].tolist() == want, f"row {row}: answer {ids[row].tolist()}, twin {want}")
 
@@ -38,6 +62,7 @@ def composes_with_a_cut(subject: Subject) -> None:
     method = subject.method.prepare(language_model(model))
     with prune(subject.model, f"{subject.spec}+uniform@9") as run:
         ids = generate(subject.model, inputs)[0].tolist()
+        marks = tower_marks(run, inputs)
     expect(
         report_of(run).realised_tokens == [9], f"{report_of(run).realised_tokens} tokens kept, expected [9]"
     )
@@ -47,7 +72,8 @@ def composes_with_a_cut(subject: Subject) -> None:
     )[0]
     first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
     visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
-    want = AttentionTwin(model, method, kept, visual).greedy(len(ids))
+    own = None if marks is None else marks[0, -len(visual) :].tolist()
+    want = AttentionTwin(model, method, kept, visual, own).greedy(len(ids))
     expect(ids == want, f"answer {ids}, twin {want}")
 
 

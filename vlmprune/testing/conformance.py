@@ -36,6 +36,8 @@ CLIP_FRAMES = 5  # of these clips: more than a group of four
 # that have to be given
 TINY_OPTIONS = {
     "var": "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)",
+    "act": "act(threshold=0.05,first_layer=1)",
+    "paint": "paint(first_layer=1)",
     "vscan": "vscan(shallow=1)",
     "dyvte": "dyvte(exit=1)",
     "holitom": "holitom(tau=0.0)",  # frames of noise: at the published threshold nothing stands still

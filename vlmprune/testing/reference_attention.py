@@ -5,15 +5,35 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.method import Method
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, mask_by_hand
+
+# number of a layer, what enters it, its maps, their logits, its values, its mask -> outputs of the heads
+Mix = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def softmax_inputs() -> Iterator[list[Tensor]]:
+    """What softmax is given inside the block: eager attention returns maps only."""
+    seen: list[Tensor] = []
+    own = nn.functional.softmax
+
+    def softmax(values: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(values)
+        return own(values, *args, **options)
+
+    with patch.object(nn.functional, "softmax", softmax):
+        yield seen
 
 
 def visual_columns(model: Any, ids: Tensor) -> Tensor:
@@ -21,38 +41,56 @@ def visual_columns(model: Any, ids: Tensor) -> Tensor:
 
 
 class AttentionTwin:
-    """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model."""
+    """Decodes one unpadded sample by full recompute, editing eager attention maps of an eager model.
 
-    def __init__(self, model: Any, method: Method, kept: Kept, visual: Sequence[bool]) -> None:
+    Args:
+        visual: which tokens of the prompt are of a picture.
+        marks: marks of the tokens of the prompt, for methods that make them from the vision tower.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: Method,
+        kept: Kept,
+        visual: Sequence[bool],
+        marks: Sequence[int] | None = None,
+    ) -> None:
         self.model, self.method, self.kept = model, method, kept
         self.visual = torch.tensor(visual)
+        self.marks = None if marks is None else torch.tensor(marks)
         self.prompt = kept.embeds.shape[1]
         self.edited = 0
+        self.text_heads: dict[int, Tensor] = {}
+        if method.kind() == "head_scales" and self.visual.any():
+            text = kept.columns(~self.visual)
+            places = torch.arange(text.embeds.shape[1]).expand_as(text.positions)
+            self._run(replace(text, positions=places), self._note_text)
 
     def logits(self, new: Tensor | None) -> Tensor:
-        lm = language_model(self.model)
         kept = self.kept if new is None else self.kept.grown(new)
+        return self._run(kept, self._mixed if self.visual.any() else None)
+
+    def _run(self, kept: Kept, mix: Mix | None) -> Tensor:
+        """(n, vocabulary) logits; ``mix`` says what the heads of the method's layers put out."""
+        lm = language_model(self.model)
         hidden = kept.embeds
         n = hidden.shape[1]
-        visual = torch.nn.functional.pad(self.visual, (0, n - self.prompt))
-        first_text = int(self.visual.nonzero()[-1]) + 1 if self.visual.any() else n
         layers = self.method.acts_on(len(lm.layers))
         for index, layer in enumerate(lm.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
             angles = angles_by_hand(lm, index, hidden, kept.positions)
             mask = mask_by_hand(self.model.config, index, n, kept.blocks)
-            out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[:2]
-            if index in layers and self.visual.any():
-                marked = self.method.mark(hidden, lm)[0]
-                marked[self.prompt :] = False  # marks are those of the prompt
-                rows = maps[:, :, first_text:]
-                edited = self.method.reweight(rows, marked[None], visual[None])
-                self.edited += int((edited != rows).any(-1).sum())
+            with softmax_inputs() as raw:
+                out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[
+                    :2
+                ]
+            if mix is not None and index in layers:
                 values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                 values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
-                new_maps = torch.cat([maps[:, :, :first_text], edited], dim=2)
-                out = attention.o_proj((new_maps @ values).transpose(1, 2).flatten(2))
+                mixed = mix(index, hidden, maps, raw[-1], values, mask)
+                out = attention.o_proj(mixed.transpose(1, 2).flatten(2))
             handle = attention.register_forward_hook(lambda module, args, output, out=out: (out, *output[1:]))
             hidden = layer(hidden, position_embeddings=angles, attention_mask=mask)
             handle.remove()
@@ -60,6 +98,55 @@ class AttentionTwin:
             if index < len(kept.stacked):
                 hidden = hidden + kept.stacked[index]
         return self.model.lm_head(lm.norm(hidden))[0]
+
+    def _note_text(
+        self, index: int, hidden: Tensor, maps: Tensor, raw: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        mixed = maps @ values
+        self.text_heads[index] = mixed[:, :, -1]  # (1, H, d)
+        return mixed
+
+    def _mixed(
+        self, index: int, hidden: Tensor, maps: Tensor, raw: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        """(1, H, n, d) outputs of the heads: maps (1, H, n, n), their logits, values (1, H, n, d)."""
+        method, n = self.method, maps.shape[2]
+        if method.kind() == "head_scales":
+            mixed = maps @ values
+            factors = method.head_scales(mixed[:, :, self.prompt - 1], self.text_heads[index], index)
+            self.edited += int((factors != 1).sum())
+            return mixed * factors[..., None, None]
+        heads = method.heads_of(index)
+        chosen = list(range(maps.shape[1]) if heads is None else heads)
+        first_text = int(self.visual.nonzero()[-1]) + 1
+        since = {"text": first_text, "last": self.prompt - 1, "all": 0}[method.rows]
+        visual = nn.functional.pad(self.visual, (0, n - self.prompt))[None]
+        marked = self._marked(index, hidden, maps[:, chosen], mask, visual)
+        rows = maps[:, chosen, since:]
+        if method.kind() == "relogit":
+            hidden_ones = mask[:, :, since:] < 0
+            logits = method.relogit(raw[:, chosen, since:].masked_fill(hidden_ones, 0.0), marked, visual)
+            edited = logits.masked_fill(hidden_ones, -torch.inf).softmax(dim=-1)
+        else:
+            edited = method.reweight(rows, marked, visual)
+        self.edited += int((edited != rows).any(-1).sum())
+        maps = maps.clone()
+        maps[:, chosen, since:] = edited
+        return maps @ values
+
+    def _marked(self, index: int, hidden: Tensor, maps: Tensor, mask: Tensor, visual: Tensor) -> Tensor:
+        """(1, n) or (1, H, n) marks, which are those of the prompt."""
+        n, prompt = hidden.shape[1], self.prompt
+        if self.marks is not None:
+            return nn.functional.pad(self.marks, (0, n - prompt))[None]
+        if type(self.method).mark_columns is not Method.mark_columns:
+            seen = (mask[0, :, :prompt, :prompt] == 0).sum(dim=1)  # (1, prompt)
+            mean = maps[:, :, :prompt, :prompt].sum(dim=2) / seen
+            found = self.method.mark_columns(mean, seen, visual[:, :prompt], index)
+            return nn.functional.pad(found, (0, n - prompt))
+        marked = self.method.mark(hidden, language_model(self.model))
+        marked[:, prompt:] = False
+        return marked
 
     def greedy(self, count: int) -> list[int]:
         ids: list[int] = []

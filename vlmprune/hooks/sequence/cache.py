@@ -33,22 +33,30 @@ else:
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """(B, S) bool masks over the slots that one layer holds: marked by a method, and visual."""
+    """What a method keeps of a prompt for one layer.
+
+    Args:
+        marked: (B, S) or (B, H, S), marks over the slots that the layer holds: bool, or small numbers.
+        visual: (B, S) bool, slots of visual tokens.
+        factors: (B, H) of the outputs of its heads.
+    """
 
     marked: Tensor
     visual: Tensor
+    factors: Tensor | None = None
 
     def select(self, rows: Tensor) -> Marks:
-        rows = rows.to(self.marked.device)
-        return Marks(self.marked[rows], self.visual[rows])
+        rows = rows.to(self.visual.device)
+        factors = None if self.factors is None else self.factors[rows]
+        return Marks(self.marked[rows], self.visual[rows], factors)
 
     def fit(self, width: int) -> Marks:
-        """Cut off or fill up with False to ``width`` slots."""
-        return Marks(_fit(self.marked, width), _fit(self.visual, width))
+        """Cut off or fill up with no mark to ``width`` slots."""
+        return Marks(_fit(self.marked, width), _fit(self.visual, width), self.factors)
 
 
 def _fit(mask: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(mask[:, :width], (0, max(0, width - mask.shape[1])))
+    return torch.nn.functional.pad(mask[..., :width], (0, max(0, width - mask.shape[-1])))
 
 
 @dataclass

@@ -84,7 +84,7 @@ def build_slots(
     attachment: Attachment, plans: Sequence[tuple[Method, Budget | None]]
 ) -> dict[SlotName, Slot]:
     """One slot per method, in the order in which a forward reaches them."""
-    from .attention import AttentionSlot
+    from .attention import attention_slot
     from .before_lm import BeforeLM
     from .decode import DecodeSlot
     from .encoder import EncoderSlot
@@ -94,7 +94,7 @@ def build_slots(
         "encoder": EncoderSlot,
         "before_lm": BeforeLM,
         "inside_lm": InsideLM,
-        "attention": AttentionSlot,
+        "attention": attention_slot,
         "decode": DecodeSlot,
     }
     given = by_slot(plans)
