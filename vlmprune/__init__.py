@@ -33,6 +33,7 @@ __all__ = [
     "method_info",
     "parse",
     "prune",
+    "refine",
     "register",
     "score",
     "select",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .api import prune as prune
     from .api import score as score
     from .api import select as select
+    from .carve import refine as refine
     from .core.keepmap import KeepMap as KeepMap
     from .core.keepmap import ScoreMap as ScoreMap
     from .core.method import Merged as Merged
@@ -74,6 +76,7 @@ _HOME = {
     "VlmPruneError": "errors",
     "encode": "models.loading",
     "load": "models.loading",
+    "refine": "carve",
     "list_methods": "registry",
     "method_info": "registry",
     "register": "registry",

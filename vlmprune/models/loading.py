@@ -113,9 +113,9 @@ def check_device(device: str) -> None:
         raise VlmPruneError(f"device {device!r} cannot be used ({reason}); {expected}") from error
 
 
-def prompt(processor: Any, question: str) -> str:
-    """Text with one image and a question: the chat template of the processor, or the LLaVA-1.5 prompt where
-    it has none.
+def prompt(processor: Any, question: str, images: int = 1) -> str:
+    """Text with one image, or several, and a question: the chat template of the processor, or the LLaVA-1.5
+    prompt where it has none.
 
     PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
     """
@@ -126,7 +126,7 @@ def prompt(processor: Any, question: str) -> str:
                 f"the question holds {token!r}; leave it out: the picture is put in its place by itself"
             )
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         try:
             text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
@@ -138,8 +138,9 @@ def prompt(processor: Any, question: str) -> str:
             ) from error
         return text
     if type(processor).__name__ == "PaliGemmaProcessor":
-        return f"{image}{question}"
-    return f"USER: {image}\n{question} ASSISTANT:"
+        return f"{image * images}{question}"
+    places = "\n".join([image] * images)
+    return f"USER: {places}\n{question} ASSISTANT:"
 
 
 def encode(model: Any, processor: Any, image: Any, question: str, prune: str | Spec | None = None) -> Any:
