@@ -125,6 +125,7 @@ REFUSALS = {
     },
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
     "takes no budget": set(FAMILIES),
+    "vlmprune train": set(FAMILIES),  # trained methods ship no weights
     "keeps nothing": set(FAMILIES),
     "without pruning too": {"qwen2_5_vl"},  # a loop over a clip without masks
 }

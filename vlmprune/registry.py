@@ -25,6 +25,7 @@ _BUILTIN = {
     "pool": "vlmprune.methods.baselines:Pool",
     "downsample": "vlmprune.methods.baselines:Downsample",
     "fastervlm": "vlmprune.methods.fastervlm:FasterVLM",
+    "visionselector": "vlmprune.methods.visionselector:VisionSelector",
     "visionzip": "vlmprune.methods.visionzip:VisionZip",
     "divprune": "vlmprune.methods.divprune:DivPrune",
     "cdpruner": "vlmprune.methods.cdpruner:CDPruner",

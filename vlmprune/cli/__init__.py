@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import bench, catalogue, leaderboard, lmms, new, report, run, validate, verify
+from . import bench, catalogue, leaderboard, lmms, new, report, run, train, validate, verify
 from .screen import complain, of_system, speak_plainly
 
 __all__ = ["app", "main"]
@@ -91,6 +91,7 @@ app.command("plan")(bench.plan)
 app.command("verify")(verify.verify)
 app.command("validate")(validate.validate)
 app.command("new")(new.new)
+app.command("train")(train.train)
 app.command("lmms-tasks")(lmms.lmms_tasks)
 
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .screen import Json, plain, print_json, stdout
+
+
+def train(
+    method: Annotated[str, typer.Argument(help="A method that chooses by trained weights: visionselector.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="tiny, a folder, or an HF id.")],
+    data: Annotated[str, typer.Option(help="shapes, or a file of lines {image, question, answer}.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the weights; a call again goes on.")],
+    keep: Annotated[int, typer.Option(help="Visual tokens of a picture that it is trained at.")] = 36,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Questions in a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    samples: Annotated[int, typer.Option(help="Questions to train on.")] = 600,
+    dev: Annotated[int, typer.Option(help="Other questions, answered before and after.")] = 60,
+    width: Annotated[int | None, typer.Option(help="Of the scorer; default half that of the model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train the weights of a method for one model, which stays as it is; the same call goes on."""
+    from ..models.loading import load
+    from ..training.loop import Pace
+    from ..training.run import run
+
+    settings = Pace(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    loaded, processor = load(model, device)
+    screen = stdout()
+
+    def note(step: int, loss: float) -> None:
+        if not as_json and (step % 10 == 0 or step + 1 == steps):
+            screen.print(plain(f"step {step + 1} of {steps}: loss {loss:.4f}"))
+
+    facts: dict[str, Any] = run(
+        method,
+        loaded,
+        processor,
+        data,
+        out,
+        keep=keep,
+        samples=samples,
+        dev=dev,
+        width=width,
+        settings=settings,
+        note=note,
+    )
+    if as_json:
+        print_json(facts)
+        return
+    found = facts["dev"]
+    for name in ("before", "after", "uniform", "divprune", "dense"):
+        screen.print(plain(f"{name}: {found[name]:.3f} of {found['questions']} questions"))
+    screen.print(plain(f"use it as {method}(weights={out!r})@{keep}"))

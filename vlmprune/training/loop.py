@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: the same weights whether it ran through or was interrupted and called again.
+
+What a step does follows from the seed and its number alone. Between steps the weights and the moments of the
+optimiser are written as safetensors, with the settings beside them; another call with the same settings goes
+on from there, one with others is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int, check_number, check_positive
+from ..errors import SpecError, VlmPruneError
+from .data import Exercise
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class TrainingError(VlmPruneError):
+    """A training that cannot go on; what was written before stays."""
+
+
+class Training(Protocol):
+    """What the loop trains."""
+
+    @property
+    def method(self) -> str:
+        """Whose weights these are."""
+
+    @property
+    def module(self) -> nn.Module:
+        """They, as parameters."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def loss(self, asked: list[Exercise], progress: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how fast.
+
+    Args:
+        steps, batch_size: optimiser steps, and questions in each.
+        lr: of AdamW; it rises over the first 5 % of the steps and falls as a cosine.
+        seed: of the order of questions and of the first weights.
+        save_every: steps between two checkpoints.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            check_int(name, getattr(self, name), least=1)
+        check_int("seed", self.seed, least=0)
+        check_positive("lr", self.lr)
+        check_positive("clip", self.clip)
+        check_number("weight_decay", self.weight_decay, least=0)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step."""
+        rise = max(1, self.steps // 20)
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+
+def order_of(seed: int, step: int, batch: int, count: int) -> list[int]:
+    """Questions of a step: every pass over ``count`` has an order of its own, which the seed gives."""
+    chosen = []
+    for place in range(step * batch, (step + 1) * batch):
+        epoch, within = divmod(place, count)
+        draw = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        chosen.append(int(torch.randperm(count, generator=draw)[within]))
+    return chosen
+
+
+def train(
+    training: Training,
+    data: Sequence[Exercise],
+    settings: Pace,
+    folder: Path,
+    identity: Mapping[str, Any],
+    note: Callable[[int, float], None] = lambda step, loss: None,
+    stop_after: int | None = None,
+) -> list[float]:
+    """Train, or go on with what ``folder`` holds; the losses of the steps that were made now.
+
+    Args:
+        identity: what else has to be the same to go on: model, data.
+        note: is told of every step and its loss.
+        stop_after: end after this step, as an interruption would.
+    """
+    optimiser = torch.optim.AdamW(
+        training.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    said = {**asdict(settings), **training.settings, **identity, "method": training.method}
+    first, losses = _resume(training, optimiser, folder, said), []
+    training.module.train()
+    for step in range(first, settings.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr_at(step)
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        asked = [data[i] for i in order_of(settings.seed, step, settings.batch_size, len(data))]
+        losses.append(_step(training, optimiser, asked, step, settings))
+        note(step, losses[-1])
+        done = step + 1
+        if done % settings.save_every == 0 or done == settings.steps or done == stop_after:
+            _save(training, optimiser, folder, said, done)
+        if done == stop_after:
+            break
+    training.module.eval()
+    return losses
+
+
+def _step(
+    training: Training, optimiser: torch.optim.AdamW, asked: list[Exercise], step: int, settings: Pace
+) -> float:
+    try:
+        loss = training.loss(asked, step / max(1, settings.steps - 1))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss of step {step} is {value}; expected a finite number; lower --lr (now "
+                f"{settings.lr:g})"
+            )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"step {step} does not fit into memory; lower --batch-size (now {settings.batch_size}) and call "
+            "again with a new folder"
+        ) from error
+    norm = float(nn.utils.clip_grad_norm_(training.module.parameters(), settings.clip))
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient of step {step} has the length {norm}; expected a finite number; lower --lr (now "
+            f"{settings.lr:g})"
+        )
+    optimiser.step()
+    return value
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def _save(
+    training: Training, optimiser: torch.optim.AdamW, folder: Path, said: Mapping[str, Any], done: int
+) -> None:
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {f"weight.{name}": value.detach() for name, value in training.module.named_parameters()}
+    for name, value in training.module.named_parameters():
+        state = optimiser.state[value]
+        held |= {f"{moment}.{name}": state[moment].detach() for moment in _MOMENTS}
+    packed = save({name: value.cpu().contiguous() for name, value in held.items()})
+    digest = hashlib.sha256(packed).hexdigest()
+    _replace(folder / f"step-{done}.safetensors", packed)
+    state = {"settings": said, "done": done, "sha256": digest}
+    _replace(folder / "state.json", json.dumps(state, indent=1).encode())
+    for old in folder.glob("step-*.safetensors"):
+        if old.name != f"step-{done}.safetensors":
+            old.unlink()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _resume(training: Training, optimiser: torch.optim.AdamW, folder: Path, said: Mapping[str, Any]) -> int:
+    """Steps that are done already; the weights and moments of then are put back."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / "state.json"
+    if not path.is_file():
+        return 0
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        settings, done = state["settings"], state["done"]
+        packed = (folder / f"step-{done}.safetensors").read_bytes()
+        held = load(packed)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SpecError(
+            f"the training in {str(folder)!r} cannot be gone on with ({error}); delete the folder, or give "
+            "another --out"
+        ) from error
+    wanted = json.loads(json.dumps(said))
+    other = sorted(name for name in {*wanted, *settings} if wanted.get(name) != settings.get(name))
+    if other or hashlib.sha256(packed).hexdigest() != state.get("sha256"):
+        why = f"has other {', '.join(other)}" if other else "holds a changed checkpoint"
+        raise SpecError(
+            f"the training in {str(folder)!r} {why}; use the same settings, or give another --out"
+        )
+    with torch.no_grad():
+        for name, value in training.module.named_parameters():
+            value.copy_(held[f"weight.{name}"])
+            optimiser.state[value] = {
+                moment: held[f"{moment}.{name}"].to("cpu" if moment == "step" else value.device)
+                for moment in _MOMENTS
+            }
+    return int(done)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune train``: data, loop, evaluation before and after, and the files that methods read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api import prune
+from ..checks import check_int
+from ..core.weights import backbone_of, write_weights
+from ..errors import SpecError, did_you_mean
+from ..models.loading import encode
+from .data import Exercise, read_data
+from .loop import Pace, Training, train
+from .selector import SelectorTraining
+
+TRAINED: Mapping[str, Callable[..., Training]] = {"visionselector": SelectorTraining}
+STATE = "training"  # folder beside the weights
+FIRST = "first"  # folder of the untrained weights, for the evaluation before
+
+
+def run(
+    method: str,
+    model: Any,
+    processor: Any,
+    data: str,
+    out: str | Path,
+    *,
+    keep: int,
+    samples: int = 600,
+    dev: int = 60,
+    width: int | None = None,
+    settings: Pace | None = None,
+    note: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, Any]:
+    """Train a method for a model, write its weights to ``out``, and give what their JSON file says.
+
+    Args:
+        data: "shapes", or a JSON-lines file.
+        keep: visual tokens of a picture that the method is trained at.
+        samples, dev: questions to train on, and others that are answered before and after.
+        width: of the trained module.
+    """
+    if method not in TRAINED:
+        near = did_you_mean(method, TRAINED)
+        raise SpecError(f"{method!r} cannot be trained; expected one of {sorted(TRAINED)}.{near}")
+    for name, value in (("keep", keep), ("samples", samples), ("dev", dev)):
+        check_int(name, value, least=1)
+    if width is not None:
+        check_int("width", width, least=1)
+    settings, folder = settings or Pace(), Path(out)
+    questions = read_data(data, samples, dev)
+    frozen = [value for value in model.parameters() if value.requires_grad]
+    model.requires_grad_(False).eval()
+    try:
+        training = TRAINED[method](model, processor, keep, width, settings.seed)
+        backbone = backbone_of(model.config)
+        write_weights(folder / FIRST, method, training.tensors(), {"backbone": backbone})
+        identity = {"data": questions.fingerprint, "samples": samples, "backbone": backbone}
+        losses = train(training, questions.train, settings, folder / STATE, identity, note)
+    finally:
+        for value in frozen:
+            value.requires_grad_(True)
+    facts: dict[str, Any] = {
+        "backbone": backbone,
+        "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
+        "settings": {**asdict(settings), **training.settings},
+        "loss": losses[-1] if losses else None,
+        "licence": "that of the model and of the data",
+        "versions": {"torch": torch.__version__.split("+")[0]},
+    }
+    write_weights(folder, method, training.tensors(), facts)
+    specs = {
+        "before": f"{method}(weights={str(folder / FIRST)!r})@{keep}",
+        "after": f"{method}(weights={str(folder)!r})@{keep}",
+        "uniform": f"uniform@{keep}",
+        "divprune": f"divprune@{keep}",
+        "dense": "dense",
+    }
+    found = {name: accuracy(model, processor, questions.dev, spec) for name, spec in specs.items()}
+    facts["dev"] = {"questions": dev, "keep": keep, **found}
+    write_weights(folder, method, training.tensors(), facts)
+    return facts
+
+
+def accuracy(model: Any, processor: Any, asked: Sequence[Exercise], spec: str) -> float:
+    """Share of questions whose greedy answer is the given one, up to case and white space, under a spec."""
+    right = 0
+    with prune(model, spec):
+        for one in asked:
+            inputs = encode(model, processor, one.picture(), one.question)
+            length = len(processor.tokenizer(one.answer, add_special_tokens=False)["input_ids"]) + 2
+            with torch.no_grad():
+                ids = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            said = processor.batch_decode(new, skip_special_tokens=True)[0]
+            right += "".join(said.lower().split()) == "".join(one.answer.lower().split())
+    return right / len(asked)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of VisionSelector's scorer: a soft top-k of the visual tokens, end to end from the answers.
+
+    m_i = sigmoid((s_i - c) / T), with c such that the m of a picture sum up to k
+
+log m is added to the logits of each visual key in every layer: m = 1 is the dense model, m = 0 a cut. T falls
+geometrically over the steps, in units of the spread of s, so that the soft choice becomes a hard one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedError
+from ..methods.visionselector import importance
+from ..models import adapter_for
+from .data import NO_LOSS, Exercise, batch_of
+
+FIRST_HEAT, LAST_HEAT = 1.0, 0.05  # of the spread of the scores
+_LEAST = 1e-6  # of m, whose logarithm must stay finite
+
+
+class SelectorTraining:
+    """What the loop trains for VisionSelector.
+
+    Args:
+        model, processor: the model, which stays frozen.
+        keep: k, visual tokens of a picture.
+        width: h of the scorer; None: half the width of the model, as published.
+        seed: of the first weights.
+    """
+
+    method = "visionselector"
+
+    def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
+        adapter = adapter_for(model)
+        if adapter.text_type is not None or adapter.deepstack is not None:
+            raise UnsupportedError(
+                f"training of {self.method} weighs visual tokens by the attention mask, and "
+                f"{adapter.model_type} makes its masks by token types or adds features later; train "
+                "with a LLaVA family"
+            )
+        self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
+        wide = adapter.language_model.config.hidden_size
+        self.width = wide // 2 if width is None else width
+        torch.manual_seed(seed)
+        self.module = nn.ModuleDict(
+            {name: nn.Linear(wide, self.width, device=model.device) for name in ("q_proj", "k_proj")}
+        )
+        for weight in self.module.parameters():
+            nn.init.normal_(weight, std=1e-4)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the file says of the training beside the settings of the loop."""
+        return {"keep": self.keep, "width": self.width, "heat": [FIRST_HEAT, LAST_HEAT]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name."""
+        return dict(self.module.named_parameters())
+
+    def loss(self, asked: list[Exercise], progress: float) -> Tensor:
+        """Cross entropy of the answers under a soft top-k; ``progress`` runs from 0 to 1."""
+        inputs, labels = batch_of(self.model, self.processor, asked)
+        token = self.adapter.token_id(self.adapter.modalities[0])
+        visual = inputs["input_ids"] == token  # (B, L)
+        counts = visual.sum(dim=1)
+        if int(counts.min()) != int(counts.max()) or int(counts.min()) <= self.keep:
+            raise UnsupportedError(
+                f"pictures of {counts.tolist()} visual tokens; training needs pictures of one size with more "
+                f"than the {self.keep} that stay"
+            )
+        heat = FIRST_HEAT * (LAST_HEAT / FIRST_HEAT) ** progress
+
+        def weighed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            embeds = kwargs["inputs_embeds"]
+            x = embeds[visual].view(len(counts), -1, embeds.shape[-1]).float()  # (B, N, D)
+            m = soft_top_k(importance(x, self.tensors()), self.keep, heat)
+            bias = torch.zeros_like(visual, dtype=torch.float32).masked_scatter(
+                visual, m.clamp_min(_LEAST).log()
+            )
+            mask = causal_with(bias, inputs["attention_mask"].bool()).to(embeds.dtype)
+            return args, {**kwargs, "attention_mask": mask}
+
+        hook = self.adapter.language_model.register_forward_pre_hook(weighed, with_kwargs=True)
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+        return F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS
+        )
+
+
+def soft_top_k(scores: Tensor, k: int, heat: float, steps: int = 50) -> Tensor:
+    """(B, N) weights in (0, 1) of scores (B, N) that sum up to k per row; small heat makes them hard.
+
+    The offset is found by bisection, and has the gradient that keeps the sum.
+    """
+    spread = scores.detach().std(dim=1, keepdim=True).clamp_min(1e-12)
+    z = (scores - scores.detach().mean(dim=1, keepdim=True)) / (spread * heat)
+    with torch.no_grad():
+        low, high = z.amin(dim=1, keepdim=True) - 30, z.amax(dim=1, keepdim=True) + 30
+        for _ in range(steps):
+            middle = (low + high) / 2
+            too_many = torch.sigmoid(z - middle).sum(dim=1, keepdim=True) > k
+            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+        offset = (low + high) / 2
+        slope = torch.sigmoid(z - offset) * torch.sigmoid(offset - z)
+        share = slope / slope.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    # the derivative of the offset by z is its share; its value is what was found
+    moved = (share * (z - z.detach())).sum(dim=1, keepdim=True) + offset
+    return torch.sigmoid(z - moved)
+
+
+def causal_with(bias: Tensor, valid: Tensor) -> Tensor:
+    """(B, 1, L, L) additive mask: causal, without padding (B, L), with ``bias`` (B, L) on the keys."""
+    length = valid.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
+    # rows of padding look at themselves, or they would be NaN
+    seen = seen | torch.eye(length, dtype=torch.bool, device=valid.device)
+    return bias[:, None, None].expand(-1, 1, length, -1).masked_fill(~seen, torch.finfo(torch.float32).min)
