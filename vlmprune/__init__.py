@@ -19,6 +19,7 @@ __all__ = [
     "KeepMap",
     "Merged",
     "Method",
+    "Reduced",
     "Report",
     "ScoreMap",
     "Spec",
@@ -33,6 +34,7 @@ __all__ = [
     "method_info",
     "parse",
     "prune",
+    "reduce",
     "refine",
     "register",
     "score",
@@ -42,6 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .api import attach as attach
     from .api import prune as prune
+    from .api import reduce as reduce
     from .api import score as score
     from .api import select as select
     from .carve import refine as refine
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from .core.keepmap import ScoreMap as ScoreMap
     from .core.method import Merged as Merged
     from .core.method import Method as Method
+    from .core.reduce import Reduced as Reduced
     from .core.report import Report as Report
     from .core.tokens import VisualTokens as VisualTokens
     from .errors import VlmPruneError as VlmPruneError
@@ -65,12 +69,14 @@ if TYPE_CHECKING:
 _HOME = {
     "attach": "api",
     "prune": "api",
+    "reduce": "api",
     "score": "api",
     "select": "api",
     "Merged": "core.method",
     "Method": "core.method",
     "KeepMap": "core.keepmap",
     "ScoreMap": "core.keepmap",
+    "Reduced": "core.reduce",
     "Report": "core.report",
     "VisualTokens": "core.tokens",
     "VlmPruneError": "errors",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four verbs: prune, attach, score, select."""
+"""The verbs: prune, attach, score, select, reduce."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .core.keepmap import Picture, Replay, ScoreMap
 from .core.method import Merged, Method, Positions, check_scope, needs_of
+from .core.reduce import Reduced, reduce_tokens
 from .core.select import choose, choose_own
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
@@ -265,11 +266,7 @@ def select(
         tensor([[1, 3]])
     """
     built, budget, text = resolve(method, keep)
-    if built.slot in ("encoder", "attention", "decode"):
-        raise UnsupportedError(
-            f"{text!r} acts in the slot {built.slot!r}, which needs a model that runs; use "
-            "prune(...) and read run.last.keep"
-        )
+    _without_model(built, text)
     if tower is not None:
         if tensors or grid is not None:
             raise SpecError(
@@ -277,7 +274,7 @@ def select(
                 "tensors"
             )
         tensors, grid = tower_tensors(tower, pixels, built)
-    tokens = _given_tokens(tensors, grid)
+    tokens = _given_tokens("select", tensors, grid)
     built.check_unit(tokens.count)
     if budget is None and built.counts != "budget":
         return _own_indices(built, tokens)
@@ -293,13 +290,52 @@ def select(
     return result
 
 
-def _given_tokens(tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
+def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, **tensors: Any) -> Reduced:
+    """What a language model reads in place of plain tensors: ``rows`` (B, K, D), with ``keep_idx`` (B, K).
+
+    Unlike :func:`select` it gives the rows of merging methods too.
+
+    Args:
+        method: spec or method object.
+        keep: budget, unless the spec has one.
+        grid: (rows, cols) of the tokens, or a tuple of several blocks.
+        tensors: fields of VisualTokens; ``features=(B, N, D)`` is always needed.
+
+    Example:
+        >>> import torch, vlmprune
+        >>> left = vlmprune.reduce("pool", keep=2, grid=(2, 2), features=torch.eye(4)[None])
+        >>> left.rows.shape, left.keep_idx.shape
+        (torch.Size([1, 2, 4]), torch.Size([1, 2]))
+    """
+    built, budget, text = resolve(method, keep)
+    _without_model(built, text)
+    tokens = _given_tokens("reduce", tensors, grid)
+    tokens.need("features")
+    built.check_unit(tokens.count)
+    if budget is None and built.counts == "budget":
+        k = tokens.count  # dense
+    else:
+        k = None if budget is None else budget.count(tokens.count)
+    with torch.no_grad():
+        return reduce_tokens(built, tokens, k)
+
+
+def _without_model(method: Method, text: str) -> None:
+    """Refuse methods of slots that cannot act on plain tensors."""
+    if method.slot in ("encoder", "attention", "decode"):
+        raise UnsupportedError(
+            f"{text!r} acts in the slot {method.slot!r}, which needs a model that runs; use "
+            "prune(...) and read run.last.keep"
+        )
+
+
+def _given_tokens(verb: str, tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
     """Tensors of a user as tokens, refused where nothing can be chosen by them."""
     fields = [name for name in VisualTokens.__dataclass_fields__ if name not in ("size", "checks")]
     known = ["grid" if name == "grids" else name for name in fields]
     for name in tensors:
         if name not in known:
-            raise SpecError(f"select got {name!r}; expected {known}.{did_you_mean(name, known)}")
+            raise SpecError(f"{verb} got {name!r}; expected {known}.{did_you_mean(name, known)}")
     tokens = VisualTokens(**tensors, grids=_grids(grid))
     if tokens.count == 0 or tokens.batch == 0:
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
@@ -339,4 +375,4 @@ def _grids(grid: Any) -> tuple[tuple[int, int], ...]:
     return grids
 
 
-__all__ = ["Adapter", "attach", "prune", "resolve", "score", "select"]
+__all__ = ["Adapter", "attach", "prune", "reduce", "resolve", "score", "select"]
