@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmprune.core.deferred import NOW
 from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
 from vlmprune.hooks.vision.encode import run_encoder
-from vlmprune.hooks.vision.tower import TapReader, attention_of, find_blocks
+from vlmprune.hooks.vision.tower import FusedReader, TapReader, attention_of, find_blocks, reader_of
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
@@ -110,3 +111,57 @@ def test_packed_pictures_are_kept_apart_and_rotation_is_followed() -> None:
         )
     apart = torch.cat([part.mean(dim=(0, 1)) for part in (maps[0, :, :4, :4], maps[0, :, 4:, 4:])])
     torch.testing.assert_close(calls[0].received(rows=3)[0], apart, atol=1e-6, rtol=1e-4)
+
+
+class Split(torch.nn.Module):
+    """vLLM's way: a fused projection that returns a tuple, and holds the heads of one rank of two."""
+
+    num_heads, num_heads_per_partition, scale = 4, 2, 0.5
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.qkv_proj = torch.nn.Identity()
+        self.qkv_proj.register_forward_hook(lambda module, args, output: (output, None))
+
+    def forward(self, hidden: Tensor) -> None:
+        self.qkv_proj(hidden @ self.weight)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fused_projection_that_returns_a_tuple_is_read(ranks: int) -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(3, 4, 6, 8)  # q, k, v; heads; tokens; width
+    hidden, seen = torch.randn(2, 5, 8), []
+    held = 4 // ranks
+    parts = [whole[:, rank * held : (rank + 1) * held] for rank in range(ranks)]
+    weights = [
+        torch.cat([torch.cat([head[:5, :].T @ torch.eye(5, 6) for head in one], dim=1) for one in part], 1)
+        for part in parts
+    ]  # (8, 3 * held * 6)
+    others = [(hidden @ weight).chunk(3, dim=-1) for weight in weights]
+
+    def gather(mine: Tensor) -> Tensor:
+        number = len(seen_parts)
+        seen_parts.append(mine)
+        shares = [other[number].unflatten(-1, (held, -1)).transpose(1, 2) for other in others]
+        assert mine.equal(shares[0])  # this rank is the first
+        return torch.cat(shares, dim=1)
+
+    seen_parts: list[Tensor] = []
+    attention = Split(weights[0])
+    attention.num_heads_per_partition = held
+    reader = reader_of(attention, gather if ranks > 1 else None)
+    assert isinstance(reader, FusedReader)
+    handles = list(reader.install(lambda: NOW, seen.append))
+    attention(hidden)
+    for handle in handles:
+        handle.remove()
+    attention(hidden)
+    assert len(seen) == 1
+    queries, keys = (
+        torch.cat([other[part].unflatten(-1, (held, -1)).transpose(1, 2) for other in others], dim=1)
+        for part in (0, 1)
+    )
+    assert seen[0].queries.equal(queries) and seen[0].keys.equal(keys)
+    assert seen[0].scaling == 0.5 and queries.shape == (2, 4, 5, 6)

@@ -22,7 +22,16 @@ from ...core.deferred import NOW, Checks
 from ...core.method import OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
 from ..attention_call import AttentionCall
-from .tower import FusedReader, TapReader, attention_in, find_blocks, has_cls, prefix_length, reader_of
+from .tower import (
+    FusedReader,
+    Gather,
+    TapReader,
+    attention_in,
+    find_blocks,
+    has_cls,
+    prefix_length,
+    reader_of,
+)
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 OF_CLS = ("cls_attention", "wide_attention")
@@ -56,6 +65,8 @@ class VisionCapture:
         needs: of the tower and, with a projector, of what that is given and returns.
         layers: indices into ``hidden_states`` that the model takes its features from.
         projector: the module between tower and language model.
+        depth: blocks of the tower, where a host loads only the first of them.
+        gather: brings the heads of all ranks together, where a host shares them out.
 
     Attributes:
         blocks_of: the block whose attention each need of the tower reads.
@@ -67,6 +78,9 @@ class VisionCapture:
         needs: Sequence[Need | What],
         layers: Sequence[int],
         projector: nn.Module | None = None,
+        *,
+        depth: int | None = None,
+        gather: Gather | None = None,
     ) -> None:
         self.needs = as_needs(needs)
         self.projector = projector
@@ -84,14 +98,20 @@ class VisionCapture:
                 "fastervlm(cls='mean')"
             )
         full = getattr(self.towers[0], "fullatt_block_indexes", None)  # Qwen2.5-VL: the others have windows
-        count = len(self.blocks[0]) if self.blocks else 0
+        loaded = len(self.blocks[0]) if self.blocks else 0
+        count = depth or loaded
         self.layers = [block_index(index, count) for index in layers] if self.blocks else []
         self.blocks_of: dict[Need, int] = {
             need: self.layers[0] if need.layer is None else block_index(need.layer, count, full)
             for need in of_tower
         }
+        if missing := [str(need) for need, block in self.blocks_of.items() if block >= loaded]:
+            raise UnsupportedError(
+                f"{missing} are of a block that was not loaded: this tower has the first {loaded} of its "
+                f"{count} blocks; leave layer=... out, or choose an earlier one"
+            )
         self.readers: list[tuple[int, TapReader | FusedReader]] = [
-            (index, reader_of(attention_in(blocks[index])))
+            (index, reader_of(attention_in(blocks[index]), gather))
             for index in sorted(set(self.blocks_of.values()))
             for blocks in self.blocks
         ]

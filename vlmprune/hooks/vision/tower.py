@@ -3,8 +3,8 @@
 them.
 
 Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms,
-masks and windows are the tower's own. Towers of timm attend by themselves; there the fused projection is
-read.
+masks and windows are the tower's own. Towers of timm and of vLLM attend by themselves; there the fused
+projection is read, which vLLM's returns in a tuple and splits over ranks by heads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..attention_call import AttentionCall
 from ..attention_tap import AttentionTap, reads_interface
 
 Give = Callable[[AttentionCall], None]
+Gather = Callable[[Tensor], Tensor]  # (T, H of this rank, S, d) -> (T, H of all ranks, S, d)
+_FUSED = ("qkv", "qkv_proj")  # names of the fused projection
 _NAMES = ("self_attn", "attention", "attn", "token_mixer")
 
 
@@ -42,7 +44,7 @@ def attention_in(block: nn.Module) -> nn.Module:
 
 
 def _readable(attention: nn.Module) -> bool:
-    return reads_interface(attention) or hasattr(attention, "qkv")
+    return reads_interface(attention) or any(hasattr(attention, name) for name in _FUSED)
 
 
 def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
@@ -112,39 +114,48 @@ def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
 
 
 class FusedReader:
-    """Reads an attention module of timm, which projects and attends by itself."""
+    """Reads an attention module of timm or vLLM, which projects and attends by itself.
 
-    def __init__(self, attention: nn.Module) -> None:
-        heads = getattr(attention, "num_heads", None)
+    Args:
+        gather: where an attention module holds a share of the heads: brings the shares of all ranks together.
+    """
+
+    def __init__(self, attention: nn.Module, gather: Gather | None = None) -> None:
+        # vLLM: those that this rank holds
+        heads = getattr(attention, "num_heads_per_partition", getattr(attention, "num_heads", None))
         if heads is None:
             raise UnsupportedError(
                 f"{type(attention).__name__} does not say its number of heads; its attention cannot be read"
             )
-        self.attention: Any = attention  # which modules it has is known to timm alone
+        self.attention: Any = attention  # which modules it has is known to timm or vLLM alone
         self.heads: int = heads
+        self.gather = gather
 
     def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
         """A hook that calls ``give`` while something records."""
 
         @torch.no_grad()
-        def fused(module: nn.Module, args: object, output: Tensor) -> None:
+        def fused(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if checks() is not None:
-                queries, keys, values = (self._heads(part) for part in output.detach().chunk(3, dim=-1))
+                projected = output[0] if isinstance(output, tuple) else output
+                queries, keys, values = (self._heads(part) for part in projected.detach().chunk(3, dim=-1))
                 queries, keys = self._normed("q", queries), self._normed("k", keys)
                 options = {"scaling": getattr(self.attention, "scale", None), "is_causal": False}
                 give(AttentionCall(self.attention, queries, keys, values, None, options))
 
-        yield self.attention.qkv.register_forward_hook(fused)
+        name = next(name for name in _FUSED if hasattr(self.attention, name))
+        yield getattr(self.attention, name).register_forward_hook(fused)
 
     def _heads(self, states: Tensor) -> Tensor:
         """(T, S, C) -> (T, H, S, d)."""
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        apart = states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return apart if self.gather is None else self.gather(apart.contiguous())
 
     def _normed(self, name: str, states: Tensor) -> Tensor:
         norm = getattr(self.attention, f"{name}_norm", None)
         return states if norm is None else norm(states)
 
 
-def reader_of(attention: nn.Module) -> TapReader | FusedReader:
+def reader_of(attention: nn.Module, gather: Gather | None = None) -> TapReader | FusedReader:
     """What reads an attention module that ``attention_of`` found."""
-    return TapReader(attention) if reads_interface(attention) else FusedReader(attention)
+    return TapReader(attention) if reads_interface(attention) else FusedReader(attention, gather)
