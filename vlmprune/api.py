@@ -312,12 +312,10 @@ def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
     tokens = _given_tokens("reduce", tensors, grid)
     tokens.need("features")
     built.check_unit(tokens.count)
-    if budget is None and built.counts == "budget":
-        k = tokens.count  # dense
-    else:
-        k = None if budget is None else budget.count(tokens.count)
+    own = budget is None and built.counts != "budget"
+    k = tokens.count if budget is None else budget.count(tokens.count)
     with torch.no_grad():
-        return reduce_tokens(built, tokens, k)
+        return reduce_tokens(built, tokens, None if own else k)
 
 
 def _without_model(method: Method, text: str) -> None:
