@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that an engine is given: those that prune leaves in a model, and a fallback instead of an error."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import vlmprune
+from vlmprune import register
+from vlmprune.core.method import Method
+from vlmprune.hooks.vision.encode import run_encoder
+from vlmprune.hooks.vision.pictures import Picture
+from vlmprune.models import adapter_for
+from vlmprune.registry import unregister
+from vlmprune.serving.reduce import promised, reduce_pictures
+from vlmprune.serving.request import read
+from vlmprune.serving.tally import OTHERS, Counts, Tally
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
+
+TEXT = 5
+
+
+def served(model, inputs, request):
+    """What a server would give the language model for every picture."""
+    adapter = adapter_for(model)
+    capture = adapter.capture(request.needs)
+    _, (pictures,) = run_encoder(adapter, adapter.modalities[0], inputs, [capture])
+    return reduce_pictures(pictures, request, adapter.projector), pictures
+
+
+def entering(model, inputs, spec):
+    """(L, D) what enters the first decoder layer with vlmprune.prune, of the only prompt."""
+    seen = []
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        with torch.no_grad(), vlmprune.prune(model, spec):
+            model(**inputs)
+    finally:
+        hook.remove()
+    return seen[0][0]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("spec", ["fastervlm@9", "visionzip@9", "pool@0.25", "dense"])
+def test_rows_are_those_of_prune(family, spec):
+    """With newlines between the patches too, where merged rows take the places of their tokens."""
+    model, inputs = tiny_model(family), tiny_inputs(family, images=(1,), text_len=TEXT)
+    request = read(spec)
+    kept, pictures = served(model, inputs, request)
+    whole = entering(model, inputs, spec)
+    torch.testing.assert_close(kept[0].rows, whole[1 + TEXT : -TEXT], rtol=1e-5, atol=1e-5)
+    assert kept[0].rows.shape[0] == promised(pictures[0], request)
+    assert kept[0].slots.equal(kept[0].slots.sort().values) and kept[0].fallback is None
+
+
+def picture(n=12, seed=0):
+    features = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    return Picture(features, ((3, n // 3),))
+
+
+def test_a_broken_picture_alone_falls_back_to_uniform(caplog):
+    good, broken = picture(seed=1), picture(seed=2)
+    broken.features[3, 0] = torch.nan
+    request = read("divprune@4")
+    with caplog.at_level(logging.ERROR):
+        kept = reduce_pictures([good, broken, good], request, None)
+    expected = vlmprune.select("divprune@4", features=good.features[None])[0]
+    assert kept[0].slots.equal(expected) and kept[2].slots.equal(expected)
+    assert kept[0].fallback is None and "not finite" in kept[1].fallback
+    assert kept[1].slots.equal(vlmprune.select("uniform@4", grid=(3, 4), features=good.features[None])[0])
+    assert "divprune@4" in caplog.text and "uniform" in caplog.text
+
+
+@dataclass(frozen=True)
+class Overflowing(Method):
+    """Gives scores that are not finite for some pictures."""
+
+    needs: ClassVar = ("features",)
+
+    def score(self, tokens):
+        x = tokens.need("features")[..., 0]
+        return torch.where(x.amax(dim=1, keepdim=True) > 50, torch.nan, x)
+
+
+def test_a_method_that_fails_on_one_picture_falls_back_for_it_alone():
+    register("overflowing")(Overflowing)
+    try:
+        good, broken = picture(seed=1), picture(seed=2)
+        broken.features[5, 0] = 99.0
+        kept = reduce_pictures([good, broken], read("overflowing@4"), None)
+    finally:
+        unregister("overflowing")
+        read.cache_clear()
+    best = good.features[:, 0].topk(4).indices.sort().values
+    assert kept[0].slots.equal(best) and kept[0].fallback is None
+    assert "not finite" in kept[1].fallback and kept[1].rows.shape == (4, 4)
+
+
+def test_merged_rows_stand_where_their_tokens_stood_if_asked():
+    """Models whose positions depend on slots read them there; others in the order of the method."""
+    one = picture()
+    request = read("pool@3")
+    kept = reduce_pictures([one], request, None, in_place=True)[0]
+    left = vlmprune.reduce("pool@3", grid=(3, 4), features=one.features[None])
+    slots, order = left.keep_idx[0].sort()
+    assert kept.slots.equal(slots) and kept.rows.equal(left.rows[0][order])
+
+
+def test_pictures_of_different_shape_are_reduced_together():
+    kept = reduce_pictures([picture(12), picture(6), picture(12, seed=3)], read("divprune@7"), None)
+    assert [one.rows.shape[0] for one in kept] == [7, 6, 7]
+
+
+def test_the_tally_counts_and_speaks_with_every_digit(caplog):
+    tally = Tally()
+    with caplog.at_level(logging.INFO, logger="vlmprune.serving.tally"):
+        for number in range(12):
+            tally.add("fastervlm@64", 576, 64, fallback=number == 3)
+    assert tally.by_spec["fastervlm@64"] == Counts(12, 12 * 576, 12 * 64, 1)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "vlmprune: fastervlm@64: 1 picture, 576 -> 64 tokens each, 0 cut by uniform instead",
+        "vlmprune: fastervlm@64: 10 pictures, 576 -> 64 tokens each, 1 cut by uniform instead",
+    ]
+    for number in range(100):  # clients choose specs: the number of counters is bounded
+        tally.add(f"random(seed={number})@9", 9, 9, fallback=False)
+    assert len(tally.by_spec) == 65 and tally.by_spec[OTHERS].pictures == 100 - 63

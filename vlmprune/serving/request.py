@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request asks for, free of any engine: spec text to method, budget and canonical text, and refusals.
+
+A server runs one model for many clients. An error inside the model would end it for all of them, so that
+whatever a client can get wrong is refused here, where a request is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..api import resolve_all
+from ..core.budget import Budget
+from ..core.method import Method, Need, needs_of
+from ..errors import SpecError, UnsupportedError, VlmPruneError, reason
+from .names import DENSE, KEY, VARIABLE
+
+LONGEST = 500  # characters of a spec
+_NEAREST = "e.g. 'fastervlm@64' or 'divprune@64'"
+# what can be read of an encoder that runs apart from the language model
+READABLE = {
+    "features",
+    "encoder_features",
+    "cls_attention",
+    "received_attention",
+    "keys",
+    "wide_keys",
+    "wide_attention",
+    "cls_features",
+    "projector",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A spec that a server can run.
+
+    Args:
+        text: canonical; it stands in every cache key.
+        method: what chooses. budget: of every picture; None leaves all tokens.
+    """
+
+    text: str
+    method: Method
+    budget: Budget | None
+
+    def count(self, n: int) -> int:
+        """Tokens that stay of a picture of ``n``; known before anything is encoded."""
+        return n if self.budget is None else self.budget.count(n)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the method reads; nothing where all tokens stay."""
+        return () if self.budget is None else needs_of(self.method)
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What is known of a served model without its weights.
+
+    Args:
+        cls: whether its tower has [CLS].
+        depth: blocks of the tower. loaded: how many of them the engine loads.
+        layer: index into the hidden states that features are taken from.
+        attention: whether attention can be read. projector: whether methods can be given the projector.
+        merges: patches of the tower behind every visual token.
+    """
+
+    cls: bool
+    depth: int
+    loaded: int
+    layer: int
+    attention: bool = True
+    projector: bool = True
+    merges: int = 1
+
+
+def wanted(given: Mapping[str, object], server: Mapping[str, object] | None, config: object) -> Request:
+    """The request that holds: its own option, else that of the server, of the config, of the environment."""
+    value = given.get(KEY)
+    if value is None:
+        value = (server or {}).get(KEY)
+    if value is None:
+        value = getattr(config, KEY, None)
+    if value is None:
+        value = os.environ.get(VARIABLE) or DENSE
+    if not isinstance(value, str):
+        raise SpecError(f"{KEY}={value!r} is a {type(value).__name__}; expected a spec, {_NEAREST}")
+    return read(value)
+
+
+@lru_cache(maxsize=1024)
+def read(text: str) -> Request:
+    """A spec as a request; raises for whatever no server can do."""
+    if len(text) > LONGEST:
+        raise SpecError(f"a spec of {len(text)} characters; expected {LONGEST} at most, {_NEAREST}")
+    if ".json" in text:  # asked before it is read, since reading it opens the file
+        raise UnsupportedError(
+            f"{text!r} names a file, which a client may not ask a server to open; leave it out"
+        )
+    plans, canonical = resolve_all(text)
+    if len(plans) != 1:
+        raise UnsupportedError(
+            f"{canonical!r} combines {len(plans)} acting methods; a server runs one, before the language "
+            f"model: {_NEAREST}"
+        )
+    method, budget = plans[0]
+    _check(canonical, method, budget)
+    return Request(canonical, method, budget)
+
+
+def _check(text: str, method: Method, budget: Budget | None) -> None:
+    if method.slot != "before_lm":
+        raise UnsupportedError(
+            f"{text!r} acts in the slot {method.slot!r}; an engine holds one paged KV cache of equal length "
+            f"for all layers, so that only methods before the language model run there, {_NEAREST}"
+        )
+    if method.later(budget):
+        raise UnsupportedError(
+            f"{text!r} goes on inside the language model, which no engine does; {_NEAREST}"
+        )
+    if budget is None and method.counts != "budget":
+        raise UnsupportedError(
+            f"{text!r} counts by itself, but an engine must know the number of tokens before it looks at the "
+            f"picture; give a budget, as in '{method.name}@64', where the method takes one; {_NEAREST}"
+        )
+    if budget is not None and budget.scope != "image":
+        raise UnsupportedError(
+            f"{text!r} spends its budget per {budget.scope}; an engine encodes and caches every picture "
+            f"alone: write '@{budget.keep}'"
+        )
+    if method.layout != "packed":
+        raise UnsupportedError(f"{text!r} lays tiles out anew; leave anyres=... out")
+    unread = sorted({need.what for need in needs_of(method)} - READABLE)
+    if unread or method.query_aware:
+        raise UnsupportedError(
+            f"{text!r} reads the question ({', '.join(unread) or 'query-aware'}), but an engine encodes a "
+            f"picture once for all questions; {_NEAREST}"
+        )
+
+
+def check_tower(request: Request, facts: TowerFacts) -> None:
+    """Refuse what this model cannot give."""
+    whats = {need.what for need in request.needs}
+    text = request.text
+    of_attention = whats & {"cls_attention", "received_attention", "keys", "wide_keys", "wide_attention"}
+    if of_attention and not facts.attention:
+        raise UnsupportedError(
+            f"{text!r} reads {sorted(of_attention)}, which cannot be read of this vision tower here; use a "
+            "method that reads features only, e.g. 'divprune@64'"
+        )
+    if whats & {"cls_attention", "wide_attention"} and not facts.cls:
+        raise UnsupportedError(
+            f"{text!r} reads [CLS], which this vision tower has not; use cls=mean, e.g. "
+            "'fastervlm(cls=mean)@64', or 'divprune@64'"
+        )
+    if "projector" in whats and not facts.projector:
+        raise UnsupportedError(f"{text!r} reads the projector, which cannot be read here; use 'divprune@64'")
+    from ..hooks.vision.capture import block_index
+
+    for need in request.needs:
+        if need.layer is not None and block_index(need.layer, facts.depth) >= facts.loaded:
+            raise UnsupportedError(
+                f"{text!r} reads layer {need.layer}; the engine loads the first {facts.loaded} of "
+                f"{facts.depth} blocks, so that layers 1..{facts.loaded} can be read; leave layer=... out"
+            )
+
+
+@lru_cache(maxsize=1024)
+def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...]) -> None:
+    """Run the choice once on random tensors: what it would raise in the engine it raises here.
+
+    Args:
+        grids: blocks of the picture.
+    """
+    request = read(text)
+    if request.budget is None:
+        return
+    check_tower(request, facts)
+    from .reduce import promised, random_picture, reduce_one
+
+    picture, projector = random_picture(request.needs, facts, grids)
+    try:
+        request.method.check_unit(picture.count)
+        kept = reduce_one(picture, request, projector)
+    except VlmPruneError:
+        raise
+    except Exception as error:  # of a method of somebody else: the engine must not meet it
+        raise UnsupportedError(
+            f"{text!r} failed on random tensors of grid {grids}: {reason(error)}"
+        ) from error
+    if kept.rows.shape[0] != promised(picture, request):
+        raise UnsupportedError(
+            f"{text!r} gives {kept.rows.shape[0]} rows where its budget says {promised(picture, request)}; "
+            f"use another method, {_NEAREST}"
+        )

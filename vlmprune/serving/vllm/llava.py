@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 in vLLM: one crop per picture, CLIP or SigLIP, patches in raster order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.models import llava as base
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from ...errors import UnsupportedError
+from ...hooks.vision.pictures import CLS_FEATURES, Picture
+from ..names import KEY
+from ..reduce import Kept
+from ..request import Request, TowerFacts
+from .context import in_context
+from .processor import Grids, PruningProcessor, from_field
+from .towers import WatchedTower, at_once, cut, in_turns, plain_projector, refuse_compiled
+
+
+def check_config(config: Any) -> None:
+    """Refuse models whose features are put together in ways that are not read here."""
+    if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise UnsupportedError(
+            f"a vision tower of type {config.vision_config.model_type!r}; expected CLIP or SigLIP"
+        )
+    if config.vision_feature_select_strategy == "full" and has_cls(config):
+        raise UnsupportedError("vision_feature_select_strategy='full' hands [CLS] on; expected 'default'")
+    if not isinstance(config.vision_feature_layer, int):
+        raise UnsupportedError(f"features of layers {config.vision_feature_layer}; expected those of one")
+
+
+def has_cls(config: Any) -> bool:
+    return config.vision_config.model_type == "clip_vision_model"
+
+
+def side_of(config: Any) -> int:
+    """Patches along a side of a crop."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def facts_of(config: Any, quantized: bool) -> TowerFacts:
+    """Of a LLaVA-like config; the weights of a quantised projector cannot be read."""
+    depth = config.vision_config.num_hidden_layers
+    return TowerFacts(
+        cls=has_cls(config),
+        depth=depth,
+        loaded=base._get_num_hidden_layers(config),
+        layer=config.vision_feature_layer,
+        projector=not quantized,
+    )
+
+
+class LlavaProcessor(PruningProcessor, base.LlavaMultiModalProcessor):
+    """The processor of LLaVA-1.5 that promises fewer placeholders."""
+
+    def facts(self) -> TowerFacts:
+        config = self.info.ctx.model_config
+        return facts_of(config.hf_config, config.quantization is not None)
+
+    def grids(self, images: Any, index: int) -> Grids:
+        side = side_of(self.info.ctx.model_config.hf_config)
+        return ((side, side),)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaProcessor, info=in_context(base.LlavaProcessingInfo), dummy_inputs=base.LlavaDummyInputsBuilder
+)
+class LlavaForConditionalGeneration(base.LlavaForConditionalGeneration):
+    """LLaVA-1.5 whose pictures are reduced behind the projector."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        check_config(vllm_config.model_config.hf_config)
+        refuse_compiled(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config, side = self.config, side_of(self.config)
+        self.grid = (side, side)
+        self.most = at_once(vllm_config, side * side)
+        depth = config.vision_config.num_hidden_layers
+        projector = self.multi_modal_projector
+        self.watched = WatchedTower(self.vision_tower, projector, config.vision_feature_layer, depth)
+        self.quantized = vllm_config.model_config.quantization is not None
+        self.plain: list[nn.Module] = []  # in a list: no sub-module, its weights are not in the checkpoint
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        self.plain = [] if self.quantized else [plain_projector(self.multi_modal_projector)]
+        return loaded
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        field, pixels = kwargs.pop(KEY, None), kwargs.get("pixel_values")
+        if field is None or pixels is None:
+            return super().embed_multimodal(**kwargs)
+
+        projector = self.plain[0] if self.plain else None
+
+        def one_turn(start: int, end: int, request: Request) -> list[Kept]:
+            return cut(self._encode(pixels[start:end], request), request, projector)
+
+        return in_turns(from_field(field), self.most, one_turn)
+
+    def _encode(self, pixels: Any, request: Request) -> list[Picture]:
+        encode = super().embed_multimodal
+        features, found = self.watched.run(request.needs, lambda: encode(pixel_values=pixels))
+        grids, n = (self.grid,), self.grid[0] * self.grid[1]
+        return [
+            Picture(
+                one,
+                grids,
+                {
+                    need: value[number] if need == CLS_FEATURES else value[number, value.shape[1] - n :]
+                    for need, value in found.items()
+                },
+            )
+            for number, one in enumerate(features)
+        ]

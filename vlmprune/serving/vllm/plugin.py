@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point of vLLM's plug-ins: names our classes, imports nothing heavy.
+
+vLLM calls ``register`` in every one of its processes. Its own classes stay in their places unless the
+variable VLMPRUNE says what to prune.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ...errors import UnsupportedError
+from ..names import PREFIX, UNTESTED_VARIABLE, VARIABLE
+
+TESTED = ("0.32.0",)
+# architecture -> class; only families whose answers were measured equal to vlmprune.prune
+FAMILIES = {
+    "LlavaForConditionalGeneration": "vlmprune.serving.vllm.llava:LlavaForConditionalGeneration",
+}
+REFUSED = "vlmprune.serving.vllm.refused"
+
+
+def register() -> None:
+    """Tell vLLM of our classes; a wrong VLMPRUNE or an untested release ends the start of the server."""
+    from vllm import ModelRegistry
+
+    for name, path in FAMILIES.items():
+        ModelRegistry.register_model(PREFIX + name, path)
+    default = os.environ.get(VARIABLE)
+    if not default:
+        return
+    from ..request import read
+
+    check_release()
+    read(default)
+    for name in multimodal_names():
+        # a family that cannot be pruned must not be served whole in silence
+        ModelRegistry.register_model(name, FAMILIES.get(name, f"{REFUSED}:{name}"))
+
+
+def multimodal_names() -> list[str]:
+    """Architectures of this vLLM that see pictures."""
+    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+
+    return sorted({*_MULTIMODAL_MODELS, *FAMILIES})
+
+
+def check_release() -> None:
+    """Refuse a vLLM that was not tested: its processors change between releases."""
+    import vllm
+
+    release = vllm.__version__.split("+")[0]
+    if release not in TESTED and not os.environ.get(UNTESTED_VARIABLE):
+        raise UnsupportedError(
+            f"vLLM {release} was not tested with this vlmprune; tested: {', '.join(TESTED)}. Install one of "
+            f"them, or set {UNTESTED_VARIABLE}=1 to try it"
+        )
+
+
+def refusal(name: str) -> UnsupportedError:
+    """Why a family is not served."""
+    return UnsupportedError(
+        f"{name} cannot be pruned in vLLM yet; served are {', '.join(FAMILIES)}. Unset {VARIABLE} to serve "
+        "it whole, or use vlmprune.prune with transformers"
+    )

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method needs, read from the modules of vLLM, and the loop over the pictures of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
+
+from ...core.method import Need
+from ...core.tokens import patches_first
+from ...errors import UnsupportedError
+from ...hooks.vision.capture import VisionCapture
+from ...hooks.vision.pictures import Picture
+from ...hooks.vision.tower import attention_of, find_blocks
+from ..reduce import Kept, reduce_pictures
+from ..request import Request, read
+from ..tally import TALLY
+
+Encoded = Any  # what a family's encoder returns
+
+
+class WatchedTower:
+    """A vision tower with its projector.
+
+    Args:
+        layer: index into the hidden states that features are taken from.
+        depth: blocks of the tower, of which vLLM loads the first ones.
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, layer: int, depth: int) -> None:
+        self.tower, self.projector, self.layer, self.depth = tower, projector, layer, depth
+        attention = attention_of(find_blocks(tower)[0])
+        shared = getattr(attention, "tp_size", 1) > 1
+        self.gather = (lambda heads: tensor_model_parallel_all_gather(heads, dim=1)) if shared else None
+
+    def run(
+        self, needs: Sequence[Need], encode: Callable[[], Encoded]
+    ) -> tuple[Encoded, Mapping[Need, Tensor]]:
+        """What ``encode`` returns, and what was captured: (T, n, channels) of T crops, [CLS] rows apart."""
+        capture = VisionCapture(
+            self.tower, needs, [self.layer], self.projector, depth=self.depth, gather=self.gather
+        )
+        with capture as record:
+            output = encode()
+        return output, {need: patches_first(need.what, value) for need, value in record.take().items()}
+
+
+def refuse_compiled(config: Any) -> None:
+    """Refuse encoders that run without their Python code, where nothing can be read or shortened."""
+    compilation = config.compilation_config
+    for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
+        if getattr(compilation, name, False):
+            raise UnsupportedError(
+                f"{name} runs the vision encoder without its Python code, so that nothing can be read of it; "
+                f"start without {name}"
+            )
+
+
+def at_once(config: Any, tokens: int) -> int:
+    """Pictures of ``tokens`` patches that the tower may encode together.
+
+    The scheduler counts the tokens that stay, the tower computes all of them: its memory is bounded by this.
+    """
+    return max(1, config.scheduler_config.max_num_encoder_input_tokens // tokens)
+
+
+def in_turns(
+    specs: Sequence[str], most: int, one_turn: Callable[[int, int, Request], Sequence[Kept]]
+) -> list[Tensor]:
+    """The rows of every picture of a batch, neighbours of one spec together, ``most`` at a time."""
+    rows: list[Tensor] = []
+    for text, group in groupby(range(len(specs)), key=lambda number: specs[number]):
+        numbers, request = list(group), read(text)
+        for start in range(numbers[0], numbers[-1] + 1, most):
+            end = min(start + most, numbers[-1] + 1)
+            rows += [kept.rows for kept in one_turn(start, end, request)]
+    return rows
+
+
+def cut(
+    pictures: Sequence[Picture], request: Request, projector: Any, *, in_place: bool = False
+) -> list[Kept]:
+    """What a request leaves of pictures, counted."""
+    kept = reduce_pictures(pictures, request, projector, in_place=in_place)
+    for picture, one in zip(pictures, kept, strict=True):
+        specials = picture.length - picture.count
+        TALLY.add(request.text, picture.count, one.rows.shape[0] - specials, one.fallback is not None)
+    return kept
+
+
+def plain_projector(projector: Any) -> nn.Sequential:
+    """[linear, activation, linear] of torch with the weights of vLLM's parallel layers, whole on every rank.
+
+    Methods look into it, or differentiate it. Taken right after loading: vLLM may pack weights anew later.
+    """
+    first, second = projector.linear_1, projector.linear_2
+    bias = first.bias
+    return nn.Sequential(
+        _linear(_whole(first.weight, first, 0), None if bias is None else _whole(bias, first, 0)),
+        projector.act,
+        _linear(_whole(second.weight, second, 1), second.bias),
+    )
+
+
+def _whole(weight: Tensor, layer: Any, dim: int) -> Tensor:
+    weight = weight.detach().clone()
+    shared = getattr(layer, "tp_size", 1) > 1
+    return tensor_model_parallel_all_gather(weight.contiguous(), dim=dim) if shared else weight
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made.eval()
