@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import bench, catalogue, leaderboard, lmms, new, report, run, train, validate, verify
+from . import bench, catalogue, leaderboard, lmms, new, report, run, serve, train, validate, verify
 from .screen import complain, of_system, speak_plainly
 
 __all__ = ["app", "main"]
@@ -86,6 +86,7 @@ app.command("show")(catalogue.show)
 app.command("run")(run.run)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("plan")(bench.plan)
 app.command("verify")(verify.verify)

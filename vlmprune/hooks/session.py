@@ -41,7 +41,7 @@ from .patches import (
     Stacked,
     forget_graphs,
 )
-from .sequence.cache import cache_in, state_of
+from .sequence.cache import cache_in, is_paged, state_of
 from .sequence.masks import uses_flash
 from .slots import Attachment, Handle, Slot, build_slots
 from .state import ForwardState
@@ -289,7 +289,7 @@ class Session:
             kwargs.get("inputs_embeds"),
             Report(self.spec),
             self.checks,
-            continues=cache is not None and int(cache.get_seq_length()) > 0,
+            continues=cache is not None and not is_paged(cache) and int(cache.get_seq_length()) > 0,
             generated=self._local.__dict__.pop("drafts", 0),
             step=0 if self._last is None else self._last.decode_steps,
             active=self.enabled,
@@ -300,6 +300,11 @@ class Session:
             # masks that the model makes of them before its language model are for the uncut sequence
             state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
         source = take_pictures(state, self.adapter, self.spec, kwargs)
+        if source is not None and is_paged(cache):
+            raise UnsupportedError(
+                f"{self.spec!r} cannot prune pictures in continuous batching, whose cache holds pages of "
+                "many requests; use generate, or vlmprune serve for many clients"
+            )
         if state.pictures or not self.enabled:
             self._local.unplaced = 0
         elif source is None and state.input_ids is None and not state.continues and self._unplaced:

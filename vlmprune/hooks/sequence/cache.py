@@ -195,6 +195,11 @@ def held_length(cache: Any, layer: int | None = None) -> int:
     return int(cache.get_seq_length(counting_layer(cache) if layer is None else layer))
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether this is the cache of continuous batching: pages of many requests at once, without a length."""
+    return cache is not None and not hasattr(cache, "get_seq_length")
+
+
 def adopt(cache: Any, state: CacheState) -> None:
     """Let a cache carry ``state``, turning its class into one that answers by it."""
     cls = type(cache)

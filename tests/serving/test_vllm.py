@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inside vLLM: answers are those of vlmprune.prune with transformers, whatever shares the engine."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from served import NEW, Prompt
+
+SPECS = [
+    "dense",
+    "fastervlm@36",
+    "fastervlm@0.11",
+    "fastervlm(cls=mean)@36",
+    "divprune@36",
+    "visionzip@36",
+    "zooprune@36",
+    "holov@36",
+    "uniform@36",
+    "pool@36",
+    "vispruner@36",
+]
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Steps of 20 tokens cut through pictures; pages of 32 let pruned prompts share a prefix."""
+    import vllm
+
+    from vlmprune.models.tiny import FOLDER
+    from vlmprune.serving import overrides
+
+    return vllm.LLM(
+        str(FOLDER),
+        hf_overrides=overrides("fastervlm@36"),
+        dtype="float32",
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        max_model_len=1024,
+        max_num_batched_tokens=160,
+        long_prefill_token_threshold=20,
+        max_num_seqs=8,
+        block_size=32,
+        limit_mm_per_prompt={"image": 2},
+        enable_prefix_caching=True,
+    )
+
+
+def answers(engine, requests):
+    import vllm
+
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW)
+    return engine.generate(requests, greedy, use_tqdm=False)
+
+
+def differing(engine, twin, jobs: list[tuple[Prompt, str]]) -> list[str]:
+    """Specs whose answers are not those of transformers, one entry per job, all in one shuffled batch."""
+    given = [list(one.outputs[0].token_ids) for one in answers(engine, [p.request(s) for p, s in jobs])]
+    wanted = [twin.answer(prompt, spec) for prompt, spec in jobs]
+    return [
+        f"{spec}: {mine} for {theirs}"
+        for (_, spec), mine, theirs in zip(jobs, given, wanted, strict=True)
+        if mine != theirs
+    ]
+
+
+def shuffled(prompts, specs):
+    jobs = [(prompt, spec) for prompt in prompts for spec in specs]
+    random.Random(0).shuffle(jobs)
+    return jobs
+
+
+def test_mixed_specs_in_one_engine_answer_as_transformers(engine, twin):
+    jobs = shuffled(twin.prompts(1), SPECS)
+    assert differing(engine, twin, jobs) == []
+
+
+@pytest.mark.slow
+def test_sixty_prompts_times_eleven_specs(engine, twin):
+    jobs = shuffled(twin.prompts(6), SPECS)
+    assert len(jobs) >= 600
+    assert differing(engine, twin, jobs) == []
+
+
+def test_the_prompt_is_as_long_as_what_is_kept(engine, twin):
+    one, *_, two = twin.prompts(1)
+    lengths = [
+        [len(output.prompt_token_ids) for output in answers(engine, [p.request(spec) for p in (one, two)])]
+        for spec in ("dense", "divprune@36")
+    ]
+    assert [dense - kept for dense, kept in zip(*lengths, strict=True)] == [144 - 36, 2 * (144 - 36)]
+    assert [len(output.prompt_token_ids) for output in answers(engine, [one.request(None)])] == lengths[1][:1]
+
+
+def test_text_without_a_picture_is_left_alone(engine, twin):
+    prompt = twin.prompts(1)[0]
+    text = [token for token in prompt.ids if token != twin.image]
+    outputs = answers(engine, [{"prompt_token_ids": text}, prompt.request("uniform@36")])
+    import torch
+
+    with torch.no_grad():
+        own = twin.model.generate(input_ids=torch.tensor([text]), max_new_tokens=NEW, do_sample=False)
+    assert list(outputs[0].outputs[0].token_ids) == own[0, len(text) :].tolist()
+    assert list(outputs[1].outputs[0].token_ids) == twin.answer(prompt, "uniform@36")
+
+
+def test_a_prefix_is_shared_by_one_spec_and_by_no_other(engine, twin):
+    prompt = twin.prompts(1)[1]
+    cached = [
+        answers(engine, [prompt.request(spec)])[0].num_cached_tokens
+        for spec in ("random(seed=7)@40", "random(seed=7)@40", "random(seed=8)@40")
+    ]
+    before = prompt.ids.index(twin.image)
+    assert cached[0] <= before and cached[1] == 32 and cached[2] <= before
+
+
+def test_without_the_spec_in_the_key_answers_are_wrong(engine, twin, monkeypatch):
+    """The mutant: two specs of one count, with the identity of a picture that does not say which."""
+    from dataclasses import replace
+
+    from vlmprune.serving.names import KEY, VERSION_KEY
+    from vlmprune.serving.vllm.llava import LlavaProcessor
+
+    original = LlavaProcessor._get_mm_hashes
+
+    def blind(self, inputs):
+        named = inputs.hf_processor_mm_kwargs.items()
+        kept = {key: value for key, value in named if key not in (KEY, VERSION_KEY)}
+        return original(self, replace(inputs, hf_processor_mm_kwargs=kept))
+
+    jobs = [(p, spec) for p in twin.prompts(1) for spec in ("random(seed=1)@9", "pool@9", "divprune@9")]
+    assert [line for line in differing(engine, twin, jobs) if "random" not in line] == []
+    monkeypatch.setattr(LlavaProcessor, "_get_mm_hashes", blind)
+    jobs = [(p, spec) for p in twin.prompts(2)[::2] for spec in ("uniform@10", "pool@10", "divprune@10")]
+    assert differing(engine, twin, jobs) != []
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("nonsense@9", "unknown"),
+        ("fastv(layer=2)@9", "slot 'inside_lm'"),
+        ("fastervlm(layer=-1)@9", "first 5 of 6 blocks"),
+        ("divprune@9/total", "per total"),
+        (7, "expected a spec"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_engine_lives(engine, twin, spec, why):
+    from vllm.exceptions import VLLMValidationError
+
+    prompt = twin.prompts(1)[0]
+    with pytest.raises(VLLMValidationError, match=why):
+        answers(engine, [prompt.request(spec)])
+    assert differing(engine, twin, [(prompt, "divprune@36")]) == []
+
+
+def test_a_picture_that_is_not_finite_is_cut_by_uniform_and_counted(engine, twin, monkeypatch):
+    import torch
+
+    from vlmprune.serving.tally import TALLY
+    from vlmprune.serving.vllm.llava import LlavaForConditionalGeneration
+
+    encode = LlavaForConditionalGeneration._encode
+
+    def broken(self, pixels, request):
+        pictures = encode(self, pixels, request)
+        pictures[0].features[5] = torch.nan
+        return pictures
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_encode", broken)
+    prompt, spec = twin.prompts(1)[0], "divprune@11"
+    (output,) = answers(engine, [prompt.request(spec)])
+    assert len(output.outputs[0].token_ids) > 0
+    counts = TALLY.by_spec[spec]
+    assert (counts.pictures, counts.dense, counts.kept, counts.fallbacks) == (1, 144, 11, 1)
+
+
+def test_requests_are_counted_for_prometheus(engine, twin):
+    from prometheus_client import REGISTRY
+
+    prompt, label = twin.prompts(1)[-1], {"spec": "divprune@13"}
+    answers(engine, [prompt.request("divprune@13")] * 2)
+    names = ("vlmprune_pictures_total", "vlmprune_dense_tokens_total", "vlmprune_kept_tokens_total")
+    assert [REGISTRY.get_sample_value(name, label) for name in names] == [4, 4 * 144, 4 * 13]
