@@ -134,6 +134,20 @@ def test_a_row_sees_what_the_mask_of_its_call_lets_it_see() -> None:
     assert seen(whole, sliding_window=1) == [[[[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]]]
 
 
+def test_queries_of_padding_give_no_attention_to_the_keys_of_a_picture() -> None:
+    """SigLIP 2 fills pictures up to one length: keys of the filling are masked, its queries look all the
+    same.
+    """
+    torch.manual_seed(0)
+    queries, keys = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4)
+    mask = (torch.arange(6) < 4)[None, None, None].expand(1, 1, 6, 6)
+    filled = AttentionCall(nn.Module(), queries, keys, keys, mask, {"is_causal": False}).received(rows=4)
+    part = (states[:, :, :4] for states in (queries, keys, keys))
+    alone = AttentionCall(nn.Module(), *part, None, {"is_causal": False}).received()
+    torch.testing.assert_close(filled[:, :4], alone)
+    assert filled[0, 4:].tolist() == [0, 0]
+
+
 def test_additive_masks_may_hold_a_bias() -> None:
     queries = torch.zeros(1, 1, 1, 2)
     bias = torch.tensor([[[[0.0, 1.0, torch.finfo(torch.float32).min]]]])

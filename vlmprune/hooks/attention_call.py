@@ -141,7 +141,7 @@ class AttentionCall:
     def received(self, rows: int = 16) -> Tensor:
         """(B, S) attention that each key receives, mean over heads and the queries that see it.
 
-        Computed some rows at a time: no n x S map is held.
+        Computed some rows at a time: no n x S map is held. A query whose own key is masked is padding.
         """
         call = self if self.keys.dtype == torch.float32 else replace(self, keys=self.keys.float())
         batch, heads, count = self.queries.shape[:3]
@@ -149,10 +149,14 @@ class AttentionCall:
         seen = torch.zeros_like(total)
         for some in torch.arange(count, device=self.keys.device).split(rows):
             at = some.expand(batch, -1)
-            total += call.attention(at).sum(dim=(1, 2))
-            if self.mask is not None:
-                visible = self.visible(at)
-                seen += (visible if visible.ndim == 3 else visible.any(dim=1)).sum(dim=1)
+            if self.mask is None:
+                total += call.attention(at).sum(dim=(1, 2))
+                continue
+            visible = self.visible(at)
+            visible = visible if visible.ndim == 3 else visible.any(dim=1)  # (B, R, S)
+            real = visible.gather(2, at[..., None])  # (B, R, 1)
+            total += (call.attention(at) * real[:, None]).sum(dim=(1, 2))
+            seen += (visible & real).sum(dim=1)
         return total / (heads * (count if self.mask is None else seen.clamp_min(1)))
 
     def given(self, queries: Tensor, rows: int = 16) -> tuple[Tensor, Tensor]:
