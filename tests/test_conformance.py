@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
+from later_families import FIRST, LATER, sampled
 
 from vlmprune.api import prune
 from vlmprune.errors import UnsupportedError
@@ -37,19 +37,14 @@ OPTIONS = [
     "fastv(layer=3)@50",
     "pyramiddrop(layers=[1,3])@0.4",
 ]
-YOUNGER = [family for family in FAMILIES if family not in LLAVA_FAMILIES]
-
-
-def sampled(method: str, family: str, one_in: int) -> bool:
-    """A stable rule, by names alone: which cells of methods and families run by default; -m slow runs all."""
-    return zlib.crc32(f"{method} on {family}".encode()) % one_in == 0
+YOUNGER = [family for family in FIRST if family not in LLAVA_FAMILIES]
 
 
 def by_default(method: str, family: str) -> bool:
     """Every method on LLaVA, a quarter of the cells of its relatives; for clips OneVision and a third."""
     if get(method).clips:
-        return family == "llava_onevision" or sampled(method, family, 3)
-    return family == "llava" or (family in LLAVA_FAMILIES and sampled(method, family, 4))
+        return family == "llava_onevision" or sampled(f"{method} on {family}", 3)
+    return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 4))
 
 
 # what every method is held to in each run; of the other checks a third, by name
@@ -57,7 +52,7 @@ ALWAYS = ("keep_all_is_dense", "cut_equals_hand_built", "batch_row_equals_alone"
 
 
 def quick(subject: Subject, check: str) -> bool:
-    return check in ALWAYS or sampled(subject.spec, f"{subject.family} {check}", 3)
+    return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 3)
 
 
 CLIPS = [family for family in FAMILIES if layout_of(family).video is not None]
@@ -76,6 +71,14 @@ SAMPLE += [
     for family in YOUNGER
     for spec, checks in SOME_CHECKS.items()
     for check in checks
+]
+# of the families that came later every check runs on one or two of them
+SAMPLE += [
+    (Subject(spec, family), check)
+    for family in LATER
+    for spec in (ALL_CHECKS, "fastv@0.25")
+    for check in all_checks()
+    if sampled(f"{spec} {family} {check}", 20)
 ]
 # words in the middle of a prompt that attends both ways look ahead when they rank
 SAMPLE += [(Subject(default_spec("sparsevlm"), "paligemma"), "cut_equals_hand_built")]
@@ -107,11 +110,23 @@ NO_CLS = {
     "internvl",
     "paligemma",
     "gemma3",
+    *LATER,
 }
-MERGERS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+MERGERS = {
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "glm4v",
+    "glm46v",
+    "glm4v_moe",
+    "glm_ocr",
+}
 REFUSALS = {
     "cls='mean'": NO_CLS,
-    "estimator='zo'": {*MERGERS, "idefics3", "smolvlm", "paligemma", "gemma3"},
+    "estimator='zo'": {*MERGERS, *LATER, "idefics3", "smolvlm", "paligemma", "gemma3"},
     "become": MERGERS,
     "eager attention only": {"paligemma"},
     "inside the vision tower": {
@@ -122,6 +137,7 @@ REFUSALS = {
         "smolvlm",
         "gemma3",
         *MERGERS,
+        *LATER,
     },
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
     "takes no budget": set(FAMILIES),

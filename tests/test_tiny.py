@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from later_families import param
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
@@ -26,7 +27,13 @@ from vlmprune.testing.tiny_configs import missing
 BATCHES = ((1,), (1, 1), (1, 2, 0, 1), (2, 2), (0, 0))
 HERE = [family for family in FAMILIES if not missing(family)]
 TOWERS = sorted({(family, tower) for family, tower, _ in VARIANTS if family in PROCESSED and family in HERE})
-variants = pytest.mark.parametrize(("family", "tower", "text"), [one for one in VARIANTS if one[0] in HERE])
+
+
+def variants(test):
+    cases = [param(test.__name__, *one, one_in=8) for one in VARIANTS if one[0] in HERE]
+    return pytest.mark.parametrize(("family", "tower", "text"), cases)(test)
+
+
 towers = pytest.mark.parametrize(("family", "tower"), TOWERS)
 
 
@@ -114,7 +121,7 @@ def test_weights_are_lively(family, tower, text):
     assert changed >= 2 and len(firsts) >= 3
 
 
-@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize("family", [param("never stops", family, one_in=8) for family in HERE])
 def test_generation_never_stops_early_and_never_yields_a_special_id(family):
     model, inputs = tiny_model(family), tiny_inputs(family, images=(1, 1))
     greedy = new_ids(model, inputs, 40)

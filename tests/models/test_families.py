@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from later_families import param
 from torch import Tensor, nn
 
 import vlmprune
@@ -30,7 +31,8 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3")
+LATE = ("glm4v", "mistral3", "lighton_ocr", "cohere2_vision", "aya_vision", "lfm2_vl", "ovis2", "qwen3_5")
+MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3", *LATE)
 TYPED = ("paligemma", "gemma3")
 WITH_CLIPS = {
     "llava_next_video": 9,
@@ -93,16 +95,16 @@ def what_was_captured(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 def with_other_patch(inputs: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
     pixels = inputs["pixel_values"].clone()
-    if pixels.ndim == 2:
-        pixels[patch] += 1
+    if pixels.ndim < 4:
+        pixels.flatten(0, -2)[patch] += 1
     else:
-        side = pixels.shape[-1] // 14
+        side = int(inputs["image_sizes"][0, 1] if "image_sizes" in inputs else pixels.shape[-1]) // 14
         row, col = patch // side * 14, patch % side * 14
         pixels.flatten(0, -4)[0, :, row : row + 14, col : col + 14] += 1
     return {**inputs, "pixel_values": pixels}
 
 
-@pytest.mark.parametrize("family", MERGING)
+@pytest.mark.parametrize("family", [param("lands", family, one_in=3) for family in MERGING])
 def test_what_is_captured_lands_on_the_token_that_its_patch_becomes(family: str) -> None:
     available(family)
     model, inputs = blind(family), tiny_inputs(family, images=(1, 1))
@@ -117,6 +119,31 @@ def test_what_is_captured_lands_on_the_token_that_its_patch_becomes(family: str)
         )
         assert sum(int(one.sum()) for one in by_features) == 1, f"patch {patch} is in one token"
         assert all(torch.equal(a, b) for a, b in zip(by_keys, by_features, strict=True)), f"patch {patch}"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [param("projector", family, one_in=2) for family in (*MERGING, "llava", "llava_next", "paligemma")],
+)
+def test_the_projector_makes_the_features_of_what_it_is_said_to_read(family: str) -> None:
+    """Methods run it on rows of their own: on its own rows it has to give what the model reads."""
+    model, inputs = available(family), tiny_inputs(family, images=(1, 2))
+    checked = 0
+
+    @dataclass(frozen=True)
+    class Look(Method):
+        needs: ClassVar[tuple[Need | What, ...]] = ("encoder_features", "features", "projector")
+
+        def score(self, tokens: VisualTokens) -> Tensor:
+            nonlocal checked
+            projector, features = tokens.need("projector"), tokens.need("features")
+            made = projector(tokens.need("encoder_features")).reshape(features.shape)
+            torch.testing.assert_close(made, features, atol=1e-5, rtol=1e-4)
+            checked += 1
+            return features.norm(dim=-1)
+
+    vlmprune.score(model, inputs, Look())
+    assert checked == 3
 
 
 @pytest.mark.parametrize("family", QWEN)

@@ -30,6 +30,19 @@ _ADAPTERS = {
     "smolvlm": ".idefics3:SmolVLMAdapter",
     "paligemma": ".gemma:PaliGemmaAdapter",
     "gemma3": ".gemma:Gemma3Adapter",
+    "qwen3_vl_moe": ".qwen_vl:Qwen3VLMoeAdapter",
+    "qwen3_5": ".qwen_vl:Qwen3_5Adapter",
+    "qwen3_5_moe": ".qwen_vl:Qwen3_5MoeAdapter",
+    "glm4v": ".glm_vl:Glm4vAdapter",
+    "glm46v": ".glm_vl:Glm46VAdapter",
+    "glm4v_moe": ".glm_vl:Glm4vMoeAdapter",
+    "glm_ocr": ".glm_vl:GlmOcrAdapter",
+    "mistral3": ".pixtral:Mistral3Adapter",
+    "lighton_ocr": ".pixtral:LightOnOcrAdapter",
+    "cohere2_vision": ".shuffled:Cohere2VisionAdapter",
+    "aya_vision": ".shuffled:AyaVisionAdapter",
+    "lfm2_vl": ".shuffled:Lfm2VlAdapter",
+    "ovis2": ".ovis2:Ovis2Adapter",
 }
 _TABLE: LazyTable[type[Adapter]] = LazyTable("family", _ADAPTERS, UnsupportedError, package=__name__)
 # families that were never tried where generate does not encode pictures by itself, which is before

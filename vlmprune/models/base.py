@@ -93,7 +93,12 @@ class Adapter:
 
     def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         """A capture for this model's tower and projector."""
-        return VisionCapture(self.vision_tower, needs, self.layers, self.projector)
+        return VisionCapture(self.vision_tower, needs, self.layers, self.read_by)
+
+    @property
+    def read_by(self) -> nn.Module:
+        """The module whose input is what the projector reads."""
+        return self.projector
 
     def token_id(self, modality: Modality) -> int:
         return getattr(self.config, modality.token)
@@ -113,9 +118,17 @@ class Adapter:
         return self.side, self.side
 
     def divide(
-        self, modality: Modality, value: Tensor, counts: Sequence[int], arguments: Mapping[str, Any]
+        self,
+        modality: Modality,
+        need: Need,
+        value: Tensor,
+        counts: Sequence[int],
+        arguments: Mapping[str, Any],
     ) -> Sequence[Tensor]:
-        """What was captured of all pictures (T, n, channels) as one (crops, n, channels) per picture."""
+        """What was captured of all pictures (T, n, channels) as one (crops, n, channels) per picture.
+
+        What the projector reads may have fewer rows than the tower has patches, so ``need`` says which it is.
+        """
         return value.split(list(counts))
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
@@ -173,7 +186,9 @@ class Adapter:
                 checks.finite(value, partial(_not_finite, modality, need))
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
-        parts = {need: self.divide(modality, value, counts, arguments) for need, value in captured.items()}
+        parts = {
+            need: self.divide(modality, need, value, counts, arguments) for need, value in captured.items()
+        }
         return [
             self._picture(
                 modality,

@@ -7,13 +7,11 @@ own function makes these masks again, from the types of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.method import Need, What
-from ..hooks.vision.capture import VisionCapture
 from .base import Adapter, Modality, Part
 
 
@@ -49,9 +47,9 @@ class Gemma3Adapter(Adapter):
     view = "stretch"
     text_type = 0  # image tokens are 1
 
-    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
-        # the projector as a whole reads patches, its norm reads averaged tokens
-        return VisionCapture(self.vision_tower, needs, self.layers, self.projector.connector.mm_soft_emb_norm)
+    @property
+    def read_by(self) -> nn.Module:
+        return self.projector.connector.mm_soft_emb_norm  # the projector as a whole reads patches
 
     def _projector(self) -> nn.Module:
         return AfterPooling(self.inner.multi_modal_projector)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: pictures of any size in one sequence, merged to tokens by the projector.
+"""Qwen2-VL to Qwen3.5: pictures of any size in one sequence, merged to tokens by the projector.
 
 Tokens have places in their picture (M-RoPE), which a cut leaves as they are.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.deferred import Checks
 from ..core.method import Need, What, as_needs
 from ..errors import CaptureError, UnsupportedError
-from ..hooks.vision.capture import VisionCapture
+from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Picture
 from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
 from .shrink import Resolution
@@ -33,6 +33,7 @@ class Qwen2VLAdapter(Adapter):
     tower = "visual"
     positions = ("original",)
     view = "stretch"
+    merges_first: ClassVar[bool] = False  # patches become tokens before the merger reads them
 
     @property
     def merge(self) -> int:
@@ -87,11 +88,22 @@ class Qwen2VLAdapter(Adapter):
         return rows, cols
 
     def divide(
-        self, modality: Modality, value: Tensor, counts: Sequence[int], arguments: Mapping[str, Any]
+        self,
+        modality: Modality,
+        need: Need,
+        value: Tensor,
+        counts: Sequence[int],
+        arguments: Mapping[str, Any],
     ) -> Sequence[Tensor]:
         grids = self._thw(modality, arguments)
-        packed = self.in_order(value.flatten(0, -2), modality, arguments)  # (S, channels)
-        lengths = [frames * rows * cols for frames, rows, cols in grids]
+        packed = value.flatten(
+            0, -2
+        )  # (S, channels), or (S / merge**2, channels) of a merger that comes late
+        of_tokens = need.what in OF_PROJECTOR and self.merges_first
+        if not of_tokens:
+            packed = self.in_order(packed, modality, arguments)
+        share = self.merge**2 if of_tokens else 1
+        lengths = [frames * rows * cols // share for frames, rows, cols in grids]
         return [
             part.unflatten(0, (frames, -1))
             for part, (frames, _, _) in zip(packed.split(lengths), grids, strict=True)
@@ -171,3 +183,24 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     model_type = "qwen3_vl"
     towers = ("qwen3_vl", "qwen3_vl_vision")
     deepstack = "_deepstack_process"
+
+
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """Qwen3VLMoeForConditionalGeneration: the same with experts in the decoder."""
+
+    model_type = "qwen3_vl_moe"
+    towers = ("qwen3_vl_moe", "qwen3_vl_moe_vision")
+
+
+class Qwen3_5Adapter(Qwen2VLAdapter):
+    """Qwen3_5ForConditionalGeneration: most decoder layers keep a running state; there is no DeepStack."""
+
+    model_type = "qwen3_5"
+    towers = ("qwen3_5", "qwen3_5_vision")
+
+
+class Qwen3_5MoeAdapter(Qwen3_5Adapter):
+    """Qwen3_5MoeForConditionalGeneration: the same with experts in the decoder."""
+
+    model_type = "qwen3_5_moe"
+    towers = ("qwen3_5_moe", "qwen3_5_moe_vision")

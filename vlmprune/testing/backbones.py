@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_MOE: dict[str, Any] = {
+MOE: dict[str, Any] = {
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -26,10 +26,10 @@ _WINDOW: dict[str, Any] = {
     "sliding_window": 64
 }  # wider than most tests' prompts; the rule of its layers applies all the same
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 20}
-_HYBRID: dict[str, Any] = {
+HYBRID: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]
 }
-_DELTA: dict[str, Any] = {
+DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -58,23 +58,23 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral_sliding": ("Mistral", {"sliding_window": 8}),
     "qwen2": ("Qwen2", {}),
-    "qwen2_moe": ("Qwen2Moe", _MOE),
+    "qwen2_moe": ("Qwen2Moe", MOE),
     "qwen3": ("Qwen3", _HEADS),
-    "qwen3_moe": ("Qwen3Moe", _MOE | _HEADS),
+    "qwen3_moe": ("Qwen3Moe", MOE | _HEADS),
     "gemma": ("Gemma", _HEADS),
     "gemma2_softcap": ("Gemma2", _GEMMA | _WINDOW | {"attn_logit_softcapping": 3.0}),
     "gemma3_text": ("Gemma3Text", _GEMMA | _WINDOW),
     "granite": ("Granite", {"attention_multiplier": 0.3}),
     "phi": ("Phi", {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.5}),
-    "mixtral": ("Mixtral", _MOE),
+    "mixtral": ("Mixtral", MOE),
     "olmo": ("Olmo", {}),
     "olmo2": ("Olmo2", {}),
     "olmo3": ("Olmo3", _WINDOW),
     "stablelm": ("StableLm", {}),
     "starcoder2": ("Starcoder2", {}),
     "nemotron": ("Nemotron", {}),
-    "gpt_oss": ("GptOss", _MOE | _HEADS | _WINDOW),
+    "gpt_oss": ("GptOss", MOE | _HEADS | _WINDOW),
     "cohere": ("Cohere", {}),
     "cohere2": ("Cohere2", _WINDOW),
     "glm": ("Glm", _HEADS),
@@ -87,16 +87,16 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", {}),
     "seed_oss": ("SeedOss", _HEADS),
     "ministral3": ("Ministral3", _HEADS),
-    "deepseek_v3": ("DeepseekV3", _MOE | _LATENT),
-    "glm4_moe": ("Glm4Moe", _MOE | _HEADS),
-    "llama4_text": ("Llama4Text", _MOE | _HEADS | {"attention_chunk_size": 64, "intermediate_size_mlp": 64}),
-    "qwen3_next": ("Qwen3Next", _MOE | _HEADS | _DELTA | _HYBRID),
-    "qwen3_5_text": ("Qwen3_5Text", _HEADS | _DELTA | _HYBRID),
+    "deepseek_v3": ("DeepseekV3", MOE | _LATENT),
+    "glm4_moe": ("Glm4Moe", MOE | _HEADS),
+    "llama4_text": ("Llama4Text", MOE | _HEADS | {"attention_chunk_size": 64, "intermediate_size_mlp": 64}),
+    "qwen3_next": ("Qwen3Next", MOE | _HEADS | DELTA | HYBRID),
+    "qwen3_5_text": ("Qwen3_5Text", _HEADS | DELTA | HYBRID),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "full_attention", "conv"]}),
     "falcon_h1": ("FalconH1", _HEADS | _MAMBA | {"mamba_d_ssm": 64, "mamba_n_heads": 4}),
     "granite_hybrid": (
         "GraniteMoeHybrid",
-        _MOE
+        MOE
         | _MAMBA
         | {"shared_intermediate_size": 32}
         | {"layer_types": ["mamba", "attention", "attention", "mamba"]},

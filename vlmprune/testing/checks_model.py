@@ -139,7 +139,8 @@ def attention_back_ends_agree(subject: Subject) -> None:
                 [m.keep_idx.tolist() for m in report_of(run).keep],
             )
     expect(found["eager"][1] == found["sdpa"][1], "eager and SDPA keep different tokens")
-    close(found["eager"][0], found["sdpa"][0], "logits under eager and SDPA")
+    # both round their own way, in the tower as well
+    close(found["eager"][0], found["sdpa"][0], "logits under eager and SDPA", tolerance=5e-5)
 
 
 def training_works(subject: Subject) -> None:
@@ -168,12 +169,18 @@ class _Shapes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.cat.default and args[1:] and args[1] % result.ndim == result.ndim - 1:
             return result  # channels side by side: they may be as many as tokens by chance
+        given = {storage_of(t) for t in args if isinstance(t, torch.Tensor)}
         self.shapes += [
             tuple(t.shape)
             for t in (result if isinstance(result, tuple | list) else (result,))
-            if isinstance(t, torch.Tensor)
+            if isinstance(t, torch.Tensor) and storage_of(t) not in given  # a view of a tensor holds nothing
         ]
         return result
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def no_attention_map(subject: Subject) -> None:

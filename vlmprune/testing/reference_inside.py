@@ -26,6 +26,13 @@ from ..hooks.sequence.cache import cache_in, cache_name
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
+_FIRST_NORM = {"Lfm2DecoderLayer": "operator_norm"}
+
+
+def last_norm(language_model: Any) -> Any:
+    """What stands between the last layer and the head."""
+    return getattr(language_model, "norm", None) or language_model.embedding_norm
+
 
 class Said(NamedTuple):
     """What a layer says: attention maps (1, H, n, n), and keys (1, n, Hk, d) for a method that reads them."""
@@ -99,7 +106,7 @@ class Twin:
             hidden, said = self._attend(index, hidden, numbers, blocks)
             if index < len(whole.stacked):
                 hidden = hidden + whole.stacked[index][columns]
-        return self.model.lm_head(self.language_model.norm(hidden))[0]
+        return self.model.lm_head(last_norm(self.language_model)(hidden))[0]
 
     def _raters(self) -> list[int]:
         """Prompt columns whose rows rank the tokens."""
@@ -165,7 +172,7 @@ class Twin:
 
     def _read(self, said: Said, hidden: Tensor, at: list[int], queries: list[int]) -> LayerFields:
         """Fields of VisualTokens: of a picture at columns ``at``, and of the columns that query it."""
-        states = self.language_model.norm(hidden)
+        states = last_norm(self.language_model)(hidden)
         return {
             "text_attention": said.maps[:, :, queries][..., at],  # (1, H, R, N)
             "text_to_text": said.maps[:, :, queries][..., queries],
@@ -181,13 +188,15 @@ class Twin:
     ) -> tuple[Tensor, Said]:
         """Output (1, n, D) of a layer, and what it says."""
         layer = self.language_model.layers[index]
-        mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
         angles = angles_by_hand(self.language_model, index, hidden, numbers[..., None, :])
+        if not hasattr(layer, "self_attn"):  # it keeps a running state, and nobody can rank by it
+            return layer(hidden, attention_mask=None, position_embeddings=angles), Said(torch.empty(0), None)
+        mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
         cache, options = DynamicCache(), {}
         if needs(self.method, "lm_keys"):
             options[cache_name(signature(layer.self_attn.forward).parameters)] = cache
         maps = layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden),
+            hidden_states=getattr(layer, _FIRST_NORM.get(type(layer).__name__, "input_layernorm"))(hidden),
             position_embeddings=angles,
             attention_mask=mask,
             **options,

@@ -104,6 +104,6 @@ def named_ids(adapter: Adapter) -> Iterator[int]:
     )
     for part in parts:
         for name, value in ({} if part is None else vars(part)).items():
-            if name.endswith(("token_id", "token_index")):
+            if name.endswith(("token_id", "token_ids", "token_index")):
                 some = value if isinstance(value, list | tuple) else [value]
                 yield from (one for one in some if isinstance(one, int) and one >= 0)

@@ -6,16 +6,21 @@ from __future__ import annotations
 from . import (
     fast_vlm,
     gemma3,
+    glm_vl,
     idefics3,
     internvl,
     llava,
     llava_next,
     llava_next_video,
     llava_onevision,
+    ovis2,
     paligemma,
+    pixtral,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
+    shuffled,
     smolvlm,
     video_llava,
     vipllava,
@@ -41,7 +46,10 @@ _MODULES = (
     paligemma,
     gemma3,
 )
+# files with several families that share their structure
+_SHARED = (qwen3_5, glm_vl, pixtral, shuffled, ovis2)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+FAMILIES |= {family.name: family for module in _SHARED for family in module.FAMILIES}
 
 
 def family_of(name: str) -> Family:

@@ -46,6 +46,7 @@ class Family:
         processor_prefix: of the class of its processor, where that is of another family.
         towers, texts: that it may have.
         refused: towers that cannot be, and why.
+        hybrid: layers of its language models keep a running state, which draft tokens cannot be taken out of.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     towers: tuple[str, ...] = TOWERS
     texts: tuple[str, ...] = tuple(TEXTS)
     refused: dict[str, str] = field(default_factory=dict)
+    hybrid: bool = False
 
     def tower(self, tower: str | None) -> str:
         """Check a vision tower, or give the one that the released models have."""

@@ -228,6 +228,61 @@ class Nested(Layout):
         )
 
 
+class Sized(Layout):
+    """Pixtral: pictures of any size, filled up to the largest of a batch, with their sizes beside."""
+
+    sizes = ((168, 168), (112, 280), (280, 112))
+
+    def __init__(self) -> None:
+        super().__init__(MERGE)
+
+    def block(self, size: Size, alone: bool) -> list[int]:
+        height, width = (side // (PATCH_SIZE * MERGE) for side in size)
+        return [IMAGE_ID] * (height * width)
+
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
+        if not sizes:
+            return {}
+        pixels = torch.zeros(len(sizes), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
+        for number, (height, width) in enumerate(sizes):
+            pixels[number, :, :height, :width] = torch.randn(3, height, width, generator=random)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        if not count:
+            return {}
+        sizes = inputs["image_sizes"][first : first + count]
+        height, width = sizes.amax(dim=0).tolist()
+        pixels = inputs["pixel_values"][first : first + count, :, :height, :width]
+        return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+class Filled(Sized):
+    """SigLIP 2: patches of every picture, filled up to the most of a batch; their grids and masks."""
+
+    def images(
+        self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
+    ) -> dict[str, Tensor]:
+        if not sizes:
+            return {}
+        shapes = torch.tensor(sizes) // PATCH_SIZE  # (pictures, 2)
+        counts = shapes.prod(dim=1)
+        width = int(counts.max())
+        mask = torch.arange(width)[None] < counts[:, None]
+        pixels = torch.randn(len(sizes), width, 3 * PATCH_SIZE**2, generator=random) * mask[..., None]
+        return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask.long()}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        if not count:
+            return {}
+        names = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+        found = {name: inputs[name][first : first + count] for name in names}
+        width = int(found["spatial_shapes"].prod(dim=1).max())
+        return {name: value if name == names[1] else value[:, :width] for name, value in found.items()}
+
+
 def words(count: int, random: torch.Generator) -> list[int]:
     """Random ids of bytes."""
     return torch.randint(1, BOS_ID, (count,), generator=random).tolist()

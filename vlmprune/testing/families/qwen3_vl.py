@@ -9,11 +9,12 @@ from .base import OWN, Family
 from .layouts import Packed
 from .qwen2_vl import OUT, processor, qwen
 
+STACKED: dict[str, Any] = {"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1, 2]}
+
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    vision = {"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1, 2]}
     own, rope = {"head_dim": 16}, {"mrope_interleaved": True}
-    return qwen(OUT | vision, layers, overrides, own, rope)
+    return qwen(OUT | STACKED, layers, overrides, own, rope)
 
 
 FAMILY = Family(
