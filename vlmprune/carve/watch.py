@@ -78,11 +78,11 @@ class Watch:
         self.grid, self.view, self.count = picture.grids[0], picture.view, picture.count
         (placement,) = state.placements
         numbers = torch.full((1, state.views.columns), -1, device=state.embeds.device)
-        columns = placement.columns(0, picture.slots_of(torch.arange(picture.count)))
+        columns = placement.columns(0, 0, picture.slots_of(torch.arange(picture.count)))
         numbers[0, columns.to(numbers.device)] = torch.arange(picture.count, device=numbers.device)
         for start, compaction in state.views.cuts:
             if start <= layer:
-                numbers = numbers.gather(1, compaction.index.to(numbers.device))
+                numbers = numbers.gather(1, compaction.index.long().to(numbers.device))
         past = state.views.at(layer).held.shape[1]
         self._patches[layer] = torch.nn.functional.pad(numbers[0], (past, 0), value=-1)
 
