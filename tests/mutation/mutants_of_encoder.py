@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mutant_targets as at
-from mutant import Checks, Mutant
+from mutant import Checks, Mutant, Pytest
 
 Function = Callable[..., Any]
 
@@ -43,7 +43,14 @@ def one_run_for_all(init: Function) -> Function:
 
 ALONE = flowcut("batch_row_equals_alone")
 MUTANTS = (
-    Mutant("one patch too many left in the tower", at.FLOWCUT_DROPS, one_less_dropped, ALONE),
+    Mutant(
+        "one patch too many left in the tower",
+        at.FLOWCUT_DROPS,
+        one_less_dropped,
+        Pytest(
+            "tests/golden/test_vectors.py::test_reference_answers_are_reproduced[flowcut-e2e_rows_grid8_t12_b2]"
+        ),
+    ),
     Mutant(
         "one patch too many averaged",
         at.TOME_SHORTEN,

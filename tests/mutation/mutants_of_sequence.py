@@ -119,7 +119,8 @@ def lost_in_this_cut_only(cut: Function) -> Function:
 
     def changed(self: Any, compaction: Any, policy: str) -> Any:
         view = cut(self, compaction, policy)
-        return replace(view, lost=view.lost - self.lost) if policy == "compact" else view
+        known = policy == "compact" and self.lost is not None
+        return replace(view, lost=view.lost - self.lost) if known else view
 
     return changed
 
