@@ -66,5 +66,9 @@ def test_a_refusal_leaves_a_line_with_its_reason_and_the_others_their_rows(tmp_p
     config = Config.of({"models": ["tiny"], "specs": ["downsample", "blind"], "keep": [0.5], "limit": 2})
     found = leaderboard(config, tmp_path)
     assert {row["spec"] for row in found["rows"]} >= {"dense", "blind"}
+    # no budget equals nothing: blind is read beside dense, and brings no baselines of its own
+    blind = next(row for row in found["rows"] if row["spec"] == "blind")
+    assert (blind["realised_tokens"], blind["layer_tokens"], blind["vs_random"]) == (0, 0, None)
+    assert not any("@0.001" in row["spec"] for row in found["rows"])
     (failed,) = found["failed"]
     assert failed["spec"] == "downsample@0.5" and REFUSED["downsample"] in failed["error"]

@@ -47,11 +47,15 @@ def baselines(budget: str, seeds: Sequence[int]) -> list[str]:
 
 
 def budget_read(lines: Iterable[Mapping[str, Any]]) -> str | None:
-    """The budget that equals what a spec without one read, its tokens per layer; None where that is all."""
+    """The budget that equals what a spec without one read, its tokens per layer; None where that is all, or
+    nothing, of which no budget is.
+    """
     seen = [line for line in lines if line["dense_tokens"]]
     whole = sum(line["dense_tokens"] for line in seen)
     share = round(sum(line["layer_tokens"] for line in seen) / whole, 3) if whole else 1.0
-    return None if share >= 1 else str(Budget(max(share, 0.001)))
+    if share >= 1 or not any(line["layer_tokens"] for line in seen):
+        return None
+    return str(Budget(max(share, 0.001)))
 
 
 def _is_bare_random(text: str) -> bool:
