@@ -143,6 +143,7 @@ REFUSALS = {
     "takes no budget": set(FAMILIES),
     "vlmprune train": set(FAMILIES),  # trained methods ship no weights
     "keeps nothing": set(FAMILIES),
+    "generate with a cache": set(FAMILIES),
     "without pruning too": {"qwen2_5_vl"},  # a loop over a clip without masks
 }
 

@@ -8,8 +8,8 @@ A method is a frozen dataclass whose fields are its options. It says in which sl
   ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
   changes features); where the data may say how many tokens stay, ``own(tokens)`` beside or in place of it;
 * in the attention slot one of ``reweight``, ``relogit`` and ``head_scales``, with at most one source of marks
-  (``mark``, ``mark_columns``, ``mark_tokens``); in the decode slot ``visible``, in the encoder slot
-  ``shorten``;
+  (``mark``, ``mark_columns``, ``mark_tokens``); in the decode slot ``visible`` or ``look``, in the encoder
+  slot ``shorten``;
 * in the picture slot, which is before the processor and not in a model, ``shrink``.
 
 It never sorts, gathers, masks, counts budgets or sees a model: that is done once, for all methods.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..checks import one_of
 from ..errors import SpecError, UnsupportedError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SlotName = Literal["picture", "encoder", "before_lm", "inside_lm", "attention", "decode"]
 Verb = Literal[
-    "shrink", "score", "select", "merge", "shorten", "reweight", "relogit", "head_scales", "visible"
+    "shrink", "score", "select", "merge", "shorten", "reweight", "relogit", "head_scales", "visible", "look"
 ]
 Layout = Literal["packed", "spatial"]
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
@@ -49,7 +50,7 @@ VERBS: dict[SlotName, tuple[Verb, ...]] = {
     "before_lm": _CUTS,
     "inside_lm": _CUTS,
     "attention": ("reweight", "relogit", "head_scales"),
-    "decode": ("visible",),
+    "decode": ("visible", "look"),
 }
 
 What = Literal[
@@ -121,6 +122,30 @@ class Merged:
     features: Tensor
     slots: Tensor
     context: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a decode step looked at.
+
+    Args:
+        attention: (B, S) to the slots held by the layer that was watched, mean over heads, 0 for what is not
+            visual.
+        visible: (B, S) bool, visual slots that later layers saw.
+    """
+
+    attention: Tensor
+    visible: Tensor
+
+    def select(self, rows: Tensor) -> Look:
+        """The rows of a batch that beam search goes on with."""
+        rows = rows.to(self.visible.device)
+        return Look(self.attention[rows], self.visible[rows])
+
+    def fit(self, width: int) -> Look:
+        """The same over ``width`` slots: later ones are no visual tokens."""
+        more = (0, width - self.visible.shape[1])
+        return Look(pad(self.attention, more), pad(self.visible, more))
 
 
 @dataclass(frozen=True)
@@ -272,6 +297,19 @@ class Method:
 
     def visible(self, held: Tensor, step: int) -> Tensor:
         """(B, S) bool, which of the held visual tokens (B, S) the decode step number ``step`` sees."""
+        raise NotImplementedError
+
+    def looks_from(self, depth: int) -> int:
+        """The first of ``depth`` layers that ``look`` hides tokens from; the layer before it is watched."""
+        raise NotImplementedError
+
+    def look(self, attention: Tensor, visual: Tensor, before: Look | None) -> Tensor:
+        """(B, S) bool, which visual slots (B, S) a decode step sees from a layer on.
+
+        Args:
+            attention: (B, S) of the new token in the layer before, mean over heads, 0 for what is not visual.
+            before: of the step before; None at the first step behind a prompt.
+        """
         raise NotImplementedError
 
     # --- encoder ----------------------------------------------------------------------------------

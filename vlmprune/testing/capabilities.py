@@ -212,10 +212,12 @@ def method_names() -> list[str]:
 
 
 def runs(subject: Subject) -> None:
-    """A method on a family: equal to its reference, or the edit it makes equal to its eager twin."""
+    """A method on a family: equal to its reference, or what it does to attention equal to its eager twin."""
     from .checks_attention import edit_equals_eager_twin
+    from .checks_decode import steps_equal_eager_twin
 
-    (edit_equals_eager_twin if subject.method.slot == "attention" else cut_equals_hand_built)(subject)
+    twins = {"attention": edit_equals_eager_twin, "decode": steps_equal_eager_twin}
+    twins.get(subject.method.slot, cut_equals_hand_built)(subject)
 
 
 def measure(family: str, method: str, quick: bool = False) -> dict[str, str]:

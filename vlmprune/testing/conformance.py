@@ -208,12 +208,13 @@ def all_checks() -> dict[str, Callable[[Subject], None]]:
 
 def checks_for(subject: Subject) -> dict[str, Callable[[Subject], None]]:
     """The checks that mean something for a method: those of cuts, or those of re-weighting in their place."""
-    from . import checks_attention
+    from . import checks_attention, checks_decode
 
-    if subject.method.slot != "attention":
+    own = {"attention": checks_attention.CHECKS, "decode": checks_decode.CHECKS}
+    if subject.method.slot not in own:
         return all_checks()
     return {
-        **checks_attention.CHECKS,
+        **own[subject.method.slot],
         **{name: check for name, check in all_checks().items() if name not in OF_CUTS},
     }
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...core.method import Look
 from ...errors import InvariantError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class CacheState:
         owner: the session that cut.
         all_valid: every held slot is a token, so that masks may stay None.
         marks: per layer, what the attention and decode slots marked in the prompt.
+        look: what the decode step before looked at.
         inside: the language model is running, so that lengths are physical.
     """
 
@@ -77,6 +79,7 @@ class CacheState:
     owner: weakref.ref
     all_valid: bool
     marks: dict[int, Marks] = field(default_factory=dict)
+    look: Look | None = None
     inside: bool = field(default=False, compare=False)
 
     def view(self, layer: int) -> SequenceView:
@@ -91,10 +94,11 @@ class CacheState:
         """Go on with some rows of the batch, as beam search does."""
         self.views = [view.select(rows) for view in self.views]
         self.marks = {layer: one.select(rows) for layer, one in self.marks.items()}
+        self.look = None if self.look is None else self.look.select(rows)
 
     def __deepcopy__(self, memo: dict) -> CacheState:
         every = torch.arange(self.views[0].held.shape[0])
-        copy = CacheState(self.seen, self.views, self.owner, self.all_valid, self.marks)
+        copy = CacheState(self.seen, self.views, self.owner, self.all_valid, self.marks, self.look)
         copy.select(every)
         return copy
 
