@@ -59,6 +59,8 @@ _BUILTIN = {
     "vidcom2": "vlmprune.methods.vidcom2:VidCom2",
     "fastvid": "vlmprune.methods.fastvid:FastVID",
     "holitom": "vlmprune.methods.holitom:HoliTom",
+    "dycoke": "vlmprune.methods.dycoke:DyCoke",
+    "dycoke_decode": "vlmprune.methods.dycoke:DyCokeDecode",
     "prunevid": "vlmprune.methods.prunevid:PruneVid",
     "prunevid_inside": "vlmprune.methods.prunevid:PruneVidInside",
     "holitom_inner": "vlmprune.methods.holitom.inner:HoliTomInner",
