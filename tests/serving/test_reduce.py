@@ -19,7 +19,7 @@ from vlmprune.models import adapter_for
 from vlmprune.registry import unregister
 from vlmprune.serving.reduce import promised, reduce_pictures
 from vlmprune.serving.request import read
-from vlmprune.serving.tally import OTHERS, Counts, Tally
+from vlmprune.serving.tally import OTHERS, SpecCounts, Tally
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 TEXT = 5
@@ -122,7 +122,7 @@ def test_the_tally_counts_and_speaks_with_every_digit(caplog):
     with caplog.at_level(logging.INFO, logger="vlmprune.serving.tally"):
         for number in range(12):
             tally.add("fastervlm@64", 576, 64, fallback=number == 3)
-    assert tally.by_spec["fastervlm@64"] == Counts(12, 12 * 576, 12 * 64, 1)
+    assert tally.by_spec["fastervlm@64"] == SpecCounts(12, 12 * 576, 12 * 64, 1)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "vlmprune: fastervlm@64: 1 picture, 576 -> 64 tokens each, 0 cut by uniform instead",

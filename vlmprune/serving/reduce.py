@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptRows:
     """What is left of one picture.
 
     Args:
@@ -50,7 +50,7 @@ def promised(picture: Picture, request: Request) -> int:
 
 def reduce_pictures(
     pictures: Sequence[Picture], request: Request, projector: Projector, *, in_place: bool = False
-) -> list[Kept]:
+) -> list[KeptRows]:
     """What a request leaves of pictures that were encoded together; each is a sample of its own.
 
     Args:
@@ -61,7 +61,7 @@ def reduce_pictures(
         return [_whole(picture) for picture in pictures]
     broken = _not_finite(pictures)
     groups: dict[tuple, list[int]] = defaultdict(list)
-    kept: dict[int, Kept] = {}
+    kept: dict[int, KeptRows] = {}
     for number, picture in enumerate(pictures):
         if request.count(picture.count) >= picture.count:
             kept[number] = _whole(picture)
@@ -77,7 +77,7 @@ def reduce_pictures(
 
 def _reduce_alike(
     pictures: Sequence[Picture], request: Request, projector: Projector, in_place: bool
-) -> list[Kept]:
+) -> list[KeptRows]:
     """Of pictures of one shape; where they fail together, one by one."""
     try:
         return _reduce_stacked(pictures, request, projector, in_place)
@@ -89,7 +89,7 @@ def _reduce_alike(
 
 def _reduce_stacked(
     pictures: Sequence[Picture], request: Request, projector: Projector, in_place: bool
-) -> list[Kept]:
+) -> list[KeptRows]:
     units = [Unit([(number, None)], one.grids, one.count) for number, one in enumerate(pictures)]
     tokens = stack_units(units, pictures, request.needs, projector)
     k = request.count(pictures[0].count)
@@ -117,34 +117,34 @@ def _indices(chosen: Tensor | Merged) -> Tensor:
     return chosen
 
 
-def reduce_one(picture: Picture, request: Request, projector: Projector) -> Kept:
+def reduce_one(picture: Picture, request: Request, projector: Projector) -> KeptRows:
     """Of one picture, with errors raised."""
     return _reduce_stacked([picture], request, projector, False)[0]
 
 
-def _whole(picture: Picture) -> Kept:
-    return Kept(picture.features, torch.arange(picture.length, device=picture.features.device))
+def _whole(picture: Picture) -> KeptRows:
+    return KeptRows(picture.features, torch.arange(picture.length, device=picture.features.device))
 
 
-def _gathered(picture: Picture, keep_idx: Tensor, fallback: str | None = None) -> Kept:
+def _gathered(picture: Picture, keep_idx: Tensor, fallback: str | None = None) -> KeptRows:
     """The tokens (k,) of a picture as they are, with all special rows, in the order of their slots."""
     device = picture.features.device
     slots = picture.slots_of(keep_idx.to(device))
     if picture.special is not None:
         slots = torch.cat([slots, picture.specials.to(device)]).sort().values
-    return Kept(picture.features[slots], slots, fallback)
+    return KeptRows(picture.features[slots], slots, fallback)
 
 
-def _placed(picture: Picture, left: Reduced, number: int, in_place: bool) -> Kept:
+def _placed(picture: Picture, left: Reduced, number: int, in_place: bool) -> KeptRows:
     """Merged rows among the special rows of a picture."""
     rows, keep_idx = left.rows[number], left.keep_idx[number]
     device = rows.device
     hosts = hosts_of(picture.slots_of(torch.arange(picture.count)).to(device), keep_idx)
     if picture.special is None and not in_place:
-        return Kept(rows, hosts.sort().values)
+        return KeptRows(rows, hosts.sort().values)
     specials = picture.specials.to(device)
     slots, order = torch.cat([hosts, specials]).sort()
-    return Kept(torch.cat([rows, picture.features[specials].to(rows.dtype)])[order], slots)
+    return KeptRows(torch.cat([rows, picture.features[specials].to(rows.dtype)])[order], slots)
 
 
 def _not_finite(pictures: Sequence[Picture]) -> list[bool]:
@@ -158,7 +158,7 @@ def _not_finite(pictures: Sequence[Picture]) -> list[bool]:
     return [not ok for ok in torch.stack(flags).tolist()]
 
 
-def _uniform(picture: Picture, request: Request, why: str) -> Kept:
+def _uniform(picture: Picture, request: Request, why: str) -> KeptRows:
     log.error("vlmprune: %s: a picture was cut by 'uniform' instead, because %s", request.text, why)
     k = request.count(picture.count)
     tokens = VisualTokens(grids=picture.grids, size=(1, picture.count), like=picture.features)

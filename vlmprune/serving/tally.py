@@ -15,7 +15,7 @@ OTHERS = "others"
 
 
 @dataclass
-class Counts:
+class SpecCounts:
     """What one spec did in this process."""
 
     pictures: int = 0
@@ -26,14 +26,14 @@ class Counts:
 
 @dataclass
 class Tally:
-    """Counts of the pictures that this process cut, logged whenever their number has one more digit."""
+    """SpecCounts of the pictures that this process cut, logged whenever their number has one more digit."""
 
-    by_spec: dict[str, Counts] = field(default_factory=dict)
+    by_spec: dict[str, SpecCounts] = field(default_factory=dict)
 
     def add(self, spec: str, dense: int, kept: int, fallback: bool) -> None:
         """One picture of ``dense`` tokens of which ``kept`` stay."""
         spec = spec if spec in self.by_spec or len(self.by_spec) < _MOST_LABELS else OTHERS
-        counts = self.by_spec.setdefault(spec, Counts())
+        counts = self.by_spec.setdefault(spec, SpecCounts())
         digits = len(str(counts.pictures)) if counts.pictures else 0
         counts.pictures += 1
         counts.dense += dense

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from vllm.model_executor.models import llava as base
@@ -13,11 +13,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...errors import UnsupportedError
 from ...hooks.vision.pictures import CLS_FEATURES, Picture
 from ..names import KEY
-from ..reduce import Kept
+from ..reduce import KeptRows
 from ..request import Request, TowerFacts
 from .context import in_context
 from .processor import Grids, PruningProcessor, from_field
 from .towers import WatchedTower, at_once, cut, in_turns, plain_projector, refuse_compiled
+
+Model: Any = nn.Module if TYPE_CHECKING else object  # the family's class comes behind the mixin
 
 
 def check_config(config: Any) -> None:
@@ -53,36 +55,41 @@ def facts_of(config: Any, quantized: bool) -> TowerFacts:
     )
 
 
-class LlavaProcessor(PruningProcessor, base.LlavaMultiModalProcessor):
-    """The processor of LLaVA-1.5 that promises fewer placeholders."""
+class OfLlava(PruningProcessor):
+    """What processors of LLaVA-like models say alike."""
 
     def facts(self) -> TowerFacts:
         config = self.info.ctx.model_config
         return facts_of(config.hf_config, config.quantization is not None)
 
-    def grids(self, images: Any, index: int) -> Grids:
-        side = side_of(self.info.ctx.model_config.hf_config)
-        return ((side, side),)
+    @property
+    def side(self) -> int:
+        """Patches along a side of a crop."""
+        return side_of(self.info.ctx.model_config.hf_config)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaProcessor, info=in_context(base.LlavaProcessingInfo), dummy_inputs=base.LlavaDummyInputsBuilder
-)
-class LlavaForConditionalGeneration(base.LlavaForConditionalGeneration):
-    """LLaVA-1.5 whose pictures are reduced behind the projector."""
+class PrunedLlava(Model):
+    """Mixed in before the model of a LLaVA-like family, whose pictures are reduced behind the projector."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        check_config(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        check_config(config)
         refuse_compiled(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config, side = self.config, side_of(self.config)
-        self.grid = (side, side)
-        self.most = at_once(vllm_config, side * side)
-        depth = config.vision_config.num_hidden_layers
-        projector = self.multi_modal_projector
-        self.watched = WatchedTower(self.vision_tower, projector, config.vision_feature_layer, depth)
+        self.side = side_of(config)
+        self.most = at_once(vllm_config, self.side**2 * self.most_crops())
+        depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+        self.watched = WatchedTower(self.vision_tower, self.multi_modal_projector, layer, depth)
         self.quantized = vllm_config.model_config.quantization is not None
         self.plain: list[nn.Module] = []  # in a list: no sub-module, its weights are not in the checkpoint
+
+    def most_crops(self) -> int:
+        """Crops of the largest picture."""
+        return 1
+
+    def encode(self, request: Request, **kwargs: Any) -> list[Picture]:
+        """Pictures with what a request reads of them; ``kwargs`` are as ``embed_multimodal`` gets them."""
+        raise NotImplementedError
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded = super().load_weights(weights)
@@ -90,21 +97,35 @@ class LlavaForConditionalGeneration(base.LlavaForConditionalGeneration):
         return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        field, pixels = kwargs.pop(KEY, None), kwargs.get("pixel_values")
-        if field is None or pixels is None:
+        field = kwargs.pop(KEY, None)
+        if field is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
-
         projector = self.plain[0] if self.plain else None
 
-        def one_turn(start: int, end: int, request: Request) -> list[Kept]:
-            return cut(self._encode(pixels[start:end], request), request, projector)
+        def one_turn(start: int, end: int, request: Request) -> list[KeptRows]:
+            some = {name: value[start:end] for name, value in kwargs.items() if value is not None}
+            return cut(self.encode(request, **some), request, projector)
 
         return in_turns(from_field(field), self.most, one_turn)
 
-    def _encode(self, pixels: Any, request: Request) -> list[Picture]:
-        encode = super().embed_multimodal
-        features, found = self.watched.run(request.needs, lambda: encode(pixel_values=pixels))
-        grids, n = (self.grid,), self.grid[0] * self.grid[1]
+
+class LlavaProcessor(OfLlava, base.LlavaMultiModalProcessor):
+    """The processor of LLaVA-1.5 that promises fewer placeholders."""
+
+    def grids(self, images: Any, index: int) -> Grids:
+        return ((self.side, self.side),)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaProcessor, info=in_context(base.LlavaProcessingInfo), dummy_inputs=base.LlavaDummyInputsBuilder
+)
+class LlavaForConditionalGeneration(PrunedLlava, base.LlavaForConditionalGeneration):
+    """LLaVA-1.5: one crop per picture, patches in raster order."""
+
+    def encode(self, request: Request, **kwargs: Any) -> list[Picture]:
+        dense = base.LlavaForConditionalGeneration.embed_multimodal
+        features, found = self.watched.run(request.needs, lambda: dense(self, **kwargs))
+        grids, n = ((self.side, self.side),), self.side**2
         return [
             Picture(
                 one,

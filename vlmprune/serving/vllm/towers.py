@@ -16,7 +16,7 @@ from ...errors import UnsupportedError
 from ...hooks.vision.capture import VisionCapture
 from ...hooks.vision.pictures import Picture
 from ...hooks.vision.tower import attention_of, find_blocks
-from ..reduce import Kept, reduce_pictures
+from ..reduce import KeptRows, reduce_pictures
 from ..request import Request, read
 from ..tally import TALLY
 
@@ -69,7 +69,7 @@ def at_once(config: Any, tokens: int) -> int:
 
 
 def in_turns(
-    specs: Sequence[str], most: int, one_turn: Callable[[int, int, Request], Sequence[Kept]]
+    specs: Sequence[str], most: int, one_turn: Callable[[int, int, Request], Sequence[KeptRows]]
 ) -> list[Tensor]:
     """The rows of every picture of a batch, neighbours of one spec together, ``most`` at a time."""
     rows: list[Tensor] = []
@@ -83,7 +83,7 @@ def in_turns(
 
 def cut(
     pictures: Sequence[Picture], request: Request, projector: Any, *, in_place: bool = False
-) -> list[Kept]:
+) -> list[KeptRows]:
     """What a request leaves of pictures, counted."""
     kept = reduce_pictures(pictures, request, projector, in_place=in_place)
     for picture, one in zip(pictures, kept, strict=True):
