@@ -38,7 +38,6 @@ import triton.language as tl
 from gpu_clock import DRY, Case, rows
 
 from vlmprune.kernels import triton as ops
-from vlmprune.kernels.triton import attention as attention_kernels
 from vlmprune.kernels.triton import dpp, gather, maxmin
 from vlmprune.kernels.triton import select as selection
 
@@ -253,55 +252,6 @@ def greedy() -> Iterator[Case]:
     )
 
 
-def attention() -> Iterator[Case]:
-    table = ((32, 32, 611, 35, 576), (32, 32, 2915, 35, 2880), (28, 4, 6300, 20, 6272), (16, 16, 577, 1, 576))
-    for heads, key_heads, keys, v0, nv in some(table):
-        heads, key_heads, keys, v0, nv = (
-            size(heads, 4),
-            size(key_heads, 2),
-            size(keys, 70),
-            size(v0, 3),
-            size(nv, 60),
-        )
-        width = 64 if heads == 16 else size(128, 16)
-
-        def make(h=heads, g=key_heads, s=keys, d=width):
-            q, k = rand(1, h, d, dtype=HALF), rand(1, g, s, d, dtype=HALF)
-            logits = (k.float().repeat_interleave(h // g, 1) @ q.float()[..., None])[..., 0]
-            return q, k, (logits * d**-0.5).logsumexp(-1)
-
-        scale = width**-0.5
-        known = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(q, k, lse, *a)  # noqa: E731
-        variants = {"ours": known, "ours again": known}
-        variants["ours, without lse"] = lambda q, k, lse, a=(v0, nv, scale): ops.attn_row_scores(
-            q, k, None, *a
-        )
-        variants["ours, 32 keys"] = changed(attention_kernels, "_KEYS", 32)(known)
-        for parts in (1, 2, 4):
-            if key_heads % parts == 0:
-                variants[f"ours, heads in {parts}"] = changed(
-                    attention_kernels, "_splits", lambda h, p, parts=parts: parts
-                )(known)
-
-        def row(q, k, lse, first=v0, count=nv, scale=scale):
-            logits = (k.repeat_interleave(q.shape[1] // k.shape[1], 1) @ q[..., None])[..., 0] * scale
-            return logits.float().softmax(-1).mean(1)[:, first : first + count]
-
-        def full(q, k, lse, first=v0, count=nv, scale=scale):
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-            queries = q[:, :, None].expand_as(k)
-            return (queries @ k.transpose(2, 3) * scale).softmax(-1)[:, :, -1, first : first + count].mean(1)
-
-        variants |= {"row by torch": row, "whole map (output_attentions)": full}
-        yield Case(
-            "attention",
-            f"H={heads}/{key_heads} S={keys} d={width}",
-            make,
-            variants,
-            key_heads * nv * width * 2,
-        )
-
-
 def sensitivity() -> Iterator[Case]:
     n, width = size(576, 8), size(4096, 32)
     matrix = rand(width, width, dtype=HALF)
@@ -312,7 +262,7 @@ def sensitivity() -> Iterator[Case]:
     yield Case("sensitivity", f"N={n} H={width}", lambda: (rand(1, n, width, dtype=HALF),), variants)
 
 
-SECTIONS = {f.__name__: f for f in (floors, select, prune, greedy, attention, sensitivity)}
+SECTIONS = {f.__name__: f for f in (floors, select, prune, greedy, sensitivity)}
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -40,23 +40,6 @@ def prune(
     return lambda: ops.prune(empty(batch, n), 64, xs, 35, 0, form)
 
 
-def segments(count: int, longest: int, *xs: torch.Tensor) -> Callable:
-    args = (
-        empty(4096),
-        empty(count + 1, dtype=ints),
-        empty(count, dtype=ints),
-        empty(count + 1, dtype=ints),
-        640,
-        longest,
-    )
-    return (lambda: ops.prune_varlen(*args, list(xs))) if xs else (lambda: ops.topk_select_varlen(*args))
-
-
-def attention(dtype: torch.dtype, heads: int, key_heads: int, keys: int, width: int, lse: bool) -> Callable:
-    q, k = empty(1, heads, width, dtype=dtype), empty(1, key_heads, keys, width, dtype=dtype)
-    return lambda: ops.attn_row_scores(q, k, empty(1, heads) if lse else None, 35, keys - 35, 0.1)
-
-
 def maxmin(n: int, weighted: bool = False, first: str = "nn") -> Callable:
     return lambda: ops.greedy_maxmin(empty(1, n, n), 8, empty(1, n) if weighted else None, first)
 
@@ -72,8 +55,6 @@ CASES = [
     ),
     Case("select 8 partial scores N=2880", lambda: ops.topk_select(empty(8, 1, 2880), 64)),
     Case("select N=100000", lambda: ops.topk_select(empty(1, 100_000), 64), True),
-    Case("select segments", segments(9, 900)),
-    Case("select long segments", segments(2, 20_000)),
     *(
         Case(f"prune B={b} N={n} D={d}", prune(b, n, d), (b, n) == (1, 576))
         for b, n, d in (
@@ -96,7 +77,6 @@ CASES = [
     Case("prune N=8192 two rows, two sides", prune(1, 8192, 4096, half, True)),
     Case("prune apart N=576 two rows, two sides", prune(1, 576, 4096, half, True, "two")),
     Case("prune N=576 D=1000, not aligned", prune(1, 576, 1000), vector=False),
-    Case("prune segments", segments(9, 900, empty(4096, 4096, dtype=half)), True),
     Case(
         "gather N=576 D=4096",
         lambda: ops.gather_rows([empty(1, 576, 4096, dtype=half)], empty(1, 64, dtype=ints)),
@@ -134,21 +114,6 @@ CASES = [
             (576, 4096),
             (100_000, 256),
         )
-    ),
-    *(
-        Case(
-            f"attention {str(dtype)[6:]} H={h}/{g} d={d}{' lse' * lse}",
-            attention(dtype, h, g, s, d, lse),
-            dtype == half and g == 4,
-        )
-        for dtype, h, g, s, d in (
-            (half, 32, 32, 611, 128),
-            (half, 28, 4, 6272, 128),
-            (half, 16, 16, 577, 64),
-            (torch.float16, 16, 16, 730, 72),
-            (torch.float32, 16, 16, 577, 64),
-        )
-        for lse in (True, False)
     ),
     Case(
         "sensitivity H=4096",

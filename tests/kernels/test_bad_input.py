@@ -11,8 +11,7 @@ from vlmprune.errors import InvariantError, SpecError, UnsupportedError
 from vlmprune.kernels import backends, dispatch
 
 S, X, IDX = torch.zeros(2, 5), torch.zeros(2, 5, 3), torch.zeros(2, 3, dtype=torch.int64)
-SIM, Q, K = torch.zeros(2, 5, 5), torch.zeros(2, 4, 8), torch.zeros(2, 2, 6, 8)
-FLAT, CU_N, KS, CU_K = torch.zeros(9), torch.tensor([0, 4, 9]), torch.tensor([2, 9]), torch.tensor([0, 2, 7])
+SIM = torch.zeros(2, 5, 5)
 META = torch.zeros(2, 5, 3, device="meta")
 
 
@@ -34,28 +33,6 @@ META = torch.zeros(2, 5, 3, device="meta")
         (lambda: dispatch.prune(S, 2, [X], -1), "pre=-1"),
         (lambda: dispatch.prune(S, 2, [X], 0, -2), "post=-2"),
         (lambda: dispatch.prune(S, 2, [META]), r"xs\[0\] is on meta.*cpu"),
-        (lambda: dispatch.topk_select_varlen(S, CU_N, KS, CU_K, 7, 5), "packed scores"),
-        (
-            lambda: dispatch.topk_select_varlen(FLAT, CU_N.float(), KS, CU_K, 7, 5),
-            "cu_n is torch.float32.*int32",
-        ),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS[:1], CU_K, 7, 5), r"\(S\+1,\), \(S,\)"),
-        (
-            lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 4, 8]), KS, CU_K, 7, 5),
-            "cu_n is .*from 0 to 9",
-        ),
-        (
-            lambda: dispatch.topk_select_varlen(FLAT, torch.tensor([0, 10, 9]), KS, CU_K, 7, 5),
-            "cu_n is .*ascending",
-        ),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, CU_K, 6, 5), "cu_k is .*from 0 to 6"),
-        (
-            lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, torch.tensor([0, 2, 11]), 11, 5),
-            r"room for \[2, 9\].*\[2, 5\]",
-        ),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N, -KS, CU_K, 7, 5), "k holds -9"),
-        (lambda: dispatch.topk_select_varlen(FLAT, CU_N, KS, CU_K, 7, 4), "max_n=4.*5 tokens"),
-        (lambda: dispatch.prune_varlen(FLAT, CU_N, KS, CU_K, 7, 5, [X[0]]), r"xs\[0\].*\(9, \*\)"),
         (lambda: dispatch.gather_rows(X, IDX), "xs is .*expected a list"),
         (lambda: dispatch.gather_rows([X], IDX.float()), "idx is torch.float32.*int32 or int64"),
         (lambda: dispatch.gather_rows([X], IDX[0]), "idx is .*B, K"),
@@ -73,11 +50,6 @@ META = torch.zeros(2, 5, 3, device="meta")
         (lambda: dispatch.greedy_maxmin_features(S, 2), r"features is .*\(B, N, D\)"),
         (lambda: dispatch.greedy_dpp(SIM, None, 2), "relevance is a NoneType"),
         (lambda: dispatch.greedy_dpp_features(X, S.to("meta"), 2), "relevance is on meta"),
-        (lambda: dispatch.attn_row_scores(Q, K[:, :, :, :4], None, 0, 6, 1.0), "q and k have shapes"),
-        (lambda: dispatch.attn_row_scores(torch.zeros(2, 3, 8), K, None, 0, 6, 1.0), "multiple of Hk"),
-        (lambda: dispatch.attn_row_scores(Q, K, Q, 0, 6, 1.0), "lse is .*B, H"),
-        (lambda: dispatch.attn_row_scores(Q, K, None, 2, 5, 1.0), "beyond the 6 keys"),
-        (lambda: dispatch.attn_row_scores(Q.long(), K, None, 0, 6, 1.0), "q is torch.int64"),
         (lambda: dispatch.zoo_sensitivity(X, torch.zeros(4, 4)), r"kernel is .*\(3, 3\)"),
         (lambda: dispatch.zoo_sensitivity(X, torch.zeros(3, 3).double()), "expected the same"),
     ],

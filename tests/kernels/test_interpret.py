@@ -70,16 +70,13 @@ def test_a_program_may_take_several_tiles_of_columns(case, ops, monkeypatch, gua
 
 DOORS = {
     "topk_select": "ties-33-16",
-    "topk_select_varlen": "ragged-ties",
     "prune": "ends-ties",
-    "prune_varlen": "ragged",
     "gather_rows": "2-33-9-16",
     "unprune": "2-33-9-16",
     "greedy_maxmin": "21-7-nn",
     "greedy_maxmin_features": "21-7-nn",
     "greedy_dpp": "21-7",
     "greedy_dpp_features": "21-7",
-    "attn_row_scores": "tower-float32",
     "zoo_sensitivity": "13-40",
 }
 
@@ -160,7 +157,7 @@ def test_rows_may_lie_more_than_two_gigabytes_apart(ops):
     assert torch.equal(ops.unprune(x, torch.tensor([[0, 2, 3, 5]]).int(), 6)[:, [0, 2, 3, 5]], x)
 
 
-def test_many_segments_run_fused_or_apart(ops):
+def test_many_samples_run_fused_or_apart(ops):
     from vlmprune.kernels.triton.prune import fused_rows
 
     assert fused_rows(1, 576) == 16

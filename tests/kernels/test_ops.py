@@ -19,7 +19,6 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.kernels import dispatch, ops
 
 SCORES = torch.tensor([[3.0, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
-PACKED = [torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 4, 9], [2, 3, 9], [0, 2, 2, 7])]
 UNORDERED = torch.tensor([[3, 1, 1], [0, 2, 5]], dtype=torch.int32)
 ASCENDING = torch.tensor([[0, 3, 8], [1, 2, 5]], dtype=torch.int32)
 
@@ -32,9 +31,7 @@ def cases():
     x, y, sim, w = drawn(2, 12, 4), torch.arange(24).view(2, 12), drawn(2, 9, 9), drawn(2, 9).abs()
     return {
         "topk_select": (SCORES, 4),
-        "topk_select_varlen": (SCORES[0], *PACKED, 7, 5),
         "prune": (SCORES, 4, [x, y], 1, 2),
-        "prune_varlen": (SCORES[0], *PACKED, 7, 5, [x[0, :9], y[0, :9]]),
         "gather_rows": ([drawn(2, 12, 4, grad=True), x], UNORDERED),
         "unprune": (drawn(2, 3, 4, grad=True), UNORDERED, 7),
         "greedy_maxmin": (sim, 4, None, "nn"),
@@ -42,7 +39,6 @@ def cases():
         "greedy_cover": (drawn(2, 5, 9), 4, w, "product"),
         "greedy_dpp": (sim, w, 4),
         "greedy_dpp_features": (x, drawn(2, 12).abs(), 4),
-        "attn_row_scores": (drawn(2, 4, 8), drawn(2, 2, 9, 8), None, 1, 6, 0.3),
         "zoo_sensitivity": (drawn(2, 5, 6), drawn(6, 6)),
     }
 
@@ -96,9 +92,8 @@ def test_importing_the_package_registers_nothing():
         lambda x: dispatch.unprune(x[:, :3], ASCENDING, 9, ordered=True),
         lambda x: dispatch.prune(SCORES[:, :6], 4, [x, x.square()], 1, 2)[1],
         lambda x: dispatch.prune(SCORES[:, :6], 99, [x], 1, 2)[1],
-        lambda x: dispatch.prune_varlen(SCORES[0], *PACKED, 7, 5, [x[0]])[1],
     ],
-    ids=["gather", "gather ordered", "unprune", "unprune ordered", "prune", "prune all", "packed"],
+    ids=["gather", "gather ordered", "unprune", "unprune ordered", "prune", "prune all"],
 )
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_rows_have_first_and_second_derivatives(f, backend):

@@ -87,35 +87,6 @@ def test_scores_of_any_real_type_are_ranked(dtype):
         assert dispatch.topk_select(scores, 2, backend=backend).tolist() == [[1, 3]]
 
 
-# --- packed segments ------------------------------------------------------------------------------
-
-
-def packed(sizes, budgets):
-    """cu_n, k, cu_k, total_k and max_n."""
-    kept = [min(size, k) for size, k in zip(sizes, budgets, strict=True)]
-    cu_n, cu_k = (torch.tensor([0, *x], dtype=torch.int32).cumsum(0).int() for x in (sizes, kept))
-    return cu_n, torch.tensor(budgets, dtype=torch.int32), cu_k, sum(kept), max(sizes, default=0)
-
-
-@pytest.mark.parametrize("backend", PLAIN)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=5), st.integers(0, 99))
-@settings(deadline=None, max_examples=80)
-def test_segments_are_selected_as_if_alone(backend, segments, seed):
-    sizes, budgets = [size for size, _ in segments], [k for _, k in segments]
-    scores, table = tied(1, sum(sizes), seed)[0], packed(sizes, budgets)
-    rows, xs = [], [drawn(sum(sizes), 3), torch.arange(sum(sizes))]
-    expected, start = [], 0
-    for size, k in segments:
-        picks = highest(scores[start : start + size].tolist(), k)
-        expected += picks
-        rows += [start + pick for pick in picks]
-        start += size
-    assert dispatch.topk_select_varlen(scores, *table, backend=backend).tolist() == expected
-    idx, ys = dispatch.prune_varlen(scores, *table, xs, backend=backend)
-    assert idx.tolist() == expected
-    assert torch.equal(ys[0], xs[0][rows]) and ys[1].tolist() == rows
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,27 @@ def no_soft_cap(logits: Function) -> Function:
     return changed
 
 
+def query_heads_apart(logits: Function) -> Function:
+    """Query heads that share a key head lie apart, not side by side."""
+
+    def changed(self: Any, rows: Any) -> Any:
+        shared = self.keys.shape[1]
+        queries = self.queries.unflatten(1, (-1, shared)).transpose(1, 2).flatten(1, 2)
+        return logits(replace(self, queries=queries), rows)
+
+    return changed
+
+
+def softmax_of_a_part(attention: Function) -> Function:
+    """Weights add up to 1 over the keys of this call alone, not over all that the row sees."""
+
+    def changed(self: Any, rows: Any) -> Any:
+        weights = attention(self, rows)
+        return weights / weights[..., -self.queries.shape[2] :].sum(dim=-1, keepdim=True)
+
+    return changed
+
+
 def heads_apart(weigh: Function) -> Function:
     """Query heads that share values lie apart, not side by side."""
 
@@ -93,6 +114,7 @@ def heads_apart(weigh: Function) -> Function:
 
 
 REWEIGHT = Pytest("tests/core/test_reweight.py")
+TAP = Pytest("tests/core/test_attention_tap.py")
 MUTANTS = (
     Mutant(
         "off-by-one layer inside",
@@ -123,7 +145,7 @@ MUTANTS = (
         padding_rates_too,
         Pytest("tests/methods/test_sparsevlm_in_model.py"),
     ),
-    Mutant(
-        "soft cap of the logits left out", at.LOGITS, no_soft_cap, Pytest("tests/core/test_attention_tap.py")
-    ),
+    Mutant("soft cap of the logits left out", at.LOGITS, no_soft_cap, TAP),
+    Mutant("query heads apart", at.LOGITS, query_heads_apart, TAP),
+    Mutant("softmax of a part of the row", at.ATTENTION, softmax_of_a_part, TAP),
 )

@@ -70,12 +70,6 @@ SELECTION = (
         lambda forced: lambda backend: forced(None),
         Pytest("tests/kernels/test_ops.py"),
     ),
-    Mutant(
-        "segments not looked at",
-        at.SEGMENTS,
-        lambda segments: lambda *args: None,
-        Pytest("tests/kernels/test_bad_input.py"),
-    ),
 )
 
 
@@ -170,29 +164,6 @@ def nan_first(best: Function) -> Function:
     return changed
 
 
-def softmax_of_the_columns_asked_for(row_scores: Function) -> Function:
-    def changed(q: Any, k: Any, lse: Any, v0: int, nv: int, scale: float) -> Any:
-        return (
-            row_scores(q, k[:, :, v0:], None, 0, nv, scale)
-            if lse is None
-            else row_scores(q, k, lse, v0, nv, scale)
-        )
-
-    return changed
-
-
-def heads_interleaved(row_scores: Function) -> Function:
-    """Query heads that share a key head lie apart, not side by side."""
-
-    def changed(q: Any, k: Any, lse: Any, v0: int, nv: int, scale: float) -> Any:
-        def apart(x: Any) -> Any:
-            return x.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(1, 2)
-
-        return row_scores(apart(q), k, None if lse is None else apart(lse), v0, nv, scale)
-
-    return changed
-
-
 CHOICES = (
     Mutant("a token picked twice", at.BEST, may_be_picked_again, GREEDY),
     Mutant("nearest to itself", at.NEAREST, nearest_to_itself, GREEDY),
@@ -200,15 +171,6 @@ CHOICES = (
     Mutant("NaN picked first", at.BEST, nan_first, GREEDY),
     Mutant("noise of a residual picked", at.RESIDUAL, lambda share: 0.0, GREEDY),
     Mutant("half precision not widened", at.SINGLE, lambda single: lambda x: x, GREEDY),
-    Mutant(
-        "query heads apart", at.EAGER_ROW_SCORES, heads_interleaved, Pytest("tests/kernels/test_scores.py")
-    ),
-    Mutant(
-        "log-sum-exp of the cut row",
-        at.EAGER_ROW_SCORES,
-        softmax_of_the_columns_asked_for,
-        Pytest("tests/kernels/test_scores.py"),
-    ),
 )
 
 MUTANTS = (*SELECTION, *ROWS, *CHOICES)

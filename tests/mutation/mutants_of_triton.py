@@ -83,19 +83,10 @@ SELECT = [
     ),
     SourceMutant("bisection stops early", "device.kth_key", "low < high", "low + 1 < high", "topk_select"),
     SourceMutant(
-        "k above N in a segment",
-        "device.segment",
-        "tl.minimum(tl.load(ks + s), n)",
-        "tl.load(ks + s)",
-        "topk_select_varlen",
-        "long",
+        "host: k above N in a selection", "select.topk_select", "k = min(k, n)", "", "topk_select", "-33-36"
     ),
     SourceMutant(
-        "segments start at 0",
-        "device.segment",
-        "start.to(tl.int64)",
-        "start.to(tl.int64) * 0",
-        "topk_select_varlen",
+        "every sample starts at 0", "select.select_kernel", "b * n + lane", "lane", "topk_select", "normal-33"
     ),
     SourceMutant(
         "digits of other prefixes counted",
@@ -162,8 +153,8 @@ ROWS = [
     SourceMutant(
         "indices by every share",
         "prune.kept_rows",
-        "tl.store(idx + first + place, token, mask=keep)",
-        "tl.store(idx + first + place, token + 1, mask=keep)",
+        "tl.store(idx + b * k + place, token, mask=keep)",
+        "tl.store(idx + b * k + place, token + 1, mask=keep)",
         "prune",
         "no ends",
     ),
@@ -271,38 +262,6 @@ GREEDY = [
 ]
 
 SCORES = [
-    SourceMutant(
-        "head of another group",
-        "attention.logits_of",
-        "head * group + mine",
-        "head + mine",
-        "attn_row_scores",
-        "groups-float32",
-    ),
-    SourceMutant(
-        "softmax of the columns asked for",
-        "attention.attn_logits_kernel",
-        "key < keys",
-        "key < v0 + nv",
-        "attn_row_scores",
-        "wide-float32",
-    ),
-    SourceMutant(
-        "blocks summed without their maximum",
-        "attention.attn_combine_kernel",
-        "tl.exp(tops - top)",
-        "1.0",
-        "attn_row_scores",
-        "wide-float32",
-    ),
-    SourceMutant(
-        "sum instead of mean",
-        "attention.attn_row_kernel",
-        "total * share",
-        "total",
-        "attn_row_scores",
-        "groups-float32-lse",
-    ),
     SourceMutant(
         "rows of the matrix not weighed",
         "sensitivity.row_dot_kernel",

@@ -12,7 +12,6 @@ unit in the last place changes all later picks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from kernel_check import KernelCase
@@ -79,40 +78,6 @@ def selections() -> Iterator[KernelCase]:
         )
     wide = torch.randn(3, 50)
     yield KernelCase("topk_select", "a view", lambda: (wide[:, 5:45:2], 9))
-
-
-def packed(lengths: tuple[int, ...], wanted: tuple[int, ...], kind: str = "ties") -> tuple[Any, ...]:
-    def edges(sizes: list[int]) -> Tensor:
-        return torch.tensor([0, *sizes]).cumsum(0).int()
-
-    kept = [min(n, k) for n, k in zip(lengths, wanted, strict=True)]
-    flat = scores(kind, 1, sum(lengths))[0]
-    return flat, edges(list(lengths)), torch.tensor(wanted).int(), edges(kept), sum(kept), max(lengths)
-
-
-SEGMENTS = {
-    "ragged": ((5, 0, 7, 300, 1), (3, 2, 9, 40, 1)),
-    "none kept": ((4, 9), (0, 0)),
-    "one": ((33,), (50,)),
-    "long": ((9000, 3, 0, 8500), (50, 7, 4, 60)),
-}
-
-
-def packed_cases() -> Iterator[KernelCase]:
-    for name, segments in SEGMENTS.items():
-        for kind in ("ties", "special"):
-            slow = name == "long" and kind == "special"
-            yield KernelCase(
-                "topk_select_varlen", f"{name}-{kind}", lambda a=(*segments, kind): packed(*a), slow=slow
-            )
-
-        def make(segments=segments):
-            start = packed(*segments)
-            t = start[0].shape[0]
-            return *start, [torch.randn(t, 20).half(), torch.arange(t), torch.randn(t, 2, 8)]
-
-        yield KernelCase("prune_varlen", name, make)
-        yield KernelCase("prune_varlen", f"{name}-two", make, {"form": "two"}, slow=name == "long")
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -251,36 +216,8 @@ def dpp_cases() -> Iterator[KernelCase]:
 
 # --- scores ---------------------------------------------------------------------------------------
 
-# heads, key heads, keys, width, first column, columns
-ATTENTION = {
-    "one key": (2, 2, 1, 16, 0, 1),
-    "tower": (4, 4, 70, 72, 1, 69),
-    "groups": (14, 2, 131, 84, 35, 64),
-    "wide": (8, 1, 200, 128, 20, 100),
-}
-
-
-def attention(heads, key_heads, keys, width, v0, nv, dtype: torch.dtype, lse: bool) -> tuple[Any, ...]:
-    q = torch.randn(2, heads, width).to(dtype)
-    k = torch.randn(2, keys, key_heads, width).to(dtype).transpose(1, 2)  # as it lies behind a projection
-    spread = k.float().repeat_interleave(heads // key_heads, dim=1)
-    known = (torch.einsum("bhsd,bhd->bhs", spread, q.float()) * width**-0.5).logsumexp(-1)
-    return q, k, known if lse else None, v0, nv, width**-0.5
-
 
 def score_cases() -> Iterator[KernelCase]:
-    for name, sizes in ATTENTION.items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for lse in (True, False):
-                what = f"{name}-{str(dtype).removeprefix('torch.')}{'-lse' * lse}"
-                slow = dtype == torch.float16 and name != "groups"
-                yield KernelCase(
-                    "attn_row_scores",
-                    what,
-                    lambda a=(*sizes, dtype, lse): attention(*a),
-                    tolerance=2e-5,
-                    slow=slow,
-                )
     for n, width in ((13, 40), (1, 1100)):
         yield KernelCase(
             "zoo_sensitivity",
@@ -292,7 +229,6 @@ def score_cases() -> Iterator[KernelCase]:
 
 CASES = [
     *selections(),
-    *packed_cases(),
     *pruned_cases(),
     *gathered_cases(),
     *maxmin_cases(),

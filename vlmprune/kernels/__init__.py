@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection, gathering, greedy choice and attention rows: ``dispatch`` is the single entry point to the
-fastest implementation that is there.
+"""Selection, gathering, greedy choice: ``dispatch`` is the single entry point to the fastest implementation
+that is there.
 
 ``with vlmprune.kernels.use("reference"):`` forces one; every function takes ``backend=`` as well. Names are
 loaded on first use.
@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "attn_row_scores",
     "gather_rows",
     "greedy_cover",
     "greedy_dpp",
@@ -20,9 +19,7 @@ __all__ = [
     "greedy_maxmin",
     "greedy_maxmin_features",
     "prune",
-    "prune_varlen",
     "topk_select",
-    "topk_select_varlen",
     "unprune",
     "use",
     "zoo_sensitivity",
@@ -30,7 +27,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .dispatch import (
-        attn_row_scores,
         gather_rows,
         greedy_cover,
         greedy_dpp,
@@ -38,9 +34,7 @@ if TYPE_CHECKING:
         greedy_maxmin,
         greedy_maxmin_features,
         prune,
-        prune_varlen,
         topk_select,
-        topk_select_varlen,
         unprune,
         use,
         zoo_sensitivity,

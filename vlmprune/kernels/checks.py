@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -112,33 +111,3 @@ def not_negative(name: str, value: Tensor) -> None:
     if not _unseen(value) and bool((value < 0).any()):
         # the least of numbers that hold a NaN is NaN, which names no culprit
         raise InvariantError(f"{name} holds {float(value.nan_to_num(0).min())}; expected numbers from 0 on")
-
-
-def segments(total: int, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> None:
-    """Segments of packed scores fit together. On a GPU only their number is looked at."""
-    if cu_n.shape != cu_k.shape or cu_n.shape[0] != k.shape[0] + 1:
-        shapes = f"{tuple(cu_n.shape)}, {tuple(k.shape)} and {tuple(cu_k.shape)}"
-        raise InvariantError(f"cu_n, k and cu_k have shapes {shapes}; expected (S+1,), (S,) and (S+1,)")
-    if _unseen(cu_n):
-        return
-    _edges("cu_n", cu_n.tolist(), total)
-    sizes = [end - start for start, end in pairwise(cu_n.tolist())]
-    if max(sizes, default=0) > max_n:
-        raise InvariantError(
-            f"max_n={max_n}, but a segment has {max(sizes)} tokens; expected the largest of them"
-        )
-    most = k.tolist()
-    if min(most, default=0) < 0:
-        raise InvariantError(f"k holds {min(most)}; expected numbers of tokens from 0 on")
-    _edges("cu_k", cu_k.tolist(), total_k)
-    kept = [end - start for start, end in pairwise(cu_k.tolist())]
-    wanted = [min(size, each) for size, each in zip(sizes, most, strict=True)]
-    if kept != wanted:
-        raise InvariantError(
-            f"cu_k makes room for {kept} tokens; expected {wanted}: k, or all of a smaller segment"
-        )
-
-
-def _edges(name: str, edges: Sequence[int], total: int) -> None:
-    if edges[0] != 0 or edges[-1] != total or any(end < start for start, end in pairwise(edges)):
-        raise InvariantError(f"{name} is {list(edges)}; expected ascending numbers from 0 to {total}")

@@ -9,7 +9,6 @@ NumPy takes the small steps, because a call of it costs a fraction of a call of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu_greedy import greedy_cover, greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
-from .eager import attn_row_scores, gather_rows, unprune, zoo_sensitivity
+from .eager import gather_rows, unprune, zoo_sensitivity
 
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
@@ -53,28 +52,9 @@ def _at_least(row: np.ndarray, limit: np.float32, k: int) -> np.ndarray:
     return np.flatnonzero(keep)
 
 
-def topk_select_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
-) -> Tensor:
-    idx = torch.empty(total_k, dtype=torch.int32)
-    sources, places = pairwise(cu_n.tolist()), pairwise(cu_k.tolist())
-    for (start, end), (to, behind), most in zip(sources, places, k.tolist(), strict=True):
-        if behind > to:
-            idx[to:behind] = topk_select(scores[None, start:end], most)[0]
-    return idx
-
-
 def prune(
     scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
     rows = reference.with_ends(idx, scores.shape[-1], pre, post) if pre or post else idx
     return idx, gather_rows(xs, rows)
-
-
-def prune_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
-    rows = reference.packed_rows(idx, cu_n, cu_k, total_k)
-    return idx, [x.index_select(0, rows) for x in xs]

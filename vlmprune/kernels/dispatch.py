@@ -20,35 +20,12 @@ from .unchecked import run
 _RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
 COMBINE = ("product", "sum")
-_Segments = tuple[Tensor, Tensor, Tensor, Tensor, int, int]  # scores, cu_n, k, cu_k, total_k, max_n
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
     """(B, min(k, N)) ascending indices of the k highest scores (B, N), or sums of partial ones (R, B, N)."""
     _check_scores(scores, k)
     return unchecked.topk_select(scores, k, backend=backend)
-
-
-def topk_select_varlen(
-    scores: Tensor,
-    cu_n: Tensor,
-    k: Tensor,
-    cu_k: Tensor,
-    total_k: int,
-    max_n: int,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """(total_k,) indices within their segments: of cu_n[s] : cu_n[s+1] of scores (T,) the k[s] highest.
-
-    Args:
-        cu_n, k, cu_k: (S+1,), (S,) and (S+1,); cu_k adds up min(k, size of the segment).
-        total_k, max_n: the last entry of cu_k and the size of the largest segment, known without asking the
-            device.
-    """
-    args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
-    found: Tensor = run("topk_select_varlen", args, args[:4], backend)
-    return found
 
 
 def prune(
@@ -66,24 +43,6 @@ def prune(
     checks.rows("xs", xs, (batch, pre + n + post), scores)
     scores = scores.float()
     idx, ys = run("prune", (scores, min(k, n), list(xs), pre, post), (scores, *xs), backend, xs)
-    return idx, list(ys)
-
-
-def prune_varlen(
-    scores: Tensor,
-    cu_n: Tensor,
-    k: Tensor,
-    cu_k: Tensor,
-    total_k: int,
-    max_n: int,
-    xs: Sequence[Tensor],
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """``topk_select_varlen``, and these rows (total_k, *) of packed xs (T, *)."""
-    args = _packed(scores, cu_n, k, cu_k, total_k, max_n)
-    checks.rows("xs", xs, (scores.shape[0],), scores)
-    idx, ys = run("prune_varlen", (*args, list(xs)), (*args[:4], *xs), backend, xs)
     return idx, list(ys)
 
 
@@ -215,40 +174,6 @@ def greedy_cover(
     return order, worth
 
 
-def attn_row_scores(
-    q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float, *, backend: str | None = None
-) -> Tensor:
-    """(R, B, nv) float32 parts; their sum is the attention of a query to nv keys from v0 on.
-
-    It is softmaxed over all keys, and the mean over heads.
-
-    Args:
-        q: (B, H, d).
-        k: (B, Hk, S, d), H / Hk query heads share a key head.
-        lse: (B, H) log-sum-exp of the row, as flash attention gives it, or None.
-        scale: of the logits.
-    """
-    checks.tensor("q", q, (3,), "(B, H, d)")
-    checks.tensor("k", k, (4,), "(B, Hk, S, d)", q)
-    checks.floating("q", q)
-    checks.floating("k", k)
-    (batch, heads, width), shared = q.shape, k.shape[1]
-    if k.shape[0] != batch or k.shape[3] != width or shared == 0 or heads % shared:
-        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-        raise InvariantError(
-            f"q and k have shapes {shapes}; expected (B, H, d) and (B, Hk, S, d) with H a multiple of Hk"
-        )
-    if lse is not None:
-        checks.tensor("lse", lse, (2,), "(B, H)", q)
-        checks.shape("lse", lse, (batch, heads))
-    checks.count("v0", v0)
-    checks.count("nv", nv)
-    if v0 + nv > k.shape[2]:
-        raise InvariantError(f"v0={v0} and nv={nv} reach beyond the {k.shape[2]} keys")
-    parts: Tensor = run("attn_row_scores", (q, k, lse, v0, nv, float(scale)), (q, k, lse), backend)
-    return parts
-
-
 def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None) -> Tensor:
     """(B, N) quadratic forms g^T K g of slopes g (B, N, H) and a matrix K (H, H)."""
     checks.tensor("slope", slope, (3,), "(B, N, H)")
@@ -270,17 +195,6 @@ def _check_scores(scores: Tensor, k: int) -> None:
     checks.count("k", k)
     if scores.ndim == 3 and scores.shape[0] == 0:
         raise InvariantError(f"scores is {checks.described(scores)}: no parts to add up; expected {_RANKS}")
-
-
-def _packed(scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int) -> _Segments:
-    checks.tensor("scores", scores, (1,), "packed scores (T,)")
-    for name, value, expected in (("cu_n", cu_n, "(S+1,)"), ("k", k, "(S,)"), ("cu_k", cu_k, "(S+1,)")):
-        checks.integers(name, value, 1, expected, scores)
-    checks.count("total_k", total_k)
-    checks.count("max_n", max_n)
-    checks.segments(scores.shape[0], cu_n, k, cu_k, total_k, max_n)
-    # the kernels load int32; a cast copies nothing where that is what was given
-    return scores.float(), cu_n.int(), k.int(), cu_k.int(), total_k, max_n
 
 
 def _single(x: Tensor) -> Tensor:

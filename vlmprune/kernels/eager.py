@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import greedy_cover, greedy_dpp, greedy_maxmin, topk_select, topk_select_varlen
+from .reference import greedy_cover, greedy_dpp, greedy_maxmin, topk_select
 
-_KEYS = 1024  # keys cast to float32 at a time: bounds the extra memory in half precision
 _CHUNK = 512  # rows of similarities held at a time
 
 
@@ -23,14 +22,6 @@ def prune(
 ) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
     return idx, gather_rows(xs, reference.with_ends(idx, scores.shape[-1], pre, post))
-
-
-def prune_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
-    rows = reference.packed_rows(idx, cu_n, cu_k, total_k)
-    return idx, [x.index_select(0, rows) for x in xs]
 
 
 def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
@@ -134,19 +125,6 @@ def _nearest(features: Tensor) -> Tensor:
 
 
 # --- scores ---------------------------------------------------------------------------------------
-
-
-def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    if lse is not None:
-        k, v0 = k[:, :, v0 : v0 + nv], 0  # the other columns are in the log-sum-exp already
-    groups = q.shape[1] // k.shape[1]
-    # query heads stand beside the key head that they share, so keys are read once and never repeated
-    folded = (q.float() * scale).unflatten(1, (-1, groups))  # (B, Hk, G, d)
-    logits = torch.cat(
-        [folded @ part.float().transpose(2, 3) for part in k.split(_KEYS, dim=2)], dim=-1
-    ).flatten(1, 2)
-    weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
-    return weights[..., v0 : v0 + nv].mean(1)[None]
 
 
 def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:

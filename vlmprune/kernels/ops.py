@@ -20,14 +20,8 @@ from .backends import implementation
 # forward and backward may run in different threads, so that the forced backend travels as an argument
 SCHEMAS = {
     "topk_select": "(Tensor scores, SymInt k, *, str backend='') -> Tensor",
-    "topk_select_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt "
-    "max_n, *, str backend='')"
-    " -> Tensor",
     "prune": "(Tensor scores, SymInt k, Tensor[] xs, SymInt pre, SymInt post, *, str backend='') -> "
     "(Tensor, Tensor[])",
-    "prune_varlen": "(Tensor scores, Tensor cu_n, Tensor k, Tensor cu_k, SymInt total_k, SymInt max_n, "
-    "Tensor[] xs, *,"
-    " str backend='') -> (Tensor, Tensor[])",
     "gather_rows": "(Tensor[] xs, Tensor idx, *, bool ordered=False, str backend='') -> Tensor[]",
     "unprune": "(Tensor g, Tensor idx, SymInt n, *, bool ordered=False, str backend='') -> Tensor",
     "greedy_maxmin": "(Tensor sim, SymInt k, Tensor? weight, str first, *, str backend='') -> (Tensor, "
@@ -39,8 +33,6 @@ SCHEMAS = {
     "greedy_dpp": "(Tensor sim, Tensor relevance, SymInt k, *, str backend='') -> (Tensor, Tensor)",
     "greedy_dpp_features": "(Tensor features, Tensor relevance, SymInt k, *, str backend='') -> "
     "(Tensor, Tensor)",
-    "attn_row_scores": "(Tensor q, Tensor k, Tensor? lse, SymInt v0, SymInt nv, float scale, *, str "
-    "backend='') -> Tensor",
     "zoo_sensitivity": "(Tensor slope, Tensor kernel, *, str backend='') -> Tensor",
 }
 
@@ -61,9 +53,7 @@ def _runner(name: str) -> Callable[..., Any]:
             like = xs[0]
         elif name == "unprune":
             checks.inside(args[1], args[2])
-        made = implementation(name, like, backend, ordered)(*args)
-        # one part whatever splits the heads: a compiler was promised the shape (1, B, nv)
-        return reference.added(made)[None] if name == "attn_row_scores" else made
+        return implementation(name, like, backend, ordered)(*args)
 
     return run
 
@@ -85,21 +75,9 @@ def _topk_select(scores: Tensor, k: Any) -> Tensor:
     return _indices(scores, scores.shape[-2], _kept(k, scores.shape[-1]))
 
 
-def _topk_select_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: Any, max_n: Any
-) -> Tensor:
-    return _indices(scores, total_k)
-
-
 def _prune(scores: Tensor, k: Any, xs: list[Tensor], pre: Any, post: Any) -> tuple[Tensor, list[Tensor]]:
     idx = _topk_select(scores, k)
     return idx, [x.new_empty(x.shape[0], pre + idx.shape[1] + post, *x.shape[2:]) for x in xs]
-
-
-def _prune_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: Any, max_n: Any, xs: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    return _indices(scores, total_k), [x.new_empty(total_k, *x.shape[1:]) for x in xs]
 
 
 def _gather_rows(xs: list[Tensor], idx: Tensor) -> list[Tensor]:
@@ -124,19 +102,13 @@ def _dpp(like: Tensor, relevance: Tensor, k: Any) -> tuple[Tensor, Tensor]:
     return _maxmin(like, k, None, "nn")
 
 
-def _attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: Any, nv: Any, scale: float) -> Tensor:
-    return q.new_empty(1, q.shape[0], nv, dtype=torch.float32)
-
-
 def _zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
     return slope.new_empty(slope.shape[:2])
 
 
 _SHAPES: dict[str, Callable[..., Any]] = {
     "topk_select": _topk_select,
-    "topk_select_varlen": _topk_select_varlen,
     "prune": _prune,
-    "prune_varlen": _prune_varlen,
     "gather_rows": _gather_rows,
     "unprune": _unprune,
     "greedy_maxmin": _maxmin,
@@ -144,7 +116,6 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "greedy_cover": _cover,
     "greedy_dpp": _dpp,
     "greedy_dpp_features": _dpp,
-    "attn_row_scores": _attn_row_scores,
     "zoo_sensitivity": _zoo_sensitivity,
 }
 
@@ -203,23 +174,6 @@ def _prune_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     )
 
 
-def _prune_varlen_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    scores, cu_n, _, cu_k, total_k, _, _ = inputs
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(output[0], cu_n, cu_k)
-    ctx.sizes = scores.shape[0], total_k
-    ctx.options = {"ordered": True, **keyword_only_inputs}
-
-
-def _prune_varlen_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
-    idx, cu_n, cu_k = ctx.saved_tensors
-    total, total_k = ctx.sizes
-    # a packed batch goes back as one long sample (1, T, *)
-    rows = reference.packed_rows(idx, cu_n, cu_k, total_k).int()[None]
-    back = [_scatter(None if g is None else g[None], rows, total, ctx.options) for g in grads]
-    return None, None, None, None, None, None, [full if full is None else full[0] for full in back]
-
-
 def _plain_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
     ctx.inputs = len(inputs)
@@ -233,7 +187,6 @@ _GRADIENTS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "gather_rows": (_gather_setup, _gather_backward),
     "unprune": (_unprune_setup, _unprune_backward),
     "prune": (_prune_setup, _prune_backward),
-    "prune_varlen": (_prune_varlen_setup, _prune_varlen_backward),
 }
 
 

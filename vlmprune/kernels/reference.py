@@ -10,7 +10,6 @@ of a selection ascend. A budget above the number of tokens takes them all. Input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,16 +43,6 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     return ranked(added(scores))[:, :k].sort(dim=-1).values.int()
 
 
-def topk_select_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
-) -> Tensor:
-    """``topk_select`` of k[s] in each segment cu_n[s] : cu_n[s+1] of scores (T,); indices count in it."""
-    edges = cu_n.tolist()
-    segments = [scores[start:end] for start, end in pairwise(edges)]
-    picks = [topk_select(segment[None], most)[0] for segment, most in zip(segments, k.tolist(), strict=True)]
-    return torch.cat([scores.new_empty(0, dtype=torch.int32), *picks])
-
-
 def prune(
     scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
@@ -74,21 +63,6 @@ def with_ends(idx: Tensor, n: int, pre: int, post: int) -> Tensor:
         for size in (pre, post)
     )
     return torch.cat([first, idx + pre, last + (pre + n)], dim=1)
-
-
-def prune_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int, xs: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """``topk_select_varlen``, and these rows of packed xs (T, *)."""
-    idx = topk_select_varlen(scores, cu_n, k, cu_k, total_k, max_n)
-    rows = packed_rows(idx, cu_n, cu_k, total_k)
-    return idx, [x[rows] for x in xs]
-
-
-def packed_rows(idx: Tensor, cu_n: Tensor, cu_k: Tensor, total_k: int) -> Tensor:
-    """(total_k,) int64 rows of a packed tensor for indices within segments."""
-    starts = torch.repeat_interleave(cu_n[:-1].long(), cu_k.diff().long(), output_size=total_k)
-    return starts + idx
 
 
 def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:
@@ -261,25 +235,6 @@ def gain_worth(gain: Tensor, weight: Tensor | None, combine: str) -> Tensor:
 
 
 # --- scores ---------------------------------------------------------------------------------------
-
-
-def attn_row_scores(q: Tensor, k: Tensor, lse: Tensor | None, v0: int, nv: int, scale: float) -> Tensor:
-    """(1, B, nv) attention of one query to the keys v0 .. v0+nv-1, softmaxed over all keys, mean over heads,
-    in float32.
-
-    Args:
-        q: (B, H, d).
-        k: (B, Hk, S, d); H / Hk query heads in a row share a key head.
-        lse: (B, H) log-sum-exp of the whole row, where it is known.
-        v0, nv: first column and number of columns.
-        scale: of the logits.
-    """
-    # neighbouring query heads share a key head: repeat_interleave, not repeat
-    keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, d)
-    logits = (keys @ q.float()[..., None])[..., 0] * scale  # (B, H, S)
-    # with the log-sum-exp of the whole row known, the columns asked for are enough
-    weights = logits.softmax(-1) if lse is None else (logits - lse.float()[..., None]).exp()
-    return weights[..., v0 : v0 + nv].mean(1)[None]
 
 
 def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:

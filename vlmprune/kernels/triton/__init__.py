@@ -6,25 +6,21 @@ Their input was validated by ``dispatch``. Answers are contiguous; indices are i
 
 from __future__ import annotations
 
-from .attention import attn_row_scores
 from .dpp import greedy_dpp, greedy_dpp_features
 from .gather import gather_rows, unprune
 from .maxmin import greedy_maxmin, greedy_maxmin_features
-from .prune import prune, prune_varlen
-from .select import topk_select, topk_select_varlen
+from .prune import prune
+from .select import topk_select
 from .sensitivity import zoo_sensitivity
 
 __all__ = [
-    "attn_row_scores",
     "gather_rows",
     "greedy_dpp",
     "greedy_dpp_features",
     "greedy_maxmin",
     "greedy_maxmin_features",
     "prune",
-    "prune_varlen",
     "topk_select",
-    "topk_select_varlen",
     "unprune",
     "zoo_sensitivity",
 ]

@@ -14,18 +14,6 @@ import triton.language as tl
 
 
 @triton.jit
-def segment(s, n, k, cu_n, ks, cu_k, VARLEN: tl.constexpr):
-    """Of segment ``s``: first token (int64), tokens, first output (int64), outputs: tokens at most."""
-    if VARLEN:
-        start = tl.load(cu_n + s)
-        n = tl.load(cu_n + s + 1) - start
-        first = tl.load(cu_k + s)
-        k = tl.minimum(tl.load(ks + s), n)
-        return start.to(tl.int64), n, first.to(tl.int64), k
-    return s.to(tl.int64) * n, n, s.to(tl.int64) * k, k
-
-
-@triton.jit
 def sortable(x):
     """uint32 keys > 0 in the order of float32 ``x``."""
     # denormals are not flushed; no select, on which AMD's compiler trips

@@ -8,15 +8,13 @@ bits wide.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from .device import copy_rows, segment
+from .device import copy_rows
 from .launch import PROGRAMS, SLICE, TILE, launch, next_power_of_2
 
 _TENSORS = 4  # of one launch
@@ -29,13 +27,10 @@ _GATHER_ROWS = 8
 # --- device ---------------------------------------------------------------------------------------
 
 
-# tensor i: width d, strides b of a batch entry (0 when packed) and r of a row
+# tensor i: width d, strides b of a batch entry and r of a row
 @triton.jit(do_not_specialize=["n", "k", "pre", "post", "blocks", "split"])
 def gather_kernel(
     idx,
-    cu_n,
-    ks,
-    cu_k,
     x0,
     y0,
     d0,
@@ -67,22 +62,20 @@ def gather_kernel(
     BD1: tl.constexpr,
     BD2: tl.constexpr,
     BD3: tl.constexpr,
-    VARLEN: tl.constexpr,
 ):
     """The slice of output rows of every program; rows before and behind the tokens are kept."""
     pid = tl.program_id(0)
-    s = pid // (blocks * split)
+    b = (pid // (blocks * split)).to(tl.int64)
     part = pid % split
-    start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
     target = pid // split % blocks * ROWS + tl.arange(0, ROWS)
     chosen = target - pre
-    token = tl.load(idx + first + chosen, mask=(chosen >= 0) & (chosen < k), other=0)
+    token = tl.load(idx + b * k + chosen, mask=(chosen >= 0) & (chosen < k), other=0)
     # before the tokens, a kept token, behind the tokens
-    row = tl.where(chosen < 0, target, tl.where(chosen < k, pre + token, pre + n + chosen - k))
+    source = tl.where(chosen < 0, target, tl.where(chosen < k, pre + token, pre + n + chosen - k)).to(
+        tl.int64
+    )
     keep = target < pre + k + post
-    b = s.to(tl.int64)
-    source = start + row if VARLEN else row.to(tl.int64)
-    to = (first if VARLEN else b * (pre + k + post)) + target
+    to = b * (pre + k + post) + target
     copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
     copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
     copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
@@ -116,19 +109,6 @@ def unprune_kernel(idx, g, y, d, b, r, n, k, steps, blocks, split, ROWS: tl.cons
 # --- host -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Where tokens are: ``count`` segments of n tokens that keep k, or packed ones as the edges say."""
-
-    edges: tuple[Tensor, Tensor, Tensor]  # where they start, what they keep, and where that starts, if packed
-    count: int
-    n: int
-    k: int
-    most_n: int  # of the largest segment
-    most_k: int
-    packed: bool
-
-
 def plain(x: Tensor) -> Tensor:
     """The same bits in a dtype that kernels can load."""
     # bool and float8 are not loaded everywhere; a copy needs no more than the bits
@@ -141,23 +121,22 @@ def plain(x: Tensor) -> Tensor:
     return x.view(_SAME_SIZE[x.dtype.itemsize])
 
 
-def flat(x: Tensor, lead: int) -> Tensor:
-    """x with the dimensions behind the first ``lead`` flattened into one, of stride 1."""
+def flat(x: Tensor) -> Tensor:
+    """x (B, rows, *) as (B, rows, D), the numbers of a row of stride 1."""
     x = plain(x)
-    x = x.unsqueeze(-1) if x.ndim == lead else x.flatten(lead)
+    x = x.unsqueeze(-1) if x.ndim == 2 else x.flatten(2)
     # batches and rows may be strided, the numbers of a row stand side by side
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 class Rows:
-    """Up to four row tensors as kernel arguments: (B, rows, *), or packed (T, *)."""
+    """Up to four row tensors (B, rows, *) as kernel arguments."""
 
-    def __init__(self, xs: list[Tensor], ys: list[Tensor], packed: bool) -> None:
-        lead = 1 if packed else 2
-        self.flat = [flat(x, lead) for x in xs]
+    def __init__(self, xs: list[Tensor], ys: list[Tensor]) -> None:
+        self.flat = [flat(x) for x in xs]
         self.args: list[Tensor | int] = []
         for x, y in zip(self.flat, ys, strict=True):
-            self.args += [x, plain(y), x.shape[-1], 0 if packed else x.stride(0), x.stride(-2)]
+            self.args += [x, plain(y), x.shape[-1], x.stride(0), x.stride(1)]
         # a kernel has a fixed list of arguments: the first tensor stands for those that are not there
         self.args += self.args[:5] * (_TENSORS - len(xs))
         self.bytes = sum(x.shape[-1] * x.element_size() for x in self.flat)
@@ -169,44 +148,42 @@ class Rows:
         widths = [min(next_power_of_2(x.shape[-1]), tile // (rows * x.element_size())) for x in self.flat]
         return widths + [0] * (_TENSORS - len(widths))
 
-    def split(self, segments: int, blocks: int, kept: int, tiles: list[int]) -> int:
+    def split(self, batch: int, blocks: int, kept: int, tiles: list[int]) -> int:
         """Programs that share the columns of a block of rows, for slices of about SLICE bytes."""
-        wanted = max(_BUSY, min(segments * kept * self.bytes // SLICE, PROGRAMS))
+        wanted = max(_BUSY, min(batch * kept * self.bytes // SLICE, PROGRAMS))
         # there are tiles of 0 behind those of the tensors
         most = max(-(-x.shape[-1] // tile) for x, tile in zip(self.flat, tiles, strict=False))
-        return max(1, min(most, wanted // max(segments * blocks, 1)))
+        return max(1, min(most, wanted // max(batch * blocks, 1)))
 
 
-def outputs(xs: list[Tensor], lead: tuple[int, ...]) -> list[Tensor]:
-    return [torch.empty(*lead, *x.shape[len(lead) :], dtype=x.dtype, device=x.device) for x in xs]
+def outputs(xs: list[Tensor], batch: int, kept: int) -> list[Tensor]:
+    return [torch.empty(batch, kept, *x.shape[2:], dtype=x.dtype, device=x.device) for x in xs]
 
 
-def batches(xs: list[Tensor], ys: list[Tensor], packed: bool) -> list[Rows]:
+def batches(xs: list[Tensor], ys: list[Tensor]) -> list[Rows]:
     """Tensors that hold anything, four at a time."""
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if y.numel()]
     groups = [pairs[i : i + _TENSORS] for i in range(0, len(pairs), _TENSORS)]
-    return [Rows([x for x, _ in group], [y for _, y in group], packed) for group in groups]
+    return [Rows([x for x, _ in group], [y for _, y in group]) for group in groups]
 
 
-def gather(idx: Tensor, segments: Segments, pre: int, post: int, group: Rows) -> None:
-    """Copy the rows at idx with the first ``pre`` and the last ``post``."""
-    rows = segments.most_k + pre + post
+def gather(idx: Tensor, n: int, pre: int, post: int, group: Rows) -> None:
+    """Copy the rows at idx (B, k), of n tokens, with the first ``pre`` and the last ``post``."""
+    batch, k = idx.shape
+    rows = pre + k + post
     blocks = -(-rows // _GATHER_ROWS)
     tiles = group.tiles(_GATHER_ROWS, 4)
-    split = group.split(segments.count, blocks, rows, tiles)
-    shape = segments.n, segments.k, pre, post, blocks, split, _GATHER_ROWS, *tiles, segments.packed
-    grid = segments.count * blocks * split
-    launch(gather_kernel, grid, idx, *segments.edges, *group.args, *shape, num_warps=4)
+    split = group.split(batch, blocks, rows, tiles)
+    shape = n, k, pre, post, blocks, split, _GATHER_ROWS, *tiles
+    launch(gather_kernel, batch * blocks * split, idx, *group.args, *shape, num_warps=4)
 
 
 def gather_rows(xs: list[Tensor], idx: Tensor) -> list[Tensor]:
     """Rows (B, k, *) of xs (B, N, *) at idx (B, k)."""
     idx = idx.contiguous()
-    batch, k = idx.shape
-    n = xs[0].shape[1]
-    ys = outputs(xs, (batch, k))
-    for group in batches(xs, ys, False):
-        gather(idx, Segments((idx, idx, idx), batch, n, k, n, k, False), 0, 0, group)
+    ys = outputs(xs, *idx.shape)
+    for group in batches(xs, ys):
+        gather(idx, xs[0].shape[1], 0, 0, group)
     return ys
 
 
@@ -215,7 +192,7 @@ def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
     idx = idx.contiguous()
     batch, k = idx.shape
     y = torch.empty(batch, n, *g.shape[2:], dtype=g.dtype, device=g.device)
-    for group in batches([g], [y], False):
+    for group in batches([g], [y]):
         blocks = -(-n // _GATHER_ROWS)
         tiles = group.tiles(_GATHER_ROWS, 4)
         split = group.split(batch, blocks, n, tiles)

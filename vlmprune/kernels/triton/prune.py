@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import copy_rows, keep_rank, kth_key, load_keys, segment
-from .gather import Rows, Segments, batches, gather, outputs
+from .device import copy_rows, keep_rank, kth_key, load_keys
+from .gather import Rows, batches, gather, outputs
 from .launch import MAX_BLOCK, PROGRAMS, block_of, launch, warps
 from .select import Parts, parts_of, select
 
@@ -28,9 +28,8 @@ Form = Literal["auto", "fused", "two"]
 def kept_rows(
     scores,
     idx,
-    start,
+    b,
     n,
-    first,
     k,
     pre,
     post,
@@ -43,7 +42,7 @@ def kept_rows(
 ):
     """Source rows from ``at`` on, where each goes, and which are kept; share 0 writes the indices down."""
     lane = tl.arange(0, BLOCK)
-    key = load_keys(scores, start + lane, lane < n, parts, stride)
+    key = load_keys(scores, b * n + lane, lane < n, parts, stride)
     bound = kth_key(key, k)
     above = (key > bound).to(tl.int32)
     equal = (key == bound).to(tl.int32)
@@ -56,12 +55,12 @@ def kept_rows(
     row = at + tl.arange(0, ROWS)
     token = row - pre
     # loaded again: values in registers cannot be indexed by a slice
-    own = load_keys(scores, start + token, (token >= 0) & (token < n), parts, stride)
+    own = load_keys(scores, b * n + token, (token >= 0) & (token < n), parts, stride)
     keep, place = keep_rank(own, bound, need, above_before, equal_before)
     if part == 0:
-        tl.store(idx + first + place, token, mask=keep)
+        tl.store(idx + b * k + place, token, mask=keep)
     target = tl.where(token < 0, row, tl.where(token < n, pre + place, pre + k + token - n))
-    return row, target, keep | (token < 0) | ((token >= n) & (token < n + post))
+    return row.to(tl.int64), target, keep | (token < 0) | ((token >= n) & (token < n + post))
 
 
 # tensors as in gather_kernel
@@ -69,9 +68,6 @@ def kept_rows(
 def prune_kernel(
     scores,
     idx,
-    cu_n,
-    ks,
-    cu_k,
     x0,
     y0,
     d0,
@@ -106,24 +102,17 @@ def prune_kernel(
     BD1: tl.constexpr,
     BD2: tl.constexpr,
     BD3: tl.constexpr,
-    VARLEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    s = pid // (blocks * split)
+    b = (pid // (blocks * split)).to(tl.int64)
     part = pid % split
     at = pid // split % blocks * ROWS
-    start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
-    if at < pre + n + post:
-        row, target, keep = kept_rows(
-            scores, idx, start, n, first, k, pre, post, at, part, parts, stride, BLOCK, ROWS
-        )
-        b = s.to(tl.int64)
-        source = start + row if VARLEN else row.to(tl.int64)
-        to = (first if VARLEN else b * (pre + k + post)) + target
-        copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
-        copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
-        copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
-        copy_rows(x3, y3, b * b3 + source * r3, to * d3, keep, d3, part, split, BD3)
+    source, target, keep = kept_rows(scores, idx, b, n, k, pre, post, at, part, parts, stride, BLOCK, ROWS)
+    to = b * (pre + k + post) + target
+    copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
+    copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
+    copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
+    copy_rows(x3, y3, b * b3 + source * r3, to * d3, keep, d3, part, split, BD3)
 
 
 # --- host -----------------------------------------------------------------------------------------
@@ -140,57 +129,35 @@ def prune(
     batch, n = scores.shape[-2:]
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    ys = outputs(xs, (batch, pre + k + post))
-    segments = Segments((idx, idx, idx), batch, n, k, n, k, False)
-    run(parts_of(scores), idx, segments, pre, post, batches(xs, ys, False), form)
-    return idx, ys
-
-
-def prune_varlen(
-    scores: Tensor,
-    cu_n: Tensor,
-    k: Tensor,
-    cu_k: Tensor,
-    total_k: int,
-    max_n: int,
-    xs: list[Tensor],
-    form: Form = "auto",
-) -> tuple[Tensor, list[Tensor]]:
-    """``prune`` of packed scores (T,), xs (T, *): idx (total_k,) within segments, copies (total_k, *)."""
-    idx = torch.empty(total_k, dtype=torch.int32, device=scores.device)
-    ys = outputs(xs, (total_k,))
-    segments = Segments((cu_n, k, cu_k), k.shape[0], 0, 0, max_n, min(max_n, total_k), True)
-    run((scores.contiguous(), 1, 0), idx, segments, 0, 0, batches(xs, ys, True), form)
-    return idx, ys
-
-
-def fused_rows(segments: int, rows: int) -> int | None:
-    """Source rows of a program of the fused kernel; None where it would take too many programs."""
-    return next((block for block in (16, 32, 64) if segments * -(-rows // block) <= PROGRAMS), None)
-
-
-def run(
-    parts: Parts, idx: Tensor, segments: Segments, pre: int, post: int, groups: list[Rows], form: Form
-) -> None:
-    """Fused launches, or selection and copy apart."""
-    count, most_n = segments.count, segments.most_n
-    length = most_n + pre + post
-    rows = None if form == "two" else fused_rows(count, length)
+    ys = outputs(xs, batch, pre + k + post)
+    groups = batches(xs, ys)
+    rows = None if form == "two" else fused_rows(batch, pre + n + post)
     if form == "fused":
         rows = rows or 64
     # too many programs would select anew, there is nothing to copy, or one cannot hold all scores
-    if rows is None or not groups or most_n > MAX_BLOCK:
-        if idx.numel():
-            select(parts, idx, segments.edges, count, segments.n, segments.k, most_n, segments.packed)
+    if rows is None or not groups or n > MAX_BLOCK:
+        select(parts_of(scores), n, idx)
         for group in groups:
-            gather(idx, segments, pre, post, group)
-        return
-    block = block_of(most_n)
-    blocks = -(-length // rows)
+            gather(idx, n, pre, post, group)
+    else:
+        for group in groups:
+            fused(parts_of(scores), n, idx, pre, post, group, rows)
+    return idx, ys
+
+
+def fused_rows(batch: int, rows: int) -> int | None:
+    """Source rows of a program of the fused kernel; None where it would take too many programs."""
+    return next((block for block in (16, 32, 64) if batch * -(-rows // block) <= PROGRAMS), None)
+
+
+def fused(parts: Parts, n: int, idx: Tensor, pre: int, post: int, group: Rows, rows: int) -> None:
+    """One launch, of programs for so many source rows each."""
     scores, number, stride = parts
-    for group in groups:
-        tiles = group.tiles(rows, warps(block))
-        split = group.split(count, blocks, segments.most_k + pre + post, tiles)
-        sizes = segments.n, segments.k, pre, post, number, stride, blocks, split
-        args = *segments.edges, *group.args, *sizes, block, rows, *tiles, segments.packed
-        launch(prune_kernel, count * blocks * split, scores, idx, *args, num_warps=warps(block))
+    batch, k = idx.shape
+    block = block_of(n)
+    blocks = -(-(pre + n + post) // rows)
+    tiles = group.tiles(rows, warps(block))
+    split = group.split(batch, blocks, pre + k + post, tiles)
+    shape = n, k, pre, post, number, stride, blocks, split, block, rows, *tiles
+    grid = batch * blocks * split
+    launch(prune_kernel, grid, scores, idx, *group.args, *shape, num_warps=warps(block))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k: by bisection over keys in registers, or by histograms where one program cannot hold them.
 
-A segment is one row of a batch, or one stretch of a packed batch (VARLEN). Up to 8192 tokens of it are one
-program. A longer one takes three histograms, of 11, 11 and 10 bits, and one ordered compaction. Each launch
-reads the counts that the ones before it have written, so no program waits for another.
+Up to 8192 tokens of a sample are one program. More take three histograms, of 11, 11 and 10 bits, and one
+ordered compaction. Each launch reads the counts that the ones before it have written, so no program waits
+for another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import keep_rank, kth_key, load_keys, segment
+from .device import keep_rank, kth_key, load_keys
 from .launch import MAX_BLOCK, block_of, launch, warps
 
 CHUNK = 4096  # tokens of a program
@@ -23,17 +23,15 @@ BINS = 2048
 
 
 @triton.jit(do_not_specialize=["n", "k", "parts", "stride"])
-def select_kernel(
-    scores, idx, cu_n, ks, cu_k, n, k, parts, stride, BLOCK: tl.constexpr, VARLEN: tl.constexpr
-):
-    start, n, first, k = segment(tl.program_id(0), n, k, cu_n, ks, cu_k, VARLEN)
+def select_kernel(scores, idx, n, k, parts, stride, BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    key = load_keys(scores, start + lane, lane < n, parts, stride)
+    key = load_keys(scores, b * n + lane, lane < n, parts, stride)
     bound = kth_key(key, k)
     # of the keys that equal the bound so many are kept, from the left
     need = k - tl.sum((key > bound).to(tl.int32), 0)
     keep, place = keep_rank(key, bound, need, 0, 0)
-    tl.store(idx + first + place, lane, mask=keep)
+    tl.store(idx + b * k + place, lane, mask=keep)
 
 
 @triton.jit
@@ -51,9 +49,6 @@ def narrow(hist, k, BINS: tl.constexpr):
 def histogram_kernel(
     scores,
     hist,
-    cu_n,
-    ks,
-    cu_k,
     n,
     k,
     parts,
@@ -62,75 +57,53 @@ def histogram_kernel(
     DIGIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
-    VARLEN: tl.constexpr,
 ):
-    """Adds digits of a chunk to hist (S, 3, BINS): of keys with the higher digits of the k-th largest."""
-    s = tl.program_id(0) // chunks
-    chunk = tl.program_id(0) % chunks
-    start, n, _, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
-    # segments of a packed batch differ in length; programs beyond the end of theirs have nothing to do
-    if chunk * CHUNK < n:
-        hist += s * 3 * BINS
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        valid = token < n
-        key = load_keys(scores, start + token, valid, parts, stride)
-        if DIGIT == 0:
-            # 32 bits are 11, 11 and 10
-            digit = key >> 21
+    """Adds digits of a chunk to hist (B, 3, BINS): of keys with the higher digits of the k-th largest."""
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    token = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    hist += b * 3 * BINS
+    valid = token < n
+    key = load_keys(scores, b * n + token, valid, parts, stride)
+    if DIGIT == 0:
+        # 32 bits are 11, 11 and 10
+        digit = key >> 21
+    else:
+        high, k = narrow(hist, k, BINS)
+        if DIGIT == 1:
+            valid = valid & ((key >> 21) == high)
+            digit = (key >> 10) & 0x7FF
         else:
-            high, k = narrow(hist, k, BINS)
-            if DIGIT == 1:
-                valid = valid & ((key >> 21) == high)
-                digit = (key >> 10) & 0x7FF
-            else:
-                low, k = narrow(hist + BINS, k, BINS)
-                valid = valid & ((key >> 10) == ((high << 11) | low))
-                digit = key & 0x3FF
-        # counted within the program first: scores crowd in few bins
-        count = tl.histogram(digit.to(tl.int32), BINS, mask=valid)
-        # whole numbers add up to the same in any order
-        tl.atomic_add(hist + DIGIT * BINS + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
+            low, k = narrow(hist + BINS, k, BINS)
+            valid = valid & ((key >> 10) == ((high << 11) | low))
+            digit = key & 0x3FF
+    # counted within the program first: scores crowd in few bins
+    count = tl.histogram(digit.to(tl.int32), BINS, mask=valid)
+    # whole numbers add up to the same in any order
+    tl.atomic_add(hist + DIGIT * BINS + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n", "k", "parts", "stride", "chunks"])
-def compact_kernel(
-    scores,
-    hist,
-    idx,
-    cu_n,
-    ks,
-    cu_k,
-    n,
-    k,
-    parts,
-    stride,
-    chunks,
-    CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
-    s = tl.program_id(0) // chunks
+def compact_kernel(scores, hist, idx, n, k, parts, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
+    b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    start, n, first, k = segment(s, n, k, cu_n, ks, cu_k, VARLEN)
-    if chunk * CHUNK < n:
-        hist += s * 3 * BINS
-        high, need = narrow(hist, k, BINS)
-        middle, need = narrow(hist + BINS, need, BINS)
-        low, need = narrow(hist + 2 * BINS, need, BINS)
-        bound = (high << 21) | (middle << 10) | low
-        lane = tl.arange(0, CHUNK)
-        above = tl.zeros([CHUNK], tl.int32)
-        equal = tl.zeros([CHUNK], tl.int32)
-        # what earlier chunks keep is counted anew, so that no program waits for a scan over all
-        for before in range(0, chunk):
-            token = before * CHUNK + lane
-            key = load_keys(scores, start + token, token < n, parts, stride)
-            above += (key > bound).to(tl.int32)
-            equal += (key == bound).to(tl.int32)
-        token = chunk * CHUNK + lane
-        key = load_keys(scores, start + token, token < n, parts, stride)
-        keep, place = keep_rank(key, bound, need, tl.sum(above, 0), tl.sum(equal, 0))
-        tl.store(idx + first + place, token, mask=keep)
+    hist += b * 3 * BINS
+    high, need = narrow(hist, k, BINS)
+    middle, need = narrow(hist + BINS, need, BINS)
+    low, need = narrow(hist + 2 * BINS, need, BINS)
+    bound = (high << 21) | (middle << 10) | low
+    lane = tl.arange(0, CHUNK)
+    above = tl.zeros([CHUNK], tl.int32)
+    equal = tl.zeros([CHUNK], tl.int32)
+    # what earlier chunks keep is counted anew, so that no program waits for a scan over all
+    for before in range(0, chunk):
+        token = before * CHUNK + lane
+        key = load_keys(scores, b * n + token, token < n, parts, stride)
+        above += (key > bound).to(tl.int32)
+        equal += (key == bound).to(tl.int32)
+    token = chunk * CHUNK + lane
+    key = load_keys(scores, b * n + token, token < n, parts, stride)
+    keep, place = keep_rank(key, bound, need, tl.sum(above, 0), tl.sum(equal, 0))
+    tl.store(idx + b * k + place, token, mask=keep)
 
 
 # --- host -----------------------------------------------------------------------------------------
@@ -149,43 +122,23 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     batch, n = scores.shape[-2:]
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    if k:
-        # the edges are of packed batches: pointers that nothing reads here
-        select(parts_of(scores), idx, (idx, idx, idx), batch, n, k, n, False)
+    select(parts_of(scores), n, idx)
     return idx
 
 
-def topk_select_varlen(
-    scores: Tensor, cu_n: Tensor, k: Tensor, cu_k: Tensor, total_k: int, max_n: int
-) -> Tensor:
-    """(total_k,) indices within their segment of scores (T,): cu_n[s] : cu_n[s+1], which keeps k[s]."""
-    idx = torch.empty(total_k, dtype=torch.int32, device=scores.device)
-    if total_k:
-        select((scores.contiguous(), 1, 0), idx, (cu_n, k, cu_k), k.shape[0], 0, 0, max_n, True)
-    return idx
-
-
-def select(
-    parts: Parts,
-    idx: Tensor,
-    segments: tuple[Tensor, ...],
-    count: int,
-    n: int,
-    k: int,
-    max_n: int,
-    varlen: bool,
-) -> None:
-    """``segments``: where they start, what they keep, and where that starts, if ``varlen``."""
-    scores, number, stride = parts
-    if max_n <= MAX_BLOCK:
-        block = block_of(max_n)
-        sizes = *segments, n, k, number, stride
-        launch(select_kernel, count, scores, idx, *sizes, block, varlen, num_warps=warps(block))
+def select(parts: Parts, n: int, idx: Tensor) -> None:
+    """Fill idx (B, k) with the indices of the highest of n scores each."""
+    if not idx.numel():
         return
-    chunks = -(-max_n // CHUNK)
-    hist = torch.zeros(count, 3, BINS, dtype=torch.int32, device=scores.device)
-    args = *segments, n, k, number, stride, chunks
+    scores, number, stride = parts
+    batch, k = idx.shape
+    if n <= MAX_BLOCK:
+        block = block_of(n)
+        launch(select_kernel, batch, scores, idx, n, k, number, stride, block, num_warps=warps(block))
+        return
+    chunks = -(-n // CHUNK)
+    hist = torch.zeros(batch, 3, BINS, dtype=torch.int32, device=scores.device)
+    sizes = n, k, number, stride, chunks
     for digit in range(3):
-        shape = digit, CHUNK, BINS, varlen
-        launch(histogram_kernel, count * chunks, scores, hist, *args, *shape, num_warps=8)
-    launch(compact_kernel, count * chunks, scores, hist, idx, *args, CHUNK, BINS, varlen, num_warps=8)
+        launch(histogram_kernel, batch * chunks, scores, hist, *sizes, digit, CHUNK, BINS, num_warps=8)
+    launch(compact_kernel, batch * chunks, scores, hist, idx, *sizes, CHUNK, BINS, num_warps=8)
