@@ -13,6 +13,7 @@ from ...core.method import Method
 from ...errors import InvariantError
 from ..sequence.compaction import Compaction
 from ..sequence.placement import Placement
+from ..sequence.views import SequenceView
 from ..state import ForwardState
 from ..vision.pictures import Grids, Picture
 from . import Attachment
@@ -167,6 +168,33 @@ def staying(new: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor], *, know
     """
     keep = new.clone() if known else torch.ones_like(new)
     return mark(keep, gone, kept)
+
+
+def drop_columns(
+    view: SequenceView,
+    lengths: Sequence[int] | None,
+    columns: tuple[Sequence[Tensor], Sequence[Tensor]],
+    dropped: Sequence[int],
+    along: Sequence[Tensor],
+) -> Compaction:
+    """The cut of a view that drops flat columns.
+
+    Args:
+        lengths: tokens of every row, None where the device was not asked.
+        columns: those that go, and those of them that stay.
+        dropped: tokens that every row loses.
+        along: (B or 1, n, *), what is cut with it.
+    """
+    gone, kept = columns
+    length = view.new.shape[1]
+    if len(set(dropped)) == 1 and (lengths is None or max(lengths) == length):
+        found = mark(torch.ones(view.new.shape, device=view.new.device), gone, kept)
+        width = length - dropped[0]
+        return Compaction.even(found, width, view.new, view.position_ids, along, whole=view.maskless)
+    keep = staying(view.new, gone, kept, known=lengths is not None)
+    if lengths is None:
+        return Compaction(keep, view.new, length - dropped[0])
+    return Compaction(keep, view.new, max(have - drop for have, drop in zip(lengths, dropped, strict=True)))
 
 
 def mark(found: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:

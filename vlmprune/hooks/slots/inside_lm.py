@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,22 +28,18 @@ from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
 from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
-from ..sequence.views import SequenceView
 from ..state import ForwardState
 from . import Attachment, Handle
-from .cutting import mark, staying
+from .cutting import drop_columns
 from .ranking import (
-    LayerTokens,
     Ranked,
-    Units,
     asked_for,
     asks_the_question,
     attention_of,
-    fields_of,
     read,
-    states_of,
+    tokens_of,
 )
-from .spans import InsideRecord, Span
+from .spans import InsideRecord, Span, settle
 
 
 class InsideLM:
@@ -333,7 +328,7 @@ class InsideLM:
             else:
                 tokens = self._tokens(state, index, spans, hidden, ranked)
                 result = choose(self.method, tokens, k, state.checks)
-            hidden = self._apply(spans, result, hidden)
+            hidden = settle(spans, result, hidden)
         kept = [span.flat(length) for spans in groups.values() for span in spans]
         lengths = inside.lengths or [length] * batch
         if min(have - drop for have, drop in zip(lengths, dropped, strict=True)) < 1:
@@ -344,7 +339,11 @@ class InsideLM:
         policy = self.attachment.policy(self.method)
         # positions that are counted again turn otherwise
         turned = angles if policy == "original" else ()
-        compaction = self._compaction(state.views.at(index), inside, gone, kept, dropped, [hidden, *turned])
+        compaction = drop_columns(
+            state.views.at(index), inside.lengths, (gone, kept), dropped, along=[hidden, *turned]
+        )
+        if inside.lengths is not None:
+            inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
         state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, policy)
         if turned and compaction.is_even:
@@ -355,73 +354,17 @@ class InsideLM:
         self._note(state, index)
         return compaction.sequence(hidden)
 
-    @staticmethod
-    def _compaction(
-        view: SequenceView,
-        inside: InsideRecord,
-        gone: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        dropped: Sequence[int],
-        along: Sequence[Tensor],
-    ) -> Compaction:
-        """The cut that drops the flat columns ``gone`` but those ``kept``; rows lose ``dropped`` tokens."""
-        length, lengths = view.new.shape[1], inside.lengths
-        if lengths is not None:
-            inside.lengths = [have - drop for have, drop in zip(lengths, dropped, strict=True)]
-        if len(set(dropped)) == 1 and (lengths is None or max(lengths) == length):
-            stays = mark(torch.ones(view.new.shape, device=view.new.device), gone, kept)
-            width = length - dropped[0]
-            return Compaction.even(stays, width, view.new, view.position_ids, along, whole=view.maskless)
-        stays = staying(view.new, gone, kept, known=lengths is not None)
-        width = length - dropped[0] if inside.lengths is None else max(inside.lengths)
-        return Compaction(stays, view.new, width)
-
     def _tokens(
         self, state: ForwardState, index: int, spans: Sequence[Span], hidden: Tensor, ranked: Ranked
     ) -> VisualTokens:
-        rows, columns = [span.row for span in spans], [span.columns for span in spans]
-        at = columns[0][None] if len(columns) == 1 else torch.stack(columns)  # (U, N)
-        in_order = rows == list(range(hidden.shape[0]))
-        units = Units(None if in_order else torch.tensor(rows, device=hidden.device), at)
         source = self.sources[index]
-        if source is None:
-            source = index
-        positions = state.views.at(source).position_ids
-        found = fields_of(ranked, self.wanted, units, hidden.shape[1])
-        found.update(states_of(self.language_model, self.wanted, hidden, ranked, units))
-        tokens = VisualTokens(
-            checks=state.checks,
-            **found,
-            query_mask=None if ranked.real is None else units.of_row(ranked.real),
-            grids=spans[0].grids,
-            ordinal=torch.tensor([span.ordinal for span in spans]),
-            cut=self.layers.index(index),
-            size=(at.shape[0], at.shape[1]),
-            like=hidden,
+        source = index if source is None else source
+        numbers = state.views.at(source).position_ids
+        tokens = tokens_of(self.language_model, self.wanted, ranked, spans, hidden, numbers)
+        angles = None if numbers.ndim > 2 else rotary_frequencies(self.language_model, source)
+        return tokens.with_fields(
+            rotary_frequencies=angles, cut=self.layers.index(index), checks=state.checks
         )
-        if positions.ndim > 2:  # M-RoPE knows no single position
-            return LayerTokens.of_layer(tokens, lambda: units.take(hidden))
-        plain = positions.expand(hidden.shape[0], -1)
-        return LayerTokens.of_layer(
-            replace(tokens, rotary_frequencies=rotary_frequencies(self.language_model, source)),
-            lambda: units.take(hidden),
-            lambda: units.of_row(plain).gather(1, at),
-            lambda: units.of_row(plain.gather(1, ranked.rows)),
-        )
-
-    def _apply(self, spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
-        """Let every span know what stays of it, and write the rows of merging methods."""
-        for number, span in enumerate(spans):
-            if not isinstance(result, Merged):
-                span.keep(result[number])
-                continue
-            index, ids = result.slots[number], span.ids
-            span.columns = span.columns[last_hosts(index, span.count)]
-            rows = result.features[number].to(hidden.dtype)
-            hidden = hidden.index_put((torch.full_like(span.columns, span.row), span.columns), rows)
-            patches = index if ids is None else ids.to(index.device)[index.clamp_min(0)]
-            span.ids = torch.where(index >= 0, patches, -1)
-        return hidden
 
     def _follow(self, state: ForwardState, index: int, compaction: Compaction) -> None:
         """Take all tracked columns through a cut at layer ``index``."""
@@ -443,18 +386,3 @@ class InsideLM:
                 report.kept[span.number] = span.ids
         report.sequence = (state.new_tokens, state.views.at(index).new.shape[1])
         report.fire("stage")
-
-
-def last_hosts(index: Tensor, count: int) -> Tensor:
-    """(k,) ascending tokens of ``count`` whose places the rows of a merging method take.
-
-    The tokens of ``index`` (k,) keep their own; rows without a token (-1) take the last places that are free,
-    so that kept rows before them keep theirs.
-    """
-    placeless = (index < 0).sum()
-    taken = torch.zeros(count + 1, dtype=torch.bool, device=index.device)
-    taken[torch.where(index < 0, count, index)] = True
-    taken = taken[:-1]
-    from_end = (~taken).flip(0).cumsum(dim=0).flip(0)  # how manieth free place, counted from the last
-    hosts = taken | (from_end <= placeless)
-    return (~hosts).to(torch.int8).argsort(stable=True)[: index.shape[0]]

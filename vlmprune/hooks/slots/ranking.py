@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,12 @@ class LayerTokens(VisualTokens):
         vars(made).update(held, _gathered=gathered)
         return made
 
+    def with_fields(self, **fields: Any) -> LayerTokens:
+        """The same with some fields set."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), **fields)
+        return made
+
     # a value of the instance goes before these, and each leaves its answer there
 
     @cached_property
@@ -218,3 +225,37 @@ def states_of(
     states = norm(Units(units.rows, places).take(hidden))
     count = units.at.shape[1]
     return {"lm_states": states[:, :count], "text_states": states[:, count:]}
+
+
+def tokens_of(
+    language_model: nn.Module,
+    wanted: Collection[What],
+    ranked: Ranked,
+    spans: Sequence[Span],
+    hidden: Tensor,
+    position_ids: Tensor,
+) -> LayerTokens:
+    """The tokens of spans of equal length, a unit each, in a sequence (B, n, D) with its positions."""
+    rows, columns = [span.row for span in spans], [span.columns for span in spans]
+    at = columns[0][None] if len(columns) == 1 else torch.stack(columns)  # (U, N)
+    in_order = rows == list(range(hidden.shape[0]))
+    units = Units(None if in_order else torch.tensor(rows, device=hidden.device), at)
+    found = fields_of(ranked, wanted, units, hidden.shape[1])
+    found.update(states_of(language_model, wanted, hidden, ranked, units))
+    tokens = VisualTokens(
+        **found,
+        query_mask=None if ranked.real is None else units.of_row(ranked.real),
+        grids=spans[0].grids,
+        ordinal=torch.tensor([span.ordinal for span in spans]),
+        size=(at.shape[0], at.shape[1]),
+        like=hidden,
+    )
+    if position_ids.ndim > 2:  # M-RoPE knows no single position
+        return LayerTokens.of_layer(tokens, lambda: units.take(hidden))
+    plain = position_ids.expand(hidden.shape[0], -1)
+    return LayerTokens.of_layer(
+        tokens,
+        lambda: units.take(hidden),
+        lambda: units.of_row(plain).gather(1, at),
+        lambda: units.of_row(plain.gather(1, ranked.rows)),
+    )

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ...core.method import Merged
 from ..vision.pictures import Grids, Picture
 
 if TYPE_CHECKING:
@@ -75,3 +78,33 @@ class InsideRecord:
     queries: int = 1
     ranked: Ranked | None = None
     done: set[int] = field(default_factory=set)
+
+
+def settle(spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
+    """Let every span know what stays of it; ``hidden`` (B, n, D) with the rows of merging methods."""
+    for number, span in enumerate(spans):
+        if not isinstance(result, Merged):
+            span.keep(result[number])
+            continue
+        index, ids = result.slots[number], span.ids
+        span.columns = span.columns[last_hosts(index, span.count)]
+        rows = result.features[number].to(hidden.dtype)
+        hidden = hidden.index_put((torch.full_like(span.columns, span.row), span.columns), rows)
+        patches = index if ids is None else ids.to(index.device)[index.clamp_min(0)]
+        span.ids = torch.where(index >= 0, patches, -1)
+    return hidden
+
+
+def last_hosts(index: Tensor, count: int) -> Tensor:
+    """(k,) ascending tokens of ``count`` whose places the rows of a merging method take.
+
+    The tokens of ``index`` (k,) keep their own; rows without a token (-1) take the last places that are free,
+    so that kept rows before them keep theirs.
+    """
+    placeless = (index < 0).sum()
+    taken = torch.zeros(count + 1, dtype=torch.bool, device=index.device)
+    taken[torch.where(index < 0, count, index)] = True
+    taken = taken[:-1]
+    from_end = (~taken).flip(0).cumsum(dim=0).flip(0)  # how manieth free place, counted from the last
+    hosts = taken | (from_end <= placeless)
+    return (~hosts).to(torch.int8).argsort(stable=True)[: index.shape[0]]
