@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from served import Twin
 
 SITE = Path(__file__).parent / "site"
@@ -24,6 +25,7 @@ ENGINE = {
 
 if find_spec("vllm") is not None:
     os.environ.update(ENGINE)
+    torch.set_num_threads(1)  # torch has read the variable before; two threads crawl on a busy machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
