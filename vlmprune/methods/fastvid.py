@@ -75,7 +75,7 @@ def spread(total: int, places: int) -> list[int]:
 
 
 @dataclass
-class Counts:
+class PerFrame:
     """What every frame keeps.
 
     Args:
@@ -86,8 +86,8 @@ class Counts:
     salient: list[int]
     context: list[int]
 
-    def fit(self, n: int, total: int | None = None) -> Counts:
-        """Counts that frames of n tokens can hold, ``total`` of them: what is missing is filled up with
+    def fit(self, n: int, total: int | None = None) -> PerFrame:
+        """What frames of n tokens can hold, ``total`` of them: what is missing is filled up with
         salient tokens, from the first frames on.
         """
         self.salient = [min(s, n) for s in self.salient]
@@ -186,11 +186,11 @@ class FastVID(Method):
             rows = rows.index_copy(0, at, torch.cat(merged).to(x.dtype))
         return Merged(rows[None], slots[None])
 
-    def counts_of(self, parts: Sequence[range], s: Tensor, n: int, k: int | None) -> Counts:
+    def counts_of(self, parts: Sequence[range], s: Tensor, n: int, k: int | None) -> PerFrame:
         """What every frame of n tokens keeps."""
         frames = parts[-1].stop
         each = int(n * self.r) if k is None else k // frames
-        found = Counts([0] * frames, [0] * frames)
+        found = PerFrame([0] * frames, [0] * frames)
         rule = "video" if k is not None else self.rule
         for part in parts:
             members: Sequence[int] = part

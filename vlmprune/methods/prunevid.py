@@ -94,7 +94,7 @@ def sameness(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class Places:
     """Places that are clustered together.
 
     Args:
@@ -108,14 +108,14 @@ class Group:
     still: bool
 
 
-def groups_of(x: Tensor, scene: Window) -> list[Group]:
+def groups_of(x: Tensor, scene: Window) -> list[Places]:
     """The still places of a scene, and of each frame the others, from x (T, n, D); empty ones as well."""
     n, places = x.shape[1], scene.places.to(x.device)
     at, others = places.nonzero()[:, 0], (~places).nonzero()[:, 0]
     mean = x[scene.start : scene.stop, at].float().mean(dim=0)
-    found = [Group(mean, scene.start * n + at, True)]
+    found = [Places(mean, scene.start * n + at, True)]
     for t in range(scene.start, scene.stop):
-        found.append(Group(x[t, others], t * n + others, False))
+        found.append(Places(x[t, others], t * n + others, False))
     return found
 
 
@@ -212,14 +212,14 @@ class PruneVid(Method):
         """Rows that the authors make of a group."""
         return size if size <= self.above else int(size * self.clusters)
 
-    def clustered(self, group: Group, count: int) -> Group:
+    def clustered(self, group: Places, count: int) -> Places:
         """So many cluster means, by falling prominence of their centres."""
         if count == len(group.slots):
             return group
         x = group.rows.float()
         peaks = frame_peaks(x, count, self.neighbours)
         sums, members = cluster_sums(x, peaks.assignment[0], count)
-        return Group(sums / members, group.slots[peaks.centres[0]], group.still)
+        return Places(sums / members, group.slots[peaks.centres[0]], group.still)
 
 
 @register("prunevid_inside")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of methods that look while decoding: nothing is cut, answers equal an eager twin with masks."""
+"""Checks of methods that look while decoding: nothing is cut, and answers equal an eager twin with masks."""
 
 from __future__ import annotations
 
