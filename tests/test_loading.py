@@ -148,7 +148,8 @@ def test_an_unsupported_family_is_refused_before_its_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(
-        UnsupportedError, match=r"'blip-2' is not supported; families with an adapter: .*'llava'"
+        UnsupportedError,
+        match=r"'blip-2' is not supported: a Q-former .*; families with an adapter: .*'llava'",
     ):
         load(str(folder))
 

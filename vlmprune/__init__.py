@@ -37,6 +37,7 @@ __all__ = [
     "reduce",
     "refine",
     "register",
+    "register_family",
     "score",
     "select",
 ]
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .core.tokens import VisualTokens as VisualTokens
     from .errors import VlmPruneError as VlmPruneError
     from .evaluation.tasks.shapes.example import example as example
+    from .models import register_family as register_family
     from .models.loading import encode as encode
     from .models.loading import load as load
     from .registry import list_methods as list_methods
@@ -86,6 +88,7 @@ _HOME = {
     "list_methods": "registry",
     "method_info": "registry",
     "register": "registry",
+    "register_family": "models",
     "Budget": "spec",
     "Spec": "spec",
     "parse": "spec",

@@ -34,16 +34,19 @@ def prune(
     keep: int | float | str | Budget | None = None,
     positions: str | None = None,
     strict: bool = False,
+    adapter: type[Adapter] | Adapter | None = None,
 ) -> Session:
     """Prune visual tokens inside an unmodified transformers model, as a context manager.
 
     Args:
-        model: a loaded LLaVA-family model.
+        model: a loaded vision-language model.
         method: a spec such as ``"fastervlm@64"``, or a method object together with ``keep``.
         keep: int = tokens, float in (0, 1] = fraction; only where the spec has none.
         positions: "compact" re-counts positions after the cut, "original" leaves gaps; default as the method
             declares.
         strict: raise when an image holds fewer tokens than an absolute ``keep``, instead of keeping them all.
+        adapter: what says where the parts of the model are, a subclass of ``vlmprune.models.Adapter``; for
+            models that the package does not know.
 
     Example:
         >>> with vlmprune.prune(model, "fastervlm@64") as run:  # doctest: +SKIP
@@ -52,17 +55,17 @@ def prune(
     """
     wanted = _positions(positions)
     plans, text = resolve_all(method, keep)
-    adapter = adapter_for(model)
+    found = adapter_for(model, adapter)
     for built, _ in plans:
         if built.slot != "inside_lm":
             built.kind()  # raises if the class implements no verb of its slot
-        built.check_model(adapter.config)
-        if built.clips and all(modality.name != "video" for modality in adapter.modalities):
+        built.check_model(found.config)
+        if built.clips and all(modality.name != "video" for modality in found.modalities):
             raise UnsupportedError(
-                f"{built.name} reads the frames of one clip, but {adapter.model_type} takes images only; use "
+                f"{built.name} reads the frames of one clip, but {found.model_type} takes images only; use "
                 "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'"
             )
-    return Session(adapter, plans, text, positions=wanted, strict=strict)
+    return Session(found, plans, text, positions=wanted, strict=strict)
 
 
 def _positions(given: object) -> Positions | None:
@@ -183,8 +186,9 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
             tokens = stack_units([unit], pictures, needs_of(built), adapter.projector)
             with torch.no_grad():
                 scores = finite_scores(built, tokens)[0].float().cpu()
+            grids = unit.grids or ((1, unit.count),)  # not known: a row of tokens in reading order
             blank = ScoreMap(
-                scores, grids=unit.grids, method=text, view=pictures[number].view, index=seen + number
+                scores, grids=grids, method=text, view=pictures[number].view, index=seen + number
             )
             maps += _by_frame(blank) if pictures[number].frames else [blank]
         seen += len(pictures)

@@ -29,7 +29,8 @@ class Report:
         seconds: host seconds in score, select and place; on an accelerator launches only, not their
             completion.
         decode_steps: tokens that were decoded after the prompt.
-        note: why nothing was pruned, where that is so ("no images in this call", "disabled").
+        note: why nothing was pruned, where that is so ("no images in this call", "disabled"), or what else
+            has to be known of the model.
         kept: (k,) patches of every image that stay, None for all; -1 for rows that stand for no single patch.
         grids: blocks that ``kept`` counts in, per image.
         frames: whether the blocks of an image are frames of a clip.
@@ -58,6 +59,7 @@ class Report:
         """
         maps: list[KeepMap] = []
         for number, grids in enumerate(self.grids):
+            grids = grids or ((1, self.dense_tokens[number]),)  # not known: a row of tokens in reading order
             count = sum(rows * cols for rows, cols in grids)
             index = self.kept[number]
             keep_idx = torch.arange(count) if index is None else index.cpu()

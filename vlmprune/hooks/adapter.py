@@ -43,6 +43,11 @@ class Adapter(Protocol):
         positions: what position ids may be after a cut; the first is taken where a method wants another one.
         text_type: type (token_type_ids) of tokens that see earlier ones only, where others see later ones
             too; None where all are like that.
+        types: keyword of the multimodal model that holds these types.
+        aligned: keywords of the language model that hold something of every token beside its embedding.
+        checks_features: check in every call that the sequence holds the features in the order in which they
+            were encoded, where nobody declared that it does.
+        note: what every report says of it.
         deepstack: method of the language model that adds features to hidden states after a layer.
         shortens: whether patches can leave inside the tower: a tower of plain blocks over (crops, patches,
             width), and a projector of single patches.
@@ -57,10 +62,14 @@ class Adapter(Protocol):
         depth: decoder layers.
     """
 
-    model_type: ClassVar[str]
-    positions: ClassVar[tuple[Positions, ...]]
+    model_type: str
+    positions: tuple[Positions, ...]
     text_type: ClassVar[int | None]
-    deepstack: ClassVar[str | None]
+    types: ClassVar[str]
+    aligned: tuple[str, ...]
+    checks_features: bool
+    note: str
+    deepstack: str | None
     shortens: ClassVar[bool]
     pools: ClassVar[tuple[ModalityName, ...]]
     model: Any

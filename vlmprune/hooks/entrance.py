@@ -20,7 +20,7 @@ from ..errors import CaptureError, InvariantError, UnsupportedError
 from .patches import pictures_of
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, held_length
 from .sequence.masks import TokenTypes
-from .sequence.placement import Columns, place
+from .sequence.placement import Columns, Placement, place
 from .sequence.text import told_apart
 from .sequence.views import SequenceView, Views
 from .state import ForwardState
@@ -82,6 +82,9 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
         place(state.pictures[modality.name], state.columns, number, state.checks)
         for number, modality in enumerate(present)
     ]
+    if adapter.checks_features:
+        for placement in state.placements:
+            require_features(state, adapter, placement)
     if state.reads_text:
         state.placements = [told_apart(state, placement) for placement in state.placements]
     pictures = [picture for placement in state.placements for picture in placement.pictures]
@@ -93,6 +96,25 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
     report.dense_tokens = [picture.count for picture in pictures]
     report.realised_tokens = list(report.dense_tokens)
     report.layer_tokens = [[count] * adapter.depth for count in report.dense_tokens]
+
+
+def require_features(state: ForwardState, adapter: Adapter, placement: Placement) -> None:
+    """Require that the placeholders of pictures hold their features, in order."""
+    embeds = state.embeds.detach()
+    encoded = [placement.pictures[p].features.detach() for _, p, _ in placement.spans()]
+    here = embeds.flatten(0, 1)[placement.flat.to(embeds.device)]  # (S, D)
+    expected = torch.cat(encoded).to(here.device, here.dtype)
+    same = torch.zeros((), dtype=torch.bool)
+    if here.shape == expected.shape:
+        same = (here == expected).all() | here.isnan().any()  # of the model itself: a check of its own
+    state.checks.require(
+        same,
+        lambda: InvariantError(
+            f"the sequence of {adapter.model_type!r} does not hold the features of its pictures as they were "
+            "encoded, so that tokens cannot be told from each other; it needs an adapter of its own: "
+            "prune(model, spec, adapter=...)"
+        ),
+    )
 
 
 def placeholders(state: ForwardState, adapter: Adapter, modality: Modality) -> Tensor:
@@ -163,11 +185,11 @@ def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes |
         return None
     if given.ndim != 2 or given.shape[1] < new:
         raise InvariantError(
-            f"token_type_ids has shape {tuple(given.shape)}; expected a type for each of {new} tokens"
+            f"{adapter.types} has shape {tuple(given.shape)}; expected a type for each of {new} tokens"
         )
     # the class's own: on the instance a session's patch stands in its place
     make = type(adapter.model).create_masks_for_generate
-    return TokenTypes(given[:, -new:], text, make, adapter.model.config)
+    return TokenTypes(given[:, -new:], text, make, adapter.model.config, adapter.types)
 
 
 def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +205,37 @@ def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) 
     if "cache_position" in kwargs:  # transformers before 5.5
         held = view.held.shape[1]
         changed["cache_position"] = torch.arange(held, view.width, device=state.embeds.device)
-    return changed
+    return changed | followed(state, adapter, kwargs)
+
+
+# keywords along the sequence that have a rule of their own; the last is followed where features are added
+_KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "visual_pos_masks")
+
+
+def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keyword arguments (B or 1, L, ...) that the adapter names, after the cut; others of this form are
+    refused.
+    """
+    cuts = [compaction for layer, compaction in state.views.cuts if layer == 0]
+    known = _KNOWN if adapter.deepstack is not None else _KNOWN[:-1]
+    batch, length = state.embeds.shape[0], state.views.columns
+    found: dict[str, Tensor] = {}
+    for name, value in kwargs.items():
+        along = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length
+        if not cuts or name in known or not along or value.shape[0] not in (1, batch):
+            continue
+        if name not in adapter.aligned:
+            raise UnsupportedError(
+                f"{type(adapter.language_model).__name__} is given {name!r} of shape {tuple(value.shape)}, "
+                f"something of each of {length} tokens, which the adapter of {adapter.model_type!r} does not "
+                "name, so that it would not follow the cut; add it to the adapter's `aligned`, or run dense"
+            )
+        for compaction in cuts:
+            index = compaction.index.to(value.device)
+            index = index.reshape(*index.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
+            value = value.expand(batch, *value.shape[1:]).gather(1, index)
+        found[name] = value
+    return found
 
 
 @torch.compiler.disable  # where something was cut, which is once per prompt
@@ -194,7 +246,7 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
             f"the language model returned a {type(output).__name__}; call the model with return_dict=True"
         )
     views = state.views
-    output.last_hidden_state = state.checks.poison(views.expand(output.last_hidden_state))
+    output.last_hidden_state = state.checks.poison(at_full_length(views, output.last_hidden_state))
     if getattr(output, "hidden_states", None) is not None:
         last = len(output.hidden_states) - 1
         output.hidden_states = tuple(
@@ -206,6 +258,22 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
     if cache is not None and held_length(cache) == views.at(counting_layer(cache)).width:
         adopt(cache, remembered(state, owner))
     state.report.fire("exit")
+
+
+def at_full_length(views: Views, hidden: Tensor) -> Tensor:
+    """The last hidden states (B, n, D) at every column; those of the last columns where the model made no
+    others.
+    """
+    width = views.all[-1].new.shape[1]
+    if hidden.shape[1] == width:
+        return views.expand(hidden)
+    # the last column alone is that of the last kept one, whatever was cut
+    if hidden.shape[1] > max(views.tail, 1):
+        raise UnsupportedError(
+            f"the language model returned the last {hidden.shape[1]} of {width} columns, and a picture that "
+            f"was cut ends {views.tail} columns before the end; ask for fewer logits (logits_to_keep)"
+        )
+    return hidden
 
 
 def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:

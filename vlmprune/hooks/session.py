@@ -298,7 +298,7 @@ class Session:
         self._local.state, self._local.opened = state, True
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
-            state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+            state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get(self.adapter.types)
         source = take_pictures(state, self.adapter, self.spec, kwargs)
         if source is not None and is_paged(cache):
             raise UnsupportedError(
@@ -383,6 +383,8 @@ class Session:
             return
         if not state.pictures:
             state.report.note = "no images in this call" if self.enabled else "disabled"
+        else:
+            state.report.note = self.adapter.note
         self._last = state.report
 
     def close(self) -> None:

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import SpecError, UnsupportedError
 from ..lazytable import LazyTable
 from .base import Adapter
+
+A = TypeVar("A", bound=type[Adapter])
 
 _ADAPTERS = {
     "llava": ".llava:LlavaAdapter",
@@ -44,14 +46,38 @@ _ADAPTERS = {
     "lfm2_vl": ".shuffled:Lfm2VlAdapter",
     "ovis2": ".ovis2:Ovis2Adapter",
 }
-_TABLE: LazyTable[type[Adapter]] = LazyTable("family", _ADAPTERS, UnsupportedError, package=__name__)
+GROUP = "vlmprune.models"
+_TABLE: LazyTable[type[Adapter]] = LazyTable(
+    "family", _ADAPTERS, UnsupportedError, group=GROUP, package=__name__
+)
+_REGISTERED: dict[str, type[Adapter]] = {}  # by hand, see register_family
 # families that were never tried where generate does not encode pictures by itself, which is before
 # transformers 5.20
 _RECENT = set(_ADAPTERS) - {"llava", "vipllava", "llava_next", "llava_onevision"}
-# families that are known and cannot be cut, and why
+# types that are known and cannot be cut, and why
 _REFUSED = {
     "mllama": "its pictures are read by cross-attention and are no tokens of the sequence",
+    "idefics": "its pictures are read by cross-attention and are no tokens of the sequence",
+    "evolla": "it reads proteins by cross-attention, and no pictures",
     "florence2": "it is an encoder-decoder, whose pictures go through the encoder",
+    "t5gemma2": "it is an encoder-decoder, whose pictures go through the encoder",
+    "udop": "it is an encoder-decoder, whose pictures go through the encoder",
+    "pix2struct": "it is an encoder-decoder, whose decoder reads pictures by cross-attention",
+    "pp_formulanet": "it is an encoder-decoder, whose decoder reads pictures by cross-attention",
+    "vision-encoder-decoder": "it is an encoder-decoder, whose decoder reads pictures by cross-attention",
+    "blip": "its decoder reads pictures by cross-attention",
+    "blip-2": "a Q-former makes a few fixed tokens of a picture, which stand for no places in it",
+    "instructblip": "a Q-former makes a few fixed tokens of a picture, which stand for no places in it",
+    "instructblipvideo": "a Q-former makes a few fixed tokens of a picture, which stand for no places in it",
+    "kosmos-2": "a resampler makes a few fixed tokens of a picture, which stand for no places in it",
+    "kosmos-2.5": "a resampler makes a few fixed tokens of a picture, which stand for no places in it",
+    "git": "its text model puts pictures in front of the text by itself, without placeholders",
+    "fuyu": "it has no vision tower: its decoder reads pixels, merged by code that cannot be watched",
+    "diffusion_gemma": "it writes blocks of text by diffusion, and reads its prompt anew in every step",
+    "pi0": "it makes actions and no text",
+    "mistral4": "it is a language model without a vision tower",
+    "llama4": "its multimodal model has no place where features are merged that could be watched",
+    "nemotron_h_omni": "its multimodal model has no place where features are merged that could be watched",
 }
 # types of checkpoints that only their authors' code reads, each with one that was converted
 _CONVERTED = {
@@ -68,7 +94,44 @@ _INSTEAD = (
 
 def families() -> list[str]:
     """Model types (as in HF configs) that have an adapter."""
-    return _TABLE.names()
+    return sorted({*_TABLE.names(), *_REGISTERED})
+
+
+def register_family(model_type: str) -> Callable[[A], A]:
+    """Class decorator that makes an adapter known for models of this type, as in their config.
+
+    A package does the same with an entry point of the group ``vlmprune.models``.
+    """
+    if not isinstance(model_type, str) or not model_type:
+        raise SpecError(
+            f"register_family got {model_type!r}; expected the model_type of a config: "
+            "@register_family('my_vlm')"
+        )
+
+    def decorate(cls: A) -> A:
+        check_adapter(cls)
+        known = _REGISTERED.get(model_type)
+        again = known is not None and (known.__module__, known.__qualname__) == (
+            cls.__module__,
+            cls.__qualname__,
+        )
+        if model_type in _TABLE or (known is not None and not again):
+            raise SpecError(
+                f"model type {model_type!r} has an adapter already; give yours to one call, as in "
+                "prune(model, spec, adapter=...)"
+            )
+        cls.model_type = model_type
+        _REGISTERED[model_type] = cls
+        return cls
+
+    return decorate
+
+
+def check_adapter(cls: object) -> type[Adapter]:
+    """The class, if it is one of adapters."""
+    if isinstance(cls, type) and issubclass(cls, Adapter):
+        return cls
+    raise SpecError(f"adapter={cls!r}; expected a subclass of vlmprune.models.Adapter, or an object of one")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -86,7 +149,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_family(model_type: str | None, config: Mapping[str, Any] | None = None) -> str:
-    """The model type, if its models have an adapter; ``config`` is the content of a config.json.
+    """The model type, if its models may be pruned; ``config`` is the content of a config.json.
 
     A model type is a fact and no word that a user types, so none is suggested in place of it.
     """
@@ -95,8 +158,11 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
     authors = (
         model_type in _ADAPTERS and bool(config.get("architectures")) and not config.get("vision_config")
     )
-    if model_type is not None and model_type in _ADAPTERS and not authors:
-        return model_type
+    if model_type is not None and not authors:
+        if model_type in _ADAPTERS or model_type in _TABLE or model_type in _REGISTERED:
+            return model_type
+        if model_type not in _REFUSED and model_type in structural_types():
+            return model_type
     why = f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
     if model_type in _CONVERTED or authors:
         example = _CONVERTED.get(model_type or "", _CONVERTED["llava_llama"])
@@ -111,8 +177,21 @@ def check_family(model_type: str | None, config: Mapping[str, Any] | None = None
     )
 
 
-def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, wrappers of PEFT and torch.compile taken off; an error for all others."""
+def structural_types() -> list[str]:
+    """Types of transformers that read pictures and have no adapter: parts are looked for by structure."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = {*families(), *_REFUSED}
+    return sorted(name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in known)
+
+
+def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> Adapter:
+    """The adapter of a model, wrappers of PEFT and torch.compile taken off; an error for all others.
+
+    Args:
+        model: a loaded model.
+        adapter: an adapter of yours, as a class or as an object, in place of the one that would be found.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
             f"expected a loaded transformers model, got {type(model).__name__}; load it first with "
@@ -131,22 +210,45 @@ def adapter_for(model: Any) -> Adapter:
         raise UnsupportedError(
             f"{type(model).__name__} wraps a model; give the one inside, its .module, or wrap it later"
         )
-    if getattr(config, "vision_config", None) is None:
+    if adapter is not None:
+        return _given(model, adapter)
+    if model_type in _REFUSED:
+        check_family(model_type)
+    named = model_type in _REGISTERED or model_type in _TABLE.offers.points
+    if getattr(config, "vision_config", None) is None and not named:
         raise UnsupportedError(
             f"{type(model).__name__} (model type {model_type!r}) has no vision tower in its config; families "
             f"with an adapter: {families()}"
         )
     known = check_family(model_type)
-    adapter = _TABLE.load(known)
-    if not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), adapter.text):
+    if known in structural_types():
+        from .structural import StructuralAdapter
+
+        return StructuralAdapter(model)
+    found = _REGISTERED.get(known) or check_adapter(_TABLE.load(known))
+    if known in _ADAPTERS and (
+        not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), found.text)
+    ):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "
             "...ForConditionalGeneration"
         )
-    if too_old(known, type(model)):
+    if known in _ADAPTERS and too_old(known, type(model)):
         here = version("transformers")
         raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
-    return adapter(model)
+    return found(model)
+
+
+def _given(model: nn.Module, adapter: type[Adapter] | Adapter) -> Adapter:
+    """An adapter that was given for this model."""
+    if not isinstance(adapter, Adapter):
+        return check_adapter(adapter)(model)
+    if adapter.model is not model:
+        raise SpecError(
+            f"adapter={type(adapter).__name__} was made of another model; give the class, or "
+            f"{type(adapter).__name__}(model)"
+        )
+    return adapter
 
 
 def too_old(model_type: str, model_class: type[nn.Module]) -> bool:

@@ -34,7 +34,7 @@ CLS_FEATURES, TILE_FEATURES, FEATURES = Need("cls_features"), Need("tile_feature
 class Adapter:
     """Base of all: LLaVA-like models with one vision tower, a token-wise projector and a language model."""
 
-    model_type: ClassVar[str] = ""
+    model_type: str = ""
     modalities: tuple[Modality, ...] = (IMAGE,)
     view: ClassVar[str] = "center"  # how the usual processor maps the picture to the model's view
     # attributes of the inner model
@@ -44,14 +44,21 @@ class Adapter:
     # model types of the tower
     towers: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
     # what position ids may be after a cut; the first is taken where a method wants another one
-    positions: ClassVar[tuple[Positions, ...]] = ("compact", "original")
+    positions: tuple[Positions, ...] = ("compact", "original")
     # type (token_type_ids) of tokens that see earlier ones only, where others see later ones; None: all do
     text_type: ClassVar[int | None] = None
+    types: ClassVar[str] = "token_type_ids"
+    # keywords of the language model that hold something of every token (B, L, ...) beside its embedding
+    aligned: tuple[str, ...] = ()
+    # whether every call checks that the sequence holds the features in the order in which they were encoded
+    checks_features: bool = False
+    # what reports say of it
+    note: str = ""
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
     pools: ClassVar[tuple[ModalityName, ...]] = ()
     # method of the language model that adds features to hidden states after a layer
-    deepstack: ClassVar[str | None] = None
+    deepstack: str | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

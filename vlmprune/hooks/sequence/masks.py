@@ -33,12 +33,14 @@ class TokenTypes:
         text: the type of tokens that attend to earlier ones only, as everything held from before does.
         make: the model's own function from tokens and types to masks.
         config: of the whole model.
+        keyword: what that function calls the types.
     """
 
     new: Tensor
     text: int
     make: Callable[..., Any]
     config: Any
+    keyword: str = "token_type_ids"
 
     def cut(self, compaction: Compaction) -> TokenTypes:
         return replace(self, new=self.new.gather(1, compaction.index.long().to(self.new.device)))
@@ -51,8 +53,8 @@ class TokenTypes:
             inputs_embeds=hidden,
             attention_mask=valid,
             position_ids=None,
-            token_type_ids=torch.cat([held, self.new], dim=1),
             is_first_iteration=True,
+            **{self.keyword: torch.cat([held, self.new], dim=1)},
             **{cache_name(inspect.signature(self.make).parameters): cache},
         )
 
@@ -119,6 +121,16 @@ def check_kinds(config: Any, layers: Iterable[int], method: str) -> None:
                 f"of kind {kind!r}, whose mask cannot be made again after a cut; prune before the language "
                 "model, e.g. with 'fastervlm@64'"
             )
+
+
+def check_aligned(names: tuple[str, ...], method: str) -> None:
+    """Refuse cuts before layers that are given something of every token beside their hidden states."""
+    if names:
+        raise UnsupportedError(
+            f"{method} cuts inside the language model, whose layers are given {list(names)} of every token "
+            "beside it, which would not follow the cut; prune before the language model, e.g. with "
+            "'divprune@64'"
+        )
 
 
 def uses_flash(config: Any) -> bool:

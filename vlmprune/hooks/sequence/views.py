@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedError
 from .compaction import Compaction, Positions
 from .masks import LayerView, TokenTypes, angle_kind, causal_mask, layer_kind
 
@@ -60,6 +61,11 @@ class SequenceView:
     def cut(self, compaction: Compaction, policy: Positions) -> SequenceView:
         """This view after a cut."""
         lost = self.lost
+        if policy == "compact" and self.position_ids.ndim > 2:
+            raise UnsupportedError(
+                f"position_ids has shape {tuple(self.position_ids.shape)}: tokens have 2-D (M-RoPE) "
+                "positions, which cannot be counted anew; use positions='original'"
+            )
         if policy == "compact":
             lost = compaction.lost if lost is None else _sum(lost, compaction.lost)
         types = None if self.types is None else self.types.cut(compaction)

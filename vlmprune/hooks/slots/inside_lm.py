@@ -27,7 +27,7 @@ from ..attention_call import AttentionCall
 from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
-from ..sequence.masks import check_kinds, rotary_frequencies, uses_flash
+from ..sequence.masks import check_aligned, check_kinds, rotary_frequencies, uses_flash
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import drop_columns
@@ -54,6 +54,7 @@ class InsideLM:
                 f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
             )
         self.language_model = attachment.adapter.language_model
+        check_aligned(attachment.adapter.aligned, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
         keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
