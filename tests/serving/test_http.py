@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vlmprune serve tiny``: a server on the loopback, clients with different specs, and bad requests."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import vlmprune
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+SPECS = ("divprune@36", "fastervlm@36", "visionzip@36", None)  # None: what the server was started with
+DEFAULT = "uniform@36"
+START = 400  # seconds
+COMMAND = "from vlmprune.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
+    options += ["--max-model-len", "1024", "--max-num-seqs", "8"]
+    command = [sys.executable, "-c", COMMAND, "serve", "tiny", "--prune", DEFAULT, "--per-request", "--"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as out:
+        server = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
+        try:
+            until = time.monotonic() + START
+            while not alive(f"http://127.0.0.1:{port}"):
+                if server.poll() is not None or time.monotonic() > until:
+                    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(120)
+
+
+def alive(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:  # URLError, a refused connection, a timeout
+        return False
+
+
+def body(family: str, number: int, spec: str | None, **more: object) -> bytes:
+    picture, question, _ = vlmprune.example(family, number)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
+    chat = {"model": "tiny", "temperature": 0, "max_tokens": 4, **more}
+    if spec is not None:
+        chat["mm_processor_kwargs"] = {"vlmprune": spec}
+    return json.dumps({**chat, "messages": [{"role": "user", "content": content}]}).encode()
+
+
+def post(address: str, data: bytes) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def expected(family: str, number: int, spec: str) -> str:
+    model, processor = vlmprune.load("tiny")
+    picture, question, _ = vlmprune.example(family, number)
+    inputs = vlmprune.encode(model, processor, picture, question)
+    with vlmprune.prune(model, spec):
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_eight_clients_with_four_specs_get_the_answers_of_transformers(address):
+    jobs = [(family, 3, spec) for family in ("text", "attribute", "count") for spec in SPECS] * 2
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda job: post(address, body(*job)), jobs))
+    assert [status for status, _ in answers] == [200] * len(jobs)
+    told = [json.loads(text) for _, text in answers]
+    given = [one["choices"][0]["message"]["content"].strip() for one in told]
+    wanted = {job: expected(job[0], job[1], job[2] or DEFAULT).strip() for job in set(jobs)}
+    assert given == [wanted[job] for job in jobs]
+    dense = json.loads(post(address, body("text", 3, "dense"))[1])["usage"]["prompt_tokens"]
+    assert {
+        dense - one["usage"]["prompt_tokens"] for one, job in zip(told, jobs, strict=True) if job[0] == "text"
+    } == {108}
+
+
+def test_answers_can_be_streamed(address):
+    status, text = post(address, body("text", 3, "divprune@36", stream=True))
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert status == 200 and said.strip() == expected("text", 3, "divprune@36").strip()
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("nonsense@9", "unknown"),
+        ("fastv(layer=2)@9", "before the language model"),
+        ("divprune@9/total", "per total"),
+        ("fastervlm(layer=-1)@9", "first 5 of 6 blocks"),
+    ],
+)
+def test_a_bad_request_gets_400_and_the_server_lives(address, spec, why):
+    status, text = post(address, body("text", 3, spec))
+    assert status == 400 and why in text
+    assert post(address, body("text", 3, "divprune@36"))[0] == 200
+
+
+def test_a_client_that_leaves_does_not_end_the_server(address):
+    host, port = address.removeprefix("http://").split(":")
+    data = body("count", 5, "divprune@36", max_tokens=200, ignore_eos=True)
+    with socket.create_connection((host, int(port))) as one:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        one.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        time.sleep(0.2)
+    assert post(address, body("text", 3, None))[0] == 200
+
+
+def test_metrics_count_by_spec(address):
+    post(address, body("text", 3, "holov@36"))
+    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    assert 'vlmprune_pictures_total{spec="holov@36"} 1.0' in lines
+    assert 'vlmprune_kept_tokens_total{spec="holov@36"} 36.0' in lines
