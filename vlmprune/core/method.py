@@ -179,6 +179,7 @@ class Method:
     positions: ClassVar[Positions] = "compact"
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
     rows: ClassVar[Rows] = "text"  # rows of a prompt that the attention slot edits; afterwards every new one
+    gated: ClassVar[bool] = False  # is asked by ``leaves`` where ``cuts`` names a layer
     mark_values: ClassVar[int] = 1  # the largest mark of ``mark_tokens``
     wraps: ClassVar[bool] = False  # takes another method as its field `inner`
     clips: ClassVar[bool] = False  # reads the frames of one clip; images and parts of clips are refused
@@ -234,6 +235,14 @@ class Method:
 
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
         """Where a language model of ``depth`` layers is cut for a unit of ``count`` tokens."""
+        raise NotImplementedError
+
+    def leaves(self, text: Tensor, layer: int) -> Tensor:
+        """(B,) bool, whether all visual tokens leave at the input of a layer that ``cuts`` names.
+
+        Args:
+            text: (B, T, D) states of the text behind the last picture that enter the layer, T at least 2.
+        """
         raise NotImplementedError
 
     def raters(self, text: Tensor, visual: Tensor) -> Tensor | None:

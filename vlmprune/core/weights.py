@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ FORMAT, VERSION = "vlmprune.weights", 1
 _OF_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
 
 Shapes = Mapping[str, tuple[str, ...]]  # name of a tensor -> letters of its axes; a number stands for itself
+Facts = Mapping[str, Any]  # what the JSON file says
 
 
 def backbone_of(config: Any) -> dict[str, Any]:
@@ -94,13 +95,18 @@ def write_weights(
     (Path(folder) / f"{method}.json").write_text(text, encoding="utf-8")
 
 
-def read_weights(folder: str, method: str, shapes: Shapes, prefix: str = "") -> Trained:
+def read_weights(
+    folder: str, method: str, shapes: Shapes | Callable[[Facts], Shapes], prefix: str = ""
+) -> Trained:
     """Read the weights of a method and check them against the shapes that it expects.
 
     Args:
+        shapes: they, or what gives them by what the JSON file says.
         prefix: that names of tensors may have.
     """
     facts = _facts(folder, method)
+    if callable(shapes):
+        shapes = shapes(facts)
     found = _tensors(folder, method, facts["sha256"], prefix)
     if found.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())

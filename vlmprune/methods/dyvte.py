@@ -8,40 +8,47 @@ Behind layer i a small gate reads the states h of the text behind the picture, T
 
     f = [mean of h_1 .. h_(T-1); h_T],    z = W2 gelu(W1 f),
 
-and the tokens are gone from layers i + 1 and later as soon as z_1 > z_0. No trained gates are published. Here
-the exit layer is fixed; ``gate_features`` and ``gate_logits`` are the gate alone.
+and the tokens are gone from layers i + 1 and later as soon as z_1 > z_0. No trained gates are published:
+``weights`` reads some, ``exit`` is a fixed layer for all prompts.
 
-Deviations: a fixed exit in place of the gate, the same for all samples of a batch; the true span, of every
-picture.
+Deviations: every prompt of a batch is asked by itself; there the first one decides for all. The true span, of
+every picture. A prompt with less than two tokens of text behind its pictures keeps them. A later turn, and a
+decode step, asks nothing.
 Provenance: written from a description of paper and official code (commit b4a3396, no licence file); no code
 copied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..core.method import Counts, CutPoint, Method, Positions, SlotName
 from ..core.tokens import VisualTokens
-from ..errors import SpecError
+from ..core.weights import Trained, read_weights
+from ..errors import InvariantError, SpecError
 from ..registry import register
 
 
 @register("dyvte")
 @dataclass(frozen=True)
 class DyVTE(Method):
-    """Layers 0 .. exit read every token, all later ones no visual token at all.
+    """All visual tokens leave behind one layer: a fixed one, or the one where a trained gate says so.
 
     Args:
-        exit: the last layer that reads visual tokens, counted from 0; has to be given, because no trained
-            gate is there to decide it.
+        exit: the last layer that reads visual tokens, counted from 0.
+        weights: folder with trained gates for this model, in place of ``exit``.
+        margin: they leave where z_1 - z_0 exceeds this; above 0 they stay longer.
     """
 
     exit: int | None = None
+    weights: str | None = None
+    margin: float = 0.0
 
     slot: ClassVar[SlotName] = "inside_lm"
     counts: ClassVar[Counts] = "own"
@@ -50,8 +57,25 @@ class DyVTE(Method):
     licence: ClassVar[str] = "none stated"
 
     def __post_init__(self) -> None:
-        if self.exit is not None and (type(self.exit) is not int or self.exit < 0):
-            raise SpecError(f"exit={self.exit!r}; expected a decoder layer from 0 on")
+        if self.exit is not None:
+            if type(self.exit) is not int or self.exit < 0:
+                raise SpecError(f"exit={self.exit!r}; expected a decoder layer from 0 on")
+            if self.weights is not None:
+                raise SpecError(f"exit={self.exit} and weights={self.weights!r}; give one of them")
+        check_number("margin", self.margin, least=-1e6, most=1e6)
+        found = None if self.weights is None else read_gates(self.weights)
+        object.__setattr__(self, "_trained", found)
+        if found is not None:
+            object.__setattr__(self, "gated", True)
+
+    @property
+    def trained(self) -> Trained | None:
+        """The gates, where weights were given."""
+        return getattr(self, "_trained", None)
+
+    def check_model(self, config: Any) -> None:
+        if self.trained is not None:
+            self.trained.check(config)
 
     def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
         if budget is not None:
@@ -59,10 +83,14 @@ class DyVTE(Method):
                 f"dyvte got the budget {budget}, but all its tokens leave at once; drop '@{budget}' and "
                 "choose a layer, as in dyvte(exit=15)"
             )
+        if self.trained is not None:
+            # behind the last layer there is nothing to save
+            layers = [gate + 1 for gate in self.trained.facts["gates"] if gate + 1 < depth]
+            return tuple(CutPoint(layer, 0, source=None) for layer in layers)
         if self.exit is None:
             raise SpecError(
                 "dyvte decides when the tokens leave by a trained gate, and no weights of one are available; "
-                "give a fixed layer, as in dyvte(exit=15)"
+                "give a fixed layer, as in dyvte(exit=15), or a folder, as in dyvte(weights='DIR')"
             )
         if self.exit + 1 >= depth:
             raise SpecError(
@@ -72,8 +100,41 @@ class DyVTE(Method):
         # no source: all tokens leave, so nothing is ranked
         return (CutPoint(self.exit + 1, 0, source=None),)
 
+    def leaves(self, text: Tensor, layer: int) -> Tensor:
+        """(B,) bool by the gate behind the layer before: z_1 - z_0 > margin for states h (B, T, D)."""
+        if self.trained is None:
+            raise InvariantError("dyvte has no gates to ask; give weights")
+        gates = self.trained.on(text.device)
+        name = f"gate.{layer - 1}"
+        z = gate_logits(gate_features(text.float()), gates[f"{name}.w1"], gates[f"{name}.w2"])
+        return z[:, 1] - z[:, 0] > self.margin
+
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         return torch.empty(tokens.batch, 0, dtype=torch.long, device=tokens.device)
+
+
+def shapes_of(facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The tensors of the gates that a file speaks of."""
+    gates = facts.get("gates")
+    known = isinstance(gates, list) and all(type(gate) is int and gate >= 0 for gate in gates)
+    if not known or not gates or gates != sorted({*gates}):
+        raise SpecError(
+            f"the file of gates says gates={gates!r}; expected ascending layers, such as [0, 1, 2]"
+        )
+    w1: dict[str, tuple[str, ...]] = {f"gate.{gate}.w1": ("width", "2D") for gate in gates}
+    return w1 | {f"gate.{gate}.w2": ("2", "width") for gate in gates}
+
+
+def read_gates(folder: str) -> Trained:
+    """Gates from a folder, of the width of their backbone."""
+    found = read_weights(folder, "dyvte", shapes_of)
+    width = found.facts["backbone"].get("hidden_size")
+    if found.sizes["2D"] != 2 * width:
+        raise SpecError(
+            f"weights={folder!r}: gates read {found.sizes['2D']} numbers; expected {2 * width}, twice the "
+            "width of their backbone"
+        )
+    return found
 
 
 def gate_features(h: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 from given_decoder import attach_to_decoder, given_decoder
 
+from vlmprune.core.weights import write_weights
 from vlmprune.hooks.sequence.compaction import Compaction
 from vlmprune.methods.dyvte import DyVTE, gate_features, gate_logits
 
@@ -44,8 +47,18 @@ def gate(case):
     case.check("position_ids", used[0])
 
 
+def asking(W1, W2):
+    """The method with these gates, read from files of weights."""
+    tensors = {f"gate.{layer}.w1": one for layer, one in enumerate(W1)}
+    tensors |= {f"gate.{layer}.w2": one for layer, one in enumerate(W2)}
+    facts = {"backbone": {"hidden_size": W1[0].shape[1] // 2}, "gates": list(range(len(W1)))}
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(folder, "dyvte", tensors, facts)
+        return DyVTE(weights=folder)
+
+
 def end_to_end(case):
-    """The session's own hooks on the given decoder: prefill, cache and one decode step."""
+    """The session's own hooks on the given decoder, asking the gates: prefill, cache and one decode step."""
     first, end = case.hyper["visual_slice"]
     state = {name[3:]: case.tensor(name) for name in case.arrays if name.startswith("sd/")}
     gates = {name: state.pop(name) for name in list(state) if "visual_gates_router" in name}
@@ -66,9 +79,10 @@ def end_to_end(case):
         _, logits, layer = walk([output[0] for output in outputs], end, W1, W2)
         case.check("gate_logits", logits, word="logits")
         case.check("exit_layer", torch.tensor(layer))
-        with attach_to_decoder(model, DyVTE(exit=layer)) as run:
+        with attach_to_decoder(model, asking(W1, W2)) as run:
             output = model.read(embeds, [(first, end)])
             assert run.last.realised_tokens == [0] and run.last.keep[0].keep_idx.shape == (0,)
+            assert run.last.layer_tokens == [[end - first] * (layer + 1) + [0] * (run.depth - layer - 1)]
             held = [output.past_key_values.get_seq_length(layer) for layer in range(run.depth)]
             decoded = model.step(case.tensor("decode_embed").float(), output.past_key_values)
     case.check("logits_last", output.logits[0, -1], word="logits")

@@ -88,12 +88,12 @@ def build_slots(
     from .before_lm import BeforeLM
     from .decode import DecodeSlot
     from .encoder import EncoderSlot
-    from .inside_lm import InsideLM
+    from .exits import inside_slot
 
     makers: dict[SlotName, Callable[[Attachment, Method, Budget | None], Slot]] = {
         "encoder": EncoderSlot,
         "before_lm": BeforeLM,
-        "inside_lm": InsideLM,
+        "inside_lm": inside_slot,
         "attention": attention_slot,
         "decode": DecodeSlot,
     }

@@ -70,6 +70,7 @@ class InsideRecord:
         ranked: what was read for the next cut.
         lengths: tokens of every row, None where the device was not asked.
         done: layers whose cut was made, or found unnecessary.
+        leaving: rows whose tokens leave at the next cut, of methods that are asked.
     """
 
     spans: list[Span]
@@ -78,6 +79,7 @@ class InsideRecord:
     queries: int = 1
     ranked: Ranked | None = None
     done: set[int] = field(default_factory=set)
+    leaving: set[int] = field(default_factory=set)
 
 
 def settle(spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
