@@ -11,8 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from .core.combine import check_scope
 from .core.keepmap import Picture, Replay, ScoreMap
-from .core.method import Merged, Method, Positions, check_scope, needs_of
+from .core.method import Merged, Method, Positions, needs_of
 from .core.reduce import Reduced, reduce_tokens
 from .core.select import choose, choose_own
 from .core.tokens import VisualTokens

@@ -18,7 +18,8 @@ from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from .core.budget import LARGEST, Budget, Printed
-from .core.method import Method, check_scope
+from .core.combine import check_scope
+from .core.method import Method
 from .errors import SpecError, did_you_mean
 from .registry import fits, get, option_fields, option_types, summary
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmprune import parse, prune, select
-from vlmprune.core.method import act_as
+from vlmprune.core.combine import act_as
 from vlmprune.core.select import choose, choose_own
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError, UnsupportedError

@@ -100,6 +100,7 @@ class _Adapter:
     projector = staticmethod(lambda rows: rows)
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     deepstack = text_type = None
+    aligned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: GivenPictures) -> None:
         self.model = self.inner = model

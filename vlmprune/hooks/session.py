@@ -26,8 +26,9 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..core.budget import Budget
+from ..core.combine import by_slot
 from ..core.deferred import DeferredChecks
-from ..core.method import Method, Need, Positions, SlotName, by_slot, needs, needs_of
+from ..core.method import Method, Need, Positions, SlotName, needs, needs_of
 from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
@@ -131,15 +132,12 @@ class Session:
     @property
     def method(self) -> Method:
         """The method that cuts, or else the one that acts."""
-        return self._first().method
+        return next(iter(self.slots.values())).method
 
     @property
     def budget(self) -> Budget | None:
         """Its budget."""
-        return self._first().budget
-
-    def _first(self) -> Slot:
-        return next(iter(self.slots.values()))
+        return next(iter(self.slots.values())).budget
 
     @property
     def in_tower(self) -> bool:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, check_number, one_of
+from ..core.combine import act_as
 from ..core.deferred import all_finite
-from ..core.method import Method, Need, act_as, needs_of
+from ..core.method import Method, Need, needs_of
 from ..core.select import best_first, rows_at
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError, SpecError

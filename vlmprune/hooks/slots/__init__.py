@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ...core.budget import Budget
-from ...core.method import Method, Positions, SlotName, by_slot
+from ...core.combine import by_slot
+from ...core.method import Method, Positions, SlotName
 
 if TYPE_CHECKING:
     from ..adapter import Adapter

@@ -7,6 +7,8 @@ yet, because less than two tokens stand behind its pictures, keeps them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,17 @@ class ExitSlot(InsideLM):
 
     def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
         leaving = state.tracked.leaving
-        return [(span, 0) for span in state.tracked.spans if span.row in leaving and span.ids.shape[0]]
+        return [(span, 0) for span in state.tracked.spans if span.row in leaving and span.count]
 
     @torch.compiler.disable
-    def _cut(self, state: ForwardState, index: int, hidden: Tensor) -> Tensor:
+    def _cut(self, state: ForwardState, index: int, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
         state.tracked.leaving = self._asked(state, index, hidden)
-        return super()._cut(state, index, hidden)
+        return super()._cut(state, index, hidden, angles)
 
     @torch.no_grad()
     def _asked(self, state: ForwardState, index: int, hidden: Tensor) -> set[int]:
         """Rows whose tokens leave at the input (B, n, D) of a layer."""
-        rows = sorted({span.row for span in state.tracked.spans if span.ids.shape[0]})
+        rows = sorted({span.row for span in state.tracked.spans if span.count})
         if not rows:
             return set()
         text = state.views.follow(state.text_after_pictures(), index) & state.views.at(index).new

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ...checks import one_of
+from ...core.combine import act_as
 from ...core.deferred import Require
-from ...core.method import Merged, Method, Verb, act_as
+from ...core.method import Merged, Method, Verb
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, SpecError, UnsupportedError
 from ...registry import register

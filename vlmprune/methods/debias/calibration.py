@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...core.budget import Budget
-from ...core.method import CutPoint, Method, What, act_as, needs
+from ...core.combine import act_as
+from ...core.method import CutPoint, Method, What, needs
 from ...core.tokens import VisualTokens
 from ...errors import SpecError
 from ...registry import option_fields
