@@ -179,6 +179,9 @@ def test_kept_patches_follow_from_the_number_of_rows(n):
 def test_a_budget_below_the_clusters_is_refused():
     with pytest.raises(SpecError, match="keep=3 of 576 tokens is too small for the 18 recycled ones"):
         kept_of(576, 3)
+    # as many rows as clusters: no patch would be kept
+    with pytest.raises(SpecError, match="keep=18 of 576 tokens is too small for the 18 recycled ones"):
+        kept_of(576, 18)
 
 
 def test_rows_of_half_precision_are_merged_in_float32():

@@ -29,7 +29,7 @@ def cluster_count(cut: int) -> int:
 
 def kept_of(n: int, rows: int) -> int:
     """The most patches of n that are kept where kept patches and clusters are ``rows`` together."""
-    fitting = [kept for kept in range(rows) if kept + cluster_count(n - kept) == rows]
+    fitting = [kept for kept in range(1, rows) if kept + cluster_count(n - kept) == rows]
     if not fitting:
         raise SpecError(
             f"keep={rows} of {n} tokens is too small for the {cluster_count(n)} recycled ones; keep more, or "
