@@ -41,9 +41,9 @@ YOUNGER = [family for family in FIRST if family not in LLAVA_FAMILIES]
 
 
 def by_default(method: str, family: str) -> bool:
-    """Every method on LLaVA, a quarter of the cells of its relatives; for clips OneVision and a third."""
+    """Every method on LLaVA, a quarter of the cells of its relatives; for clips OneVision and a few others."""
     if get(method).clips:
-        return family == "llava_onevision" or sampled(f"{method} on {family}", 3)
+        return family == "llava_onevision" or sampled(f"{method} on {family}", 12)
     return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 4))
 
 
@@ -52,6 +52,8 @@ ALWAYS = ("keep_all_is_dense", "cut_equals_hand_built", "batch_row_equals_alone"
 
 
 def quick(subject: Subject, check: str) -> bool:
+    if subject.clips:  # clips are longer than pictures
+        return check == "cut_equals_hand_built" or sampled(f"{subject.spec} on {subject.family} {check}", 6)
     return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 3)
 
 

@@ -14,7 +14,7 @@ from vlmprune.registry import get, list_methods
 from vlmprune.speed.memory import LiveBytes
 
 METHODS = [name for name in list_methods() if get(name).clips]
-PLACES, SCENE = 16, 8  # tokens of a frame, frames of a scene
+PLACES, SCENE = 64, 8  # tokens of a frame, frames of a scene
 
 
 def clip_of(frames: int, n: int, width: int) -> VisualTokens:
