@@ -41,7 +41,7 @@ YOUNGER = [family for family in FIRST if family not in LLAVA_FAMILIES]
 
 
 def by_default(method: str, family: str) -> bool:
-    """Every method on LLaVA, a quarter of the cells of its relatives; for clips OneVision and a few others."""
+    """Every method on LLaVA, a quarter of the cells of its relatives; clips on OneVision and a few others."""
     if get(method).clips:
         return family == "llava_onevision" or sampled(f"{method} on {family}", 12)
     return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 4))
