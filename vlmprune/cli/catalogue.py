@@ -156,11 +156,13 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "relogit": "edits logits of attention, chooses no tokens",
         "head_scales": "scales outputs of attention heads, chooses no tokens",
         "visible": "hides tokens from decode steps",
+        "look": "hides from decode steps what they did not look at one layer before",
         "": "lets tokens leave by a schedule, whatever they are",
     }
     return {
         "example": example(info),
         "slot": info.slot,
+        "acts on": "clips only" if info.clips else "pictures and clips",
         "needs": ", ".join(info.needs) or "nothing from the model",
         "how": verbs[info.kind],
         "query-aware": "yes, it reads the question" if info.query_aware else "no",
