@@ -8,7 +8,6 @@ is added to what the attention function gave, which is exact and leaves masks an
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -42,7 +41,7 @@ class DecodeSlot:
         try:
             found.append(tap(layers[self.first - 1], self.first - 1, self.method.name, self._watch))
             for index in range(self.first, self.attachment.depth):
-                found.append(tap(layers[index], index, self.method.name, partial(self._without_hidden)))
+                found.append(tap(layers[index], index, self.method.name, self._without_hidden))
         except BaseException:
             for handle in found:
                 handle.remove()
