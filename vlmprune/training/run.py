@@ -55,26 +55,37 @@ def run(
         check_int("width", width, least=1)
     settings, folder = settings or Pace(), Path(out)
     questions = read_data(data, samples, dev)
-    frozen = [value for value in model.parameters() if value.requires_grad]
+    learns, mode = [value for value in model.parameters() if value.requires_grad], model.training
     model.requires_grad_(False).eval()
     try:
         training = TRAINED[method](model, processor, keep, width, settings.seed)
+        first = {name: value.detach().clone() for name, value in training.tensors().items()}
         backbone = backbone_of(model.config)
-        write_weights(folder / FIRST, method, training.tensors(), {"backbone": backbone})
         identity = {"data": questions.fingerprint, "samples": samples, "backbone": backbone}
         losses = train(training, questions.train, settings, folder / STATE, identity, note)
+        write_weights(folder / FIRST, method, first, {"backbone": backbone})
+        facts: dict[str, Any] = {
+            "backbone": backbone,
+            "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
+            "settings": {**asdict(settings), **training.settings},
+            "loss": losses[-1] if losses else None,
+            "licence": "that of the model and of the data",
+            "versions": {"torch": torch.__version__.split("+")[0]},
+        }
+        write_weights(folder, method, training.tensors(), facts)
+        facts["dev"] = measured(model, processor, questions.dev, method, folder, keep)
+        write_weights(folder, method, training.tensors(), facts)
     finally:
-        for value in frozen:
+        model.train(mode)
+        for value in learns:
             value.requires_grad_(True)
-    facts: dict[str, Any] = {
-        "backbone": backbone,
-        "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
-        "settings": {**asdict(settings), **training.settings},
-        "loss": losses[-1] if losses else None,
-        "licence": "that of the model and of the data",
-        "versions": {"torch": torch.__version__.split("+")[0]},
-    }
-    write_weights(folder, method, training.tensors(), facts)
+    return facts
+
+
+def measured(
+    model: Any, processor: Any, asked: Sequence[Exercise], method: str, folder: Path, keep: int
+) -> dict[str, Any]:
+    """Accuracy before and after a training, and of methods without one at the same budget."""
     specs = {
         "before": f"{method}(weights={str(folder / FIRST)!r})@{keep}",
         "after": f"{method}(weights={str(folder)!r})@{keep}",
@@ -82,10 +93,8 @@ def run(
         "divprune": f"divprune@{keep}",
         "dense": "dense",
     }
-    found = {name: accuracy(model, processor, questions.dev, spec) for name, spec in specs.items()}
-    facts["dev"] = {"questions": dev, "keep": keep, **found}
-    write_weights(folder, method, training.tensors(), facts)
-    return facts
+    found = {name: accuracy(model, processor, asked, spec) for name, spec in specs.items()}
+    return {"questions": len(asked), "keep": keep, **found}
 
 
 def accuracy(model: Any, processor: Any, asked: Sequence[Exercise], spec: str) -> float:

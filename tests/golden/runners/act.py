@@ -21,8 +21,10 @@ def sinks_of(case, method):
 
 def method_of(hyper):
     rule, threshold = hyper["threshold_rule"], hyper["threshold"]
-    if rule != "fixed":  # a share of the length
-        threshold = threshold if isinstance(threshold, str) else f"{threshold:g}/L"
+    if rule.endswith("/L"):
+        threshold = rule
+    elif rule != "fixed" and not isinstance(threshold, str) and threshold > 1:  # over the length
+        threshold = f"{threshold:g}/L"
     return ACT(threshold=threshold, beta=hyper["beta"], spare="first" if hyper["spare_first"] else "column0")
 
 
