@@ -16,6 +16,7 @@ TESTED = ("0.32.0",)
 # architecture -> class; only families whose answers were measured equal to vlmprune.prune
 FAMILIES = {
     "LlavaForConditionalGeneration": "vlmprune.serving.vllm.llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "vlmprune.serving.vllm.llava_next:LlavaNextForConditionalGeneration",
 }
 REFUSED = "vlmprune.serving.vllm.refused"
 
