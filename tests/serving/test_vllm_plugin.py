@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM is told when it loads its plug-ins."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+
+from vlmprune.errors import SpecError, UnsupportedError
+from vlmprune.serving import overrides
+from vlmprune.serving.vllm import plugin
+
+pytestmark = pytest.mark.vllm
+LLAVA, QWEN = "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    from vllm import ModelRegistry
+
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    monkeypatch.delenv("VLMPRUNE", raising=False)
+    return ModelRegistry.models
+
+
+def test_vllm_finds_the_entry_point():
+    (found,) = [one for one in entry_points(group="vllm.general_plugins") if one.name == "vlmprune"]
+    assert found.load() is plugin.register
+
+
+def test_who_merely_has_vlmprune_gets_the_classes_of_vllm(registry):
+    before = dict(registry)
+    plugin.register()
+    assert {name: registry[name] for name in before if not name.startswith("VlmPrune")} == {
+        name: model for name, model in before.items() if not name.startswith("VlmPrune")
+    }
+    assert registry["VlmPrune" + LLAVA].module_name == "vlmprune.serving.vllm.llava"
+
+
+def test_the_variable_puts_ours_in_place_and_refuses_other_families_by_name(registry, monkeypatch):
+    monkeypatch.setenv("VLMPRUNE", "fastervlm@64")
+    text_only = registry["LlamaForCausalLM"]
+    plugin.register()
+    assert registry[LLAVA].module_name == "vlmprune.serving.vllm.llava"
+    assert registry["LlamaForCausalLM"] is text_only
+    with pytest.raises(UnsupportedError, match=f"{QWEN} cannot be pruned in vLLM yet"):
+        registry[QWEN].load_model_cls()
+
+
+def test_a_wrong_variable_ends_the_start(registry, monkeypatch):
+    monkeypatch.setenv("VLMPRUNE", "fastervlmm@64")
+    with pytest.raises(SpecError, match="fastervlm"):
+        plugin.register()
+
+
+def test_untested_releases_are_refused_unless_a_variable_lets_them_run(registry, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.33.1+cu130")
+    monkeypatch.setenv("VLMPRUNE", "fastervlm@64")
+    monkeypatch.delenv("VLMPRUNE_UNTESTED_VLLM", raising=False)
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.1 was not tested.*0\.32\.0"):
+        plugin.register()
+    monkeypatch.setenv("VLMPRUNE_UNTESTED_VLLM", "1")
+    plugin.register()
+
+
+def test_overrides_name_our_class_and_refuse_others():
+    config = overrides("fastervlm(cls = mean)@64")(SimpleNamespace(architectures=[LLAVA]))
+    assert (config.architectures, config.vlmprune) == (["VlmPrune" + LLAVA], "fastervlm(cls=mean)@64")
+    assert overrides("dense")(config).architectures == ["VlmPrune" + LLAVA]  # asked again, nothing changes
+    with pytest.raises(UnsupportedError, match=QWEN):
+        overrides("dense")(SimpleNamespace(architectures=[QWEN]))
