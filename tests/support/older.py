@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 NEEDS_5 = {
+    "core/test_batching.py": (("text_passes",), "continuous batching is another program there"),
     "core/test_hybrids.py": (
         ("qwen3_next", "lfm2", "falcon_h1", "granite_hybrid"),
         "caches of hybrid decoders are other classes there",
