@@ -29,15 +29,14 @@ empty, half, ints = torch.empty, torch.bfloat16, torch.int32
 def prune(
     batch: int, n: int, width: int, dtype: torch.dtype = half, sides: bool = False, form: str = "auto"
 ) -> Callable:
-    length = n + 35
-    xs = [empty(batch, length, width, dtype=dtype)]
+    xs = [empty(batch, n, width, dtype=dtype)]
     if sides:  # hidden states of two layers, positions, a mask
         xs += [
-            empty(batch, length, width, dtype=dtype),
-            empty(batch, length, dtype=torch.int64),
-            empty(batch, length, dtype=torch.bool),
+            empty(batch, n, width, dtype=dtype),
+            empty(batch, n, dtype=torch.int64),
+            empty(batch, n, dtype=torch.bool),
         ]
-    return lambda: ops.prune(empty(batch, n), 64, xs, 35, 0, form)
+    return lambda: ops.prune(empty(batch, n), 64, xs, form)
 
 
 def maxmin(n: int, weighted: bool = False, first: str = "nn") -> Callable:
@@ -53,7 +52,6 @@ CASES = [
         Case(f"select N={n}", lambda n=n: ops.topk_select(empty(1, n), 64), n in (576, 2880))
         for n in (100, 196, 576, 1000, 2000, 2880, 8192)
     ),
-    Case("select 8 partial scores N=2880", lambda: ops.topk_select(empty(8, 1, 2880), 64)),
     Case("select N=100000", lambda: ops.topk_select(empty(1, 100_000), 64), True),
     *(
         Case(f"prune B={b} N={n} D={d}", prune(b, n, d), (b, n) == (1, 576))

@@ -107,9 +107,7 @@ def test_the_gate_sees_what_it_looks_for(gate):
 
     case = next(case for case in gate.CASES if case.name.startswith("gather"))
     kernel = gather.gather_kernel
-    blind = triton.jit(do_not_specialize=["d0", "b0", "r0", "n", "k", "pre", "post", "blocks", "split"])(
-        kernel.fn
-    )
+    blind = triton.jit(do_not_specialize=["d0", "b0", "r0", "k", "blocks", "split"])(kernel.fn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "gather_kernel", blind)
         (row,) = gate.rows(case, "sm_90")

@@ -113,12 +113,10 @@ GEMMA_PROJECTOR = "vlmprune.models.gemma:AfterPooling.forward"
 
 # kernels
 FORCED = "vlmprune.kernels.backends:forced"
-ADDED = "vlmprune.kernels.reference:added"
 SINGLE = "vlmprune.kernels.dispatch:_single"
 AT_LEAST = "vlmprune.kernels.cpu:_at_least"
 CPU_TOPK = "vlmprune.kernels.cpu:topk_select"
 RANKED = "vlmprune.kernels.reference:ranked"
-WITH_ENDS = "vlmprune.kernels.reference:with_ends"
 RESIDUAL = "vlmprune.kernels.reference:RESIDUAL"
 FAKE_KEPT = "vlmprune.kernels.ops:_kept"
 GRADIENT_SCATTER = "vlmprune.kernels.ops:_scatter"

@@ -49,10 +49,6 @@ def reference_right_one_of_equals(ranked: Function) -> Function:
     return lambda scores: scores.shape[-1] - 1 - ranked(scores.flip(-1))
 
 
-def parts_in_reverse(added: Function) -> Function:
-    return lambda scores: added(scores.flip(0) if scores.ndim == 3 else scores)
-
-
 SELECTION = (
     Mutant("the right one of equals", at.AT_LEAST, right_one_of_equals, SELECT),
     Mutant("ties ignored", at.AT_LEAST, all_equals, SELECT),
@@ -61,9 +57,6 @@ SELECTION = (
     Mutant("two zeros", at.RANKED, negative_zero_lower, SELECT),
     Mutant("reference takes the right one of equals", at.RANKED, reference_right_one_of_equals, SELECT),
     Mutant("NaN above all in the reference", at.RANKED, nan_highest, SELECT),
-    Mutant(
-        "partial scores added in reverse", at.ADDED, parts_in_reverse, Pytest("tests/kernels/test_parts.py")
-    ),
     Mutant(
         "a forced backend forgotten",
         at.FORCED,
@@ -74,15 +67,6 @@ SELECTION = (
 
 
 # rows ---------------------------------------------------------------------------------------------
-
-
-def one_row_too_early(with_ends: Function) -> Function:
-    def changed(idx: Any, n: int, pre: int, post: int) -> Any:
-        rows = with_ends(idx, n, pre, post)
-        behind = torch.arange(rows.shape[1]) >= rows.shape[1] - post
-        return rows - behind.to(rows)
-
-    return changed
 
 
 def shapes_not_clamped(kept: Function) -> Function:
@@ -109,8 +93,7 @@ def always_promised(scatter: Function) -> Function:
 
 
 ROWS = (
-    Mutant("rows behind from the full budget", at.WITH_ENDS, one_row_too_early, SELECT),
-    Mutant("budget not clamped for rows behind", at.FAKE_KEPT, shapes_not_clamped, ALL_TOKENS),
+    Mutant("budget not clamped in shapes", at.FAKE_KEPT, shapes_not_clamped, ALL_TOKENS),
     Mutant("rows of the first sample", at.NUMBERED, first_sample_only, SELECT),
     Mutant("repeated rows overwrite", at.UNPRUNE, last_one_wins, SELECT),
     Mutant(

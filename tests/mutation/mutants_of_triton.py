@@ -72,15 +72,6 @@ SELECT = [
     SourceMutant(
         "NaN highest", "device.sortable", "0x807FFFFF", "0x80000000", "topk_select", "special", slow=False
     ),
-    SourceMutant(
-        "partial scores not added",
-        "device.load_keys",
-        "range(1, parts)",
-        "range(2, parts)",
-        "topk_select",
-        "parts-33",
-        slow=False,
-    ),
     SourceMutant("bisection stops early", "device.kth_key", "low < high", "low + 1 < high", "topk_select"),
     SourceMutant(
         "host: k above N in a selection", "select.topk_select", "k = min(k, n)", "", "topk_select", "-33-36"
@@ -112,32 +103,29 @@ SELECT = [
 ROWS = [
     SourceMutant("host: k above N", "prune.prune", "k = min(k, n)", "", "prune", "k above N", slow=False),
     SourceMutant(
-        "ends not counted before",
+        "kept tokens in front not counted",
         "prune.kept_rows",
-        "at - pre",
-        "at",
+        "lane < at",
+        "lane < 0",
         "prune",
-        "ends-ties",
+        "odd width",
     ),
     SourceMutant(
-        "rows behind land at N",
-        "prune.kept_rows",
-        "pre + k + token - n",
-        "row",
+        "rows land where they stood",
+        "prune.prune_kernel",
+        "b * k + place",
+        "b * k + source",
         "prune",
-        "ends-ties",
+        "odd width",
         slow=False,
     ),
     SourceMutant(
-        "rows behind are lost", "prune.kept_rows", "token < n + post", "token < n", "prune", "k above N"
-    ),
-    SourceMutant(
-        "gather: rows behind",
+        "gather: indices of the first sample",
         "gather.gather_kernel",
-        "pre + n + chosen - k",
-        "n + chosen - k",
+        "tl.load(idx + to, mask=keep, other=0)",
+        "tl.load(idx + target, mask=keep, other=0)",
         "prune",
-        "ends-ties-two",
+        "odd width-two",
     ),
     SourceMutant(
         "columns of one share only",
@@ -153,10 +141,10 @@ ROWS = [
     SourceMutant(
         "indices by every share",
         "prune.kept_rows",
-        "tl.store(idx + b * k + place, token, mask=keep)",
-        "tl.store(idx + b * k + place, token + 1, mask=keep)",
+        "tl.store(idx + b * k + place, row, mask=keep)",
+        "tl.store(idx + b * k + place, row + 1, mask=keep)",
         "prune",
-        "no ends",
+        "few rows",
     ),
     SourceMutant(
         "dropped rows not zero",

@@ -17,14 +17,14 @@ import torch
 from kernel_check import KernelCase
 from torch import Tensor
 
-KINDS = ("normal", "ties", "equal", "special", "bf16", "parts")
+KINDS = ("normal", "ties", "equal", "special", "bf16")
 
 
 # --- selection ------------------------------------------------------------------------------------
 
 
 def scores(kind: str, batch: int, n: int) -> Tensor:
-    """(B, N), or (3, B, N) partial scores."""
+    """(B, N)."""
     s = torch.randn(batch, n)
     if kind == "ties":
         return s.round()
@@ -32,8 +32,6 @@ def scores(kind: str, batch: int, n: int) -> Tensor:
         return torch.full_like(s, 0.25)
     if kind == "bf16":
         return s.softmax(-1).bfloat16()
-    if kind == "parts":
-        return torch.randn(3, batch, n).round(decimals=1)
     if kind == "special":
         nan, inf = float("nan"), float("inf")
         values = torch.tensor(
@@ -67,7 +65,6 @@ def selections() -> Iterator[KernelCase]:
     for kind, k in (
         ("special", 700),
         ("ties", 4500),
-        ("parts", 1),
         ("equal", 5000),
         ("bf16", 9000),
         ("normal", 0),
@@ -96,34 +93,28 @@ def rows(batch: int, length: int, width: int) -> list[Tensor]:
     ]
 
 
-# name: batch, pre, N, post, k, width
+# name: batch, N, k, width
 PRUNED = {
-    "no ends": (2, 0, 33, 0, 5, 8),
-    "ends": (2, 3, 60, 5, 13, 33),
-    "k above N, rows behind": (2, 2, 10, 4, 15, 16),
-    "nothing kept": (2, 2, 21, 1, 0, 16),
-    "no tokens": (2, 2, 0, 2, 3, 4),
-    "many columns": (1, 1, 12, 2, 5, 520),
-    "many rows": (1, 35, 576, 20, 64, 24),
-    "long": (1, 1, 8300, 2, 30, 4),
+    "few rows": (2, 33, 5, 8),
+    "odd width": (2, 60, 13, 33),
+    "k above N": (2, 10, 15, 16),
+    "nothing kept": (2, 21, 0, 16),
+    "no tokens": (2, 0, 3, 4),
+    "many columns": (1, 12, 5, 520),
+    "many rows": (1, 576, 64, 24),
+    "long": (1, 8300, 30, 4),
 }
 
 
 def pruned_cases() -> Iterator[KernelCase]:
-    for name, (batch, pre, n, post, k, width) in PRUNED.items():
-        for kind in ("ties", "parts") if name == "ends" else ("ties",):
+    for name, (batch, n, k, width) in PRUNED.items():
 
-            def make(kind=kind, batch=batch, pre=pre, n=n, post=post, k=k, width=width):
-                return scores(kind, batch, n), k, rows(batch, pre + n + post, width), pre, post
+        def make(batch=batch, n=n, k=k, width=width):
+            return scores("ties", batch, n), k, rows(batch, n, width)
 
-            yield KernelCase("prune", f"{name}-{kind}", make, slow=name in ("long", "many rows"))
-            yield KernelCase(
-                "prune",
-                f"{name}-{kind}-two",
-                make,
-                {"form": "two"},
-                slow=name in ("long", "many rows", "no ends"),
-            )
+        yield KernelCase("prune", name, make, slow=name in ("long", "many rows"))
+        apart = name in ("long", "many rows", "few rows")
+        yield KernelCase("prune", f"{name}-two", make, {"form": "two"}, slow=apart)
 
 
 def gathered_cases() -> Iterator[KernelCase]:

@@ -21,7 +21,7 @@ from .eager import gather_rows, unprune, zoo_sensitivity
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
     # numpy() refuses tensors that ask for gradients
-    scores = reference.added(scores.detach()).float()  # (B, N)
+    scores = scores.detach().float()
     batch, n = scores.shape
     if k >= n:
         return torch.arange(n, dtype=torch.int32).expand(batch, n).contiguous()
@@ -52,9 +52,6 @@ def _at_least(row: np.ndarray, limit: np.float32, k: int) -> np.ndarray:
     return np.flatnonzero(keep)
 
 
-def prune(
-    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
-) -> tuple[Tensor, list[Tensor]]:
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
-    rows = reference.with_ends(idx, scores.shape[-1], pre, post) if pre or post else idx
-    return idx, gather_rows(xs, rows)
+    return idx, gather_rows(xs, idx)

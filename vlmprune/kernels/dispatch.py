@@ -17,33 +17,23 @@ from . import checks, unchecked
 from .backends import BACKENDS, use
 from .unchecked import run
 
-_RANKS = "(B, N), or partial scores (R, B, N)"
 FIRST = ("nn", "argmax")
 COMBINE = ("product", "sum")
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
-    """(B, min(k, N)) ascending indices of the k highest scores (B, N), or sums of partial ones (R, B, N)."""
+    """(B, min(k, N)) ascending indices of the k highest scores (B, N)."""
     _check_scores(scores, k)
     return unchecked.topk_select(scores, k, backend=backend)
 
 
 def prune(
-    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0, *, backend: str | None = None
+    scores: Tensor, k: int, xs: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """``topk_select``, and these rows of xs (B, pre+N+post, *) with the first ``pre`` and last ``post``.
-
-    Returns:
-        idx (B, k), which counts from the first row behind ``pre``, and one (B, pre+k+post, *) for each of xs.
-    """
+    """idx (B, min(k, N)) from ``topk_select``, and these rows of each of xs (B, N, *)."""
     _check_scores(scores, k)
-    checks.count("pre", pre)
-    checks.count("post", post)
-    batch, n = scores.shape[-2:]
-    checks.rows("xs", xs, (batch, pre + n + post), scores)
-    scores = scores.float()
-    idx, ys = run("prune", (scores, min(k, n), list(xs), pre, post), (scores, *xs), backend, xs)
-    return idx, list(ys)
+    checks.rows("xs", xs, tuple(scores.shape), scores)
+    return unchecked.prune(scores, k, xs, backend=backend)
 
 
 def gather_rows(
@@ -191,10 +181,8 @@ def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None
 
 
 def _check_scores(scores: Tensor, k: int) -> None:
-    checks.tensor("scores", scores, (2, 3), _RANKS)
+    checks.tensor("scores", scores, (2,), "(B, N)")
     checks.count("k", k)
-    if scores.ndim == 3 and scores.shape[0] == 0:
-        raise InvariantError(f"scores is {checks.described(scores)}: no parts to add up; expected {_RANKS}")
 
 
 def _single(x: Tensor) -> Tensor:

@@ -17,11 +17,9 @@ _CHUNK = 512  # rows of similarities held at a time
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def prune(
-    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
-) -> tuple[Tensor, list[Tensor]]:
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     idx = topk_select(scores, k)
-    return idx, gather_rows(xs, reference.with_ends(idx, scores.shape[-1], pre, post))
+    return idx, gather_rows(xs, idx)
 
 
 def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:

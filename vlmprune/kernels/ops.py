@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks
 from .backends import implementation
 
 # forward and backward may run in different threads, so that the forced backend travels as an argument
 SCHEMAS = {
     "topk_select": "(Tensor scores, SymInt k, *, str backend='') -> Tensor",
-    "prune": "(Tensor scores, SymInt k, Tensor[] xs, SymInt pre, SymInt post, *, str backend='') -> "
-    "(Tensor, Tensor[])",
+    "prune": "(Tensor scores, SymInt k, Tensor[] xs, *, str backend='') -> (Tensor, Tensor[])",
     "gather_rows": "(Tensor[] xs, Tensor idx, *, bool ordered=False, str backend='') -> Tensor[]",
     "unprune": "(Tensor g, Tensor idx, SymInt n, *, bool ordered=False, str backend='') -> Tensor",
     "greedy_maxmin": "(Tensor sim, SymInt k, Tensor? weight, str first, *, str backend='') -> (Tensor, "
@@ -71,13 +70,12 @@ def _kept(k: Any, n: Any) -> Any:
 
 
 def _topk_select(scores: Tensor, k: Any) -> Tensor:
-    # the axis of samples of (B, N) and of (R, B, N) alike
-    return _indices(scores, scores.shape[-2], _kept(k, scores.shape[-1]))
+    return _indices(scores, scores.shape[0], _kept(k, scores.shape[1]))
 
 
-def _prune(scores: Tensor, k: Any, xs: list[Tensor], pre: Any, post: Any) -> tuple[Tensor, list[Tensor]]:
+def _prune(scores: Tensor, k: Any, xs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     idx = _topk_select(scores, k)
-    return idx, [x.new_empty(x.shape[0], pre + idx.shape[1] + post, *x.shape[2:]) for x in xs]
+    return idx, _gather_rows(xs, idx)
 
 
 def _gather_rows(xs: list[Tensor], idx: Tensor) -> list[Tensor]:
@@ -152,26 +150,15 @@ def _unprune_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _prune_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    scores, _, xs, pre, post = inputs
-    idx = output[0]
+    idx, _ = output
     ctx.mark_non_differentiable(idx)
     ctx.save_for_backward(idx)
-    ctx.ends = scores.shape[-1], pre, post
-    ctx.sizes = [x.shape[1] for x in xs]
-    ctx.options = {"ordered": True, **keyword_only_inputs}
+    ctx.n, ctx.options = inputs[0].shape[1], {"ordered": True, **keyword_only_inputs}
 
 
 def _prune_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     (idx,) = ctx.saved_tensors
-    # the rows before and behind the tokens have gradients, too
-    rows = reference.with_ends(idx, *ctx.ends)
-    return (
-        None,
-        None,
-        [_scatter(g, rows, n, ctx.options) for g, n in zip(grads, ctx.sizes, strict=True)],
-        None,
-        None,
-    )
+    return None, None, [_scatter(g, idx, ctx.n, ctx.options) for g in grads]
 
 
 def _plain_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:

@@ -26,43 +26,15 @@ def ranked(scores: Tensor) -> Tensor:
     return torch.sort(0.0 - scores.float(), dim=-1, stable=True).indices
 
 
-def added(scores: Tensor) -> Tensor:
-    """Scores (B, N), or partial scores (R, B, N) added in their order."""
-    if scores.ndim == 2:
-        return scores
-    # one after the other in float32, as the kernels add them: another order would round otherwise, and break
-    # ties
-    total = scores[0].float()
-    for part in scores[1:]:
-        total = total + part.float()
-    return total
-
-
 def topk_select(scores: Tensor, k: int) -> Tensor:
-    """(B, min(k, N)) ascending indices of the highest scores (B, N), or sums of partial ones (R, B, N)."""
-    return ranked(added(scores))[:, :k].sort(dim=-1).values.int()
+    """(B, min(k, N)) ascending indices of the highest scores (B, N)."""
+    return ranked(scores)[:, :k].sort(dim=-1).values.int()
 
 
-def prune(
-    scores: Tensor, k: int, xs: Sequence[Tensor], pre: int = 0, post: int = 0
-) -> tuple[Tensor, list[Tensor]]:
-    """Select, and keep these rows of xs (B, pre+N+post, *) with the first ``pre`` and the last ``post`` of
-    them.
-
-    Returns:
-        idx (B, k) from ``topk_select``, and one (B, pre+k+post, *) for each of xs.
-    """
+def prune(scores: Tensor, k: int, xs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """idx (B, min(k, N)) from ``topk_select``, and these rows of each of xs (B, N, *)."""
     idx = topk_select(scores, k)
-    return idx, gather_rows(xs, with_ends(idx, scores.shape[-1], pre, post))
-
-
-def with_ends(idx: Tensor, n: int, pre: int, post: int) -> Tensor:
-    """(B, pre+k+post) rows that ``prune`` keeps, for its idx (B, k)."""
-    first, last = (
-        torch.arange(size, device=idx.device, dtype=idx.dtype).expand(idx.shape[0], -1)
-        for size in (pre, post)
-    )
-    return torch.cat([first, idx + pre, last + (pre + n)], dim=1)
+    return idx, gather_rows(xs, idx)
 
 
 def gather_rows(xs: Sequence[Tensor], idx: Tensor) -> list[Tensor]:

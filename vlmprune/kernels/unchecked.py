@@ -18,18 +18,19 @@ from .checks import PLAIN
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
-    """(B, min(k, N)) ascending int32 indices of the k highest scores (B, N) or sums of (R, B, N)."""
+    """(B, min(k, N)) ascending int32 indices of the k highest scores (B, N)."""
     # all kernels rank float32; half precision becomes that without loss
     scores = scores.float()
-    idx: Tensor = run("topk_select", (scores, min(k, scores.shape[-1])), (scores,), backend)
+    idx: Tensor = run("topk_select", (scores, min(k, scores.shape[1])), (scores,), backend)
     return idx
 
 
 def prune(
     scores: Tensor, k: int, xs: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """``topk_select`` by float32 scores (B, N), and these rows (B, k, *) of each of xs (B, N, *)."""
-    idx, ys = run("prune", (scores, k, list(xs), 0, 0), (scores, *xs), backend, xs)
+    """``topk_select``, and these rows (B, min(k, N), *) of each of xs (B, N, *)."""
+    scores = scores.float()
+    idx, ys = run("prune", (scores, min(k, scores.shape[1]), list(xs)), (scores, *xs), backend, xs)
     return idx, list(ys)
 
 

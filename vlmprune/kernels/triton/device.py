@@ -36,13 +36,9 @@ def value_of(key):
 
 
 @triton.jit
-def load_keys(scores, at, valid, parts, stride):
-    """Keys of scores at ``at`` (int64), summed over ``parts`` partial ones in their order; 0 if not valid."""
-    total = tl.load(scores + at, mask=valid, other=0.0).to(tl.float32)
-    for _ in range(1, parts):
-        at += stride
-        total += tl.load(scores + at, mask=valid, other=0.0).to(tl.float32)
-    return tl.where(valid, sortable(total), 0)
+def load_keys(scores, at, valid):
+    """Keys of scores at ``at`` (int64); 0 if not valid."""
+    return tl.where(valid, sortable(tl.load(scores + at, mask=valid, other=0.0).to(tl.float32)), 0)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ _GATHER_ROWS = 8
 
 
 # tensor i: width d, strides b of a batch entry and r of a row
-@triton.jit(do_not_specialize=["n", "k", "pre", "post", "blocks", "split"])
+@triton.jit(do_not_specialize=["k", "blocks", "split"])
 def gather_kernel(
     idx,
     x0,
@@ -51,10 +51,7 @@ def gather_kernel(
     d3,
     b3,
     r3,
-    n,
     k,
-    pre,
-    post,
     blocks,
     split,
     ROWS: tl.constexpr,
@@ -63,19 +60,14 @@ def gather_kernel(
     BD2: tl.constexpr,
     BD3: tl.constexpr,
 ):
-    """The slice of output rows of every program; rows before and behind the tokens are kept."""
+    """The slice of output rows of every program."""
     pid = tl.program_id(0)
     b = (pid // (blocks * split)).to(tl.int64)
     part = pid % split
     target = pid // split % blocks * ROWS + tl.arange(0, ROWS)
-    chosen = target - pre
-    token = tl.load(idx + b * k + chosen, mask=(chosen >= 0) & (chosen < k), other=0)
-    # before the tokens, a kept token, behind the tokens
-    source = tl.where(chosen < 0, target, tl.where(chosen < k, pre + token, pre + n + chosen - k)).to(
-        tl.int64
-    )
-    keep = target < pre + k + post
-    to = b * (pre + k + post) + target
+    keep = target < k
+    to = b * k + target
+    source = tl.load(idx + to, mask=keep, other=0).to(tl.int64)
     copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
     copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
     copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
@@ -167,14 +159,13 @@ def batches(xs: list[Tensor], ys: list[Tensor]) -> list[Rows]:
     return [Rows([x for x, _ in group], [y for _, y in group]) for group in groups]
 
 
-def gather(idx: Tensor, n: int, pre: int, post: int, group: Rows) -> None:
-    """Copy the rows at idx (B, k), of n tokens, with the first ``pre`` and the last ``post``."""
+def gather(idx: Tensor, group: Rows) -> None:
+    """Copy the rows at idx (B, k)."""
     batch, k = idx.shape
-    rows = pre + k + post
-    blocks = -(-rows // _GATHER_ROWS)
+    blocks = -(-k // _GATHER_ROWS)
     tiles = group.tiles(_GATHER_ROWS, 4)
-    split = group.split(batch, blocks, rows, tiles)
-    shape = n, k, pre, post, blocks, split, _GATHER_ROWS, *tiles
+    split = group.split(batch, blocks, k, tiles)
+    shape = k, blocks, split, _GATHER_ROWS, *tiles
     launch(gather_kernel, batch * blocks * split, idx, *group.args, *shape, num_warps=4)
 
 
@@ -183,7 +174,7 @@ def gather_rows(xs: list[Tensor], idx: Tensor) -> list[Tensor]:
     idx = idx.contiguous()
     ys = outputs(xs, *idx.shape)
     for group in batches(xs, ys):
-        gather(idx, xs[0].shape[1], 0, 0, group)
+        gather(idx, group)
     return ys
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .device import copy_rows, keep_rank, kth_key, load_keys
 from .gather import Rows, batches, gather, outputs
 from .launch import MAX_BLOCK, PROGRAMS, block_of, launch, warps
-from .select import Parts, parts_of, select
+from .select import select
 
 Form = Literal["auto", "fused", "two"]
 
@@ -25,46 +25,30 @@ Form = Literal["auto", "fused", "two"]
 
 
 @triton.jit
-def kept_rows(
-    scores,
-    idx,
-    b,
-    n,
-    k,
-    pre,
-    post,
-    at,
-    part,
-    parts,
-    stride,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Source rows from ``at`` on, where each goes, and which are kept; share 0 writes the indices down."""
+def kept_rows(scores, idx, b, n, k, at, part, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Rows from ``at`` on, where each goes, and which are kept; share 0 writes the indices down."""
     lane = tl.arange(0, BLOCK)
-    key = load_keys(scores, b * n + lane, lane < n, parts, stride)
+    key = load_keys(scores, b * n + lane, lane < n)
     bound = kth_key(key, k)
     above = (key > bound).to(tl.int32)
     equal = (key == bound).to(tl.int32)
     need = k - tl.sum(above, 0)
     # kept tokens in front of this slice: where its own rows go in the output
-    before = (lane < at - pre).to(tl.int32)
+    before = (lane < at).to(tl.int32)
     above_before = tl.sum(above * before, 0)
     equal_before = tl.sum(equal * before, 0)
 
     row = at + tl.arange(0, ROWS)
-    token = row - pre
     # loaded again: values in registers cannot be indexed by a slice
-    own = load_keys(scores, b * n + token, (token >= 0) & (token < n), parts, stride)
+    own = load_keys(scores, b * n + row, row < n)
     keep, place = keep_rank(own, bound, need, above_before, equal_before)
     if part == 0:
-        tl.store(idx + b * k + place, token, mask=keep)
-    target = tl.where(token < 0, row, tl.where(token < n, pre + place, pre + k + token - n))
-    return row.to(tl.int64), target, keep | (token < 0) | ((token >= n) & (token < n + post))
+        tl.store(idx + b * k + place, row, mask=keep)
+    return row.to(tl.int64), place, keep
 
 
 # tensors as in gather_kernel
-@triton.jit(do_not_specialize=["n", "k", "pre", "post", "parts", "stride", "blocks", "split"])
+@triton.jit(do_not_specialize=["n", "k", "blocks", "split"])
 def prune_kernel(
     scores,
     idx,
@@ -90,10 +74,6 @@ def prune_kernel(
     r3,
     n,
     k,
-    pre,
-    post,
-    parts,
-    stride,
     blocks,
     split,
     BLOCK: tl.constexpr,
@@ -107,8 +87,8 @@ def prune_kernel(
     b = (pid // (blocks * split)).to(tl.int64)
     part = pid % split
     at = pid // split % blocks * ROWS
-    source, target, keep = kept_rows(scores, idx, b, n, k, pre, post, at, part, parts, stride, BLOCK, ROWS)
-    to = b * (pre + k + post) + target
+    source, place, keep = kept_rows(scores, idx, b, n, k, at, part, BLOCK, ROWS)
+    to = b * k + place
     copy_rows(x0, y0, b * b0 + source * r0, to * d0, keep, d0, part, split, BD0)
     copy_rows(x1, y1, b * b1 + source * r1, to * d1, keep, d1, part, split, BD1)
     copy_rows(x2, y2, b * b2 + source * r2, to * d2, keep, d2, part, split, BD2)
@@ -118,46 +98,40 @@ def prune_kernel(
 # --- host -----------------------------------------------------------------------------------------
 
 
-def prune(
-    scores: Tensor, k: int, xs: list[Tensor], pre: int = 0, post: int = 0, form: Form = "auto"
-) -> tuple[Tensor, list[Tensor]]:
-    """Select by scores (B, N) or partial scores (R, B, N), and copy rows of xs (B, pre+N+post, *).
-
-    Returns:
-        idx (B, min(k, N)) and copies (B, pre + min(k, N) + post, *).
-    """
-    batch, n = scores.shape[-2:]
+def prune(scores: Tensor, k: int, xs: list[Tensor], form: Form = "auto") -> tuple[Tensor, list[Tensor]]:
+    """idx (B, min(k, N)) of the highest of scores (B, N), and copies of these rows of xs (B, N, *)."""
+    scores = scores.contiguous()
+    batch, n = scores.shape
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    ys = outputs(xs, batch, pre + k + post)
+    ys = outputs(xs, batch, k)
     groups = batches(xs, ys)
-    rows = None if form == "two" else fused_rows(batch, pre + n + post)
+    rows = None if form == "two" else fused_rows(batch, n)
     if form == "fused":
         rows = rows or 64
     # too many programs would select anew, there is nothing to copy, or one cannot hold all scores
     if rows is None or not groups or n > MAX_BLOCK:
-        select(parts_of(scores), n, idx)
+        select(scores, idx)
         for group in groups:
-            gather(idx, n, pre, post, group)
+            gather(idx, group)
     else:
         for group in groups:
-            fused(parts_of(scores), n, idx, pre, post, group, rows)
+            fused(scores, idx, group, rows)
     return idx, ys
 
 
-def fused_rows(batch: int, rows: int) -> int | None:
+def fused_rows(batch: int, n: int) -> int | None:
     """Source rows of a program of the fused kernel; None where it would take too many programs."""
-    return next((block for block in (16, 32, 64) if batch * -(-rows // block) <= PROGRAMS), None)
+    return next((rows for rows in (16, 32, 64) if batch * -(-n // rows) <= PROGRAMS), None)
 
 
-def fused(parts: Parts, n: int, idx: Tensor, pre: int, post: int, group: Rows, rows: int) -> None:
+def fused(scores: Tensor, idx: Tensor, group: Rows, rows: int) -> None:
     """One launch, of programs for so many source rows each."""
-    scores, number, stride = parts
-    batch, k = idx.shape
+    batch, n = scores.shape
+    k = idx.shape[1]
     block = block_of(n)
-    blocks = -(-(pre + n + post) // rows)
+    blocks = -(-n // rows)
     tiles = group.tiles(rows, warps(block))
-    split = group.split(batch, blocks, pre + k + post, tiles)
-    shape = n, k, pre, post, number, stride, blocks, split, block, rows, *tiles
-    grid = batch * blocks * split
-    launch(prune_kernel, grid, scores, idx, *group.args, *shape, num_warps=warps(block))
+    split = group.split(batch, blocks, k, tiles)
+    shape = n, k, blocks, split, block, rows, *tiles
+    launch(prune_kernel, batch * blocks * split, scores, idx, *group.args, *shape, num_warps=warps(block))

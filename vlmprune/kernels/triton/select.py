@@ -22,11 +22,11 @@ BINS = 2048
 # --- device ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n", "k", "parts", "stride"])
-def select_kernel(scores, idx, n, k, parts, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "k"])
+def select_kernel(scores, idx, n, k, BLOCK: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    key = load_keys(scores, b * n + lane, lane < n, parts, stride)
+    key = load_keys(scores, b * n + lane, lane < n)
     bound = kth_key(key, k)
     # of the keys that equal the bound so many are kept, from the left
     need = k - tl.sum((key > bound).to(tl.int32), 0)
@@ -45,14 +45,12 @@ def narrow(hist, k, BINS: tl.constexpr):
     return digit.to(tl.uint32), k - tl.sum(tl.where(bins > digit, count, 0), 0)
 
 
-@triton.jit(do_not_specialize=["n", "k", "parts", "stride", "chunks"])
+@triton.jit(do_not_specialize=["n", "k", "chunks"])
 def histogram_kernel(
     scores,
     hist,
     n,
     k,
-    parts,
-    stride,
     chunks,
     DIGIT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,7 +61,7 @@ def histogram_kernel(
     token = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
     hist += b * 3 * BINS
     valid = token < n
-    key = load_keys(scores, b * n + token, valid, parts, stride)
+    key = load_keys(scores, b * n + token, valid)
     if DIGIT == 0:
         # 32 bits are 11, 11 and 10
         digit = key >> 21
@@ -82,8 +80,8 @@ def histogram_kernel(
     tl.atomic_add(hist + DIGIT * BINS + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "k", "parts", "stride", "chunks"])
-def compact_kernel(scores, hist, idx, n, k, parts, stride, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "k", "chunks"])
+def compact_kernel(scores, hist, idx, n, k, chunks, CHUNK: tl.constexpr, BINS: tl.constexpr):
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     hist += b * 3 * BINS
@@ -97,48 +95,40 @@ def compact_kernel(scores, hist, idx, n, k, parts, stride, chunks, CHUNK: tl.con
     # what earlier chunks keep is counted anew, so that no program waits for a scan over all
     for before in range(0, chunk):
         token = before * CHUNK + lane
-        key = load_keys(scores, b * n + token, token < n, parts, stride)
+        key = load_keys(scores, b * n + token, token < n)
         above += (key > bound).to(tl.int32)
         equal += (key == bound).to(tl.int32)
     token = chunk * CHUNK + lane
-    key = load_keys(scores, b * n + token, token < n, parts, stride)
+    key = load_keys(scores, b * n + token, token < n)
     keep, place = keep_rank(key, bound, need, tl.sum(above, 0), tl.sum(equal, 0))
     tl.store(idx + b * k + place, token, mask=keep)
 
 
 # --- host -----------------------------------------------------------------------------------------
 
-Parts = tuple[Tensor, int, int]
-
-
-def parts_of(scores: Tensor) -> Parts:
-    """Contiguous scores, the number of partial scores to add up, and the distance between them."""
-    scores = scores.contiguous()
-    return (scores, scores.shape[0], scores.stride(0)) if scores.ndim == 3 else (scores, 1, 0)
-
 
 def topk_select(scores: Tensor, k: int) -> Tensor:
-    """(B, min(k, N)) indices of the highest of scores (B, N), or of partial scores (R, B, N) added up."""
-    batch, n = scores.shape[-2:]
+    """(B, min(k, N)) indices of the highest of scores (B, N)."""
+    batch, n = scores.shape
     k = min(k, n)
     idx = torch.empty(batch, k, dtype=torch.int32, device=scores.device)
-    select(parts_of(scores), n, idx)
+    select(scores.contiguous(), idx)
     return idx
 
 
-def select(parts: Parts, n: int, idx: Tensor) -> None:
-    """Fill idx (B, k) with the indices of the highest of n scores each."""
+def select(scores: Tensor, idx: Tensor) -> None:
+    """Fill idx (B, k) with the indices of the highest of scores (B, N), contiguous."""
     if not idx.numel():
         return
-    scores, number, stride = parts
-    batch, k = idx.shape
+    batch, n = scores.shape
+    k = idx.shape[1]
     if n <= MAX_BLOCK:
         block = block_of(n)
-        launch(select_kernel, batch, scores, idx, n, k, number, stride, block, num_warps=warps(block))
+        launch(select_kernel, batch, scores, idx, n, k, block, num_warps=warps(block))
         return
     chunks = -(-n // CHUNK)
     hist = torch.zeros(batch, 3, BINS, dtype=torch.int32, device=scores.device)
-    sizes = n, k, number, stride, chunks
     for digit in range(3):
-        launch(histogram_kernel, batch * chunks, scores, hist, *sizes, digit, CHUNK, BINS, num_warps=8)
-    launch(compact_kernel, batch * chunks, scores, hist, idx, *sizes, CHUNK, BINS, num_warps=8)
+        shape = n, k, chunks, digit, CHUNK, BINS
+        launch(histogram_kernel, batch * chunks, scores, hist, *shape, num_warps=8)
+    launch(compact_kernel, batch * chunks, scores, hist, idx, n, k, chunks, CHUNK, BINS, num_warps=8)
