@@ -293,6 +293,26 @@ def test_every_tile_has_its_own_run(estimator):
     assert run.last.realised_tokens == [20]
 
 
+def test_a_gated_projector_is_refused_by_the_exact_form_and_probed_by_the_other() -> None:
+    """Cohere's: the gate takes half of what the first layer gives, so that two layers are not the map."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(4, 12), nn.SiLU(), nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value, gate = self.first(x).chunk(2, dim=-1)
+            return self.second(self.act(gate) * value)
+
+    torch.manual_seed(0)
+    gated, patches = Gated(), torch.randn(1, 9, 4)
+    tokens = {"features": gated(patches).detach(), "encoder_features": patches, "projector": gated}
+    with pytest.raises(UnsupportedError, match="estimator='zo'"):
+        vlmprune.select("zooprune", keep=3, **tokens)
+    assert vlmprune.select("zooprune(estimator=zo)", keep=3, **tokens).shape == (1, 3)
+
+
 def test_a_merging_projector_is_probed_through_the_public_verb() -> None:
     class Merger(torch.nn.Module):
         def __init__(self) -> None:

@@ -144,7 +144,12 @@ def _find_parts(projector: nn.Module) -> _Parts | None:
         and not layer.weight.is_meta
         for layer in (first, second)
     )
-    if not readable or (norm is not None and norm.normalized_shape != (first.in_features,)):
+    # a gate takes half of what the first one gives
+    if (
+        not readable
+        or first.out_features != second.in_features
+        or (norm is not None and norm.normalized_shape != (first.in_features,))
+    ):
         return None
     return _Parts(norm, first, leaves[1], second)
 
