@@ -13,6 +13,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from later_families import FIRST, sampled
 from typer.testing import CliRunner
 
 from vlmprune.cli import app
@@ -27,11 +28,11 @@ CELLS += [
 ]
 # in each default run one method of every family runs anew, and one thing that another can do; always the same
 # ones. Compiling takes minutes: test_compiled does it by default
-FEW = [(f, METHODS[crc32(f.encode()) % len(METHODS)], None) for f in families()]
+OFTEN = [f for f in families() if f in FIRST or sampled(f, 4)]
+FEW = [(f, METHODS[crc32(f.encode()) % len(METHODS)], None) for f in OFTEN]
 HERE = [name for name in OF_METHODS if name != "compile" and (name != "flash" or torch.cuda.is_available())]
 FEW += [
-    (f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], HERE[crc32(f.encode()) % len(HERE)])
-    for f in families()
+    (f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], HERE[crc32(f.encode()) % len(HERE)]) for f in OFTEN
 ]
 
 

@@ -74,13 +74,13 @@ SAMPLE += [
     for spec, checks in SOME_CHECKS.items()
     for check in checks
 ]
-# of the families that came later every check runs on one or two of them
+# of the families that came later a few checks each, by name
 SAMPLE += [
     (Subject(spec, family), check)
     for family in LATER
     for spec in (ALL_CHECKS, "fastv@0.25")
     for check in all_checks()
-    if sampled(f"{spec} {family} {check}", 20)
+    if sampled(f"{spec} {family} {check}", 30)
 ]
 # words in the middle of a prompt that attends both ways look ahead when they rank
 SAMPLE += [(Subject(default_spec("sparsevlm"), "paligemma"), "cut_equals_hand_built")]

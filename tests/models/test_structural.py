@@ -5,12 +5,12 @@ reason.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from later_families import param, sampled
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAP
@@ -79,10 +79,7 @@ def test_what_has_no_tokens_of_a_picture_is_refused_with_the_reason(model_type: 
 
 @pytest.mark.parametrize(
     "model_type",
-    [
-        pytest.param(name, marks=() if zlib.crc32(name.encode()) % 5 == 0 else pytest.mark.slow)
-        for name in structural_types()
-    ],
+    [pytest.param(name, marks=() if sampled(name, 6) else pytest.mark.slow) for name in structural_types()],
 )
 def test_what_has_no_adapter_is_carried_by_structure_or_refused_with_the_reason(model_type: str) -> None:
     try:
@@ -104,7 +101,7 @@ def test_what_has_no_adapter_is_carried_by_structure_or_refused_with_the_reason(
 ALIKE = ("llava", "internvl", "qwen3_vl", "mistral3", "glm4v", "lfm2_vl", "ovis2", "cohere2_vision")
 
 
-@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("family", [param("alike", family, one_in=2) for family in ALIKE])
 def test_by_structure_the_same_tokens_are_cut_as_by_declaration(family: str) -> None:
     if missing(family):
         pytest.skip(missing(family))

@@ -5,9 +5,11 @@ token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 
 from ..core.method import Method
 from .reference import Kept, language_model
+from .reference_inside import last_norm
 from .reference_masks import angles_by_hand, mask_by_hand
 
-# number of a layer, what enters it, its maps, their logits, its values, its mask -> outputs of the heads
+# number of a layer, what enters it, its mask, its maps, their logits, its values -> outputs of the heads
 Mix = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,6 +41,27 @@ def softmax_inputs() -> Iterator[list[Tensor]]:
 
 def visual_columns(model: Any, ids: Tensor) -> Tensor:
     return (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
+
+
+@contextmanager
+def eager_edited(attention: Any, mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> Iterator[None]:
+    """Mix values anew in the eager function of one module; what follows, such as a gate, is the model's own."""
+    names = vars(sys.modules[type(attention).__module__])
+    original = names["eager_attention_forward"]
+
+    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        with softmax_inputs() as raw:
+            output, maps = original(module, query, key, value, *args, **options)
+        if module is not attention or mix is None:
+            return output, maps
+        values = value.repeat_interleave(maps.shape[1] // value.shape[1], dim=1)
+        return mix(maps, raw[-1], values).transpose(1, 2).contiguous(), maps
+
+    names["eager_attention_forward"] = forward
+    try:
+        yield
+    finally:
+        names["eager_attention_forward"] = original
 
 
 class AttentionTwin:
@@ -78,36 +102,30 @@ class AttentionTwin:
         n = hidden.shape[1]
         layers = self.method.acts_on(len(lm.layers))
         for index, layer in enumerate(lm.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
             angles = angles_by_hand(lm, index, hidden, kept.positions)
+            if not hasattr(layer, "self_attn"):  # it keeps a running state: there is no attention to edit
+                hidden = layer(hidden, position_embeddings=angles, attention_mask=None)
+                continue
             mask = mask_by_hand(self.model.config, index, n, kept.blocks)
-            with softmax_inputs() as raw:
-                out, maps = attention(hidden_states=normed, position_embeddings=angles, attention_mask=mask)[
-                    :2
-                ]
+            edit = None
             if mix is not None and index in layers:
-                values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                values = values.repeat_interleave(maps.shape[1] // values.shape[1], dim=1)
-                mixed = mix(index, hidden, maps, raw[-1], values, mask)
-                out = attention.o_proj(mixed.transpose(1, 2).flatten(2))
-            handle = attention.register_forward_hook(lambda module, args, output, out=out: (out, *output[1:]))
-            hidden = layer(hidden, position_embeddings=angles, attention_mask=mask)
-            handle.remove()
+                edit = partial(mix, index, hidden, mask)
+            with eager_edited(layer.self_attn, edit):
+                hidden = layer(hidden, position_embeddings=angles, attention_mask=mask)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index < len(kept.stacked):
                 hidden = hidden + kept.stacked[index]
-        return self.model.lm_head(lm.norm(hidden))[0]
+        return self.model.lm_head(last_norm(lm)(hidden))[0]
 
     def _note_text(
-        self, index: int, hidden: Tensor, maps: Tensor, raw: Tensor, values: Tensor, mask: Tensor
+        self, index: int, hidden: Tensor, mask: Tensor, maps: Tensor, raw: Tensor, values: Tensor
     ) -> Tensor:
         mixed = maps @ values
         self.text_heads[index] = mixed[:, :, -1]  # (1, H, d)
         return mixed
 
     def _mixed(
-        self, index: int, hidden: Tensor, maps: Tensor, raw: Tensor, values: Tensor, mask: Tensor
+        self, index: int, hidden: Tensor, mask: Tensor, maps: Tensor, raw: Tensor, values: Tensor
     ) -> Tensor:
         """(1, H, n, d) outputs of the heads: maps (1, H, n, n), their logits, values (1, H, n, d)."""
         method, n = self.method, maps.shape[2]

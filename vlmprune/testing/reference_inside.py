@@ -26,7 +26,10 @@ from ..hooks.sequence.cache import cache_in, cache_name
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
-_FIRST_NORM = {"Lfm2DecoderLayer": "operator_norm"}
+
+def first_norm(layer: Any) -> Any:
+    """What stands in front of the attention of a layer."""
+    return getattr(layer, "input_layernorm", None) or layer.operator_norm
 
 
 def last_norm(language_model: Any) -> Any:
@@ -196,7 +199,7 @@ class Twin:
         if needs(self.method, "lm_keys"):
             options[cache_name(signature(layer.self_attn.forward).parameters)] = cache
         maps = layer.self_attn(
-            hidden_states=getattr(layer, _FIRST_NORM.get(type(layer).__name__, "input_layernorm"))(hidden),
+            hidden_states=first_norm(layer)(hidden),
             position_embeddings=angles,
             attention_mask=mask,
             **options,
