@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from later_families import param
+from later_families import LATER, param
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
@@ -87,7 +87,9 @@ def test_a_row_alone_is_the_row_of_the_batch(family, tower, text):
         row = tiny_row(inputs, family, i, images)
         assert row["attention_mask"].all()
         real = inputs["attention_mask"][i].bool()
-        torch.testing.assert_close(logits(model, row)[0], batched[i, real], atol=5e-5, rtol=0)
+        torch.testing.assert_close(
+            logits(model, row)[0], batched[i, real], atol=5e-4 if family in LATER else 5e-5, rtol=0
+        )
         assert torch.equal(new_ids(model, row)[0], ids[i])
 
 
@@ -103,7 +105,9 @@ def test_the_seed_alone_decides_the_weights(family, tower, text):
         tiny_model(family, tower, text, seed=4).state_dict(),
     )
     assert all(torch.equal(first[key], again[key]) for key in first)
-    drawn = [key for key, value in first.items() if value.is_floating_point() and "running" not in key]
+    # buffers, such as the bias that balances experts, are not drawn
+    fixed = ("running", "correction_bias")
+    drawn = [k for k, v in first.items() if v.is_floating_point() and not any(part in k for part in fixed)]
     assert not any(torch.equal(first[key], other[key]) for key in drawn)
 
 

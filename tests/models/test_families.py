@@ -146,6 +146,16 @@ def test_the_projector_makes_the_features_of_what_it_is_said_to_read(family: str
     assert checked == 3
 
 
+def test_clips_at_placeholders_of_images_are_refused() -> None:
+    model, inputs = available("glm4v"), tiny_inputs("glm4v")
+    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    with (
+        pytest.raises(UnsupportedError, match="give the frames as images"),
+        vlmprune.prune(model, "random@9"),
+    ):
+        model.model.get_video_features(pixels, video_grid_thw=grid)
+
+
 @pytest.mark.parametrize("family", QWEN)
 def test_received_attention_of_a_packed_tower_is_that_of_every_picture_alone(family: str) -> None:
     model, inputs = available(family), tiny_inputs(family, images=(2, 1), video=True)

@@ -3,15 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UnsupportedError
+from .base import Modality
 from .qwen_vl import Qwen2VLAdapter
 
 
 class Glm4vAdapter(Qwen2VLAdapter):
-    """Glm4vForConditionalGeneration; each frame of a clip is a picture of its own to the tower."""
+    """Glm4vForConditionalGeneration; clips are refused, whose tokens stand at placeholders of images."""
 
     model_type = "glm4v"
     towers = ("glm4v", "glm4v_vision")
     merges_first = True
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        if modality.name == "video" and arguments.get(modality.pixels) is not None:
+            raise UnsupportedError(
+                f"{self.model_type} puts the frames of a clip at placeholders of images, which this package "
+                "does not tell apart yet; give the frames as images, or run the clip dense"
+            )
+        super().check(arguments, modality)
 
 
 class Glm4vMoeAdapter(Glm4vAdapter):

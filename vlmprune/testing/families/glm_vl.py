@@ -14,6 +14,14 @@ from .shared import IMAGE_SIZE
 _TOWER: dict[str, Any] = OUT | {"image_size": IMAGE_SIZE * 2}
 
 
+class Still(Packed):
+    """Pictures only: clips of GLM are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.video = None
+
+
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     made = qwen(_TOWER, layers, overrides, {}, {"partial_rotary_factor": 1.0})
     starts = made.pop("vision_start_token_id"), made.pop("vision_end_token_id")
@@ -29,7 +37,7 @@ def ocr(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[s
 
 
 FAMILIES = tuple(
-    Family(name, prefix, Packed(True), (("own", "own"),), fields, towers=OWN, texts=OWN)
+    Family(name, prefix, Still(), (("own", "own"),), fields, towers=OWN, texts=OWN)
     for name, prefix, fields in (
         ("glm4v", "Glm4v", config),
         ("glm46v", "Glm46V", config),
