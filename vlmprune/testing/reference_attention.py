@@ -45,7 +45,7 @@ def visual_columns(model: Any, ids: Tensor) -> Tensor:
 
 @contextmanager
 def eager_edited(attention: Any, mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> Iterator[None]:
-    """Mix values anew in the eager function of one module; what follows, such as a gate, is the model's own."""
+    """Mix values anew in the eager function of one module; what follows is the model's own."""
     names = vars(sys.modules[type(attention).__module__])
     original = names["eager_attention_forward"]
 
