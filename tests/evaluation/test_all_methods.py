@@ -19,7 +19,15 @@ from vlmprune.registry import get, list_methods
 
 ALL = Path(__file__).parents[2] / "configs" / "all-methods.yaml"
 # what the tiny model cannot do, and what the refusal tells
-REFUSED = {"var": "give them and a lower tau, as in var", "downsample": "compare with 'pool@64'"}
+REFUSED = {
+    "var": "give them and a lower tau, as in var",
+    "downsample": "compare with 'pool@64'",
+    "visionselector": "train them with 'vlmprune train visionselector",
+    **{
+        name: "use a family with clips"
+        for name in ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
+    },
+}
 COMPARED_WITH = ("dense", "random", "uniform", "pool")  # join by themselves
 SAMPLE = 6  # one spec in so many runs by default
 

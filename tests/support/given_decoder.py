@@ -101,7 +101,7 @@ class _Adapter:
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     deepstack = text_type = None
     aligned: ClassVar[tuple[str, ...]] = ()
-    checks_features = False
+    checks_features, note = False, ""
 
     def __init__(self, model: GivenPictures) -> None:
         self.model = self.inner = model

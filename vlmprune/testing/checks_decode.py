@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..api import prune
 from ..core.method import Look, Method
+from ..errors import InvariantError
 from ..hooks.attention_tap import find_attention
 from .conformance import RAGGED, Subject, expect, generate, report_of
 from .reference import (
@@ -45,7 +46,8 @@ class Looking:
     def answer(self, kept: Kept, new_tokens: int) -> list[int]:
         """Greedy ids of one prompt."""
         watched = find_attention(self.layers[self.first - 1])
-        assert watched is not None
+        if watched is None:
+            raise InvariantError(f"decoder layer {self.first - 1} has no attention; expected one to look at")
         handles = [watched.register_forward_hook(self._watch)]
         for layer in self.layers[self.first :]:
             handles.append(layer.register_forward_pre_hook(self._mask, with_kwargs=True))
