@@ -41,20 +41,20 @@ YOUNGER = [family for family in FIRST if family not in LLAVA_FAMILIES]
 
 
 def by_default(method: str, family: str) -> bool:
-    """Every method on LLaVA, a quarter of the cells of its relatives; clips on OneVision and a few others."""
+    """Every method on LLaVA, an eighth of the cells of its relatives; clips on OneVision and a few others."""
     if get(method).clips:
         return family == "llava_onevision" or sampled(f"{method} on {family}", 12)
-    return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 4))
+    return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 8))
 
 
-# what every method is held to in each run; of the other checks a third, by name
+# what every method is held to in each run; of the other checks a sixth, by name
 ALWAYS = ("keep_all_is_dense", "cut_equals_hand_built", "batch_row_equals_alone", "order_and_report")
 
 
 def quick(subject: Subject, check: str) -> bool:
     if subject.clips:  # clips are longer than pictures
         return check == "cut_equals_hand_built" or sampled(f"{subject.spec} on {subject.family} {check}", 6)
-    return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 3)
+    return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 6)
 
 
 CLIPS = [family for family in FAMILIES if layout_of(family).video is not None]
