@@ -6,6 +6,7 @@
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
     python docs/capabilities.py --method mine        one method in every family, the others as they were
     python docs/capabilities.py --quick              without torch.compile and device_map, which take longest
+    python docs/capabilities.py --least              of methods only whether they run, else as --quick
 
 Writes vlmprune/assets/capabilities.json and docs/capabilities.md. A failing check stops it: a table must not
 hide one.
@@ -25,7 +26,16 @@ import torch
 import transformers
 
 from vlmprune.models import families
-from vlmprune.testing.capabilities import ASSET, CAPABILITIES, OF_METHODS, SPEC, cell, measure, method_names
+from vlmprune.testing.capabilities import (
+    ASSET,
+    CAPABILITIES,
+    OF_METHODS,
+    SLOW,
+    SPEC,
+    measure,
+    method_names,
+    or_not,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities.md"
@@ -40,6 +50,7 @@ def main() -> None:
         "--method", action="append", choices=method_names(), help="only this one; may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="without what takes longest")
+    parser.add_argument("--least", action="store_true", help="of methods only whether they run")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     arguments = parser.parse_args()
     known = json.loads(DATA.read_text(encoding="utf-8"))["families"] if DATA.exists() else {}
@@ -47,15 +58,26 @@ def main() -> None:
     rows = [known.get(family, {}) if arguments.method else {} for family in chosen]
     methods = [arguments.method or method_names()] * len(chosen)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        made = pool.map(measured, chosen, methods, rows, [arguments.quick] * len(chosen))
+        left_out = (SLOW if arguments.quick or arguments.least else (), OF_METHODS if arguments.least else ())
+        made = pool.map(measured, chosen, methods, rows, [left_out] * len(chosen))
         for family, row in zip(chosen, made, strict=True):
             known[family] = row
             write({name: known[name] for name in families() if name in known})
             print(family, "done", flush=True)
 
 
-def measured(family: str, methods: Sequence[str], known: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    """Some methods of one family; the rest as ``known``, or measured where nothing is known of the family."""
+def measured(
+    family: str,
+    methods: Sequence[str],
+    known: Mapping[str, Any],
+    left_out: tuple[Sequence[str], Sequence[str]],
+) -> dict[str, Any]:
+    """Some methods of one family; the rest as ``known``, or measured where nothing is known of the family.
+
+    Args:
+        left_out: what is not measured, of the family and of its methods.
+    """
+    of_family, of_methods = left_out[0], (*left_out[0], *left_out[1])
     torch.set_num_threads(1)
     here = {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"}
     if known and known["measured_with"] != here:
@@ -63,12 +85,12 @@ def measured(family: str, methods: Sequence[str], known: Mapping[str, Any], quic
         raise SystemExit(
             f"{family} was measured with {old}, here is {here}; measure it whole: leave --method out"
         )
-    found = {name: measure(family, name, quick) for name in (methods if known else method_names())}
+    found = {name: measure(family, name, of_methods) for name in (methods if known else method_names())}
     rest = {name: row for name, row in known.get("methods", {}).items() if name in method_names()}
     return {
         "measured_with": here,
         "capabilities": known.get("capabilities")
-        or {name: cell(family, capability=name) for name in CAPABILITIES},
+        or {name: or_not(family, SPEC, name, of_family) for name in CAPABILITIES},
         "methods": {name: found.get(name) or rest[name] for name in method_names() if name in found | rest},
     }
 
@@ -130,7 +152,7 @@ def method_mark(name: str, row: dict, notes: list[str]) -> str:
     less = {
         one: found[one]
         for one in OF_METHODS
-        if found[one].split(":")[0] != row["capabilities"][one].split(":")[0]
+        if found[one].split(":")[0] not in ("not measured", row["capabilities"][one].split(":")[0])
     }
     numbers += [noted(f"{one}: {reason}", notes) for one, reason in less.items()]
     return f"yes ({', '.join(map(str, numbers))})" if numbers else "yes"

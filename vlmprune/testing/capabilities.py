@@ -9,7 +9,7 @@ when it is stale.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -220,11 +220,11 @@ def runs(subject: Subject) -> None:
     twins.get(subject.method.slot, cut_equals_hand_built)(subject)
 
 
-def measure(family: str, method: str, quick: bool = False) -> dict[str, str]:
+def measure(family: str, method: str, left_out: Sequence[str] = ()) -> dict[str, str]:
     """A method on a family: the spec that was tried, whether it "runs", and if so what else it can do.
 
     A method that the family refuses is tried with the option that the refusal names, and with what that one
-    is refused with. ``quick`` leaves out what takes longer than all the rest.
+    is refused with. What is ``left_out`` is said to be not measured.
     """
     spec = default_spec(method)
     found = cell(family, spec)
@@ -237,11 +237,12 @@ def measure(family: str, method: str, quick: bool = False) -> dict[str, str]:
     row = {"spec": spec, "runs": found}
     if found != "yes":
         return row
-    left_out = SLOW if quick else ()
-    return row | {
-        name: f"not measured: {name} takes long" if name in left_out else cell(family, spec, name)
-        for name in OF_METHODS
-    }
+    return row | {name: or_not(family, spec, name, left_out) for name in OF_METHODS}
+
+
+def or_not(family: str, spec: str, name: str, left_out: Sequence[str]) -> str:
+    """A cell, or that it is not measured."""
+    return f"not measured: {name} takes long" if name in left_out else cell(family, spec, name)
 
 
 def _with_options(method: str, options: str) -> str:
