@@ -55,6 +55,16 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
     return found
 
 
+def rounding(model: Any) -> float:
+    """What logits may differ by from the twin, which attends eagerly and so rounds its own way.
+
+    A gated running state enlarges that: noise of 1e-7 in the embeddings of a tiny Qwen3.5 moves its logits
+    by 2e-4, a hundred times as far as those of a Qwen3-VL. A wrong token moves them by 1e-2 and more.
+    """
+    gated = any(hasattr(layer, "linear_attn") for layer in language_model(model).layers)
+    return 5e-4 if gated else 5e-5
+
+
 def cut_equals_twin(subject: Subject) -> None:
     """Every row of a ragged batch answers as the twin does, and alone has its logits; both position
     policies."""
@@ -73,8 +83,9 @@ def cut_equals_twin(subject: Subject) -> None:
                 ids[i].tolist() == want,
                 f"{positions} row {i}: answer {ids[i].tolist()}, the twin says {want}",
             )
-            # the twin attends eagerly, which rounds its own way in every layer
-            close(rows[i], twin.logits()[-1], f"{positions} row {i} logits", tolerance=5e-5)
+            close(
+                rows[i], twin.logits()[-1], f"{positions} row {i} logits", tolerance=rounding(subject.model)
+            )
 
 
 def counts_follow_the_schedule(run: Any) -> None:
