@@ -242,7 +242,9 @@ def measure(family: str, method: str, left_out: Sequence[str] = ()) -> dict[str,
 
 def or_not(family: str, spec: str, name: str, left_out: Sequence[str]) -> str:
     """A cell, or that it is not measured."""
-    return f"not measured: {name} takes long" if name in left_out else cell(family, spec, name)
+    if name in left_out:
+        return f"not measured: {name} {'takes long' if name in SLOW else 'was left out'}"
+    return cell(family, spec, name)
 
 
 def _with_options(method: str, options: str) -> str:
