@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -122,6 +123,11 @@ class Merged:
     features: Tensor
     slots: Tensor
     context: Tensor | None = None
+
+    @classmethod
+    def batch(cls, units: Sequence[Merged]) -> Merged:
+        """One of all units, which keep as many rows each."""
+        return cls(torch.cat([one.features for one in units]), torch.cat([one.slots for one in units]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,8 +114,7 @@ class HoliTom(Method):
             counts_by_itself(self)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
-        rows = self._rows(tokens, k)
-        return Merged(torch.cat([one.features for one in rows]), torch.cat([one.slots for one in rows]))
+        return Merged.batch(self._rows(tokens, k))
 
     def own(self, tokens: VisualTokens) -> list[Merged]:
         return self._rows(tokens, None)
