@@ -28,6 +28,8 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -46,33 +48,28 @@ from llava_shape import SIZES, TEXT, Prompt, build
 from tax import _count, add_common_options, save
 
 
-class Watch:
-    """Stands in for a re-weighting method and counts the (head, row) pairs that it changes."""
-
-    def __init__(self, method: Any) -> None:
-        self.method, self.edited, self.shown = method, 0, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
-        new = self.method.reweight(attention, marked, visual)
-        changed = (new != attention).any(dim=-1)  # (B, H, R)
-        self.edited, self.shown = self.edited + int(changed.sum()), self.shown + changed.numel()
-        return new
-
-
 def edited_share(session: Any, prompt: Prompt) -> float:
     """Share of the (layer, head, row) triples shown to the method in which it changes the attention."""
-    host = session.slots["attention"]
-    watch = Watch(host.method)
-    host.method = watch
+    host, method, seen = session.slots["attention"], session.slots["attention"].method, Counter[str]()
+
+    class Watched(type(method)):  # type: ignore[misc]
+        name = method.name
+
+        def reweight(self, attention: Tensor, marked: Tensor, visual: Tensor) -> Tensor:
+            new = super().reweight(attention, marked, visual)
+            changed = (new != attention).any(dim=-1)  # (B, H, R)
+            seen.update(edited=int(changed.sum()), shown=changed.numel())
+            return new
+
+    watched = copy(method)
+    object.__setattr__(watched, "__class__", Watched)  # methods are frozen
+    host.method = watched
     try:
         with session:
             prompt.merged()
     finally:
-        host.method = watch.method
-    return watch.edited / watch.shown
+        host.method = method
+    return seen["edited"] / seen["shown"]
 
 
 @torch.inference_mode()
@@ -101,7 +98,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         sides = {"overhead": ("attached", "dense")}
         report["logits_change"] = (prompt.merged() - prompt.free.logits).abs().max().item()
-        report["edited_share"] = edited_share(session, prompt)
+        if session.method.kind() == "reweight":
+            report["edited_share"] = edited_share(session, prompt)
     seconds = race(entries, options.repeats, warmup=options.warmup, clock=options.clock)
     lists = {name: ratios(seconds[x], seconds[y]) for name, (x, y) in sides.items()}
     if "overhead" in lists:
@@ -153,8 +151,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"{row['spec']}: tax {row['tax']:.3f} (p20 {low:.3f}, p80 {high:.3f}); {faster}")
     else:
         low, high = row["spreads"]["overhead"]
-        share = f"edits {row['edited_share']:.1%} of what it is shown"
-        print(f"{row['spec']}: overhead {row['overhead']:.1%} (p20 {low:.1%}, p80 {high:.1%}); {share}")
+        share = f"; edits {row['edited_share']:.1%} of what it is shown" if "edited_share" in row else ""
+        print(f"{row['spec']}: overhead {row['overhead']:.1%} (p20 {low:.1%}, p80 {high:.1%}){share}")
     if options.out:
         save(row, options.out)
     if options.json:

@@ -17,8 +17,14 @@ PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 def answers(model):
     if not hasattr(model, "generate_batch"):
         pytest.skip("this transformers has no continuous batching")
+    from transformers import ContinuousBatchingConfig
+
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
-    out = model.generate_batch(inputs=PROMPTS, generation_config=config)
+    # few pages: by default the cache takes most of the memory
+    pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    out = model.generate_batch(
+        inputs=PROMPTS, generation_config=config, continuous_batching_config=pages, warmup=False
+    )
     assert [one.error for one in out.values()] == [None, None]
     return sorted(list(one.generated_tokens) for one in out.values())
 
