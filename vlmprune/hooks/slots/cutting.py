@@ -68,13 +68,16 @@ def cut_sequence(
     view, lengths = state.views.at(0), state.columns.lengths
     length, dropped = embeds.shape[1], dropped_tokens(state, cuts)
     is_padded = lengths is not None and (max(lengths) < length or state.columns.masked_pictures)
-    if len(set(dropped)) == 1 and not is_padded:
+    if lengths is None or (len(set(dropped)) == 1 and not is_padded):  # one row loses what it loses
         width = length - dropped[0]
         compaction = Compaction.even(
             stays(state, cuts), width, view.new, view.position_ids, [embeds], whole=view.maskless
         )
     else:
-        compaction = _uneven(state, cuts, dropped, lengths)
+        width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
+        # of masked pictures not every slot that goes was a token
+        known = None if state.columns.masked_pictures else width
+        compaction = uneven(view, flat_columns(state, cuts), known)
     if compaction.width == 0:
         raise InvariantError(
             f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
@@ -138,36 +141,14 @@ def with_rows(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
     return embeds.flatten(0, 1).index_copy(0, joined(at), joined(rows)).view_as(embeds)
 
 
-def _uneven(
-    state: ForwardState, cuts: Sequence[Cut | None], dropped: Sequence[int], lengths: list[int] | None
-) -> Compaction:
-    """A cut after which rows differ in length, or padding goes as well."""
-    gone, kept = [], []  # flat columns
+def flat_columns(state: ForwardState, cuts: Sequence[Cut | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat columns (row * L + column) of the pictures that are cut, and those of them that stay."""
+    gone, kept = [], []
     for placement, _, start, cut in numbered(state, cuts):
         slots = placement.flat[start : start + cut.length]
         gone.append(slots)
         kept.append(slots[cut.kept_slots.to(slots.device)])
-    view = state.views.at(0)
-    keep = staying(view.new, gone, kept, known=lengths is not None)
-    if lengths is None:
-        width: int | None = keep.shape[1] - dropped[0]
-    elif state.columns.masked_pictures:
-        width = None  # not every slot that goes was a token
-    else:
-        width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
-    return Compaction(keep, view.new, width)
-
-
-def staying(new: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor], *, known: bool) -> Tensor:
-    """(B, L) bool, columns that stay: all but those in ``gone``, of which those in ``kept`` stay as well.
-
-    Args:
-        new: (B, L) bool, columns that are tokens.
-        gone, kept: flat columns, row * L + column.
-        known: how many tokens a row has is known, so that padding need not count as kept.
-    """
-    keep = new.clone() if known else torch.ones_like(new)
-    return mark(keep, gone, kept)
+    return gone, kept
 
 
 def drop_columns(
@@ -180,21 +161,24 @@ def drop_columns(
     """The cut of a view that drops flat columns.
 
     Args:
-        lengths: tokens of every row, None where the device was not asked.
+        lengths: tokens of every row, None for one row whose device was not asked.
         columns: those that go, and those of them that stay.
         dropped: tokens that every row loses.
         along: (B or 1, n, *), what is cut with it.
     """
-    gone, kept = columns
     length = view.new.shape[1]
-    if len(set(dropped)) == 1 and (lengths is None or max(lengths) == length):
-        found = mark(torch.ones(view.new.shape, device=view.new.device), gone, kept)
+    if lengths is None or (len(set(dropped)) == 1 and max(lengths) == length):
+        found = mark(torch.ones(view.new.shape, device=view.new.device), *columns)
         width = length - dropped[0]
         return Compaction.even(found, width, view.new, view.position_ids, along, whole=view.maskless)
-    keep = staying(view.new, gone, kept, known=lengths is not None)
-    if lengths is None:
-        return Compaction(keep, view.new, length - dropped[0])
-    return Compaction(keep, view.new, max(have - drop for have, drop in zip(lengths, dropped, strict=True)))
+    return uneven(view, columns, max(have - drop for have, drop in zip(lengths, dropped, strict=True)))
+
+
+def uneven(
+    view: SequenceView, columns: tuple[Sequence[Tensor], Sequence[Tensor]], width: int | None
+) -> Compaction:
+    """The same where rows differ in length, or padding goes as well; ``width`` of the longest, if known."""
+    return Compaction(mark(view.new.clone(), *columns), view.new, width)
 
 
 def mark(found: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
