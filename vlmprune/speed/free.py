@@ -67,14 +67,17 @@ class FreeSide:
         self._given = {}
 
     def _note(self, index: int, module: nn.Module, args: tuple) -> None:
-        for start, compaction in self.session.state.views.cuts:
+        state = self.session.state
+        if state is None:  # a pass over the text alone, which some methods add: nothing is cut there
+            return
+        for start, compaction in state.views.cuts:
             # a cut before the language model is listed at layer 0 too; its parent was longer than the input
             if start == index and not (
                 start == 0 and compaction.length > self._given["inputs_embeds"].shape[1]
             ):
                 self.cuts[index] = (
                     compaction.index.long().clone(),
-                    self.session.state.views.at(index).position_ids.clone(),
+                    state.views.at(index).position_ids.clone(),
                 )
 
     def first_token(self) -> Tensor:
