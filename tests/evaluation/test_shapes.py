@@ -99,7 +99,13 @@ def test_a_wrong_request_is_an_error(arguments, message):
 # --- balanced -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TASK.families)
+# drawing the pictures of a needle takes as long as those of all other families
+GUESSED = [
+    pytest.param(family, marks=pytest.mark.slow) if family == "needle" else family for family in TASK.families
+]
+
+
+@pytest.mark.parametrize("family", GUESSED)
 def test_a_guesser_scores_what_is_stated(family):
     answers = defaultdict(Counter)
     for index in range(PER_FAMILY["test"]):

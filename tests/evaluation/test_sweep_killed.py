@@ -16,7 +16,7 @@ from sweep_tools import comparable, in_child, journals, sweep
 from vlmprune.errors import EvaluationError
 from vlmprune.evaluation.leaderboard.journal import locked
 
-KILLS = 50
+KILLS = [15, pytest.param(50, marks=pytest.mark.slow)]
 CHANGES = {"limit": 24, "batch_size": 4}
 FORK = multiprocessing.get_context("fork")  # imports and the model are there at once
 
@@ -38,7 +38,8 @@ def kill(child, out, chance, begun):
     child.join()
 
 
-def test_fifty_kills_lose_nothing_and_double_nothing(small_model, tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_kills_lose_nothing_and_double_nothing(small_model, tmp_path, kills):
     """Each run goes on where the last was killed."""
     reference = sweep(small_model, tmp_path / "whole", **CHANGES)
     started = time.perf_counter()
@@ -46,7 +47,7 @@ def test_fifty_kills_lose_nothing_and_double_nothing(small_model, tmp_path):
     begun = time.perf_counter() - started  # of a run that has nothing to answer
     answered, out = journals(tmp_path / "whole"), tmp_path / "killed"
     chance, counts = random.Random(0), [0]
-    for _ in range(KILLS):
+    for _ in range(kills):
         child = FORK.Process(target=in_child, args=(small_model, out), kwargs=CHANGES)
         child.start()
         kill(child, out, chance, begun)
@@ -55,7 +56,7 @@ def test_fifty_kills_lose_nothing_and_double_nothing(small_model, tmp_path):
             assert lines.items() <= answered[spec].items()
         counts.append(sum(map(len, found.values())))
     assert counts == sorted(counts)  # what was answered stayed
-    assert len(set(counts)) > KILLS / 5, "the kills came too early to test anything"
+    assert len(set(counts)) > kills / 5, "the kills came too early to test anything"
     results = sweep(small_model, out, **CHANGES)
     assert journals(out) == answered and comparable(results) == comparable(reference)
 
