@@ -73,6 +73,13 @@ def test_a_batch_is_handed_over_row_by_row(tiny):
         assert torch.allclose(free.first_token(), free.logits, atol=1e-5)
 
 
+def test_a_pass_over_the_text_alone_is_no_cut(tiny):
+    """vhr reads the prompt without its picture, through the same layers."""
+    with torch.inference_mode():
+        free = FreeSide(prune(tiny.model, "vhr(layers=[1,2])+fastv(layer=2)@0.5"), tiny.first_token)
+        assert set(free.cuts) == {2} and free.first_token().shape == free.logits.shape
+
+
 @pytest.mark.parametrize("family", [family for family in ("paligemma", "gemma3") if missing(family) is None])
 def test_tokens_that_attend_both_ways_are_handed_over_with_their_mask(family):
     model, inputs = tiny_model(family), tiny_inputs(family)
