@@ -61,7 +61,7 @@ def unprune(g: Tensor, idx: Tensor, n: int, *, ordered: bool = False, backend: s
     checks.integers("idx", idx, 2, "(B, K)", g)
     checks.shape("g", g, tuple(idx.shape))
     checks.inside(idx, n)
-    full: Tensor = run("unprune", (g, idx.int(), n), (g, idx), backend, (g,), ordered)
+    full: Tensor = run("unprune", (g, idx, n), (g, idx), backend, (g,), ordered)
     return full
 
 

@@ -38,7 +38,7 @@ def gather_rows(
     xs: Sequence[Tensor], idx: Tensor, *, ordered: bool = False, backend: str | None = None
 ) -> list[Tensor]:
     """(B, K, *) rows of each of xs (B, N, *) at idx (B, K); ``ordered`` promises ascending, distinct ones."""
-    return list(run("gather_rows", (list(xs), idx.int()), (idx, *xs), backend, xs, ordered))
+    return list(run("gather_rows", (list(xs), idx), (idx, *xs), backend, xs, ordered))
 
 
 def run(
