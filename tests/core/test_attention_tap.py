@@ -175,6 +175,26 @@ def test_an_attention_rule_that_is_not_known_is_refused(monkeypatch: pytest.Monk
         kept_of(model, inputs, spec)
 
 
+def test_rows_are_compared_once_for_each_form_of_call_and_again_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[AttentionCall] = []
+    weigh, scaling = AttentionCall.weigh, AttentionCall.scaling
+    monkeypatch.setattr(
+        AttentionCall, "weigh", lambda call, weights: compared.append(call) or weigh(call, weights)
+    )
+    model, one, padded = tiny_model("llava"), tiny_inputs("llava"), tiny_inputs("llava", images=(1, 2))
+    with vlmprune.prune(model, "fastv(layer=2)@9"), torch.no_grad():
+        for inputs, want in ((one, 1), (one, 1), (padded, 2), (one, 2), (padded, 2)):
+            model(**inputs)
+            assert len(compared) == want
+        model.set_attn_implementation("eager")
+        monkeypatch.setattr(AttentionCall, "scaling", property(lambda call: 0.9 * scaling.fget(call)))
+        for _ in range(2):
+            with pytest.raises(UnsupportedError, match="were recomputed with an error of"):
+                model(**one)
+
+
 def test_half_precision_is_within_the_bound_of_the_check() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = tiny_model("llava", dtype=dtype)

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import vlmprune
 from vlmprune.errors import CaptureError, InvariantError, UnsupportedError, VlmPruneError
+from vlmprune.hooks.sequence.views import Views
 from vlmprune.testing.checks_sequence import numbered
 from vlmprune.testing.conformance import RAGGED, generate, shared_model
 from vlmprune.testing.reference import kept_by_hand, merged_embeddings
@@ -148,6 +149,42 @@ def test_logits_to_keep_counts_columns_of_the_full_sequence() -> None:
             assert torch.equal(model(**inputs, logits_to_keep=keep).logits, full[:, -keep:])
         picked = torch.tensor([0, 5, 46])
         assert torch.equal(model(**inputs, logits_to_keep=picked).logits, full[:, picked])
+
+
+@torch.no_grad()
+def test_where_the_last_column_alone_is_read_nothing_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
+    length, expanded = inputs["input_ids"].shape[1], []
+    expand = Views.expand
+    monkeypatch.setattr(Views, "expand", lambda self, *args: expanded.append(1) or expand(self, *args))
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        full = model(**inputs).logits
+        assert full.shape[1] == length and len(expanded) == 1
+        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, full[:, -1:])
+        assert len(expanded) == 1
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert len(expanded) == 1
+        every = model(**inputs, logits_to_keep=1, output_hidden_states=True).hidden_states
+        assert {one.shape[1] for one in every} == {length}
+        # what was asked of a call that never got to its forward is not asked of another one
+        run._note_drafts(model, (), {"input_ids": inputs["input_ids"].clone(), "logits_to_keep": 1})
+        assert model.model(**inputs).last_hidden_state.shape[1] == length
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "pyramiddrop"])
+@torch.no_grad()
+def test_positions_given_to_generate_are_not_counted(spec: str) -> None:
+    model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1,))
+    places = 3 * torch.arange(inputs["input_ids"].shape[1])[None]
+    words = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with vlmprune.prune(model, spec):
+        first, second = model.generate(**inputs, position_ids=places, **words).logits
+        output = model(**inputs, position_ids=places, use_cache=True)
+        torch.testing.assert_close(first, output.logits[:, -1])
+        word, mask = first.argmax(-1, keepdim=True), inputs["attention_mask"]
+        call = {"attention_mask": torch.cat([mask, mask[:, :1]], dim=1), "position_ids": places[:, -1:] + 1}
+        step = model(input_ids=word, past_key_values=output.past_key_values, **call)
+        torch.testing.assert_close(second, step.logits[:, -1])
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])

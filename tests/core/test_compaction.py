@@ -137,8 +137,11 @@ def test_an_even_cut_is_the_same_in_one_launch(cut: tuple[torch.Tensor, torch.Te
     assert slow.lost.tolist() == [fast.lost] * len(keep)
     marks = torch.rand(keep.shape) < 0.5
     assert torch.equal(fast.follow(marks), slow.follow(marks))
-    moved = torch.where(keep, fast.new_columns(), -1)
-    assert torch.equal(moved, torch.where(keep, slow.new_columns(), -1))
+    moved = torch.where(keep, fast.new_columns, -1)
+    assert torch.equal(moved, torch.where(keep, slow.new_columns, -1))
+    for row, columns in enumerate(keep):
+        columns = columns.nonzero()[:, 0]
+        assert torch.equal(fast.moved(row, columns), slow.moved(row, columns))
     short = fast.sequence(rows)
     assert torch.equal(fast.expand(short), slow.expand(short))
     for policy in ("original", "compact"):
@@ -154,3 +157,18 @@ def test_axes_of_positions_are_cut_along() -> None:
     want = Compaction(keep, everything, 3).positions(numbers, "original")
     assert torch.equal(fast.positions(numbers, "original"), want)
     assert torch.equal(fast.positions(numbers, "original"), want)  # asked again, when it is not held any more
+
+
+@settings(max_examples=20, deadline=None)
+@given(even_cuts(), st.integers(0, 7))
+def test_positions_that_follow_each_other_are_the_first_ones(
+    cut: tuple[torch.Tensor, torch.Tensor], first: int
+) -> None:
+    keep, everything = cut[0], torch.ones_like(cut[0])
+    width, numbers = int(keep[0].sum()), torch.arange(first, first + keep.shape[1])[None]
+    fast = Compaction.even(keep.float(), width, everything, None, [], whole=True)
+    slow = Compaction(keep, everything, width)
+    for policy in ("compact", "original"):
+        found = fast.positions(numbers, policy).expand(len(keep), -1)
+        assert torch.equal(found, slow.positions(numbers, policy))
+    assert fast.slides and not slow.slides

@@ -79,6 +79,23 @@ def test_a_view_outlives_its_forward_without_its_tail():
     assert view.hiding(bits("10")).held.int().tolist() == [[0, 0]]
 
 
+def test_positions_of_later_steps_are_counted_ahead():
+    frozen, mask = sequence_view(held="101", new="1", lost=2).frozen(0), torch.ones(1, 900).bool()
+
+    def step(seen, new=1):
+        columns = torch.arange(seen, seen + new)[None]
+        return frozen.resumed(mask[:, : seen + new], 6, seen, columns, new == 1, None, True).position_ids
+
+    one, other = step(10), step(11, 3)
+    assert (one.tolist(), other.tolist()) == ([[8]], [[9, 10, 11]])
+    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()  # nothing was computed
+    # beyond what was counted, after a crop, more than are counted at once
+    for seen, new in ((265, 2), (266, 1), (8, 1), (400, 300), (9, 1)):
+        assert step(seen, new).tolist() == [list(range(seen - 2, seen - 2 + new))]
+    given = frozen.resumed(mask[:, :11], 6, 10, torch.tensor([[77]]), True, None, False)
+    assert given.position_ids.tolist() == [[75]]  # of the user's own counting
+
+
 def test_ragged_rows_get_dead_slots_that_are_not_valid():
     whole = sequence_view(held=["1", "0"], new=["1111", "0111"])
     cut = whole.cut(Compaction(bits("1111", "0101"), whole.new), "compact")

@@ -61,6 +61,10 @@ def at_the_places_seen(resumed: Function) -> Function:
     return changed
 
 
+def one_place_behind(take: Function) -> Function:
+    return lambda self, seen, position_ids, lost: take(self, seen, position_ids, lost + 1)
+
+
 def mask_of_what_was_seen(resumed: Function) -> Function:
     """The mask over held slots is the beginning of the mask over all tokens seen."""
 
@@ -165,6 +169,7 @@ SEQUENCE = (
     Mutant("positions not compacted", at.POSITIONS, always("original"), LLAVA),
     Mutant("positions always compacted", at.POSITIONS, always("compact"), LLAVA),
     Mutant("decode positions forget the cut", at.VIEW_RESUMED, at_the_places_seen, LLAVA),
+    Mutant("positions counted ahead one place behind", at.AHEAD, one_place_behind, LLAVA),
     Mutant("mask left in terms of what was seen", at.VIEW_RESUMED, mask_of_what_was_seen, LLAVA),
     Mutant(
         "mask dropped though dead slots are held",

@@ -59,8 +59,10 @@ class Shortened:
         into: (T, n) int64, the row that each row is averaged into, by size; rows that stay name themselves.
             None: what does not stay is dropped.
         notes: (T, n) about the rows of this block, for the method itself at the next one.
+        count: how many rows of every crop stay, where no value says it; None: it is counted.
     """
 
     keep: Tensor | None = None
     into: Tensor | None = None
     notes: Tensor | None = None
+    count: int | None = None

@@ -25,6 +25,7 @@ from ..errors import UnsupportedError
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_HALF = 5e-2
 _SLOTS_AT_ONCE = 128  # keys or values cast to float32 at a time
+Form = tuple[Any, ...]  # of a call: one rule of attention, whatever the values
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,18 @@ class AttentionCall:
     flash: bool = False
 
     @property
+    def form(self) -> Form:
+        """All that decides by which rule this call attends, but for values."""
+        mask, window = self.mask, self.options.get("sliding_window")
+        per_head = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1
+        masked = (mask.dtype, mask.ndim, per_head) if isinstance(mask, Tensor) else type(mask)
+        fed, held = self.queries.shape[2], self.keys.shape[2]
+        options = (self.options.get("softcap"), self.options.get("is_causal"), window)
+        sizes = (fed == 1, fed == held, window is not None and held > window)
+        function = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
+        return (self.module, function, self.queries.dtype, self.flash, masked, options, sizes)
+
+    @property
     def scaling(self) -> float:
         """Factor of the logits."""
         given = self.options.get("scaling")
@@ -61,8 +74,8 @@ class AttentionCall:
         width = self.queries.shape[-1]
         at = rows[:, None, :, None].expand(-1, self.queries.shape[1], -1, width)
         groups = self.queries.shape[1] // self.keys.shape[1]  # query heads that share a key head
-        # (B, Hk, groups * R, d)
-        queries = self.queries.gather(2, at).float().unflatten(1, (-1, groups)).flatten(2, 3)
+        asked = self.queries if self.queries.shape[2] == rows.shape[1] == 1 else self.queries.gather(2, at)
+        queries = asked.float().unflatten(1, (-1, groups)).flatten(2, 3)  # (B, Hk, groups * R, d)
         folded = [_scaled(queries, keys.float(), self.scaling) for keys in _in_parts(self.keys)]
         whole = folded[0] if len(folded) == 1 else torch.cat(folded, dim=-1)
         logits = whole.unflatten(2, (groups, -1)).flatten(1, 2)
@@ -76,6 +89,8 @@ class AttentionCall:
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point():
             return logits + self._rows_of(mask, rows).float()
         if mask is None and self._causal and self.options.get("sliding_window") is None:
+            if self.queries.shape[2] == 1:
+                return logits  # one query sees all keys
             slots = torch.arange(self.keys.shape[2], device=rows.device)
             return logits.masked_fill((slots > self._own_keys(rows)[..., None])[:, None], -torch.inf)
         visible = self.visible(rows)
@@ -177,6 +192,13 @@ class AttentionCall:
             seen += (visible & real[..., None]).sum(dim=1)
         return total, seen
 
+    def of_last(self) -> AttentionCall:
+        """The call of the last query alone, where that sees every key: its row takes few launches."""
+        plain = self.mask is None and self.options.get("sliding_window") is None
+        if plain and (self.flash or self.queries.shape[2] == self.keys.shape[2]):
+            return replace(self, queries=self.queries[:, :, -1:])
+        return self
+
     def of_heads(self, heads: Tensor) -> AttentionCall:
         """The call of some query heads (h,) alone, each with the key head that it shares."""
         shared = heads // (self.queries.shape[1] // self.keys.shape[1])
@@ -222,16 +244,26 @@ class AttentionCall:
         return replace(self, mask=bias)
 
     def check(
-        self, rows: Tensor, real: Tensor | None, attention: Tensor, output: Tensor, checks: Checks = NOW
+        self,
+        rows: Tensor,
+        real: Tensor | None,
+        attention: Tensor,
+        output: Tensor,
+        checks: Checks = NOW,
+        known: set[Form] | None = None,
     ) -> None:
         """Require that ``attention`` (B, H, R, S) of ``rows`` (B, R) gives what the model itself computed.
 
         Args:
             real: (B, R) bool, rows to compare, the others are filling; None: all.
             output: (B, n, H, d), what the attention function returned.
+            known: forms that were checked before; that of this call joins them until its check fails.
         """
-        if self.options.get("dropout"):
-            return  # the model drops weights at random: its output is of another attention
+        known = set() if known is None else known
+        if self.options.get("dropout") or self.form in known:
+            return  # a model that drops weights at random gives the output of another attention
+        form = self.form
+        known.add(form)
         at = rows[..., None, None].expand(-1, -1, *output.shape[2:])
         given, made = output.detach().gather(1, at).float(), self.weigh(attention)
         if real is not None:
@@ -240,15 +272,17 @@ class AttentionCall:
         bound = _TOLERANCE.get(output.dtype, _TOLERANCE_HALF)
         wrong, largest = magnitude(made - given), magnitude(given)
         overflow = largest != largest  # NaN of the model itself: what is captured is checked for that
-        checks.require(
-            (wrong <= bound * largest) | overflow,
-            lambda: UnsupportedError(
+
+        def explain() -> UnsupportedError:
+            known.discard(form)
+            return UnsupportedError(
                 f"attention rows of {type(self.module).__name__} were recomputed with an error of "
                 f"{float(wrong / largest.clamp_min(1e-20)):.2g} (at most {bound:g} is rounding): it attends "
                 "by a rule that is not known here; use a method that reads no attention of it, e.g. "
                 "'divprune@64'"
-            ),
-        )
+            )
+
+        checks.require((wrong <= bound * largest) | overflow, explain)
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

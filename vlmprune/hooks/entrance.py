@@ -38,8 +38,10 @@ def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapp
     for modality in adapter.modalities:
         pixels = kwargs.get(modality.pixels)
         if state.active and pixels is not None:
-            # some families skip empty pixels and leave the placeholders as they are
-            adapter.check(kwargs, modality)
+            if isinstance(pixels, Tensor) and not pixels.numel():
+                # some families skip empty pixels and leave the placeholders as they are; others are checked
+                # where they are encoded
+                adapter.check(kwargs, modality)
             source = pixels if source is None else source
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
         if encoded is None or not state.active:
@@ -147,14 +149,14 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
         raise InvariantError(
             f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, new)}, as fed"
         )
+    counted = state.counted and state.unpadded and position_ids.ndim == 2
     types = token_types(state, adapter, new) if typed and state.placements else None
     if cache_state is None:
-        maskless = maskless and types is None
-        view = SequenceView(0, mask[:, :held], mask[:, seen:], position_ids, None, maskless, types=types)
-        return Views([view])
+        maskless, padding = maskless and types is None, (mask[:, :held], mask[:, seen:])
+        return Views([SequenceView(0, *padding, position_ids, None, maskless, counted, types=types)])
     return Views(
         [
-            view.resumed(mask, cache_state.seen, seen, position_ids, maskless, types)
+            view.resumed(mask, cache_state.seen, seen, position_ids, maskless, types, counted)
             for view in cache_state.views
         ]
     )
@@ -245,9 +247,13 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
         raise UnsupportedError(
             f"the language model returned a {type(output).__name__}; call the model with return_dict=True"
         )
-    views = state.views
-    output.last_hidden_state = state.checks.poison(at_full_length(views, output.last_hidden_state))
-    if getattr(output, "hidden_states", None) is not None:
+    views, short = state.views, output.last_hidden_state
+    all_layers = getattr(output, "hidden_states", None) is not None
+    # most often the last column alone is read, which is that of the last kept one
+    as_it_is = not all_layers and (state.logits == 1 or 0 < state.logits <= views.tail)
+    hidden = short if as_it_is else at_full_length(views, short)
+    output.last_hidden_state = state.checks.poison(hidden)
+    if all_layers:
         last = len(output.hidden_states) - 1
         output.hidden_states = tuple(
             views.expand(hidden, None if number == last else number - 1)
@@ -285,7 +291,8 @@ def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
     frozen = [view.frozen(tail) for view in views.all]
     if state.embeds.device.type == "cpu":
         all_valid = all(view.held.shape[1] > 0 and bool(view.held.all()) for view in frozen)
-    else:  # rows of one prompt are filled up by nothing; of more the device would have to be asked
-        all_valid = state.unpadded and state.embeds.shape[0] == 1 and frozen[0].held.shape[1] > 0
+    else:  # nothing was filled up where all rows lost as many; else the device would have to be asked
+        even = all(compaction.is_even for _, compaction in views.cuts)
+        all_valid = state.unpadded and even and frozen[0].held.shape[1] > 0
     seen = state.seen + views.columns - tail
     return CacheState(seen, frozen, owner, all_valid, state.marks)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import InvariantError, UnsupportedError
 from .vision.pictures import Picture
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .adapter import Modality
     from .session import Session
 
+# generate looks these up on the model; the second exists on a few families of transformers 4.57
+MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
 ATTACHED = "_vlmprune_pictures"  # attribute and item of an encoder's output that holds its pictures
 
 
@@ -115,12 +118,26 @@ class RecordedForward(PatchedMethod):
 
 
 class Generate(PatchedMethod):
-    """Around generate: when it returns the host has waited anyway, so that deferred checks are read."""
+    """Around generate, which counts positions itself unless it is given some.
+
+    When it returns the host has waited anyway, so that deferred checks are read.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        answer = self.original(*args, **kwargs)
+        with self.session.generating(kwargs.get("position_ids") is None):
+            answer = self.original(*args, **kwargs)
         self.session.settle()
         return answer
+
+
+# sizes of pictures and grids, which adapters read as numbers
+_SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "batch_num_images", "spatial_shapes")
+
+
+def on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an encoder with sizes on the CPU: the device is asked once, before the tower starts."""
+    sizes = {name: arguments[name] for name in _SIZES if isinstance(arguments.get(name), Tensor)}
+    return {**arguments, **{name: value.cpu() for name, value in sizes.items()}}
 
 
 class Encode(PatchedMethod):
@@ -142,6 +159,7 @@ class Encode(PatchedMethod):
         arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
         # transformers 4.57 names pixels of clips otherwise
         arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))
+        arguments = on_host(arguments)
         session.adapter.check(arguments, self.modality)
         checks = session.checks
         with session.capture.recording(checks) as record:
@@ -182,6 +200,20 @@ class Stacked(PatchedMethod):
                 embeds = embeds[compaction.kept[visual].to(embeds.device)]
                 visual = compaction.follow(visual)
         return self.original(hidden, visual, embeds)
+
+
+def patches_of(session: Session) -> list[PatchedMethod]:
+    """What a session replaces on its model."""
+    adapter, model = session.adapter, session.adapter.model
+    found: list[PatchedMethod] = [Encode(session, adapter.inner, modality) for modality in adapter.modalities]
+    for name in MASK_MAKERS:
+        if name == MASK_MAKERS[0] or hasattr(model, name):
+            found.append(KeepMask2D(session, model, name, getattr(model, name, create_masks_for_generate)))
+    if adapter.deepstack is not None:
+        name, language_model = adapter.deepstack, adapter.language_model
+        found.append(Stacked(session, language_model, name, getattr(language_model, name)))
+    found.append(Generate(session, model, "generate", model.generate))
+    return [*found, RecordedForward(session, adapter.inner)]
 
 
 def forget_graphs(model: nn.Module) -> None:

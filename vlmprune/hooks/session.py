@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.masking_utils import create_masks_for_generate
+from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..core.combine import by_slot
@@ -33,15 +33,7 @@ from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
 from .entrance import leave, locate, open_views, refuse_maps, shortened, take_pictures
-from .patches import (
-    Encode,
-    Generate,
-    KeepMask2D,
-    PatchedMethod,
-    RecordedForward,
-    Stacked,
-    forget_graphs,
-)
+from .patches import PatchedMethod, forget_graphs, patches_of
 from .sequence.cache import cache_in, is_paged, state_of
 from .sequence.masks import uses_flash
 from .slots import Attachment, Handle, Slot, build_slots
@@ -49,9 +41,22 @@ from .state import ForwardState
 from .vision.capture import VisionCapture
 from .vision.pictures import Picture
 
-# generate looks these up on the model; the second exists on a few families of transformers 4.57
-MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_with_cache_position")
 Plans = Sequence[tuple[Method, Budget | None]]
+
+
+class _OfThread(threading.local):
+    """What a session knows in one thread."""
+
+    state: ForwardState | None = None  # the forward that runs
+    opened = False  # whether any forward ran
+    unplaced = 0  # how often pictures were encoded that no forward has placed yet
+    drafts = 0  # tokens of the next forward that are drafts
+    asked: tuple[Tensor | None, int] | None = None  # what it is given, and for how many logits
+    counts = False  # generate runs and makes the position ids
+    prompt: tuple[weakref.ref, Tensor] | None = None  # without a cache: what its pictures are of, and it
+
+    def __init__(self) -> None:
+        self.checks = DeferredChecks()
 
 
 class Session:
@@ -82,10 +87,11 @@ class Session:
         self.attached = False
         self.serve: Callable[[Modality], tuple[Any, list[Picture]]] | None = None
         self.slots: dict[SlotName, Slot] = build_slots(self.attachment, plans)
+        self.reads_text = any(needs(slot.method, "text_embeds") for slot in self.slots.values())
         self.capture: VisionCapture = adapter.capture(self._needs())
         self._last: Report | None = None
         self._reference = weakref.ref(self)
-        self._local = threading.local()
+        self._local = _OfThread()
         self._installed: list[Handle] = []
 
     def _refuse(self, plans: Plans, positions: Positions | None) -> None:
@@ -162,7 +168,7 @@ class Session:
     @property
     def state(self) -> ForwardState | None:
         """The forward that runs in this thread; none while another prompt runs aside of it."""
-        state = getattr(self._local, "state", None)
+        state = self._local.state
         return None if state is None or state.aside else state
 
     def __repr__(self) -> str:
@@ -181,7 +187,7 @@ class Session:
                     f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first"
                 )
         try:
-            for patch in self._patches():
+            for patch in patches_of(self):
                 patch.install()
                 self._installed.append(patch)
             language_model = self.adapter.language_model
@@ -206,20 +212,6 @@ class Session:
         forget_graphs(model)
         return self
 
-    def _patches(self) -> list[PatchedMethod]:
-        adapter, model = self.adapter, self.adapter.model
-        found: list[PatchedMethod] = [
-            Encode(self, adapter.inner, modality) for modality in adapter.modalities
-        ]
-        for name in MASK_MAKERS:
-            if name == MASK_MAKERS[0] or hasattr(model, name):
-                found.append(KeepMask2D(self, model, name, getattr(model, name, create_masks_for_generate)))
-        if adapter.deepstack is not None:
-            name, language_model = adapter.deepstack, adapter.language_model
-            found.append(Stacked(self, language_model, name, getattr(language_model, name)))
-        found.append(Generate(self, model, "generate", model.generate))
-        return [*found, RecordedForward(self, adapter.inner)]
-
     def detach(self) -> None:
         """Leave the model exactly as it was; harmless when called again."""
         if self.attached:
@@ -232,7 +224,7 @@ class Session:
         return self if self.attached else self.attach()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        lost = self._unplaced and not getattr(self._local, "opened", False)
+        lost = self._local.unplaced and not self._local.opened
         self.detach()
         if kind is None:
             self.settle()
@@ -244,14 +236,16 @@ class Session:
     @property
     def checks(self) -> DeferredChecks:
         """Where checks of this thread are gathered until the host waits for the device anyway."""
-        if not hasattr(self._local, "checks"):
-            self._local.checks = DeferredChecks()
         return self._local.checks
 
-    @property
-    def _unplaced(self) -> int:
-        """How often this thread encoded pictures that no forward has placed yet."""
-        return getattr(self._local, "unplaced", 0)
+    @contextmanager
+    def generating(self, counts: bool) -> Iterator[None]:
+        """While generate runs; ``counts`` says whether it makes the position ids itself."""
+        outer, self._local.counts = self._local.counts, counts
+        try:
+            yield
+        finally:
+            self._local.counts = outer
 
     def settle(self) -> None:
         """Read the checks that were left for later, and raise the first that failed."""
@@ -261,7 +255,7 @@ class Session:
     def encoded(self, modality: Modality, pictures: list[Picture]) -> None:
         """Pictures were encoded; outside of a forward, as generate does, the next one must place them."""
         if self.state is None:
-            self._local.unplaced = self._unplaced + 1
+            self._local.unplaced += 1
         else:
             self.state.pictures[modality.name] = pictures
             self.state.report.fire("encode")
@@ -274,26 +268,32 @@ class Session:
         )
 
     def _note_drafts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("logits_to_keep", 0)
+        wanted = wanted if isinstance(wanted, int) else 0
         # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
         # them
-        wanted = kwargs.get("logits_to_keep", 0)
-        self._local.drafts = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
+        self._local.drafts = max(wanted - 1, 0)
+        given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        self._local.asked = None if kwargs.get("labels") is not None else (given, wanted)
 
     def begin(self, kwargs: dict[str, Any]) -> ForwardState:
         """Open the state of one forward of the multimodal model."""
-        cache = cache_in(kwargs)
+        cache, local = cache_in(kwargs), self._local
         state = ForwardState(
             kwargs.get("input_ids"),
             kwargs.get("inputs_embeds"),
             Report(self.spec),
             self.checks,
             continues=cache is not None and not is_paged(cache) and int(cache.get_seq_length()) > 0,
-            generated=self._local.__dict__.pop("drafts", 0),
+            generated=local.drafts,
             step=0 if self._last is None else self._last.decode_steps,
             active=self.enabled,
-            reads_text=any(needs(slot.method, "text_embeds") for slot in self.slots.values()),
+            reads_text=self.reads_text,
+            counted=local.counts or kwargs.get("position_ids") is None,
         )
-        self._local.state, self._local.opened = state, True
+        if local.asked is not None and state.fed is not None and local.asked[0] is state.fed:
+            state.logits = local.asked[1]  # of the call around this one
+        local.state, local.opened, local.drafts, local.asked = state, True, 0, None
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
             state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get(self.adapter.types)
@@ -304,8 +304,8 @@ class Session:
                 "many requests; use generate, or vlmprune serve for many clients"
             )
         if state.pictures or not self.enabled:
-            self._local.unplaced = 0
-        elif source is None and state.input_ids is None and not state.continues and self._unplaced:
+            local.unplaced = 0
+        elif source is None and state.input_ids is None and not state.continues and local.unplaced:
             raise self._never_placed()
         if state.reads_text or set(self.slots) - {"encoder", "before_lm"}:
             state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
@@ -318,8 +318,8 @@ class Session:
         What was chosen for the prompt has to be chosen again, so they are no part of it. The same picture
         object tells such a step from another prompt that begins alike.
         """
-        given = state.inputs_embeds if state.input_ids is None else state.input_ids
-        earlier, self._local.prompt = getattr(self._local, "prompt", None), None
+        given = state.fed
+        earlier, self._local.prompt = self._local.prompt, None
         if source is None or given is None or cache is not None or use_cache is not False:
             return 0
         new = 0
@@ -335,7 +335,7 @@ class Session:
     ) -> tuple[tuple, dict[str, Any]] | None:
         state = self.state
         if state is None:
-            if self.enabled and self._unplaced:
+            if self.enabled and self._local.unplaced:
                 raise self._never_placed()
             return None
         state.entered = True

@@ -58,6 +58,8 @@ class ForwardState:
         unpadded: no mask was given, now or earlier in the conversation: every column is a token.
         reads_text: a method chooses by the text before the language model, so that a picture is one of one
             prompt.
+        logits: columns at the end whose hidden states are read; 0: all.
+        counted: position ids were made by counting tokens: without padding they follow each other.
     """
 
     input_ids: Tensor | None
@@ -87,15 +89,22 @@ class ForwardState:
     active: bool = True
     unpadded: bool = False
     reads_text: bool = False
+    logits: int = 0
+    counted: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
     _embeds: Tensor | None = None
     _columns: Columns | None = None
 
     @property
+    def fed(self) -> Tensor | None:
+        """Ids (B, n), or embeddings (B, n, D) where they were given in their place; None without either."""
+        return self.inputs_embeds if self.input_ids is None else self.input_ids
+
+    @property
     def given(self) -> Tensor:
-        """Ids (B, n), or embeddings (B, n, D) where they were given in their place."""
-        return _known(self.inputs_embeds if self.input_ids is None else self.input_ids, "input")
+        """The same, for forwards that were given one of them."""
+        return _known(self.fed, "input")
 
     @property
     def embeds(self) -> Tensor:
@@ -123,8 +132,7 @@ class ForwardState:
     @property
     def new_tokens(self) -> int:
         """n, columns of this forward."""
-        given = self.inputs_embeds if self.input_ids is None else self.input_ids
-        return 0 if given is None else given.shape[1]
+        return 0 if self.fed is None else self.fed.shape[1]
 
     @property
     def views(self) -> Views:

@@ -75,7 +75,8 @@ class FlowCut(Method):
         if self.variant == "official":
             drop = drop.amax().expand_as(drop)
         # never below what is wanted, and crops that hold no more lose nothing
-        return Shortened(highest(c, torch.where(n > k, (n - drop).clamp_min(k), n), block.alive), notes=c)
+        keep = highest(c, torch.where(n > k, (n - drop).clamp_min(k), n), block.alive)
+        return Shortened(keep, notes=c, count=None if left else k)
 
 
 def likeness(values: Tensor, alive: Tensor) -> Tensor:

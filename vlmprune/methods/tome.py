@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.encoder import EncoderBlock, Shortened
 from ..core.method import Method, SlotName
-from ..core.select import top_k
+from ..core.select import rest_of, top_k
 from ..registry import register
 
 
@@ -64,9 +64,9 @@ class ToMe(Method):
             moved = torch.arange(n, device=keys.device).repeat(crops, 1).scatter(1, source, target)
             into = moved.gather(1, into)  # what had joined a row goes with it
             keep = keep.scatter(1, source, False)
-            # every crop loses as many, so the rows are equally long
-            rows = keep.nonzero()[:, 1].view(crops, -1)
-        return Shortened(keep, into)
+            # chosen numbers every second row
+            rows = rows.gather(1, rest_of(2 * chosen, rows.shape[1]))
+        return Shortened(keep, into, count=rows.shape[1])
 
 
 def _at(keys: Tensor, rows: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Compaction:
     """
 
     is_even = False  # every row keeps all its columns but the same number of tokens: nothing is filled up
+    slides = False  # positions after it are those of the first columns before it
 
     def __init__(self, keep: Tensor, valid: Tensor, width: int | None = None) -> None:
         self._keep = keep = keep if width is not None else keep & valid
@@ -52,7 +53,7 @@ class Compaction:
         stays: Tensor,
         width: int,
         valid: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         along: Sequence[Tensor],
         *,
         whole: bool,
@@ -62,7 +63,8 @@ class Compaction:
         Args:
             stays: float32.
             valid: (B, L) bool, columns that are tokens; all that go are.
-            position_ids: (..., B or 1, L).
+            position_ids: (..., B or 1, L); None where they follow each other and are counted anew: then the
+                first ones do.
             along: (B or 1, L, *), what ``sequence`` will be asked for once.
             whole: all columns are tokens.
         """
@@ -112,12 +114,17 @@ class Compaction:
         """(B, L) bool marks of columns -> (B, N)."""
         return mask.gather(1, self.index.long()) & self.valid
 
+    @cached_property
     def new_columns(self) -> Tensor:
         """(B, L) column of the new sequence where each kept column of the old one went."""
         number = self.kept.cumsum(dim=1) - 1
         if self.kept.shape[0] == 1:  # nothing is filled up where there is one row
             return number
         return number + (self.width - self.count)[:, None]
+
+    def moved(self, row: int, columns: Tensor) -> Tensor:
+        """(n,) columns of the new sequence where kept columns (n,) of a row went."""
+        return self.new_columns[row][columns]
 
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         """(..., B or 1, L) -> (..., B, N)."""
@@ -135,7 +142,7 @@ class Compaction:
 
     def expand(self, rows: Tensor) -> Tensor:
         """(B, N, D) -> (B, L, D): every old column takes the last kept row at or before it."""
-        source = self.new_columns().clamp_min(0).to(rows.device)  # (B, L)
+        source = self.new_columns.clamp_min(0).to(rows.device)  # (B, L)
         return unchecked.gather_rows([rows], source)[0]
 
 
@@ -149,19 +156,21 @@ class _Even(Compaction):
         stays: Tensor,
         width: int,
         valid: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         along: Sequence[Tensor],
         whole: bool,
     ) -> None:
         self.length, self.width, self._tokens, self._whole = stays.shape[1], width, valid, whole
         batch, device = stays.shape[0], stays.device
-        # the axes of M-RoPE behind the columns, as the kernel copies rows
-        places = position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)
-        xs = [x.to(device).expand(batch, *x.shape[1:]) for x in (places, *along)]
+        self.slides = position_ids is None
+        places = [] if position_ids is None else [_last_axis(position_ids)]
+        xs = [x.to(device).expand(batch, *x.shape[1:]) for x in (*places, *along)]
         self.index, cut = unchecked.prune(stays, width, xs if whole else [*xs, valid])  # (B, N)
         self.valid = valid[:, :width] if whole else cut.pop()
-        positions = cut[0][..., 0] if position_ids.ndim == 2 else cut[0].movedim(-1, 0)
-        self._cut = [(position_ids, positions), *zip(along, cut[1:], strict=True)]
+        self._cut = list(zip(along, cut[len(places) :], strict=True))
+        if position_ids is not None:
+            positions = cut[0][..., 0] if position_ids.ndim == 2 else cut[0].movedim(-1, 0)
+            self._cut.append((position_ids, positions))
 
     @cached_property
     def kept(self) -> Tensor:
@@ -187,6 +196,11 @@ class _Even(Compaction):
                 return short
         return None
 
+    def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
+        if policy == "compact" and self.slides:
+            return position_ids[..., : self.width]
+        return super().positions(position_ids, policy)
+
     def sequence(self, rows: Tensor) -> Tensor:
         cut = self._taken(rows)
         return super().sequence(rows) if cut is None else cut
@@ -200,8 +214,12 @@ class _Even(Compaction):
         numbers = kept - (self.index - self._columns[: self.width]).to(kept.device)
         return numbers if self._whole else numbers.clamp_min(0)  # padding has any position
 
+    @cached_property
     def new_columns(self) -> Tensor:
         return self._last_kept().long()
+
+    def moved(self, row: int, columns: Tensor) -> Tensor:
+        return torch.searchsorted(self.index[row], columns.int())
 
     def expand(self, rows: Tensor) -> Tensor:
         return unchecked.gather_rows([rows], self._last_kept().to(rows.device))[0]
@@ -211,3 +229,8 @@ class _Even(Compaction):
         columns = self._columns.expand(self.index.shape[0], -1).contiguous()
         behind = self.index[:, 1:].contiguous()  # all kept ones but the first
         return torch.searchsorted(behind, columns, right=True, out_int32=True)
+
+
+def _last_axis(position_ids: Tensor) -> Tensor:
+    """(B or 1, L, 1 or 3) of positions: the axes of M-RoPE behind the columns, as the kernel copies rows."""
+    return position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)

@@ -98,6 +98,8 @@ def causal_mask(
         cache_name(known): None if cache is None else LayerView(cache, layer),
         "position_ids": None,
     }
+    if valid is not None and hidden.device.type != "cpu" and "allow_is_causal_skip" in known:
+        arguments["allow_is_causal_skip"] = False  # whether the mask can be left out is asked of the device
     if "cache_position" in known and known["cache_position"].default is inspect.Parameter.empty:
         arguments["cache_position"] = torch.arange(held, held + hidden.shape[1], device=hidden.device)
     return make(**arguments)

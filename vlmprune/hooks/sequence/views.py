@@ -19,6 +19,26 @@ from .compaction import Compaction, Positions
 from .masks import LayerView, TokenTypes, angle_kind, causal_mask, layer_kind
 
 
+class Ahead:
+    """Positions of the tokens behind a cut, counted for many steps at once: a decode step only looks."""
+
+    STEPS = 256
+
+    def __init__(self) -> None:
+        self._seen = 0  # tokens of the conversation before the first of them
+        self._numbers: Tensor | None = None  # (1, STEPS)
+
+    def take(self, seen: int, position_ids: Tensor, lost: int) -> Tensor:
+        """Position ids (B or 1, n) less ``lost``, after ``seen`` tokens; all rows of them are alike."""
+        new, at = position_ids.shape[1], seen - self._seen
+        if new > self.STEPS:
+            return position_ids - lost
+        if self._numbers is None or not 0 <= at <= self.STEPS - new:
+            steps = torch.arange(-lost, self.STEPS - lost, device=position_ids.device)
+            self._seen, at, self._numbers = seen, 0, position_ids[:1, :1] + steps
+        return self._numbers[:, at : at + new].to(position_ids.device)
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceView:
     """The sequence as the layers from ``start`` on see it.
@@ -31,6 +51,7 @@ class SequenceView:
         lost: tokens cut so far in this group, earlier turns included, where positions are re-counted: (B,),
             or one number for all rows; None: nothing was.
         maskless: the mask may stay None: every slot is a token, which is known without asking a device.
+        counted: position ids (B or 1, n) follow each other in every row.
         gaps: positions were not re-counted after a cut of this call.
         types: what each token is, where the model lets some tokens attend both ways.
     """
@@ -41,10 +62,12 @@ class SequenceView:
     position_ids: Tensor
     lost: Tensor | int | None
     maskless: bool = False
+    counted: bool = False
     gaps: bool = False
     types: TokenTypes | None = None
     _masks: dict[str, Any] = field(default_factory=dict)
     _angles: dict[str | None, Any] = field(default_factory=dict)
+    _ahead: Ahead = field(default_factory=lambda: Ahead())
 
     @property
     def valid(self) -> Tensor:
@@ -71,9 +94,9 @@ class SequenceView:
         types = None if self.types is None else self.types.cut(compaction)
         positions = compaction.positions(self.position_ids, policy)
         maskless = self.maskless and compaction.valid.shape[0] == 1  # more rows may be filled up
-        gaps = self.gaps or policy == "original"
+        counted, gaps = self.counted and compaction.slides, self.gaps or policy == "original"
         return SequenceView(
-            self.start, self.held, compaction.valid, positions, lost, maskless, gaps, types=types
+            self.start, self.held, compaction.valid, positions, lost, maskless, counted, gaps, types=types
         )
 
     def opened_at(self, layer: int) -> SequenceView:
@@ -99,6 +122,7 @@ class SequenceView:
         position_ids: Tensor,
         maskless: bool,
         types: TokenTypes | None,
+        counted: bool = False,
     ) -> SequenceView:
         """This view in a later call.
 
@@ -116,9 +140,13 @@ class SequenceView:
         if isinstance(lost, Tensor):
             lost = lost.to(position_ids.device)
             position_ids = position_ids - lost[:, None]
+        elif lost is not None and counted:
+            position_ids = self._ahead.take(seen, position_ids, lost)
         elif lost is not None:
             position_ids = position_ids - lost
-        return SequenceView(self.start, held, mask[:, seen:], position_ids, lost, maskless, types=types)
+        return SequenceView(
+            self.start, held, mask[:, seen:], position_ids, lost, maskless, counted, types=types
+        )
 
     def select(self, rows: Tensor) -> SequenceView:
         """The rows of a batch that beam search goes on with."""
@@ -126,7 +154,7 @@ class SequenceView:
         lost = self.lost
         if isinstance(lost, Tensor):
             lost = lost[rows.to(lost.device)]
-        return SequenceView(self.start, held, held[:, :0], self.position_ids, lost)
+        return SequenceView(self.start, held, held[:, :0], self.position_ids, lost, _ahead=self._ahead)
 
     # --- for the layers of the group --------------------------------------------------------------
 
@@ -171,7 +199,9 @@ class SequenceView:
 
     def mask_of_all(self, config: Any, hidden: Tensor, cache: Any) -> Any:
         """The mask for the language model: 2-D, or 4-D per kind of layer where tokens have types."""
-        if self.maskless and not self.gaps:  # without a mask gaps would read as packed sequences
+        # without mask and cache, gaps in plain positions would read as packed sequences
+        packed = self.gaps and cache is None and self.plain_positions is not None
+        if self.maskless and not packed:
             return None
         if self.types is None:
             return self.valid.long()
@@ -206,6 +236,20 @@ class Views:
             self.all.insert(later[0] if later else len(self.all), self.at(layer).opened_at(layer))
         self.all = [view.cut(compaction, policy) if view.start >= layer else view for view in self.all]
         self.cuts.append((layer, compaction))
+
+    def angles(self, language_model: nn.Module, layer: int, hidden: Tensor) -> Any:
+        """What the rotary module gives a layer, asked once for all views with as many new columns."""
+        view, kind = self.at(layer), angle_kind(language_model, layer)
+        shape = view.position_ids.shape
+        alike = [one for one in self.all if one.start and one.position_ids.shape == shape]
+        if kind not in view._angles and len(shape) == 2 and len(alike) > 1:
+            every = replace(view, position_ids=torch.cat([one.position_ids for one in alike]), _angles={})
+            made = every.angles(language_model, layer, hidden)
+            parts = [made] if isinstance(made, Tensor) else list(made)
+            if all(part.shape[0] == shape[0] * len(alike) for part in parts):  # a row of angles per position
+                for one, *own in zip(alike, *(part.split(shape[0]) for part in parts), strict=True):
+                    one._angles[kind] = own[0] if isinstance(made, Tensor) else tuple(own)
+        return view.angles(language_model, layer, hidden)
 
     @property
     def tail(self) -> int:

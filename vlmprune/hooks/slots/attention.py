@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core.budget import Budget
 from ...core.method import Method
-from ..attention_call import AttentionCall, over_keys
+from ..attention_call import AttentionCall, Form, over_keys
 from ..attention_tap import tap
 from ..sequence.cache import Marks
 from ..state import ForwardState
@@ -37,6 +37,7 @@ class AttentionSlot:
         self.method = method.prepare(self.language_model)
         self.layers = list(self.method.acts_on(attachment.depth))
         self.edits_logits = self.method.kind() == "relogit"
+        self._checked: set[Form] = set()  # calls whose rows were compared with the layer's own output
 
     @property
     def marking(self) -> Marking:
@@ -116,7 +117,8 @@ class AttentionSlot:
         logits = attended.logits(rows)  # (B, H, R, S)
         attention = attended.weights(logits)
         if state.placements:
-            attended.check(rows[:, -1:], real[:, -1:], attention[:, :, -1:], output, state.checks)
+            last = attention[:, :, -1:]
+            attended.check(rows[:, -1:], real[:, -1:], last, output, state.checks, self._checked)
         held = attention.shape[-1]
         there = valid if marks.marked.ndim == 2 else valid[:, None]
         marked = over_keys(marks.marked * there, held)

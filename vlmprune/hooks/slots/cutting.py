@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.method import Method
+from ...core.method import Method, Positions
 from ...errors import InvariantError
 from ..sequence.compaction import Compaction
 from ..sequence.placement import Placement
@@ -65,14 +65,12 @@ def cut_sequence(
             report.layer_tokens[number] = [cut.realised] * attachment.depth
             report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
     embeds = with_rows(state, cuts)  # (B, L, D)
+    policy = attachment.policy(method)
     view, lengths = state.views.at(0), state.columns.lengths
     length, dropped = embeds.shape[1], dropped_tokens(state, cuts)
     is_padded = lengths is not None and (max(lengths) < length or state.columns.masked_pictures)
     if lengths is None or (len(set(dropped)) == 1 and not is_padded):  # one row loses what it loses
-        width = length - dropped[0]
-        compaction = Compaction.even(
-            stays(state, cuts), width, view.new, view.position_ids, [embeds], whole=view.maskless
-        )
+        compaction = even(view, stays(state, cuts), dropped[0], [embeds], policy)
     else:
         width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
         # of masked pictures not every slot that goes was a token
@@ -83,7 +81,7 @@ def cut_sequence(
             f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
         )
     state.refuse_dead_slots(compaction, attachment.spec)
-    state.views.cut(0, compaction, attachment.policy(method))
+    state.views.cut(0, compaction, policy)
     report.sequence = (length, compaction.width)
     report.fire("enter")
     state.embeds = compaction.sequence(embeds)
@@ -157,6 +155,7 @@ def drop_columns(
     columns: tuple[Sequence[Tensor], Sequence[Tensor]],
     dropped: Sequence[int],
     along: Sequence[Tensor],
+    policy: Positions,
 ) -> Compaction:
     """The cut of a view that drops flat columns.
 
@@ -166,12 +165,20 @@ def drop_columns(
         dropped: tokens that every row loses.
         along: (B or 1, n, *), what is cut with it.
     """
-    length = view.new.shape[1]
-    if lengths is None or (len(set(dropped)) == 1 and max(lengths) == length):
+    if lengths is None or (len(set(dropped)) == 1 and max(lengths) == view.new.shape[1]):
         found = mark(torch.ones(view.new.shape, device=view.new.device), *columns)
-        width = length - dropped[0]
-        return Compaction.even(found, width, view.new, view.position_ids, along, whole=view.maskless)
+        return even(view, found, dropped[0], along, policy)
     return uneven(view, columns, max(have - drop for have, drop in zip(lengths, dropped, strict=True)))
+
+
+def even(
+    view: SequenceView, found: Tensor, dropped: int, along: Sequence[Tensor], policy: Positions
+) -> Compaction:
+    """The cut of a view every row of which loses as many tokens: those where ``found`` (B, L) is 0."""
+    slides = view.counted and policy == "compact"
+    position_ids = None if slides else view.position_ids
+    width = found.shape[1] - dropped
+    return Compaction.even(found, width, view.new, position_ids, along, whole=view.maskless)
 
 
 def uneven(

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.budget import Budget
+from ...core.deferred import Checks
 from ...core.encoder import EncoderBlock, Shortened
 from ...core.method import Method, Need, needs
+from ...core.select import top_k
 from ...errors import CaptureError, InvariantError, UnsupportedError
-from ..attention_call import AttentionCall
+from ..attention_call import AttentionCall, Form
 from ..attention_tap import AttentionTap, reads_interface
 from ..state import ForwardState
 from ..vision.capture import Record, block_index, first_row
@@ -84,18 +86,22 @@ class Shortening:
         keep = answer.keep & self.alive
         if answer.into is not None:
             patches = self._averaged(patches, answer.into)
-        counts = keep.sum(dim=1)
-        width = int(counts.max())
+        # asks the device once, unless the method knows it
+        lengths = keep.sum(dim=1).tolist() if answer.count is None else [answer.count]
+        width = max(lengths)
         if width == keep.shape[1]:
             return patches
         # those that stay, in order
         order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
-        filling = torch.arange(width, device=order.device) >= counts[:, None]
-        self.index = self.index.gather(1, order).masked_fill(filling, -1)
-        self.sizes = self.sizes.gather(1, order).masked_fill(filling, 0.0)
+        self.index, self.sizes = self.index.gather(1, order), self.sizes.gather(1, order)
+        if min(lengths) < width:
+            filling = torch.arange(width, device=order.device) >= keep.sum(dim=1, keepdim=True)
+            self.index = self.index.masked_fill(filling, -1)
+            self.sizes = self.sizes.masked_fill(filling, 0.0)
+            self.biased = True
         if self.notes is not None:
             self.notes = self.notes.gather(1, order)
-        self.biased = answer.into is not None or self.biased or bool(filling.any())
+        self.biased = self.biased or answer.into is not None
         return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[2]))
 
     def _averaged(self, patches: Tensor, into: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ class EncoderSlot:
         self.prefix = prefix_length(adapter.vision_tower)
         self.asked = frozenset(method.shortens_at(len(self.blocks)))
         self.reads_attention = needs(method, "cls_attention") or needs(method, "received_attention")
-        self._checked = False
+        self._checked: set[Form] = set()  # calls whose rows were compared with the tower's own output
         if needs(method, "cls_attention") and not self.prefix:
             raise UnsupportedError(
                 f"{type(adapter.vision_tower).__name__} has no [CLS] token, whose attention "
@@ -181,12 +187,9 @@ class EncoderSlot:
         if record is None:
             return
         self._local.call = call
-        if (
-            self.reads_attention and not self._checked
-        ):  # once: the rule of a tower does not change between calls
+        if self.reads_attention and call.form not in self._checked:
             first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
-            call.check(first, None, call.attention(first), output, record.checks)
-            self._checked = True
+            call.check(first, None, call.attention(first), output, record.checks, self._checked)
 
     def _bias(self, call: AttentionCall) -> Tensor | None:
         run = self._run()
@@ -284,10 +287,10 @@ class EncoderSlot:
             return
         state.report.seconds += self._local.__dict__.pop("seconds", 0.0)
         pictures, _ = listed(state)
-        cuts = [self._cut(picture, self.budget) for picture in pictures]
+        cuts = [self._cut(picture, self.budget, state.checks) for picture in pictures]
         cut_sequence(state, self.attachment, self.method, cuts)
 
-    def _cut(self, picture: Picture, budget: Budget) -> Cut | None:
+    def _cut(self, picture: Picture, budget: Budget, checks: Checks) -> Cut | None:
         if PRESENT not in picture.captured:
             raise CaptureError(
                 f"a picture was encoded without {self.method.name}; encode it while "
@@ -299,13 +302,16 @@ class EncoderSlot:
                 f"{self.method.name} spends its budget in every tile of a picture: write "
                 f"'@{budget.keep}/crop' instead of '@{budget}'"
             )
-        if bool(((present != 0) & (present != 1)).any()):
-            raise UnsupportedError(
+        checks.require(
+            ((present == 0) | (present == 1)).all(),
+            lambda: UnsupportedError(
                 f"{self.attachment.adapter.model_type} averages patches of this picture behind its "
                 f"projector, where {self.method.name} left some out; use fewer tiles, or prune behind the "
                 "tower"
-            )
-        keep_idx = present.nonzero()[:, 0]
-        if keep_idx.shape[0] == picture.count:
-            return None
-        return Cut.of(picture, keep_idx)
+            ),
+        )
+        if len(picture.grids) == 1:  # one crop: how many of it are left is known, and was checked
+            keep_idx = top_k(present[None], self._target(picture.count))[0]
+        else:
+            keep_idx = present.nonzero()[:, 0]
+        return None if keep_idx.shape[0] == picture.count else Cut.of(picture, keep_idx)

@@ -23,7 +23,7 @@ from ...core.method import CutPoint, Merged, Method
 from ...core.select import choose
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, UnsupportedError
-from ..attention_call import AttentionCall
+from ..attention_call import AttentionCall, Form
 from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
@@ -56,6 +56,7 @@ class InsideLM:
         self.language_model = attachment.adapter.language_model
         check_aligned(attachment.adapter.aligned, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
+        self._checked: set[Form] = set()  # calls whose rows were compared with the layer's own output
         keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
         points = self._points(keep if isinstance(keep, int) else 576)
@@ -123,7 +124,6 @@ class InsideLM:
         self._refuse_checkpointing()  # it may have been enabled since
         spans, number = [], 0
         compaction = state.views.cuts[0][1] if state.views.cuts else None
-        where = None if compaction is None else compaction.new_columns()  # (B, L)
         for placement in state.placements:
             for picture in placement.pictures:
                 self._check(picture.count)
@@ -137,8 +137,8 @@ class InsideLM:
                 else:
                     patches = torch.arange(picture.count) if ids is None else ids
                     columns = placement.columns(row, start, picture.slots_of(patches.to(state.embeds.device)))
-                if where is not None:
-                    columns = where[row][columns]
+                if compaction is not None:
+                    columns = compaction.moved(row, columns)
                 spans.append(Span(row, columns, ids, number + p, p not in shown, ordinals[row], picture))
                 shown.add(p)
                 ordinals[row] += 1
@@ -168,14 +168,14 @@ class InsideLM:
         text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
         if not self.by_choice:
             return text
-        raters = torch.zeros_like(text)
+        here, raters = text.cpu(), torch.zeros_like(text)  # one wait for all rows
         for row in range(text.shape[0]):
             own = [span for span in spans if span.row == row]
-            columns = text[row].nonzero()[:, 0]
+            columns = here[row].nonzero()[:, 0].to(text.device)
             if own and columns.shape[0]:
                 visual = torch.cat([embeds[row, span.columns] for span in own])
                 chosen = self.method.raters(embeds[row, columns], visual)  # (T,) bool
-                raters[row, columns[chosen]] = True
+                raters[row, columns] = True if chosen is None else chosen
         return raters
 
     # --- one layer --------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class InsideLM:
         kwargs["attention_mask"] = view.mask(config, index, hidden, cache_in(kwargs))
         own = view.position_ids is state.views.at(0).position_ids  # the model made its angles of these
         if kwargs.get("position_embeddings") is not None and not own:
-            kwargs["position_embeddings"] = view.angles(self.language_model, index, hidden)
+            kwargs["position_embeddings"] = state.views.angles(self.language_model, index, hidden)
         # Ministral 3 scales its queries by them; FlashAttention would take gaps for packed sequences
         kwargs["position_ids"] = None if uses_flash(config) else view.plain_positions
         if "cache_position" in kwargs:
@@ -243,8 +243,7 @@ class InsideLM:
         keyword = cache_name(kwargs) if cache_in(kwargs) is not None else None
         attended = probe(module, hidden, kwargs, keyword, view.held.shape[1])
         queries = self._queries(state, index)
-        attention = attention_of(attended, queries[0], self.wanted)
-        return self._read(state, index, attended, queries, attention)
+        return self._read(state, index, attended, queries, self._rows(state, index, attended, queries[0]))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -256,15 +255,23 @@ class InsideLM:
         ranks_next = self.sources.get(index + 1) == index
         if ranks_next and not self._leaving(state, index + 1):
             return
+        if not ranks_next and attended.form in self._checked:
+            return
         rows, real = self._queries(state, index)
         if not ranks_next:
             rows, real = rows[:, -1:], None if real is None else real[:, -1:]
-        attention = attention_of(attended, rows, self.wanted)
+        attention = self._rows(state, index, attended, rows)
         if attention is not None:
-            last_real = None if real is None else real[:, -1:]
-            attended.check(rows[:, -1:], last_real, attention[:, :, -1:], output, state.checks)
+            last_real, last = None if real is None else real[:, -1:], attention[:, :, -1:]
+            attended.check(rows[:, -1:], last_real, last, output, state.checks, self._checked)
         if ranks_next:
             state.inside.ranked = self._read(state, index, attended, (rows, real), attention)
+
+    def _rows(self, state: ForwardState, index: int, attended: AttentionCall, rows: Tensor) -> Tensor | None:
+        """(B, H, R, S) attention of queries (B, R), where the method reads any."""
+        # known without asking a device: the last column alone asks, and every column is a token
+        last = state.tracked.raters is None and state.views.at(index).maskless and not state.generated
+        return attention_of(attended.of_last() if last else attended, rows, self.wanted)
 
     def _read(
         self,
@@ -337,19 +344,20 @@ class InsideLM:
                 f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
                 "holds nothing else: there is nothing left to read; ask something about the picture"
             )
-        policy = self.attachment.policy(self.method)
+        policy, view = self.attachment.policy(self.method), state.views.at(index)
         # positions that are counted again turn otherwise
         turned = angles if policy == "original" else ()
-        compaction = drop_columns(
-            state.views.at(index), inside.lengths, (gone, kept), dropped, along=[hidden, *turned]
-        )
+        compaction = drop_columns(view, inside.lengths, (gone, kept), dropped, [hidden, *turned], policy)
         if inside.lengths is not None:
             inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
         state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, policy)
         if turned and compaction.is_even:
-            cut = tuple(compaction.sequence(one) for one in turned)
-            state.views.at(index).take_angles(self.language_model, index, cut)
+            turned = tuple(compaction.sequence(one) for one in turned)
+        elif compaction.slides:
+            turned = tuple(one[:, : compaction.width] for one in angles)
+        if turned and compaction.is_even:
+            state.views.at(index).take_angles(self.language_model, index, turned)
         self._follow(state, index, compaction)
         state.report.seconds += time.perf_counter() - started
         self._note(state, index)
@@ -371,9 +379,8 @@ class InsideLM:
         """Take all tracked columns through a cut at layer ``index``."""
         inside = state.tracked
         if index != self.layers[-1]:  # after the last cut nobody asks where the tokens stand
-            where = compaction.new_columns()
             for span in inside.spans:
-                span.columns = where[span.row][span.columns]
+                span.columns = compaction.moved(span.row, span.columns)
         if inside.raters is not None:
             inside.raters = compaction.follow(inside.raters)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...core.deferred import Checks
 from ...errors import UnsupportedError
-from ..attention_call import AttentionCall
+from ..attention_call import AttentionCall, Form
 from ..attention_tap import AttentionTap, reads_interface
 
 Give = Callable[[AttentionCall], None]
@@ -86,19 +86,18 @@ class TapReader:
 
         ``checks()`` says where checks go, None while nothing records.
         """
-        checked = False
+        known: set[Form] = set()
 
         @torch.no_grad()
         def listen(call: AttentionCall, output: Tensor) -> None:
-            nonlocal checked
             gather = checks()
             if gather is None:
                 return
-            if not checked:  # once is enough: the rule of a tower does not change from call to call
+            if call.form not in known:  # once is enough: the rule does not change from call to call
                 first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
                 for part, own in zip(call.segments(), _split_output(call, output), strict=True):
                     part.check(first, None, part.attention(first), own, gather)
-                checked = True
+                known.add(call.form)
             for part in call.segments():
                 give(part)
 
