@@ -11,10 +11,11 @@ import torch
 
 import vlmprune
 from vlmprune.errors import SpecError
+from vlmprune.hooks.patches import on_host
 from vlmprune.registry import get
 from vlmprune.testing.capabilities import method_names
 from vlmprune.testing.conformance import generate
-from vlmprune.testing.device import MixedDevices, PretendedDevice, moved, pretending
+from vlmprune.testing.device import MixedDevices, PretendedDevice, count, moved, pretending
 from vlmprune.testing.device_counts import CountRow, count_rows, read, write
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
@@ -87,6 +88,18 @@ def test_the_answer_is_that_of_the_cpu_and_nothing_stays_replaced(spec: str) -> 
         ids = generate(away, given)
     assert ids.tolist() == wanted.tolist()
     assert names == (torch.autocast, vlmprune.core.tokens.VisualTokens.__post_init__)
+
+
+def test_scores_made_on_the_cpu_meet_features_on_the_device() -> None:
+    counts = count(tiny_model, tiny_inputs(images=(1,)), "mmr+random@9")["prefill"]
+    assert (counts.waits, counts.uploads) == (0, 1)
+
+
+def test_sizes_of_pictures_are_read_once_and_before_the_tower_runs(device: PretendedDevice) -> None:
+    grid, pixels = device.away(torch.tensor([[1, 4, 6]])), device.away(torch.zeros(24, 3))
+    read_here = on_host({"image_grid_thw": grid, "pixel_values": pixels, "image_sizes": None})
+    assert read_here["image_grid_thw"].tolist() == [[1, 4, 6]] and read_here["pixel_values"] is pixels
+    assert device.counts.waits == 1
 
 
 @pytest.mark.parametrize(

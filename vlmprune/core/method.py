@@ -172,7 +172,10 @@ class CutPoint:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods; subclasses are frozen dataclasses registered with ``@vlmprune.register(name)``."""
+    """Base of all methods; subclasses are frozen dataclasses registered with ``@vlmprune.register(name)``.
+
+    What they answer is on the device of the tokens, or on the CPU where no value of the tokens was read.
+    """
 
     name: ClassVar[str] = ""  # set by register
     slot: ClassVar[SlotName] = "before_lm"

@@ -116,9 +116,10 @@ def choose(method: Method, tokens: VisualTokens, k: int, checks: Checks = NOW) -
         return Merged(tokens.need("features"), everything) if kind == "merge" else everything
     if kind == "merge":
         return _checked_rows(method, method.merge(tokens, k), tokens, k, checks)
+    # an answer from the CPU is checked and ranked there: only what stays travels
     if kind == "score":
-        return top_k(_checked_scores(method, method.score(tokens), batch, n, checks), k)
-    return _checked_indices(method, method.select(tokens, k), batch, n, k, checks)
+        return top_k(_checked_scores(method, method.score(tokens), batch, n, checks), k).to(tokens.device)
+    return _checked_indices(method, method.select(tokens, k), batch, n, k, checks).to(tokens.device)
 
 
 def choose_own(method: Method, tokens: VisualTokens, checks: Checks = NOW) -> list[Tensor | Merged]:

@@ -71,7 +71,7 @@ class Random(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         ordinal = range(tokens.batch) if tokens.ordinal is None else tokens.ordinal.tolist()
-        return torch.stack([self._row(i, tokens.count) for i in ordinal]).to(tokens.device)
+        return torch.stack([self._row(i, tokens.count) for i in ordinal])
 
     def _row(self, ordinal: int, n: int) -> Tensor:
         # on the CPU, so that all devices keep the same tokens; the prime keeps (seed, ordinal) pairs apart
@@ -87,7 +87,7 @@ class Uniform(Method):
     nested: ClassVar[bool] = False
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        return centres(tokens.need("grids"), k).to(tokens.device).expand(tokens.batch, k)
+        return centres(tokens.need("grids"), k).expand(tokens.batch, k)
 
 
 @register("pool")

@@ -121,7 +121,7 @@ class MMR(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         given = self.inner.score(tokens) if self._scores else self.inner.ranking(tokens, k)
-        scores, features = given.float(), tokens.need("features")
+        scores, features = given.float().to(tokens.device), tokens.need("features")
         tokens.require(
             all_finite(scores) & all_finite(features),
             lambda: InvariantError(
