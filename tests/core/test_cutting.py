@@ -16,7 +16,7 @@ from vlmprune.core.report import Report
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError
 from vlmprune.hooks.sequence.placement import assign
-from vlmprune.hooks.slots.before_lm import cut_pictures
+from vlmprune.hooks.slots.before_lm import all_hosts, cut_pictures, hosts_of
 from vlmprune.hooks.slots.cutting import Cut
 from vlmprune.hooks.vision.pictures import Picture, make_units
 from vlmprune.spec import Budget
@@ -183,3 +183,9 @@ def test_keep_maps_name_image_and_frame() -> None:
     report.kept = [one.keep_idx for one in cut(pictures, [[0, 1]], 2)]
     found = [(one.index, one.frame, one.keep_idx.tolist(), one.total, one.grids) for one in report.keep]
     assert found == [(0, None, [2, 3], 4, ((2, 2),)), (1, 0, [0], 2, ((1, 2),)), (1, 1, [0], 2, ((1, 2),))]
+
+
+@pytest.mark.parametrize("index", [[4, 1, 6], [-1, 5, 0, -1], [-1], [0, -1, 1], [6, 5, -1, 4, 3, 2, 1]])
+def test_where_order_is_free_rows_take_the_same_places(index: list[int]) -> None:
+    hosts = hosts_of(torch.arange(7), torch.tensor(index))
+    assert torch.equal(all_hosts(7, torch.tensor(index)), hosts.sort().values)

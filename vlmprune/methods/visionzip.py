@@ -57,11 +57,12 @@ def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Group
     batch, n = scores.shape
     kept = top_k(scores, dominant) if dominant else scores.new_empty(batch, 0, dtype=torch.int64)
     rest = rest_of(kept, n)  # (B, R) raster order
-    step = max(1, rest.shape[1] // max(1, contextual))
-    target_at = torch.arange(contextual, device=rest.device).expand(batch, contextual) * step
-    targets, members = rest.gather(1, target_at), rest.gather(1, rest_of(target_at, rest.shape[1]))
     if not contextual:
-        return Groups(kept, targets, members[:, :0], members[:, :0])
+        return Groups(kept, rest[:, :0], rest[:, :0], rest[:, :0])
+    step = max(1, rest.shape[1] // contextual)
+    spaced = rest[:, : contextual * step].unflatten(1, (contextual, step))  # a target, then members
+    targets = spaced[..., 0]
+    members = torch.cat([spaced[..., 1:].flatten(1), rest[:, contextual * step :]], dim=1)
     K = torch.nn.functional.normalize(keys.float(), dim=-1)
     cosine = rows_at(K, members) @ rows_at(K, targets).transpose(1, 2)  # (B, R-c, c)
     return Groups(kept, targets, members, join=cosine.argmax(-1))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core.budget import Budget
 from ...core.deferred import NOW, Checks
 from ...core.method import Merged, Method, needs_of
-from ...core.select import choose, choose_own
+from ...core.select import choose, choose_own, top_k
 from ...errors import InvariantError, UnsupportedError
 from ..sequence.text import with_text
 from ..state import ForwardState
@@ -241,9 +241,10 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_pla
             slots.append(picture.slots_of(patches))
             rows.append(picture.patch_features(patches))
             continue
-        own = own.to(part.index.device)
-        hosts = hosts_of(picture.slots_of(own), part.index)  # (k,)
-        slots.append(hosts.sort().values if listed_in_order else hosts)
+        if listed_in_order:
+            slots.append(all_hosts(picture.count, part.index))
+        else:
+            slots.append(hosts_of(picture.slots_of(own.to(part.index.device)), part.index))  # (k,)
         rows.append(part.rows)
     device = rows[0].device
     every = joined([one.to(device) for one in slots])
@@ -266,6 +267,13 @@ def hosts_of(slots: Tensor, index: Tensor) -> Tensor:
     free = taken[:-1].argsort(stable=True)  # free ones first, ascending
     number = (placeless.cumsum(dim=0) - 1).clamp_min(0)
     return slots[torch.where(placeless, free[number], index.clamp_min(0))]
+
+
+def all_hosts(count: int, index: Tensor) -> Tensor:
+    """(k,) the same slots, ascending, where all ``count`` tokens of a picture are one unit."""
+    # -1 is the last place, which is cut off; of equals the first are taken, so free places come in order
+    taken = torch.zeros(count + 1, device=index.device).index_fill_(0, index, 1.0)
+    return top_k(taken[None, :-1], index.shape[0])[0]
 
 
 def _cut_tiles(
