@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...checks import one_of
 from ...core.combine import act_as
-from ...core.deferred import Require
+from ...core.deferred import Require, all_finite
 from ...core.method import Merged, Method, Verb
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, SpecError, UnsupportedError
@@ -131,7 +131,7 @@ class Debias(Method):
         w = weights(self.curve, a, m)
         found = (a * w).float()
         require(
-            ((a >= 0) & found.isfinite()).all(),
+            (a >= 0).all() & all_finite(found),
             lambda: InvariantError(
                 f"{self.inner.name} gave scores below zero or not finite, which attention cannot be; check "
                 "them"

@@ -60,8 +60,9 @@ def weights(curve: Curve, a: Tensor, real: Tensor | None = None) -> Tensor:
 def own_sigma(a: Tensor, x: Tensor, real: Tensor | None = None) -> Tensor:
     """(B, 1) slope of the least-squares line of log a (B, N) over x (1, N), where real and above zero."""
     used = a > 0 if real is None else (a > 0) & real
-    # log 1 is 0: places that are not used add nothing to the sums
-    y, count = torch.where(used, a, 1.0).double().log(), used.sum(dim=1, keepdim=True).clamp_min(1)
-    dx = torch.where(used, x - (x * used).sum(dim=1, keepdim=True) / count, 0.0)
+    count = used.sum(dim=1, keepdim=True).clamp_min(1)
+    # 0 at places that are not used: they add nothing to the sums, and xlogy(0, 0) is 0
+    dx = (x - (x * used).sum(dim=1, keepdim=True) / count) * used
     # a single place has no slope; the floor makes that 0 in place of NaN
-    return (dx * y).sum(dim=1, keepdim=True) / dx.square().sum(dim=1, keepdim=True).clamp_min(1e-12)
+    slope = torch.xlogy(dx, a).sum(dim=1, keepdim=True)
+    return slope / dx.square().sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from ...checks import check_int, check_positive, one_of
-from ...core.deferred import all_finite
 from ...core.method import Method, What
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError
@@ -43,8 +42,8 @@ _CONSTANT = 1e-4  # relative spread below which sensitivities differ by rounding
 def scaled(S: Tensor) -> Tensor:
     """(B, N) s, sensitivities S (B, N) stretched to [0, 1] in every row; all ones where a row is constant."""
     low, high = S.amin(-1, keepdim=True), S.amax(-1, keepdim=True)
-    constant = high - low <= _CONSTANT * high
-    return torch.where(constant, torch.ones_like(S), (S - low) / (high - low + 1e-8))
+    spread = high - low
+    return ((S - low) / (spread + 1e-8)).masked_fill(spread <= _CONSTANT * high, 1.0)
 
 
 @torch.no_grad()
@@ -130,11 +129,11 @@ class ZOOPrune(Method):
         S, z = self.sensitivity(tokens), tokens.need("features")  # (B, N), (B, N, D)
         order, worth = hybrid_greedy(scaled(S), z, k)
         # a token without a number ranks last: the picks alone would not show it
-        tokens.require(
-            all_finite(S) & all_finite(z) & all_finite(worth),
-            lambda: InvariantError(
-                f"{self.name}: sensitivities or distances are not finite. Check the features for NaN and "
-                "overflow"
-            ),
-        )
+        for values in (S, z, worth):
+            tokens.require_finite(values, self._not_finite)
         return order
+
+    def _not_finite(self) -> InvariantError:
+        return InvariantError(
+            f"{self.name}: sensitivities or distances are not finite. Check the features for NaN and overflow"
+        )
