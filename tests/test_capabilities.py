@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
 import torch
-from later_families import FIRST, sampled
+from later_families import FIRST, sampled, slow_tests_run
 from typer.testing import CliRunner
 
 from vlmprune.cli import app
@@ -22,10 +24,6 @@ from vlmprune.testing.capabilities import CAPABILITIES, OF_METHODS, SPEC, cell, 
 
 ROOT = Path(__file__).parents[1]
 METHODS = method_names()
-CELLS = [(family, None, name) for family in families() for name in CAPABILITIES]
-CELLS += [
-    (family, method, name) for family in families() for method in METHODS for name in (None, *OF_METHODS)
-]
 # in each default run one method of every family runs anew, and one thing that another can do; always the same
 # ones. Compiling takes minutes: test_compiled does it by default
 OFTEN = [f for f in families() if f in FIRST or sampled(f, 4)]
@@ -34,6 +32,24 @@ HERE = [name for name in OF_METHODS if name != "compile" and (name != "flash" or
 FEW += [
     (f, METHODS[crc32(f[::-1].encode()) % len(METHODS)], HERE[crc32(f.encode()) % len(HERE)]) for f in OFTEN
 ]
+
+
+def cells() -> Iterator[tuple[str, str | None, str | None]]:
+    """All of the table."""
+    for family in families():
+        yield from ((family, None, name) for name in CAPABILITIES)
+        for method in METHODS:
+            yield from ((family, method, name) for name in (None, *OF_METHODS))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is not test_the_table_says_what_is_measured_again:
+        return
+    found: list[Any] = list(FEW)
+    if slow_tests_run(metafunc.config):
+        few = set(FEW)
+        found += [pytest.param(*one, marks=pytest.mark.slow) for one in cells() if one not in few]
+    metafunc.parametrize(("family", "method", "capability"), found)
 
 
 def test_the_table_has_every_family_method_and_capability() -> None:
@@ -56,10 +72,6 @@ def test_a_table_that_lacks_something_is_stale() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "capability"),
-    [*FEW, *(pytest.param(*one, marks=pytest.mark.slow) for one in CELLS if one not in FEW)],
-)
 def test_the_table_says_what_is_measured_again(
     family: str, method: str | None, capability: str | None
 ) -> None:

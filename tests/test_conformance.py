@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-from later_families import FIRST, LATER, sampled
+from later_families import FIRST, LATER, sampled, slow_tests_run
 
 from vlmprune.api import prune
 from vlmprune.errors import UnsupportedError
@@ -59,7 +62,6 @@ def quick(subject: Subject, check: str) -> bool:
 
 CLIPS = [family for family in FAMILIES if layout_of(family).video is not None]
 CELLS = [(method, family) for method in METHODS for family in (CLIPS if get(method).clips else FAMILIES)]
-QUICK = [Subject(default_spec(method), family) for method, family in CELLS if by_default(method, family)]
 # the others run a method of each kind by default, the first of these with all checks
 ALL_CHECKS = "fastervlm(cls=mean)@0.25"
 SOME_CHECKS = {
@@ -67,32 +69,34 @@ SOME_CHECKS = {
     "pool@0.25": ("cut_equals_hand_built", "every_mode_equals_kept_embeddings"),
     default_spec("var"): ("edit_equals_eager_twin", "composes_with_a_cut"),
 }
-SAMPLE = [(Subject(ALL_CHECKS, family), check) for family in YOUNGER for check in all_checks()]
-SAMPLE += [
-    (Subject(spec, family), check)
-    for family in YOUNGER
-    for spec, checks in SOME_CHECKS.items()
-    for check in checks
-]
-# of the families that came later a few checks each, by name
-SAMPLE += [
-    (Subject(spec, family), check)
-    for family in LATER
-    for spec in (ALL_CHECKS, "fastv@0.25")
-    for check in all_checks()
-    if sampled(f"{spec} {family} {check}", 30)
-]
-# words in the middle of a prompt that attends both ways look ahead when they rank
-SAMPLE += [(Subject(default_spec("sparsevlm"), "paligemma"), "cut_equals_hand_built")]
-MORE = [
-    *(Subject(spec, family) for spec in OPTIONS for family in ("llava", "llava_next", "llava_onevision")),
-    *(Subject(default_spec(method), family) for method, family in CELLS if not by_default(method, family)),
-    *(
-        Subject(spec, *variant)
-        for variant in VARIANTS
-        for spec in ("fastervlm@9", "random@9", "fastv@9", "pyramiddrop@0.5")
-    ),
-]
+spec_of = lru_cache(maxsize=None)(default_spec)
+
+
+def sample() -> Iterator[tuple[Subject, str]]:
+    """Checks of methods of each kind on families that do not run all of them."""
+    for family in YOUNGER:
+        for spec, checks in {ALL_CHECKS: tuple(all_checks()), **SOME_CHECKS}.items():
+            yield from ((Subject(spec, family), check) for check in checks)
+    # of the families that came later a few checks each, by name
+    for family in LATER:
+        for spec in (ALL_CHECKS, "fastv@0.25"):
+            for check in all_checks():
+                if sampled(f"{spec} {family} {check}", 30):
+                    yield Subject(spec, family), check
+    # words in the middle of a prompt that attends both ways look ahead when they rank
+    yield Subject(spec_of("sparsevlm"), "paligemma"), "cut_equals_hand_built"
+
+
+def more() -> Iterator[Subject]:
+    """What runs with all checks where slow tests are asked for."""
+    for spec in OPTIONS:
+        yield from (Subject(spec, family) for family in ("llava", "llava_next", "llava_onevision"))
+    yield from (
+        Subject(spec_of(method), family) for method, family in CELLS if not by_default(method, family)
+    )
+    for variant in VARIANTS:
+        for spec in ("fastervlm@9", "random@9", "fastv@9", "pyramiddrop@0.5"):
+            yield Subject(spec, *variant)
 
 
 def name_of(subject: Subject) -> str:
@@ -155,24 +159,29 @@ def may_refuse(subject: Subject, detail: str) -> bool:
     return siglip or any(hint in detail and subject.family in families for hint, families in REFUSALS.items())
 
 
-@pytest.mark.parametrize(
-    ("subject", "check"),
-    [
-        *(
-            pytest.param(
-                s, check, id=f"{name_of(s)}-{check}", marks=[] if quick(s, check) else pytest.mark.slow
-            )
-            for s in QUICK
-            for check in checks_for(s)
-        ),
-        *(pytest.param(s, check, id=f"{name_of(s)}-{check}") for s, check in SAMPLE),
-        *(
-            pytest.param(s, check, id=f"{name_of(s)}-{check}", marks=pytest.mark.slow)
-            for s in MORE
-            for check in checks_for(s)
-        ),
-    ],
-)
+def case(subject: Subject, check: str, *, slow: bool = False) -> Any:
+    marks = pytest.mark.slow if slow else ()
+    return pytest.param(subject, check, id=f"{name_of(subject)}-{check}", marks=marks)
+
+
+def cases(slow: bool) -> Iterator[Any]:
+    """Every cell that a run has: twenty thousand with the slow ones, which take long to make."""
+    quickly = [Subject(spec_of(method), family) for method, family in CELLS if by_default(method, family)]
+    for subject in quickly:
+        for check in checks_for(subject):
+            if slow or quick(subject, check):
+                yield case(subject, check, slow=not quick(subject, check))
+    yield from (case(subject, check) for subject, check in sample())
+    if slow:
+        for subject in more():
+            yield from (case(subject, check, slow=True) for check in checks_for(subject))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_conformance:
+        metafunc.parametrize(("subject", "check"), list(cases(slow_tests_run(metafunc.config))))
+
+
 def test_conformance(subject: Subject, check: str) -> None:
     result = run_check(check, checks_for(subject)[check], subject)
     if result.status == "unsupported" and (

@@ -24,3 +24,8 @@ def param(test: str, family: str, *more: Any, one_in: int = 4) -> Any:
     name = "-".join([family, *map(str, more)])
     slow = family in LATER and not sampled(f"{test} {name}", one_in)
     return pytest.param(family, *more, id=name, marks=pytest.mark.slow if slow else ())
+
+
+def slow_tests_run(config: pytest.Config) -> bool:
+    """Whether this run takes tests marked slow; otherwise the largest tables make no cases of them."""
+    return "not slow" not in config.option.markexpr
