@@ -16,7 +16,10 @@ from .sample import Task
 GROUP = "vlmprune.tasks"
 LMMS = "lmms:"
 # functions without arguments that return the task
-_BUILTIN = {"shapes": "vlmprune.evaluation.tasks.shapes:shapes"}
+_BUILTIN = {
+    "shapes": "vlmprune.evaluation.tasks.shapes:shapes",
+    "scenes": "vlmprune.evaluation.tasks.scenes:scenes",
+}
 _TABLE: LazyTable[Callable[[], Task]] = LazyTable("task", _BUILTIN, EvaluationError, group=GROUP)
 
 

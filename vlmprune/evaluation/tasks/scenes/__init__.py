@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A synthetic benchmark with redundant pictures: large patterned objects before a place, six families of
+questions, no download. The model "natural" was trained on it.
+"""
+
+from .dataset import ScenesSample, ScenesTask, scenes
+
+__all__ = ["ScenesSample", "ScenesTask", "scenes"]
