@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .scene import CANVAS
 from .vocabulary import SPECIAL, WORDS
 
 PATCH = 12
-ROPE_THETA = 1e6
+ROPE_THETA = 1e6  # angles so slow that contents compare alike near and far
 GRID = CANVAS // PATCH  # patches along each side
 PAD, BOS, EOS, UNKNOWN, IMAGE = (WORDS.index(word) for word in SPECIAL)
 VISION: dict[str, Any] = {
@@ -42,27 +43,42 @@ CHAT_TEMPLATE = (
 
 def build_model(seed: int = 0) -> Any:
     """An untrained LlavaForConditionalGeneration; the global random state is neither read nor changed."""
-    vision = transformers.CLIPVisionConfig(
-        **VISION, image_size=CANVAS, patch_size=PATCH, hidden_act="quick_gelu"
+    return build_llava(VISION, TEXT, WORDS, CANVAS, PATCH, ROPE_THETA, seed)
+
+
+def build_llava(
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    words: Sequence[str],
+    canvas: int,
+    patch: int,
+    rope_theta: float,
+    seed: int = 0,
+) -> Any:
+    """The same with other sizes and words. ``words`` begin with ``SPECIAL``; pictures have ``canvas`` pixels
+    on each side.
+    """
+    vision_config = transformers.CLIPVisionConfig(
+        **vision, image_size=canvas, patch_size=patch, hidden_act="quick_gelu"
     )
-    text = transformers.LlamaConfig(
-        **TEXT,
-        vocab_size=len(WORDS),
+    text_config = transformers.LlamaConfig(
+        **text,
+        vocab_size=len(words),
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        **_rope(),
+        **_rope(rope_theta),
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
     config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
+        image_seq_length=(canvas // patch) ** 2,
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
@@ -74,17 +90,17 @@ def build_model(seed: int = 0) -> Any:
     return model.eval()
 
 
-def _rope() -> dict[str, Any]:
-    """Angles so slow that contents compare alike near and far; the field's name depends on transformers."""
+def _rope(theta: float) -> dict[str, Any]:
+    """Rotary angles of base ``theta``; the field's name depends on transformers."""
     if "rope_parameters" in inspect.signature(transformers.LlamaConfig).parameters:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}}
-    return {"rope_theta": ROPE_THETA}
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    return {"rope_theta": theta}
 
 
-def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] = WORDS) -> transformers.PreTrainedTokenizerFast:
     """One token per word; upper case and marks that stick to a word are understood."""
     backend = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=SPECIAL[UNKNOWN])
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN])
     )
     marks = [normalizers.Replace(mark, f" {mark} ") for mark in ("?", ",")]
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *marks])
@@ -103,15 +119,15 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> Any:
-    """Its LlavaProcessor: pictures are squared to CANVAS pixels; works without torchvision."""
+def build_processor(words: Sequence[str] = WORDS, canvas: int = CANVAS, patch: int = PATCH) -> Any:
+    """Its LlavaProcessor: pictures are squared to ``canvas`` pixels; works without torchvision."""
     # where a class named ...Pil exists, the plain name needs torchvision; elsewhere that is the Pillow one
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    side = {"height": CANVAS, "width": CANVAS}
+    side = {"height": canvas, "width": canvas}
     return transformers.LlavaProcessor(
         image_processor=kind(size=side, crop_size=side),
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
+        tokenizer=build_tokenizer(words),
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
