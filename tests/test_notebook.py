@@ -16,10 +16,11 @@ from PIL import Image
 import vlmprune
 from vlmprune.core.keepmap import KeepMap, ScoreMap
 from vlmprune.core.report import Report
-from vlmprune.errors import SpecError
+from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.example_picture import picture
 from vlmprune.models.loading import encode
 from vlmprune.testing.tiny import tiny_bundle, tiny_inputs, tiny_model
+from vlmprune.viz.notebook import LEAST_WIDTH, beside, figure, sheet, slider
 
 HOSTILE = "<script>alert(1)</script>"
 SCORES = ScoreMap(torch.arange(6.0), ((2, 3),), "fastervlm")
@@ -132,3 +133,63 @@ def test_every_frame_of_a_clip_gets_the_picture_of_the_clip():
     clip, inputs = picture(2), tiny_inputs("llava_next_video", images=(0,), video=True)
     maps = vlmprune.score(tiny_model("llava_next_video"), inputs, "fastervlm", image=[clip])
     assert len(maps) > 1 and all(one.image is clip for one in maps)
+
+
+# --- pictures, rows of things, tables -------------------------------------------------------------
+
+
+def test_a_map_on_another_picture_is_the_same_map_and_draws_on_it():
+    photo, keep = picture(0), SCORES.keep(2)
+    on = keep.on(photo)
+    assert on.image is photo and keep.image is None and on.keep_idx.equal(keep.keep_idx)
+    assert (np.asarray(on.draw()) == np.asarray(keep.draw(photo))).all()
+    assert isinstance(SCORES.on(photo), ScoreMap) and on.on(None).image is None
+
+
+@pytest.mark.parametrize(("width", "shown"), [(144, 432), (LEAST_WIDTH, LEAST_WIDTH), (640, 640), (1, 320)])
+def test_a_small_picture_is_shown_enlarged_by_whole_pixels(width, shown):
+    page = figure(Image.new("RGB", (width, 10)), "a")
+    assert f'width="{shown}"' in page and ("pixelated" in page) == (shown > width)
+
+
+def test_things_stand_beside_each_other_below_their_titles():
+    page = beside([SCORES, SCORES.keep(2)], ["all <b>", "two"])._repr_html_()
+    found = Reader(page)
+    assert found.tags.count("figure") == 2 and "all <b>" in found.text and "two" in found.text
+    assert page.index("all &lt;b&gt;") < page.index(repr(SCORES)[:8]) < page.index("two")
+    assert Reader(beside([SCORES])._repr_html_()).tags.count("figure") == 1
+    with pytest.raises(SpecError, match="1 titles were given for 2 things"):
+        beside([SCORES, SCORES], ["one"])
+
+
+def test_a_sheet_has_a_column_for_every_name_and_no_markup():
+    page = sheet([{"spec": "``dense``", "n": 1}, {"spec": HOSTILE, "p": 0.5}])._repr_html_()
+    assert page.count("<th>") == 3 and page.count("<td>") == 6
+    assert "<td><code>dense</code></td><td>1</td><td></td>" in page
+    assert "<script" not in page and HOSTILE in Reader(page).text
+
+
+# --- the slider -----------------------------------------------------------------------------------
+
+
+def test_the_map_follows_the_slider():
+    pytest.importorskip("ipywidgets")
+    chosen, drawing = slider(SCORES, keep=2).children
+    assert (chosen.min, chosen.max, chosen.value) == (1, 6, 2)
+    assert drawing.value == SCORES.keep(2)._repr_html_()
+    chosen.value = 5
+    assert drawing.value == SCORES.keep(5)._repr_html_()
+    assert slider(SCORES).children[0].value == 1
+
+
+@pytest.mark.parametrize("keep", [0, 7, 2.0, True])
+def test_a_slider_cannot_stand_outside(keep):
+    pytest.importorskip("ipywidgets")
+    with pytest.raises(SpecError, match="expected a number of tokens from 1 to 6"):
+        slider(SCORES, keep)
+
+
+def test_without_ipywidgets_the_slider_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    with pytest.raises(UnsupportedError, match=re.escape('pip install -e ".[notebook]"')):
+        slider(SCORES)

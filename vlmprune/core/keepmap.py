@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -96,6 +96,10 @@ class _Map:
 
     def draw(self, image: Picture | None = None, *, max_side: int | None = None) -> Image.Image:
         raise NotImplementedError
+
+    def on(self: M, image: Picture | None) -> M:
+        """The same map with this picture to draw on, as for ``run.last.keep[0].on(picture)``."""
+        return replace(self, image=image)
 
     @property
     def grid(self) -> tuple[int, int]:
