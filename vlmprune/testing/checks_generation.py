@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 
 from ..errors import InvariantError, UnsupportedError
+from ..hooks.sequence.cache import cache_in, cache_name
 from .checks_inside import (
     drafts_are_no_prompt,
     eager_model,
@@ -121,7 +123,7 @@ def second_turn(subject: Subject) -> None:
             first = subject.model.generate(
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
-            maps, cache = report_of(run).keep, first.past_key_values
+            maps, cache = report_of(run).keep, cache_in(first)
             held, seen = int(cache.get_seq_length(0)), int(cache.get_seq_length())
             dropped = sum(report_of(run).dense_tokens) - sum(report_of(run).realised_tokens)
             if subject.keeps_nothing:  # newlines too
@@ -160,7 +162,7 @@ def detached_cache_is_refused(subject: Subject) -> None:
     try:
         with torch.no_grad():
             ids = torch.cat([first.sequences, first.sequences[:, -1:]], 1)
-            generate(subject.model, {"input_ids": ids}, cache=first.past_key_values, max_new_tokens=2)
+            generate(subject.model, {"input_ids": ids}, cache=cache_in(first), max_new_tokens=2)
     except InvariantError as error:
         expect("detached" in str(error), f"unclear error: {error}")
         return
@@ -187,13 +189,14 @@ def by_loop(model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
     output = model(
         **{name: value for name, value in inputs.items() if name != "attention_mask"}, use_cache=True
     )
+    name = cache_name(inspect.signature(model.forward).parameters)
     got: list[int] = []
     for _ in range(5):
         logits = output.logits[0, -1].clone()
         logits[banned] = -torch.inf
         got.append(int(logits.argmax()))
         ids = torch.tensor([[got[-1]]])
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=ids, use_cache=True, **{name: cache_in(output)})
     return got
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..hooks.attention_tap import find_attention
+from ..hooks.sequence.cache import cache_in
 from .conformance import RAGGED, Subject, close, expect, generate, report_of, shared_model
 from .families import family_of
 from .reference import dense_rows, language_model, merged_embeddings, placeholder_columns
@@ -166,7 +167,7 @@ def second_turn_equals_twin(subject: Subject) -> None:
             first = subject.model.generate(
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
-            counts, cache = report_of(run).dense_tokens, first.past_key_values
+            counts, cache = report_of(run).dense_tokens, cache_in(first)
             counting = [i for i in range(run.depth) if hasattr(cache.layers[i], "get_seq_length")]
             held = [int(cache.get_seq_length(layer)) for layer in counting]
             seen = int(cache.get_seq_length())
