@@ -132,6 +132,13 @@ def read_weights(
     return Trained(method, folder, found, sizes, facts)
 
 
+def checked_facts(folder: str, method: str) -> Facts:
+    """What the JSON file of a method says, once its tensors were found to be those that it speaks of."""
+    facts = _facts(folder, method)
+    _tensors(folder, method, facts["sha256"], "")
+    return facts
+
+
 def _facts(folder: str, method: str) -> dict[str, Any]:
     path = Path(folder) / f"{method}.json"
     try:
