@@ -87,7 +87,9 @@ def gallery(sample: Any, records: list[Record], columns: int | None = None) -> I
 def every_spec(keep: int, tokens: int, depth: int) -> list[str]:
     """All built-in methods that choose tokens of a picture by a budget, without trained weights."""
     classes = {
-        name: get(name) for name in attachable_methods() if name != "visionselector" and not get(name).clips
+        name: get(name)
+        for name in attachable_methods()
+        if name not in ("visionselector", "rcp") and not get(name).clips
     }
     return [
         spec_at(name, keep, tokens, depth)

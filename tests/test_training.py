@@ -208,7 +208,7 @@ def test_the_model_can_be_trained_afterwards_and_methods_without_weights_are_ref
 ) -> None:
     model, processor = loaded
     assert all(value.requires_grad for value in model.parameters())
-    with pytest.raises(SpecError, match=r"cannot be trained; expected one of \['visionselector'\]"):
+    with pytest.raises(SpecError, match=r"cannot be trained; expected one of \['rcp', 'visionselector'\]"):
         run("fastervlm", model, processor, "shapes", tmp_path, keep=16)
     with pytest.raises(UnsupportedError, match="more than the 144 that stay"):
         run("visionselector", model, processor, "shapes", tmp_path, keep=144, samples=4, dev=1)

@@ -53,6 +53,7 @@ _BUILTIN = {
     "adaptinfer": "vlmprune.methods.adaptinfer:AdaptInfer",
     "vscan": "vlmprune.methods.vscan:VScan",
     "dyvte": "vlmprune.methods.dyvte:DyVTE",
+    "rcp": "vlmprune.methods.rcp:RCP",
     "flowcut": "vlmprune.methods.flowcut:FlowCut",
     "tome": "vlmprune.methods.tome:ToMe",
     "evs": "vlmprune.methods.evs:EVS",

@@ -23,6 +23,7 @@ REFUSED = {
     "var": "give them and a lower tau, as in var",
     "downsample": "compare with 'pool@64'",
     "visionselector": "train them with 'vlmprune train visionselector",
+    "rcp": "train them with 'vlmprune train rcp",
     **{
         name: "use a family with clips"
         for name in ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")

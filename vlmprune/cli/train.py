@@ -11,7 +11,9 @@ from .screen import Json, plain, print_json, stdout
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="A method that chooses by trained weights: visionselector.")],
+    method: Annotated[
+        str, typer.Argument(help="A method that chooses by trained weights: visionselector or rcp.")
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="tiny, a folder, or an HF id.")],
     data: Annotated[str, typer.Option(help="shapes, or a file of lines {image, question, answer}.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the weights; a call again goes on.")],
@@ -21,7 +23,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     samples: Annotated[int, typer.Option(help="Questions to train on.")] = 600,
     dev: Annotated[int, typer.Option(help="Other questions, answered before and after.")] = 60,
-    width: Annotated[int | None, typer.Option(help="Of the scorer; default half that of the model.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of what is trained; default half that of the model.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
     as_json: Json = False,
@@ -56,6 +60,6 @@ def train(
         print_json(facts)
         return
     found = facts["dev"]
-    for name in ("before", "after", "uniform", "divprune", "dense"):
+    for name in [name for name in found if name not in ("questions", "keep")]:
         screen.print(plain(f"{name}: {found[name]:.3f} of {found['questions']} questions"))
     screen.print(plain(f"use it as {method}(weights={out!r})@{keep}"))

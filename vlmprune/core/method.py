@@ -17,7 +17,7 @@ It never sorts, gathers, masks, counts budgets or sees a model: that is done onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -71,6 +71,8 @@ What = Literal[
     "lm_received",  # (B, N) of the same layer: what tokens of a picture get from it, by its strongest head
     "lm_keys",  # (B, N, Hk, d) keys of the layer that ranks, as its attention gets them
     "lm_states",  # (B, N, D) what enters the layer that is cut, through the final norm of the language model
+    "layer_inputs",  # (B, N, D) the same through the norm of that layer itself
+    "text_inputs",  # (B, R, D) what enters that layer of the text, without a norm
     "text_keys",  # (B, R, Hk, d) and
     "text_states",  # (B, R, D): the same of the text
     "present",  # (B, N, 1) 1 for patches that went through the whole tower, 0 for those left out on the way
@@ -189,6 +191,7 @@ class Method:
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
     rows: ClassVar[Rows] = "text"  # rows of a prompt that the attention slot edits; afterwards every new one
     gated: ClassVar[bool] = False  # is asked by ``leaves`` where ``cuts`` names a layer
+    repairs: ClassVar[bool] = False  # is asked by ``repair`` behind its cuts
     mark_values: ClassVar[int] = 1  # the largest mark of ``mark_tokens``
     wraps: ClassVar[bool] = False  # takes another method as its field `inner`
     clips: ClassVar[bool] = False  # reads the frames of one clip; images and parts of clips are refused
@@ -236,10 +239,7 @@ class Method:
     # --- inside the language model ----------------------------------------------------------------
 
     def later(self, budget: Budget | None) -> tuple[tuple[Method, Budget | None], ...]:
-        """What this method does further on in the same forward: methods of later slots, with their budgets.
-
-        Asked once, when it is attached with ``budget``.
-        """
+        """Methods of later slots, with their budgets, as which this one goes on; asked when attached."""
         return ()
 
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
@@ -260,6 +260,18 @@ class Method:
         None: the last token of the prompt, or all of them for a need of ``text="question"``.
         """
         return None
+
+    def repairs_on(self, depth: int) -> Mapping[int, int]:
+        """Layers at whose output the answer is repaired, each with the layer whose cut it repairs."""
+        raise NotImplementedError
+
+    def repair_context(self, alive: Tensor, dropped: Tensor) -> Tensor:
+        """(U, r) what repairs know of U pictures: patches left (U, N), mean state that left (U, D)."""
+        raise NotImplementedError
+
+    def repair(self, layer: int, rows: Tensor, context: Tensor) -> Tensor:
+        """Repaired rows (B, R, D) of the output of a layer, under the contexts (B, r) of their prompts."""
+        raise NotImplementedError
 
     # --- attention and decode ---------------------------------------------------------------------
 

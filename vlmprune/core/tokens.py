@@ -38,6 +38,8 @@ _TensorField = Literal[
     "lm_states",
     "text_keys",
     "text_states",
+    "layer_inputs",
+    "text_inputs",
 ]
 
 
@@ -51,6 +53,8 @@ class LayerFields(TypedDict, total=False):
     lm_states: Tensor
     text_keys: Tensor | None
     text_states: Tensor
+    layer_inputs: Tensor
+    text_inputs: Tensor
 
 
 # name -> ranks it may have; (B, N) attention is read as one head
@@ -101,6 +105,8 @@ class VisualTokens:
         lm_keys, text_keys: (B, N, Hk, d) and (B, R, Hk, d) keys of that layer, rotated where the model does.
         lm_states, text_states: (B, N, D) and (B, R, D) hidden states where the language model is cut, through
             its final norm; ``features`` has them without.
+        layer_inputs, text_inputs: (B, N, D) hidden states where it is cut, through the norm of that layer,
+            and those (B, R, D) of the text without any.
         query_mask: (B, R) bool, queries or words that are real; shorter units repeat their last query, and
             have anything for the words they lack.
         query_positions, positions: (B, R) and (B, N) position ids.
@@ -138,6 +144,8 @@ class VisualTokens:
     lm_states: Tensor | None = None
     text_keys: Tensor | None = None
     text_states: Tensor | None = None
+    layer_inputs: Tensor | None = None
+    text_inputs: Tensor | None = None
     query_mask: Tensor | None = None
     query_positions: Tensor | None = None
     positions: Tensor | None = None

@@ -295,4 +295,4 @@ def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
         even = all(compaction.is_even for _, compaction in views.cuts)
         all_valid = state.unpadded and even and frozen[0].held.shape[1] > 0
     seen = state.seen + views.columns - tail
-    return CacheState(seen, frozen, owner, all_valid, state.marks)
+    return CacheState(seen, frozen, owner, all_valid, state.marks, state.notes)

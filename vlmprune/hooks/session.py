@@ -358,7 +358,7 @@ class Session:
 
     def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state = self.state
-        if state is not None and state.viewed and (state.views.cuts or state.marks):
+        if state is not None and state.viewed and (state.views.cuts or state.marks or state.notes):
             leave(state, output, self._reference)
         return output
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.deferred import DeferredChecks
 from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
-from .sequence.cache import CacheState, Marks, has_running_states
+from .sequence.cache import CacheState, Marks, Note, has_running_states
 from .sequence.compaction import Compaction
 from .sequence.placement import Columns, Placement
 from .sequence.views import Views
@@ -50,6 +50,8 @@ class ForwardState:
         edited: layers that the attention slot acted on.
         marks: per layer, what is to be attached to the cache; ``held_marks`` are those of earlier forwards.
         visual_marks: (B, L) int8, what a method of the attention slot marked in the tower, in uncut columns.
+        notes: per layer that cut, what repairs behind it have to know; ``held_notes`` are those of earlier
+            forwards.
         text_heads: per layer (B, H, d) outputs of the heads at the last token of the text alone.
         aside: another prompt runs through the layers, which hooks leave alone.
         cuts: per picture what stays of it before the language model, None where all does.
@@ -82,6 +84,7 @@ class ForwardState:
     edited: set[int] = field(default_factory=set)
     marks: dict[int, Marks] = field(default_factory=dict)
     visual_marks: Tensor | None = None
+    notes: dict[int, Note] = field(default_factory=dict)
     text_heads: dict[int, Tensor] = field(default_factory=dict)
     aside: bool = False
     cuts: Sequence[Cut | None] = ()
@@ -150,6 +153,11 @@ class ForwardState:
     def held_marks(self) -> dict[int, Marks]:
         """Per layer, what was marked in earlier forwards of this conversation."""
         return {} if self.cache_state is None else self.cache_state.marks
+
+    @property
+    def held_notes(self) -> dict[int, Note]:
+        """Per layer that cut, what earlier forwards of this conversation noted for repairs."""
+        return {} if self.cache_state is None else self.cache_state.notes
 
     def kept_patches(self, number: int, picture: Picture) -> Tensor | None:
         """(n,) ascending patches of a picture, by its number in the report, that enter the first layer; None:

@@ -47,6 +47,12 @@ class Training(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
 
+    def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
+        """What its method reads beside the weights; before the training nothing is asked."""
+
+    def rivals(self, keep: int) -> dict[str, str]:
+        """Specs without a training that it is compared with, by name."""
+
     def loss(self, asked: list[Exercise], progress: float) -> Tensor: ...
 
 

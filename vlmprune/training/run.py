@@ -17,9 +17,10 @@ from ..errors import SpecError, did_you_mean
 from ..models.loading import encode
 from .data import Exercise, read_data
 from .loop import Pace, Training, train
+from .rcp import RCPTraining
 from .selector import SelectorTraining
 
-TRAINED: Mapping[str, Callable[..., Training]] = {"visionselector": SelectorTraining}
+TRAINED: Mapping[str, Callable[..., Training]] = {"visionselector": SelectorTraining, "rcp": RCPTraining}
 STATE = "training"  # folder beside the weights
 FIRST = "first"  # folder of the untrained weights, for the evaluation before
 
@@ -63,7 +64,7 @@ def run(
         backbone = backbone_of(model.config)
         identity = {"data": questions.fingerprint, "samples": samples, "backbone": backbone}
         losses = train(training, questions.train, settings, folder / STATE, identity, note)
-        write_weights(folder / FIRST, method, first, {"backbone": backbone})
+        write_weights(folder / FIRST, method, first, {"backbone": backbone, **training.facts(None)})
         facts: dict[str, Any] = {
             "backbone": backbone,
             "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
@@ -71,9 +72,10 @@ def run(
             "loss": losses[-1] if losses else None,
             "licence": "that of the model and of the data",
             "versions": {"torch": torch.__version__.split("+")[0]},
+            **training.facts(questions.dev),
         }
         write_weights(folder, method, training.tensors(), facts)
-        facts["dev"] = measured(model, processor, questions.dev, method, folder, keep)
+        facts["dev"] = measured(model, processor, questions.dev, training, folder, keep)
         write_weights(folder, method, training.tensors(), facts)
     finally:
         model.train(mode)
@@ -83,14 +85,13 @@ def run(
 
 
 def measured(
-    model: Any, processor: Any, asked: Sequence[Exercise], method: str, folder: Path, keep: int
+    model: Any, processor: Any, asked: Sequence[Exercise], training: Training, folder: Path, keep: int
 ) -> dict[str, Any]:
     """Accuracy before and after a training, and of methods without one at the same budget."""
     specs = {
-        "before": f"{method}(weights={str(folder / FIRST)!r})@{keep}",
-        "after": f"{method}(weights={str(folder)!r})@{keep}",
-        "uniform": f"uniform@{keep}",
-        "divprune": f"divprune@{keep}",
+        "before": f"{training.method}(weights={str(folder / FIRST)!r})@{keep}",
+        "after": f"{training.method}(weights={str(folder)!r})@{keep}",
+        **training.rivals(keep),
         "dense": "dense",
     }
     found = {name: accuracy(model, processor, asked, spec) for name, spec in specs.items()}

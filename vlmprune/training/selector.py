@@ -9,6 +9,7 @@ geometrically over the steps, in units of the spread of s, so that the soft choi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ class SelectorTraining:
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name."""
         return dict(self.module.named_parameters())
+
+    def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
+        """Nothing: the weights say it all."""
+        return {}
+
+    def rivals(self, keep: int) -> dict[str, str]:
+        """Methods without a training at the same budget."""
+        return {"uniform": f"uniform@{keep}", "divprune": f"divprune@{keep}"}
 
     def loss(self, asked: list[Exercise], progress: float) -> Tensor:
         """Cross entropy of the answers under a soft top-k; ``progress`` runs from 0 to 1."""

@@ -56,6 +56,23 @@ class Marks:
         return Marks(_fit(self.marked, width), _fit(self.visual, width), self.factors)
 
 
+@dataclass(frozen=True, eq=False)
+class Note:
+    """What a method that repairs keeps of the pictures of a prompt.
+
+    Args:
+        vector: (B, r), for rows of the batch.
+        there: (B, 1) bool, rows that have a picture.
+    """
+
+    vector: Tensor
+    there: Tensor
+
+    def select(self, rows: Tensor) -> Note:
+        rows = rows.to(self.there.device)
+        return Note(self.vector[rows], self.there[rows])
+
+
 def _fit(mask: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(mask[..., :width], (0, max(0, width - mask.shape[-1])))
 
@@ -70,6 +87,7 @@ class CacheState:
         owner: the session that cut.
         all_valid: every held slot is a token, so that masks may stay None.
         marks: per layer, what the attention and decode slots marked in the prompt.
+        notes: per layer that cut, what repairs have to know.
         look: what the decode step before looked at.
         inside: the language model is running, so that lengths are physical.
     """
@@ -79,6 +97,7 @@ class CacheState:
     owner: weakref.ref
     all_valid: bool
     marks: dict[int, Marks] = field(default_factory=dict)
+    notes: dict[int, Note] = field(default_factory=dict)
     look: Look | None = None
     inside: bool = field(default=False, compare=False)
 
@@ -94,11 +113,14 @@ class CacheState:
         """Go on with some rows of the batch, as beam search does."""
         self.views = [view.select(rows) for view in self.views]
         self.marks = {layer: one.select(rows) for layer, one in self.marks.items()}
+        self.notes = {layer: one.select(rows) for layer, one in self.notes.items()}
         self.look = None if self.look is None else self.look.select(rows)
 
     def __deepcopy__(self, memo: dict) -> CacheState:
         every = torch.arange(self.views[0].held.shape[0])
-        copy = CacheState(self.seen, self.views, self.owner, self.all_valid, self.marks, self.look)
+        copy = CacheState(
+            self.seen, self.views, self.owner, self.all_valid, self.marks, self.notes, self.look
+        )
         copy.select(every)
         return copy
 

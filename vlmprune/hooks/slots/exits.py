@@ -17,6 +17,7 @@ from ...core.method import Method
 from ..state import ForwardState
 from . import Attachment, Slot
 from .inside_lm import InsideLM
+from .repairs import RepairSlot
 from .spans import Span
 
 _FEWEST = 2  # tokens of text: what a gate reads is the last one and the mean of the others
@@ -53,4 +54,6 @@ class ExitSlot(InsideLM):
 
 def inside_slot(attachment: Attachment, method: Method, budget: Budget | None) -> Slot:
     """The slot for cuts that a schedule makes, or that a method is asked for."""
+    if method.repairs:
+        return RepairSlot(attachment, method, budget)
     return (ExitSlot if method.gated else InsideLM)(attachment, method, budget)

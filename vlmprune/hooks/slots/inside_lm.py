@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot inside the language model: cuts at the input of chosen decoder layers, ranked by what a layer
-attends to.
+"""The slot inside the language model: cuts at the input of layers, ranked by what a layer attends to.
 
 A cut at layer L drops tokens from the sequence that enters L; all later layers get a view of their own (mask,
 positions, cache slots). Tokens are ranked by what is read of layer L - 1, which has run, or of L itself,
@@ -31,14 +30,7 @@ from ..sequence.masks import check_aligned, check_kinds, rotary_frequencies, use
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import drop_columns
-from .ranking import (
-    Ranked,
-    asked_for,
-    asks_the_question,
-    attention_of,
-    read,
-    tokens_of,
-)
+from .ranking import LayerTokens, Ranked, asked_for, asks_the_question, attention_of, read, tokens_of
 from .spans import InsideRecord, Span, settle
 
 
@@ -328,15 +320,15 @@ class InsideLM:
         batch, length = hidden.shape[:2]
         dropped, gone = [0] * batch, []
         for (count, k, _), spans in groups.items():
-            for span in spans:
-                gone.append(span.flat(length))
-                dropped[span.row] += count - k
+            gone += [span.flat(length) for span in spans]
+            result: Tensor | Merged | Sequence[Tensor]
             if k == 0:
-                result: Tensor | Merged = torch.empty(len(spans), 0, dtype=torch.long, device=hidden.device)
+                result = torch.empty(len(spans), 0, dtype=torch.long, device=hidden.device)
             else:
-                tokens = self._tokens(state, index, spans, hidden, ranked)
-                result = choose(self.method, tokens, k, state.checks)
+                result = self._choose(self._tokens(state, index, spans, hidden, ranked), k, state)
             hidden = settle(spans, result, hidden)
+            for span in spans:
+                dropped[span.row] += count - span.count
         kept = [span.flat(length) for spans in groups.values() for span in spans]
         lengths = inside.lengths or [length] * batch
         if min(have - drop for have, drop in zip(lengths, dropped, strict=True)) < 1:
@@ -363,9 +355,15 @@ class InsideLM:
         self._note(state, index)
         return compaction.sequence(hidden)
 
+    def _choose(
+        self, tokens: VisualTokens, k: int, state: ForwardState
+    ) -> Tensor | Merged | Sequence[Tensor]:
+        """What stays of units of equal length."""
+        return choose(self.method, tokens, k, state.checks)
+
     def _tokens(
         self, state: ForwardState, index: int, spans: Sequence[Span], hidden: Tensor, ranked: Ranked
-    ) -> VisualTokens:
+    ) -> LayerTokens:
         source = self.sources[index]
         source = index if source is None else source
         numbers = state.views.at(source).position_ids

@@ -82,7 +82,7 @@ class InsideRecord:
     leaving: set[int] = field(default_factory=set)
 
 
-def settle(spans: Sequence[Span], result: Tensor | Merged, hidden: Tensor) -> Tensor:
+def settle(spans: Sequence[Span], result: Tensor | Merged | Sequence[Tensor], hidden: Tensor) -> Tensor:
     """Let every span know what stays of it; ``hidden`` (B, n, D) with the rows of merging methods."""
     for number, span in enumerate(spans):
         if not isinstance(result, Merged):
