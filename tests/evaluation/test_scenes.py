@@ -18,8 +18,8 @@ from vlmprune.evaluation.tasks.scenes.scene import CANVAS
 from vlmprune.evaluation.tasks.scenes.vocabulary import WORDS
 
 # SHA-256 of questions and answers of the first twelve dev samples, cut to 16 digits; means of their pictures
-GOLDEN = "37c9fd143f53dfe3"
-GREYS = [147.29, 110.38, 119.04, 104.04, 103.0, 198.65, 185.29, 155.02, 105.93, 102.8, 132.54, 98.08]
+GOLDEN = "cff585f0e2109b6c"
+GREYS = [147.29, 110.38, 119.04, 87.17, 91.8, 185.29, 155.02, 105.93, 144.34, 186.52, 144.55, 107.85]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_samples_are_what_they_were(samples):
 
 def test_a_sample_does_not_depend_on_what_else_is_drawn(samples):
     alone = scenes().sample("dev", "small", 3)
-    assert alone == samples[3 * len(FAMILIES) + FAMILIES.index("small")]
-    assert np.array_equal(alone.load_images()[0], samples[3 * len(FAMILIES) + 5].load_images()[0])
+    among = samples[3 * len(FAMILIES) + FAMILIES.index("small")]
+    assert alone == among and np.array_equal(alone.load_images()[0], among.load_images()[0])
 
 
 def test_answers_of_a_family_come_in_turn():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A synthetic benchmark with redundant pictures: large patterned objects before a place, six families of
+"""A synthetic benchmark with redundant pictures: large patterned objects before a place, five families of
 questions, no download. The model "natural" was trained on it.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: six families, answers in equal shares, a sample for each (split, family, index)."""
+"""The task: five families, answers in equal shares, a sample for each (split, family, index)."""
 
 from __future__ import annotations
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .scene import Scene, Thing
-from .vocabulary import COLORS, PATTERNS, PLACES, SIDES, YES_NO
+from .vocabulary import COLORS, PATTERNS, PLACES, YES_NO
 
 # family -> its answers, equally frequent in the benchmark: 1 / len(answers) is what a guesser gets
 ANSWERS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
     "pattern": PATTERNS,
     "exist": YES_NO,
-    "where": SIDES,
     "place": PLACES,
     "small": tuple(COLORS) + PATTERNS,
 }
@@ -45,9 +44,6 @@ def questions_about(scene: Scene, rng: np.random.Generator) -> list[Question]:
     for i in _unique(things, lambda thing: thing.color):
         family, name = "small" if things[i].small else "pattern", f"the {things[i].color} object ?"
         found.append(Question(family, f"what pattern has {name}", things[i].pattern, (i,)))
-        side = things[i].side()
-        if side and not things[i].small:
-            found.append(Question("where", f"where is {name}", side, (i,)))
     return found + _exist(things, rng)
 
 
