@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the model of a run as the files of the package, with what was measured on them:
+``python benchmarks/natural/ship.py RUN_FOLDER OUT``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.append(str(HERE.parent / "tiny"))  # its files.py: what transformers reads, and the hashes
+
+from files import seal, write  # noqa: E402
+from model import ROPE_THETA, Natural, processor  # noqa: E402
+from properties import properties  # noqa: E402
+
+from vlmprune.evaluation.leaderboard.config import Config  # noqa: E402
+from vlmprune.evaluation.leaderboard.run import Settings, leaderboard  # noqa: E402
+from vlmprune.evaluation.tasks.scenes import scenes  # noqa: E402
+
+HALVES = ROOT / "vlmprune" / "evaluation" / "tasks" / "scenes" / "designed_with.json"
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--limit", type=int, default=600, help="Test questions of the comparison.")
+    parser.add_argument("--inside", type=int, default=120, help="Test questions whose attention is measured.")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[16, 32, 48], help="Budgets of the comparison."
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = yaml.safe_load((HERE / "recipe.yaml").read_text())
+    net = Natural(recipe["seed"])
+    net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
+    write(net.llava, processor(), options.out, ROPE_THETA)
+    found = {
+        "recipe": recipe,
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "notes": notes(options.folder),
+        "log": log(options.folder),
+        "properties": properties(options.out, options.inside),
+        "keep": options.keep,
+        **compared(options.out, options.folder / "board", options.limit, options.keep),
+    }
+    (options.out / "provenance.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / "card.md").write_text(card(found))
+    seal(options.out)
+
+
+def notes(folder: Path) -> list[str]:
+    """What a person wrote down about the run, a line each; "as the recipe says" where nothing was."""
+    path = folder / "notes.txt"
+    return path.read_text().splitlines() if path.exists() else ["all stages in one go, as the recipe says"]
+
+
+def log(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        stages.setdefault(row.pop("stage"), []).append(row)
+    return stages
+
+
+def compared(model: Path, board: Path, limit: int, keep: list[int]) -> dict[str, Any]:
+    """Rows of a leaderboard over the methods of both halves: accuracy, share of dense, interval."""
+    halves = json.loads(HALVES.read_text())["natural"]
+    names = [name for name in halves["designed_with"] + halves["held_out"] if name != "random"]
+    config = Config.of(
+        {"models": [str(model)], "specs": ["blind", *names], "keep": keep, "tasks": ["scenes"]}
+        | {"limit": limit}
+    )
+    # a run with more budgets goes on in the folder of one with fewer
+    rows = leaderboard(config, board, Settings(threads=1, replace=True))["rows"]
+    kept = ("accuracy", "ci", "retained", "layer_tokens", "on_object")
+    dense = next(row for row in rows if row["spec"] == "dense")
+    return {
+        "halves": halves,
+        "questions": dense["n"],
+        "families": dense["families"],
+        "blind": dict(scenes().blind),
+        "fingerprint": scenes().fingerprint,
+        "rows": {row["spec"]: {key: row[key] for key in kept} for row in rows},
+    }
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def card(found: dict[str, Any]) -> str:
+    """Fill the template: every figure comes from the provenance."""
+    published = yaml.safe_load((HERE / "published.yaml").read_text())["averages"]
+    rows, halves = found["rows"], found["halves"]
+    agreement = {}
+    for name, methods in {**halves, "all": [*halves["designed_with"], *halves["held_out"]]}.items():
+        both = [m for m in methods if m in published]
+        ours = [rows[f"{m}@16"]["accuracy"] for m in both]
+        agreement[name] = (len(both), spearman([published[m] for m in both], ours))
+    stages = {name: stage[-1] for name, stage in found["log"].items()}
+    blocks, layers = found["properties"]["tower"], found["properties"]["decoder"]
+    return (
+        (HERE / "card_template.md")
+        .read_text()
+        .format(
+            families=table(
+                ("family", "blind", "dense"),
+                [(f, f"{found['blind'][f]:.3f}", f"{value:.3f}") for f, value in found["families"].items()],
+            ),
+            retention=retention(found, published),
+            agreement="\n".join(
+                f"- {name.replace('_', ' ')}: {rho:.2f} over {count} methods"
+                for name, (count, rho) in agreement.items()
+            ),
+            tower=table(("of the tower", "mean"), [(name, f"{value:.3f}") for name, value in blocks.items()]),
+            decoder=table(
+                ("layer", *layers[0]),
+                [(str(i), *(f"{value:.3f}" for value in layer.values())) for i, layer in enumerate(layers)],
+            ),
+            training=table(
+                ("stage", "steps", "CPU s", "wall s"),
+                [(name, s["step"], s["cpu_seconds"], s["wall_seconds"]) for name, s in stages.items()],
+            ),
+            questions=found["questions"],
+            inside=found["properties"]["questions"],
+            fingerprint=found["fingerprint"],
+            dense=f"{rows['dense']['accuracy']:.3f}",
+            blind=f"{rows['blind']['accuracy']:.3f}",
+            random=f"{rows['random@16']['retained']:.3f}",
+            auc=f"{blocks['cls auc asked']:.3f}",
+            norms=f"{blocks['norm max by median']:.2f}",
+            late=f"{layers[1]['share of last quarter']:.3f}",
+            slope=f"{layers[1]['rank correlation with place']:.2f}",
+            early_auc=f"{layers[1]['auc asked']:.3f}",
+            first=f"{max(layer['mass on first token'] for layer in layers):.3f}",
+            massive=f"{max(layer['value max by median'] for layer in layers):.0f}",
+            designed=", ".join(halves["designed_with"]),
+            held_out=", ".join(halves["held_out"]),
+            notes="\n".join(f"- {note}" for note in found["notes"]),
+            seed=found["recipe"]["seed"],
+            versions=", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+        )
+    )
+
+
+def retention(found: dict[str, Any], published: dict[str, float]) -> str:
+    """Share of the dense accuracy that each method keeps, in the order of the smallest budget."""
+    rows, halves, budgets = found["rows"], found["halves"], found["keep"]
+    lines = []
+    for name in (*halves["designed_with"], *halves["held_out"], "uniform", "pool"):
+        shares = [rows[f"{name}@{keep}"]["retained"] for keep in budgets]
+        half = next((half for half, names in halves.items() if name in names), "baseline")
+        paper = f"{published[name]:.1f}" if name in published else ""
+        lines.append((name, half.replace("_", " "), *(f"{100 * share:.1f}" for share in shares), paper))
+    lines.sort(key=lambda line: -float(line[2]))
+    return table(("method", "half", *(f"@{keep}" for keep in budgets), "LLaVA-1.5-7B at 64 of 576"), lines)
+
+
+def table(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    rows = [head, ("---",) * len(head), *lines]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the natural model: what is looked for, what stays as it was, and a forward pass equal to that
+of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlmprune.evaluation.tasks.scenes.questions import FAMILIES
+from vlmprune.evaluation.tasks.scenes.vocabulary import COLORS, PATTERNS, WORDS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NAMES = ("model", "data", "decoder", "runs", "vision", "stages")
+SHARED = {"bf16": False, "lr": 1e-3, "muon": 1e-3, "warmup": 1, "decay": 0.5, "report": 9, "save": 9}
+JOINT = SHARED | {"batch": 2, "steps": 1, "hints": 0.3, "fade": 0.6, "thin_every": 2, "fewest": 12}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of the folder, which is no package; some share their names with those of the tiny model."""
+    folders = [str(BENCHMARKS / "natural"), str(BENCHMARKS / "tiny")]
+    sys.path[:0] = folders
+    try:
+        yield type("Scripts", (), {name: importlib.import_module(name) for name in NAMES})
+    finally:
+        for folder in folders:
+            sys.path.remove(folder)
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def pool(scripts, tmp_path_factory):
+    return scripts.data.make(5, 32, tmp_path_factory.mktemp("pool") / "pool.npz")
+
+
+@pytest.fixture(scope="module")
+def net(scripts):
+    made = scripts.model.Natural(3)
+    scripts.decoder.initialise(made.decoder, 3)
+    return made.eval()
+
+
+@torch.no_grad()
+def test_packed_questions_get_the_logits_of_transformers(scripts, pool, net):
+    part = pool.pick(np.arange(2))
+    hidden = net.see(part.pictures)
+    prefix = scripts.decoder.prefix_of_patches(
+        net.decoder, net.projector(hidden[scripts.model.FEATURES][:, 1:])
+    )
+    states, _ = scripts.decoder.run(net.decoder, prefix, part, scripts.data.of_patches(part))
+    width, length = prefix.shape[1], scripts.data.LENGTH
+    pixels = (part.pictures.permute(0, 3, 1, 2).float() - net.mean) / net.std
+    for row, number in ((0, 0), (1, 7)):
+        first = int(part.first[row, number])
+        words = part.ids[row, number, : first + 1]
+        image = torch.full((scripts.model.PATCHES,), WORDS.index("<image>"))
+        start = torch.tensor([WORDS.index("<s>"), WORDS.index("user:")])
+        ids = torch.cat([start, image, words])[None]
+        theirs = net.llava(input_ids=ids, pixel_values=pixels[row : row + 1]).logits[0, -1]
+        mine = states[row, width + number * length + first] @ net.decoder.embed_tokens.weight.T
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_an_answer_looks_for_the_noun_of_what_is_asked(scripts, pool):
+    prompt = scripts.data.of_captions(pool, np.random.default_rng(0))
+    for row in range(len(pool)):
+        for number in range(scripts.data.QUESTIONS):
+            columns = prompt.goal[row, number].nonzero().flatten().tolist()
+            meant = [WORDS[i] for i in prompt.words[row, columns].tolist()]
+            asked = int(pool.asked[row, number].sum())
+            if FAMILIES[int(pool.family[row, number])] == "place":
+                assert (
+                    len(meant) == 1
+                    and WORDS[int(pool.ids[row, number, pool.first[row, number] + 1])] == meant[0]
+                )
+            else:
+                assert meant == (["object"] * asked or ["<s>"])
+
+
+def test_where_no_patch_is_meant_the_first_token_is(scripts, pool):
+    few = torch.zeros(len(pool), 1, dtype=torch.long)  # one corner of every picture
+    goal = scripts.data.of_patches(pool, few).goal  # (B, QUESTIONS, 3)
+    assert goal.any(-1).all() and goal[..., 0].any() and torch.equal(goal[..., 0], ~goal[..., 2])
+    whole = scripts.data.of_patches(pool).goal
+    there = pool.asked.any(-1)
+    assert whole[there][:, 2:].any(-1).all() and not whole[there][:, 0].any()
+
+
+def test_keys_are_the_colours_and_patterns_of_the_question_alone(scripts, pool):
+    goal = scripts.decoder.keys(pool, 4)
+    row, number = 0, next(i for i in range(10) if FAMILIES[int(pool.family[0, i])] == "exist")
+    columns = goal[row, number].nonzero().flatten()
+    words = [WORDS[int(i)] for i in pool.ids[row].flatten()[columns - 4]]
+    assert len(words) == 2 and words[0] in COLORS and words[1] in PATTERNS
+    assert (columns >= 4 + number * 10).all() and (
+        columns < 4 + number * 10 + int(pool.first[row, number])
+    ).all()
+
+
+def test_patches_know_their_neighbours_in_shares(scripts, pool):
+    seen, own = pool.seen(), pool.share.float()
+    assert (seen >= 0).all() and (seen.sum(1) <= 1 + 1e-5).all()
+    assert ((seen > 0).sum() > 1.3 * (own > 0).sum()) and (seen[own > 0] > 0).all()
+
+
+def test_joint_training_leaves_the_tower_and_the_early_layers_alone(scripts, pool, tmp_path):
+    net = scripts.model.Natural(4)
+    before = {name: weight.clone() for name, weight in net.named_parameters()}
+    recipe = {"seed": 0, "joint": JOINT}
+    dev = pool.pick(np.arange(32).repeat(4))
+    scripts.stages.joint(recipe, scripts.runs.Run(tmp_path), net, pool, dev)
+    moved = {name for name, weight in net.named_parameters() if not torch.equal(weight, before[name])}
+    early = tuple(f"llava.model.language_model.layers.{i}." for i in range(scripts.model.EARLY))
+    assert any("multi_modal_projector" in name for name in moved)
+    assert any(f"layers.{scripts.model.EARLY}.self_attn" in name for name in moved)
+    frozen = ("llava.model.vision_tower", "llava.model.language_model.embed_tokens", *early)
+    assert not [name for name in moved if name.startswith(frozen)]
