@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from .checks import one_of
 from .core.combine import check_scope
 from .core.keepmap import Picture, Replay, ScoreMap
 from .core.method import Merged, Method, Positions, needs_of
@@ -36,6 +37,7 @@ def prune(
     positions: str | None = None,
     strict: bool = False,
     adapter: type[Adapter] | Adapter | None = None,
+    frames: bool = False,
 ) -> Session:
     """Prune visual tokens inside an unmodified transformers model, as a context manager.
 
@@ -48,6 +50,9 @@ def prune(
         strict: raise when an image holds fewer tokens than an absolute ``keep``, instead of keeping them all.
         adapter: what says where the parts of the model are, a subclass of ``vlmprune.models.Adapter``; for
             models that the package does not know.
+        frames: the images of every prompt are the frames of one clip, in their order: a budget is spent on
+            all of them together, ``/crop`` on each, and methods for clips may be used. For models whose clips
+            are images to them, such as InternVL and SmolVLM.
 
     Example:
         >>> with vlmprune.prune(model, "fastervlm@64") as run:  # doctest: +SKIP
@@ -55,18 +60,20 @@ def prune(
         >>> print(run.last)  # doctest: +SKIP
     """
     wanted = _positions(positions)
+    one_of("frames", frames, (True, False))
     plans, text = resolve_all(method, keep)
     found = adapter_for(model, adapter)
     for built, _ in plans:
         if built.slot != "inside_lm":
             built.kind()  # raises if the class implements no verb of its slot
         built.check_model(found.config)
-        if built.clips and all(modality.name != "video" for modality in found.modalities):
+        if built.clips and not frames and all(modality.name != "video" for modality in found.modalities):
             raise UnsupportedError(
                 f"{built.name} reads the frames of one clip, but {found.model_type} takes images only; use "
-                "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'"
+                "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'; "
+                "where the images of a prompt are the frames of one clip, say so by frames=True"
             )
-    return Session(found, plans, text, positions=wanted, strict=strict)
+    return Session(found, plans, text, positions=wanted, strict=strict, frames=frames)
 
 
 def _positions(given: object) -> Positions | None:

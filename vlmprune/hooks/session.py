@@ -77,10 +77,11 @@ class Session:
         *,
         positions: Positions | None = None,
         strict: bool = False,
+        frames: bool = False,
     ) -> None:
         self.adapter, self.spec = adapter, spec
         self.attachment = Attachment(
-            adapter, spec, strict, positions, lambda: self.state, lambda: self.capture.record
+            adapter, spec, strict, positions, lambda: self.state, lambda: self.capture.record, frames
         )
         self._refuse(plans, positions)
         self.enabled = True

@@ -22,8 +22,8 @@ def frames_of(method: Method, tokens: VisualTokens) -> tuple[int, int]:
         raise UnsupportedError(
             f"{method.name} compares the frames of one clip, but these {tokens.count} tokens are an image, "
             "tiles of one, or no single clip; give clips only, with one budget for each, or use a method for "
-            "images, e.g. 'divprune@0.25'. Plain tensors of a clip need frames=True and a block per frame in "
-            "grid"
+            "images, e.g. 'divprune@0.25'. Frames that are images to the model need prune(..., frames=True), "
+            "plain tensors of a clip frames=True and a block per frame in grid"
         )
     if len(set(grids)) > 1:
         raise UnsupportedError(

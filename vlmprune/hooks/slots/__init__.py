@@ -39,6 +39,7 @@ class Attachment:
         override: position policy that the user asked for.
         state: gives the forward that runs in this thread, None outside of one.
         record: gives what is recorded of the encoder call that runs in this thread, None outside of one.
+        frames: the images of a prompt are frames of one clip.
     """
 
     adapter: Adapter
@@ -47,6 +48,7 @@ class Attachment:
     override: Positions | None
     state: Callable[[], ForwardState | None]
     record: Callable[[], Record | None]
+    frames: bool = False
 
     @property
     def depth(self) -> int:

@@ -62,6 +62,7 @@ class BeforeLM:
             strict=self.attachment.strict,
             checks=state.checks,
             in_place=self.attachment.policy(self.method) == "original",
+            frames=self.attachment.frames,
         )
         cut_sequence(state, self.attachment, self.method, cuts)
         if any(cut is not None for cut in cuts):
@@ -78,12 +79,15 @@ def cut_pictures(
     strict: bool = False,
     checks: Checks = NOW,
     in_place: bool = False,
+    frames: bool = False,
 ) -> list[Cut | None]:
     """One Cut per picture, None where it stays whole. ``samples`` lists the pictures of each prompt.
 
     Args:
         in_place: rows of merging methods stand in the slots of their tokens, because what a slot has beside
             its row (its position, features added later) stays; otherwise in the order of the method.
+        frames: the images of a prompt are frames of one clip: a budget is spent on all of them, and one per
+            crop on each.
     """
     if budget is None and method.counts == "budget":
         return [None] * len(pictures)
@@ -100,18 +104,21 @@ def cut_pictures(
                 f"a budget per tile, as in '{method.name}(anyres=spatial)@64/crop'"
             )
         cuts[p] = _cut_tiles(pictures[p], tiles, method, budget, projector, checks)
-    units = make_units(
-        pictures,
-        [[p for p in sample if p not in spatial] for sample in samples],
-        "image" if budget is None else budget.scope,
-    )
+    scope: str = "image" if budget is None else budget.scope
+    if frames:
+        scope = "image" if scope == "crop" else "clip"
+    units = make_units(pictures, [[p for p in sample if p not in spatial] for sample in samples], scope)
     chosen = choose_units(units, pictures, method, budget, projector, strict=strict, checks=checks)
     by_picture: dict[int, list[Choice]] = defaultdict(list)
     for unit, choice in zip(units, chosen, strict=True):
         for p, part in split_by_picture(unit, choice, pictures, method):
             by_picture[p].append(part)
     for p, parts in by_picture.items():
-        if budget is None and all(part.index is not None and not len(part.index) for part in parts):
+        if (
+            budget is None
+            and not frames
+            and all(part.index is not None and not len(part.index) for part in parts)
+        ):
             # newline and [CLS] slots go as well: they tell of the picture, and part nothing any more
             none = torch.empty(0, dtype=torch.int64, device=pictures[p].features.device)
             cuts[p] = Cut(none, none, pictures[p].grids, pictures[p].length)
@@ -202,17 +209,25 @@ def split_by_picture(
     if len(unit.members) == 1:
         p, own = unit.members[0]
         return [(p, Choice(own, choice.index, choice.rows))]
-    if choice.rows is not None:
+    if choice.rows is not None and not unit.frames:
         raise UnsupportedError(
             f"{method.name} merges tokens and cannot spread one budget over several images: use scope image "
             "or crop"
         )
+    index, rows = choice.index, choice.rows
+    if index is not None and rows is not None and bool((index < 0).any()):
+        raise UnsupportedError(
+            f"{method.name} makes rows that stand for no single token, so that no image can hold them; with "
+            f"frames=True use a budget for each frame, as in '{method.name}@16/crop', or another method"
+        )
     parts, start = [], 0
-    for p, _ in unit.members:  # scope "total": whole pictures, one after the other
+    for p, _ in unit.members:  # whole pictures, one after the other
         end = start + pictures[p].count
-        index = choice.index
-        here = None if index is None else index[(index >= start) & (index < end)] - start
-        parts.append((p, Choice(None, here)))
+        if index is None:
+            parts.append((p, Choice(None, None)))
+        else:
+            here = (index >= start) & (index < end)
+            parts.append((p, Choice(None, index[here] - start, None if rows is None else rows[here])))
         start = end
     return parts
 

@@ -45,6 +45,12 @@ class InsideLM:
             raise UnsupportedError(
                 f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
             )
+        if attachment.frames:
+            raise UnsupportedError(
+                f"{method.name} cuts inside the language model, where every image has a budget of its own: "
+                "frames that are images to the model (frames=True) are no clip there; use a method before "
+                "the language model, such as 'evs@0.25'"
+            )
         self.language_model = attachment.adapter.language_model
         check_aligned(attachment.adapter.aligned, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.deferred import NOW, Checks
 from ...core.method import Need
 from ...core.tokens import VisualTokens
-from ...errors import InvariantError
+from ...errors import InvariantError, UnsupportedError
 from .tiles import Tiles
 
 Grids = tuple[tuple[int, int], ...]
@@ -110,6 +110,7 @@ class Unit:
         count: tokens of all members.
         ordinal: number of the unit in its sample, so that seeds differ between images.
         crop: the crop that it is, where the budget is per crop.
+        frames: its members are images that the user calls frames of one clip.
     """
 
     members: list[tuple[int, Tensor | None]]
@@ -117,22 +118,46 @@ class Unit:
     count: int
     ordinal: int = 0
     crop: int | None = None
+    frames: bool = False
 
 
 def make_units(pictures: Sequence[Picture], samples: Sequence[Sequence[int]], scope: str) -> list[Unit]:
-    """Group the patches of all samples (lists of picture numbers) into units."""
+    """Group the patches of all samples (lists of picture numbers) into units.
+
+    Args:
+        scope: of a budget, or "clip": the images of a sample are frames of one clip and share the budget.
+    """
     units = []
     for sample in samples:
-        if scope == "total":
+        if scope in ("total", "clip"):
+            if scope == "clip":
+                _check_frames([pictures[p] for p in sample])
             if sample:
                 grids = tuple(grid for p in sample for grid in pictures[p].grids)
-                units.append(Unit([(p, None) for p in sample], grids, sum(pictures[p].count for p in sample)))
+                count = sum(pictures[p].count for p in sample)
+                units.append(Unit([(p, None) for p in sample], grids, count, frames=scope == "clip"))
             continue
         own = [unit for p in sample for unit in _units_of(p, pictures[p], scope)]
         for ordinal, unit in enumerate(own):
             unit.ordinal = ordinal
         units += own
     return units
+
+
+def _check_frames(sample: Sequence[Picture]) -> None:
+    """Refuse what cannot be a frame of a clip that was given as images."""
+    for number, picture in enumerate(sample):
+        if picture.frames:
+            raise UnsupportedError(
+                "frames=True says that the images of a prompt are frames of one clip, but the prompt holds a "
+                "clip already; leave frames out"
+            )
+        if len(picture.grids) > 1:
+            raise UnsupportedError(
+                f"frames=True: image {number} was cut into {len(picture.grids)} blocks of tokens, and a "
+                "frame is one; process the frames without tiles, or use a family with clips, such as "
+                "llava_onevision"
+            )
 
 
 def _units_of(number: int, picture: Picture, scope: str) -> list[Unit]:
@@ -193,7 +218,7 @@ def stack_units(
         ordinals=tuple(unit.ordinal for unit in units),
         size=(len(units), one.count),
         # a frame alone is no clip, and several clips are not one
-        frames=first.frames and one.crop is None and len(one.members) == 1,
+        frames=one.frames or (first.frames and one.crop is None and len(one.members) == 1),
         like=first.features,
     )
 
