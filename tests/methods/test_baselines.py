@@ -55,6 +55,20 @@ def test_random_keeps_every_token_equally_often():
     assert 60 <= hits.min() and hits.max() <= 140  # mean 100, standard deviation 8.7
 
 
+def test_uniform_keeps_whole_blocks_where_it_is_asked_to():
+    clip = VisualTokens(features=torch.zeros(2, 8 * 6, 1), grids=((2, 3),) * 8, frames=True)
+    frames = [keep // 6 for keep in choose(Uniform(whole=True), clip, 12)[0].tolist()]
+    assert frames == [2] * 6 + [6] * 6
+    more = choose(Uniform(whole=True), clip, 15)[1].tolist()
+    assert [keep // 6 for keep in more] == [1] * 6 + [4] * 6 + [6] * 3
+    assert [keep - 36 for keep in more[12:]] == centres([(2, 3)], 3).tolist()
+    tiles = VisualTokens(features=torch.zeros(1, 13, 1), grids=((1, 9), (2, 2)))
+    assert choose(Uniform(whole=True), tiles, 3)[0].tolist() == [9 + i for i in centres([(2, 2)], 3).tolist()]
+    assert choose(Uniform(whole=True), tokens(), 9).tolist() == choose(Uniform(), tokens(), 9).tolist()
+    with pytest.raises(SpecError, match="whole=2 is unknown"):
+        Uniform(whole=2)
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "0", 2**32])
 def test_random_refuses_what_is_no_seed(seed):
     with pytest.raises(SpecError, match="seed="):

@@ -6,6 +6,7 @@ a smaller picture.
     blind:   no token stays
     random:  score_i ~ U(0, 1)
     uniform: the token nearest to the centre of each of k near-square cells of the grid
+             (whole=true: all tokens of the fewest blocks, evenly spread, that hold k)
     pool:    y_c = mean of x_i over the tokens i of cell c
     downsample: the picture at the size that gives r x c <= k tokens, r / c as near to its own shape as can be
 
@@ -15,13 +16,14 @@ Deviations: there is no paper. Provenance: written for this package; no code was
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..checks import check_int
+from ..checks import check_int, one_of
 from ..core.grid import cells, centres
 from ..core.method import Counts, Merged, Method, SlotName, What
 from ..core.tokens import VisualTokens
@@ -82,12 +84,43 @@ class Random(Method):
 @register("uniform")
 @dataclass(frozen=True)
 class Uniform(Method):
-    """Keeps the token nearest to the centre of each of k near-square cells of the grid."""
+    """Keeps the token nearest to the centre of each of k near-square cells of the grid.
+
+    Args:
+        whole: keep few blocks whole, evenly spread, and not some tokens of each: of a clip, fewer frames.
+            What is left of the budget for the last of them is a grid in it.
+    """
+
+    whole: bool = False
 
     nested: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        one_of("whole", self.whole, (True, False))
+
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        return centres(tokens.need("grids"), k).expand(tokens.batch, k)
+        grids = tokens.need("grids")
+        kept = whole_blocks(grids, k) if self.whole else centres(grids, k)
+        return kept.expand(tokens.batch, k)
+
+
+def whole_blocks(grids: Sequence[tuple[int, int]], k: int) -> Tensor:
+    """(k,) ascending tokens of the fewest evenly spread blocks that hold k; the last gives what is left."""
+    sizes = [rows * cols for rows, cols in grids]
+    starts, total, few = [sum(sizes[:i]) for i in range(len(sizes))], len(sizes), 1
+    while sum(sizes[i] for i in _spread(few, total)) < k:
+        few += 1
+    found, left = [], k
+    for i in _spread(few, total):
+        if left:
+            found.append(starts[i] + centres([grids[i]], min(left, sizes[i])))
+            left -= min(left, sizes[i])
+    return torch.cat(found)
+
+
+def _spread(few: int, total: int) -> list[int]:
+    """The blocks in the middle of so many equal parts."""
+    return [(2 * i + 1) * total // (2 * few) for i in range(few)]
 
 
 @register("pool")
