@@ -123,6 +123,12 @@ class Spec(Printed):
         acting = [part for part, cls in methods if (cls.budgeted or cls.counts == "own") and not cls.wraps]
         return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
 
+    @property
+    def merges(self) -> bool:
+        """Whether tokens that do not stay are merged into those that do."""
+        methods = [plan.method for plan in self.build()]
+        return any(method.kind() == "merge" and getattr(method, "recycles", True) for method in methods)
+
     def _repr_html_(self) -> str:
         from .viz.notebook import facts
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vlmprune run``: one picture, one question, with and without pruning."""
+"""``vlmprune run``: one picture or clip, one question, with and without pruning."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from .threads import Threads, limit_threads
 if TYPE_CHECKING:
     from ..core.report import Report
     from ..spec import Spec
+    from ..videofile import Clip
 
 QUESTION = "What is in the picture?"
 
@@ -33,14 +34,20 @@ class Answer(NamedTuple):
 def run(
     context: typer.Context,
     image: Annotated[
-        str | None, typer.Argument(help="Picture file; without it, one that the package draws.")
+        str | None, typer.Argument(help="Picture or clip (.mp4, .mkv, ...); without it, a drawn picture.")
     ] = None,
     question: Annotated[
         str, typer.Argument(help="What to ask; without a picture, 'tiny' is asked what it can know.")
     ] = QUESTION,
     model: Annotated[str, typer.Option(help="'tiny', a folder, or an HF id.")] = "tiny",
     prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
-    draw: Annotated[Path | None, typer.Option(help="Write the picture with the kept patches here.")] = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="Write the picture, or a strip of the frames, with the kept patches here."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a clip, evenly spread over it; 8 by default.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     dense: Annotated[bool, typer.Option(help="Also run without pruning, to compare.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
@@ -51,63 +58,78 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture with pruned visual tokens, beside the dense answer."""
+    """Answer a question about a picture or a clip with pruned visual tokens, beside the dense answer."""
     if not question.strip():
         raise SpecError(
             "the question is empty; expected text, such as 'What is in the picture?', or none for just that"
         )
-    spec, picture, expected = _spec(prune), _picture(image), None
+    spec, expected = _spec(prune), None
+    picture = _shown(image, frames, spec)
     if draw is not None:
         _check_draw(draw, spec)
 
     from ..evaluation.tasks.shapes.example import example
-    from ..models.loading import TINY, TINY_NOTE, encode, load
-    from ..models.shrink import shrinks
+    from ..models.loading import TINY, load
 
     limit_threads(context, model, threads)
     if image is None and model == TINY:
         picture, question, expected = example()
     with stderr().status(f"loading {model}"):
         loaded, processor = load(model, device, dtype, trust_remote_code)
-    inputs = encode(loaded, processor, picture, question)
-    smaller = encode(loaded, processor, picture, question, spec) if shrinks(spec) else None
+    asked = _asked(loaded, processor, picture, question, spec)
     # where a first call is slow and a warm-up too dear, pruning goes first and pays for it
     warm = model == TINY or loaded.device.type != "cpu"
     with stderr().status("generating"):
-        pruned, whole, report = _answers(
-            loaded, processor, inputs, smaller, spec, max_new_tokens, dense, warm
-        )
+        pruned, whole, report = _answers(loaded, processor, asked, spec, max_new_tokens, dense, warm)
     if draw is not None:
-        _draw(report, picture, draw)
+        _draw(report, picture, draw, spec)
     found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
+    found["clip"] = None if asked.clip is None else _of_clip(asked.clip, asked.frames, report)
     found |= {"answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected}
     found |= _counts(report, pruned, whole)
-    how = "after a warm-up" if warm else "without a warm-up, pruned first"
-    found["measured"] = (
-        f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
-        f"{how}; preparing the picture is not counted"
-    )
-    found |= {"draw": draw and str(draw), "note": TINY_NOTE if model == TINY and expected is None else None}
+    found |= {"measured": _measured(loaded, warm), "draw": draw and str(draw)}
+    found["note"] = _note(model, loaded, report, expected)
     print_json(found) if as_json else _show(found)
 
 
-def _answers(
-    model: Any,
-    processor: Any,
-    inputs: Any,
-    smaller: Any,
-    spec: Spec,
-    max_new_tokens: int,
-    dense: bool,
-    warm: bool,
-) -> tuple[Answer, Answer | None, Report]:
-    """The pruned answer, the dense one where it is wanted, and what was pruned; ``smaller``: the inputs of a
-    spec that shrinks the picture.
+@dataclass(frozen=True)
+class Prepared:
+    """One question as model inputs.
+
+    Args:
+        inputs: of generate.
+        smaller: the same of a spec that shrinks the picture.
+        clip: what the question is about, where that is a clip.
+        frames: the frames of the clip are images to the model.
     """
+
+    inputs: Any
+    smaller: Any = None
+    clip: Clip | None = None
+    frames: bool = False
+
+
+def _asked(model: Any, processor: Any, picture: Any, question: str, spec: Spec) -> Prepared:
+    from ..models.loading import encode, encode_clip
+    from ..models.shrink import shrinks
+    from ..videofile import Clip
+
+    if isinstance(picture, Clip):
+        inputs, apart = encode_clip(model, processor, picture.frames, question, picture.times)
+        return Prepared(inputs, clip=picture, frames=apart)
+    inputs = encode(model, processor, picture, question)
+    return Prepared(inputs, encode(model, processor, picture, question, spec) if shrinks(spec) else None)
+
+
+def _answers(
+    model: Any, processor: Any, asked: Prepared, spec: Spec, max_new_tokens: int, dense: bool, warm: bool
+) -> tuple[Answer, Answer | None, Report]:
+    """The pruned answer, the dense one where it is wanted, and what was pruned."""
     from ..api import prune
 
+    inputs, smaller = asked.inputs, asked.smaller
     shown = inputs if smaller is None else smaller
-    with prune(model, spec if smaller is None else "dense") as session:
+    with prune(model, spec if smaller is None else "dense", frames=asked.frames) as session:
         if warm:
             ask(model, processor, shown, 2)
         pruned = ask(model, processor, shown, max_new_tokens)
@@ -166,7 +188,23 @@ def _spec(text: str) -> Spec:
     return spec
 
 
-def _picture(path: str | None) -> Any:
+def _shown(path: str | None, frames: int | None, spec: Spec) -> Any:
+    """The picture, or the Clip."""
+    from ..videofile import ENDINGS, FRAMES, is_clip, read_clip
+
+    if path is not None and is_clip(path):
+        from ..models.shrink import shrinks
+
+        if shrinks(spec):
+            raise UnsupportedError(
+                f"{str(spec)!r} shrinks pictures, not clips; show fewer frames by --frames, or use a method "
+                "that chooses tokens, such as evs@0.25"
+            )
+        return read_clip(path, FRAMES if frames is None else frames)
+    if frames is not None:
+        raise SpecError(
+            f"--frames is for clips, whose names end in one of {', '.join(ENDINGS)}; leave it out"
+        )
     if path is None:
         from ..example_picture import picture
 
@@ -201,13 +239,54 @@ def _check_draw(path: Path, spec: Spec) -> None:
         )
 
 
-def _draw(report: Report, picture: Any, path: Path) -> None:
+def _measured(loaded: Any, warm: bool) -> str:
+    how = "after a warm-up" if warm else "without a warm-up, pruned first"
+    return (
+        f"generate() on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}, greedy, one run each "
+        f"{how}; preparing the picture is not counted"
+    )
+
+
+def _of_clip(clip: Clip, apart: bool, report: Report) -> dict[str, Any]:
+    """What was read of the clip, how it was shown, and the tokens that stay of each frame."""
+    return {
+        "sampling": clip.sampling,
+        "seconds": clip.seconds,
+        "times": clip.times,
+        "shown_as": "images of one prompt" if apart else "a clip",
+        "kept": [len(one) for one in report.keep],
+    }
+
+
+def _note(model: str, loaded: Any, report: Report, expected: str | None) -> str | None:
+    from ..models.loading import TINY, TINY_NOTE
+
+    if model == TINY:
+        return TINY_NOTE if expected is None else None
+    most = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and report.sequence[0] > most:
+        return (
+            f"the dense sequence of {report.sequence[0]} tokens is longer than the {most} that the language "
+            "model was made for, so its answer means little"
+        )
+    return None
+
+
+def _draw(report: Report, picture: Any, path: Path, spec: Spec) -> None:
     if not report.keep:
         raise UnsupportedError(
             f"--draw: {report.method!r} recorded no kept tokens; expected a method before the language model"
         )
+    from ..videofile import Clip, clock
+    from ..viz.strip import draw_strip
+
+    if isinstance(picture, Clip):
+        labels = [clock(time) for time in picture.times]
+        drawn = draw_strip(picture.frames, report.keep, labels, spec.merges)
+    else:
+        drawn = report.keep[0].draw(picture)
     try:
-        report.keep[0].draw(picture).save(path)
+        drawn.save(path)
     except OSError as error:
         raise VlmPruneError(
             f"--draw {str(path)!r} cannot be written ({error}); choose another place"
@@ -228,6 +307,9 @@ def _show(found: dict[str, Any]) -> None:
         "visual tokens",
         lambda side: _count(sum(found["visual_tokens"][side]), sum(found["visual_tokens"]["dense"])),
     )
+    if found["clip"] is not None:
+        per_frame = " ".join(map(str, found["clip"]["kept"]))
+        row("of each frame", lambda side: per_frame if side == "pruned" else "all")
     row("sequence", lambda side: str(found["sequence"][side]))
     whole = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
     row("tokens per layer", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else whole))
@@ -240,6 +322,9 @@ def _show(found: dict[str, Any]) -> None:
     row("total", lambda side: _seconds(found["seconds"][side]["total"]))
     screen = stdout()
     screen.print(plain(f"{found['model']}: {found['question']}"), style="bold")
+    if found["clip"] is not None:
+        clip = found["clip"]
+        screen.print(plain(f"Clip: {clip['sampling']}; shown to the model as {clip['shown_as']}."))
     if found["expected"] is not None:
         screen.print(
             plain(f"A question of the synthetic benchmark; the right answer is {found['expected']}.")

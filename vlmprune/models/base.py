@@ -57,6 +57,8 @@ class Adapter:
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
     pools: ClassVar[tuple[ModalityName, ...]] = ()
+    # options of its processor under which a picture is one block of tokens, as the frame of a clip must be
+    of_frames: ClassVar[Mapping[str, object]] = {}
     # method of the language model that adds features to hidden states after a layer
     deepstack: str | None = None
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Idefics3Adapter(Adapter):
 
     model_type = "idefics3"
     towers = ("idefics3_vision", "smolvlm_vision")
+    of_frames: ClassVar[Mapping[str, object]] = {"do_image_splitting": False}
     text, tower, connector = "text_model", "vision_model", "connector"
     view = "stretch"
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class InternVLAdapter(Adapter):
 
     model_type = "internvl"
     towers = ("internvl_vision",)
+    of_frames: ClassVar[Mapping[str, object]] = {"crop_to_patches": False}
     view = "stretch"
 
     @property

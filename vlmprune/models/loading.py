@@ -7,7 +7,7 @@ checkpoint runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 
 from ..checks import one_of
 from ..errors import SpecError, UnsupportedError, VlmPruneError
+from ..hooks.adapter import ModalityName
 from ..spec import Spec
 from . import adapter_for, check_family
 from .shrink import shrink_for
 
 TINY = "tiny"
+_TICKS = 100  # a second, in which processors are told when frames come
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TINY_NOTE = (
     "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean "
@@ -113,20 +115,20 @@ def check_device(device: str) -> None:
         raise VlmPruneError(f"device {device!r} cannot be used ({reason}); {expected}") from error
 
 
-def prompt(processor: Any, question: str, images: int = 1) -> str:
-    """Text with one image, or several, and a question: the chat template of the processor, or the LLaVA-1.5
-    prompt where it has none.
+def prompt(processor: Any, question: str, images: int = 1, kind: ModalityName = "image") -> str:
+    """Text with one image, or several, or clips, and a question: the chat template of the processor, or the
+    LLaVA-1.5 prompt where it has none.
 
     PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
     """
-    image = getattr(processor, "image_token", "<image>")
-    for token in (image, getattr(processor, "video_token", None)):
+    image = getattr(processor, f"{kind}_token", f"<{kind}>")
+    for token in (getattr(processor, "image_token", "<image>"), getattr(processor, "video_token", None)):
         if token and token in question:
             raise SpecError(
                 f"the question holds {token!r}; leave it out: the picture is put in its place by itself"
             )
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        content = [{"type": str(kind)}] * images + [{"type": "text", "text": question}]
         try:
             text: str = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
@@ -159,6 +161,47 @@ def encode(model: Any, processor: Any, image: Any, question: str, prune: str | S
         (image,), options = made.images, made.options
     inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt", **options)
     return inputs.to(model.device, model.dtype)
+
+
+def encode_clip(
+    model: Any, processor: Any, frames: Sequence[Any], question: str, times: Sequence[float] = ()
+) -> tuple[Any, bool]:
+    """Inputs of ``model.generate`` for one clip and one question, and whether the frames are images to the
+    model, which ``prune`` must then be told by ``frames=True``.
+
+    Args:
+        frames: PIL images of one size, in order.
+        times: seconds at which they come, for models that read times; evenly spaced ones, half a second apart
+            by default.
+    """
+    adapter = adapter_for(model)
+    if all(modality.name != "video" for modality in adapter.modalities) or not _reads_clips(processor):
+        text = prompt(processor, question, len(frames))
+        inputs = processor(images=list(frames), text=text, return_tensors="pt", **adapter.of_frames)
+        return inputs.to(model.device, model.dtype), True
+    import numpy as np
+
+    moments = list(times) or [number / 2 for number in range(len(frames))]
+    step = (moments[-1] - moments[0]) / (len(moments) - 1) if len(moments) > 1 else 1.0
+    inputs = processor(
+        videos=[np.stack([np.asarray(frame) for frame in frames])],
+        text=prompt(processor, question, 1, "video"),
+        return_tensors="pt",
+        do_sample_frames=False,  # they were chosen already
+        video_metadata=[
+            {
+                "total_num_frames": round((moments[-1] + step) * _TICKS),
+                "fps": float(_TICKS),
+                "duration": moments[-1] + step,
+                "frames_indices": [round(moment * _TICKS) for moment in moments],
+            }
+        ],
+    )
+    return inputs.to(model.device, model.dtype), False
+
+
+def _reads_clips(processor: Any) -> bool:
+    return getattr(processor, "video_processor", None) is not None
 
 
 def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: Any) -> Any:
