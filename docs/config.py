@@ -24,7 +24,7 @@ PAGE = Path(__file__).resolve().parent / "config.md"
 TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "path of a YAML file"}
 FORMS = {  # what the type does not say
     "seeds": f"list of whole numbers, at least {len(SEEDS)}, none negative",
-    "tasks": f"list of `shapes`, names of plug-ins, `{LMMS}NAME` or `{LMMS}FILE.yaml`",
+    "tasks": f"list of `shapes`, `clips`, names of plug-ins, `{LMMS}NAME` or `{LMMS}FILE.yaml`",
     "dtype": ", ".join(f"`{name}`" for name in DTYPES),
     "positions": ", ".join(f"`{name}`" for name in POSITIONS),
 }

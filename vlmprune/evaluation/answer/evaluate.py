@@ -23,7 +23,7 @@ from ...hooks.vision.encode import EncodedImages
 from ...models import adapter_for
 from ...models.shrink import Shrink, shrink_for, shrinks
 from ...spec import Spec, parse
-from ..tasks.sample import Sample, Task
+from ..tasks.sample import Sample, Task, shows_clips
 from .batch import Batch, EncodeOnce
 from .generation import generate
 from .record import Record
@@ -80,7 +80,10 @@ def evaluate(
             f"{type(processor).__name__} has no chat template to ask questions with; set its chat_template"
         )
     # all of them before the first question: what this model cannot do is said at once
-    entrants = [entrant(model, processor, text, positions=positions, strict=strict) for text in texts]
+    frames = shows_clips(task)
+    entrants = [
+        entrant(model, processor, text, positions=positions, strict=strict, frames=frames) for text in texts
+    ]
     return _run(model, processor, samples, entrants, task, batch_size, max_new_tokens, share)
 
 
@@ -93,11 +96,17 @@ class Entrant:
 
 
 def entrant(
-    model: Any, processor: Any, spec: str, *, positions: str | None = None, strict: bool = False
+    model: Any,
+    processor: Any,
+    spec: str,
+    *,
+    positions: str | None = None,
+    strict: bool = False,
+    frames: bool = False,
 ) -> Entrant:
     """A spec on a model, refused where the two do not fit; attaches nothing."""
     if not shrinks(spec):
-        return Entrant(prune(model, spec, positions=positions, strict=strict))
+        return Entrant(prune(model, spec, positions=positions, strict=strict, frames=frames))
     session = prune(model, "dense", positions=positions)
     session.spec = spec  # all tokens of a smaller picture: reports and messages are about that
     return Entrant(session, shrink_for(adapter_for(model), processor, spec, strict))

@@ -15,7 +15,7 @@ from ...spec import parse
 from ..answer.evaluate import entrant, evaluate
 from ..answer.record import Record
 from ..tasks.registry import get_task
-from ..tasks.sample import Sample, Task
+from ..tasks.sample import Sample, Task, shows_clips
 from . import identity
 from .plan import Setting, load_samples, portions
 from .process import threads
@@ -74,7 +74,13 @@ class Bench:
             try:
                 self._check_methods(spec)
                 # attaches nothing: asks whether this model can do it
-                entrant(self.model, self.processor, spec, positions=self.setting.positions)
+                entrant(
+                    self.model,
+                    self.processor,
+                    spec,
+                    positions=self.setting.positions,
+                    frames=shows_clips(self.task),
+                )
                 specs.append(spec)
             except Exception as error:  # a plug-in may raise anything
                 yield Failure(spec, reason(error))

@@ -19,13 +19,14 @@ from ..leaderboard.rundir import Run
 from ..stats.estimates import RIGHT
 from ..stats.summary import DENSE, Row
 from ..tasks.registry import get_task
-from ..tasks.sample import Sample
+from ..tasks.sample import Sample, shows_clips
 from .judge import merged, series
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SMALLEST = 288  # pixels: smaller pictures are enlarged so that the outlines of patches can be seen
+ACROSS = 4  # frames of a clip side by side
 MOST = 1_000_000  # tokens of a picture; more is a broken journal
 
 
@@ -183,6 +184,7 @@ class _Questions:
     def __init__(self, run: Run, notes: list[str]) -> None:
         self.run, self.notes = run, notes
         self._known: dict[tuple[object, ...], dict[str, Sample]] = {}
+        self._clips: set[str] = set()  # tasks whose images are frames of clips
 
     def flip(self, pick: _Pick) -> Flip:
         row = pick.row
@@ -194,7 +196,9 @@ class _Questions:
         if sample is not None:
             asked = " / ".join([*(f"{q} {a}." for q, a in sample.history), sample.question])
             expected = " or ".join(sample.answers)
-            pictures = tuple(_pictures(sample.load_images(), answer, merges))
+            images = sample.load_images()
+            draw = _strips if row.task in self._clips else _pictures
+            pictures = tuple(draw(images, answer, merges))
         return Flip(row, answer, str(pick.before.get("answer", "")), asked, expected, merges, pictures)
 
     def _samples(self, row: Row) -> dict[str, Sample]:
@@ -214,22 +218,42 @@ class _Questions:
             changed = "its questions are not those of the run any more"
             self.notes.append(f"Pictures of {row.task} are left out: {changed}")
             return {}
+        if shows_clips(task):
+            self._clips.add(row.task)
         return {sample.id: sample for sample in task.samples(recipe["split"], recipe["limit"])}
 
 
 def _merges(spec: str) -> bool:
     """Whether other tokens are merged into the kept ones; not known of plug-ins that are not installed."""
     try:
-        methods = [plan.method for plan in parse(spec).build()]
+        return parse(spec).merges
     except SpecError:
         return False
-    return any(method.kind() == "merge" and getattr(method, "recycles", True) for method in methods)
 
 
-def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> Iterator[Shown]:
+def _check_kept(images: Sequence[Image.Image], answer: Answer) -> None:
     if answer.keep and len(images) != len(answer.keep):
         given = f"shows {len(images)} images, its journal has kept patches of {len(answer.keep)}"
         raise EvaluationError(f"{answer.id} {given}; run the row again")
+
+
+def _strips(images: Sequence[Image.Image], answer: Answer, merges: bool) -> Iterator[Shown]:
+    """The frames of a clip as one picture."""
+    from ...viz.strip import sheet
+
+    _check_kept(images, answer)
+    names = [f"frame {number + 1}" for number in range(len(images))]
+    after = ""
+    if answer.keep:
+        drawn = [
+            draw_kept(image, kept, answer.id, merges) for image, kept in zip(images, answer.keep, strict=True)
+        ]
+        after = _uri(sheet(drawn, names, [str(len(kept.keep_idx)) for kept in answer.keep], ACROSS))
+    yield Shown(_uri(sheet(list(images), names, across=ACROSS)), after)
+
+
+def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> Iterator[Shown]:
+    _check_kept(images, answer)
     for number, image in enumerate(images):
         # a whole number, so that pixels stay square and sharp
         factor = -(-SMALLEST // min(image.size))

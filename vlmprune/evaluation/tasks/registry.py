@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name: the built-in benchmark, tasks of lmms-eval ("lmms:gqa"), and entry points of other packages.
+"""Tasks by name: the built-in benchmarks, tasks of lmms-eval ("lmms:gqa"), and those of other packages.
 
 Each is loaded when it is asked for.
 """
@@ -19,6 +19,7 @@ LMMS = "lmms:"
 _BUILTIN = {
     "shapes": "vlmprune.evaluation.tasks.shapes:shapes",
     "scenes": "vlmprune.evaluation.tasks.scenes:scenes",
+    "clips": "vlmprune.evaluation.tasks.clips:clips",
 }
 _TABLE: LazyTable[Callable[[], Task]] = LazyTable("task", _BUILTIN, EvaluationError, group=GROUP)
 

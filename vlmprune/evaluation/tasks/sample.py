@@ -74,6 +74,8 @@ class Task(Protocol):
         fingerprint: changes whenever any sample can change.
         families: kinds of questions. groups: family -> group.
         blind: family -> score of the best guess that does not look at the image.
+
+    A task may have ``frames = True`` as well: the images of each sample are the frames of one clip.
     """
 
     @property
@@ -94,6 +96,11 @@ class Task(Protocol):
     def samples(self, split: str = "test", limit: int | None = None) -> Sequence[Sample]: ...
 
     def score(self, sample: Sample, answer: str) -> float: ...
+
+
+def shows_clips(task: Task) -> bool:
+    """Whether the images of each sample are the frames of one clip."""
+    return bool(getattr(task, "frames", False))
 
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
