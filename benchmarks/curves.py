@@ -37,7 +37,7 @@ from vlmprune.evaluation.tasks.registry import get_task
 from vlmprune.evaluation.tasks.sample import Sample
 from vlmprune.evaluation.tasks.shapes.render import mask
 from vlmprune.models.loading import load
-from vlmprune.speed.conditions import conditions
+from vlmprune.speed.conditions import conditions, system_load
 
 
 class Journal:
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
     }
     command = "python benchmarks/curves.py " + " ".join(sys.argv[1:])
-    provenance = start | {"command": command, "load_after": os.getloadavg()[0], **timing}
+    provenance = start | {"command": command, "load_after": system_load(), **timing}
     return found | {"provenance": provenance} | curves(records, points, task.blind).plain()
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from copy import copy
@@ -40,7 +39,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.errors import UnsupportedError, VlmPruneError
-from vlmprune.speed.conditions import conditions
+from vlmprune.speed.conditions import conditions, system_load
 from vlmprune.speed.timing import Entry, race, ratios, spread
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
@@ -141,7 +140,7 @@ def main(words: list[str] | None = None) -> int:
         vlmprune.parse(options.spec)  # before the model is built
         torch.set_num_threads(options.threads)
         start = conditions()
-        row = measure(options) | start | {"load_after": os.getloadavg()[0]}
+        row = measure(options) | start | {"load_after": system_load()}
     except VlmPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,7 +51,7 @@ from torch import nn
 
 import vlmprune
 from vlmprune.errors import UnsupportedError, VlmPruneError
-from vlmprune.speed.conditions import conditions
+from vlmprune.speed.conditions import conditions, system_load
 from vlmprune.speed.memory import memory_profile
 from vlmprune.speed.timing import Entry, race, ratios, spread
 
@@ -243,7 +243,7 @@ def main(words: list[str] | None = None) -> int:
             return tax_all.main(options)
         vlmprune.parse(options.prune)  # before the model is built
         start = conditions()
-        row = measure(options) | start | {"load_after": os.getloadavg()[0]}
+        row = measure(options) | start | {"load_after": system_load()}
     except VlmPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from .models.bare import is_tower, tower_tensors
 from .spec import Budget, Spec, parse
 
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
+log = logging.getLogger(__name__)
 
 
 def prune(
@@ -73,6 +75,7 @@ def prune(
                 "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'; "
                 "where the images of a prompt are the frames of one clip, say so by frames=True"
             )
+    log.debug("%r for %s by the adapter of %s", text, type(model).__name__, found.model_type)
     return Session(found, plans, text, positions=wanted, strict=strict, frames=frames)
 
 
@@ -87,7 +90,7 @@ def _positions(given: object) -> Positions | None:
 
 
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
-    """Like :func:`prune`, but attached until ``handle.detach()``; ``handle.enabled = False`` turns it off."""
+    """Like ``prune``, but attached until ``handle.detach()``; ``handle.enabled = False`` turns it off."""
     return prune(model, method, **options).attach()
 
 
@@ -305,7 +308,7 @@ def select(
 def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, **tensors: Any) -> Reduced:
     """What a language model reads in place of plain tensors: ``rows`` (B, K, D), with ``keep_idx`` (B, K).
 
-    Unlike :func:`select` it gives the rows of merging methods too.
+    Unlike ``select`` it gives the rows of merging methods too.
 
     Args:
         method: spec or method object.

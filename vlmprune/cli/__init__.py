@@ -6,6 +6,7 @@ Exit codes: 0 all is well, 1 a check failed, 2 the input was wrong.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import bench, catalogue, leaderboard, lmms, new, report, run, serve, train, validate, verify
+from . import bench, catalogue, env, leaderboard, lmms, new, report, run, serve, train, validate, verify
 from .screen import complain, of_system, speak_plainly
 
 __all__ = ["app", "main"]
@@ -54,7 +55,6 @@ app = typer.Typer(
     name="vlmprune",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -68,9 +68,27 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _log_to_stderr(ctx: typer.Context) -> None:
+    """What the logger of the package says, until the command ends."""
+    log, handler = logging.getLogger("vlmprune"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+
+    def put_back() -> None:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+    ctx.call_on_close(put_back)
+
+
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of errors; in any place.")] = False,
+    ctx: typer.Context,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show the log, and the traceback of errors; in any place.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -79,6 +97,8 @@ def _root(
 
     Exit codes: 0 all is well, 1 a check failed, 2 the input was wrong.
     """
+    if debug:
+        _log_to_stderr(ctx)
 
 
 app.command("list")(catalogue.list_methods)
@@ -94,6 +114,7 @@ app.command("validate")(validate.validate)
 app.command("new")(new.new)
 app.command("train")(train.train)
 app.command("lmms-tasks")(lmms.lmms_tasks)
+app.command("env")(env.env)
 
 
 def main() -> None:

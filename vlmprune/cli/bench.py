@@ -195,7 +195,8 @@ def _show_card(rows: list[SpeedRow], start: dict[str, Any], missing: dict[str, s
     screen.print(plain(EXPLAINED))
     for name, reason in missing.items():
         screen.print(plain(f"Not measured: {name}: {reason}."), style="dim")
-    made = f"load {start['load_before']:.1f} at the start, commit {start['commit']}, {start['date']}"
+    load = "not known" if start["load_before"] is None else f"{start['load_before']:.1f}"
+    made = f"load {load} at the start, commit {start['commit']}, {start['date']}"
     screen.print(plain(f"{start['processor']}, {made}"), style="dim")
 
 

@@ -27,10 +27,15 @@ def conditions() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "processor": f"{len(names)} x {names[0]}" if names else platform.machine(),
-        "load_before": os.getloadavg()[0],
+        "load_before": system_load(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
     }
+
+
+def system_load() -> float | None:
+    """Processes that ran or waited in the last minute; None where the system counts none, as on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def processors() -> list[str]:
