@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the reference of config keys, docs/config.md, from the schema of the package.
+"""Write the reference of config keys, docs/config.md, and the JSON Schema of the same keys for editors,
+docs/config.schema.json, from what the package reads.
 
-python docs/config.py            write the page
-python docs/config.py --check    say whether it is current; exit code 1 if not
+python docs/config.py            write both
+python docs/config.py --check    say whether they are current; exit code 1 if not
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from vlmprune.evaluation.leaderboard.config import POSITIONS, SEEDS, Config
+from vlmprune.evaluation.leaderboard.config import LARGEST, POSITIONS, SEEDS, Config
 from vlmprune.evaluation.leaderboard.published import ENTRY_KEYS, KEYS, NEEDED, Published
 from vlmprune.evaluation.tasks.registry import LMMS
 from vlmprune.models.loading import DTYPES
 from vlmprune.spec import Spec
 
 PAGE = Path(__file__).resolve().parent / "config.md"
+SCHEMA = PAGE.with_name("config.schema.json")
 TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "path of a YAML file"}
 FORMS = {  # what the type does not say
     "seeds": f"list of whole numbers, at least {len(SEEDS)}, none negative",
@@ -90,6 +93,59 @@ def rows() -> list[str]:
     return [*lines[: names.index("specs") + 1], keep, *lines[names.index("specs") + 1 :]]
 
 
+def _list(item: dict[str, Any], least: int = 1) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": least, "uniqueItems": True}
+
+
+TEXT = {"type": "string", "minLength": 1}
+COUNT = {"type": "integer", "minimum": 1, "maximum": LARGEST}
+SEED = {"type": "integer", "minimum": 0, "maximum": LARGEST}
+BUDGET = {
+    "oneOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "not": {"type": "integer"}},
+        {"type": "string", "pattern": r"^\d+(\.\d+)?(/(image|crop|total))?$"},
+    ]
+}
+# by what a field holds; a key that may be none is wrapped below
+RULES: dict[str, dict[str, Any]] = {
+    "models": _list(TEXT),
+    "specs": _list(TEXT),
+    "keep": _list(BUDGET),
+    "tasks": _list(TEXT),
+    "seeds": _list(SEED, len(SEEDS)),
+    "out": TEXT,
+    "split": TEXT,
+    "limit": COUNT,
+    "batch_size": COUNT,
+    "max_new_tokens": COUNT,
+    "positions": {"enum": list(POSITIONS)},
+    "dtype": {"enum": list(DTYPES)},
+    "published": TEXT,
+}
+LISTS = {"models", "specs", "tasks", "seeds"}  # none of these may be none
+
+
+def schema() -> str:
+    """The JSON Schema. Names of methods, tasks and options are left open: only the package knows them."""
+    said, properties = meanings(), {}
+    defaults = {field.name: field.default for field in fields(Config)}
+    for name, rule in RULES.items():
+        given = rule if name in LISTS else {"anyOf": [rule, {"type": "null"}]}
+        default = defaults.get(name)
+        shown = {} if default in (None, MISSING) else {"default": default}
+        properties[name] = {"description": said[name], **given, **shown}
+    made = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A config of vlmprune leaderboard",
+        "type": "object",
+        "properties": properties,
+        "required": ["models", "specs"],
+        "additionalProperties": False,
+    }
+    return json.dumps(made, indent=2) + "\n"
+
+
 def page() -> str:
     """The whole page."""
     table = "\n".join(rows())
@@ -114,7 +170,8 @@ runs.
 ```yaml
 {EXAMPLE}```
 
-Smaller ones are in [`configs/`](../configs).
+Smaller ones are in [`configs/`](../configs). Editors complete and check these keys by their JSON Schema,
+[`config.schema.json`](config.schema.json): [how](howto/leaderboard.md#an-editor-that-knows-the-keys).
 
 ## Published numbers
 
@@ -129,12 +186,14 @@ def listed(names: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the reference of config keys.")
-    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != page():
-        raise SystemExit("docs/config.md is out of date; run python docs/config.py")
+    parser = argparse.ArgumentParser(description="Write the reference of config keys and their JSON Schema.")
+    parser.add_argument("--check", action="store_true", help="only say whether both are current")
+    check = parser.parse_args().check
+    for path, text in ((PAGE, page()), (SCHEMA, schema())):
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"docs/{path.name} is out of date; run python docs/config.py")
 
 
 if __name__ == "__main__":

@@ -10,31 +10,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import transformers
+from page_blocks import blocks_of, stand_in
 
-import vlmprune
-from vlmprune.example_picture import picture
 from vlmprune.registry import list_methods, unregister
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = blocks_of(README)
 
 
 @pytest.fixture(autouse=True)
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the blocks take for granted: a photo in the folder, and a checkpoint behind its id; the tiny model
-    stands for it.
-    """
-    picture().save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    loaded = vlmprune.load("tiny")
-    for number, auto in enumerate((transformers.AutoModelForImageTextToText, transformers.AutoProcessor)):
-        read = auto.from_pretrained
-
-        def stand_in(name: Any, *, number: int = number, read: Any = read, **options: Any) -> Any:
-            return loaded[number] if name == "llava-hf/llava-1.5-7b-hf" else read(name, **options)
-
-        monkeypatch.setattr(auto, "from_pretrained", stand_in)
+    stand_in(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the site has beyond the pages of docs/: a hook of MkDocs, named in mkdocs.yml.
+
+The pages are written for a reader of the repository. Here links to files beside docs/ are turned to their
+page on the site, cards of methods and a few other files become pages, and comments such as
+``<!-- site: gallery -->`` are replaced by what is made from the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import posixpath
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "methods"
+# files of the repository that are pages of the site too; the home page says what the README says
+OUTSIDE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "benchmarks/README.md": "benchmarks/time.md",
+    "benchmarks/accuracy.md": "benchmarks/accuracy.md",
+    "kernels/README.md": "kernels.md",
+    "kernels/compile_gate.md": "compile_gate.md",
+    "vlmprune/assets/tiny/card.md": "tiny_card.md",
+}
+INSTEAD = {"README.md": "index.md", "README.md#methods": "gallery.md", "methods": "gallery.md"}
+FENCE = re.compile(r"^(?: {0,3})(```|~~~)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:)([^)\s]+)\)")
+ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
+KEEP, TOKENS, DEPTH = 18, 144, 8  # of docs/gallery_all.png
+PARTS = ("Idea", "Equation", "When it fails")  # of a card, in the gallery
+
+
+def script(name: str) -> ModuleType:
+    """One of the scripts beside this one; docs/ is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"docs/{name}.py is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- links and layout -----------------------------------------------------------------------------
+
+
+@cache
+def places() -> dict[str, str]:
+    """Path in the repository -> page or picture of the site."""
+    inside = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".png", ".svg", ".json")]
+    found = {path.relative_to(ROOT).as_posix(): path.relative_to(ROOT / "docs").as_posix() for path in inside}
+    found |= {f"methods/{card.name}": f"methods/{card.name}" for card in CARDS.glob("*.md")}
+    return found | OUTSIDE | INSTEAD
+
+
+def linked(text: str, source: str, home: str, repository: str | None = None) -> str:
+    """A page of the repository with its links as the site has them.
+
+    Args:
+        source: path of the page in the repository. home: its path on the site.
+        repository: address of the code. Without it, a link to what is no page becomes plain text.
+    """
+
+    def turn(found: re.Match[str]) -> str:
+        bang, label, target = found.groups()
+        path, sharp, anchor = target.partition("#")
+        if not path or "`" in target:
+            return found[0]
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        place = places().get(f"{file}{sharp}{anchor}")
+        if place is not None and sharp:
+            anchor = sharp = ""
+        place = place or places().get(file)
+        if place is None:
+            return f"[{label}]({repository}/{file})" if repository and not bang else label
+        return f"{bang}[{label}]({posixpath.relpath(place, posixpath.dirname(home) or '.')}{sharp}{anchor})"
+
+    return "\n".join(line if fenced else LINK.sub(turn, line) for line, fenced in lines_of(text))
+
+
+def lines_of(text: str) -> list[tuple[str, bool]]:
+    """Each line with whether it is code: in a fence, or indented like it."""
+    found, fence = [], ""
+    for line in text.splitlines():
+        mark = FENCE.match(line)
+        if fence:
+            found.append((line, True))
+            fence = "" if mark and mark[1] == fence else fence
+            continue
+        fence = mark[1] if mark else ""
+        found.append((line, bool(mark) or line.startswith("    ")))
+    return found
+
+
+def spaced(text: str) -> str:
+    """Lists with an empty line in front: GitHub starts a list behind any line, Python-Markdown does not."""
+    made: list[str] = []
+    listing = False
+    for line, code in lines_of(text):
+        if not line.strip():
+            listing = False
+        elif not code and ITEM.match(line):
+            if made and made[-1].strip() and not listing:
+                made.append("")
+            listing = True
+        made.append(line)
+    return "\n".join(made)
+
+
+# --- what is made from the package ----------------------------------------------------------------
+
+
+def card_parts(name: str) -> dict[str, str]:
+    """Paragraphs of a card by the words that they begin with."""
+    text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
+    pieces = re.split(r"^\*\*([^*]+?)[.:]?\*\*[.:]?", text, flags=re.MULTILINE)
+    return {head: body.strip("\n ") for head, body in zip(pieces[1::2], pieces[2::2], strict=True)}
+
+
+@cache
+def drawn() -> dict[str, tuple[str, int]]:
+    """Method -> its spec and the number of its panel in docs/gallery_all.png."""
+    from vlmprune.spec import parse
+
+    specs = script("gallery").every_spec(KEEP, TOKENS, DEPTH)
+    return {parse(spec).parts[0].name: (spec, number) for number, spec in enumerate(specs)}
+
+
+@cache
+def panels() -> dict[str, bytes]:
+    """A PNG for each method that is in docs/gallery_all.png, cut out of it."""
+    from PIL import Image
+
+    gallery = script("gallery")
+    whole = Image.open(ROOT / "docs" / "gallery_all.png")
+    wide, tall = gallery.SIZE + gallery.GAP, gallery.HEAD + gallery.SIZE + gallery.FOOT + gallery.GAP
+    found = {}
+    for name, (_, number) in drawn().items():
+        down, right = divmod(number, gallery.COLUMNS)
+        corner = (right * wide, gallery.HEAD + down * tall)
+        box = (*corner, corner[0] + gallery.SIZE, corner[1] + tall - gallery.GAP)
+        if box[2] > whole.width or box[3] > whole.height:
+            raise ValueError("docs/gallery_all.png is too small; draw it again: docs/gallery.py --all")
+        file = io.BytesIO()
+        whole.crop(box).save(file, "PNG", optimize=True)
+        found[name] = file.getvalue()
+    return found
+
+
+def undrawn(name: str) -> str:
+    """Why a method has no picture."""
+    from vlmprune.registry import get
+
+    cls = get(name)
+    if cls.clips:
+        return "it reads the frames of a clip, and the bundled model takes pictures."
+    if name == "visionselector":
+        return "it needs trained weights, and none are shipped."
+    if cls.slot == "attention":
+        return "it keeps every token and changes what attention gives to them."
+    if cls.slot == "decode":
+        return "it chooses anew for every token of the answer."
+    if cls.slot == "picture":
+        return "the bundled model reads pictures of one size, so that a smaller one has as many tokens."
+    return "it keeps all tokens, or none of them."
+
+
+def gallery_page() -> str:
+    """All methods: picture, idea, equation and weakness, by the place where they act."""
+    tables = script("readme_tables")
+    sections: dict[str, list[str]] = {}
+    for name in tables.names():
+        cls = tables.get(name)
+        own = "Baselines" if not cls.paper and not cls.wraps else tables.WHERE[cls.slot].capitalize()
+        sections.setdefault("Around another method" if cls.wraps else own, []).append(name)
+    made = [f"## {title}\n\n" + "\n".join(map(entry, names)) for title, names in sections.items()]
+    return "\n\n".join(made)
+
+
+def entry(name: str) -> str:
+    """One method of the gallery."""
+    parts = card_parts(name)
+    title = (CARDS / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0].partition(": ")[2]
+    if name in drawn():
+        spec = drawn()[name][0]
+        left = f"![what {spec} keeps](gallery/{name}.png)"
+    else:
+        left = f"*Not drawn: {undrawn(name)}*"
+    said = "\n\n".join(f"**{head}.** {parts[head]}" for head in PARTS if head in parts)
+    said = linked(spaced(said), f"methods/{name}.md", "gallery.md")
+    return (
+        f"### `{name}`\n\n{title[:1].upper()}{title[1:]}.\n\n"
+        f'<div class="method" markdown>\n<div markdown>\n\n{left}\n\n</div>\n'
+        f'<div markdown="block">\n\n{said}\n\n[The whole card](methods/{name}.md)\n\n</div>\n</div>\n'
+    )
+
+
+def models_table() -> str:
+    """Every declared family, and what was measured with it."""
+    table = json.loads((ROOT / "vlmprune" / "assets" / "capabilities.json").read_text(encoding="utf-8"))
+    lines = ["| family | methods that run | clips | not, or not measured |", "|---|---|---|---|"]
+    for family, row in table["families"].items():
+        able = row["capabilities"]
+        runs = sum(cells["runs"] == "yes" for cells in row["methods"].values())
+        no = [name for name, cell in able.items() if cell.startswith("no:") and name != "video"]
+        unknown = [name for name, cell in able.items() if cell.startswith("not measured")]
+        clips = "yes" if able["video"] == "yes" else "as images"
+        gaps = ", ".join([*(f"**no {name}**" for name in no), *(f"{name} not measured" for name in unknown)])
+        lines.append(f"| `{family}` | {runs} of {len(row['methods'])} | {clips} | {gaps or '-'} |")
+    return "\n".join(lines)
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options."""
+    import typer
+
+    from vlmprune.cli import app
+
+    root = typer.main.get_command(app)
+    made = []
+    for name, command in sorted(root.commands.items()):
+        rows = ["| argument or option | meaning |", "|---|---|"]
+        for one in command.params:
+            names = ", ".join(f"`{word}`" for word in (*one.opts, *one.secondary_opts))
+            if one.param_type_name == "argument":
+                names = f"`{one.metavar or one.name.upper()}`"
+            rows.append(f"| {names} | {' '.join((one.help or '').split()).replace('|', chr(92) + '|')} |")
+        about = " ".join((command.help or "").split())
+        made.append(f"## `vlmprune {name}`\n\n{about}\n\n" + "\n".join(rows))
+    return "\n\n".join(made)
+
+
+def names_page() -> str:
+    """The public names with their docstrings, classes behind functions."""
+    import vlmprune
+
+    plain = [name for name in vlmprune.__all__ if not name.startswith("__")]
+    functions = [name for name in plain if not isinstance(getattr(vlmprune, name), type)]
+    classes = [name for name in plain if name not in functions]
+    parts = [
+        f"## {title}\n\n" + "\n\n".join(f"::: vlmprune.{name}" for name in names)
+        for title, names in (("Functions", functions), ("Classes", classes))
+    ]
+    return "\n\n".join(parts)
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "gallery": gallery_page,
+    "models": models_table,
+    "commands": commands_page,
+    "names": names_page,
+}
+COMMENT = re.compile(r"^<!-- site: (\w+) -->$", re.MULTILINE)
+
+
+def filled(text: str) -> str:
+    """A page with what its comments ask for."""
+    messages = script("messages")
+    text = COMMENT.sub(lambda found: MADE[found[1]](), text)
+    known = messages.groups(text)
+    marks = iter(known)
+    return messages.MARK.sub(lambda found: messages.listed(next(marks), known), text)
+
+
+# --- hooks of MkDocs ------------------------------------------------------------------------------
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the pages and pictures that are not in docs/."""
+    from mkdocs.structure.files import File
+
+    for source, home in OUTSIDE.items() | {
+        (f"methods/{c.name}", f"methods/{c.name}") for c in CARDS.glob("*.md")
+    }:
+        text = (ROOT / source).read_text(encoding="utf-8")
+        made = linked(text, source, home, config.repo_url or None)
+        files.append(File.generated(config, home, content=made))
+    for name, content in panels().items():
+        files.append(File.generated(config, f"gallery/{name}.png", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Turns a page of the repository to one of the site."""
+    if page.file.generated_by is None:
+        source = f"docs/{page.file.src_uri}"
+        markdown = linked(filled(markdown), source, page.file.src_uri, config.repo_url or None)
+    return spaced(markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Leaves out what examples in docstrings say to doctest."""
+    return re.sub(r'\s*<span class="[^"]*"># doctest: \+SKIP</span>', "", html)

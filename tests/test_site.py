@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site: its pages run, its hook finds everything, and every error message has a remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from page_blocks import blocks_of, kept, promised, run_block, stand_in
+
+import vlmprune
+from vlmprune.models import _REGISTERED
+from vlmprune.registry import get, list_methods, unregister
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NEW = ("index", "quickstart", "when_not", "refine", "api")
+PAGES = [DOCS / f"{name}.md" for name in NEW] + sorted((DOCS / "howto").glob("*.md"))
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MESSAGES, WEBSITE = script("messages"), script("website")
+
+
+# --- what the pages show runs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_and_print_what_they_say(page, tmp_path, monkeypatch):
+    blocks = blocks_of(page)
+    assert blocks, f"{page.name} shows no Python: take it off the list"
+    stand_in(tmp_path, monkeypatch)
+    monkeypatch.setattr("vlmprune.models._REGISTERED", dict(_REGISTERED))
+    torch.manual_seed(0)
+    before, names = set(list_methods()), {"__name__": "page"}
+    try:
+        for block in blocks:
+            said = run_block(block, str(page), names)
+            for line, promise in promised(block).items():
+                assert line in said, f"nothing was printed where {promise!r} is promised"
+                assert kept(promise, said[line]), f"{said[line]!r} is not {promise!r}"
+    finally:
+        for added in set(list_methods()) - before:
+            unregister(added)
+
+
+def test_promises_are_read_and_compared():
+    code = "x = 1\nprint(x)  # 1\nprint('no promise')\n"
+    assert promised(code) == {2: "1"} and run_block(code, "page", {})[2] == "1"
+    assert kept("36 of 144, ...", "36 of 144, and more") and kept("(..., ...)", "(12, 3)")
+    assert not kept("1", "2") and not kept("1", "10") and not kept("a...", "b")
+
+
+def test_the_columns_that_are_explained_are_those_of_the_table():
+    from vlmprune.evaluation.report.columns import COLUMNS
+
+    page = (DOCS / "howto" / "read_leaderboard.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(explained) > 8 and [name for name in explained if name not in {c.title for c in COLUMNS}] == []
+
+
+# --- every error message has a remedy -------------------------------------------------------------
+
+
+def test_every_message_of_the_package_is_in_a_group_of_the_page():
+    left = MESSAGES.missing(MESSAGES.groups())
+    assert left == {}, (
+        "docs/troubleshooting.md has no section for these; run python docs/messages.py --missing"
+    )
+
+
+def test_no_group_names_a_file_without_messages_or_twice():
+    known, found = MESSAGES.groups(), MESSAGES.messages()
+    paths = [path for group in known for path in group.files]
+    assert len(known) > 10 and len(paths) == len(set(paths))
+    for group in known:
+        own = [one.file for one in found if MESSAGES.group_of(one.file, known) == group]
+        for path in group.files:
+            assert any(file == path or file.startswith(path) for file in own), f"{path} in {group.heading!r}"
+
+
+def test_every_class_of_errors_is_explained():
+    page, classes = MESSAGES.PAGE.read_text(encoding="utf-8"), MESSAGES.error_classes()
+    assert {"SpecError", "TrainingError", "VlmPruneError"} <= classes
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(classes)
+
+
+SOURCE = '''
+def f(x, y):
+    """Not a message."""
+    expected = "expected more"
+    if x:
+        raise SpecError(f"got {x!r}; {expected}")
+    raise VlmPruneError("one " + ("thing" if y else "other") + f" of {y}")
+'''
+
+
+def test_messages_are_read_from_the_source(tmp_path):
+    (tmp_path / "new.py").write_text(
+        "class VlmPruneError(Exception): ...\nclass SpecError(VlmPruneError): ...\n" + SOURCE
+    )
+    hole = MESSAGES.HOLE
+    assert [one.text for one in MESSAGES.messages(tmp_path)] == [
+        f"got {hole}; expected more",
+        f"one thing of {hole}",
+        f"one other of {hole}",
+    ]
+    assert set(MESSAGES.missing([], tmp_path)) == {"new.py"}
+    assert MESSAGES.missing(MESSAGES.groups("## Any\n\n<!-- messages: new.py -->\n"), tmp_path) == {}
+
+
+def test_known_messages_are_among_them():
+    texts = {one.text for one in MESSAGES.messages()}
+    assert any("attached already; detach it first" in text for text in texts)
+    assert any(
+        text.endswith("needs a budget: give keep=64 (tokens) or keep=0.25 (fraction)") for text in texts
+    )
+    assert len(texts) > 500
+
+
+# --- the hook of the site -------------------------------------------------------------------------
+
+
+def test_links_to_files_beside_docs_become_pages_or_words():
+    turn = WEBSITE.linked
+    assert turn("[a](../README.md#methods)", "docs/x.md", "x.md") == "[a](gallery.md)"
+    assert turn("[a](../../CONTRIBUTING.md#add-a-method)", "docs/howto/x.md", "howto/x.md") == (
+        "[a](../contributing.md#add-a-method)"
+    )
+    assert turn("[a](docs/families.md)", "CONTRIBUTING.md", "contributing.md") == "[a](families.md)"
+    assert turn("[a](accuracy.md)", "benchmarks/README.md", "benchmarks/time.md") == "[a](accuracy.md)"
+    assert turn("[a](../configs)", "docs/x.md", "x.md") == "a"
+    assert (
+        turn("[a](../configs)", "docs/x.md", "x.md", "https://host/code") == "[a](https://host/code/configs)"
+    )
+    assert turn("[a](https://host/b) [c](#here)", "docs/x.md", "x.md") == "[a](https://host/b) [c](#here)"
+    assert turn("```\n[a](../configs)\n```", "docs/x.md", "x.md") == "```\n[a](../configs)\n```"
+
+
+def test_lists_get_the_empty_line_that_they_need():
+    assert WEBSITE.spaced("text\n* a\n  more\n* b\n\nend") == "text\n\n* a\n  more\n* b\n\nend"
+    assert WEBSITE.spaced("```\ntext\n* a\n```") == "```\ntext\n* a\n```"
+
+
+def test_every_method_is_in_the_gallery_with_a_picture_or_the_reason_why_not():
+    page = WEBSITE.gallery_page()
+    own = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
+    for name in own:
+        assert page.count(f"### `{name}`\n") == 1 and f"(methods/{name}.md)" in page
+        drawn = f"(gallery/{name}.png)" in page
+        assert drawn == (name in WEBSITE.drawn())
+    assert page.count("**Idea.**") == page.count("**Equation.**") == len(own)
+
+
+def test_each_panel_is_cut_out_of_the_picture_of_all_methods():
+    panels = WEBSITE.panels()
+    assert panels.keys() == WEBSITE.drawn().keys() and len(set(panels.values())) == len(panels)
+    assert all(content.startswith(b"\x89PNG") for content in panels.values())
+
+
+def test_tables_of_models_commands_and_names_have_everything():
+    from vlmprune.cli import app
+    from vlmprune.testing.capabilities import table
+
+    models = WEBSITE.models_table()
+    assert all(f"| `{family}` |" in models for family in table()["families"])
+    commands = WEBSITE.commands_page()
+    assert all(f"## `vlmprune {one.name}`" in commands for one in app.registered_commands)
+    assert "`--prune`" in commands
+    names = re.findall(r"^::: vlmprune\.(\w+)$", WEBSITE.names_page(), re.MULTILINE)
+    assert sorted(names) == sorted(set(vlmprune.__all__) - {"__version__"})
+
+
+def test_the_page_of_troubleshooting_lists_the_messages_under_their_group():
+    page = WEBSITE.filled(MESSAGES.PAGE.read_text(encoding="utf-8"))
+    assert "<!-- messages" not in page
+    section = page.split("## Loading a model")[1].split("\n## ")[0]
+    assert "holds no config.json; expected what save" in section.replace("&#95;", "_")
+    other = page.split("## Serving")[1].split("\n## ")[0]
+    assert "config.json" not in other
+
+
+class Loader(yaml.SafeLoader):
+    """Reads what MkDocs reads."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+
+
+def navigation(entries: Any):
+    for entry in entries if isinstance(entries, list) else entries.values():
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from navigation(entry)
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    named = list(navigation(settings["nav"]))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert len(named) == len(set(named))
+    assert pages - set(named) == set()
+    assert set(named) - pages <= set(WEBSITE.OUTSIDE.values())
+    assert all((ROOT / source).is_file() for source in WEBSITE.OUTSIDE)
