@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from vlmprune.cli import app
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune"
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "kernels/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernels/*.md")
     for page in ROOT.glob(pattern)
 )
 COMMANDS = typer.main.get_command(app).commands
@@ -40,6 +42,7 @@ def script(name):
 
 
 CONFIG = script("config")
+SCHEMA = json.loads(CONFIG.SCHEMA.read_text(encoding="utf-8"))
 
 
 def anchors(text):
@@ -133,8 +136,9 @@ def test_commands_and_their_options_exist(page):
 
 def test_the_index_names_every_page():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    missing = [page.name for page in PAGES if page.parent.name == "docs" and f"({page.name})" not in index]
-    assert missing == ["index.md"]
+    docs = ROOT / "docs"
+    names = [page.relative_to(docs).as_posix() for page in PAGES if docs in page.parents]
+    assert len(names) > 20 and [name for name in names if f"({name})" not in index] == ["index.md"]
 
 
 def spoken():
@@ -252,6 +256,65 @@ def test_every_default_in_the_reference_is_the_real_one():
     config = Config.of({"models": ["tiny"], "specs": ["dense"]}).plain()
     assert {key: yaml.safe_load(text) for key, text in shown.items()} == {key: config[key] for key in shown}
     assert {"tasks", "seeds", "split", "batch_size", "dtype"} == set(shown)
+
+
+def refused_by_schema(values):
+    """What the JSON Schema says against a config."""
+    return [error.message for error in Draft202012Validator(SCHEMA).iter_errors(values)]
+
+
+def test_the_schema_is_current_and_has_every_key():
+    assert CONFIG.SCHEMA.read_text(encoding="utf-8") == CONFIG.schema(), "run python docs/config.py"
+    Draft202012Validator.check_schema(SCHEMA)
+    documented = re.findall(r"^\| `(\w+)` \|", CONFIG.page(), re.MULTILINE)
+    assert sorted(SCHEMA["properties"]) == sorted(documented)
+    assert all(rule["description"] for rule in SCHEMA["properties"].values())
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_schema_accepts_every_config_and_each_names_it(path):
+    text = path.read_text(encoding="utf-8")
+    assert refused_by_schema(yaml.safe_load(text)) == []
+    (named,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, re.MULTILINE)
+    assert (path.parent / named).resolve() == CONFIG.SCHEMA
+
+
+def test_the_schema_accepts_the_example_and_every_default():
+    assert refused_by_schema(yaml.safe_load(CONFIG.EXAMPLE)) == []
+    plain = Config.of({"models": ["tiny"], "specs": ["dense"]}).plain()
+    assert refused_by_schema(plain) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"models": "tiny"},
+        {"models": []},
+        {"specs": [64]},
+        {"specs": ["dense", "dense"]},
+        {"keep": [0]},
+        {"keep": [1.5]},
+        {"keep": ["64/picture"]},
+        {"keep": [64, 64]},
+        {"seeds": [0, 1]},
+        {"seeds": [0, 1, -1]},
+        {"limit": 0},
+        {"batch_size": "many"},
+        {"dtype": "float8"},
+        {"positions": "left"},
+        {"no_such_key": 1},
+        {"tasks": None},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_what_the_package_refuses(changed):
+    values = {"models": ["tiny"], "specs": ["fastervlm"], "keep": [64]} | changed
+    assert refused_by_schema(values)
+    with pytest.raises(SpecError):
+        Config.of(values)
 
 
 # --- the README's picture -------------------------------------------------------------------------
