@@ -8,26 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from headless import browser  # noqa: F401 (a fixture)
 
 sys.path.append(str(Path(__file__).parent))
 from simulated_run import simulate
 from sweep_tools import sweep
 
 from vlmprune.testing.tiny import tiny_bundle
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "disable-dev-shm-usage",
-    "force-device-scale-factor=1",
-)
 
 
 @pytest.fixture(scope="session")
@@ -46,28 +33,6 @@ def run_folder(tmp_path_factory):
 def broken_run(tmp_path, run_folder):
     """A copy that a test may break."""
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    """Headless Chromium that notes its console and every request."""
-    driver = shutil.which("chromedriver")
-    if not (CHROMIUM and driver):
-        pytest.skip(
-            "no chromium with its chromedriver on this machine (Debian: apt-get install chromium "
-            "chromium-driver)"
-        )
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield made
-    made.quit()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,21 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
-from . import bench, catalogue, env, leaderboard, lmms, new, report, run, serve, train, validate, verify
+from . import (
+    bench,
+    catalogue,
+    demo,
+    env,
+    leaderboard,
+    lmms,
+    new,
+    report,
+    run,
+    serve,
+    train,
+    validate,
+    verify,
+)
 from .screen import complain, of_system, speak_plainly
 
 __all__ = ["app", "main"]
@@ -107,6 +121,7 @@ app.command("run")(run.run)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
 app.command("plan")(bench.plan)
 app.command("verify")(verify.verify)
