@@ -286,6 +286,8 @@ def hosts_of(slots: Tensor, index: Tensor) -> Tensor:
 
 def all_hosts(count: int, index: Tensor) -> Tensor:
     """(k,) the same slots, ascending, where all ``count`` tokens of a picture are one unit."""
+    if not index.shape[0]:
+        return index  # of a frame that no row stands for
     # -1 is the last place, which is cut off; of equals the first are taken, so free places come in order
     taken = torch.zeros(count + 1, device=index.device).index_fill_(0, index, 1.0)
     return top_k(taken[None, :-1], index.shape[0])[0]
