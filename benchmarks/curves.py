@@ -5,7 +5,7 @@
 
 Every method at 100, 50, 25, 12.5 and 6.25 % of the tokens, random with several seeds, answers from greedy
 decoding, each image encoded once. Keeping all tokens is the dense model for every method, so 100 % is one
-run. Intervals (95 %) are bootstrapped over images. Points have two places on the abscissa: the budget as
+run. Intervals (95 %) are over images. Points have two places on the abscissa: the budget as
 announced, and the visual tokens that a decoder layer reads on average: methods that cut inside the language
 model read everything before they cut.
 

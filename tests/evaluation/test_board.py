@@ -169,9 +169,10 @@ def test_the_smallest_difference_is_a_range_over_the_rows():
 
 
 def test_what_makes_numbers_weak_is_said():
-    few = [row("a@9", clusters=19)]
-    assert limits(few, None) == ["With only 19 sets of pictures the intervals are too short."]
-    assert limits([row("a@9", clusters=20)], None) == []
+    few = [row("a@9", clusters=9)]
+    (said,) = limits(few, None)
+    assert said == "With only 9 sets of pictures the intervals are wide, and near 0 and 100 % too short."
+    assert limits([row("a@9", clusters=10)], None) == []
     nothing = Headline("m", "t", (), {"f": "why"})
     assert limits([row("a@9")], nothing) == [
         "The dense model has learnt none of the families, so these accuracies mean nothing."

@@ -131,6 +131,8 @@ NEAREST_OF_MANY = "vlmprune.kernels.cpu_greedy:_nearest_of_many"
 # evaluation
 SWAP_TEST = "vlmprune.evaluation.stats.estimates:swap_test"
 FLIPS = "vlmprune.evaluation.stats.estimates:flips"
+T_QUANTILE = "vlmprune.evaluation.stats.intervals:t_quantile"
+DIFFERENCE_INTERVAL = "vlmprune.evaluation.stats.intervals:difference_interval"
 HARD = "vlmprune.evaluation.stats.estimates:hard"
 HEADLINE = "vlmprune.evaluation.stats.estimates:headline"
 AGAINST_RANDOM = "vlmprune.evaluation.stats.summary:_against_random"

@@ -32,6 +32,21 @@ def p_may_be_zero(swap_test: Function) -> Function:
     return changed
 
 
+def few_clusters_are_many(t_quantile: Function) -> Function:
+    return lambda level, freedom: t_quantile(level, 10_000)
+
+
+def no_flip_is_proof(difference_interval: Function) -> Function:
+    """The interval of the differences that were seen alone, without made-up questions."""
+
+    def changed(sums: Any, count: Any, level: float) -> Any:
+        clusters, centre = len(count), sums.sum() / count.sum()
+        error = np.sqrt(((sums - centre * count) ** 2).sum() * clusters / max(1, clusters - 1)) / count.sum()
+        return (centre - 1.97 * error, centre + 1.97 * error), error
+
+    return changed
+
+
 def corrected_per_budget(against_random: Function) -> Function:
     def changed(table: Any, specs: Any, resamples: int, seed: int) -> Any:
         from vlmprune.evaluation.stats.estimates import holm
@@ -81,6 +96,8 @@ def interval_alone(side: Function) -> Function:
 
 STATISTICS = (
     Mutant("p may be zero", at.SWAP_TEST, p_may_be_zero, of("stats")),
+    Mutant("five clusters taken for many", at.T_QUANTILE, few_clusters_are_many, of("intervals")),
+    Mutant("no flip taken for proof", at.DIFFERENCE_INTERVAL, no_flip_is_proof, of("intervals")),
     Mutant("Holm per budget only", at.AGAINST_RANDOM, corrected_per_budget, of("stats")),
     Mutant(
         "lost and won swapped",

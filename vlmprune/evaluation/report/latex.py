@@ -34,7 +34,7 @@ SPECIAL = {
     "\N{UPWARDS ARROW}": r"$\uparrow$",
     "\N{DOWNWARDS ARROW}": r"$\downarrow$",
 }
-INTERVALS = r"In brackets: 95\,\% intervals, bootstrapped over sets of pictures."
+INTERVALS = r"In brackets: 95\,\% intervals over sets of pictures."
 
 
 def as_latex(run: Run, results: Results, options: Options) -> str:

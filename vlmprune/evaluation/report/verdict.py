@@ -9,7 +9,7 @@ from ..stats.summary import Headline, Row
 from .judge import LEVEL, Side, merged, series, side
 from .text import ratio
 
-FEW = 20  # sets of pictures; with fewer, the bootstrap draws intervals that are too short
+FEW = 10  # sets of pictures; with fewer, intervals are wide, and near 0 and 100 % still somewhat too short
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -47,7 +47,9 @@ def limits(rows: Sequence[Row], headline: Headline | None) -> list[str]:
         said.append(f"Differences to dense below {size} would be missed with so many questions.")
     clusters = rows[0].clusters
     if clusters is not None and clusters < FEW:
-        said.append(f"With only {clusters} sets of pictures the intervals are too short.")
+        said.append(
+            f"With only {clusters} sets of pictures the intervals are wide, and near 0 and 100 % too short."
+        )
     if headline is not None and not headline.families:
         said.append("The dense model has learnt none of the families, so these accuracies mean nothing.")
     elif headline is not None and headline.excluded:

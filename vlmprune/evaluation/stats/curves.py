@@ -201,7 +201,7 @@ def curves(
         if len(point.specs) > 1:
             table = table.merged(point.name, point.specs)
     slices = _slices(table, summary.headline.families)
-    found = {key: estimates.accuracy(part, resamples) for key, part in slices.items()}
+    found = {key: estimates.accuracy(part) for key, part in slices.items()}
     rows = []
     for point in points:
         row = summaries[point.name]

@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of answers: all specs answered the same questions, which come in clusters (images).
 
-Intervals are percentile intervals of a bootstrap over clusters. All specs see the same draws, so differences
-are paired. p-values come from a randomisation test that swaps two specs on whole clusters; Holm's method
-corrects them for their number.
+Intervals are over clusters, see ``intervals``; those of differences are paired, question by question.
+p-values come from a randomisation test that swaps two specs on whole clusters; Holm's method corrects them
+for their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import TypeVar
+from functools import cached_property
 
 import numpy as np
 
 from ...errors import EvaluationError, did_you_mean
 from ..answer.record import Record
 from ..tasks.sample import normalise
+from .intervals import Interval, difference_interval, share_interval
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 RIGHT = 0.5  # a score from here on counts as a right answer where answers are counted
 _ENTRIES_AT_ONCE = 4_000_000
-Interval = tuple[float, float]  # low, high
-Errors = TypeVar("Errors", float, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,25 +156,17 @@ class Flips:
     won: int
 
 
-@lru_cache(maxsize=2)  # intervals, ratios and differences of one table share them
-def draws(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """(R, S) accuracies of R bootstrap samples of clusters; all specs share the draws."""
-    sums, count = table.sums
-    return _in_chunks(len(count), resamples, seed, lambda rng, rows: _resample(rng, rows, sums, count))
-
-
-def accuracy(
-    table: Table, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
-) -> dict[str, Estimate]:
+def accuracy(table: Table, level: float = LEVEL) -> dict[str, Estimate]:
     """Mean score of every spec."""
+    _check_level(level)
+    sums, count = table.sums
+    means, clusters = table.scores.mean(axis=0), len(count)  # (S,)
+    variance = ((sums - means * count[:, None]) ** 2).sum(axis=0) / count.sum() ** 2
+    # questions of a cluster do not repel one another: where it seems so, too few were asked
+    variance = np.maximum(variance * clusters / max(1, clusters - 1), table.scores.var(axis=0) / len(table))
     found = {}
-    means, drawn = table.scores.mean(axis=0), draws(table, resamples, seed)
-    lows, highs = _percentiles(drawn, level)
-    # where all clusters score 0, or all 1, a bootstrap draws nothing else: the exact binomial bound stands in
-    bound = ((1 - level) / 2) ** (1 / len(table.sums[1]))
-    for spec, value, low, high in zip(table.specs, means, lows, highs, strict=True):
-        low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound) if value == 0 else (low, high)
-        found[spec] = Estimate(float(value), float(low), float(high))
+    for spec, mean, its in zip(table.specs, means.tolist(), variance.tolist(), strict=True):
+        found[spec] = Estimate(mean, *share_interval(mean, its, clusters, level))
     return found
 
 
@@ -189,23 +179,24 @@ def differences(
     seed: int = 0,
     level: float = LEVEL,
 ) -> dict[str, Difference]:
-    """Paired differences of ``specs`` (default: all others) to the reference; Holm counts just these."""
+    """Paired differences of ``specs`` (default: all others) to the reference; Holm counts just these.
+
+    Args:
+        resamples, seed: of the randomisation test.
+    """
+    _check_level(level)
     specs = [spec for spec in table.specs if spec != reference] if specs is None else list(specs)
     if not specs:
         return {}
     columns, at = [table.column(spec) for spec in specs], table.column(reference)
-    drawn = draws(table, resamples, seed)
-    # the same clusters were drawn for all specs: what is hard for both cancels
-    drawn = drawn[:, columns] - drawn[:, [at]]
-    lows, highs = _percentiles(drawn, level)
     sums, count = table.sums
     gaps = sums[:, columns] - sums[:, [at]]  # (C, s)
     values, p = gaps.sum(axis=0) / count.sum(), swap_test(gaps, resamples, seed)
-    corrected, reach = holm(p), detectable(drawn.std(axis=0))
+    corrected = holm(p)
     found = {}
     for i, spec in enumerate(specs):
-        ci = float(lows[i]), float(highs[i])
-        found[spec] = Difference(float(values[i]), ci, float(p[i]), float(corrected[i]), float(reach[i]))
+        ci, error = difference_interval(gaps[:, i], count, level)
+        found[spec] = Difference(float(values[i]), ci, float(p[i]), float(corrected[i]), detectable(error))
     return found
 
 
@@ -232,7 +223,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def detectable(error: Errors, alpha_z: float = 1.959964, power_z: float = 0.841621) -> Errors:
+def detectable(error: float, alpha_z: float = 1.959964, power_z: float = 0.841621) -> float:
     """Minimum detectable difference: found with 80 % power at the 5 % level, given its standard error."""
     return (alpha_z + power_z) * error
 
@@ -279,14 +270,6 @@ def headline(
     return inside, outside
 
 
-def _resample(rng: np.random.Generator, rows: int, sums: np.ndarray, count: np.ndarray) -> np.ndarray:
-    clusters = len(count)
-    # numbers of row r are shifted by r clusters, so that one bincount counts the draws of all rows
-    picks = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
-    weights = np.bincount(picks.ravel(), minlength=rows * clusters).reshape(rows, clusters).astype(float)
-    return (weights @ sums) / (weights @ count)[:, None]
-
-
 def _in_chunks(
     width: int, resamples: int, seed: int, make: Callable[[np.random.Generator, int], np.ndarray]
 ) -> np.ndarray:
@@ -296,7 +279,6 @@ def _in_chunks(
     return np.concatenate([make(rng, min(step, resamples - start)) for start in range(0, resamples, step)])
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> np.ndarray:
+def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise EvaluationError(f"level={level!r}; expected a share between 0 and 1, such as 0.95")
-    return np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)

@@ -174,7 +174,7 @@ def summarise(
     found = _Compared(
         whole,
         table,
-        estimates.accuracy(table, resamples, seed),
+        estimates.accuracy(table),
         estimates.differences(table, DENSE, tested, resamples=resamples, seed=seed),
         _against_random(table, {spec: budgets[spec] for spec in tested}, resamples, seed),
     )

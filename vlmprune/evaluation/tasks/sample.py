@@ -22,7 +22,7 @@ class Sample:
     Attributes:
         id: stable over versions of Python, Pillow and this package as long as the fingerprint of the task
             stays.
-        cluster: samples of one cluster show the same images; the bootstrap draws clusters.
+        cluster: samples of one cluster show the same images; intervals are over clusters.
         family: kind of question. group: "general" or "text".
         question: the last turn. history: earlier turns as (question, reference answer).
         answers: accepted answers, normalised.
