@@ -53,7 +53,8 @@ def test_csv_holds_the_value_of_every_column_under_its_key(run_folder, tmp_path)
             if value is not None:
                 assert line[column.key] == str(value), column.key
                 seen.add(column.key)
-    assert seen == {column.key for column in COLUMNS} - {"paper"}
+    # no paper is beside this run, and nothing in it costs more than it keeps
+    assert seen == {column.key for column in COLUMNS} - {"paper", "vs_random_equal_difference"}
 
 
 def test_a_new_column_is_in_every_table(monkeypatch):
@@ -74,7 +75,7 @@ def test_a_new_column_is_in_every_table(monkeypatch):
 
 def test_columns_that_no_row_has_a_value_for_are_left_out():
     rows = [row("dense"), row("a@9")]
-    assert [c.key for c in used(COLUMNS, rows)] == ["spec", "layer_tokens", "accuracy", "n"]
+    assert [c.key for c in used(COLUMNS, rows)] == ["spec", "realised_tokens", "accuracy", "n"]
     assert "paper" in [c.key for c in used(COLUMNS, [*rows, row("b@9", paper=0.7)])]
 
 
@@ -113,8 +114,16 @@ def test_the_worst_family_is_named_only_where_it_is_worse_than_dense():
 
 def test_tokens_are_given_per_question_and_per_picture():
     one = row("a@32", realised_tokens=35.2, layer_tokens=66.0, pictures=1.1)
-    assert COLUMN["layer_tokens"].text(one) == "35.2 (32 a picture, layers 66)"
-    assert COLUMN["layer_tokens"].text(replace(one, layer_tokens=35.2, pictures=1.0)) == "35.2"
+    assert COLUMN["realised_tokens"].text(one) == "35.2 (32 a picture)"
+    assert COLUMN["realised_tokens"].text(replace(one, pictures=1.0)) == "35.2"
+    assert COLUMN["layer_tokens"].text(one) == "66"
+    assert COLUMN["layer_tokens"].text(replace(one, dense_tokens=158.4)) == "66 (42 %)"
+
+
+def test_methods_that_read_the_question_are_marked():
+    rows = [row("holov@9"), row("fastv@9", query_aware=True)]
+    assert [COLUMN["query_aware"].text(one) for one in rows] == ["", "yes"]
+    assert "query_aware" not in [column.key for column in used(COLUMNS, rows[:1])]
 
 
 @pytest.mark.parametrize(

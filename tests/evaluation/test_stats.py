@@ -331,6 +331,32 @@ def test_a_spec_without_a_budget_is_compared_with_the_baselines_that_it_is_match
     assert matched.keep == "36" and matched.vs_random.difference > 0 and matched.hard.n > 0
 
 
+def test_what_costs_more_than_its_budget_is_compared_with_random_tokens_that_cost_as_much() -> None:
+    """fastv keeps 9 and reads 24 per layer, between 18 and 36 of random, which knows more there."""
+    rng, rows = np.random.default_rng(10), []
+    right = {"dense": 1.0, "fastv@9": 0.6, "fastervlm@9": 0.6, "fastv@36": 0.9}
+    right |= {f"random(seed={s})@{k}": x for k, x in ((9, 0.4), (18, 0.6), (36, 0.8)) for s in (0, 1)}
+    for i in range(300):
+        luck = rng.random()
+        for spec, share in right.items():
+            kept = 144.0 if spec == "dense" else float(spec.partition("@")[2])
+            read = {"fastv@9": 24.0, "fastv@36": 60.0}.get(spec, kept)
+            given = {"realised_tokens": kept, "layer_tokens": read}
+            rows.append(record(spec, i, float(luck < share), **given))
+    found = {row.spec: row for row in summarise(rows, {"exist": 0.0}, resamples=500).rows}
+    assert found["fastv@9"].vs_random.difference == pytest.approx(0.2, abs=0.05)
+    place = np.log(24 / 18) / np.log(2)
+    between = (1 - place) * found["random@18"].accuracy + place * found["random@36"].accuracy
+    equal = found["fastv@9"].vs_random_equal
+    assert equal.difference == pytest.approx(found["fastv@9"].accuracy - between)
+    assert equal.ci[1] < 0 and equal.p <= equal.p_holm < 0.05
+    place = np.log(60 / 36) / np.log(144 / 36)  # above the budgets of random stands the dense model
+    between = (1 - place) * found["random@36"].accuracy + place
+    assert found["fastv@36"].vs_random_equal.difference == pytest.approx(found["fastv@36"].accuracy - between)
+    assert found["fastervlm@9"].vs_random_equal is None and found["random@9"].vs_random_equal is None
+    assert found["fastv@9"].query_aware and not found["fastervlm@9"].query_aware
+
+
 def test_a_model_that_has_learnt_nothing_is_summarised_over_all_families() -> None:
     found = summarise(leaderboard(), {"text": 0.9, "attr": 0.9}, resamples=200)
     assert found.headline.families == () and set(found.headline.excluded) == {"text", "attr"}

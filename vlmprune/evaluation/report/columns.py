@@ -26,28 +26,35 @@ def _layers_differ(row: Row) -> bool:
 
 
 def _tokens(row: Row) -> str:
-    more = []
-    if row.pictures and row.pictures > 1:
-        more.append(f"{count(row.realised_tokens / row.pictures)} a picture")
-    if _layers_differ(row):
-        more.append(f"layers {count(row.layer_tokens)}")
-    return f"{count(row.realised_tokens)} ({', '.join(more)})" if more else count(row.realised_tokens)
-
-
-def _tokens_short(row: Row) -> str:
     read = count(row.realised_tokens)
-    return f"{read} ({count(row.layer_tokens)})" if _layers_differ(row) else read
+    if row.pictures and row.pictures > 1:
+        return f"{read} ({count(row.realised_tokens / row.pictures)} a picture)"
+    return read
 
 
 def _tokens_note(rows: Sequence[Row]) -> str:
     shown = max((row.pictures or 1 for row in rows), default=1)
-    parts = ["read per question"]
-    if shown > 1.005:
-        dense = max(row.dense_tokens or 0 for row in rows)
-        parts.append(f"which shows {shown:.2g} pictures of {count(dense / shown)} on average")
-    if any(map(_layers_differ, rows)):
-        parts.append("in brackets the mean over the decoder layers")
-    return ", ".join(parts) if len(parts) > 1 else ""
+    if shown <= 1.005:
+        return ""
+    dense = max(row.dense_tokens or 0 for row in rows)
+    return f"read per question, which shows {shown:.2g} pictures of {count(dense / shown)} on average"
+
+
+def _per_layer(row: Row) -> str:
+    if row.layer_tokens is None:
+        return NOTHING
+    read = count(row.layer_tokens)
+    return f"{read} ({ratio(row.layer_tokens / row.dense_tokens, 0)} %)" if row.dense_tokens else read
+
+
+def _per_layer_note(rows: Sequence[Row]) -> str:
+    if not any(map(_layers_differ, rows)):
+        return ""
+    return "mean over the decoder layers, which is the cost: a late cut costs more than one before them"
+
+
+def _query_note(rows: Sequence[Row]) -> str:
+    return "yes: the method reads the question, so that its choice is good for that question alone"
 
 
 def _accuracy(row: Row) -> str:
@@ -117,15 +124,36 @@ COLUMNS: tuple[Column[Row], ...] = (
         left=True,
     ),
     Column(
-        "layer_tokens",
+        "query_aware",
+        title="query",
+        hint="whether the method reads the question to choose tokens, so that its choice serves no other one",
+        value=lambda r: r.query_aware or None,
+        text=lambda r: "yes" if r.query_aware else "",
+        spare=2,
+        note=_query_note,
+        left=True,
+    ),
+    Column(
+        "realised_tokens",
         title="tokens",
-        hint="visual tokens read per question; in brackets per picture, where questions show several, and "
-        "the mean over the decoder layers, where a method cuts between them",
-        value=lambda r: r.layer_tokens or r.realised_tokens,
+        hint="visual tokens kept per question; in brackets per picture, where questions show several",
+        value=lambda r: r.realised_tokens,
         text=_tokens,
-        short=_tokens_short,
-        spare=5,
+        short=lambda r: count(r.realised_tokens),
+        spare=8,
         note=_tokens_note,
+    ),
+    Column(
+        "layer_tokens",
+        title="tokens per layer",
+        hint="visual tokens that a decoder layer reads, mean over the layers, and that as a percentage of "
+        "the unpruned ones: what the language model costs. Methods that cut between its layers read all of "
+        "them before that",
+        value=lambda r: r.layer_tokens,
+        text=_per_layer,
+        short=lambda r: count(r.layer_tokens),
+        spare=4,
+        note=_per_layer_note,
     ),
     Column(
         "accuracy",
@@ -143,7 +171,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.retained,
         text=lambda r: ratio(r.retained),
         short=lambda r: ratio(r.retained, 0),
-        spare=2,
+        spare=3,
     ),
     Column(
         "vs_dense_difference",
@@ -153,7 +181,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.vs_dense.difference if r.vs_dense else None,
         text=lambda r: _paired(r.vs_dense),
         short=lambda r: _paired_short(r.vs_dense),
-        spare=4,
+        spare=7,
         note=_vs_dense_note,
     ),
     Column(
@@ -167,6 +195,19 @@ COLUMNS: tuple[Column[Row], ...] = (
         note=_vs_random_note,
     ),
     Column(
+        "vs_random_equal_difference",
+        title="vs random at equal cost, points",
+        hint="the difference to random tokens that cost as many tokens per layer, where a method costs more "
+        "than its budget says: between the budgets of random in this table, and the dense model above them",
+        value=lambda r: r.vs_random_equal.difference if r.vs_random_equal else None,
+        text=lambda r: _paired(r.vs_random_equal),
+        short=lambda r: _paired_short(r.vs_random_equal),
+        spare=5,
+        note=lambda rows: (
+            "to random tokens at as many tokens per layer, for methods that read more than they keep"
+        ),
+    ),
+    Column(
         "groups_general",
         title="general, %",
         hint="accuracy on questions that need no reading",
@@ -174,7 +215,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         text=lambda r: ratio(r.groups.get("general")),
         short=lambda r: ratio(r.groups.get("general"), 0),
         wins=True,
-        spare=9,
+        spare=12,
     ),
     Column(
         "groups_text",
@@ -184,7 +225,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         text=lambda r: ratio(r.groups.get("text")),
         short=lambda r: ratio(r.groups.get("text"), 0),
         wins=True,
-        spare=6,
+        spare=9,
     ),
     Column(
         "worst_retained",
@@ -192,7 +233,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         hint="the kind of question that lost most, with the percentage of the dense accuracy that is left",
         value=_worst_value,
         text=_worst,
-        spare=3,
+        spare=6,
         left=True,
     ),
     Column(
@@ -203,7 +244,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         text=lambda r: f"{ratio(r.hard.accuracy)} (of {r.hard.n})" if r.hard else NOTHING,
         short=lambda r: ratio(r.hard.accuracy, 0) if r.hard else NOTHING,
         wins=True,
-        spare=8,
+        spare=11,
         note=lambda rows: "right among the questions that pool gets wrong at that budget",
     ),
     Column(
@@ -213,7 +254,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.flips.lost if r.flips and r.spec != DENSE else None,
         text=_flips,
         short=lambda r: _flips(r, "/"),
-        spare=7,
+        spare=10,
     ),
     Column(
         "agreement",
@@ -222,7 +263,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.agreement,
         text=lambda r: ratio(r.agreement),
         short=lambda r: ratio(r.agreement, 0),
-        spare=11,
+        spare=14,
     ),
     Column(
         "on_object",
@@ -231,7 +272,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.on_object,
         text=lambda r: ratio(r.on_object),
         short=lambda r: ratio(r.on_object, 0),
-        spare=12,
+        spare=15,
     ),
     Column(
         "paper",
@@ -239,7 +280,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         hint="the accuracy that a paper publishes for this row",
         value=lambda r: r.paper,
         text=lambda r: ratio(r.paper),
-        spare=10,
+        spare=13,
     ),
     Column(
         "n",
@@ -248,6 +289,6 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda r: r.n,
         text=_questions,
         short=lambda r: _questions(r).replace(" ", ""),
-        spare=13,
+        spare=16,
     ),
 )

@@ -18,7 +18,7 @@ from .pivot import Pivot, pivots
 from .table import Column, L, used, winners
 from .text import ratio
 
-WIDE = 5  # columns that a terminal drops before this one do not fit on a page either
+WIDE = 8  # columns that a terminal drops before this one do not fit on a page either
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",

@@ -17,7 +17,7 @@ from ...spec import parse
 from ..answer.record import Record
 from . import estimates
 from .estimates import Table
-from .seeds import seedless
+from .seeds import query_aware, seedless
 from .summary import DENSE, Headline, Row, summarise
 
 KEEPS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -225,11 +225,6 @@ def _slices(table: Table, inside: Sequence[str]) -> Slices:
     for family in names:
         slices["families", family] = table.where(table.families == family)
     return slices
-
-
-def query_aware(label: str) -> bool:
-    """Whether the method, or what it is put around, looks at the question to choose tokens."""
-    return any(get(part.name).query_aware for part in parse(label).parts if not get(part.name).wraps)
 
 
 def verdict(

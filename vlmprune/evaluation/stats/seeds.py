@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets and seeds of specs: which specs differ in their seed only, and the mean that stands for them."""
+"""Specs without what varies in a table: their budgets, their seeds, options that say what holds anyway."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from ...errors import EvaluationError
+from ...registry import get, option_fields
 from ...spec import parse
 from .estimates import Table
 
@@ -22,6 +23,21 @@ def budget_of(spec: str) -> str | None:
     """The budget of a spec as written, that of its last part that has one."""
     found = [str(part.budget) for part in parse(spec).parts if part.budget is not None]
     return found[-1] if found else None
+
+
+def method_of(spec: str) -> str:
+    """A spec without budgets and options at their default: what two tables have in common."""
+    names = []
+    for part in parse(spec).parts:
+        defaults = {option.name: option.default for option in option_fields(get(part.name))}
+        given = tuple((key, value) for key, value in part.args if defaults[key] != value)
+        names.append(str(replace(part, args=given, budget=None)))
+    return "+".join(names)
+
+
+def query_aware(spec: str) -> bool:
+    """Whether a method of a spec, or what it is put around, looks at the question to choose tokens."""
+    return any(get(part.name).query_aware for part in parse(spec).parts if not get(part.name).wraps)
 
 
 def merge_seeds(table: Table) -> tuple[Table, dict[str, list[str]]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +15,11 @@ from ...spec import parse
 from ..answer.record import Record
 from . import estimates
 from .estimates import Difference, Flips, Interval, Table
-from .seeds import budget_of, merge_seeds
+from .seeds import budget_of, merge_seeds, query_aware
 
 DENSE = "dense"
+BLIND = "blind"
+COSTS_MORE = 0.02  # of the tokens per layer: what differs by less is equal
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class Row:
         realised_tokens, dense_tokens: visual tokens per question, read and unpruned.
         layer_tokens: the same as a mean over the decoder layers.
         retained: accuracy as a share of the dense one.
+        query_aware: whether a method looks at the question to choose tokens.
         vs_dense, vs_random: paired differences; to random tokens of the same budget.
+        vs_random_equal: the same to random tokens that cost as many tokens per layer, where the budget of a
+            method says fewer than its layers read.
         families, groups: accuracy by kind of question; families also where they do not count.
         agreement: share of questions with the same answer as dense.
         on_object: share of the kept tokens on what is asked about.
@@ -73,6 +79,7 @@ class Row:
     spec: str
     method: str
     calibrated: bool = False
+    query_aware: bool = False
     keep: str | None = None
     realised_tokens: float
     dense_tokens: float | None = None
@@ -93,6 +100,7 @@ class Row:
     retained: float | None = None
     vs_dense: Difference | None = None
     vs_random: Difference | None = None
+    vs_random_equal: Difference | None = None
     flips: Flips | None = None
     agreement: float | None = None
     hard: Hard | None = None
@@ -177,6 +185,9 @@ def summarise(
         estimates.accuracy(table),
         estimates.differences(table, DENSE, tested, resamples=resamples, seed=seed),
         _against_random(table, {spec: budgets[spec] for spec in tested}, resamples, seed),
+        _at_equal_cost(
+            table, {spec: _read(held, bands, spec) for spec in (DENSE, *tested)}, budgets, resamples, seed
+        ),
     )
     rows = []
     for spec in table.specs:
@@ -199,6 +210,7 @@ class _Compared:
     accuracy: Mapping[str, estimates.Estimate]
     vs_dense: Mapping[str, Difference]
     vs_random: Mapping[str, Difference]
+    vs_random_equal: Mapping[str, Difference]
 
 
 def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str, Any]) -> Row:
@@ -215,6 +227,7 @@ def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str,
         retained=_ratio(mine.value, found.accuracy[DENSE].value),
         vs_dense=found.vs_dense.get(spec),
         vs_random=found.vs_random.get(spec),
+        vs_random_equal=found.vs_random_equal.get(spec),
         flips=None if seeds else estimates.flips(table, spec, DENSE),
         agreement=estimates.agreement(table, spec, DENSE),
         hard=_hard(table, spec, described["keep"]),
@@ -233,11 +246,49 @@ def _against_random(
         mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
         if budget is not None and random in table.specs:
             found |= estimates.differences(table, random, mine, resamples=resamples, seed=seed)
-    # over all budgets together: more rows are more chances to be lucky
+    return _corrected(found)
+
+
+def _corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """Over all budgets together: more rows are more chances to be lucky."""
     corrected = estimates.holm(np.array([one.p for one in found.values()]))
     return {
         spec: replace(one, p_holm=float(p)) for (spec, one), p in zip(found.items(), corrected, strict=True)
     }
+
+
+def _at_equal_cost(
+    table: Table, read: Mapping[str, float], budgets: Mapping[str, str | None], resamples: int, seed: int
+) -> dict[str, Difference]:
+    """Differences to random tokens at as many tokens per layer, for specs whose layers read more than those.
+
+    Between two budgets of random, and above them the dense model, scores are taken on a line over the
+    logarithm of the tokens; each question by itself, so that the difference stays a paired one.
+    """
+    names = dict.fromkeys(f"random@{budget}" for budget in budgets.values())
+    curve = sorted((read[name], name) for name in names if read.get(name))
+    found: dict[str, Difference] = {}
+    for spec, tokens in read.items():
+        own = read.get(f"random@{budgets[spec]}")
+        if not own or tokens <= own * (1 + COSTS_MORE) or spec in names:
+            continue
+        below = [point for point in curve if point[0] <= tokens]
+        above = [point for point in [*curve, (read[DENSE], DENSE)] if point[0] > tokens]
+        if not below or not above:
+            continue
+        (few, low), (many, high) = below[-1], above[0]
+        place = math.log(tokens / few) / math.log(many / few)
+        scores = (1 - place) * table.of_spec(low) + place * table.of_spec(high)  # (n,)
+        name = f"random at the cost of {spec}"
+        with_it = replace(table, specs=(*table.specs, name), scores=np.column_stack([table.scores, scores]))
+        found |= estimates.differences(with_it, name, [spec], resamples=resamples, seed=seed)
+    return _corrected(found)
+
+
+def _read(held: Mapping[str, Sequence[Record]], bands: Mapping[str, Sequence[str]], spec: str) -> float:
+    """Tokens per layer of a spec, or of the seeds that it is the mean of, over samples with images."""
+    mine = [record for one in bands.get(spec) or [spec] for record in held[one]]
+    return float(np.mean([one.layer_tokens for one in mine if one.dense_tokens] or [0.0]))
 
 
 def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]) -> dict[str, Any]:
@@ -250,6 +301,7 @@ def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]
         "spec": spec,
         "method": "+".join(part.name for part in parts),
         "calibrated": any(get(part.name).calibrated for part in parts),
+        "query_aware": query_aware(spec),
         "realised_tokens": float(np.mean([record.realised_tokens for record in seen])),
         "dense_tokens": float(np.mean([record.dense_tokens for record in seen])),
         "layer_tokens": float(np.mean([record.layer_tokens for record in seen])),
