@@ -16,6 +16,7 @@ QUESTIONS, BATCH = 20, 8
 SPECS = ("fastervlm@9", "fastv(layer=2)@9")
 ROWS = [
     "dense",
+    "blind",
     "random(seed=0)@9",
     "random(seed=1)@9",
     "random(seed=2)@9",

@@ -29,7 +29,7 @@ REFUSED = {
         for name in ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
     },
 }
-COMPARED_WITH = ("dense", "random", "uniform", "pool")  # join by themselves
+COMPARED_WITH = ("dense", "blind", "random", "uniform", "pool")  # join by themselves
 SAMPLE = 6  # one spec in so many runs by default
 
 

@@ -106,17 +106,17 @@ def test_sigterm_ends_with_143_says_where_the_answers_are_and_loses_none(tmp_pat
     stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 143 and stdout == ""
     first, last = stderr.splitlines()[0], stderr.splitlines()[-1]
-    assert re.fullmatch(r"\d\d:\d\d:\d\d tiny on shapes: 0 of 512 answers are there", first)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d tiny on shapes: 0 of 576 answers are there", first)
     assert last == f"Stopped. All answers so far are in {out}; the same command goes on from there."
     assert not re.search("Loading weights|Warning|Traceback|DEBUG", stderr)
     assert sum(len(Run(out).journal(path.stem)) for path in out.glob("cells/*.jsonl")) > 0
 
 
-def test_a_dense_model_alone_is_a_table_of_one_row_and_a_page(tmp_path):
+def test_a_dense_model_alone_is_a_table_with_the_blind_one_and_a_page(tmp_path):
     result = cli("--specs", "dense", *SMALL[2:], "--out", tmp_path / "run")
     assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith(" dense")] == ["dense"]
-    (row,) = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
-    assert row["spec"] == "dense" and row["vs_random"] is None
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [(row["spec"], row["vs_random"]) for row in rows] == [("dense", None), ("blind", None)]
     assert write_report(tmp_path / "run").is_file()
 
 
@@ -176,13 +176,13 @@ def test_another_config_is_refused_then_replaces_and_tells_what_else_is_there(ru
 def test_repair_says_what_it_did(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     said = cli("--repair", "--out", folder).stdout
-    assert said == f"{folder}: 80 answers are sound; there was nothing to repair\n"
+    assert said == f"{folder}: 90 answers are sound; there was nothing to repair\n"
     (folder / "run.json").write_text("")
     lines = cli("--repair", "--out", folder).stdout.splitlines()
-    assert "run.json was missing or broken" in lines[0] and lines[1] == f"{folder}: 80 answers are sound"
+    assert "run.json was missing or broken" in lines[0] and lines[1] == f"{folder}: 90 answers are sound"
     (folder / "run.json").unlink()
     found = json.loads(cli("--repair", "--out", folder, "--json").stdout)
-    assert found["answers"] == 80 and len(found["repaired"]) == 1
+    assert found["answers"] == 90 and len(found["repaired"]) == 1
     assert "got no folder" in cli("--repair", code=2).stderr
 
 
@@ -254,6 +254,6 @@ def test_a_terminal_gets_bars_and_a_log_gets_lines(monkeypatch):
 def test_every_cell_is_told_once_when_it_is_whole(run, tmp_path):
     told = cli("--specs", "fastervlm@9", *SMALL[2:], "--out", tmp_path / "run").stderr.splitlines()
     ended = [line.split(": ")[1].removesuffix(" is whole") for line in told if line.endswith("is whole")]
-    assert len(ended) == len({*ended}) == 7 and {"dense", "fastervlm@9", "pool@9"} <= {*ended}
+    assert len(ended) == len({*ended}) == 8 and {"dense", "blind", "fastervlm@9", "pool@9"} <= {*ended}
     again = cli("--specs", "fastervlm@9", *SMALL[2:], "--out", tmp_path / "run").stderr.splitlines()
-    assert len(again) == 1 and again[0].endswith("tiny on shapes: 70 of 70 answers are there")
+    assert len(again) == 1 and again[0].endswith("tiny on shapes: 80 of 80 answers are there")

@@ -17,6 +17,7 @@ from simulated_run import EVIL
 from vlmprune.cli.board import fitting, show
 from vlmprune.evaluation.leaderboard.rundir import Run
 from vlmprune.evaluation.report import Options, write_report
+from vlmprune.evaluation.report.check import _unbelievable
 from vlmprune.evaluation.report.columns import COLUMNS
 from vlmprune.evaluation.report.export import as_csv, as_markdown
 from vlmprune.evaluation.report.judge import badges, is_best, is_seed, ordered, series, side, task_names
@@ -118,6 +119,12 @@ def test_tokens_are_given_per_question_and_per_picture():
     assert COLUMN["realised_tokens"].text(replace(one, pictures=1.0)) == "35.2"
     assert COLUMN["layer_tokens"].text(one) == "66"
     assert COLUMN["layer_tokens"].text(replace(one, dense_tokens=158.4)) == "66 (42 %)"
+
+
+def test_only_blind_may_say_nothing():
+    said = list(_unbelievable(row("holov@9", empty=2)))
+    assert len(said) == 1 and "2 of 100 answers are empty" in said[0]
+    assert list(_unbelievable(row("blind", empty=2))) == []
 
 
 def test_methods_that_read_the_question_are_marked():

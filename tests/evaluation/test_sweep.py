@@ -19,7 +19,7 @@ from sweep_tools import BATCH, QUESTIONS, ROWS, SPECS, comparable, config, journ
 import vlmprune
 from vlmprune.errors import EvaluationError, SpecError
 from vlmprune.evaluation.leaderboard import Settings, identity, journal, work
-from vlmprune.evaluation.leaderboard.plan import default_config, shards, with_baselines
+from vlmprune.evaluation.leaderboard.plan import default_config, shards, shrinks, with_baselines
 from vlmprune.evaluation.leaderboard.run import planned
 from vlmprune.evaluation.leaderboard.rundir import Run, cell_id
 from vlmprune.evaluation.report.check import check
@@ -52,12 +52,28 @@ def test_baselines_join_at_every_budget():
             f"uniform@{budget}",
             f"pool@{budget}",
         } <= set(found)
-    assert found[0] == "dense" and len(set(found)) == len(found) == 1 + 3 * 5 + 3
+    assert found[:2] == ["dense", "blind"] and len(set(found)) == len(found) == 2 + 3 * 5 + 3
+    shrinking = with_baselines(["fastervlm@9", "fastv@0.25", "var+holov@9/crop"], (0, 1, 2), shrinks=True)
+    # a picture is shrunk as a whole
+    assert [text for text in shrinking if "downsample" in text] == ["downsample@9", "downsample@0.25"]
+
+
+def test_smaller_pictures_are_compared_with_where_a_family_reads_them(tmp_path):
+    still = SimpleNamespace(video=False)
+    found = {}
+    for family in ("llava", "qwen2_vl"):
+        folder = tmp_path / family
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+        found[family] = shrinks(str(folder), still, False)
+    assert found == {"llava": False, "qwen2_vl": True} and not shrinks("tiny", still, False)
+    assert not shrinks(str(tmp_path / "qwen2_vl"), SimpleNamespace(video=True), False)
 
 
 def test_a_random_without_a_seed_is_the_band():
     assert with_baselines(["random@9", "dense", "pool@9"], (3, 4, 5)) == [
         "dense",
+        "blind",
         "random(seed=3)@9",
         "random(seed=4)@9",
         "random(seed=5)@9",
@@ -91,9 +107,10 @@ def test_every_row_is_there_and_passes_validation(small_model, finished):
     for row in results["rows"]:
         assert (row["model"], row["task"], row["n"]) == (str(small_model), "shapes", QUESTIONS)
         assert 0 <= row["accuracy"] <= 1 and len(row["families"]) == 10
-        assert row["realised_tokens"] / row["dense_tokens"] == (1 if row["spec"] == "dense" else 9 / 36)
+        share = {"dense": 1, "blind": 0}.get(row["spec"], 9 / 36)
+        assert row["realised_tokens"] / row["dense_tokens"] == share
     band = results["rows"][-1]["band"]
-    assert band["seeds"] == ROWS[1:4] and band["low"] <= results["rows"][-1]["accuracy"] <= band["high"]
+    assert band["seeds"] == ROWS[2:5] and band["low"] <= results["rows"][-1]["accuracy"] <= band["high"]
     check(Run.open(finished))  # the report takes it
     assert all(len(lines) == QUESTIONS for lines in journals(finished).values())
 

@@ -221,11 +221,7 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
             f"with an adapter: {families()}"
         )
     known = check_family(model_type)
-    if known in structural_types():
-        from .structural import StructuralAdapter
-
-        return StructuralAdapter(model)
-    found = _REGISTERED.get(known) or check_adapter(_TABLE.load(known))
+    found = adapter_class(known)
     if known in _ADAPTERS and (
         not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), found.text)
     ):
@@ -237,6 +233,21 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
         here = version("transformers")
         raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
     return found(model)
+
+
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a family that may be pruned, before any model of it is loaded."""
+    known = check_family(model_type)
+    if known in structural_types():
+        from .structural import StructuralAdapter
+
+        return StructuralAdapter
+    return _REGISTERED.get(known) or check_adapter(_TABLE.load(known))
+
+
+def reads_any_size(model_type: str) -> bool:
+    """Whether a family makes fewer tokens of smaller pictures, so that ``downsample`` can act."""
+    return adapter_class(model_type).resolution is not Adapter.resolution
 
 
 def _given(model: nn.Module, adapter: type[Adapter] | Adapter) -> Adapter:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import EvaluationError, VlmPruneError
-from ...models.loading import TINY
+from ...models import reads_any_size
+from ...models.loading import TINY, read_pretrained
 from ...spec import Budget, parse
-from ..stats.summary import DENSE, budget_of
+from ..stats.summary import BLIND, DENSE, budget_of
 from ..tasks.sample import Sample, Task
 from .config import Config
 
@@ -27,23 +28,38 @@ def default_config(quick: bool = False) -> Config:
     return Config.of({"models": [TINY], "specs": list(METHODS), "keep": list(keep), "limit": limit})
 
 
-def with_baselines(specs: Iterable[Any], seeds: Sequence[int]) -> list[str]:
-    """Specs with what every comparison needs: dense; at each budget random under all seeds, uniform, pool.
+def with_baselines(specs: Iterable[Any], seeds: Sequence[int], shrinks: bool = False) -> list[str]:
+    """Specs with what every comparison needs: dense and blind; at each budget what ``baselines`` says.
 
     ``random`` without a seed stands for all seeds. Specs without a budget get theirs when it is known what
     they read.
     """
     texts = list(map(str, specs))
-    found = [DENSE]
+    found = [DENSE, BLIND]
     for budget in dict.fromkeys(filter(None, map(budget_of, texts))):
-        found += baselines(budget, seeds)
+        found += baselines(budget, seeds, shrinks)
     found += [text for text in texts if not _is_bare_random(text)]
     return list(dict.fromkeys(str(parse(text)) for text in found))
 
 
-def baselines(budget: str, seeds: Sequence[int]) -> list[str]:
-    """What a method at a budget is compared with."""
-    return [*(f"random(seed={seed})@{budget}" for seed in seeds), f"uniform@{budget}", f"pool@{budget}"]
+def baselines(budget: str, seeds: Sequence[int], shrinks: bool = False) -> list[str]:
+    """What a method at a budget is compared with: random under all seeds, uniform, pool, a smaller picture.
+
+    Args:
+        shrinks: whether the model makes fewer tokens of a smaller picture, which is shrunk as a whole.
+    """
+    found = [*(f"random(seed={seed})@{budget}" for seed in seeds), f"uniform@{budget}", f"pool@{budget}"]
+    return [*found, f"downsample@{budget}"] if shrinks and Budget.of(budget).scope == "image" else found
+
+
+def shrinks(model: str, task: Task, trust_remote_code: bool) -> bool:
+    """Whether ``downsample`` can answer a task; no weights are read for it. Clips are never shrunk."""
+    if model == TINY or getattr(task, "video", False):
+        return False
+    from transformers import AutoConfig
+
+    config = read_pretrained(model, "config", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return reads_any_size(config.model_type)
 
 
 def budget_read(lines: Iterable[Mapping[str, Any]]) -> str | None:

@@ -71,7 +71,7 @@ def _official(task: Any, samples: Sequence[Sample], records: Sequence[Record]) -
 
 
 def complete(cells: Mapping[str, str]) -> bool:
-    """Whether there is something to compare with; dense alone is a table of one row."""
+    """Whether there is something to compare with; dense alone is a table, with blind."""
     return DENSE in cells
 
 

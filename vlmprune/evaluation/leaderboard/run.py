@@ -20,7 +20,16 @@ from .claim import asked_of, others, refuse_other_config
 from .config import Config
 from .engines import Engine, Local
 from .journal import Journal, cells_of, locked, read_info, refuse_other_format, replace_json
-from .plan import Setting, answer_length, baselines, budget_read, load_samples, portions, with_baselines
+from .plan import (
+    Setting,
+    answer_length,
+    baselines,
+    budget_read,
+    load_samples,
+    portions,
+    shrinks,
+    with_baselines,
+)
 from .rundir import FORMAT, Run
 from .work import Failure, Job
 
@@ -83,11 +92,11 @@ def leaderboard(
 ) -> dict[str, Any]:
     """Answer what is missing in the run folder ``out`` and return what ``results.json`` then holds.
 
-    Dense, random under all seeds, uniform and pool are compared with, whether listed or not: at each budget
-    in play, and for a method that goes by a rule of its own at the budget that equals the tokens per layer
-    that it read. Killed at any moment, the same call goes on where it was. A config that lists more adds
-    cells; those it shares are not run again. Results of a config that lists other things are replaced only
-    where ``settings.replace`` says so.
+    Dense and blind, random under all seeds, uniform, pool and, where the model reads pictures of any size,
+    downsample are compared with, whether listed or not: at each budget in play, and for a method that goes by
+    a rule of its own at the budget that equals the tokens per layer that it read. Killed at any moment, the
+    same call goes on where it was. A config that lists more adds cells; those it shares are not run again.
+    Results of a config that lists other things are replaced only where ``settings.replace`` says so.
     """
     folder, settings, progress = Path(out), settings or Settings(), progress or Silent()
     # before the lock, which would write into a folder that may be somebody else's
@@ -103,7 +112,7 @@ def leaderboard(
         mine: set[str] = set()
         for setting in plan:
             one = _Comparison(folder, setting, settings.engine, progress)
-            one.answer(with_baselines(config.specs, config.seeds))
+            one.answer(with_baselines(config.specs, config.seeds, one.shrinks))
             one.answer_own_budgets(config.seeds)
             mine |= set(one.whole.values())
             failed += one.failures()
@@ -112,6 +121,7 @@ def leaderboard(
                 rows += more
                 headline.append(head)
             known = results.provenance(plan, settings.device, settings.command)
+            known["published"] = config.published and config.published.name
             known["calibration"] = sorted({row["spec"] for row in rows if row["calibrated"]}) or "none"
             found = {
                 "format": FORMAT,
@@ -190,6 +200,7 @@ class _Comparison:
     def __init__(self, folder: Path, setting: Setting, engine: Engine, progress: Progress) -> None:
         self.folder, self.setting, self.engine, self.progress = folder, setting, engine, progress
         task = get_task(setting.task)
+        self.shrinks = shrinks(setting.model, task, setting.trust_remote_code)
         self.samples = load_samples(task, setting.split, setting.limit)
         self.shards: list[list[Sample]] = portions(task, self.samples, setting.batch_size)
         self.ids = {sample.id for sample in self.samples}
@@ -234,7 +245,7 @@ class _Comparison:
             # what it read is known only now that it has answered
             if budget_of(spec) is None and (budget := budget_read(run.journal(cell))):
                 self.matched[spec] = budget
-        wanted = [text for budget in self.matched.values() for text in baselines(budget, seeds)]
+        wanted = [text for budget in self.matched.values() for text in baselines(budget, seeds, self.shrinks)]
         lacking = [
             text for text in dict.fromkeys(wanted) if text not in self.whole and text not in self.failed
         ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...errors import EvaluationError
 from ..leaderboard.rundir import Run, cell_id
-from ..stats.summary import DENSE, Row
+from ..stats.summary import BLIND, DENSE, Row
 from .load import AGAIN, Results, refuse, row_name
 
 FREE = ("spec", "seeds", "plugins")  # all that the recipes of comparable rows may differ in
@@ -77,7 +77,7 @@ def _unbelievable(row: Row) -> Iterator[str]:
     if row.failed:
         todo = 'see "error" in its journal, repair that, run again'
         yield f"{name}: {row.failed} of {row.n} generations failed; {todo}"
-    if row.empty:
+    if row.empty and row.method != BLIND:  # without a picture, saying nothing is an answer
         todo = "a model that says nothing was not measured: look why"
         yield f"{name}: {row.empty} of {row.n} answers are empty; {todo}"
     if not row.firings and row.spec != DENSE:

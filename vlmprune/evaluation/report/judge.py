@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from ..stats.estimates import Difference
-from ..stats.summary import DENSE, Row
+from ..stats.summary import BLIND, DENSE, Row
 
-BASELINES = ("random", "uniform", "pool")
+BASELINES = ("random", "uniform", "pool", "downsample", BLIND)
 LEVEL = 0.05
 Side = Literal["better", "no different", "worse"]
 
