@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vlmprune.evaluation.leaderboard.config import LARGEST, POSITIONS, SEEDS, Config
-from vlmprune.evaluation.leaderboard.published import ENTRY_KEYS, KEYS, NEEDED, Published
+from vlmprune.evaluation.leaderboard.published import ENTRY_KEYS, KEYS, NEEDED, SIZES, Published, shipped
 from vlmprune.evaluation.tasks.registry import LMMS
 from vlmprune.models.loading import DTYPES
 from vlmprune.spec import Spec
 
 PAGE = Path(__file__).resolve().parent / "config.md"
 SCHEMA = PAGE.with_name("config.schema.json")
-TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "path of a YAML file"}
+TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "name, or path of a YAML file"}
 FORMS = {  # what the type does not say
     "seeds": f"list of whole numbers, at least {len(SEEDS)}, none negative",
     "tasks": f"list of `shapes`, `clips`, names of plug-ins, `{LMMS}NAME` or `{LMMS}FILE.yaml`",
@@ -50,7 +50,7 @@ batch_size: 16
 max_new_tokens: 16
 positions: compact
 dtype: bfloat16
-published: published/llava-1.5-7b.yaml
+published: llava-1.5-7b
 """
 
 
@@ -160,10 +160,11 @@ listed here is an error.
 |---|---|---|---|
 {table}
 
-Dense, `random` under each seed, `uniform` and `pool` join by themselves. The keys of the command line
-(`--specs`, `--limit`, `--batch-size`, `--positions`, `--out`) go before those of the file. The path of
-`published` begins at the folder of the file; `out`, folders of models and task files begin where the command
-runs.
+`dense`, `blind`, `random` under each seed, `uniform` and `pool` join by themselves, and `downsample` where
+the model reads pictures of any size. The keys of the command line
+(`--specs`, `--limit`, `--batch-size`, `--positions`, `--out`) go before those of the file. The path of a
+file that `published` names begins at the folder of the config; `out`, folders of models and task files begin
+where the command runs.
 
 ## All keys
 
@@ -175,7 +176,9 @@ Smaller ones are in [`configs/`](../configs). Editors complete and check these k
 
 ## Published numbers
 
-The file that `published` names has the keys {listed(KEYS)}. `columns` gives each column of the papers'
+`published` names a table of the package ({listed(shipped())}), or a `.yaml` file. Such a file has the keys
+{listed(KEYS)}, and may have {listed(SIZES)}: the visual tokens of an unpruned picture, and the tiles or
+frames that they are of, without which its budgets are no shares. `columns` gives each column of the papers'
 tables the task here that it may be compared with, or null. Each of `entries` has {listed(sorted(NEEDED))},
 and any of {listed(sorted(ENTRY_KEYS - NEEDED))}.
 """

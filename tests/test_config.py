@@ -10,13 +10,14 @@ import pytest
 
 from vlmprune.errors import SpecError
 from vlmprune.evaluation.leaderboard.config import Config, load
+from vlmprune.evaluation.leaderboard.published import FOLDER as TABLES
 from vlmprune.evaluation.leaderboard.published import Published
 from vlmprune.evaluation.stats.summary import budget_of
 from vlmprune.registry import list_methods
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
-PUBLISHED = sorted((FOLDER / "published").glob("*.yaml"))
+PUBLISHED = sorted(TABLES.glob("*.yaml"))
 WHOLE = """
 models: [tiny, llava-hf/llava-1.5-7b-hf]
 specs: [dense, fastervlm@64, "random(seed=3)@0.25/crop", holov, debias+fastv]
@@ -116,6 +117,7 @@ def test_plain_values_are_read_again_as_the_same_config(write):
         ("models: [tiny]\nspecs: [dense]\nbatch_size: 2.0", "batch_size=2.0; expected an int >= 1"),
         ("models: [tiny]\nspecs: [dense]\ndtype: float61", "Did you mean 'float16'"),
         ("models: [tiny]\nspecs: [dense]\npublished: none.yaml", "none.yaml: cannot be read"),
+        ("models: [tiny]\nspecs: [dense]\npublished: llava-1.5-7", "Did you mean 'llava-1.5-7b'"),
         ("models: [tiny]\nmodels: [other]\nspecs: [dense]", "is given twice"),
         ("models: [tiny\nspecs: [dense]", "not readable as YAML"),
         ("models: !!python/object/apply:os.getcwd []", "not readable as YAML"),
@@ -212,6 +214,11 @@ def test_a_number_is_found_only_where_it_can_be_compared(write):
     ("old", "new", "message"),
     [
         ("about: three tests", "abuot: x", "expected a mapping with the keys"),
+        ("about: three tests", "about: x\ntokens: many", "tokens is 'many'; expected a whole number from 1"),
+        ("about: three tests", "about: x\ncrops: 0", "crops is 0; expected a whole number from 1"),
+        ("average: 95.8", "ci: {gqa: 3.0}", "the interval of gqa is 3.0; expected two numbers"),
+        ("average: 95.8", "ci: {sqa: [1, 2]}", r"\['sqa'\] are no columns"),
+        ("average: 95.8", "measured: here", "measured is 'here'; expected a mapping"),
         ("source: a later table, ", "", "expected spec, source, and values or average"),
         ("gqa: 50.0", "gqqa: 50.0", r"\['gqqa'\] are no columns"),
         ("gqa: 50.0", "gqa: high", "has the value 'high'; expected a number as printed"),

@@ -47,6 +47,14 @@ def no_flip_is_proof(difference_interval: Function) -> Function:
     return changed
 
 
+def the_first_source(retained: Function) -> Function:
+    def changed(self: Any, method: str, share: float) -> Any:
+        found = retained(self, method, share)
+        return found and replace(found, by_source=dict(list(found.by_source.items())[:1]))
+
+    return changed
+
+
 def corrected_per_budget(against_random: Function) -> Function:
     def changed(table: Any, specs: Any, resamples: int, seed: int) -> Any:
         from vlmprune.evaluation.stats.estimates import holm
@@ -98,6 +106,12 @@ STATISTICS = (
     Mutant("p may be zero", at.SWAP_TEST, p_may_be_zero, of("stats")),
     Mutant("five clusters taken for many", at.T_QUANTILE, few_clusters_are_many, of("intervals")),
     Mutant("no flip taken for proof", at.DIFFERENCE_INTERVAL, no_flip_is_proof, of("intervals")),
+    Mutant(
+        "one source stands for all",
+        at.RETAINED,
+        the_first_source,
+        of("agreement", "test_what_is_published_of_a_method_at_a_budget"),
+    ),
     Mutant("Holm per budget only", at.AGAINST_RANDOM, corrected_per_budget, of("stats")),
     Mutant(
         "lost and won swapped",

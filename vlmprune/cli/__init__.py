@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from ..errors import VlmPruneError
 from . import (
+    agreement,
     bench,
     catalogue,
     demo,
@@ -120,6 +121,7 @@ app.command("show")(catalogue.show)
 app.command("run")(run.run)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("report")(report.report)
+app.command("agreement")(agreement.agreement)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)

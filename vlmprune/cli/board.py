@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ..evaluation.report.agreement import agreements, tables_of
 from ..evaluation.report.columns import COLUMNS
 from ..evaluation.report.export import BOLD
 from ..evaluation.report.judge import BASELINES, merged, ordered, settings
@@ -22,6 +23,7 @@ from ..evaluation.report.table import Column, L, used, winners
 from ..evaluation.report.text import plural, ratio
 from ..evaluation.report.verdict import limits, verdict
 from ..evaluation.stats.summary import Headline, Row
+from . import agreement
 from .screen import plain, table
 
 NARROWEST = 5  # a heading breaks within words only where its column would be narrower
@@ -35,6 +37,10 @@ def show(found: Mapping[str, Any], screen: Console) -> None:
         _show_rows(rows, results.headline_of(where), screen)
     for pivot in pivots(results.rows):
         _show_pivot(pivot, screen)
+    tables = tables_of(results)
+    agreed = agreements(results.rows, tables)
+    for model in tables:
+        agreement.show([one for one in agreed if one.model == model], screen)
     for lost in results.failed:
         text = f"no row for {lost.spec} ({lost.model}, {lost.task}): {lost.error}"
         screen.print(plain(text), style="red")

@@ -61,7 +61,8 @@ def leaderboard(
 ) -> None:
     """Compare methods: models x specs x tasks, with the baselines that belong in every table.
 
-    Every table includes dense, random under three seeds, uniform and pool.
+    Every table includes dense, blind (no picture), random under three seeds, uniform and pool, and downsample
+    where the model reads pictures of any size. Under it stands how far it agrees with published tables.
     Kill it and run it again: nothing is lost.
     """
     if repair:

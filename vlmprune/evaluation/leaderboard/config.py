@@ -25,7 +25,7 @@ LARGEST = 2**63 - 1
 WANTED = {
     "out": "the path of a folder",
     "split": "the name of a split, such as test",
-    "published": "the path of a YAML file",
+    "published": "the name of a table of the package, or the path of a YAML file",
 }
 
 
@@ -44,7 +44,7 @@ class Config:
         max_new_tokens: longest answer; None is what the task wants.
         positions: position ids after a cut, "compact" or "original"; None is what each method declares.
         dtype: of the weights; "auto" is what the checkpoint says.
-        published: numbers to show beside ours.
+        published: numbers to show beside ours, by the name of a table of the package or of a file.
     """
 
     models: tuple[str, ...]
@@ -91,7 +91,7 @@ class Config:
                 one_of(key, values[key] if isinstance(values[key], str) else shown(values[key]), allowed)
                 given[key] = values[key]
         if values.get("published") is not None:
-            given["published"] = Published.load((folder or Path()) / _text("published", values["published"]))
+            given["published"] = Published.find_file(_text("published", values["published"]), folder)
         return cls(**given)
 
     def plain(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 from ...plain import flat, plain
 from ..leaderboard.rundir import FORMAT, Run
 from ..stats.summary import Headline, Row
+from .agreement import Agreement, agreements, tables_of
+from .agreement_text import HEAD, cells, sentences, title, used_head
 from .columns import COLUMNS
 from .judge import badges, merged, ordered, settings
 from .load import Results
@@ -45,9 +47,14 @@ def as_json(run: Run, results: Results, options: Options) -> str:
         "headline": plain(results.headline),
         "rows": plain(ordered(results.rows)),
         "failed": plain(results.failed),
+        "agreement": plain(_agreements(results)),
         "speed": plain(results.speed),
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _agreements(results: Results) -> list[Agreement]:
+    return agreements(results.rows, tables_of(results))
 
 
 def as_csv(run: Run, results: Results, options: Options) -> str:
@@ -113,8 +120,22 @@ def as_markdown(run: Run, results: Results, options: Options) -> str:
             chance = _chance(results.headline_of(where))
             heading = f"### {_cell(where[0])}, {_cell(where[1])}, n = {mine[0].n}{chance}"
             parts += [heading, _table(used(COLUMNS, mine), mine, marks), BOLD]
+    if options.table != "tasks":
+        parts += _agreement_parts(_agreements(results))
     parts.append(_facts(results))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _agreement_parts(found: Sequence[Agreement]) -> list[str]:
+    parts = []
+    for model in dict.fromkeys(one.model for one in found):
+        mine = [one for one in found if one.model == model]
+        columns = used_head(mine)
+        lines = [[HEAD[i] for i in columns], ["--:" for _ in columns]]
+        lines += [[cells(one)[i] for i in columns] for one in mine]
+        table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        parts += [f"### {_cell(title(mine[0]))}", table, _cell(" ".join(sentences(mine)))]
+    return parts
 
 
 def _chance(headline: Headline | None) -> str:

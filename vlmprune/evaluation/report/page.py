@@ -15,6 +15,9 @@ from ...errors import SpecError, UnsupportedError
 from ...registry import method_info
 from ..leaderboard.rundir import Run
 from ..stats.summary import DENSE, Row
+from .agreement import Agreement, agreements, tables_of
+from .agreement_text import HEAD, METHODS_HEAD, cells, method_cells, title, used_head
+from .agreement_text import sentences as agreement_sentences
 from .charts import Panel, panels
 from .columns import COLUMNS
 from .export import BOLD, Options
@@ -76,6 +79,17 @@ class Chart:
     panels: list[Panel]
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """Agreement of one model with published tables: a line for each budget, and the methods behind each."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+    notes: list[str]
+    methods: list[tuple[str, list[list[str]]]]
+
+
 def page(run: Run, results: Results, options: Options) -> str:
     """HTML of a checked run."""
     try:
@@ -107,6 +121,8 @@ def page(run: Run, results: Results, options: Options) -> str:
             for pivot in pivots(rows)
         ],
         charts=_charts(results, merged(rows)),
+        agreed=_agreed(results),
+        methods_head=METHODS_HEAD,
         heat=[
             (one, [(line, _tags(line.row, seeds)) for line in one.lines]) for one in heat_maps(results, rows)
         ],
@@ -179,6 +195,22 @@ def _cell(column: Column[Any], row: Any, wins: bool) -> Cell:
     parts = re.fullmatch(r"(.*?)(?: (\[.*?\]|\(.*?\))(?:,? (.*))?)?", column.text(row), re.DOTALL)
     head, rest, tail = parts.groups("") if parts else (column.text(row), "", "")
     return Cell(column, column.value(row), head, rest, tail, wins)
+
+
+def _agreed(results: Results) -> list[Agreed]:
+    tables = tables_of(results)
+    every: list[Agreement] = agreements(results.rows, tables)
+    shown = []
+    for model in tables:
+        mine = [one for one in every if one.model == model]
+        if not mine:
+            continue
+        columns = used_head(mine)
+        lines = [[line[i] for i in columns] for line in map(cells, mine)]
+        methods = [(one.keep, [method_cells(standing) for standing in one.standings]) for one in mine]
+        head = [HEAD[i] for i in columns]
+        shown.append(Agreed(title(mine[0]), head, lines, agreement_sentences(mine), methods))
+    return shown
 
 
 def _charts(results: Results, rows: Sequence[Row]) -> list[Chart]:

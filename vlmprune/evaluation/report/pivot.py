@@ -106,11 +106,13 @@ def pivots(rows: Sequence[Row]) -> list[Pivot]:
         mine = ordered(merged([row for row in rows if row.model == model]))
         tasks = tuple(dict.fromkeys(row.task for row in mine))
         if len(tasks) > 1:
-            found.append(Pivot(model, tasks, tuple(_lines(mine, tasks))))
+            found.append(Pivot(model, tasks, tuple(across(mine))))
     return found
 
 
-def _lines(rows: Sequence[Row], tasks: Sequence[str]) -> list[Across]:
+def across(rows: Sequence[Row]) -> list[Across]:
+    """The rows of one model, one line for each spec, whether there is one task or several."""
+    tasks = tuple(dict.fromkeys(row.task for row in rows))
     specs: dict[str, dict[str, Row]] = {}
     for row in rows:
         specs.setdefault(row.spec, {})[row.task] = row

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agreement: whether a run ranks methods as published tables of a real model do, at each budget.
+
+Only orders are compared: a small model loses other amounts than a large one. Both sides are shares of the
+unpruned accuracy, ours over the tasks of the run, theirs over those of the papers. Numbers of several papers
+were not made with one protocol, so pairs of methods that stand in one table are counted apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path, PurePath
+from statistics import fmean
+
+from ...spec import parse
+from ..leaderboard.published import SAME, Published, Retained, shipped
+from ..stats.ranks import RankAgreement, rank_agreement
+from ..stats.seeds import method_of, query_aware
+from ..stats.summary import DENSE, Row
+from .judge import BASELINES, merged
+from .load import Results
+from .pivot import Across, across
+
+# models of the package have no tables of their own; these are what they are small pictures of
+STAND_INS = {"tiny": "llava-1.5-7b", "natural": "llava-1.5-7b"}
+DESIGNED = Path(__file__).parents[1] / "tasks" / "scenes" / "designed_with.json"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method here and in print.
+
+    Args:
+        designed: whether the model was designed with it; None where no list says.
+        ours: accuracy in % of the unpruned one. published: the same in print, of these sources.
+    """
+
+    spec: str
+    method: str
+    query_aware: bool
+    designed: bool | None
+    ours: float
+    published: float
+    sources: Retained
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Two methods that stand the other way round here: ``above`` is the better one in print.
+
+    Args:
+        published, ours: points of % of dense by which ``above`` is better there, and worse here.
+    """
+
+    above: str
+    below: str
+    published: float
+    ours: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One model at one budget beside one table.
+
+    Args:
+        share: of the tokens that stay. keep: as the run writes it.
+        whole, designed_with, held_out: of all methods, of those that the model was designed with, of the
+            others; None where there are too few.
+        pairs: of methods. swapped: those that stand the other way round, the clearest in print first.
+        one_table: pairs that some table prints side by side: those the other way round here, and all of them.
+        unpublished: specs of the run that no table has at this budget.
+    """
+
+    model: str
+    table: str
+    keep: str
+    share: float
+    standings: tuple[Standing, ...]
+    whole: RankAgreement | None
+    designed_with: RankAgreement | None
+    held_out: RankAgreement | None
+    pairs: int
+    swapped: tuple[Swapped, ...]
+    one_table: tuple[int, int]
+    unpublished: tuple[str, ...]
+
+
+def reference(model: str, named: object = None) -> Published | None:
+    """The table that a model is compared with: the one its config names, if it comes with the package, else
+    that of the model which it stands for.
+    """
+    stem = PurePath(named).stem if isinstance(named, str) else None
+    name = stem if stem in shipped() else STAND_INS.get(model)
+    return None if name is None else Published.shipped(name)
+
+
+def agreements(rows: Sequence[Row], tables: Mapping[str, Published]) -> list[Agreement]:
+    """One for each model that has a table, and each budget of the run of which something is published."""
+    found = []
+    for model, table in tables.items():
+        mine = merged([row for row in rows if row.model == model])
+        budgets: dict[float, list[tuple[Across, str]]] = {}
+        for line in across(mine):
+            share = _share(next(iter(line.rows.values())))
+            if share is None or line.method in BASELINES or line.retained is None:
+                continue
+            # 48 of 144 and 0.333 are one budget
+            at = next((one for one in budgets if math.isclose(one, share, rel_tol=SAME)), share)
+            budgets.setdefault(at, []).append((line, str(line.keep)))
+        found += [
+            _compare(model, table, share, lines) for share, lines in sorted(budgets.items(), reverse=True)
+        ]
+    return [one for one in found if one.standings]
+
+
+def tables_of(results: Results) -> dict[str, Published]:
+    """By model, for those that have one."""
+    named = results.provenance.get("published")
+    models = dict.fromkeys(row.model for row in results.rows)
+    return {model: table for model in models if (table := reference(model, named)) is not None}
+
+
+@cache
+def designed_with() -> dict[str, tuple[str, ...]]:
+    """Methods that each model of the package was designed with."""
+    values = json.loads(DESIGNED.read_text(encoding="utf-8"))
+    return {model: tuple(halves["designed_with"]) for model, halves in values.items()}
+
+
+def _share(row: Row) -> float | None:
+    """The part of the tokens of a picture that a row keeps, as its budget says it."""
+    budgets = [part.budget for part in parse(row.spec).parts if part.budget is not None]
+    if row.spec == DENSE or not budgets or not row.dense_tokens:
+        return None
+    budget = budgets[-1]
+    if isinstance(budget.keep, float):
+        return budget.keep
+    if budget.scope == "image":
+        return budget.keep / (row.dense_tokens / (row.pictures or 1))
+    # how many crops a picture had is not in a row
+    return row.realised_tokens / row.dense_tokens
+
+
+def _compare(model: str, table: Published, share: float, lines: Sequence[tuple[Across, str]]) -> Agreement:
+    standings, unpublished = [], []
+    halves = designed_with().get(model)
+    for line, _ in lines:
+        method = method_of(line.spec)
+        sources = table.retained(method, share)
+        if sources is None or line.retained is None:
+            unpublished.append(line.spec)
+            continue
+        designed = None if halves is None else method in halves
+        ours = 100 * line.retained
+        aware = query_aware(line.spec)
+        standings.append(Standing(line.spec, method, aware, designed, ours, sources.value, sources))
+    standings.sort(key=lambda one: -one.published)
+    pairs = list(combinations(standings, 2))
+    return Agreement(
+        model,
+        table.name.removesuffix(".yaml"),
+        min((keep for _, keep in lines), key=len),
+        share,
+        tuple(standings),
+        _ranked(standings),
+        _ranked([one for one in standings if one.designed]),
+        _ranked([one for one in standings if one.designed is False]),
+        len(pairs),
+        tuple(_swapped(pairs)),
+        _one_table(pairs),
+        tuple(unpublished),
+    )
+
+
+def _ranked(standings: Sequence[Standing]) -> RankAgreement | None:
+    return rank_agreement([one.ours for one in standings], [one.published for one in standings])
+
+
+def _swapped(pairs: Iterable[tuple[Standing, Standing]]) -> list[Swapped]:
+    found = []
+    for above, below in pairs:  # standings are in the order of print
+        printed, here = above.published - below.published, below.ours - above.ours
+        if printed > 0 and here > 0:
+            found.append(Swapped(above.method, below.method, printed, here))
+    return sorted(found, key=lambda one: -one.published)
+
+
+def _one_table(pairs: Iterable[tuple[Standing, Standing]]) -> tuple[int, int]:
+    swapped = total = 0
+    for first, second in pairs:
+        a, b = first.sources.by_source, second.sources.by_source
+        gaps = [a[source] - b[source] for source in a if source in b]
+        if gaps and (printed := fmean(gaps)):
+            total += 1
+            swapped += printed * (first.ours - second.ours) < 0
+    return swapped, total

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How agreement with published tables reads: a line for each budget, then what one should know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from ..stats.estimates import Estimate
+from ..stats.ranks import RankAgreement
+from .agreement import Agreement, Standing
+from .text import NOTHING, p_value, plural
+
+HEAD = (
+    "keep",
+    "methods",
+    "Spearman",
+    "p",
+    "Kendall",
+    "pairs swapped",
+    "in one table",
+    "designed with",
+    "held out",
+)
+METHODS_HEAD = ("method", "query", "here", "published", "sources", "of print")
+CLEAR = 2.0  # points of % of dense in print from which a swapped pair is worth a word
+NAMED = 4
+
+
+def cells(found: Agreement) -> list[str]:
+    """One budget, under ``HEAD``."""
+    whole = found.whole
+    swapped, total = found.one_table
+    apart = len(found.swapped)
+    return [
+        found.keep,
+        str(len(found.standings)),
+        _estimate(whole.spearman) if whole else NOTHING,
+        p_value(whole.p).removeprefix("= ") if whole else NOTHING,
+        _estimate(whole.kendall) if whole else NOTHING,
+        f"{apart} of {found.pairs}" if found.pairs else NOTHING,
+        f"{swapped} of {total}" if total else NOTHING,
+        _half(found, found.designed_with, True),
+        _half(found, found.held_out, False),
+    ]
+
+
+def method_cells(one: Standing) -> list[str]:
+    """One method at one budget, under ``METHODS_HEAD``."""
+    low, high = one.sources.ends
+    printed = f"{one.published:.1f}"
+    if high - low >= 0.05:
+        printed += f" ({low:.1f} to {high:.1f})"
+    count = len(one.sources.by_source)
+    return [
+        one.method,
+        "yes" if one.query_aware else "",
+        f"{one.ours:.1f}",
+        printed,
+        str(count),
+        "" if one.sources.how == "table" else one.sources.how,
+    ]
+
+
+def title(found: Agreement) -> str:
+    return f"{found.model} beside the published averages of {found.table}: order of methods"
+
+
+def used_head(found: Sequence[Agreement]) -> list[int]:
+    """Columns that say something: where no list says what a model was designed with, there are no halves."""
+    halves = any(one.designed is not None for budget in found for one in budget.standings)
+    return [i for i, name in enumerate(HEAD) if halves or name not in ("designed with", "held out")]
+
+
+def sentences(found: Sequence[Agreement]) -> list[str]:
+    """About all budgets of one model."""
+    said = []
+    known = [one.whole.spearman.value for one in found if one.whole]
+    if len(known) > 1:
+        said.append(f"Mean of Spearman over {len(known)} budgets: {fmean(known):.2f}.")
+    said.append(
+        "Both sides are % of the unpruned accuracy; correlations of ranks with 95 % intervals over methods, "
+        "p of no agreement. In one table: pairs of methods that one paper prints side by side."
+    )
+    clear = [(one.keep, pair) for one in found for pair in one.swapped if pair.published >= CLEAR]
+    if clear:
+        clear.sort(key=lambda item: -item[1].published)
+        named = [
+            f"{pair.below} above {pair.above} at {keep} (in print {pair.published:.1f} points below)"
+            for keep, pair in clear[:NAMED]
+        ]
+        more = f", and {len(clear) - NAMED} more pairs" if len(clear) > NAMED else ""
+        said.append(f"The other way round here: {'; '.join(named)}{more}.")
+    absent = dict.fromkeys(spec for one in found for spec in one.unpublished)
+    if absent:
+        said.append(f"Not compared, since nothing is published for them: {_few(list(absent))}.")
+    return said
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {plural(len(names) - 8, 'other')}" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _estimate(one: Estimate) -> str:
+    return f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+
+
+def _half(found: Agreement, agreed: RankAgreement | None, designed: bool) -> str:
+    count = sum(one.designed is designed for one in found.standings)
+    if not count:
+        return NOTHING
+    return f"{_estimate(agreed.spearman)}, {count}" if agreed else f"{NOTHING}, {count}"

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two tables rank methods alike: Spearman's and Kendall's correlation with intervals and a p-value.
+
+Intervals are over methods, as if these were drawn from all that one could compare: the correlation is made
+nearly normal by Fisher's transform, with the standard errors of Bonett and Wright (2000) for Spearman and of
+Fieller, Hartley and Pearson (1957) for Kendall. A bootstrap over methods is not used: each draw of ten
+repeats some of them, the repeated ones tie, and its intervals cover too rarely (a slow test measures both).
+p-values come from all orders of the methods, or from random ones where there are too many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import NormalDist
+
+import numpy as np
+
+from .estimates import LEVEL, Estimate
+
+EXACT = 7  # methods of which all orders, 5040, are tried
+ORDERS = 10_000
+FEWEST = 3  # methods; with two, every correlation is 1 or -1
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """How alike two lists of numbers are in their order.
+
+    Args:
+        n: how many pairs of numbers. spearman, kendall: correlations of ranks, kendall as tau-b.
+        p: two-sided, of orders that have nothing to do with each other, for spearman.
+    """
+
+    n: int
+    spearman: Estimate
+    kendall: Estimate
+    p: float
+
+
+def rank_agreement(
+    ours: Sequence[float], theirs: Sequence[float], level: float = LEVEL
+) -> RankAgreement | None:
+    """None where there are fewer than three, or where all of one list are equal: these have no order."""
+    x, y = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    n, rho, tau = len(x), spearman(x, y), kendall(x, y)
+    return RankAgreement(
+        n,
+        _interval(rho, 6 / (n * (n**2 - 1)), (1 + rho**2 / 2) / (n - 3) if n > 3 else math.inf, level),
+        _interval(tau, 2 / (n * (n - 1)), 0.437 / (n - 4) if n > 4 else math.inf, level),
+        permutation_test(x, y),
+    )
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """(n,) ranks from 1; equal values share their mean rank."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The correlation of the ranks."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> float:
+    """tau-b: pairs in the same order less pairs in the other one, as a share of those that do not tie."""
+    a, b = np.sign(x[:, None] - x), np.sign(y[:, None] - y)  # (n, n)
+    return float((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum()))
+
+
+def permutation_test(x: np.ndarray, y: np.ndarray, orders: int = ORDERS, seed: int = 0) -> float:
+    """The share of orders in which Spearman's correlation is as far from 0 as the one that was seen."""
+    a, b = ranks(x), ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    exact = len(b) <= EXACT
+    if exact:
+        tried = np.array(list(permutations(b)))
+    else:
+        tried = np.random.default_rng(seed).permuted(np.tile(b, (orders, 1)), axis=1)
+    # a hair of slack, since equal sums are added in another order
+    as_far = int((np.abs(tried @ a) >= abs(a @ b) - 1e-9).sum())
+    # the order that was seen is one of all; among random ones it is counted once more, so p is never 0
+    return as_far / len(tried) if exact else (as_far + 1) / (orders + 1)
+
+
+def _interval(value: float, step: float, variance: float, level: float) -> Estimate:
+    """``variance`` of the correlation after Fisher's transform; ``step``: half of what one swap changes."""
+    # the transform of 1 has no end, and n methods cannot show more than that no two of them are swapped
+    inner = math.atanh(max(step - 1, min(1 - step, value)))
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(variance)
+    low, high = math.tanh(inner - half), math.tanh(inner + half)
+    return Estimate(value, min(value, low), max(value, high))
