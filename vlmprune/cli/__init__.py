@@ -24,6 +24,7 @@ from . import (
     leaderboard,
     lmms,
     new,
+    publish,
     report,
     run,
     serve,
@@ -122,6 +123,7 @@ app.command("run")(run.run)
 app.command("leaderboard")(leaderboard.leaderboard)
 app.command("report")(report.report)
 app.command("agreement")(agreement.agreement)
+app.command("publish")(publish.publish)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
