@@ -67,7 +67,7 @@ class SequenceView:
     types: TokenTypes | None = None
     _masks: dict[str, Any] = field(default_factory=dict)
     _angles: dict[str | None, Any] = field(default_factory=dict)
-    _ahead: Ahead = field(default_factory=lambda: Ahead())
+    _ahead: Ahead = field(default_factory=Ahead)
 
     @property
     def valid(self) -> Tensor:
