@@ -18,6 +18,7 @@ from vlmprune.hooks.sequence.cache import (
     CutCacheMixin,
     Marks,
     adopt,
+    cache_in,
     held_length,
     release,
     state_of,
@@ -208,3 +209,18 @@ def test_views_answer_for_their_layers() -> None:
     first, second = frozen(0, HELD, LOST), frozen(3, HELD[:, 1:], LOST + 1)
     state = CacheState(8, [first, second], weakref.ref(Owner()), False)
     assert [state.view(layer) is second for layer in (0, 2, 3, 9)] == [False, False, True, True]
+
+
+class Output(dict):
+    """Of transformers 5.24: it has the attribute ``cache``, and warns of any older name."""
+
+    cache = None
+
+    def get(self, name, default=None):
+        assert name == "cache", "a warning in the log of the user"
+        return super().get(name, default)
+
+
+def test_an_output_without_a_cache_is_not_asked_for_the_older_name():
+    assert cache_in(Output()) is None and cache_in(Output(cache=1)) == 1
+    assert cache_in({"past_key_values": 1}) == 1 and cache_in({}) is None

@@ -190,7 +190,9 @@ def cache_name(known: Container[str]) -> str:
 def cache_in(values: Mapping[str, Any]) -> Any:
     """The KV cache among keyword arguments or outputs, under either name."""
     found = values.get("cache")
-    return values.get("past_key_values") if found is None else found
+    if found is not None or hasattr(values, "cache"):  # such an output warns of the older name
+        return found
+    return values.get("past_key_values")
 
 
 def state_of(cache: Any) -> CacheState | None:
