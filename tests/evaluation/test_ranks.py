@@ -81,17 +81,6 @@ def test_intervals_over_ten_methods_cover(rho: float, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 16])
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.9])
-def test_intervals_cover_and_those_of_a_bootstrap_do_not(
-    n: int, rho: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_intervals_cover_in_all_cases(n: int, rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmprune.evaluation.stats.ranks.permutation_test", lambda x, y: 1.0)
     assert min(_coverage(n, rho, 3000, 1)) >= 0.93
-    rng, hits, runs = np.random.default_rng(2), 0, 300
-    for _ in range(runs):
-        x = rng.standard_normal(n)
-        y = rho * x + np.sqrt(1 - rho**2) * rng.standard_normal(n)
-        picks = rng.integers(n, size=(200, n))
-        drawn = [spearman(x[one], y[one]) for one in picks if len(set(one)) > 1]
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        hits += low <= 6 / np.pi * np.arcsin(rho / 2) <= high
-    assert hits / runs < 0.93
