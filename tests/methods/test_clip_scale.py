@@ -10,6 +10,8 @@ import torch
 
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
+from vlmprune.methods import baselines
+from vlmprune.methods.baselines import Pool
 from vlmprune.registry import get, list_methods
 from vlmprune.speed.memory import LiveBytes
 
@@ -44,6 +46,29 @@ def test_memory_grows_with_the_frames_and_not_with_their_square(method: str) -> 
     short, long = held(method, 16), held(method, 64)
     assert long < 5 * short
     assert long < (64 * PLACES) ** 2  # a map of all pairs, even of single bytes, would be more
+
+
+def test_pool_of_a_long_clip_goes_frame_by_frame_and_gives_the_same_rows(monkeypatch) -> None:
+    tokens = clip_of(16, 36, width=8)
+    whole = choose(Pool(), tokens, 100)
+    monkeypatch.setattr(baselines, "_AT_ONCE", 0)
+    apart = choose(Pool(), tokens, 100)
+    assert torch.equal(whole.slots, apart.slots)
+    torch.testing.assert_close(apart.features, whole.features)
+    few = choose(Pool(), tokens, 3)  # most frames have no cell
+    monkeypatch.undo()
+    torch.testing.assert_close(few.features, choose(Pool(), tokens, 3).features)
+    monkeypatch.setattr(baselines, "_AT_ONCE", 0)
+    assert held("pool", 64) < 5 * held("pool", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [*METHODS, "pool", "uniform", "random"])
+def test_100_000_tokens_are_chosen_of_without_a_map_of_all_pairs(method: str) -> None:
+    tokens = clip_of(512, 196, width=16)
+    with torch.no_grad(), LiveBytes() as live:
+        choose(get(method)(), tokens, tokens.count // 3)
+    assert live.peak < tokens.count**2 / 10  # of bytes: a tenth of a map of all pairs in one byte each
 
 
 @pytest.mark.slow

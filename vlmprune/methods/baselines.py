@@ -29,6 +29,8 @@ from ..core.method import Counts, Merged, Method, SlotName, What
 from ..core.tokens import VisualTokens
 from ..registry import register
 
+_AT_ONCE = 2**24  # weights of cells and tokens that are held together
+
 
 @register("dense")
 @dataclass(frozen=True)
@@ -107,10 +109,12 @@ class Uniform(Method):
 def whole_blocks(grids: Sequence[tuple[int, int]], k: int) -> Tensor:
     """(k,) ascending tokens of the fewest evenly spread blocks that hold k; the last gives what is left."""
     sizes = [rows * cols for rows, cols in grids]
-    starts, total, few = [sum(sizes[:i]) for i in range(len(sizes))], len(sizes), 1
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    few, total = 1, len(sizes)
     while sum(sizes[i] for i in _spread(few, total)) < k:
         few += 1
-    found, left = [], k
+    found: list[Tensor] = []
+    left = k
     for i in _spread(few, total):
         if left:
             found.append(starts[i] + centres([grids[i]], min(left, sizes[i])))
@@ -133,10 +137,22 @@ class Pool(Method):
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         x, grids = tokens.need("features"), tokens.need("grids")  # x: (B, N, D)
-        member = cells(grids, k) == torch.arange(k)[:, None]  # (k, N)
-        # rows sum to 1, so that the product below is the mean of a cell
-        weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
-        y = weight @ x.float()  # (B, k, D); not by index_add, which is not deterministic on CUDA
+        number, start = cells(grids, k), 0
+        found: list[Tensor] = []
+        # a long clip goes frame by frame: weights of all cells and tokens would not fit into memory
+        sizes = [rows * cols for rows, cols in grids] if k * len(number) > _AT_ONCE else [len(number)]
+        for size in sizes:
+            own = number[start : start + size]
+            last = int(own.max())
+            if last >= 0:  # a frame may have no cell
+                first = sum(one.shape[1] for one in found)
+                member = own == torch.arange(first, last + 1)[:, None]  # (cells, size)
+                # rows sum to 1, so that the product below is the mean of a cell
+                weight = (member / member.sum(1, keepdim=True)).to(tokens.device)
+                # not by index_add, which is not deterministic on CUDA
+                found.append(weight @ x[:, start : start + size].float())  # (B, cells, D)
+            start += size
+        y = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         return Merged(y.to(x.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))
 
 
