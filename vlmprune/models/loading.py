@@ -190,9 +190,9 @@ def encode_clip(
         do_sample_frames=False,  # they were chosen already
         video_metadata=[
             {
-                "total_num_frames": round((moments[-1] + step) * _TICKS),
+                "total_num_frames": round(step * len(frames) * _TICKS),
                 "fps": float(_TICKS),
-                "duration": moments[-1] + step,
+                "duration": step * len(frames),
                 "frames_indices": [round(moment * _TICKS) for moment in moments],
             }
         ],
