@@ -188,10 +188,11 @@ def _move(rng: np.random.Generator, answer: str) -> Story | None:
     shape, color = stage.shapes[0], stage.colors[0]
     start = str(rng.choice([one for one in QUADRANTS if one != answer]))
     radius = float(rng.uniform(*_SMALL))
-    places = [stage.place(radius, quadrant) for quadrant in (start, answer)]
-    if places[0] is None or places[1] is None:
+    begin = stage.place(radius, start)
+    end = stage.place(radius, answer)
+    if begin is None or end is None:
         return None
-    (x0, y0), (x1, y1) = places
+    (x0, y0), (x1, y1) = begin, end
     way = [t / (FRAMES - 1) for t in range(FRAMES)]
     line = [(x0 + s * (x1 - x0), y0 + s * (y1 - y0)) for s in way]
     stage.taken += [(*place, radius) for place in line]
