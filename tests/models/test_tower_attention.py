@@ -17,7 +17,14 @@ from vlmprune.core.deferred import NOW
 from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
 from vlmprune.hooks.vision.encode import run_encoder
-from vlmprune.hooks.vision.tower import FusedReader, TapReader, attention_of, find_blocks, reader_of
+from vlmprune.hooks.vision.tower import (
+    FusedReader,
+    InnerReader,
+    TapReader,
+    attention_of,
+    find_blocks,
+    reader_of,
+)
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
@@ -127,55 +134,65 @@ def test_packed_pictures_are_kept_apart_and_rotation_is_followed() -> None:
     torch.testing.assert_close(calls[0].received(rows=3)[0], apart, atol=1e-6, rtol=1e-4)
 
 
+class Inner(torch.nn.Module):
+    """vLLM's way: a module that is handed queries and keys, of the heads of one rank."""
+
+    head_size, scale = 6, 0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        pass
+
+
 class Split(torch.nn.Module):
-    """vLLM's way: a fused projection that returns a tuple, and holds the heads of one rank of two."""
+    """An attention module around it, which calls it by position or by name, with heads apart or not."""
 
-    num_heads, num_heads_per_partition, scale = 4, 2, 0.5
+    num_heads = 4
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, named: bool) -> None:
         super().__init__()
-        self.weight = weight
-        self.qkv_proj = torch.nn.Identity()
-        self.qkv_proj.register_forward_hook(lambda module, args, output: (output, None))
+        self.attn, self.named = Inner(), named
 
-    def forward(self, hidden: Tensor) -> None:
-        self.qkv_proj(hidden @ self.weight)
+    def forward(self, states: list[Tensor]) -> None:
+        if self.named:
+            self.attn(**dict(zip(("query", "key", "value"), states, strict=True)))
+        else:
+            self.attn(*(one.flatten(2) for one in states))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_fused_projection_that_returns_a_tuple_is_read(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "named"), [(1, True), (1, False), (2, True), (2, False)])
+def test_what_vllm_hands_to_its_inner_module_is_read(ranks: int, named: bool) -> None:
     torch.manual_seed(0)
-    whole = torch.randn(3, 4, 6, 8)  # q, k, v; heads; tokens; width
-    hidden, seen = torch.randn(2, 5, 8), []
-    held = 4 // ranks
-    parts = [whole[:, rank * held : (rank + 1) * held] for rank in range(ranks)]
-    weights = [
-        torch.cat([torch.cat([head[:5, :].T @ torch.eye(5, 6) for head in one], dim=1) for one in part], 1)
-        for part in parts
-    ]  # (8, 3 * held * 6)
-    others = [(hidden @ weight).chunk(3, dim=-1) for weight in weights]
+    whole = torch.randn(3, 2, 5, 4, 6)  # q, k, v; crops; tokens; heads; width
+    shares = whole.chunk(ranks, dim=3)
+    apart, seen = [share.transpose(2, 3) for share in shares], []
 
     def gather(mine: Tensor) -> Tensor:
-        number = len(seen_parts)
-        seen_parts.append(mine)
-        shares = [other[number].unflatten(-1, (held, -1)).transpose(1, 2) for other in others]
-        assert mine.equal(shares[0])  # this rank is the first
-        return torch.cat(shares, dim=1)
+        (part,) = (number for number in range(3) if mine.equal(apart[0][number]))  # this rank is the first
+        return torch.cat([share[part] for share in apart], dim=1)
 
-    seen_parts: list[Tensor] = []
-    attention = Split(weights[0])
-    attention.num_heads_per_partition = held
+    attention = Split(named)
     reader = reader_of(attention, gather if ranks > 1 else None)
-    assert isinstance(reader, FusedReader)
+    assert isinstance(reader, InnerReader)
     handles = list(reader.install(lambda: NOW, seen.append))
-    attention(hidden)
+    attention(list(shares[0]))
     for handle in handles:
         handle.remove()
-    attention(hidden)
-    assert len(seen) == 1
-    queries, keys = (
-        torch.cat([other[part].unflatten(-1, (held, -1)).transpose(1, 2) for other in others], dim=1)
-        for part in (0, 1)
-    )
-    assert seen[0].queries.equal(queries) and seen[0].keys.equal(keys)
-    assert seen[0].scaling == 0.5 and queries.shape == (2, 4, 5, 6)
+    attention(list(shares[0]))
+    (call,) = seen
+    queries, keys = whole[0].transpose(1, 2), whole[1].transpose(1, 2)
+    assert call.queries.equal(queries) and call.keys.equal(keys)
+    assert call.scaling == 0.5 and queries.shape == (2, 4, 5, 6)
+
+
+def test_sequences_that_vllm_packs_attend_to_themselves() -> None:
+    torch.manual_seed(0)
+    states, seen = torch.randn(3, 1, 7, 4, 6), []
+    reader = reader_of(attention := Split(True))
+    reader.lengths = [4, 3]
+    (handle,) = reader.install(lambda: NOW, seen.append)
+    attention(list(states))
+    handle.remove()
+    assert [call.queries.shape[2] for call in seen] == [4, 3]
+    assert seen[1].keys.equal(states[1].transpose(1, 2)[:, :, 4:])
+    maps = (states[0, 0, 4:].transpose(0, 1) @ states[1, 0, 4:].permute(1, 2, 0) * 0.5).softmax(-1)
+    torch.testing.assert_close(seen[1].received()[0], maps.mean(dim=(0, 1)))

@@ -23,9 +23,8 @@ from ...core.method import OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
 from ..attention_call import AttentionCall
 from .tower import (
-    FusedReader,
     Gather,
-    TapReader,
+    Reader,
     attention_in,
     find_blocks,
     has_cls,
@@ -110,7 +109,7 @@ class VisionCapture:
                 f"{missing} are of a block that was not loaded: this tower has the first {loaded} of its "
                 f"{count} blocks; leave layer=... out, or choose an earlier one"
             )
-        self.readers: list[tuple[int, TapReader | FusedReader]] = [
+        self.readers: list[tuple[int, Reader]] = [
             (index, reader_of(attention_in(blocks[index]), gather))
             for index in sorted(set(self.blocks_of.values()))
             for blocks in self.blocks

@@ -3,8 +3,8 @@
 them.
 
 Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms,
-masks and windows are the tower's own. Towers of timm and of vLLM attend by themselves; there the fused
-projection is read, which vLLM's returns in a tuple and splits over ranks by heads.
+masks and windows are the tower's own. Towers of timm attend by themselves; there the fused projection is
+read. Towers of vLLM hand queries and keys to a module of its own, which holds the heads of one rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..attention_tap import AttentionTap, reads_interface
 
 Give = Callable[[AttentionCall], None]
 Gather = Callable[[Tensor], Tensor]  # (T, H of this rank, S, d) -> (T, H of all ranks, S, d)
-_FUSED = ("qkv", "qkv_proj")  # names of the fused projection
+_FUSED = "qkv"  # name of the fused projection
 _NAMES = ("self_attn", "attention", "attn", "token_mixer")
 
 
@@ -44,7 +44,13 @@ def attention_in(block: nn.Module) -> nn.Module:
 
 
 def _readable(attention: nn.Module) -> bool:
-    return reads_interface(attention) or any(hasattr(attention, name) for name in _FUSED)
+    return reads_interface(attention) or inner_of(attention) is not None or hasattr(attention, _FUSED)
+
+
+def inner_of(attention: nn.Module) -> nn.Module | None:
+    """The module of vLLM that an attention module hands queries and keys to, None elsewhere."""
+    inner = getattr(attention, "attn", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(inner, "head_size") else None
 
 
 def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
@@ -113,48 +119,84 @@ def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
 
 
 class FusedReader:
-    """Reads an attention module of timm or vLLM, which projects and attends by itself.
+    """Reads an attention module of timm, which projects and attends by itself."""
 
-    Args:
-        gather: where an attention module holds a share of the heads: brings the shares of all ranks together.
-    """
-
-    def __init__(self, attention: nn.Module, gather: Gather | None = None) -> None:
-        # vLLM: those that this rank holds
-        heads = getattr(attention, "num_heads_per_partition", getattr(attention, "num_heads", None))
+    def __init__(self, attention: nn.Module) -> None:
+        heads = getattr(attention, "num_heads", None)
         if heads is None:
             raise UnsupportedError(
                 f"{type(attention).__name__} does not say its number of heads; its attention cannot be read"
             )
-        self.attention: Any = attention  # which modules it has is known to timm or vLLM alone
+        self.attention: Any = attention  # which modules it has is known to timm alone
         self.heads: int = heads
-        self.gather = gather
 
     def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
         """A hook that calls ``give`` while something records."""
 
         @torch.no_grad()
-        def fused(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def fused(module: nn.Module, args: object, output: Tensor) -> None:
             if checks() is not None:
-                projected = output[0] if isinstance(output, tuple) else output
-                queries, keys, values = (self._heads(part) for part in projected.detach().chunk(3, dim=-1))
+                queries, keys, values = (self._heads(part) for part in output.detach().chunk(3, dim=-1))
                 queries, keys = self._normed("q", queries), self._normed("k", keys)
                 options = {"scaling": getattr(self.attention, "scale", None), "is_causal": False}
                 give(AttentionCall(self.attention, queries, keys, values, None, options))
 
-        name = next(name for name in _FUSED if hasattr(self.attention, name))
-        yield getattr(self.attention, name).register_forward_hook(fused)
+        yield getattr(self.attention, _FUSED).register_forward_hook(fused)
 
     def _heads(self, states: Tensor) -> Tensor:
         """(T, S, C) -> (T, H, S, d)."""
-        apart = states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return apart if self.gather is None else self.gather(apart.contiguous())
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _normed(self, name: str, states: Tensor) -> Tensor:
         norm = getattr(self.attention, f"{name}_norm", None)
         return states if norm is None else norm(states)
 
 
-def reader_of(attention: nn.Module, gather: Gather | None = None) -> TapReader | FusedReader:
+class InnerReader:
+    """Reads the module that an attention module of vLLM hands finished queries and keys to.
+
+    Args:
+        gather: where it holds a share of the heads: brings the shares of all ranks together.
+
+    Attributes:
+        lengths: of the sequences that a call packs, each of which attends to itself; None for whole calls.
+            How vLLM says it in its call depends on the backend, so that the host gives them.
+    """
+
+    def __init__(self, inner: nn.Module, gather: Gather | None = None) -> None:
+        self.inner: Any = inner
+        self.gather = gather
+        self.lengths: list[int] | None = None
+
+    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
+        """A hook that calls ``give`` while something records, once per sequence."""
+
+        @torch.no_grad()
+        def given(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            if checks() is None:
+                return
+            names = ("query", "key", "value")
+            states = [kwargs[name] if name in kwargs else args[at] for at, name in enumerate(names)]
+            parts = [self._heads(one.detach()).split(self.lengths or one.shape[1], dim=2) for one in states]
+            options = {"scaling": self.inner.scale, "is_causal": False}
+            for queries, keys, values in zip(*parts, strict=True):
+                give(AttentionCall(self.inner, queries, keys, values, None, options))
+
+        yield self.inner.register_forward_pre_hook(given, with_kwargs=True)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """(T, S, C) or (T, S, H, d) -> (T, H, S, d)."""
+        apart = states if states.ndim == 4 else states.unflatten(-1, (-1, self.inner.head_size))
+        apart = apart.transpose(1, 2)
+        return apart if self.gather is None else self.gather(apart.contiguous())
+
+
+Reader = TapReader | FusedReader | InnerReader
+
+
+def reader_of(attention: nn.Module, gather: Gather | None = None) -> Reader:
     """What reads an attention module that ``attention_of`` found."""
-    return TapReader(attention) if reads_interface(attention) else FusedReader(attention, gather)
+    if reads_interface(attention):
+        return TapReader(attention)
+    inner = inner_of(attention)
+    return FusedReader(attention) if inner is None else InnerReader(inner, gather)
