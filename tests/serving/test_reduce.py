@@ -17,9 +17,10 @@ from vlmprune.hooks.vision.encode import run_encoder
 from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.models import adapter_for
 from vlmprune.registry import unregister
-from vlmprune.serving.reduce import promised, reduce_pictures
+from vlmprune.serving.names import FALLBACKS_VARIABLE
+from vlmprune.serving.reduce import in_turns, promised, reduce_pictures
 from vlmprune.serving.request import read
-from vlmprune.serving.tally import OTHERS, SpecCounts, Tally
+from vlmprune.serving.tally import OTHERS, SpecCounts, Tally, published
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 TEXT = 5
@@ -117,6 +118,20 @@ def test_pictures_of_different_shape_are_reduced_together():
     assert [one.rows.shape[0] for one in kept] == [7, 6, 7]
 
 
+def test_turns_are_of_one_spec_and_bounded_by_what_the_tower_computes():
+    specs = ["pool@3"] * 4 + ["dense"] * 2 + ["pool@3"]
+    sizes, turns = [4, 4, 3, 20, 4, 4, 4], []
+
+    def one_turn(start, end, request):
+        turns.append((start, end, request.text))
+        return [torch.full((1,), number) for number in range(start, end)]
+
+    rows = in_turns(specs, sizes, 8, one_turn)
+    assert [int(row) for row in rows] == list(range(7))
+    expected = [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]  # one item may be more than that alone
+    assert turns == [(start, end, specs[start]) for start, end in expected]
+
+
 def test_the_tally_counts_and_speaks_with_every_digit(caplog):
     tally = Tally()
     with caplog.at_level(logging.INFO, logger="vlmprune.serving.tally"):
@@ -131,3 +146,20 @@ def test_the_tally_counts_and_speaks_with_every_digit(caplog):
     for number in range(100):  # clients choose specs: the number of counters is bounded
         tally.add(f"random(seed={number})@9", 9, 9, fallback=False)
     assert len(tally.by_spec) == 65 and tally.by_spec[OTHERS].pictures == 100 - 63
+
+
+def test_fallbacks_of_all_processes_of_a_server_are_added_up(tmp_path, monkeypatch):
+    folder = tmp_path / "counts"
+    monkeypatch.setenv(FALLBACKS_VARIABLE, str(folder))
+    assert published() == {}
+    for pid, spec in ((1, "divprune@9"), (2, "divprune@9"), (3, "pool@9")):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        tally = Tally()
+        tally.add("uniform@9", 36, 9, fallback=False)
+        for _ in range(pid):
+            tally.add(spec, 36, 9, fallback=True)
+            tally.publish()
+    assert published() == {"divprune@9": 1 + 2, "pool@9": 3}
+    monkeypatch.delenv(FALLBACKS_VARIABLE)
+    Tally().publish()
+    assert published() == {}

@@ -20,6 +20,7 @@ from vlmprune.serving import overrides
 from vlmprune.serving.request import TowerFacts, check_tower, read, rehearse, wanted
 
 CLIP = TowerFacts(cls=True, depth=24, loaded=23, layer=-2)
+WINDOWED = TowerFacts(False, 32, 32, -1, projector=False, merges=4, full=(7, 15, 23, 31))
 GRID = ((24, 24),)
 
 
@@ -80,6 +81,8 @@ def test_what_no_server_can_do_is_refused_with_what_works(text, why):
         ("fastervlm@64", TowerFacts(cls=False, depth=27, loaded=26, layer=-2), "cls=mean"),
         ("fastervlm@64", TowerFacts(True, 24, 23, -2, attention=False), "divprune@64"),
         ("zooprune@64", TowerFacts(True, 24, 23, -2, projector=False), "projector"),
+        ("visionzip@64", TowerFacts(True, 24, 24, -1, merges=4), "use cls=mean"),
+        ("fastervlm(cls=mean, layer=1)@64", WINDOWED, r"layer=\[-25, -17, -9, -1\]"),
     ],
 )
 def test_what_a_tower_cannot_give_is_refused(text, facts, why):
@@ -87,6 +90,14 @@ def test_what_a_tower_cannot_give_is_refused(text, facts, why):
         check_tower(read(text), facts)
     with pytest.raises(UnsupportedError, match=why):
         rehearse(text, facts, GRID)
+
+
+def test_methods_for_clips_are_rehearsed_on_clips():
+    clip = ((6, 6),) * 4
+    rehearse("evs@0.5", WINDOWED, clip, True)
+    rehearse("fastervlm(cls=mean)@9", WINDOWED, clip, True)
+    with pytest.raises(VlmPruneError, match="clip"):
+        rehearse("evs@0.5", WINDOWED, ((6, 6),))
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,9 @@ def test_a_picture_that_is_not_finite_is_cut_by_uniform_and_counted(engine, twin
     assert len(output.outputs[0].token_ids) > 0
     counts = TALLY.by_spec[spec]
     assert (counts.pictures, counts.dense, counts.kept, counts.fallbacks) == (1, 144, 11, 1)
+    from prometheus_client import REGISTRY
+
+    assert REGISTRY.get_sample_value("vlmprune_fallbacks_total", {"spec": spec}) == 1
 
 
 def test_requests_are_counted_for_prometheus(engine, twin):

@@ -13,7 +13,7 @@ from vlmprune.serving import overrides
 from vlmprune.serving.vllm import plugin
 
 pytestmark = pytest.mark.vllm
-LLAVA, QWEN = "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+LLAVA, OTHER = "LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_the_variable_puts_ours_in_place_and_refuses_other_families_by_name(regi
     plugin.register()
     assert registry[LLAVA].module_name == "vlmprune.serving.vllm.llava"
     assert registry["LlamaForCausalLM"] is text_only
-    with pytest.raises(UnsupportedError, match=f"{QWEN} cannot be pruned in vLLM yet"):
-        registry[QWEN].load_model_cls()
+    with pytest.raises(UnsupportedError, match=f"{OTHER} cannot be pruned in vLLM yet"):
+        registry[OTHER].load_model_cls()
 
 
 def test_a_wrong_variable_ends_the_start(registry, monkeypatch):
@@ -69,5 +69,5 @@ def test_overrides_name_our_class_and_refuse_others():
     config = overrides("fastervlm(cls = mean)@64")(SimpleNamespace(architectures=[LLAVA]))
     assert (config.architectures, config.vlmprune) == (["VlmPrune" + LLAVA], "fastervlm(cls=mean)@64")
     assert overrides("dense")(config).architectures == ["VlmPrune" + LLAVA]  # asked again, nothing changes
-    with pytest.raises(UnsupportedError, match=QWEN):
-        overrides("dense")(SimpleNamespace(architectures=[QWEN]))
+    with pytest.raises(UnsupportedError, match=OTHER):
+        overrides("dense")(SimpleNamespace(architectures=[OTHER]))

@@ -7,3 +7,4 @@ VARIABLE = "VLMPRUNE"  # what a server prunes by default
 UNTESTED_VARIABLE = "VLMPRUNE_UNTESTED_VLLM"  # any value lets an untested release of vLLM run
 PREFIX = "VlmPrune"  # of the names under which our classes are registered with an engine
 DENSE = "dense"
+FALLBACKS_VARIABLE = "VLMPRUNE_FALLBACKS"  # folder of counts of one server, set by us

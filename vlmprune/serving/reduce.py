@@ -75,6 +75,27 @@ def reduce_pictures(
     return [kept[number] for number in range(len(pictures))]
 
 
+def in_turns(
+    specs: Sequence[str],
+    sizes: Sequence[int],
+    most: int,
+    one_turn: Callable[[int, int, Request], Sequence[Tensor]],
+) -> list[Tensor]:
+    """The rows of every item of a batch, neighbours of one spec together.
+
+    The scheduler counts the tokens that stay, the tower computes all of them: no turn has more than ``most``
+    tokens before pruning, unless one item alone has.
+    """
+    rows: list[Tensor] = []
+    while (start := len(rows)) < len(specs):
+        end, total = start + 1, sizes[start]
+        while end < len(specs) and specs[end] == specs[start] and total + sizes[end] <= most:
+            total += sizes[end]
+            end += 1
+        rows += one_turn(start, end, read(specs[start]))
+    return rows
+
+
 def _reduce_alike(
     pictures: Sequence[Picture], request: Request, projector: Projector, in_place: bool
 ) -> list[KeptRows]:
@@ -171,7 +192,7 @@ def _uniform_method() -> Method:
 
 
 def random_picture(
-    needs: Sequence[Need], facts: TowerFacts, grids: tuple[tuple[int, int], ...]
+    needs: Sequence[Need], facts: TowerFacts, grids: tuple[tuple[int, int], ...], frames: bool = False
 ) -> tuple[Picture, nn.Module]:
     """A picture of random tensors of width 8 with all that ``needs`` names, and a projector for it."""
     n, width, heads = sum(rows * cols for rows, cols in grids), 8, 2
@@ -191,4 +212,5 @@ def random_picture(
 
     found = {need: captured(need) for need in needs if need.what not in ("features", "projector")}
     projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-    return Picture(draw(n, width), grids, found), projector.requires_grad_(False).eval()
+    made = Picture(draw(n, width), grids, found, frames=frames)
+    return made, projector.requires_grad_(False).eval()

@@ -67,6 +67,7 @@ class TowerFacts:
         layer: index into the hidden states that features are taken from.
         attention: whether attention can be read. projector: whether methods can be given the projector.
         merges: patches of the tower behind every visual token.
+        full: blocks that attend to the whole picture, where others attend inside windows; None where all do.
     """
 
     cls: bool
@@ -76,6 +77,7 @@ class TowerFacts:
     attention: bool = True
     projector: bool = True
     merges: int = 1
+    full: tuple[int, ...] | None = None
 
 
 def wanted(given: Mapping[str, object], server: Mapping[str, object] | None, config: object) -> Request:
@@ -157,24 +159,43 @@ def check_tower(request: Request, facts: TowerFacts) -> None:
             f"{text!r} reads [CLS], which this vision tower has not; use cls=mean, e.g. "
             "'fastervlm(cls=mean)@64', or 'divprune@64'"
         )
+    if "cls_features" in whats and facts.cls and facts.merges > 1:
+        raise UnsupportedError(
+            f"{text!r} hands on [CLS], but the projector of this model reads {facts.merges} patches at once; "
+            "use cls=mean, e.g. 'visionzip(cls=mean)@64'"
+        )
     if "projector" in whats and not facts.projector:
         raise UnsupportedError(f"{text!r} reads the projector, which cannot be read here; use 'divprune@64'")
+    _check_layers(request, facts)
+
+
+def _check_layers(request: Request, facts: TowerFacts) -> None:
+    from ..core.method import OF_TOWER
     from ..hooks.vision.capture import block_index
 
     for need in request.needs:
-        if need.layer is not None and block_index(need.layer, facts.depth) >= facts.loaded:
+        if need.what not in OF_TOWER:
+            continue
+        block = block_index(facts.layer if need.layer is None else need.layer, facts.depth, facts.full)
+        if block >= facts.loaded:
             raise UnsupportedError(
-                f"{text!r} reads layer {need.layer}; the engine loads the first {facts.loaded} of "
+                f"{request.text!r} reads layer {need.layer}; the engine loads the first {facts.loaded} of "
                 f"{facts.depth} blocks, so that layers 1..{facts.loaded} can be read; leave layer=... out"
+            )
+        if need.what == "received_attention" and facts.full is not None and block not in facts.full:
+            raise UnsupportedError(
+                f"{request.text!r} reads block {block}, which attends inside windows, whose scores cannot be "
+                f"compared; use one of layer={[full - facts.depth for full in facts.full]}"
             )
 
 
 @lru_cache(maxsize=1024)
-def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...]) -> None:
+def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], frames: bool = False) -> None:
     """Run the choice once on random tensors: what it would raise in the engine it raises here.
 
     Args:
         grids: blocks of the picture.
+        frames: whether they are frames of a clip.
     """
     request = read(text)
     if request.budget is None:
@@ -182,7 +203,7 @@ def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...]) -
     check_tower(request, facts)
     from .reduce import promised, random_picture, reduce_one
 
-    picture, projector = random_picture(request.needs, facts, grids)
+    picture, projector = random_picture(request.needs, facts, grids, frames)
     try:
         request.method.check_unit(picture.count)
         kept = reduce_one(picture, request, projector)

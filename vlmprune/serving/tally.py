@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that pruning happened: counts per spec, in the log of the workers and as Prometheus counters."""
+"""Proof that pruning happened: counts per spec, in the log of the workers and as Prometheus counters.
+
+Pictures are cut in workers, but metrics are asked for where requests are read. A fallback is rare, so that
+each worker leaves its counts in a file of a folder that the environment names, and the reader adds them up.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+from collections import Counter as Sums
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from .names import FALLBACKS_VARIABLE
 
 log = logging.getLogger(__name__)
 _MOST_LABELS = 64  # clients choose specs: a server must not hold a counter for every one of them
@@ -42,6 +54,18 @@ class Tally:
         if len(str(counts.pictures)) > digits:
             log.info("vlmprune: %s", self.line(spec))
 
+    def publish(self) -> None:
+        """Leave the fallbacks of this process where a reader of metrics finds them."""
+        folder = os.environ.get(FALLBACKS_VARIABLE)
+        if not folder:
+            return
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        counts = {spec: one.fallbacks for spec, one in self.by_spec.items() if one.fallbacks}
+        file = Path(folder, f"{os.getpid()}.json")
+        fresh = file.with_suffix(".new")
+        fresh.write_text(json.dumps(counts))
+        fresh.replace(file)  # at once: a reader never finds half of it
+
     def line(self, spec: str) -> str:
         """``fastervlm@64: 1,000 pictures, 576 -> 64 tokens each, 0 cut by uniform instead``."""
         counts = self.by_spec[spec]
@@ -53,10 +77,35 @@ class Tally:
 TALLY = Tally()
 
 
+def published() -> dict[str, int]:
+    """Fallbacks by spec of all processes of this server on this machine."""
+    folder, sums = os.environ.get(FALLBACKS_VARIABLE), Sums[str]()
+    for file in Path(folder).glob("*.json") if folder else ():
+        sums.update(json.loads(file.read_text()))
+    return dict(sums)
+
+
+class FallbackCollector:
+    """Gives what was published to Prometheus whenever metrics are asked for."""
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(
+            "vlmprune_fallbacks", "Pictures that were cut by uniform instead, by spec.", labels=["spec"]
+        )
+        for spec, count in sorted(published().items()):
+            family.add_metric([spec], count)
+        yield family
+
+
 @cache
 def _counters() -> tuple[Any, Any, Any]:
-    from prometheus_client import Counter
+    from prometheus_client import REGISTRY, Counter
 
+    REGISTRY.register(FallbackCollector())
+    if folder := os.environ.get(FALLBACKS_VARIABLE):
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return (
         Counter("vlmprune_pictures", "Pictures that requests brought, by spec.", ["spec"]),
         Counter("vlmprune_dense_tokens", "Visual tokens of these pictures without pruning.", ["spec"]),
@@ -67,11 +116,11 @@ def _counters() -> tuple[Any, Any, Any]:
 _labels: set[str] = set()
 
 
-def count_requested(spec: str, dense: Sequence[int], kept: Sequence[int]) -> None:
-    """Count the pictures of one request where requests are read, which is where an engine is asked for
-    metrics; cached pictures count as well.
+def count_requested(spec: str, dense: int, kept: int) -> None:
+    """Count one image or clip of a request where requests are read, which is where an engine is asked for
+    metrics; those that are cached count as well.
     """
     label = spec if spec in _labels or len(_labels) < _MOST_LABELS else OTHERS
     _labels.add(label)
-    for counter, value in zip(_counters(), (len(dense), sum(dense), sum(kept)), strict=True):
+    for counter, value in zip(_counters(), (1, dense, kept), strict=True):
         counter.labels(spec=label).inc(value)

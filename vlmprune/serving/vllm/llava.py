@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...errors import UnsupportedError
 from ...hooks.vision.pictures import CLS_FEATURES, Picture
 from ..names import KEY
-from ..reduce import KeptRows
+from ..reduce import in_turns
 from ..request import Request, TowerFacts
 from .context import in_context
 from .processor import Grids, PruningProcessor, from_field
-from .towers import WatchedTower, at_once, cut, in_turns, plain_projector, refuse_compiled
+from .towers import WatchedTower, cut, most_tokens, plain_projector, refuse_compiled
 
 Model: Any = nn.Module if TYPE_CHECKING else object  # the family's class comes behind the mixin
 
@@ -77,7 +77,7 @@ class PrunedLlava(Model):
         refuse_compiled(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.side = side_of(config)
-        self.most = at_once(vllm_config, self.side**2 * self.most_crops())
+        self.most = most_tokens(vllm_config)
         depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
         self.watched = WatchedTower(self.vision_tower, self.multi_modal_projector, layer, depth)
         self.quantized = vllm_config.model_config.quantization is not None
@@ -102,18 +102,19 @@ class PrunedLlava(Model):
             return super().embed_multimodal(**kwargs)
         projector = self.plain[0] if self.plain else None
 
-        def one_turn(start: int, end: int, request: Request) -> list[KeptRows]:
+        def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
             some = {name: value[start:end] for name, value in kwargs.items() if value is not None}
-            return cut(self.encode(request, **some), request, projector)
+            return [kept.rows for kept in cut(self.encode(request, **some), request, projector)]
 
-        return in_turns(from_field(field), self.most, one_turn)
+        specs = from_field(field)
+        return in_turns(specs, [self.side**2 * self.most_crops()] * len(specs), self.most, one_turn)
 
 
 class LlavaProcessor(OfLlava, base.LlavaMultiModalProcessor):
     """The processor of LLaVA-1.5 that promises fewer placeholders."""
 
-    def grids(self, images: Any, index: int) -> Grids:
-        return ((self.side, self.side),)
+    def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
+        return [((self.side, self.side),)]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT in vLLM: an overview and tiles, with a newline behind each row, which always stays."""
+"""LLaVA-NeXT and LLaVA-OneVision in vLLM: an overview and tiles, with a newline behind each row, which always
+stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.model_executor.models import llava_next as base
+from vllm.model_executor.models import llava_onevision as onevision
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...hooks.vision.pictures import CLS_FEATURES, Picture
@@ -20,14 +23,14 @@ from .context import in_context
 from .llava import OfLlava, PrunedLlava
 from .processor import Grids
 
-STRATEGY = "spatial_unpad"  # the only one that vLLM's class uses
+STRATEGY = "spatial_unpad"  # the only one that vLLM's classes use
 
 
-class LlavaNextProcessor(OfLlava, base.LlavaNextMultiModalProcessor):
-    """The processor of LLaVA-NeXT that promises fewer placeholders."""
+class OfTiles(OfLlava):
+    """What processors of both families say alike."""
 
-    def grids(self, images: Any, index: int) -> Grids:
-        size, config = images.get_image_size(index), self.info.ctx.model_config.hf_config
+    def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
+        size, config = items.get_image_size(index), self.info.ctx.model_config.hf_config
         down, across = get_anyres_image_grid_shape(
             (size.height, size.width), config.image_grid_pinpoints, config.vision_config.image_size
         )
@@ -38,16 +41,16 @@ class LlavaNextProcessor(OfLlava, base.LlavaNextMultiModalProcessor):
             num_patch_height=down,
             num_patch_width=across,
         )
-        return ((self.side, self.side), (rows, patches // rows))
+        return [((self.side, self.side), (rows, patches // rows))]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaNextProcessor,
-    info=in_context(base.LlavaNextProcessingInfo),
-    dummy_inputs=base.LlavaDummyInputsBuilder,
-)
-class LlavaNextForConditionalGeneration(PrunedLlava, base.LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT: what is captured goes through vLLM's own packing, with NaN for newlines."""
+class PrunedTiles(PrunedLlava):
+    """What is captured goes through vLLM's own packing, with NaN for newlines.
+
+    Clips have no spec beside them and are left to vLLM's class.
+    """
+
+    packing: ClassVar[Any]  # the class of vLLM that packs
 
     def most_crops(self) -> int:
         size = self.config.vision_config.image_size
@@ -68,11 +71,11 @@ class LlavaNextForConditionalGeneration(PrunedLlava, base.LlavaNextForConditiona
 
     def _picture(self, tiles: Tensor, size: Tensor, found: dict[Any, Tensor]) -> Picture:
         n = self.side**2
-        features = self._merge_image_patch_embeddings(size, tiles, strategy=STRATEGY)
-        special = self._pack(size, torch.zeros(tiles.shape[0], n, 1))[:, 0].isnan()
+        features = self._pack(size, tiles, self.image_newline)
+        special = self._marked(size, torch.zeros(tiles.shape[0], n, 1))[:, 0].isnan()
         patches = (~special).nonzero()[:, 0].to(features.device)
         captured = {
-            need: self._pack(size, value[:, value.shape[1] - n :].float())[patches].to(value.dtype)
+            need: self._marked(size, value[:, value.shape[1] - n :].float())[patches].to(value.dtype)
             for need, value in found.items()
             if need != CLS_FEATURES
         }
@@ -80,12 +83,13 @@ class LlavaNextForConditionalGeneration(PrunedLlava, base.LlavaNextForConditiona
             captured[CLS_FEATURES] = found[CLS_FEATURES][: self._real(size), 0]
         return Picture(features, tile_grids(special, self.side), captured, special)
 
-    def _pack(self, size: Tensor, crops: Tensor) -> Tensor:
-        """(crops, n, channels) -> (length, channels)."""
-        newline = torch.full(crops.shape[-1:], torch.nan, device=crops.device, dtype=crops.dtype)
+    def _marked(self, size: Tensor, crops: Tensor) -> Tensor:
+        """(crops, n, channels) -> (length, channels), newlines NaN."""
+        return self._pack(size, crops, crops.new_full(crops.shape[-1:], torch.nan))
+
+    def _pack(self, size: Tensor, crops: Tensor, newline: Tensor) -> Tensor:
         stand_in = SimpleNamespace(config=self.config, image_newline=newline)
-        pack = base.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
-        return pack(stand_in, size, crops, strategy=STRATEGY)
+        return self.packing._merge_image_patch_embeddings(stand_in, size, crops, strategy=STRATEGY)
 
     def _real(self, size: Sequence[int] | Tensor) -> int:
         """Crops of a picture without those that fill up a batch."""
@@ -95,3 +99,39 @@ class LlavaNextForConditionalGeneration(PrunedLlava, base.LlavaNextForConditiona
             self.config.vision_config.image_size,
         )
         return 1 + shape[0] * shape[1]
+
+
+class LlavaNextProcessor(OfTiles, base.LlavaNextMultiModalProcessor):
+    """The processor of LLaVA-NeXT that promises fewer placeholders."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextProcessor,
+    info=in_context(base.LlavaNextProcessingInfo),
+    dummy_inputs=base.LlavaDummyInputsBuilder,
+)
+class LlavaNextForConditionalGeneration(PrunedTiles, base.LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+    packing = base.LlavaNextForConditionalGeneration
+
+
+class LlavaOnevisionProcessor(OfTiles, onevision.LlavaOnevisionMultiModalProcessor):
+    """The processor of LLaVA-OneVision that promises fewer placeholders for images."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionProcessor,
+    info=in_context(onevision.LlavaOnevisionProcessingInfo),
+    dummy_inputs=onevision.LlavaOnevisionDummyInputsBuilder,
+)
+class LlavaOnevisionForConditionalGeneration(PrunedTiles, onevision.LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision: too many tiles are scaled down."""
+
+    packing = onevision.LlavaOnevisionForConditionalGeneration
+
+    def _pack(self, size: Tensor, crops: Tensor, newline: Tensor) -> Tensor:
+        stand_in = SimpleNamespace(config=self.config, image_newline=newline)
+        return self.packing._merge_image_patch_embeddings(
+            stand_in, size, crops, image_newline=newline, strategy=STRATEGY
+        )

@@ -8,23 +8,36 @@ variable VLMPRUNE says what to prune.
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
+from uuid import uuid4
 
 from ...errors import UnsupportedError
-from ..names import PREFIX, UNTESTED_VARIABLE, VARIABLE
+from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
 
 TESTED = ("0.32.0",)
 # architecture -> class; only families whose answers were measured equal to vlmprune.prune
+_HERE = "vlmprune.serving.vllm"
 FAMILIES = {
-    "LlavaForConditionalGeneration": "vlmprune.serving.vllm.llava:LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration": "vlmprune.serving.vllm.llava_next:LlavaNextForConditionalGeneration",
+    f"{name}ForConditionalGeneration": f"{_HERE}.{file}:{name}ForConditionalGeneration"
+    for name, file in (
+        ("Llava", "llava"),
+        ("LlavaNext", "llava_next"),
+        ("LlavaOnevision", "llava_next"),
+        ("InternVL", "internvl"),
+        ("Qwen2_5_VL", "qwen_vl"),
+        ("Qwen3VL", "qwen_vl"),
+    )
 }
-REFUSED = "vlmprune.serving.vllm.refused"
+REFUSED = f"{_HERE}.refused"
 
 
 def register() -> None:
     """Tell vLLM of our classes; a wrong VLMPRUNE or an untested release ends the start of the server."""
     from vllm import ModelRegistry
 
+    # the first process names it, those that it starts inherit it; made when there is something to say
+    os.environ.setdefault(FALLBACKS_VARIABLE, str(Path(tempfile.gettempdir(), f"vlmprune-{uuid4().hex}")))
     for name, path in FAMILIES.items():
         ModelRegistry.register_model(PREFIX + name, path)
     default = os.environ.get(VARIABLE)

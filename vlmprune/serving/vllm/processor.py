@@ -5,15 +5,15 @@ and puts the spec into the identity of every picture and beside its pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from ... import __version__
@@ -33,9 +33,17 @@ Grids = tuple[tuple[int, int], ...]
 
 
 class PruningProcessor(Base):
-    """Mixed in before the processor of a family, which says what its pictures look like."""
+    """Mixed in before the processor of a family, which says what its pictures look like.
 
-    pixels = "pixel_values"  # the field that has one entry per picture
+    An *item* is an image or a clip of a request. Most are one picture; where tiles have a budget of their
+    own, as in InternVL, an item is several.
+    """
+
+    # of every modality that is pruned, the field that has one entry per item
+    counted: ClassVar[dict[str, str]] = {"image": "pixel_values"}
+
+    # modalities that vLLM's class takes, but that were not measured to be right here, not even whole
+    refused: ClassVar[tuple[str, ...]] = ()
 
     # --- what a family says -----------------------------------------------------------------------
 
@@ -43,64 +51,100 @@ class PruningProcessor(Base):
         """What is known of the tower from the config."""
         raise NotImplementedError
 
-    def grids(self, images: Any, index: int) -> Grids:
-        """Blocks of patches of a picture."""
+    def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
+        """Blocks of patches of every picture of an item, none where that is not known before it is processed.
+
+        Args:
+            options: of the request.
+        """
         raise NotImplementedError
+
+    def processed(self, items: Any, index: int, out: Any, options: Mapping[str, Any]) -> Sequence[Grids]:
+        """The same, said by what was made of the items where that says it better."""
+        return self.pictures(items, index, options)
 
     # --- what is the same for all -----------------------------------------------------------------
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         try:
             request = self._request(inputs)
+            # in every case: options of the server alone are not part of vLLM's hash
+            named = {**inputs.hf_processor_mm_kwargs, KEY: request.text, VERSION_KEY: __version__}
+            result = super().apply(replace(inputs, hf_processor_mm_kwargs=named), timing_ctx)
         except VlmPruneError as error:  # the client's mistake: 400, not 500
             raise VLLMValidationError(str(error), parameter="mm_processor_kwargs") from error
-        # in every case: options of the server alone are not part of vLLM's hash
-        named = {**inputs.hf_processor_mm_kwargs, KEY: request.text, VERSION_KEY: __version__}
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs=named), timing_ctx)
-        self._count(request, inputs, result)
+        for found in filter(None, self._items(inputs)):
+            dense = [sum(rows * cols for rows, cols in grids) for grids in found]
+            count_requested(request.text, sum(dense), sum(map(request.count, dense)))
         return result
 
     def get_dummy_inputs(self, *args: Any, **options: Any) -> Any:
         # requests may ask for all tokens, so that memory and budgets are measured with all of them
         inputs = super().get_dummy_inputs(*args, **options)
-        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: DENSE})
+        named = {**inputs.hf_processor_mm_kwargs, KEY: DENSE, VERSION_KEY: __version__}
+        return replace(inputs, hf_processor_mm_kwargs=named)
 
     def _request(self, inputs: Any) -> Request:
         config = self.info.ctx.model_config
         server = config.get_multimodal_config().mm_processor_kwargs
         request = wanted(inputs.hf_processor_mm_kwargs, server, config.hf_config)
-        images = inputs.mm_data_items.get("image")
-        if request.budget is None or not images:
+        for modality in self.refused:
+            # the inputs that memory is measured with hold all modalities, and are never answered
+            if inputs.mm_data_items.get(modality) and VERSION_KEY not in inputs.hf_processor_mm_kwargs:
+                raise UnsupportedError(
+                    f"a {modality}, which is not served in this model with vlmprune; send images only"
+                )
+        if request.budget is None:
             return request
-        if isinstance(images, ImageEmbeddingItems):
-            raise UnsupportedError(
-                f"{request.text!r} was asked for with image embeddings, whose rows were chosen elsewhere; "
-                f"send pixels, or ask for {DENSE!r}"
-            )
-        for grids in {self.grids(images, index) for index in range(len(images))}:
-            rehearse(request.text, self.facts(), grids)
+        for modality, items in inputs.mm_data_items.items():
+            if isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                raise UnsupportedError(
+                    f"{request.text!r} was asked for with {modality} embeddings, whose rows were chosen "
+                    f"elsewhere; send pixels, or ask for {DENSE!r}"
+                )
+            if modality not in self.counted:
+                raise UnsupportedError(
+                    f"{request.text!r} was asked for with a {modality}, which cannot be pruned in this model "
+                    f"here; send {' or '.join(self.counted)} only, or ask for {DENSE!r}"
+                )
+            for index in range(len(items)):
+                if items.get(index) is not None:  # named by a uuid alone: rehearsed when it was first sent
+                    self._rehearse(
+                        request, modality, self.pictures(items, index, inputs.hf_processor_mm_kwargs)
+                    )
         return request
 
-    def _count(self, request: Request, inputs: Any, result: Any) -> None:
-        images = inputs.mm_data_items.get("image")
-        if not images or isinstance(images, ImageEmbeddingItems):
-            return
-        patches = [
-            sum(rows * cols for rows, cols in self.grids(images, index)) for index in range(len(images))
-        ]
-        count_requested(request.text, patches, [request.count(n) for n in patches])
+    def _rehearse(self, request: Request, modality: str, pictures: Sequence[Grids]) -> None:
+        for grids in dict.fromkeys(pictures):
+            rehearse(request.text, self.facts(), grids, modality == "video")
+
+    def _items(self, inputs: Any) -> Iterable[Sequence[Grids]]:
+        """What is known beforehand of every item that has pixels."""
+        for modality in self.counted:
+            items = inputs.mm_data_items.get(modality)
+            if items is None or isinstance(items, EmbeddingItems | DictEmbeddingItems):
+                continue
+            for index in range(len(items)):
+                if items.get(index) is not None:
+                    yield self.pictures(items, index, inputs.hf_processor_mm_kwargs)
 
     def _postprocess_hf_mm_data(
         self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any
     ) -> Any:
         processed = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        if processed.get(self.pixels) is not None:
-            processed[KEY] = as_field(hf_processor_mm_kwargs[KEY], len(processed[self.pixels]))
+        for modality, name in self.counted.items():
+            if processed.get(name) is not None:
+                spec = as_field(hf_processor_mm_kwargs[KEY], len(processed[name]))
+                processed[field_name(modality)] = spec
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, KEY: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        ours = {
+            field_name(modality): MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+            for modality in self.counted
+        }
+        return {**fields, **ours}
 
     # the names of these arguments are vLLM's: it gives them by name
     def _get_prompt_updates(
@@ -110,19 +154,31 @@ class PruningProcessor(Base):
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         if request.budget is None:
             return updates
-        return [self._pruned(update, request, mm_items) for update in updates]
 
-    def _pruned(self, update: Any, request: Request, mm_items: Any) -> Any:
-        if update.modality != "image":
-            return update
-        dense = update.replacement
+        def surplus(modality: str, index: int) -> int:
+            found = self.processed(mm_items[modality], index, out_mm_kwargs, hf_processor_mm_kwargs)
+            # again, since options of the processor may have made another shape of it
+            self._rehearse(request, modality, found)
+            dense = [sum(rows * cols for rows, cols in grids) for grids in found]
+            return sum(n - request.count(n) for n in dense)
 
-        def replacement(index: int) -> Any:
-            patches = sum(rows * cols for rows, cols in self.grids(mm_items["image"], index))
-            given = dense(index) if callable(dense) else dense
-            return without(given, patches - request.count(patches))
+        return [_pruned(update, surplus) if update.modality in self.counted else update for update in updates]
 
-        return PromptReplacement(modality="image", target=update.target, replacement=replacement)
+
+def _pruned(update: Any, surplus: Callable[[str, int], int]) -> Any:
+    """An update of the prompt that stands for fewer tokens."""
+    dense = update.replacement
+
+    def replacement(index: int) -> Any:
+        given = dense(index) if callable(dense) else dense
+        return without(given, surplus(update.modality, index))
+
+    return PromptReplacement(modality=update.modality, target=update.target, replacement=replacement)
+
+
+def field_name(modality: str) -> str:
+    """The name under which specs ride beside the items of a modality."""
+    return KEY if modality == "image" else f"{KEY}_{modality}"
 
 
 def without(given: Any, surplus: int) -> Any:
@@ -130,6 +186,8 @@ def without(given: Any, surplus: int) -> Any:
 
     They are all alike, so that it does not matter which ones go; what stands between them stays.
     """
+    if surplus == 0:
+        return given
     full = list(given.full) if isinstance(given, PromptUpdateDetails) else list(given)
     embed = max(set(full), key=full.count)
     left = []

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 
 from ...core.method import Need
 from ...core.tokens import patches_first
 from ...errors import UnsupportedError
 from ...hooks.vision.capture import VisionCapture
 from ...hooks.vision.pictures import Picture
-from ...hooks.vision.tower import attention_of, find_blocks
+from ...hooks.vision.tower import InnerReader, attention_of, find_blocks
 from ..reduce import KeptRows, reduce_pictures
-from ..request import Request, read
+from ..request import Request
 from ..tally import TALLY
 
 Encoded = Any  # what a family's encoder returns
@@ -38,12 +37,19 @@ class WatchedTower:
         self.gather = (lambda heads: tensor_model_parallel_all_gather(heads, dim=1)) if shared else None
 
     def run(
-        self, needs: Sequence[Need], encode: Callable[[], Encoded]
+        self, needs: Sequence[Need], encode: Callable[[], Encoded], lengths: list[int] | None = None
     ) -> tuple[Encoded, Mapping[Need, Tensor]]:
-        """What ``encode`` returns, and what was captured: (T, n, channels) of T crops, [CLS] rows apart."""
+        """What ``encode`` returns, and what was captured: (T, n, channels) of T crops, [CLS] rows apart.
+
+        Args:
+            lengths: of the sequences of patches that the tower packs into one.
+        """
         capture = VisionCapture(
             self.tower, needs, [self.layer], self.projector, depth=self.depth, gather=self.gather
         )
+        for _, reader in capture.readers:
+            if isinstance(reader, InnerReader):
+                reader.lengths = lengths
         with capture as record:
             output = encode()
         return output, {need: patches_first(need.what, value) for need, value in record.take().items()}
@@ -60,25 +66,9 @@ def refuse_compiled(config: Any) -> None:
             )
 
 
-def at_once(config: Any, tokens: int) -> int:
-    """Pictures of ``tokens`` patches that the tower may encode together.
-
-    The scheduler counts the tokens that stay, the tower computes all of them: its memory is bounded by this.
-    """
-    return max(1, config.scheduler_config.max_num_encoder_input_tokens // tokens)
-
-
-def in_turns(
-    specs: Sequence[str], most: int, one_turn: Callable[[int, int, Request], Sequence[KeptRows]]
-) -> list[Tensor]:
-    """The rows of every picture of a batch, neighbours of one spec together, ``most`` at a time."""
-    rows: list[Tensor] = []
-    for text, group in groupby(range(len(specs)), key=lambda number: specs[number]):
-        numbers, request = list(group), read(text)
-        for start in range(numbers[0], numbers[-1] + 1, most):
-            end = min(start + most, numbers[-1] + 1)
-            rows += [kept.rows for kept in one_turn(start, end, request)]
-    return rows
+def most_tokens(config: Any) -> int:
+    """Tokens that the scheduler lets the encoder make in a step."""
+    return config.scheduler_config.max_num_encoder_input_tokens
 
 
 def cut(
@@ -89,6 +79,9 @@ def cut(
     for picture, one in zip(pictures, kept, strict=True):
         specials = picture.length - picture.count
         TALLY.add(request.text, picture.count, one.rows.shape[0] - specials, one.fallback is not None)
+    # every rank cuts the same pictures
+    if any(one.fallback is not None for one in kept) and get_tensor_model_parallel_rank() == 0:
+        TALLY.publish()
     return kept
 
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family inside vLLM: answers are those of vlmprune.prune with transformers.
+
+Steps of 24 tokens cut through pictures; pages of 32 let prompts share a prefix. An engine at a time: it is
+put away before the next one.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
+
+pytestmark = pytest.mark.vllm
+M_ROPE = ("qwen2_5_vl", "qwen3_vl")
+CLIPS = ("qwen2_5_vl", "qwen3_vl")  # what takes clips here
+# the others share all code with one of these
+SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+PARAMS = [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    made = tmp_path_factory.mktemp(family)
+    save(family, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def twin(family, folder) -> TinyTwin:
+    return TinyTwin(family, folder)
+
+
+@pytest.fixture(scope="module")
+def engine(family, folder):
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vlmprune.serving import overrides
+
+    made = vllm.LLM(
+        str(folder),
+        hf_overrides=overrides("divprune@9"),
+        dtype="float32",
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        long_prefill_token_threshold=24,
+        max_num_seqs=8,
+        block_size=32,
+        limit_mm_per_prompt={"image": 2} | ({"video": 1} if family in CLIPS else {}),
+        enable_prefix_caching=True,
+    )
+    yield made
+    made.llm_engine.engine_core.shutdown()
+    del made
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def outputs_of(engine, twin: TinyTwin, requests: list[dict]) -> list[Any]:
+    import vllm
+
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logit_bias=twin.never)
+    return engine.generate(requests, greedy, use_tqdm=False)
+
+
+def wrong(engine, twin: TinyTwin, jobs: list[tuple[dict, list[int]]]) -> list[tuple]:
+    outputs = outputs_of(engine, twin, [request for request, _ in jobs])
+    return [
+        (request["mm_processor_kwargs"], given, wanted)
+        for (request, wanted), output in zip(jobs, outputs, strict=True)
+        if (given := list(output.outputs[0].token_ids)) != wanted
+    ]
+
+
+def test_answers_are_those_of_transformers(family, engine, twin):
+    """Then again, when prefixes and pictures are cached."""
+    jobs = twin.jobs(FAMILIES[family].specs, 2)
+    assert wrong(engine, twin, jobs) == []
+    again = outputs_of(engine, twin, [request for request, _ in jobs])
+    assert max(output.num_cached_tokens for output in again) >= 32
+    assert [list(output.outputs[0].token_ids) for output in again] == [wanted for _, wanted in jobs]
+
+
+@pytest.mark.slow
+def test_every_spec_with_every_prompt(family, engine, twin):
+    jobs = twin.jobs(FAMILIES[family].specs, len(SHAPES), seed=7)
+    assert wrong(engine, twin, jobs) == []
+    # the model is random: if what stays did not matter to its answers, they would prove nothing
+    assert len({tuple(wanted) for _, wanted in jobs}) > len(jobs) // 3
+
+
+def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engine, twin):
+    from vllm.exceptions import VLLMValidationError
+
+    asked = {
+        "internvl": ("visionzip@9", "use cls=mean"),
+        "llava_next": ("fastervlm(layer=-1)@9", "first 3 of 4 blocks"),
+        "qwen2_5_vl": ("fastervlm(cls=mean, layer=1)@9", "inside windows"),
+    }
+    spec, why = asked.get(family, ("fastervlm@9", "cls=mean"))
+    request, inputs = twin.prompt(SHAPES[0], seed=3)
+    with pytest.raises(VLLMValidationError, match=why):
+        outputs_of(engine, twin, [{**request, "mm_processor_kwargs": {"vlmprune": spec}}])
+    job = {**request, "mm_processor_kwargs": {"vlmprune": "divprune@11"}}
+    assert wrong(engine, twin, [(job, twin.answer(inputs, "divprune@11"))]) == []
+
+
+def test_clips_are_pruned_where_that_works_and_refused_elsewhere(family, engine, twin):
+    if family not in CLIPS:
+        pytest.skip("clips of this family are refused, as of qwen3_vl")
+    from vllm.exceptions import VLLMValidationError
+
+    jobs = []
+    for frames, side in ((4, (168, 168)), (8, (100, 200))):
+        request, inputs = twin.clip(frames, side)
+        for spec in ("dense", "evs@0.5", "fastervlm(cls=mean)@30", "uniform@17"):
+            options = {"mm_processor_kwargs": {"vlmprune": spec}}
+            wanted = twin.answer(inputs, spec) if family == "qwen2_5_vl" else []
+            jobs.append(({**request, **options}, wanted))
+    if family == "qwen2_5_vl":
+        assert wrong(engine, twin, jobs) == []
+        return
+    for request, _ in jobs:
+        with pytest.raises(VLLMValidationError, match="video, which is not served"):
+            outputs_of(engine, twin, [request])
+
+
+def test_without_places_answers_are_wrong(family, engine, twin, monkeypatch):
+    """The mutant: kept tokens of a model with M-RoPE stand where their picture starts."""
+    if family not in M_ROPE:
+        pytest.skip("tokens of this family have no places")
+    from vlmprune.serving.vllm import mrope, qwen_vl
+
+    places = mrope.grid_places
+    monkeypatch.setattr(qwen_vl, "grid_places", lambda *grid: 0 * places(*grid))
+    assert wrong(engine, twin, twin.jobs(("uniform@19", "uniform@21"), 4, seed=11)) != []

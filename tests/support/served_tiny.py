@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random models as an engine loads them from a folder, their twins in transformers, and prompts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NEW = 6  # tokens of an answer
+# heads of the language model are as wide as vLLM's backend for CPUs wants them
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
+_OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
+_OF_QWEN = ("fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12", "divprune@9")
+# (height, width): wide, tall, square, very tall, and two pictures of different shape in one prompt
+SHAPES = (((84, 168),), ((200, 90),), ((168, 168),), ((250, 60),), ((100, 100), (168, 84)))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A family: what its small model is made with, and what is asked of it."""
+
+    specs: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
+
+
+FAMILIES = {
+    "llava_next": Served(_FEATURES + _OF_LLAVA, HEADS | {"head_dim": 32}, nested_tower=True),
+    "llava_onevision": Served((*_FEATURES, "fastervlm(cls=mean)@9", "zooprune@9"), HEADS, nested_tower=True),
+    "internvl": Served(
+        (*_FEATURES, "fastervlm@9", "fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12"), HEADS
+    ),
+    "qwen2_5_vl": Served(
+        _FEATURES + _OF_QWEN, HEADS | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}}
+    ),
+    "qwen3_vl": Served(
+        _FEATURES + _OF_QWEN,
+        HEADS
+        | {
+            "head_dim": 32,
+            "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        },
+    ),
+}
+
+
+def save(family: str, folder: Path) -> None:
+    """A model of a family, and its processor, as vLLM loads them."""
+    from safetensors.torch import load_file, save_file
+
+    from vlmprune.testing.tiny import tiny_model, tiny_processor
+
+    served = FAMILIES[family]
+    tiny_model(family, **served.options).save_pretrained(folder)
+    processor = tiny_processor(family)
+    if family.startswith("qwen"):
+        processor.video_processor.size = processor.image_processor.size
+        processor.video_processor.patch_size = processor.image_processor.patch_size
+    processor.save_pretrained(folder)
+    if served.nested_tower:
+        (file,) = folder.glob("*.safetensors")
+        plain, full = "vision_tower.", "vision_tower.vision_model."
+        weights = {
+            name if full in name else name.replace(plain, full): one for name, one in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+class TinyTwin:
+    """The model in transformers, and the processor as vLLM loads it: resizing differs between its forms."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        from transformers import AutoProcessor
+
+        from vlmprune.testing.tiny import tiny_model
+
+        self.model = tiny_model(family, **FAMILIES[family].options)
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}
+
+    def prompt(self, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> tuple[dict[str, Any], dict]:
+        """(request without a spec, inputs of transformers): random pictures with words between them."""
+        import numpy as np
+        from PIL import Image
+
+        draw = np.random.default_rng(seed)
+        images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+        text = " and ".join(["<image>"] * len(images)) + "\nwhat is it ? tell me"
+        inputs = self.processor(images=images, text=text, return_tensors="pt")
+        return self.request(text, {"image": images}), dict(inputs)
+
+    def clip(self, frames: int, side: tuple[int, int]) -> tuple[dict[str, Any], dict]:
+        """The same with a random clip."""
+        import numpy as np
+        from transformers.video_utils import VideoMetadata
+
+        array = np.random.default_rng(frames).integers(0, 256, (frames, *side, 3), dtype=np.uint8)
+        told = {"total_num_frames": frames, "fps": 24.0, "duration": frames / 24}
+        told |= {"frames_indices": list(range(frames)), "video_backend": "opencv"}
+        text = "look <video> what is it ? tell me"
+        inputs = self.processor(
+            videos=[array],
+            video_metadata=[VideoMetadata(**told)],
+            text=text,
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        video = (array, told | {"do_sample_frames": False})
+        return self.request(text, {"video": [video]}), dict(inputs)
+
+    def request(self, text: str, data: dict[str, list]) -> dict[str, Any]:
+        """A prompt with one placeholder per picture, for vLLM to fill in."""
+        return {"prompt_token_ids": self.processor.tokenizer(text)["input_ids"], "multi_modal_data": data}
+
+    def answer(self, inputs: dict, spec: str) -> list[int]:
+        import vlmprune
+
+        with vlmprune.prune(self.model, spec):
+            out = self.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def jobs(self, specs: tuple[str, ...], each: int, seed: int = 0) -> list[tuple[dict, list[int]]]:
+        """(request, answer of transformers), shuffled: every spec with ``each`` of the shapes of prompts."""
+        made = [self.prompt(sizes, seed + number) for number, sizes in enumerate(SHAPES)]
+        jobs = []
+        for number, spec in enumerate(specs):
+            for at in range(each):
+                request, inputs = made[(number + at) % len(made)]
+                options = {"mm_processor_kwargs": {"vlmprune": spec}}
+                jobs.append(({**request, **options}, self.answer(inputs, spec)))
+        random.Random(seed).shuffle(jobs)
+        return jobs

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL in vLLM: an item is all tiles of a picture, each with a budget of its own, as in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import interns1 as base
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from ...core.method import Need
+from ...errors import UnsupportedError
+from ...hooks.vision.pictures import Picture
+from ...models.internvl import shuffled_mean
+from ..names import KEY, VERSION_KEY
+from ..reduce import in_turns
+from ..request import Request, TowerFacts
+from .context import in_context
+from .processor import Grids, PruningProcessor, from_field
+from .towers import WatchedTower, cut, most_tokens, refuse_compiled
+
+
+def side_of(config: Any) -> int:
+    """Patches along a side of a tile."""
+    return config.vision_config.image_size[0] // config.vision_config.patch_size[0]
+
+
+def tokens_of(config: Any) -> int:
+    """Visual tokens along a side of a tile."""
+    return round(side_of(config) * config.downsample_ratio)
+
+
+class InternVLInfo(base.InternS1ProcessingInfo):
+    """Gives options to a processor without asking the context, so that our words are dropped here too."""
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        ours = (KEY, VERSION_KEY)
+        return super().get_hf_processor(**{name: kwargs[name] for name in kwargs if name not in ours})
+
+
+class InternVLProcessor(PruningProcessor, base.InternS1MultiModalProcessor):
+    """The processor of InternVL that promises fewer placeholders for images."""
+
+    counted: ClassVar[dict[str, str]] = {"image": "image_num_patches"}
+
+    def facts(self) -> TowerFacts:
+        config = self.info.ctx.model_config.hf_config
+        depth = config.vision_config.num_hidden_layers
+        return TowerFacts(
+            cls=True,
+            depth=depth,
+            loaded=depth,
+            layer=-1,
+            projector=False,
+            merges=round(1 / config.downsample_ratio) ** 2,
+        )
+
+    def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
+        size, processor = items.get_image_size(index), self.info.get_hf_processor(**options)
+        tokens = self.info.get_num_image_tokens(
+            image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=options
+        )
+        return self._tiles(tokens // processor.image_seq_length)
+
+    def processed(self, items: Any, index: int, out: Any, options: Mapping[str, Any]) -> Sequence[Grids]:
+        return self._tiles(int(out["image"][index]["image_num_patches"].data))
+
+    def _tiles(self, count: int) -> Sequence[Grids]:
+        side = tokens_of(self.info.ctx.model_config.hf_config)
+        return [((side, side),)] * count
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    InternVLProcessor, info=in_context(InternVLInfo), dummy_inputs=base.InternS1DummyInputsBuilder
+)
+class InternVLForConditionalGeneration(base.InternS1ForConditionalGeneration):
+    """InternVL: patches are shuffled, four to a token as released."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        refuse_compiled(vllm_config)
+        if config.vision_feature_layer != -1:
+            raise UnsupportedError(f"features of layer {config.vision_feature_layer}; expected the last, -1")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        depth = config.vision_config.num_hidden_layers
+        self.watched = WatchedTower(self.vision_tower, self.multi_modal_projector, -1, depth)
+        self.most, self.grid = most_tokens(vllm_config), (tokens_of(config), tokens_of(config))
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        field = kwargs.pop(KEY, None)
+        if field is None or kwargs.get("pixel_values") is None:
+            return super().embed_multimodal(**kwargs)
+        tiles = [int(count) for count in kwargs["image_num_patches"]]
+        pixels = kwargs["pixel_values"]  # (tiles of all items, 3, height, width)
+
+        def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
+            first = sum(tiles[:start])
+            pictures = self._encode(request, pixels[first : first + sum(tiles[start:end])])
+            kept = iter(cut(pictures, request, None))
+            return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
+
+        each = self.grid[0] * self.grid[1]
+        return in_turns(from_field(field), [count * each for count in tiles], self.most, one_turn)
+
+    def _encode(self, request: Request, pixels: Tensor) -> list[Picture]:
+        features, found = self.watched.run(request.needs, lambda: self.extract_feature(pixels))
+        patches = side_of(self.config) ** 2
+        captured = {need: self._by_token(need, value, patches) for need, value in found.items()}
+        return [
+            Picture(one, (self.grid,), {need: value[number] for need, value in captured.items()})
+            for number, one in enumerate(features)
+        ]
+
+    def _by_token(self, need: Need, value: Tensor, patches: int) -> Sequence[Tensor]:
+        """(N, channels) of every tile; the projector is given shuffled patches already."""
+        if need.what == "encoder_features":
+            return list(value)
+        side = side_of(self.config)
+        of_patches = value[:, value.shape[1] - patches :]
+        return [shuffled_mean(one, (side, side), self._shuffle) for one in of_patches]
+
+    def _shuffle(self, channels: Tensor) -> Tensor:
+        return self.pixel_shuffle(channels, scale_factor=self.downsample_ratio).flatten(1, 2)
