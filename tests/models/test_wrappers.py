@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models inside wrappers, and with weights in another form: the same tokens, or a clear refusal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+import vlmprune
+from vlmprune.errors import UnsupportedError
+from vlmprune.testing.conformance import generate
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
+
+INPUTS = tiny_inputs("llava", images=(1, 2))
+SPECS = ("fastervlm@9", "fastv@9")
+
+
+def kept(model: Any, spec: str, answers: bool = True) -> tuple[list[list[int]], Tensor]:
+    """Tokens that stay of every picture, and what is answered."""
+    with vlmprune.prune(model, spec) as run, torch.no_grad():
+        said = generate(model, INPUTS, max_new_tokens=3) if answers else model(**INPUTS).logits[:, -1]
+    return [one.keep_idx.tolist() for one in run.last.keep], said
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lora_equals_its_merged_model(spec: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj)"
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny_model("llava"), config)
+    found = kept(wrapped, spec)
+    merged = kept(copy.deepcopy(wrapped).merge_and_unload(), spec)
+    assert found[0] == merged[0] and torch.equal(found[1], merged[1])
+    assert not torch.equal(found[1], kept(tiny_model("llava"), spec)[1])
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    if not distributed.is_available() or distributed.is_initialized():
+        pytest.skip("needs a process group of its own")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_the_module_inside_ddp_is_pruned_and_the_wrapper_refused(group: None) -> None:
+    model = tiny_model("llava")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(UnsupportedError, match=r"give the one inside, its \.module"):
+        vlmprune.attach(wrapped, "fastervlm@9")
+    want = kept(tiny_model("llava"), "fastervlm@9", answers=False)
+    with vlmprune.prune(wrapped.module, "fastervlm@9") as run, torch.no_grad():
+        logits = wrapped(**INPUTS).logits[:, -1]
+    assert [one.keep_idx.tolist() for one in run.last.keep] == want[0] and torch.equal(logits, want[1])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sharded_model_keeps_the_same_tokens(group: None, spec: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = tiny_model("llava"), init_device_mesh("cpu", (1,))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found, want = kept(model, spec, answers=False), kept(tiny_model("llava"), spec, answers=False)
+    assert found[0] == want[0]
+    torch.testing.assert_close(found[1], want[1])
+
+
+def test_a_decoder_in_int8_keeps_what_the_tower_chose() -> None:
+    model = tiny_model("llava")
+    want = kept(model, "fastervlm@9")
+    quantised = torch.ao.quantization.quantize_dynamic(model.model.language_model, {nn.Linear}, torch.qint8)
+    model.model.language_model = quantised
+    assert kept(model, "fastervlm@9")[0] == want[0]
