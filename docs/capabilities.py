@@ -4,7 +4,8 @@
     python docs/capabilities.py                      all of it, half an hour of one core
     python docs/capabilities.py --jobs 4             the same with four families at a time
     python docs/capabilities.py --family qwen3_vl    one family, the others as they were
-    python docs/capabilities.py --method mine        one method in every family, the others as they were
+    python docs/capabilities.py --method mine        one method in every family, the others as they were,
+                                                     or not measured in a family that is new
     python docs/capabilities.py --quick              without torch.compile and device_map, which take longest
     python docs/capabilities.py --least              of methods only whether they run, else as --quick
 
@@ -29,13 +30,16 @@ from vlmprune.models import families
 from vlmprune.testing.capabilities import (
     ASSET,
     CAPABILITIES,
+    OF_FEATURES,
     OF_METHODS,
     SLOW,
     SPEC,
     measure,
     method_names,
     or_not,
+    spec_for,
 )
+from vlmprune.testing.conformance import default_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "vlmprune" / "assets" / ASSET, ROOT / "docs" / "capabilities.md"
@@ -72,7 +76,7 @@ def measured(
     known: Mapping[str, Any],
     left_out: tuple[Sequence[str], Sequence[str]],
 ) -> dict[str, Any]:
-    """Some methods of one family; the rest as ``known``, or measured where nothing is known of the family.
+    """Some methods of one family; the rest as ``known``, or not measured where nothing is known of them.
 
     Args:
         left_out: what is not measured, of the family and of its methods.
@@ -85,14 +89,20 @@ def measured(
         raise SystemExit(
             f"{family} was measured with {old}, here is {here}; measure it whole: leave --method out"
         )
-    found = {name: measure(family, name, of_methods) for name in (methods if known else method_names())}
-    rest = {name: row for name, row in known.get("methods", {}).items() if name in method_names()}
+    found = {name: measure(family, name, of_methods) for name in methods}
+    rest = {name: left_alone(name) for name in method_names()}
+    rest |= {name: row for name, row in known.get("methods", {}).items() if name in rest}
     return {
         "measured_with": here,
         "capabilities": known.get("capabilities")
-        or {name: or_not(family, SPEC, name, of_family) for name in CAPABILITIES},
-        "methods": {name: found.get(name) or rest[name] for name in method_names() if name in found | rest},
+        or {name: or_not(family, spec_for(family), name, of_family) for name in CAPABILITIES},
+        "methods": {name: found.get(name) or rest[name] for name in method_names()},
     }
+
+
+def left_alone(method: str) -> dict[str, str]:
+    """What is said of a method that was never measured on a family."""
+    return {"spec": default_spec(method), "runs": f"not measured: {method} was left out"}
 
 
 def write(rows: dict[str, dict]) -> None:
@@ -108,7 +118,8 @@ def page(rows: dict[str, dict]) -> str:
     text += (
         "Made by `docs/capabilities.py` from conformance checks on tiny random models; not edited by hand.\n"
     )
-    text += f"\n## Families\n\nMeasured with `{SPEC}`.\n\n"
+    text += f"\n## Families\n\nMeasured with `{SPEC}`, or with `{OF_FEATURES}` where nothing is read of the "
+    text += "tower.\n\n"
     text += grid(rows, lambda row: {name: mark(one, notes) for name, one in row["capabilities"].items()})
     text += (
         "\n## Methods\n\nEach with its default options and a quarter of the tokens, or the least "

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vlmprune.cli import app
 from vlmprune.models import families
-from vlmprune.testing.capabilities import CAPABILITIES, OF_METHODS, SPEC, cell, method_names, stale, table
+from vlmprune.testing.capabilities import CAPABILITIES, OF_METHODS, cell, method_names, spec_for, stale, table
 
 ROOT = Path(__file__).parents[1]
 METHODS = method_names()
@@ -77,7 +77,7 @@ def test_the_table_says_what_is_measured_again(
 ) -> None:
     row = table()["families"][family]
     known = row["capabilities"] if method is None else row["methods"][method]
-    spec, name = (SPEC, capability) if method is None else (known["spec"], capability or "runs")
+    spec, name = (spec_for(family), capability) if method is None else (known["spec"], capability or "runs")
     if name not in known:
         pytest.skip(known["runs"])
     again = cell(family, spec, capability)

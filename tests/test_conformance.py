@@ -21,7 +21,7 @@ from vlmprune.hooks.slots import before_lm
 from vlmprune.hooks.slots.inside_lm import InsideLM
 from vlmprune.registry import attachable_methods, get
 from vlmprune.testing.conformance import Subject, all_checks, checks_for, default_spec, run_check, run_checks
-from vlmprune.testing.families import layout_of
+from vlmprune.testing.families import family_of, layout_of
 from vlmprune.testing.tiny import FAMILIES, LLAVA_FAMILIES, VARIANTS
 
 METHODS = [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
@@ -79,7 +79,8 @@ def sample() -> Iterator[tuple[Subject, str]]:
             yield from ((Subject(spec, family), check) for check in checks)
     # of the families that came later a few checks each, by name
     for family in LATER:
-        for spec in (ALL_CHECKS, "fastv@0.25"):
+        first = ALL_CHECKS if family_of(family).reads_tower else "divprune@0.25"
+        for spec in (first, "fastv@0.25"):
             for check in all_checks():
                 if sampled(f"{spec} {family} {check}", 30):
                     yield Subject(spec, family), check
@@ -119,6 +120,8 @@ NO_CLS = {
     *LATER,
 }
 MERGERS = {
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "cosmos3_omni", "cohere_compass", "glmga"),
+    *("exaone4_5", "lfm3_vl", "cosmos3_edge", "paddleocr_vl"),
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -130,11 +133,14 @@ MERGERS = {
     "glm4v_moe",
     "glm_ocr",
 }
+UNREAD = {family for family in FAMILIES if not family_of(family).reads_tower}
 REFUSALS = {
+    "reads features only": UNREAD,
     "cls='mean'": NO_CLS,
     "estimator='zo'": {*MERGERS, *LATER, "idefics3", "smolvlm", "paligemma", "gemma3"},
     "become": MERGERS,
     "eager attention only": {"paligemma"},
+    "prune before the language model": {"ernie4_5_vl_moe"},  # layers are given token types
     "inside the vision tower": {
         "vipllava",
         "fast_vlm",

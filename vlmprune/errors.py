@@ -23,6 +23,10 @@ class CaptureError(VlmPruneError):
     """Something a method needs could not be read from the model."""
 
 
+class GridError(CaptureError, UnsupportedError):
+    """A method needs the rows and columns that tokens form, and they are not known."""
+
+
 class InvariantError(VlmPruneError):
     """The library caught itself, a method or a caller about to produce a wrong result."""
 

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from later_families import param
 from torch import Tensor, nn
 
 import vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.models import adapter_for, families
 from vlmprune.testing.conformance import generate, shared_model
+from vlmprune.testing.families import family_of
 from vlmprune.testing.reference import (
     by_row,
     greedy,
@@ -268,7 +270,7 @@ def wrapped(model: nn.Module) -> nn.Module:
         (lambda: nn.DataParallel(shared_model("llava", None, None)), "one process per device"),
         (
             lambda: foreign("kosmos-2"),
-            r"'kosmos-2' is not supported: a resampler .*; families with an adapter: \['aya_vision'",
+            r"'kosmos-2' is not supported: a resampler .*; families with an adapter: \['aria'",
         ),
         (lambda: foreign("mllama"), r"cross-attention.*'qwen2_5_vl'.*Run it dense"),
         (
@@ -306,13 +308,15 @@ def test_an_unknown_vision_tower_is_refused() -> None:
         adapter_for(model)
 
 
-def test_every_family_finds_its_parts() -> None:
-    for family in families():
-        if missing(family):
-            continue
-        adapter = adapter_for(shared_model(family, None, None))
-        assert adapter.model_type == family == adapter.config.model_type
-        assert len(adapter.language_model.layers) == 4 and isinstance(adapter.projector, nn.Module)
-        assert adapter.cls == (
-            family in ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl")
-        )
+WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "video_llava", "internvl", "qianfan_ocr")
+
+
+@pytest.mark.parametrize("family", [param("parts", family) for family in families()])
+def test_every_family_finds_its_parts(family: str) -> None:
+    if missing(family):
+        pytest.skip(missing(family))
+    adapter = adapter_for(shared_model(family, None, None))
+    assert adapter.model_type == family == adapter.config.model_type
+    assert len(adapter.language_model.layers) == 4
+    assert isinstance(adapter.projector, nn.Module) == family_of(family).reads_tower
+    assert adapter.cls == (family in WITH_CLS)

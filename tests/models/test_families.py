@@ -32,7 +32,9 @@ from vlmprune.testing.tiny_configs import missing
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LATE = ("glm4v", "mistral3", "lighton_ocr", "cohere2_vision", "aya_vision", "lfm2_vl", "ovis2", "qwen3_5")
-MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3", *LATE)
+NEW = ("gemma4", "paddleocr_vl", "kimi_k25", "ernie4_5_vl_moe", "cosmos3_edge", "exaone4_5", "qianfan_ocr")
+NEW += ("hyperclovax_vision_v2", "qwen2_5_omni_thinker")
+MERGING = ("internvl", *QWEN, "idefics3", "smolvlm", "gemma3", *LATE, *NEW)
 TYPED = ("paligemma", "gemma3")
 WITH_CLIPS = {
     "llava_next_video": 9,
@@ -70,9 +72,8 @@ def blind(family: str) -> Any:
     model = tiny_model(family)
     blocks = find_blocks(adapter_for(model).vision_tower)
     for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear) and not (
-            name.startswith("0.") and name.endswith(("q_proj", "k_proj", "qkv"))
-        ):
+        first = name.startswith("0.") and name.removesuffix(".linear").endswith(("q_proj", "k_proj", "qkv"))
+        if isinstance(module, nn.Linear) and not first:
             module.weight.zero_()
             if module.bias is not None:
                 module.bias.zero_()
@@ -95,8 +96,8 @@ def what_was_captured(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 def with_other_patch(inputs: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
     pixels = inputs["pixel_values"].clone()
-    if pixels.ndim < 4:
-        pixels.flatten(0, -2)[patch] += 1
+    if pixels.ndim < 4 or "image_grid_thw" in inputs:
+        (pixels.flatten(0, -2) if pixels.ndim < 4 else pixels)[patch] += 1
     else:
         side = int(inputs["image_sizes"][0, 1] if "image_sizes" in inputs else pixels.shape[-1]) // 14
         row, col = patch // side * 14, patch % side * 14
@@ -146,8 +147,9 @@ def test_the_projector_makes_the_features_of_what_it_is_said_to_read(family: str
     assert checked == 3
 
 
-def test_clips_at_placeholders_of_images_are_refused() -> None:
-    model, inputs = available("glm4v"), tiny_inputs("glm4v")
+@pytest.mark.parametrize("family", ["glm4v", "kimi_k25", "ernie4_5_vl_moe"])
+def test_clips_that_are_read_in_another_way_are_refused(family: str) -> None:
+    model, inputs = available(family), tiny_inputs(family)
     pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
     with (
         pytest.raises(UnsupportedError, match="give the frames as images"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from ..errors import CaptureError, SpecError
+from ..errors import CaptureError, GridError, SpecError
 from .deferred import NOW, Checks, Explain
 
 if TYPE_CHECKING:
@@ -303,12 +303,16 @@ class VisualTokens:
         if layer is not None:
             return self._of_layer(name, layer)
         value = getattr(self, name)
+        if name == "grids" and value == ():
+            raise GridError(
+                "this method needs 'grids', the rows and columns that tokens form, and they are not known "
+                "here; pass grid=..., or use a method that reads features only, e.g. 'divprune@64'"
+            )
         if value is None or value == ():
             given = {one.name: getattr(self, one.name) for one in fields(self)}
             have = [name for name, held in given.items() if isinstance(held, Tensor) or callable(held)]
-            keyword = "grid" if name == "grids" else name  # of select
             raise CaptureError(
-                f"this method needs {name!r}; given were {have}. Pass {keyword}=..., or declare it in the "
+                f"this method needs {name!r}; given were {have}. Pass {name}=..., or declare it in the "
                 "method's needs"
             )
         return value

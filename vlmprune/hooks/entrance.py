@@ -210,8 +210,9 @@ def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) 
     return changed | followed(state, adapter, kwargs)
 
 
-# keywords along the sequence that have a rule of their own; the last is followed where features are added
-_KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "visual_pos_masks")
+# keywords along the sequence that have a rule of their own, or that a decoder does not read (labels: Gemma 4
+# hands on all that it is given); the last is followed where features are added
+_KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "visual_pos_masks")
 
 
 def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -296,6 +296,15 @@ def _not_finite(modality: Modality, need: Need) -> CaptureError:
     )
 
 
+def refuse_clips(model_type: str, how: str, modality: Modality, arguments: Mapping[str, Any]) -> None:
+    """Refuse clips where a family reads them in a way that this package does not follow."""
+    if modality.name == "video" and arguments.get(modality.pixels) is not None:
+        raise UnsupportedError(
+            f"{model_type} {how}, which this package does not follow yet; give the frames as images, or run "
+            "the clip dense"
+        )
+
+
 def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
     """Refuse pixels of the wrong form; None is no pixels."""
     if pixels is None:

@@ -69,3 +69,9 @@ class Gemma3Adapter(Adapter):
     ) -> tuple[tuple[int, int], ...]:
         side = self.projector.connector.tokens_per_side
         return ((side, side),)
+
+
+class ShieldGemma2Adapter(Gemma3Adapter):
+    """Checkpoints whose config says shieldgemma2, loaded to generate; their class is that of Gemma 3."""
+
+    model_type = "shieldgemma2"

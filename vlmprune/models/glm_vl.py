@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UnsupportedError
-from .base import Modality
+from .base import Modality, refuse_clips
 from .qwen_vl import Qwen2VLAdapter
 
 
@@ -19,11 +18,8 @@ class Glm4vAdapter(Qwen2VLAdapter):
     merges_first = True
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
-        if modality.name == "video" and arguments.get(modality.pixels) is not None:
-            raise UnsupportedError(
-                f"{self.model_type} puts the frames of a clip at placeholders of images, which this package "
-                "does not tell apart yet; give the frames as images, or run the clip dense"
-            )
+        how = "puts the frames of a clip at placeholders of images"
+        refuse_clips(self.model_type, how, modality, arguments)
         super().check(arguments, modality)
 
 
@@ -38,6 +34,12 @@ class Glm46VAdapter(Glm4vAdapter):
     """Glm46VForConditionalGeneration, with the tower of GLM-4.1V."""
 
     model_type = "glm46v"
+
+
+class GlmgaAdapter(Glm46VAdapter):
+    """Checkpoints whose config says glmga; their class is that of GLM-4.6V."""
+
+    model_type = "glmga"
 
 
 class GlmOcrAdapter(Glm4vAdapter):

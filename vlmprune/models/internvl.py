@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: patches are shuffled, four to a token as released, before the projector."""
+"""InternVL and Qianfan-OCR: patches are shuffled, four to a token as released, before the projector."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class InternVLAdapter(Adapter):
     def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         if Need("cls_features") in as_needs(needs):
             raise UnsupportedError(
-                "the projector of internvl reads four shuffled patches at once, so a [CLS] token cannot pass "
-                "it: use cls='mean', e.g. visionzip(cls='mean')"
+                f"the projector of {self.model_type} reads four shuffled patches at once, so a [CLS] token "
+                "cannot pass it: use cls='mean', e.g. visionzip(cls='mean')"
             )
         return super().capture(needs)
 
@@ -56,6 +56,13 @@ class InternVLAdapter(Adapter):
         self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
     ) -> tuple[tuple[int, int], ...]:
         return (self._shrunk(grid),)
+
+
+class QianfanOcrAdapter(InternVLAdapter):
+    """QianfanOCRForConditionalGeneration, built as InternVL is."""
+
+    model_type = "qianfan_ocr"
+    towers = ("qianfan_ocr_vision",)
 
 
 def shuffled_mean(patches: Tensor, grid: tuple[int, int], shuffle: Any) -> Tensor:

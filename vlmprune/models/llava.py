@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5 and VipLLaVA: one crop per image, patches in raster order."""
+"""LLaVA-1.5, VipLLaVA, Janus, DeepSeek-VL: one crop per image, patches in raster order."""
 
 from __future__ import annotations
 
@@ -23,3 +23,21 @@ class VipLlavaAdapter(Adapter):
     def layers(self) -> list[int]:
         layer = getattr(self.config, "vision_feature_layers", None) or self.config.vision_feature_layer
         return [layer] if isinstance(layer, int) else list(layer)
+
+
+class JanusAdapter(Adapter):
+    """JanusForConditionalGeneration where it writes text; pictures that it draws are no part of a prompt."""
+
+    model_type = "janus"
+    shortens = True
+    towers = ("janus_vision_model",)
+    tower, connector = "vision_model", "aligner"
+
+
+class DeepseekVLAdapter(Adapter):
+    """DeepseekVLForConditionalGeneration."""
+
+    model_type = "deepseek_vl"
+    shortens = True
+    towers = ("siglip_vision_model",)
+    tower, connector = "vision_model", "aligner"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL to Qwen3.5: pictures of any size in one sequence, merged to tokens by the projector.
+"""Qwen2-VL to Qwen3.5 and their children: pictures of any size in one sequence, merged to tokens.
 
 Tokens have places in their picture (M-RoPE), which a cut leaves as they are.
 """
@@ -183,6 +183,33 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     model_type = "qwen3_vl"
     towers = ("qwen3_vl", "qwen3_vl_vision")
     deepstack = "_deepstack_process"
+
+
+class Cosmos3OmniAdapter(Qwen3VLAdapter):
+    """Cosmos3OmniForConditionalGeneration, with the tower and the decoder of Qwen3-VL."""
+
+    model_type = "cosmos3_omni"
+
+
+class CohereCompassAdapter(Qwen3VLAdapter):
+    """CohereCompassForConditionalGeneration: a tower like Qwen3-VL's in front of a decoder of Cohere's."""
+
+    model_type = "cohere_compass"
+    towers = ("cohere_compass_vision",)
+
+
+class Qwen2_5OmniThinkerAdapter(Qwen2_5VLAdapter):
+    """Qwen2_5OmniThinkerForConditionalGeneration, ``.thinker`` of the whole model; sounds stay."""
+
+    model_type = "qwen2_5_omni_thinker"
+    towers = ("qwen2_5_omni_vision_encoder",)
+
+
+class Qwen3OmniMoeThinkerAdapter(Qwen3VLAdapter):
+    """Qwen3OmniMoeThinkerForConditionalGeneration, likewise."""
+
+    model_type = "qwen3_omni_moe_thinker"
+    towers = ("qwen3_omni_moe_vision_encoder",)
 
 
 class Qwen3VLMoeAdapter(Qwen3VLAdapter):

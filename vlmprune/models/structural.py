@@ -9,18 +9,18 @@ order in which they were encoded is checked in every call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.deferred import Checks
-from ..core.method import Need, What, as_needs
+from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
-from ..hooks.vision.capture import VisionCapture
 from ..hooks.vision.pictures import Picture
 from .base import Adapter, Modality, feature_list
+from .unread import UnreadAdapter
 
 _TEXTS = ("language_model", "text_model")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
@@ -32,13 +32,12 @@ _TOKENS = {
 _KINDS = {"full_attention", "sliding_attention", "linear_attention", "conv"}
 # something of every token beside its embedding, by the names that models of transformers give it
 _ALIGNED = ("per_layer_inputs", "moe_mm_token_type_ids", "ple_input_ids")
-# what can be read without knowing the tower
-_OF_FEATURES = ("features", "text_embeds")
 
 
-class StructuralAdapter(Adapter):
+class StructuralAdapter(UnreadAdapter):
     """Any model of the structure above."""
 
+    unread = "has no adapter of its own"
     checks_features = True
     note = "no adapter of its own: parts were found by structure"
 
@@ -107,15 +106,6 @@ class StructuralAdapter(Adapter):
             raise self._unlike("features are added to hidden states (DeepStack) in a way that is not known")
         if hasattr(type(self.model), "create_masks_for_generate"):
             raise self._unlike("it makes masks before its decoder, by a rule that is not known")
-
-    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
-        unknown = sorted({need.what for need in as_needs(needs)} - set(_OF_FEATURES))
-        if unknown:
-            raise UnsupportedError(
-                f"{self.model_type!r} has no adapter of its own, so that {unknown} cannot be read of it; "
-                "use a method that reads features only, e.g. 'divprune@64'"
-            )
-        return VisionCapture(self.vision_tower, (), ())
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         """Nothing is captured, so nothing can be misread."""

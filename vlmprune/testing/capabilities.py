@@ -37,12 +37,13 @@ from .conformance import (
     report_of,
     run_check,
 )
-from .families import layout_of
+from .families import family_of, layout_of
 from .reference import language_model
 from .tiny import tiny_inputs
 
 ASSET = "capabilities.json"
-SPEC = "fastervlm(cls=mean)@9"  # what the capabilities of a family are measured with; every tower can give it
+# what the capabilities of a family are measured with; the second where nothing is read of the tower
+SPEC, OF_FEATURES = "fastervlm(cls=mean)@9", "divprune@9"
 
 
 def batch(subject: Subject) -> None:
@@ -206,6 +207,11 @@ OPTIONS = {
 }  # what a refusal says, and the option in a spec
 
 
+def spec_for(family: str) -> str:
+    """What the capabilities of a family are measured with."""
+    return SPEC if family_of(family).reads_tower else OF_FEATURES
+
+
 def method_names() -> list[str]:
     """The built-in methods."""
     return [name for name in attachable_methods() if get(name).__module__.startswith("vlmprune.")]
@@ -260,7 +266,7 @@ def _named(refusal: str, tried: list[str]) -> list[str]:
     return [text for hint, text in OPTIONS.items() if hint in refusal and text not in tried][:1]
 
 
-def cell(family: str, spec: str = SPEC, capability: str | None = None) -> str:
+def cell(family: str, spec: str, capability: str | None = None) -> str:
     """One cell: "yes", "no: what works instead" or "not measured: why"; a failure raises."""
     check = runs if capability is None else CAPABILITIES[capability]
     try:

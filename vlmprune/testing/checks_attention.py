@@ -59,7 +59,7 @@ def composes_with_a_cut(subject: Subject) -> None:
     model, inputs = subject.fresh_model(), subject.inputs((1,))
     model.set_attn_implementation("eager")
     method = subject.method.prepare(language_model(model))
-    with prune(subject.model, f"{subject.spec}+uniform@9") as run:
+    with prune(subject.model, f"{subject.spec}+random@9") as run:
         ids = generate(subject.model, inputs)[0].tolist()
         marks = tower_marks(run, inputs)
     expect(

@@ -108,7 +108,7 @@ def works_behind_a_cut(subject: Subject) -> None:
     """Beside a cut before the language model it looks at the kept tokens."""
     model, inputs = subject.fresh_model(), subject.inputs((1,))
     model.set_attn_implementation("eager")
-    with prune(subject.model, f"{subject.spec}+uniform@9") as run:
+    with prune(subject.model, f"{subject.spec}+random@9") as run:
         ids = generate(subject.model, inputs, max_new_tokens=7)[0].tolist()
     policy = run.attachment.policy(run.slots["before_lm"].method)
     kept = kept_by_hand(model, inputs, report_of(run).keep, policy)[0]

@@ -27,6 +27,7 @@ from ..hooks.session import Session
 from ..models import adapter_for
 from ..registry import get, list_methods
 from ..spec import Budget, parse
+from .families import FAMILIES as KNOWN
 from .processors import GRID
 from .tiny import FAMILIES, LAYERS, tiny_inputs, tiny_model, tiny_row
 
@@ -253,10 +254,9 @@ def run_checks(
         on_result: called after each check, for progress.
     """
     for family in families or ():
-        if family not in FAMILIES:
+        if family not in KNOWN:
             raise SpecError(
-                f"unknown family {family!r}; expected one of "
-                f"{list(FAMILIES)}.{did_you_mean(family, FAMILIES)}"
+                f"unknown family {family!r}; expected one of {list(KNOWN)}.{did_you_mean(family, KNOWN)}"
             )
     results = []
     for family in families or FAMILIES:

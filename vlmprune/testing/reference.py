@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.keepmap import KeepMap
 from ..models import adapter_for
-from .reference_masks import blocks_of, mask_by_hand
+from .reference_masks import attends_both_ways, blocks_of, mask_by_hand
 
 
 @dataclass
@@ -26,13 +26,16 @@ class Kept:
     after early layers.
 
     ``stacked`` holds one (n, D) per layer, zero where nothing is added (DeepStack). ``blocks`` (n,) numbers
-    the sets of tokens that attend to each other both ways, -1 for tokens that are in none.
+    the sets of tokens that attend to each other both ways, -1 for tokens that are in none. ``beside`` (1, m,
+    layers, d) is what layers are given of each token beside its hidden state (Gemma 4); text behind the first
+    m tokens has its own, which the model finds by its embedding.
     """
 
     embeds: Tensor
     positions: Tensor
     stacked: list[Tensor] = field(default_factory=list)
     blocks: Tensor | None = None
+    beside: Tensor | None = None
 
     def grown(self, rows: Tensor) -> Kept:
         """With (1, t, D) rows of text behind it."""
@@ -40,14 +43,22 @@ class Kept:
         stacked = [torch.cat([one, torch.zeros_like(rows[0])]) for one in self.stacked]
         blocks = None if self.blocks is None else nn.functional.pad(self.blocks, (0, rows.shape[1]), value=-1)
         return Kept(
-            torch.cat([self.embeds, rows], 1), torch.cat([self.positions, numbers], -1), stacked, blocks
+            torch.cat([self.embeds, rows], 1),
+            torch.cat([self.positions, numbers], -1),
+            stacked,
+            blocks,
+            self.beside,
         )
 
     def columns(self, keep: Tensor) -> Kept:
         """Only the columns of a mask or of indices (n,)."""
         blocks = None if self.blocks is None else self.blocks[keep]
         return Kept(
-            self.embeds[:, keep], self.positions[..., keep], [one[keep] for one in self.stacked], blocks
+            self.embeds[:, keep],
+            self.positions[..., keep],
+            [one[keep] for one in self.stacked],
+            blocks,
+            None if self.beside is None else self.beside[:, keep],
         )
 
     def recounted(self) -> Kept:
@@ -88,18 +99,36 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
         full = torch.zeros_like(embeds)
         full[call["visual_pos_masks"]] = features.detach()
         stacked.append(full)
-    rows = []
+    rows, beside = [], call.get("per_layer_inputs")
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         numbers = torch.arange(int(mask.sum()))[None] + (
             model.config.model_type == "paligemma"
         )  # which counts from 1
         if places is not None and places.ndim == 3:  # places in pictures, which the model knows
             numbers = places[-3:, row : row + 1, mask]
-        blocks = None
-        if "token_type_ids" in inputs:
-            blocks = blocks_of(model.config.model_type, inputs["token_type_ids"][row, mask])
-        rows.append(Kept(embeds[row : row + 1, mask], numbers, [one[row, mask] for one in stacked], blocks))
+        blocks, types = None, inputs.get(adapter_for(model).types)
+        if types is not None and attends_both_ways(model.config):
+            blocks = blocks_of(model.config.model_type, types[row, mask])
+        rows.append(
+            Kept(
+                embeds[row : row + 1, mask],
+                numbers,
+                [one[row, mask] for one in stacked],
+                blocks,
+                None if beside is None else beside[row : row + 1, mask].detach(),
+            )
+        )
     return rows
+
+
+def beside_all(model: Any, kept: Kept) -> Tensor | None:
+    """(1, n, layers, d) of all tokens, also of text that stands behind the first."""
+    if kept.beside is None:
+        return None
+    text = kept.embeds[:, kept.beside.shape[1] :]
+    if not text.shape[1]:
+        return kept.beside
+    return torch.cat([kept.beside, language_model(model).get_per_layer_inputs(None, text)], dim=1)
 
 
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:
@@ -183,6 +212,8 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
             for i, kind in enumerate(kinds or ["all"])
         }
         extra["attention_mask"] = masks if kinds else masks["all"]
+    if kept.beside is not None:
+        extra["per_layer_inputs"] = beside_all(model, kept)
     if kept.stacked:
         extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
         extra["deepstack_visual_embeds"] = kept.stacked
@@ -240,7 +271,7 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
 
 def legible(dense: Kept) -> str | None:
     """The policy of a session whose columns ``read_rows`` can tell; None where the family has only one."""
-    if dense.blocks is not None:
+    if dense.blocks is not None or dense.beside is not None:
         return "original"
     return "compact" if dense.positions.ndim == 2 else None
 
@@ -261,9 +292,9 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
     finally:
         handle.remove()
     rows = seen[0]["inputs_embeds"].detach().clone()
-    if dense.positions.ndim == 2 and dense.blocks is None:
+    if legible(dense) == "compact":
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
-    if dense.blocks is not None:
+    if dense.positions.ndim == 2:
         columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
         return replace(dense.columns(columns), embeds=rows), columns.tolist()
     columns = seen[0]["position_ids"][0, 0]  # generate puts the number of every token before its places

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Method
-from .reference import Kept, language_model
-from .reference_inside import last_norm
+from .reference import Kept, beside_all, language_model
+from .reference_inside import last_norm, shared_keys
 from .reference_masks import angles_by_hand, mask_by_hand
 
 # number of a layer, what enters it, its mask, its maps, their logits, its values -> outputs of the heads
@@ -101,7 +101,12 @@ class AttentionTwin:
         hidden = kept.embeds
         n = hidden.shape[1]
         layers = self.method.acts_on(len(lm.layers))
+        options, beside = shared_keys(lm.layers[0]), beside_all(self.model, kept)
+        if beside is not None:
+            beside = lm.project_per_layer_inputs(hidden, beside)
         for index, layer in enumerate(lm.layers):
+            if beside is not None:
+                options["per_layer_input"] = beside[:, :, index]
             angles = angles_by_hand(lm, index, hidden, kept.positions)
             if not hasattr(layer, "self_attn"):  # it keeps a running state: there is no attention to edit
                 hidden = layer(hidden, position_embeddings=angles, attention_mask=None)
@@ -111,7 +116,7 @@ class AttentionTwin:
             if mix is not None and index in layers:
                 edit = partial(mix, index, hidden, mask)
             with eager_edited(layer.self_attn, edit):
-                hidden = layer(hidden, position_embeddings=angles, attention_mask=mask)
+                hidden = layer(hidden, position_embeddings=angles, attention_mask=mask, **options)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             if index < len(kept.stacked):
                 hidden = hidden + kept.stacked[index]

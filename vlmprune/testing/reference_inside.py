@@ -16,7 +16,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core.method import CutPoint, Merged, Method, needs, needs_of
@@ -28,13 +28,18 @@ from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
 
 def first_norm(layer: Any) -> Any:
-    """What stands in front of the attention of a layer."""
-    return getattr(layer, "input_layernorm", None) or layer.operator_norm
+    """What stands in front of the attention of a layer; nothing does in EXAONE 4, which norms behind it."""
+    return getattr(layer, "input_layernorm", None) or getattr(layer, "operator_norm", nn.Identity())
 
 
 def last_norm(language_model: Any) -> Any:
     """What stands between the last layer and the head."""
     return getattr(language_model, "norm", None) or language_model.embedding_norm
+
+
+def shared_keys(layer: Any) -> dict[str, Any]:
+    """Where a layer of Gemma 4 puts its keys for later layers, if any share them."""
+    return {"shared_kv_states": {}} if "shared_kv_states" in signature(layer.forward).parameters else {}
 
 
 class Said(NamedTuple):
@@ -203,10 +208,11 @@ class Twin:
             position_embeddings=angles,
             attention_mask=mask,
             **options,
+            **shared_keys(layer),
         )[1]
         layers: Any = cache.layers  # of attention: those of other kinds hold no keys
         said = Said(maps, layers[index].keys.transpose(1, 2) if options else None)
-        out = layer(hidden, attention_mask=mask, position_embeddings=angles)
+        out = layer(hidden, attention_mask=mask, position_embeddings=angles, **shared_keys(layer))
         return (out[0] if isinstance(out, tuple) else out), said
 
     def greedy(self, new_tokens: int, given: Sequence[int] = ()) -> list[int]:

@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 
+def attends_both_ways(config: Any) -> bool:
+    """Whether some tokens of a model attend to later ones, by their types."""
+    if config.model_type == "gemma4":
+        return config.text_config.use_bidirectional_attention == "vision"
+    return config.model_type in ("paligemma", "gemma3", "shieldgemma2")
+
+
 def blocks_of(family: str, types: Tensor) -> Tensor:
-    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, each image (a run of
-    1) of Gemma 3.
+    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, each picture (a run
+    of other types) of Gemma 3 and 4.
     """
     if family == "paligemma":
         return torch.where(types == 0, 0, -1)
     number, found = -1, []
     for i, kind in enumerate(types.tolist()):
-        number += kind == 1 and (i == 0 or int(types[i - 1]) != 1)
-        found.append(number if kind == 1 else -1)
+        number += kind > 0 and (i == 0 or int(types[i - 1]) == 0)
+        found.append(number if kind > 0 else -1)
     return torch.tensor(found)
 
 
@@ -50,18 +57,22 @@ def mask_by_hand(config: Any, layer: int, length: int, blocks: Tensor | None = N
     both = torch.zeros_like(seen)
     if blocks is not None:
         both = (blocks[:, None] == blocks[None, :]) & (blocks >= 0)
-    # the window of Gemma 3 bounds what a block sees, that of PaliGemma 2 does not
-    seen = (seen | both) & near if config.model_type == "gemma3" else (seen & near) | both
+    if config.model_type == "gemma4" and not slides(text, layer):  # both ways in layers with a window only
+        both = torch.zeros_like(seen)
+    # the window of PaliGemma 2 alone does not bound what a block sees
+    seen = (seen & near) | both if config.model_type == "paligemma" else (seen | both) & near
     return torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 def angles_by_hand(
     language_model: Any, layer: int, hidden: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rotary cos and sin of a decoder layer, whose kind has its own in Gemma 3."""
+) -> tuple[Tensor, Tensor] | None:
+    """Rotary cos and sin of a decoder layer, whose kind may have its own (Gemma 3), or none (LFM3)."""
     rotary = language_model.rotary_emb
-    own = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(hidden, positions, *([language_model.config.layer_types[layer]] if own else []))
+    if "layer_type" not in inspect.signature(rotary.forward).parameters:
+        return rotary(hidden, positions)
+    kind = language_model.config.layer_types[layer]
+    return rotary(hidden, positions, kind) if hasattr(rotary, f"{kind}_inv_freq") else None
 
 
 def frequencies(language_model: Any, layer: int) -> Tensor:

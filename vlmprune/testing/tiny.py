@@ -77,9 +77,11 @@ def tiny_model(
     """
     facts = family_of(family)
     tower, text = facts.tower(tower), facts.text(text)
-    config = tiny_config(family, tower, text, layers, text_overrides)
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are overwritten below
-        model = model_class(family)(config)
+        if facts.build is not None:
+            model = facts.build(tower, text, layers, text_overrides)
+        else:
+            model = model_class(family)(tiny_config(family, tower, text, layers, text_overrides))
     _enliven(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD_ID

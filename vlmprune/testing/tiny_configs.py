@@ -15,11 +15,16 @@ from .families import family_of
 
 def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
     """The config of a whole model."""
-    return model_class(family, "Config")(**family_of(family).config(tower, text, layers, overrides))
+    facts = family_of(family)
+    model_class(family)  # a clear error where it cannot be had
+    kind = getattr(transformers, (facts.config_prefix or facts.prefix) + "Config")
+    return kind(**facts.config(tower, text, layers, overrides))
 
 
 def missing(family: str) -> str | None:
     """Why a family has no tiny model here: this transformers does not know it, or timm is not installed."""
+    if family_of(family).build is not None:
+        return None
     name = family_of(family).prefix + "ForConditionalGeneration"
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}; install a newer one"
@@ -30,9 +35,9 @@ def missing(family: str) -> str | None:
     return None
 
 
-def model_class(family: str, suffix: str = "ForConditionalGeneration") -> Any:
-    """A class of a family, or a clear error where it cannot be had."""
+def model_class(family: str) -> Any:
+    """The class of a family, or a clear error where it cannot be had."""
     reason = missing(family)
     if reason is not None:
         raise UnsupportedError(reason)
-    return getattr(transformers, family_of(family).prefix + suffix)
+    return getattr(transformers, family_of(family).prefix + "ForConditionalGeneration")

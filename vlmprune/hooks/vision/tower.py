@@ -58,7 +58,7 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
     lists = [
         m
         for m in tower.modules()
-        if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) and attention_of(m[0])
+        if isinstance(m, nn.ModuleList | nn.Sequential) and any(attention_of(block) for block in m)
     ]
     if not lists:
         raise UnsupportedError(

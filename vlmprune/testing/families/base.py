@@ -19,6 +19,7 @@ from .shared import BOS_ID, IMAGE_SIZE, PAD_ID, PATCH_SIZE, VOCABULARY, known
 
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
 _KINDS = ["sliding_attention", "full_attention"]
+_STATES = ["conv", "full_attention", "full_attention", "conv"]
 # the languages of families that attend both ways; their windows are wider than any test unless told otherwise
 GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 16}),
@@ -26,10 +27,34 @@ GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", _GEMMA),
     "gemma3_sliding": ("Gemma3Text", {**_GEMMA, "sliding_window": 8}),
 }
+_GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 64,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+}
+# languages that one family alone has
+OWN_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hyperclovax": ("HyperCLOVAX", {"attention_multiplier": 0.3}),
+    "lfm3": ("Lfm3", {"head_dim": 16, "sliding_window": None}),
+    "aria": ("AriaText", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "gemma4": ("Gemma4Text", _GEMMA4 | {"use_bidirectional_attention": "vision"}),
+    "gemma4_small": (
+        "Gemma4Text",
+        _GEMMA4
+        | {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 261},
+    ),
+}
 TOWERS = ("clip", "siglip")
 OWN = ("own",)
 
+# tower, text, decoder layers, fields of the text config
 ConfigOf = Callable[[str, str, int, dict[str, Any]], dict[str, Any]]
+Build = Callable[[str, str, int, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,8 @@ class Family:
     Args:
         name: its model type.
         prefix: of the class names in transformers.
+        build: makes the model from the same arguments, where its class is none of transformers.
+        config_prefix: of the class of its config, where that has another one.
         layout: what it makes of pictures.
         variants: (tower, text) that the shared tests build; the first is how the family was released.
         config: (tower, text, layers, fields of the text config) to the fields of its config.
@@ -46,6 +73,7 @@ class Family:
         processor_prefix: of the class of its processor, where that is of another family.
         towers, texts: that it may have.
         refused: towers that cannot be, and why.
+        reads_tower: something can be read of its tower.
         hybrid: layers of its language models keep a running state, which draft tokens cannot be taken out of.
     """
 
@@ -56,10 +84,13 @@ class Family:
     config: ConfigOf
     processor: Callable[[str], dict[str, Any]] | None = None
     processor_prefix: str = ""
+    config_prefix: str = ""
+    build: Build | None = None
     towers: tuple[str, ...] = TOWERS
     texts: tuple[str, ...] = tuple(TEXTS)
     refused: dict[str, str] = field(default_factory=dict)
     hybrid: bool = False
+    reads_tower: bool = True
 
     def tower(self, tower: str | None) -> str:
         """Check a vision tower, or give the one that the released models have."""
@@ -108,7 +139,9 @@ def text_fields(layers: int) -> dict[str, Any]:
 
 def text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
     """A language model by its name."""
-    prefix, special = (TEXTS | GEMMA_TEXTS)[text]
-    if prefix in ("Gemma2", "Gemma3Text"):
+    prefix, special = (TEXTS | GEMMA_TEXTS | OWN_TEXTS)[text]
+    if prefix in ("Gemma2", "Gemma3Text", "Gemma4Text"):
         special = {**special, "layer_types": [_KINDS[i % 2] for i in range(layers)]}
+    if prefix == "Lfm3":
+        special = {**special, "layer_types": [_STATES[i % 4] for i in range(layers)]}
     return getattr(transformers, prefix + "Config")(**text_fields(layers) | special | overrides)

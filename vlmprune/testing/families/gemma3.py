@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3: the tokens of one image attend both ways; patches are averaged."""
+"""Gemma 3 and ShieldGemma 2: the tokens of one image attend both ways; patches are averaged."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .base import Family, text_config, vision_config
@@ -29,3 +30,4 @@ FAMILY = Family(
     towers=("siglip",),
     texts=("gemma3", "gemma3_sliding"),
 )
+SHIELD = replace(FAMILY, name="shieldgemma2", config_prefix="ShieldGemma2", variants=FAMILY.variants[:1])

@@ -14,14 +14,6 @@ from .shared import IMAGE_SIZE
 _TOWER: dict[str, Any] = OUT | {"image_size": IMAGE_SIZE * 2}
 
 
-class Still(Packed):
-    """Pictures only: clips of GLM are refused."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.video = None
-
-
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     made = qwen(_TOWER, layers, overrides, {}, {"partial_rotary_factor": 1.0})
     starts = made.pop("vision_start_token_id"), made.pop("vision_end_token_id")
@@ -37,11 +29,21 @@ def ocr(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[s
 
 
 FAMILIES = tuple(
-    Family(name, prefix, Still(), (("own", "own"),), fields, towers=OWN, texts=OWN)
-    for name, prefix, fields in (
-        ("glm4v", "Glm4v", config),
-        ("glm46v", "Glm46V", config),
-        ("glm4v_moe", "Glm4vMoe", moe),
-        ("glm_ocr", "GlmOcr", ocr),
+    Family(
+        name,
+        prefix,
+        Packed(clips=False),  # they are refused
+        (("own", "own"),),
+        fields,
+        towers=OWN,
+        texts=OWN,
+        config_prefix=config_prefix,
+    )
+    for name, prefix, fields, config_prefix in (
+        ("glm4v", "Glm4v", config, ""),
+        ("glm46v", "Glm46V", config, ""),
+        ("glm4v_moe", "Glm4vMoe", moe, ""),
+        ("glm_ocr", "GlmOcr", ocr, ""),
+        ("glmga", "Glm46V", config, "Glmga"),
     )
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: square tiles, shuffled patches."""
+"""InternVL and Qianfan-OCR: square tiles, shuffled patches."""
 
 from __future__ import annotations
 
@@ -42,4 +42,11 @@ def processor(tower: str) -> dict[str, Any]:
     return {"image_processor": images, "image_seq_length": GRID * GRID, "tokenizer": tiny_tokenizer(**tokens)}
 
 
+def qianfan(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    vision = {**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH_SIZE, PATCH_SIZE]}
+    made = config(tower, text, layers, overrides)
+    return made | {"vision_config": vision, "tie_word_embeddings": False}
+
+
 FAMILY = Family("internvl", "InternVL", Layout(MERGE), (("own", "qwen2"),), config, processor, towers=OWN)
+QIANFAN = Family("qianfan_ocr", "QianfanOCR", Layout(MERGE), (("own", "qwen3"),), qianfan, towers=OWN)

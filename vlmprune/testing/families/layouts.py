@@ -137,26 +137,45 @@ class Tiled(Layout):
 
 
 class Packed(Layout):
-    """Qwen: patches of all pictures in one sequence, block by block of ``merge`` x ``merge``; their grids."""
+    """Qwen: patches of all pictures in one sequence, block by block of ``merge`` x ``merge``; their grids.
+
+    Args:
+        clip_frames: the frames of a clip stand apart, a time before each.
+        patch: shape of the pixels of a patch, by default of two frames.
+        clips: whether the family reads some.
+        marks: ids in front of a picture and behind it.
+        typed: whether it asks what kind of token each is.
+    """
 
     sizes = ((168, 168), (112, 280), (280, 112))
-    channels = 3 * 2 * PATCH_SIZE**2  # two frames per patch
 
-    def __init__(self, clip_frames: bool = False) -> None:
-        super().__init__(MERGE, (GRID**2, 0))
-        self.clip_frames = clip_frames  # the frames of a clip stand apart, a time before each
+    def __init__(
+        self,
+        clip_frames: bool = False,
+        *,
+        patch: tuple[int, ...] = (3 * 2 * PATCH_SIZE**2,),
+        clips: bool = True,
+        typed: bool = True,
+        marks: tuple[tuple[int, ...], tuple[int, ...]] = ((BOS_ID,), ()),
+    ) -> None:
+        super().__init__(MERGE, (GRID**2, 0) if clips else None)
+        self.clip_frames = clip_frames
+        self.patch = patch
+        self.typed = typed
+        self.marks = marks
 
     def grid(self, size: Size) -> tuple[int, int]:
         rows, cols = (side // PATCH_SIZE for side in size)
         return rows, cols
 
     def block(self, size: Size, alone: bool) -> list[int]:
-        return [BOS_ID] + [IMAGE_ID] * (math.prod(self.grid(size)) // MERGE**2)
+        start, end = self.marks
+        return [*start, *[IMAGE_ID] * (math.prod(self.grid(size)) // MERGE**2), *end]
 
     def _packed(
         self, grids: Sequence[Sequence[int]], random: torch.Generator, kind: str
     ) -> dict[str, Tensor]:
-        pixels = torch.randn(sum(map(math.prod, grids)), self.channels, generator=random)
+        pixels = torch.randn(sum(map(math.prod, grids)), *self.patch, generator=random)
         name, of = ("pixel_values", "image") if kind == "image" else ("pixel_values_videos", "video")
         return {name: pixels, f"{of}_grid_thw": torch.tensor(grids)}
 
@@ -176,8 +195,9 @@ class Packed(Layout):
         return {pixels: inputs[pixels][own], grid: inputs[grid][first : first + count]}
 
     def clip(self, frames: int) -> list[int]:
+        start, end = self.marks
         if not self.clip_frames:
-            return [BOS_ID] + [VIDEO_ID] * (GRID**2 * frames)
+            return [*start, *[VIDEO_ID] * (GRID**2 * frames), *end]
         return [i for frame in range(frames) for i in [frame + 1, BOS_ID, *[VIDEO_ID] * GRID**2]]
 
     def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
@@ -187,6 +207,8 @@ class Packed(Layout):
         return self._slice(inputs, i, 1, "pixel_values_videos", "video_grid_thw")
 
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        if not self.typed:
+            return {}
         return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
 
 

@@ -10,10 +10,11 @@ from .layouts import Packed
 from .qwen2_vl import OUT, processor, qwen
 from .shared import PATCH_SIZE
 
+WINDOWS: dict[str, Any] = {"window_size": 4 * PATCH_SIZE, "fullatt_block_indexes": [1, 3]}
+
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    windows = {"window_size": 4 * PATCH_SIZE, "fullatt_block_indexes": [1, 3]}
-    return qwen(OUT | windows, layers, overrides)
+    return qwen(OUT | WINDOWS, layers, overrides)
 
 
 FAMILY = Family(

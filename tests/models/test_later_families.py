@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What single families of the later ones have that others do not: experts by modality, something of every
+token beside its hidden state, keys that layers share, towers whose last block does not attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from later_families import sampled
+from torch import Tensor
+
+import vlmprune
+from vlmprune.errors import CaptureError, GridError, UnsupportedError
+from vlmprune.models import adapter_for
+from vlmprune.testing.checks_generation import second_turn
+from vlmprune.testing.checks_model import training_works
+from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built
+from vlmprune.testing.conformance import Subject, generate, shared_model
+from vlmprune.testing.families import FAMILIES, Family
+from vlmprune.testing.reference import dense_rows, logits_of
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
+from vlmprune.testing.tiny_configs import missing
+
+
+def available(family: str, text: str | None = None) -> Any:
+    if missing(family):
+        pytest.skip(missing(family))
+    return shared_model(family, None, text)
+
+
+@pytest.mark.parametrize(
+    "check", [cut_equals_hand_built, batch_row_equals_alone, second_turn, training_works], ids=str
+)
+@pytest.mark.parametrize("text", ["gemma4", "gemma4_small"])
+def test_gemma4_with_and_without_something_beside_every_token(text: str, check: Any) -> None:
+    available("gemma4", text)
+    check(Subject("divprune@9", "gemma4", None, text))
+
+
+def test_what_stands_beside_gemma4s_tokens_matters() -> None:
+    """The references would not notice its loss if it hardly changed the logits."""
+    model, inputs = available("gemma4", "gemma4_small"), tiny_inputs("gemma4")
+    kept = dense_rows(model, inputs)[0]
+    other = replace(kept, beside=kept.beside.flip(1))
+    assert kept.beside.shape[:2] == kept.embeds.shape[:2]
+    assert (logits_of(model, kept)[-1] - logits_of(model, other)[-1]).abs().max() > 0.01
+
+
+def test_cuts_inside_are_refused_where_layers_are_given_something_beside() -> None:
+    for family, text in (("gemma4", "gemma4_small"), ("ernie4_5_vl_moe", None)):
+        with pytest.raises(UnsupportedError, match="would not follow the cut; prune before"):
+            vlmprune.attach(available(family, text), "fastv@9")
+
+
+def test_places_that_do_not_fit_gemma4s_patches_are_refused() -> None:
+    model, inputs = available("gemma4"), tiny_inputs("gemma4")
+    places = inputs["image_position_ids"]
+    with pytest.raises(CaptureError, match="image_position_ids has shape"):
+        vlmprune.score(model, inputs | {"image_position_ids": places[:, :-1]}, "fastervlm(cls=mean)")
+    mixed = places.clone()
+    mixed[0, [0, 1]] = mixed[0, [1, 0]]
+    with pytest.raises(UnsupportedError, match="do not stand row by row"):
+        vlmprune.score(model, inputs | {"image_position_ids": mixed}, "fastervlm(cls=mean)")
+
+
+def last_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits[0, -1]
+
+
+def test_ernies_experts_of_pictures_follow_the_cut() -> None:
+    """Each token is sent to experts by its type: after a cut by the type of the token that stands there."""
+    model, inputs = available("ernie4_5_vl_moe"), tiny_inputs("ernie4_5_vl_moe")
+    types = (inputs["input_ids"] == model.config.image_token_id).int()
+    typed = inputs | {"moe_mm_token_type_ids": types}
+    seen: list[dict[str, Any]] = []
+    with vlmprune.prune(model, "divprune@9") as run:
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        )
+        pruned = last_logits(model, typed)
+        hook.remove()
+    first = int(types[0].argmax())
+    columns = [*range(first), *(first + run.last.keep[0].keep_idx).tolist()]
+    columns += range(first + 36, types.shape[1])
+    assert torch.equal(seen[0]["moe_mm_token_type_ids"], types[:, columns])
+    kept = dense_rows(model, inputs)[0].columns(torch.tensor(columns))
+    with torch.no_grad():
+        output = model.model.language_model(
+            inputs_embeds=kept.embeds,
+            position_ids=kept.positions,
+            attention_mask=torch.ones(1, len(columns), dtype=torch.long),
+            moe_mm_token_type_ids=types[:, columns],
+            use_cache=False,
+        )
+        want = model.lm_head(output.last_hidden_state)[0, -1]
+    torch.testing.assert_close(pruned, want, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(pruned, last_logits(model, inputs), atol=1e-2)
+
+
+def test_the_last_block_that_attends_is_read_where_others_stand_behind_it() -> None:
+    model, inputs = available("lfm3_vl"), tiny_inputs("lfm3_vl")
+    capture = adapter_for(model).capture(["received_attention"])
+    kinds = model.config.vision_config.layer_types
+    assert kinds[-1] == "conv" and [kinds[block] for block in capture.blocks_of.values()] == [
+        "full_attention"
+    ]
+    with vlmprune.prune(model, "fastervlm(cls=mean)@9") as run:
+        generate(model, inputs, max_new_tokens=1)
+    assert run.last.realised_tokens == [9]
+
+
+def test_a_clip_whose_tokens_the_model_drops_by_itself_is_refused() -> None:
+    model = available("video_llama_3")
+    inputs = tiny_inputs("video_llama_3", images=(0,), video=True)
+    kept = torch.ones(int((inputs["input_ids"] == model.config.video_token_id).sum()), dtype=torch.bool)
+    with (
+        pytest.raises(UnsupportedError, match="leave it out"),
+        vlmprune.prune(model, "divprune@9"),
+        torch.no_grad(),
+    ):
+        model(**inputs, video_compression_mask=kept)
+
+
+UNREAD = [name for name, family in FAMILIES.items() if not family.reads_tower]
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if sampled(f, 3) else pytest.mark.slow) for f in UNREAD]
+)
+def test_what_reads_the_tower_is_refused_where_nothing_is_read(family: str) -> None:
+    model = available(family)
+    with pytest.raises(UnsupportedError, match="use a method that reads features only"):
+        vlmprune.attach(model, "fastervlm(cls=mean)@9")
+    assert adapter_for(model).projector is None and adapter_for(model).note == ""
+
+
+def test_learned_queries_stand_for_no_places() -> None:
+    model, inputs = available("idefics2"), tiny_inputs("idefics2")
+    with pytest.raises(GridError, match="rows and columns"), vlmprune.prune(model, "pool@9"):
+        generate(model, inputs)
+
+
+def test_a_tiny_model_of_somebody_else_needs_what_builds_it() -> None:
+    from vlmprune.testing.families import add_family
+
+    facts: Family = FAMILIES["llava"]
+    with pytest.raises(vlmprune.errors.SpecError, match="has no build"):
+        add_family(facts)
+
+
+def test_a_special_mark_starts_pictures_of_the_thinkers() -> None:
+    """Their positions are made by that mark: at the beginning of a text it would be taken for a picture."""
+    model, inputs = available("qwen3_omni_moe_thinker"), tiny_inputs("qwen3_omni_moe_thinker")
+    kept = dense_rows(model, inputs)[0]
+    first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    rows, cols = kept.positions[1:, 0, first : first + 36] - kept.positions[1:, 0, first : first + 1]
+    assert rows.tolist() == [n // 6 for n in range(36)] and cols.tolist() == [n % 6 for n in range(36)]
+
+
+def test_classes_that_carry_two_model_types() -> None:
+    for family, config in (("glmga", "GlmgaConfig"), ("shieldgemma2", "ShieldGemma2Config")):
+        if missing(family):
+            continue
+        model = tiny_model(family)
+        assert type(model.config).__name__ == config and adapter_for(model).model_type == family

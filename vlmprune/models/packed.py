@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families that read packed pictures as Qwen-VL does, with a projector beside their tower.
+
+Patches are in the order of the tokens that they become (EXAONE, HyperCLOVA X, LFM3-VL, Cosmos 3 Edge, ERNIE),
+or row by row (PaddleOCR-VL, Kimi).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..core.method import Need
+from ..errors import UnsupportedError
+from ..hooks.vision.capture import OF_PROJECTOR
+from .base import Modality, Part, refuse_clips
+from .qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
+
+_BOTH: Any = ("compact", "original")  # positions that count tokens, where Qwen-VL's are places in pictures
+
+
+class Exaone4_5Adapter(Qwen2_5VLAdapter):
+    """Exaone4_5_ForConditionalGeneration: the tower of Qwen2.5-VL with fewer keys than queries."""
+
+    model_type = "exaone4_5"
+    towers = ("exaone4_5_vision",)
+    positions = _BOTH
+
+
+class HyperClovaXVisionAdapter(Qwen2_5VLAdapter):
+    """HyperCLOVAXVisionV2ForConditionalGeneration: one more linear layer behind the tower of Qwen2.5-VL."""
+
+    model_type = "hyperclovax_vision_v2"
+    towers = ("qwen2_5_vl_vision",)
+    tower, connector = "vision_model", "projector"
+    positions = _BOTH
+    merges_first = True
+
+    def _projector(self) -> nn.Module:
+        return self.inner.projector
+
+
+class Lfm3VlAdapter(Qwen2VLAdapter):
+    """Lfm3VlForConditionalGeneration: blocks with convolutions between those with attention."""
+
+    model_type = "lfm3_vl"
+    towers = ("lfm3_vl_vision",)
+    tower = "vision_tower"
+    positions = _BOTH
+
+    @property
+    def layers(self) -> list[int]:
+        # the last block that attends: what comes behind it mixes neighbours only
+        kinds = self.config.vision_config.layer_types
+        return [max(number for number, kind in enumerate(kinds) if kind != "conv") - len(kinds)]
+
+    def _projector(self) -> nn.Module:
+        return self.inner.multi_modal_projector
+
+
+class Cosmos3EdgeAdapter(Qwen2VLAdapter):
+    """Cosmos3EdgeForConditionalGeneration."""
+
+    model_type = "cosmos3_edge"
+    towers = ("cosmos3_edge_vision",)
+
+    def _projector(self) -> nn.Module:
+        return self.inner.projector
+
+
+class OfCells(nn.Module):
+    """A projector as a function of the patches of a token: rows (..., merge**2 * C) to (..., D)."""
+
+    def __init__(self, connector: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.connector: Part = connector
+        self.call = call
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.call(self.connector, rows)
+
+
+class StillAdapter(Qwen2VLAdapter):
+    """Base of families whose projector reads the patches of a token at once; clips are refused."""
+
+    connector: ClassVar[str]
+    by_rows: ClassVar[bool] = False  # whether the tower reads patches row by row, not token by token
+    clips: ClassVar[str] = "reads no clips"  # what happens to them, for the refusal
+
+    @staticmethod
+    def project(connector: Any, rows: Tensor) -> Tensor:
+        """Rows (..., merge**2 * C) of the patches of tokens to rows (..., D) of the language model."""
+        raise NotImplementedError
+
+    def _projector(self) -> nn.Module:
+        return OfCells(getattr(self.inner, self.connector), self.project)
+
+    @property
+    def read_by(self) -> nn.Module:
+        return self.projector.connector
+
+    @property
+    def merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        refuse_clips(self.model_type, self.clips, modality, arguments)
+        super().check(arguments, modality)
+
+    def divide(
+        self,
+        modality: Modality,
+        need: Need,
+        value: Tensor,
+        counts: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> Sequence[Tensor]:
+        parts = super().divide(modality, need, value, counts, arguments)
+        if need.what not in OF_PROJECTOR:
+            return parts
+        return [self._cells(part, modality, number, arguments) for number, part in enumerate(parts)]
+
+    def _cells(
+        self, patches: Tensor, modality: Modality, number: int, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """(frames, n, C) patches to (frames, N, merge**2 * C), those of a token side by side."""
+        if not self.by_rows:
+            return patches.unflatten(1, (-1, self.merge**2)).flatten(2)
+        rows, cols = (n // self.merge for n in self.grid(modality, number, arguments))
+        apart = patches.unflatten(1, (rows, self.merge, cols, self.merge)).transpose(2, 3)
+        # (frames, rows, cols, merge, merge, C)
+        return apart.reshape(patches.shape[0], rows * cols, -1)
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        if not self.by_rows:
+            return super().pack(modality, crops, number, arguments)
+        cells = crops.transpose(1, 2).unflatten(2, self.grid(modality, number, arguments))
+        return nn.functional.avg_pool2d(cells, self.merge).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+class PaddleOcrVlAdapter(StillAdapter):
+    """PaddleOCRVLForConditionalGeneration: it reads no clips."""
+
+    model_type = "paddleocr_vl"
+    modalities = Qwen2VLAdapter.modalities[:1]
+    towers = ("paddleocr_vl_vision",)
+    connector = "projector"
+    by_rows = True
+
+    @staticmethod
+    def project(connector: Any, rows: Tensor) -> Tensor:
+        width = connector.pre_norm.normalized_shape[0]
+        normed = connector.pre_norm(rows.unflatten(-1, (-1, width))).flatten(-2)
+        return connector.linear_2(connector.act(connector.linear_1(normed)))
+
+
+class Ernie4_5VlMoeAdapter(StillAdapter):
+    """Ernie4_5_VLMoeForConditionalGeneration: experts of text and of pictures, told apart by token types."""
+
+    model_type = "ernie4_5_vl_moe"
+    towers = ("ernie4_5_vl_moe_vision",)
+    tower, connector = "vision_tower", "resampler_model"
+    aligned = ("moe_mm_token_type_ids",)
+    clips = "puts two frames of a clip into one"
+
+    @staticmethod
+    def project(connector: Any, rows: Tensor) -> Tensor:
+        # a picture is a clip of one frame, which is taken twice
+        lead = rows.shape[:-1]
+        merged = connector.spatial_linear(rows.reshape(-1, rows.shape[-1]))
+        twice = connector.temporal_linear(merged.repeat(1, connector.temporal_merge_size))
+        return connector.after_norm(connector.mlp(twice)).reshape(*lead, -1)
+
+
+class KimiK25Adapter(StillAdapter):
+    """Kimi_K25ForConditionalGeneration: a decoder with latent keys."""
+
+    model_type = "kimi_k25"
+    towers = ("kimi_k25_vision",)
+    tower, connector = "vision_tower", "mm_projector"
+    positions = _BOTH
+    by_rows = True
+    clips = "averages the frames of a clip"
+
+    @staticmethod
+    def project(connector: Any, rows: Tensor) -> Tensor:
+        width = connector.pre_norm.normalized_shape[0]
+        lead = rows.shape[:-1]
+        return connector(rows.reshape(-1, rows.shape[-1] // width, width)).reshape(*lead, -1)
+
+    @property
+    def merge(self) -> int:
+        return self.config.vision_config.merge_kernel_size[0]
+
+    def divide(
+        self,
+        modality: Modality,
+        need: Need,
+        value: Tensor,
+        counts: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> Sequence[Tensor]:
+        if need.what not in OF_PROJECTOR:
+            return super().divide(modality, need, value, counts, arguments)
+        # the tower has put the patches of a token together: (tokens of all pictures, merge**2, C)
+        lengths = [rows * cols // self.merge**2 for _, rows, cols in self._thw(modality, arguments)]
+        return [part[None] for part in value.flatten(1).split(lengths)]
+
+
+class VideoLlama3Adapter(Qwen2VLAdapter):
+    """VideoLlama3ForConditionalGeneration: every picture says how many of its patches make a token.
+
+    What the model drops of a clip by itself (``video_compression_mask``) is refused: the rest forms no rows.
+    """
+
+    model_type = "video_llama_3"
+    towers = ("video_llama_3_vision",)
+    tower = "vision_model"
+    positions = _BOTH
+    merges_first = True
+
+    def _projector(self) -> nn.Module:
+        return self.inner.projector
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        super().check(arguments, modality)
+        if modality.name == "video" and arguments.get("video_compression_mask") is not None:
+            raise UnsupportedError(
+                "video_compression_mask drops tokens of clips in front of the language model, and the rest "
+                "forms no rows; leave it out (use_token_compression=False of the processor) and prune more"
+            )
+
+    def _side(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> int:
+        """Patches along each side of a token of a picture."""
+        return int(arguments[f"{modality.name}_merge_sizes"][number])
+
+    def divide(
+        self,
+        modality: Modality,
+        need: Need,
+        value: Tensor,
+        counts: Sequence[int],
+        arguments: Mapping[str, Any],
+    ) -> Sequence[Tensor]:
+        lengths = []
+        for number, (frames, rows, cols) in enumerate(self._thw(modality, arguments)):
+            cell = self._side(modality, number, arguments) ** 2 if need.what in OF_PROJECTOR else 1
+            lengths.append(frames * rows * cols // cell)
+        packed = value.flatten(0, -2)  # (S, channels)
+        return [
+            part.unflatten(0, (frames, -1))
+            for part, frames in zip(packed.split(lengths), counts, strict=True)
+        ]
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        side = self._side(modality, number, arguments)
+        return crops.unflatten(1, (-1, side**2)).mean(dim=2).flatten(0, 1)
+
+    def grids(
+        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
+        rows, cols = grid
+        side = round((crops * rows * cols / special.shape[0]) ** 0.5)
+        return ((rows // side, cols // side),) * crops

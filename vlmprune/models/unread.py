@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of whose vision tower nothing is read: methods see the features that the language model is given.
+
+Aria and Idefics2 ask the patches of a picture by a few learned queries, whose answers stand for no places in
+it. GOT-OCR 2 and PP-Chart2Table read one square picture by windows, with biases of places, and put patches
+together by convolutions. MiniCPM-V 4.6 and MiniCPM-OCR merge patches in the middle of their tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.deferred import Checks
+from ..core.method import Need, What, as_needs
+from ..errors import CaptureError, UnsupportedError
+from ..hooks.vision.capture import VisionCapture
+from ..hooks.vision.pictures import Grids, Picture
+from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, feature_list, refuse_clips
+
+# what can be read without knowing the tower
+_OF_FEATURES = ("features", "text_embeds")
+
+
+class UnreadAdapter(Adapter):
+    """Base: features of every picture, and, where known, the rows and columns that its tokens form."""
+
+    unread: ClassVar[str]  # why its tower cannot be read
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inner = model.model
+        self.language_model = getattr(self.inner, self.text)
+        self.vision_tower = getattr(self.inner, self.tower)
+        self.projector = None
+        self.cls = False
+
+    def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
+        unknown = sorted({need.what for need in as_needs(needs)} - set(_OF_FEATURES))
+        if unknown:
+            raise UnsupportedError(
+                f"{self.model_type!r} {self.unread}, so that {unknown} cannot be read of it; use a method "
+                "that reads features only, e.g. 'divprune@64'"
+            )
+        return VisionCapture(self.vision_tower, (), ())
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        """Rows and columns that the tokens (N, D) of a picture form; () where they stand for no places."""
+        return ()
+
+    def pictures(
+        self,
+        modality: Modality,
+        output: Any,
+        arguments: Mapping[str, Any],
+        found: Mapping[Need, Tensor],
+        checks: Checks,
+    ) -> list[Picture]:
+        features = self.features(modality, output, arguments)
+        return [
+            Picture(one, self.token_grids(number, one, arguments), view=self.view)
+            for number, one in enumerate(features)
+        ]
+
+
+class AriaAdapter(UnreadAdapter):
+    """AriaForConditionalGeneration."""
+
+    model_type = "aria"
+    view = "stretch"
+    unread = "makes its tokens of a picture by learned queries"
+
+
+class Idefics2Adapter(UnreadAdapter):
+    """Idefics2ForConditionalGeneration: the tiles of an image are pictures of their own."""
+
+    model_type = "idefics2"
+    text, tower = "text_model", "vision_model"
+    view = "stretch"
+    unread = "makes its tokens of a picture by learned queries"
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        check_pixels(
+            modality.pixels, arguments.get(modality.pixels), 5, "(rows, pictures, channels, height, width)"
+        )
+
+    def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        # the model has one entry per row of the batch
+        return list(torch.cat(feature_list(output)).split(self.inner.image_seq_len))
+
+
+class GotOcr2Adapter(UnreadAdapter):
+    """GotOcr2ForConditionalGeneration: every crop is a picture of its own."""
+
+    model_type = "got_ocr2"
+    view = "stretch"
+    unread = "attends inside windows, with biases of places"
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        side = round(features.shape[0] ** 0.5)
+        return ((side, side),)
+
+
+class PPChart2TableAdapter(GotOcr2Adapter):
+    """Checkpoints whose config says pp_chart2table; their class is that of GOT-OCR 2."""
+
+    model_type = "pp_chart2table"
+
+
+class MiniCpmVAdapter(UnreadAdapter):
+    """MiniCPMV4_6ForConditionalGeneration: the slices of an image are pictures of their own."""
+
+    model_type = "minicpmv4_6"
+    modalities = (IMAGE, VIDEO)
+    view = "stretch"
+    unread = "merges patches in the middle of its tower"
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        refuse_clips(self.model_type, "strings the frames of a clip together", modality, arguments)
+        pixels, sizes = arguments.get(modality.pixels), arguments.get("target_sizes")
+        check_pixels(modality.pixels, pixels, 4, "(1, channels, patch, patches of all images)")
+        if pixels is not None and sizes is None:
+            raise CaptureError(
+                "target_sizes is missing; pass it as the processor returns it: (rows, columns) of patches of "
+                "every image"
+            )
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        rows, cols = torch.as_tensor(arguments["target_sizes"])[number].tolist()
+        side = round((rows * cols / features.shape[0]) ** 0.5)
+        return ((rows // side, cols // side),)
+
+
+class MiniCpmOcrAdapter(MiniCpmVAdapter):
+    """MiniCPMOcrForConditionalGeneration."""
+
+    model_type = "minicpm_ocr"
