@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -10,13 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
 
 import vlmprune
+from vlmprune.cli import app, verify
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.hooks.sequence.cache import cache_name
 from vlmprune.models import _REGISTERED, _TABLE, GROUP, Adapter, adapter_for, families
 from vlmprune.models.declared import declare_family
-from vlmprune.testing.conformance import generate
+from vlmprune.testing.conformance import Subject, all_checks, generate, run_check, shared_model
+from vlmprune.testing.families import FAMILIES, llava
+from vlmprune.testing.families.base import Family
+from vlmprune.testing.families.layouts import Layout
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 INPUTS = tiny_inputs("llava", images=(1, 2, 0))
@@ -141,7 +148,59 @@ def test_what_can_be_registered() -> None:
         vlmprune.register_family("other")(dict)
 
 
+class Photos(Layout):
+    """LLaVA's pictures under the name that the remote model gives them."""
+
+    def images(self, *given: Any) -> dict[str, Tensor]:
+        return {"photos": found["pixel_values"]} if (found := super().images(*given)) else {}
+
+    def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        return {"photos": inputs["photos"][first : first + count]} if count else {}
+
+
+def build(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
+    return Remote(tiny_model("llava", layers=layers, **overrides))
+
+
+TINY = Family("remote_vlm", "", Photos(), (("clip", "llama"),), llava.config, build=build)
 Offered = declared()
+
+
+@pytest.fixture
+def given() -> Iterator[list[str]]:
+    """Words of the command line that name the adapter and its tiny model; forgotten afterwards."""
+    yield ["--adapter", f"{__name__}:Offered", "--tiny", f"{__name__}:TINY"]
+    _REGISTERED.pop("remote_vlm", None)
+    FAMILIES.pop("remote_vlm", None)
+    shared_model.cache_clear()
+
+
+def test_checks_run_on_a_model_that_its_author_builds(given: list[str]) -> None:
+    family = verify._of_user(given[1], given[3])
+    for name in ("cut_equals_hand_built", "batch_row_equals_alone"):
+        result = run_check(name, all_checks()[name], Subject("fastervlm@9", family))
+        assert result.status == "pass", result.detail
+
+
+@pytest.mark.slow
+def test_verify_runs_all_checks_on_it(given: list[str]) -> None:
+    done = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["verify", "fastervlm@9", "--json", *given])
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)["results"]
+    assert {one["family"] for one in results} == {"remote_vlm"} and len(results) == len(all_checks())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter", "json:loads"], "belong together"),
+        (["--adapter", "json:loads", "--tiny", "json:dumps"], "expected a vlmprune.testing.families.base"),
+        (["--adapter", "nowhere:Adapter", "--tiny", "json:dumps"], "cannot be loaded"),
+    ],
+)
+def test_what_verify_is_given_must_be_there(words: list[str], said: str) -> None:
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["verify", "random@9", *words])
+    assert done.exit_code == 2 and said in done.stderr
 
 
 def test_a_package_offers_an_adapter(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.text import Text
 
-from ..errors import InvariantError
+from ..errors import InvariantError, SpecError
 from .screen import Json, plain, print_json, stdout, table
 
 if TYPE_CHECKING:
@@ -30,12 +31,24 @@ def verify(
     family: Annotated[
         list[str] | None, typer.Option("--family", "-f", help="Only this model family; may be repeated.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="An adapter of yours, package.module:Adapter, in place of known families."),
+    ] = None,
+    tiny: Annotated[
+        str | None,
+        typer.Option(help="Its tiny model, package.module:FAMILY, a vlmprune.testing.families.base.Family."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the conformance checks on tiny models of every family; exit code 1 if one fails."""
     from ..testing.conformance import default_spec, run_checks
 
     spec = default_spec(method)
+    if adapter is not None or tiny is not None:
+        if family or adapter is None or tiny is None:
+            raise SpecError("--adapter and --tiny belong together, and stand in place of --family; give both")
+        family = [_of_user(adapter, tiny)]
     results: list[CheckResult] = []
     if as_json:
         run_checks(spec, family or None, results.append)
@@ -67,6 +80,35 @@ def verify(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _of_user(adapter: str, tiny: str) -> str:
+    """Make an adapter and its tiny model known; the name of the family."""
+    from ..models import check_adapter, register_family
+    from ..testing.families import add_family
+    from ..testing.families.base import Family
+
+    made = _load("--adapter", adapter)
+    facts = _load("--tiny", tiny)
+    if not isinstance(facts, Family):
+        raise SpecError(
+            f"--tiny {tiny!r} is a {type(facts).__name__}; expected a vlmprune.testing.families.base.Family"
+        )
+    add_family(facts)
+    register_family(facts.name)(check_adapter(made))
+    return facts.name
+
+
+def _load(option: str, target: str) -> Any:
+    """What ``package.module:name`` stands for."""
+    module, _, name = target.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SpecError(
+            f"{option} {target!r} cannot be loaded ({error}); expected package.module:name of what can be "
+            "imported here"
+        ) from error
 
 
 def _table(spec: str, results: list[CheckResult]) -> Any:
