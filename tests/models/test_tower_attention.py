@@ -18,7 +18,6 @@ from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
 from vlmprune.hooks.vision.encode import run_encoder
 from vlmprune.hooks.vision.tower import (
-    FusedReader,
     InnerReader,
     TapReader,
     attention_of,

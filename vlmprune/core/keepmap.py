@@ -99,7 +99,9 @@ class _Map:
 
     def on(self: M, image: Picture | None) -> M:
         """The same map with this picture to draw on, as for ``run.last.keep[0].on(picture)``."""
-        return replace(self, image=image)
+        given: Any = self  # a dataclass, as all maps are
+        made: M = replace(given, image=image)
+        return made
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -172,7 +172,7 @@ class Playground:
     ) -> Outcome:
         one = entrant(model, processor, spec)
         inputs = encode(model, processor, picture, question, None if one.shrink is None else spec)
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         made = generate(model, one.session, inputs, pictures=1, named="this question", **options)
         answer = processor.decode(made.ids[0], skip_special_tokens=True).strip()
         (dense,), (tokens,) = made.report.dense_tokens, made.report.realised_tokens

@@ -81,9 +81,10 @@ def _has_cls(tower: Any) -> bool:
 
 def _check_attention(capture: VisionCapture) -> None:
     for _, reader in capture.readers:  # others turn queries and keys, add biases, or attend in windows
-        if type(reader.attention).__name__ != "Attention":
+        attention = getattr(reader, "attention", reader)  # a reader of another host has none
+        if type(attention).__name__ != "Attention":
             raise UnsupportedError(
-                f"attention of a {type(reader.attention).__name__} cannot be read; use a ViT with plain "
+                f"attention of a {type(attention).__name__} cannot be read; use a ViT with plain "
                 "attention, or a method that needs none, e.g. 'divprune'"
             )
 

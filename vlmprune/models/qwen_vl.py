@@ -28,8 +28,8 @@ class Qwen2VLAdapter(Adapter):
     """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid is two frames of the clip."""
 
     model_type = "qwen2_vl"
-    modalities = (IMAGE, VIDEO)
-    towers = ("qwen2_vl", "qwen2_vl_vision")
+    modalities: tuple[Modality, ...] = (IMAGE, VIDEO)
+    towers: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_vl_vision")
     tower = "visual"
     positions = ("original",)
     view = "stretch"
@@ -144,7 +144,7 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
     """Qwen2_5_VLForConditionalGeneration: most blocks of the tower attend inside windows of patches."""
 
     model_type = "qwen2_5_vl"
-    towers = ("qwen2_5_vl", "qwen2_5_vl_vision")
+    towers: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_vl_vision")
 
     def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         capture = super().capture(needs)
@@ -181,7 +181,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """
 
     model_type = "qwen3_vl"
-    towers = ("qwen3_vl", "qwen3_vl_vision")
+    towers: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_vision")
     deepstack = "_deepstack_process"
 
 
@@ -216,18 +216,18 @@ class Qwen3VLMoeAdapter(Qwen3VLAdapter):
     """Qwen3VLMoeForConditionalGeneration: the same with experts in the decoder."""
 
     model_type = "qwen3_vl_moe"
-    towers = ("qwen3_vl_moe", "qwen3_vl_moe_vision")
+    towers: ClassVar[tuple[str, ...]] = ("qwen3_vl_moe", "qwen3_vl_moe_vision")
 
 
 class Qwen3_5Adapter(Qwen2VLAdapter):
     """Qwen3_5ForConditionalGeneration: most decoder layers keep a running state; there is no DeepStack."""
 
     model_type = "qwen3_5"
-    towers = ("qwen3_5", "qwen3_5_vision")
+    towers: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_vision")
 
 
 class Qwen3_5MoeAdapter(Qwen3_5Adapter):
     """Qwen3_5MoeForConditionalGeneration: the same with experts in the decoder."""
 
     model_type = "qwen3_5_moe"
-    towers = ("qwen3_5_moe", "qwen3_5_moe_vision")
+    towers: ClassVar[tuple[str, ...]] = ("qwen3_5_moe", "qwen3_5_moe_vision")

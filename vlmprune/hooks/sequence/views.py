@@ -178,9 +178,9 @@ class SequenceView:
             return made.to(hidden.device)
         return tuple(angle.to(hidden.device) for angle in made)
 
-    def take_angles(self, language_model: nn.Module, layer: int, angles: tuple[Tensor, ...]) -> None:
+    def take_angles(self, language_model: nn.Module, layer: int, angles: Sequence[Tensor]) -> None:
         """Use these as the angles of a layer and others of its kind: they were cut of those before."""
-        self._angles[angle_kind(language_model, layer)] = angles
+        self._angles[angle_kind(language_model, layer)] = tuple(angles)
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
