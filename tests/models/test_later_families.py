@@ -33,7 +33,9 @@ def available(family: str, text: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    "check", [cut_equals_hand_built, batch_row_equals_alone, second_turn, training_works], ids=str
+    "check",
+    [cut_equals_hand_built, batch_row_equals_alone, second_turn, training_works],
+    ids=lambda check: check.__name__,
 )
 @pytest.mark.parametrize("text", ["gemma4", "gemma4_small"])
 def test_gemma4_with_and_without_something_beside_every_token(text: str, check: Any) -> None:

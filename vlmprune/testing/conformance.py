@@ -194,7 +194,7 @@ def default_spec(method: str) -> str:
     for keep in (0.25, 0.5):
         try:
             built.cuts(LAYERS, Budget(keep), GRID * GRID)
-        except SpecError:
+        except (SpecError, UnsupportedError):  # no such budget, or no weights
             continue
         return f"{text}@{keep}"
     return text
