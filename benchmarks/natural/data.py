@@ -125,8 +125,8 @@ def of_patches(pool: Pool, shown: Tensor | None = None) -> Prompt:
     share = pool.share.float()  # (B, MOST, PATCHES)
     filled = share >= 0.5 * share.amax(-1, keepdim=True).clamp(min=1e-3)
     goal = torch.einsum("bqm,bmp->bqp", pool.asked.float(), filled.float()) > 0
-    bare = (share.sum(1, keepdim=True) < 0.05) & (pool.family == FAMILIES.index("place"))[..., None]
-    goal = goal | bare
+    # the place is known to all patches, so none of them is better to look at
+    goal = goal | (pool.family == FAMILIES.index("place"))[..., None]
     if shown is not None:
         goal = goal.gather(2, shown[:, None].expand(-1, QUESTIONS, -1))
     goal = F.pad(goal, (2, 0))

@@ -79,7 +79,8 @@ def dense_loss(logits: Tensor, pool: Pool) -> Tensor:
         "column": numbers % GRID,
     }
     for name, label in exact.items():
-        total = total + 0.1 * F.cross_entropy(parts[name].flatten(0, 1), label.flatten())
+        share = 0.3 if name == "place" else 0.1
+        total = total + share * F.cross_entropy(parts[name].flatten(0, 1), label.flatten())
     return total
 
 

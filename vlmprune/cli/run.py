@@ -37,9 +37,9 @@ def run(
         str | None, typer.Argument(help="Picture or clip (.mp4, .mkv, ...); without it, a drawn picture.")
     ] = None,
     question: Annotated[
-        str, typer.Argument(help="What to ask; without a picture, 'tiny' is asked what it can know.")
+        str, typer.Argument(help="What to ask; without a picture, tiny and natural are asked what they can.")
     ] = QUESTION,
-    model: Annotated[str, typer.Option(help="'tiny', a folder, or an HF id.")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny, natural, a folder, or an HF id.")] = "tiny",
     prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
     draw: Annotated[
         Path | None,
@@ -68,17 +68,16 @@ def run(
     if draw is not None:
         _check_draw(draw, spec)
 
-    from ..evaluation.tasks.shapes.example import example
-    from ..models.loading import TINY, load
+    from ..models.loading import BUNDLED, load
 
     limit_threads(context, model, threads)
-    if image is None and model == TINY:
-        picture, question, expected = example()
+    if image is None and model in BUNDLED:
+        picture, question, expected = _example(model)
     with stderr().status(f"loading {model}"):
         loaded, processor = load(model, device, dtype, trust_remote_code)
     asked = _asked(loaded, processor, picture, question, spec)
     # where a first call is slow and a warm-up too dear, pruning goes first and pays for it
-    warm = model == TINY or loaded.device.type != "cpu"
+    warm = model in BUNDLED or loaded.device.type != "cpu"
     with stderr().status("generating"):
         pruned, whole, report = _answers(loaded, processor, asked, spec, max_new_tokens, dense, warm)
     if draw is not None:
@@ -90,6 +89,14 @@ def run(
     found |= {"measured": _measured(loaded, warm), "draw": draw and str(draw)}
     found["note"] = _note(model, loaded, report, expected)
     print_json(found) if as_json else _show(found)
+
+
+def _example(model: str) -> tuple[Any, str, str]:
+    """A picture, a question and the answer, of the benchmark that a model of the package was trained on."""
+    from ..evaluation.tasks.scenes.example import example as scene
+    from ..evaluation.tasks.shapes.example import example as shape
+
+    return scene() if model == "natural" else shape()
 
 
 @dataclass(frozen=True)
@@ -259,10 +266,10 @@ def _of_clip(clip: Clip, apart: bool, report: Report) -> dict[str, Any]:
 
 
 def _note(model: str, loaded: Any, report: Report, expected: str | None) -> str | None:
-    from ..models.loading import TINY, TINY_NOTE
+    from ..models.loading import BUNDLED, BUNDLED_NOTE
 
-    if model == TINY:
-        return TINY_NOTE if expected is None else None
+    if model in BUNDLED:
+        return BUNDLED_NOTE.format(model) if expected is None else None
     most = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and report.sequence[0] > most:
         return (

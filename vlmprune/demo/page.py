@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import UnsupportedError, VlmPruneError
-from ..models.loading import TINY, TINY_NOTE
+from ..models.loading import BUNDLED, BUNDLED_NOTE
 from .cards import answered
 from .playground import KEEP, METHODS, MOST_METHODS, Playground, example_samples, offered
 
@@ -155,6 +155,6 @@ def _head(playground: Playground) -> str:
         "Ask one question about one picture. Each card shows a method: the visual tokens that it kept, and "
         "what the model answered. `dense` reads all of them. Times are of one run on this machine.",
     ]
-    if playground.name == TINY:
-        lines.append(f"*Note: {TINY_NOTE}.*")
+    if playground.name in BUNDLED:
+        lines.append(f"*Note: {BUNDLED_NOTE.format(playground.name)}.*")
     return "\n\n".join(lines)

@@ -20,12 +20,13 @@ from ..hooks.adapter import ModalityName
 from ..spec import Spec
 from . import adapter_for, check_family
 from .shrink import shrink_for
+from .tiny import BUNDLED, load_tiny
 
 TINY = "tiny"
 _TICKS = 100  # a second, in which processors are told when frames come
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TINY_NOTE = (
-    "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean "
+BUNDLED_NOTE = (
+    "{} was trained on the drawn pictures of this package alone: about other pictures its answers mean "
     "nothing"
 )
 
@@ -36,8 +37,8 @@ def load(
     """``(model, processor)``, the model in eval mode.
 
     Args:
-        name: ``"tiny"``, the trained model of the package, a folder written by ``save_pretrained``, or an HF
-            id.
+        name: ``"tiny"`` or ``"natural"``, the trained models of the package, a folder written by
+            ``save_pretrained``, or an HF id.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: one of ``DTYPES``; "auto" is what the checkpoint says.
         trust_remote_code: let processor and tokenizer run Python code that comes with them. The model is
@@ -45,10 +46,8 @@ def load(
     """
     one_of("dtype", dtype, DTYPES)
     check_device(device)
-    if name == TINY:
-        from .tiny import load_tiny
-
-        return load_tiny(device, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    if name in BUNDLED:
+        return load_tiny(device, torch.float32 if dtype == "auto" else getattr(torch, dtype), BUNDLED[name])
 
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

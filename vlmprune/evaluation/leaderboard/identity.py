@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...errors import EvaluationError
-from ...models.loading import TINY
-from ...models.tiny import verify
+from ...models.tiny import BUNDLED, verify
 from ...registry import get
 from ...spec import parse
 from ..tasks.registry import LMMS, factory
@@ -124,8 +123,8 @@ def _code(what: str, made: Iterable[Any]) -> str:
 
 def weights(name: str, trust_remote_code: bool = False) -> str:
     """Fingerprint of a model: digest of the files of a folder, or the commit of an HF id; loads no model."""
-    if name == TINY:
-        return hashlib.sha256(json.dumps(verify(), sort_keys=True).encode()).hexdigest()[:16]
+    if name in BUNDLED:
+        return hashlib.sha256(json.dumps(verify(BUNDLED[name]), sort_keys=True).encode()).hexdigest()[:16]
     from transformers import AutoConfig
 
     from ...models.loading import read_pretrained

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import EvaluationError, VlmPruneError
 from ...models import reads_any_size
-from ...models.loading import TINY, read_pretrained
+from ...models.loading import BUNDLED, TINY, read_pretrained
 from ...spec import Budget, parse
 from ..stats.summary import BLIND, DENSE, budget_of
 from ..tasks.sample import Sample, Task
@@ -54,7 +54,7 @@ def baselines(budget: str, seeds: Sequence[int], shrinks: bool = False) -> list[
 
 def shrinks(model: str, task: Task, trust_remote_code: bool) -> bool:
     """Whether ``downsample`` can answer a task; no weights are read for it. Clips are never shrunk."""
-    if model == TINY or getattr(task, "video", False):
+    if model in BUNDLED or getattr(task, "video", False):
         return False
     from transformers import AutoConfig
 

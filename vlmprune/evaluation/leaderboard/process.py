@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ...models.tiny import no_bars
+from ...models.tiny import BUNDLED, no_bars
 
 
 class Terminated(KeyboardInterrupt):
@@ -56,13 +56,11 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def threads(model: str, wanted: int | None = None) -> Iterator[None]:
-    """``wanted`` threads for torch, else one for ``tiny``, unless ``OMP_NUM_THREADS`` is set."""
+    """``wanted`` threads for torch, else one for models of the package; ``OMP_NUM_THREADS`` goes first."""
     import torch
 
-    from ...models.loading import TINY
-
     count = wanted
-    if count is None and model == TINY and "OMP_NUM_THREADS" not in os.environ:
+    if count is None and model in BUNDLED and "OMP_NUM_THREADS" not in os.environ:
         count = 1
     before = torch.get_num_threads()
     if count is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...models.loading import TINY
+from ...models.tiny import BUNDLED
 from ...plain import plain
 from ...speed.conditions import conditions, device_name
 from ..answer.record import Record
@@ -98,7 +98,7 @@ def provenance(settings: Sequence[Setting], device: str, command: str) -> dict[s
 
 def licence(model: str) -> str:
     """What the model card says, where there is one at hand."""
-    if model == TINY:
+    if model in BUNDLED:
         return "Apache-2.0"
     card = Path(model).expanduser() / "README.md"
     if card.is_file():

@@ -76,7 +76,8 @@ class Settings:
         trust_remote_code: run Python code that comes with a model.
         command: as typed, for the record.
         replace: let the results of this config take the place of those of another one in the same folder.
-        threads: of torch, on each worker; None is one for the model "tiny", and what torch takes for others.
+        threads: of torch, on each worker; None is one for models of the package, and what torch takes for
+            others.
     """
 
     device: str = "cpu"

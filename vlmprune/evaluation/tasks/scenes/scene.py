@@ -55,8 +55,8 @@ class Scene:
 def sample_scene(rng: np.random.Generator) -> Scene:
     """One to three large things and up to two small ones, of four colours and four patterns."""
     colors, patterns = rng.permutation(list(COLORS))[:4], rng.permutation(PATTERNS)[:4]
-    low, high = np.log(LARGE).tolist()
-    large = np.exp(rng.uniform(low, high, size=int(rng.integers(1, 4))))
+    least, most = (math.log(radius) for radius in LARGE)
+    large = np.exp(rng.uniform(least, most, int(rng.integers(1, 4))))
     radii = [*sorted(large, reverse=True), *rng.uniform(*SMALL, size=int(rng.integers(0, 3)))]
     things: list[Thing] = []
     for radius in radii:
