@@ -31,6 +31,7 @@ OUTSIDE = {
     "kernels/README.md": "kernels.md",
     "kernels/compile_gate.md": "compile_gate.md",
     "vlmprune/assets/tiny/card.md": "tiny_card.md",
+    "vlmprune/assets/natural/card.md": "natural_card.md",
 }
 INSTEAD = {"README.md": "index.md", "README.md#methods": "gallery.md", "methods": "gallery.md"}
 FENCE = re.compile(r"^(?: {0,3})(```|~~~)")
