@@ -138,4 +138,4 @@ sheet(
 page = write_report(folder, out=folder / "report.html")
 print(page.name, page.stat().st_size // 1024, "KiB")
 text = write_report(folder, out=folder / "report.md").read_text(encoding="utf-8")
-Markdown("\n".join(line for line in text.splitlines() if line.startswith("|"))[:4000])
+Markdown("\n".join(line for line in text.splitlines() if line.startswith("|")))
