@@ -69,7 +69,7 @@ def messages(package: Path = PACKAGE) -> tuple[Message, ...]:
                 if len(re.findall(r"[a-z]{2,}", text)) > 1:
                     error = ast.unparse(call.func)
                     found.append(Message(name, call.lineno, error, " ".join(text.split())))
-    return tuple(dict.fromkeys(found))
+    return tuple(sorted(dict.fromkeys(found), key=lambda one: (one.file, one.line)))
 
 
 def _calls(tree: ast.Module, classes: set[str]) -> Iterator[tuple[ast.AST, ast.Call]]:

@@ -43,7 +43,7 @@ def test_the_blocks_of_a_page_run_and_print_what_they_say(page, tmp_path, monkey
     stand_in(tmp_path, monkeypatch)
     monkeypatch.setattr("vlmprune.models._REGISTERED", dict(_REGISTERED))
     torch.manual_seed(0)
-    before, names = set(list_methods()), {"__name__": "page"}
+    before, names = set(list_methods()), {"__name__": "__main__"}
     try:
         for block in blocks:
             said = run_block(block, str(page), names)

@@ -20,7 +20,7 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [
         line.split(":", 1)[1].strip()
-        for line in info.read_text().splitlines()
+        for line in (info.read_text().splitlines() if info.exists() else ())
         if line.startswith("model name")
     ]
     return f"{len(names)} x {names[0]}" if names else platform.processor()

@@ -30,7 +30,7 @@ METHODS = [
     name
     for name in attachable_methods()
     if get(name).__module__.startswith("vlmprune.") and not get(name).clips
-    if name != "visionselector"  # needs trained weights
+    if name not in ("visionselector", "rcp")  # need trained weights
 ]
 WORDS = 4
 

@@ -25,6 +25,7 @@ from vlmprune.hooks.vision.tower import (
     reader_of,
 )
 from vlmprune.models import adapter_for
+from vlmprune.testing.families import FAMILIES as FACTS
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 
@@ -73,7 +74,7 @@ def received_of(maps: Tensor) -> Tensor:
     [
         param("tower attention", family, one_in=3)
         for family in FAMILIES
-        if missing(family) is None and family != "fast_vlm"
+        if missing(family) is None and family != "fast_vlm" and FACTS[family].reads_tower
     ],
 )
 def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

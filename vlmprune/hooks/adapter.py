@@ -45,6 +45,7 @@ class Adapter(Protocol):
             too; None where all are like that.
         types: keyword of the multimodal model that holds these types.
         aligned: keywords of the language model that hold something of every token beside its embedding.
+        drops: keywords of the model by which it drops tokens itself: calls with one are checked first of all.
         checks_features: check in every call that the sequence holds the features in the order in which they
             were encoded, where nobody declared that it does.
         note: what every report says of it.
@@ -67,6 +68,7 @@ class Adapter(Protocol):
     text_type: ClassVar[int | None]
     types: ClassVar[str]
     aligned: tuple[str, ...]
+    drops: frozenset[str]
     checks_features: bool
     note: str
     deepstack: str | None

@@ -38,9 +38,11 @@ def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapp
     for modality in adapter.modalities:
         pixels = kwargs.get(modality.pixels)
         if state.active and pixels is not None:
-            if isinstance(pixels, Tensor) and not pixels.numel():
-                # some families skip empty pixels and leave the placeholders as they are; others are checked
-                # where they are encoded
+            if not (isinstance(pixels, Tensor) and pixels.ndim > 1 and pixels.numel()) or adapter.drops & {
+                *kwargs
+            }:
+                # some families skip empty pixels and leave the placeholders as they are; what looks like
+                # pixels is checked where it is encoded, since sizes on a device make the host wait
                 adapter.check(kwargs, modality)
             source = pixels if source is None else source
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)

@@ -52,6 +52,8 @@ class Adapter:
     aligned: tuple[str, ...] = ()
     # whether every call checks that the sequence holds the features in the order in which they were encoded
     checks_features: bool = False
+    # keywords by which the model itself drops tokens
+    drops: frozenset[str] = frozenset()
     # what reports say of it
     note: str = ""
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches

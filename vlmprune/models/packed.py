@@ -218,6 +218,7 @@ class VideoLlama3Adapter(Qwen2VLAdapter):
     model_type = "video_llama_3"
     towers = ("video_llama_3_vision",)
     tower = "vision_model"
+    drops = frozenset({"video_compression_mask"})
     positions = _BOTH
     merges_first = True
 

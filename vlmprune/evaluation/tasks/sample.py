@@ -43,8 +43,10 @@ class Sample:
         raise NotImplementedError(f"{type(self).__name__} draws no images")
 
     def object_masks(self) -> list[np.ndarray]:
-        """One (H, W) bool mask per image: the objects asked about, all False where none is there."""
-        raise NotImplementedError(f"{type(self).__name__} has no masks")
+        """One (H, W) bool mask per image: the objects asked about, all False where none is there or known."""
+        import numpy as np
+
+        return [np.zeros((1, 1), dtype=bool) for _ in self.images]
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation for ``processor.apply_chat_template(..., add_generation_prompt=True)``.

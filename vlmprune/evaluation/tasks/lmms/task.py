@@ -49,9 +49,6 @@ class LmmsSample(Sample):
             )
         return [picture(image) for image in conversation.images]
 
-    def object_masks(self) -> list[np.ndarray]:
-        return [np.zeros((1, 1), dtype=bool) for _ in self.images]  # nobody knows where the answer lies
-
     def messages(self) -> list[dict[str, Any]]:
         return self.task.conversation(self.number).messages
 
