@@ -178,6 +178,16 @@ class SequenceView:
             return made.to(hidden.device)
         return tuple(angle.to(hidden.device) for angle in made)
 
+    def last_of_prompt(self, generated: int) -> Tensor:
+        """(B, 1) column of the last token of the prompt, or of the last that stays of it where a cut took it;
+        ``generated`` columns at the end are no part of it.
+        """
+        prompt = self.new.shape[1] - generated
+        if self.maskless:
+            return torch.full((self.new.shape[0], 1), prompt - 1, device=self.new.device)
+        columns = torch.arange(1, prompt + 1, device=self.new.device)
+        return (self.new[:, :prompt] * columns).argmax(dim=1, keepdim=True)
+
     def take_angles(self, language_model: nn.Module, layer: int, angles: Sequence[Tensor]) -> None:
         """Use these as the angles of a layer and others of its kind: they were cut of those before."""
         self._angles[angle_kind(language_model, layer)] = tuple(angles)

@@ -284,14 +284,7 @@ class InsideLM:
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
-        view = state.views.at(index)
-        valid, prompt = view.new, view.new.shape[1] - state.generated
-        # the last token of the prompt; where a cut took it, the last one that stays
-        if view.maskless:
-            last = torch.full((valid.shape[0], 1), prompt - 1, device=valid.device)
-        else:
-            columns = torch.arange(1, prompt + 1, device=valid.device)
-            last = (valid[:, :prompt] * columns).argmax(dim=1, keepdim=True)  # (B, 1)
+        last = state.views.at(index).last_of_prompt(state.generated)
         raters = state.tracked.raters
         if raters is None:
             return last, None

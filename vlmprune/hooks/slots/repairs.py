@@ -85,8 +85,6 @@ class RepairSlot(InsideLM):
     def _cut(self, state: ForwardState, index: int, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
         before = [(span.columns, span.ids) for span in state.tracked.spans]
         rest = super()._cut(state, index, hidden, angles)
-        vectors = hidden.new_zeros(0)
-        rows = [span.row for span in state.tracked.spans]
         found = [
             self._context(span, columns, ids, hidden)
             for span, (columns, ids) in zip(state.tracked.spans, before, strict=True)
@@ -94,7 +92,7 @@ class RepairSlot(InsideLM):
         if found:
             vectors = torch.cat(found)  # (pictures, r)
             total = vectors.new_zeros(hidden.shape[0], vectors.shape[1])
-            at = torch.tensor(rows, device=vectors.device)
+            at = torch.tensor([span.row for span in state.tracked.spans], device=vectors.device)
             count = torch.bincount(at, minlength=hidden.shape[0])[:, None]
             mean = total.index_add(0, at, vectors) / count.clamp_min(1)
             state.notes[index] = Note(mean, count > 0)
@@ -133,10 +131,9 @@ class RepairSlot(InsideLM):
 
     def _answering(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor]:
         """Columns (B, R) of the last token of the prompt and all behind it, and which are tokens (B, R)."""
-        valid = state.views.at(index).new  # (B, n)
+        view = state.views.at(index)
+        valid = view.new  # (B, n)
         prompt = valid.shape[1] - state.generated
-        places = torch.arange(1, prompt + 1, device=valid.device)
-        last = (valid[:, :prompt] * places).argmax(dim=1, keepdim=True)
         behind = torch.arange(prompt, valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
-        rows = torch.cat([last, behind], dim=1)
+        rows = torch.cat([view.last_of_prompt(state.generated), behind], dim=1)
         return rows, valid.gather(1, rows)
