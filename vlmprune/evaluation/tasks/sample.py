@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...errors import SpecError, did_you_mean
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
@@ -126,3 +128,21 @@ def normalise(answer: str, *, compact: bool = False) -> str:
 def exact(sample: Sample, answer: str) -> float:
     """1.0 where the normalised answer is one of the accepted ones, else 0.0."""
     return float(normalise(answer, compact=sample.group == "text") in sample.answers)
+
+
+def in_turns(
+    name: str, families: Sequence[str], per_family: Mapping[str, int], split: str, limit: int | None
+) -> list[tuple[str, int]]:
+    """Family and number of the samples of a split, families in turn: any ``limit`` is a balanced prefix.
+
+    Args:
+        name: of the task, for messages.
+        per_family: split -> samples of each family.
+    """
+    if split not in per_family:
+        near = did_you_mean(split, per_family)
+        raise SpecError(f"split {split!r} of {name}; expected one of {list(per_family)}.{near}")
+    whole = per_family[split] * len(families)
+    if limit is not None and not 1 <= limit <= whole:
+        raise SpecError(f"limit={limit} samples of {name}/{split}; expected 1 to {whole}, or None for all")
+    return [(families[i % len(families)], i // len(families)) for i in range(limit or whole)]

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ....errors import SpecError, did_you_mean
-from ..sample import Sample, exact, normalise
+from ....errors import SpecError
+from ..sample import Sample, exact, in_turns, normalise
 from ..shapes.render import mask, render
 from ..shapes.scene import CANVAS
 from .story import FAMILIES, FRAMES, YES_NO, Kind, Story
@@ -88,17 +88,8 @@ class ClipsTask:
 
     def samples(self, split: str = "test", limit: int | None = None) -> list[ClipSample]:
         """Samples of a split, families in turn: any ``limit`` is a balanced prefix of the whole."""
-        if split not in SEEDS:
-            raise SpecError(
-                f"split {split!r} of {self.name}; expected one of {list(SEEDS)}.{did_you_mean(split, SEEDS)}"
-            )
-        whole = PER_FAMILY[split] * len(self.families)
-        if limit is not None and not 1 <= limit <= whole:
-            raise SpecError(
-                f"limit={limit} samples of {self.name}/{split}; expected 1 to {whole}, or None for all"
-            )
-        count = len(self.families)
-        return [self.sample(split, self.families[i % count], i // count) for i in range(limit or whole)]
+        dealt = in_turns(self.name, self.families, PER_FAMILY, split, limit)
+        return [self.sample(split, family, index) for family, index in dealt]
 
     def sample(self, split: str, family: str, index: int) -> ClipSample:
         """Sample ``index`` of a family: the same whatever else is drawn, on any shard."""

@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from ....errors import SpecError, did_you_mean
-from ..sample import Sample, exact
+from ....errors import SpecError
+from ..sample import Sample, exact, in_turns
 from .paint import coverage, paint
 from .questions import ANSWERS, FAMILIES, Question, questions_about
 from .scene import CANVAS, LARGE, SMALL, Scene, sample_scene
@@ -68,19 +68,8 @@ class ScenesTask:
 
     def samples(self, split: str = "test", limit: int | None = None) -> list[ScenesSample]:
         """Samples of a split, families in turn: any ``limit`` is a balanced prefix of the whole."""
-        if split not in SEEDS:
-            raise SpecError(
-                f"split {split!r} of {self.name}; expected one of {list(SEEDS)}.{did_you_mean(split, SEEDS)}"
-            )
-        whole = PER_FAMILY[split] * len(self.families)
-        if limit is not None and not 1 <= limit <= whole:
-            raise SpecError(
-                f"limit={limit} samples of {self.name}/{split}; expected 1 to {whole}, or None for all"
-            )
-        return [
-            self.sample(split, self.families[i % len(self.families)], i // len(self.families))
-            for i in range(limit or whole)
-        ]
+        dealt = in_turns(self.name, self.families, PER_FAMILY, split, limit)
+        return [self.sample(split, family, index) for family, index in dealt]
 
     def sample(self, split: str, family: str, index: int) -> ScenesSample:
         """Sample ``index`` of a family: the same whatever else is drawn."""
