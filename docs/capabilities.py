@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import transformers
 
+from vlmprune.capabilities import ASSET
 from vlmprune.models import families
 from vlmprune.testing.capabilities import (
-    ASSET,
     CAPABILITIES,
     OF_FEATURES,
     OF_METHODS,

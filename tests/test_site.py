@@ -170,8 +170,8 @@ def test_each_panel_is_cut_out_of_the_picture_of_all_methods():
 
 
 def test_tables_of_models_commands_and_names_have_everything():
+    from vlmprune.capabilities import table
     from vlmprune.cli import app
-    from vlmprune.testing.capabilities import table
 
     models = WEBSITE.models_table()
     assert all(f"| `{family}` |" in models for family in table()["families"])

@@ -90,7 +90,7 @@ def quantity(need: str) -> str:
 
 def _list_families(as_json: bool) -> None:
     """What every family can do, as it was measured."""
-    from ..testing.capabilities import table as measured
+    from ..capabilities import table as measured
 
     rows = measured()["families"]
     if as_json:

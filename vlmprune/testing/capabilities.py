@@ -8,9 +8,7 @@ when it is stale.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -41,7 +39,6 @@ from .families import family_of, layout_of
 from .reference import language_model
 from .tiny import tiny_inputs
 
-ASSET = "capabilities.json"
 # what the capabilities of a family are measured with; the second where nothing is read of the tower
 SPEC, OF_FEATURES = "fastervlm(cls=mean)@9", "divprune@9"
 
@@ -278,11 +275,6 @@ def cell(family: str, spec: str, capability: str | None = None) -> str:
     if result.status == "pass":
         return "yes"
     return ("not measured: " if "install" in result.detail else "no: ") + result.detail
-
-
-def table() -> dict[str, Any]:
-    """What was measured and shipped."""
-    return json.loads((files("vlmprune") / "assets" / ASSET).read_text(encoding="utf-8"))
 
 
 def stale(found: dict[str, Any]) -> list[str]:
