@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line options of the test suite, and torchvision where its compiled part cannot be loaded."""
+"""Command line options of the test suite, no network, and torchvision where its compiled part cannot be
+loaded."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -11,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# read when transformers is imported: no test asks the hub, where what it finds may change
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_addoption(parser):

@@ -102,8 +102,13 @@ def test_no_character_stops_a_table(encoding):
         assert done.stdout.isascii()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-@pytest.mark.parametrize("words", [["list"], ["show", "holov"], ["run", "\u2212.png"], ["--help"]])
+COMMANDS = [["list"], ["show", "holov"], ["run", "\u2212.png"], ["--help"]]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [("ascii", words) for words in COMMANDS] + [("latin-1", COMMANDS[-1]), ("cp1252", COMMANDS[-1])],
+)
 def test_commands_speak_to_any_terminal(encoding, words):
     done = process(None, *words, PYTHONIOENCODING=encoding, LC_ALL="C.UTF-8")
     assert done.returncode == (2 if words[0] == "run" else 0) and "Traceback" not in done.stderr
