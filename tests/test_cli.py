@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import cli, process
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,23 +30,6 @@ NOTE = (
     "tiny was trained on the drawn pictures of this package alone: about other pictures its answers mean "
     "nothing"
 )
-
-
-def cli(*words, code=0, columns=100):
-    """Run a command in this process; plain text, as in a pipe."""
-    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(
-        app, [str(word) for word in words]
-    )
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
-def process(*words, cwd=None, path=()):
-    """Run a command in a process of its own."""
-    places = os.pathsep.join(map(str, (*path, ROOT)))
-    env = os.environ | {"PYTHONPATH": places, "PYTHONSAFEPATH": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-c", "from vlmprune.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 # --- the command itself ---------------------------------------------------------------------------

@@ -7,23 +7,15 @@ import json
 
 import numpy as np
 import pytest
+from commands import cli
 from PIL import Image
-from typer.testing import CliRunner
 
-from vlmprune.cli import app
 from vlmprune.core.keepmap import KeepMap
 from vlmprune.errors import SpecError
 from vlmprune.viz.strip import GAP, LARGEST, LINE, draw_strip
 
 pytest.importorskip("av", reason="needs PyAV, the extra [video]")
 from clip_files import write_clip
-
-
-def cli(*words, code=0):
-    """Run a command in this process; plain text, as in a pipe."""
-    result = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def test_a_clip_is_asked_about_and_drawn(tmp_path):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import cli
 from typer.testing import CliRunner
 
 import vlmprune
@@ -23,15 +24,6 @@ from vlmprune.testing.tiny import picture, tiny_bundle
 
 ROOT = Path(__file__).parents[1]
 FULL = Path("/dev/full")  # a device on which every write fails
-
-
-def cli(*words, code=0, columns=100):
-    """Run a command in this process; plain text, as in a pipe."""
-    result = CliRunner(env={"COLUMNS": str(columns), "NO_COLOR": "1"}).invoke(
-        app, [str(word) for word in words]
-    )
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def process(code, *words, stdout=subprocess.PIPE, **environment):

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import cli
 
 import vlmprune
-from vlmprune.cli import app
 from vlmprune.cli import env as env_module
 from vlmprune.cli.env import attention, environment, extras
 from vlmprune.registry import list_methods
@@ -27,12 +26,6 @@ from vlmprune.speed.conditions import system_load
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlmprune"
-
-
-def cli(*words, code=0):
-    result = CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, list(words))
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 # --- vlmprune env ---------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ CELLS = [
     pytest.param("vhr(layers=[0,-1],alpha=3.0,variant=squared_guarded)", "gemma3", marks=pytest.mark.slow),
     ("vhr", "paligemma"),
 ]
+VAR_SPEC = "var(dims=[7,21,30],tau=1.2,max_sink_portion=0.9,min_visual_mass=0.0,first_layer=1)"
 SPECS = [ACT_SPEC, PAINT_SPEC, "vhr"]
 # one of each kind of slot by default
 SAMPLED = [ACT_SPEC, pytest.param(PAINT_SPEC, marks=pytest.mark.slow), "vhr"]
@@ -87,7 +88,7 @@ def test_strength_zero_is_dense_to_the_bit(spec: str) -> None:
             assert torch.equal(model(**inputs).logits, dense)
 
 
-@pytest.mark.parametrize("spec", SAMPLED)
+@pytest.mark.parametrize("spec", [*SAMPLED, VAR_SPEC])
 def test_it_composes_with_a_cut_inside_the_language_model(spec: str) -> None:
     model, inputs = tiny_model(), tiny_inputs(images=(1, 1))
     with vlmprune.prune(model, f"{spec}+fastv(layer=2)@9") as run:

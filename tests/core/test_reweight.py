@@ -84,19 +84,6 @@ def test_it_composes_with_a_cut_before_the_language_model() -> None:
     assert run.last.realised_tokens == [9]
 
 
-def test_it_composes_with_a_cut_inside_the_language_model() -> None:
-    model, inputs = tiny_model(), tiny_inputs(images=(1, 1))
-    with vlmprune.prune(model, f"{EAGER_TO_EDIT}+fastv(layer=2)@9") as run:
-        together = generate(model, inputs)
-        assert run.last.tokens_per_layer == [36, 36, 9, 9]
-        for row in range(2):
-            assert torch.equal(generate(model, tiny_row(inputs, "llava", row, (1, 1)))[0], together[row])
-        with torch.no_grad():
-            edited = model(**inputs).logits
-    with vlmprune.prune(model, "fastv(layer=2)@9"), torch.no_grad():
-        assert not torch.allclose(model(**inputs).logits, edited, atol=1e-3)
-
-
 def test_two_methods_of_one_stage_are_refused() -> None:
     with pytest.raises(vlmprune.VlmPruneError, match="both act in the slot 'before_lm'"):
         vlmprune.prune(tiny_model(), "fastervlm@9+uniform@4")

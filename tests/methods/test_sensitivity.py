@@ -10,26 +10,13 @@ import gc
 
 import pytest
 import torch
+from projectors import mlp
 from torch import nn
 
 from vlmprune.methods.zooprune import cache, sensitivity
 from vlmprune.methods.zooprune.projector import two_layers
 from vlmprune.methods.zooprune.sensitivity import closed_form, directional, finite_difference, unit_directions
 from vlmprune.testing.conformance import shared_model
-
-
-def mlp(width=12, hidden=20, out=16, norm=False, bias=True, act=None, seed=0):
-    """[LayerNorm] Linear act Linear with weights under which tokens differ."""
-    torch.manual_seed(seed)
-    first, second = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, out, bias=bias)
-    layers = [first, act or nn.GELU(), second]
-    if norm:
-        layers.insert(0, nn.LayerNorm(width))
-        nn.init.normal_(layers[0].weight, 1, 0.3)
-        nn.init.normal_(layers[0].bias, 0, 0.5)
-    for layer in (first, second):
-        nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
-    return nn.Sequential(*layers).requires_grad_(False)
 
 
 def spearman(a, b):

@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from projectors import mlp
 from torch import nn
 
 import vlmprune
@@ -19,20 +20,6 @@ from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.tiny import tiny_inputs
 
 ESTIMATORS = ("exact", "zo", "jvp")
-
-
-def mlp(width=12, hidden=20, out=16, norm=False, bias=True, act=None, seed=0):
-    """[LayerNorm] Linear act Linear with weights under which tokens differ."""
-    torch.manual_seed(seed)
-    first, second = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, out, bias=bias)
-    layers = [first, act or nn.GELU(), second]
-    if norm:
-        layers.insert(0, nn.LayerNorm(width))
-        nn.init.normal_(layers[0].weight, 1, 0.3)
-        nn.init.normal_(layers[0].bias, 0, 0.5)
-    for layer in (first, second):
-        nn.init.normal_(layer.weight, std=1.5 / layer.in_features**0.5)
-    return nn.Sequential(*layers).requires_grad_(False)
 
 
 def tokens_of(projector, batch=2, n=40, width=12, seed=0, dtype=torch.float32):
