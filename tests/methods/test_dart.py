@@ -71,6 +71,36 @@ def test_every_pivot_keeps_what_is_least_like_it(k, norm):
     assert choose(DART(norm=norm), given, k).tolist() == want
 
 
+def pivot_lists(given, row):
+    """For each pivot of one row all other tokens, the least like it first; and the visual pivots."""
+    real = np.ones(R, bool) if given.query_mask is None else given.query_mask[row].numpy()
+    keys = np.concatenate([given.lm_keys[row], given.text_keys[row][real]]).reshape(N + real.sum(), -1)
+    states = np.concatenate([given.lm_states[row], given.text_states[row][real]]).astype(np.float64)
+    norm, unit = np.abs(keys).sum(axis=1), states / np.linalg.norm(states, axis=1, keepdims=True)
+    visual = np.argsort(-norm[:N], kind="stable")[:4].tolist()
+    text = (N + np.argsort(-norm[N:], kind="stable")[:4]).tolist()
+    others = [i for i in range(N) if i not in visual]
+    return [sorted(others, key=lambda i, p=p: (unit[i] @ unit[p], i)) for p in visual + text], visual
+
+
+@pytest.mark.parametrize("words", [R, 2])
+def test_a_union_is_that_of_sets_which_do_not_mind_each_other(words):
+    given = tokens(mask=torch.arange(R).expand(2, -1) >= R - words)
+    for row in range(2):
+        lists, visual = pivot_lists(given, row)
+        assert len(lists) == 4 + min(4, words)
+        for m in (1, 2, 4):
+            together = {*visual, *(i for one in lists for i in one[:m])}
+            found = choose(DART(variant="union"), given, len(together))[row].tolist()
+            assert found == sorted(together)
+            if m > 1:
+                assert len(together) < 4 + m * len(lists), "sets shall overlap"
+        # of a step that is cut short, the earlier pivots are served
+        step = [*dict.fromkeys(i for one in lists for i in one[:1])]
+        assert choose(DART(variant="union"), given, 6)[row].tolist() == sorted({*visual, *step[:2]})
+    assert choose(DART(variant="union"), given, 3).tolist() == choose(DART(), given, 3).tolist()
+
+
 def test_the_official_order_is_that_of_a_python_set_of_positions():
     def order(pivots):
         return [position - FIRST for position in set(int(p) + FIRST for p in pivots)]
@@ -135,7 +165,7 @@ def test_official_counts_of_small_pictures_stay_within_them():
 def test_what_is_missing_is_named():
     with pytest.raises(CaptureError, match="'lm_keys'"):
         choose(DART(), VisualTokens(features=torch.ones(1, 8, 2)), 5)
-    for options in ({"layer": 0}, {"visual_pivots": 0}, {"norm": "l3"}, {"variant": "union"}):
+    for options in ({"layer": 0}, {"visual_pivots": 0}, {"norm": "l3"}, {"variant": "paper"}):
         with pytest.raises(SpecError):
             DART(**options)
     with pytest.raises(SpecError, match="dart needs a budget"):

@@ -13,7 +13,9 @@ Deviations: exactly ``keep`` tokens stay, m_p is (keep - p_v) / (p_v + p_t) with
 first pivots; pivots come by descending norm, visual ones first, where the official order is that of a Python
 set of positions; norms and cosines in float32; ties go to the lower index; each picture and sample by itself;
 fewer than p_t tokens of text are all pivots, where the official code fails. ``variant="official"`` has the
-official order and count.
+official order and count; ``variant="union"`` is the formula of the paper, in which no pivot minds what
+another one keeps: with r_p(i) the number of tokens that are less like pivot p than token i, those with the
+smallest min over p of r_p(i) stay, the earlier pivot first.
 Provenance: written from a description of paper and official code (commit 38d7b9c, Apache-2.0); no code
 copied.
 """
@@ -45,7 +47,8 @@ class DART(Method):
         text_pivots: how many are tokens of the text behind the picture.
         norm: "l1" of the keys, which depends on the position after rotary embedding, or "l2", which does not.
         variant: "exact", or "official": the pivots in the order of a Python set of their positions, and
-            p_v + (p_v + p_t) * floor(keep / (p_v + p_t)) tokens, so that 128 keeps 132.
+            p_v + (p_v + p_t) * floor(keep / (p_v + p_t)) tokens, so that 128 keeps 132; or "union": each
+            pivot keeps a set of its own, and the sets grow until together they hold ``keep`` tokens.
     """
 
     layer: int = 2
@@ -69,7 +72,7 @@ class DART(Method):
 
     def __post_init__(self) -> None:
         one_of("norm", self.norm, ("l1", "l2"))
-        one_of("variant", self.variant, ("exact", "official"))
+        one_of("variant", self.variant, ("exact", "official", "union"))
         for name, least in (("layer", 1), ("visual_pivots", 1), ("text_pivots", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -105,6 +108,8 @@ class DART(Method):
             order = set_order(tokens, pivots, n.shape[1])
             pivots, real = pivots.gather(1, order), real.gather(1, order)
         kept = torch.zeros_like(n, dtype=torch.bool).scatter(1, P_v, True)
+        if self.variant == "union":
+            return union(states, pivots, real, kept, k)
         return least_similar(states, pivots, kept, quotas(real, k - self.visual_pivots), k)
 
     def norms(self, keys: Tensor) -> Tensor:
@@ -126,13 +131,33 @@ def least_similar(states: Tensor, pivots: Tensor, kept: Tensor, m: Tensor, k: in
 
     ``pivots`` (B, P) are rows of the states (B, N or more, D), whose first N are the tokens.
     """
-    unit = torch.nn.functional.normalize(states.float(), dim=-1)
-    at = pivots[..., None].expand(-1, -1, unit.shape[-1])
-    cos = unit.gather(1, at) @ unit[:, : kept.shape[1]].transpose(1, 2)  # (B, P, N)
+    cos = cosines(states, pivots, kept.shape[1])
     # one after the other: what a pivot took is gone for the next
     for p in range(pivots.shape[1]):
         kept = kept | highest(-cos[:, p], m[:, p], ~kept)
     return top_k(kept.float(), k)
+
+
+def union(states: Tensor, pivots: Tensor, real: Tensor, kept: Tensor, k: int) -> Tensor:
+    """(B, k) tokens: those ``kept`` (B, N), then those that stand earliest in the list of any pivot.
+
+    A list of one of the ``real`` pivots (B, P) has all other tokens, the least like it first. Where two lists
+    are as long, the token of the earlier pivot is taken first.
+    """
+    cos = cosines(states, pivots, kept.shape[1]).masked_fill(kept[:, None], torch.inf)
+    place = cos.argsort(dim=2, stable=True).argsort(dim=2)  # (B, P, N) in the list of each pivot
+    count = pivots.shape[1]
+    order = place * count + torch.arange(count, device=place.device)[:, None]
+    first = order.masked_fill(~real[..., None], count * kept.shape[1]).amin(dim=1)
+    # whole numbers below 2**24 are exact in float32; more tokens than that no picture has
+    return top_k(-first.masked_fill(kept, -1).float(), k)
+
+
+def cosines(states: Tensor, pivots: Tensor, count: int) -> Tensor:
+    """(B, P, N) cosines of pivots (B, P), rows of the states (B, N or more, D), and the first N rows."""
+    unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    at = pivots[..., None].expand(-1, -1, unit.shape[-1])
+    return unit.gather(1, at) @ unit[:, :count].transpose(1, 2)
 
 
 def set_order(tokens: VisualTokens, pivots: Tensor, n: int) -> Tensor:
