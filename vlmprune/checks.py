@@ -32,6 +32,12 @@ def check_int(option: str, value: object, least: int | None = None, most: int | 
         raise SpecError(f"{option}={value!r}; expected {expected}")
 
 
+def check_ids(option: str, ids: Sequence[object]) -> None:
+    """Raise unless an option lists token ids."""
+    if not all(type(number) is int and number >= 0 for number in ids):
+        raise SpecError(f"{option}={ids!r}; expected token ids, whole numbers from 0 on")
+
+
 def check_number(option: str, value: object, least: float, most: float = _FINITE) -> None:
     """Raise unless an option is a finite number between two bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:

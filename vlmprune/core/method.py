@@ -190,6 +190,7 @@ class Method:
     positions: ClassVar[Positions] = "compact"
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
     rows: ClassVar[Rows] = "text"  # rows of a prompt that the attention slot edits; afterwards every new one
+    skips: ClassVar[tuple[int, ...]] = ()  # ids of tokens whose rows do not rank, where all text does
     gated: ClassVar[bool] = False  # is asked by ``leaves`` where ``cuts`` names a layer
     repairs: ClassVar[bool] = False  # is asked by ``repair`` behind its cuts
     mark_values: ClassVar[int] = 1  # the largest mark of ``mark_tokens``

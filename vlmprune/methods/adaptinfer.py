@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import check_ids
 from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -54,11 +55,13 @@ class AdaptInfer(Method):
         budgets: what leaves each of them: tokens as whole numbers, or shares of what entered it; in place of
             ``keep``.
         mix: 1 weighs the text tokens, 0 all alike, between them both in part.
+        skip: ids of tokens of the text that do not rank, such as those of stop words (RefAM).
     """
 
     layers: tuple[int, ...] | None = None
     budgets: tuple[float, ...] | None = None
     mix: float = 1.0
+    skip: tuple[int, ...] = ()
 
     slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
@@ -83,6 +86,8 @@ class AdaptInfer(Method):
                 raise SpecError(f"budgets={budgets} for {stages} layers; expected one budget per layer")
         if not 0 <= self.mix <= 1:
             raise SpecError(f"mix={self.mix}; expected a number from 0 to 1")
+        check_ids("skip", self.skip)
+        object.__setattr__(self, "skips", self.skip)
 
     def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
         if (budget is None) == (self.budgets is None):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...core.method import Need, Text
+from ...core.method import Method, Need, Text
+from ...errors import UnsupportedError
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -107,3 +108,16 @@ def named_ids(adapter: Adapter) -> Iterator[int]:
             if name.endswith(("token_id", "token_ids", "token_index")):
                 some = value if isinstance(value, list | tuple) else [value]
                 yield from (one for one in some if isinstance(one, int) and one >= 0)
+
+
+def without_skipped(state: ForwardState, text: Tensor, method: Method) -> Tensor:
+    """(B, n) bool, text (B, n) without what a method skips; all of it where nothing else is there."""
+    if state.input_ids is None:
+        raise UnsupportedError(
+            f"{method.name} skips words by their token ids, and the call gives inputs_embeds alone; give "
+            "input_ids, or leave the option skip out"
+        )
+    ids = state.input_ids.to(text.device)
+    skipped = torch.isin(ids, torch.tensor(method.skips, device=ids.device))
+    left = text & ~state.views.follow(skipped, 0)
+    return torch.where(left.any(dim=1, keepdim=True), left, text)

@@ -27,6 +27,7 @@ from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
 from ..sequence.masks import check_aligned, check_kinds, rotary_frequencies, uses_flash
+from ..sequence.text import without_skipped
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import drop_columns
@@ -164,6 +165,8 @@ class InsideLM:
         embeds, valid = state.embeds, state.views.at(0).new
         text = state.views.follow(state.text_after_pictures(), 0) & valid
         text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
+        if self.method.skips:
+            text = without_skipped(state, text, self.method)
         if not self.by_choice:
             return text
         here, raters = text.cpu(), torch.zeros_like(text)  # one wait for all rows

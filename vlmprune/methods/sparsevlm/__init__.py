@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...checks import check_int, check_layers, one_of
+from ...checks import check_ids, check_int, check_layers, one_of
 from ...core.budget import Budget
 from ...core.method import CutPoint, Merged, Method, SlotName, What
 from ...core.tokens import VisualTokens
@@ -51,12 +51,14 @@ class SparseVLM(Method):
         layers: three layers after which patches are cut; None: (2, 6, 15), or as deep in shallower models.
         recycle: merge a part of the cut patches into clusters (v1.5).
         heads: how many heads count (plus); None: half of them. The official code has 14 of 28.
+        skip: ids of tokens of the text that are no raters, such as those of stop words (RefAM).
     """
 
     version: str = "v1.5"
     layers: tuple[int, ...] | None = None
     recycle: bool = True
     heads: int | None = None
+    skip: tuple[int, ...] = ()
 
     slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
@@ -67,6 +69,8 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         one_of("version", self.version, ("v1.5", "plus"))
+        check_ids("skip", self.skip)
+        object.__setattr__(self, "skips", self.skip)
         if self.version == "plus":
             object.__setattr__(self, "positions", "original")
         if self.layers is not None:
