@@ -16,6 +16,7 @@ from vlmprune.cli import app
 from vlmprune.core.weights import read_weights
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.methods.visionselector import SHAPES
+from vlmprune.testing.processors import tiny_processor
 from vlmprune.testing.tiny import tiny_model
 from vlmprune.training.data import NO_LOSS, batch_of, read_data
 from vlmprune.training.loop import Pace, TrainingError, order_of, train
@@ -208,7 +209,7 @@ def test_the_model_can_be_trained_afterwards_and_methods_without_weights_are_ref
 ) -> None:
     model, processor = loaded
     assert all(value.requires_grad for value in model.parameters())
-    with pytest.raises(SpecError, match=r"cannot be trained; expected one of \['rcp', 'visionselector'\]"):
+    with pytest.raises(SpecError, match=r"cannot be trained; expected one of \['dyvte', 'rcp', 'textm"):
         run("fastervlm", model, processor, "shapes", tmp_path, keep=16)
     with pytest.raises(UnsupportedError, match="more than the 144 that stay"):
         run("visionselector", model, processor, "shapes", tmp_path, keep=144, samples=4, dev=1)
@@ -218,6 +219,11 @@ def test_the_model_can_be_trained_afterwards_and_methods_without_weights_are_ref
 def test_families_whose_masks_are_made_by_types_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="masks by token types"):
         SelectorTraining(tiny_model("gemma3"), None, 9, None, 0)
+
+
+def test_processors_that_give_more_than_pixels_and_text_are_refused(questions) -> None:
+    with pytest.raises(UnsupportedError, match=r"gives image_grid_thw.* beside pixels and text"):
+        batch_of(None, tiny_processor("qwen2_vl"), questions.train[:1])
 
 
 def test_data_of_ones_own(tmp_path: Path) -> None:
@@ -239,6 +245,10 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
         path.write_text(json.dumps(bad) + "\n")
         with pytest.raises(SpecError, match=message):
             read_data(str(path), 1, 1)
+    (tmp_path / "a.png").write_text("no picture")
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(SpecError, match=r"line 1 of .*: the picture 'a.png' cannot be read"):
+        read_data(str(path), 1, 0).train[0].picture()
     with pytest.raises(SpecError, match="is a folder"):
         read_data(str(tmp_path), 1, 1)
     with pytest.raises(SpecError, match=r"not there.*shapes"):

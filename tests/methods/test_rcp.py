@@ -14,6 +14,7 @@ from vlmprune.core.weights import backbone_of, write_weights
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.methods.rcp import shapes_of, shares_at
 from vlmprune.methods.rcp.losses import mean_share
+from vlmprune.methods.rcp.pruner import SHAPES, pruner_scores
 from vlmprune.methods.rcp.repair import positions_for
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
@@ -217,6 +218,47 @@ def test_hard_choices_in_training_are_the_cuts_and_repairs_of_the_session(traine
         assert 1 < kept[-1] < made.count
         want = made.logits[0, start - 1 : -1]
         torch.testing.assert_close(torch.cat(logits), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_leaves_out_whole_queries_and_parts_of_what_scores_single_tokens():
+    sizes = {"D": 6, "d": 8, "q": 5}
+    draw = torch.Generator().manual_seed(0)
+    w = {
+        name: torch.randn([int(axis) if axis.isdigit() else sizes[axis] for axis in axes], generator=draw)
+        for name, axes in SHAPES.items()
+    }
+    V, Q = torch.randn(2, 7, 6, generator=draw), torch.randn(2, 3, 6, generator=draw)
+    a, c = torch.rand(2, 7, generator=draw), torch.ones(2, 7, dtype=torch.bool)
+    whole = pruner_scores(w, 2, V, a, c, Q, None)
+    torch.manual_seed(3)
+    some = pruner_scores(w, 2, V, a, c, Q, None, drop=0.4)
+    torch.manual_seed(3)
+    left = torch.nn.functional.dropout(torch.ones(2, 5, 1), 0.4)  # 0, or 1 / (1 - 0.4)
+    assert 0 < int((left == 0).sum()) < 10
+    # without the queries that are left out there is nothing else in e1 but their bias
+    for row in range(2):
+        aggregator = w["aggregator.weight"] * left[row, :, 0]
+        by_hand = pruner_scores({**w, "aggregator.weight": aggregator}, 2, V, a, c, Q, None)
+        torch.testing.assert_close(some.cross[row], by_hand.cross[row])
+    assert not torch.allclose(some.cross, whole.cross) and not torch.allclose(some.token, whole.token)
+    assert torch.equal(some.baseline, whole.baseline)
+
+
+def test_nothing_is_left_out_where_others_are_looked_at(trained):
+    training, data = trained
+    inputs, labels = batch_of(training.model, training.processor, data.train[:1])
+    loss = {}
+    for mode in (True, False):
+        training.module.train(mode)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            first = training.loss(list(data.train[:1]), 1.0)
+            torch.manual_seed(1)
+            loss[mode] = [float(first), float(training.loss(list(data.train[:1]), 1.0))]
+            hard = training._student(inputs, labels, None).logits
+            assert torch.equal(hard, training._student(inputs, labels, None).logits)
+    training.module.train()
+    assert loss[False][0] == loss[False][1] and loss[True][0] != loss[True][1]
 
 
 def test_every_weight_gets_a_gradient(trained):

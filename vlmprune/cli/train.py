@@ -12,12 +12,15 @@ from .screen import Json, plain, print_json, stdout
 
 def train(
     method: Annotated[
-        str, typer.Argument(help="A method that chooses by trained weights: visionselector or rcp.")
+        str, typer.Argument(help="A method with trained weights: visionselector, rcp, dyvte or textmonkey.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="tiny, a folder, or an HF id.")],
     data: Annotated[str, typer.Option(help="shapes, or a file of lines {image, question, answer}.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder for the weights; a call again goes on.")],
-    keep: Annotated[int, typer.Option(help="Visual tokens of a picture that it is trained at.")] = 36,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens of a picture that it is trained at, 36 by default; none for dyvte."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Questions in a step.")] = 8,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
@@ -27,15 +30,21 @@ def train(
         int | None, typer.Option(help="Of what is trained; default half that of the model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order.")] = 0,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="End after so many times 50 steps without a gain on the other questions; 0: never."
+        ),
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train the weights of a method for one model, which stays as it is; the same call goes on."""
     from ..models.loading import load
     from ..training.loop import Pace
-    from ..training.run import run
+    from ..training.run import run, spec_of
 
-    settings = Pace(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    settings = Pace(steps=steps, batch_size=batch_size, lr=lr, seed=seed, patience=patience)
     loaded, processor = load(model, device)
     screen = stdout()
 
@@ -62,4 +71,4 @@ def train(
     found = facts["dev"]
     for name in [name for name in found if name not in ("questions", "keep")]:
         screen.print(plain(f"{name}: {found[name]:.3f} of {found['questions']} questions"))
-    screen.print(plain(f"use it as {method}(weights={out!r})@{keep}"))
+    screen.print(plain(f"use it as {spec_of(method, out, found['keep'])}"))

@@ -43,12 +43,13 @@ class DyVTE(Method):
     Args:
         exit: the last layer that reads visual tokens, counted from 0.
         weights: folder with trained gates for this model, in place of ``exit``.
-        margin: they leave where z_1 - z_0 exceeds this; above 0 they stay longer.
+        margin: they leave where z_1 - z_0 exceeds this; above 0 they stay longer. None: as the file of the
+            gates says, or 0.
     """
 
     exit: int | None = None
     weights: str | None = None
-    margin: float = 0.0
+    margin: float | None = None
 
     slot: ClassVar[SlotName] = "inside_lm"
     counts: ClassVar[Counts] = "own"
@@ -62,7 +63,8 @@ class DyVTE(Method):
                 raise SpecError(f"exit={self.exit!r}; expected a decoder layer from 0 on")
             if self.weights is not None:
                 raise SpecError(f"exit={self.exit} and weights={self.weights!r}; give one of them")
-        check_number("margin", self.margin, least=-1e6, most=1e6)
+        if self.margin is not None:
+            check_number("margin", self.margin, least=-1e6, most=1e6)
         found = None if self.weights is None else read_gates(self.weights)
         object.__setattr__(self, "_trained", found)
         if found is not None:
@@ -107,7 +109,8 @@ class DyVTE(Method):
         gates = self.trained.on(text.device)
         name = f"gate.{layer - 1}"
         z = gate_logits(gate_features(text.float()), gates[f"{name}.w1"], gates[f"{name}.w2"])
-        return z[:, 1] - z[:, 0] > self.margin
+        margin = self.trained.facts.get("margin", 0.0) if self.margin is None else self.margin
+        return z[:, 1] - z[:, 0] > margin
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         return torch.empty(tokens.batch, 0, dtype=torch.long, device=tokens.device)
@@ -128,6 +131,7 @@ def shapes_of(facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 def read_gates(folder: str) -> Trained:
     """Gates from a folder, of the width of their backbone."""
     found = read_weights(folder, "dyvte", shapes_of)
+    check_number(f"margin of weights={folder!r}", found.facts.get("margin", 0.0), least=-1e6, most=1e6)
     width = found.facts["backbone"].get("hidden_size")
     if found.sizes["2D"] != 2 * width:
         raise SpecError(

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..errors import SpecError, did_you_mean
+from ..errors import SpecError, UnsupportedError, did_you_mean
 from ..evaluation.tasks.sample import Sample
+from ..models.base import Adapter
 from ..models.loading import prompt
 
 SHAPES = "shapes"
 NO_LOSS = -100  # label of what is not part of an answer
+_READ = {"input_ids", "attention_mask", "pixel_values"}  # what a batch is made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class Data:
 
 
 def read_data(source: str, count: int, dev: int) -> Data:
-    """``count`` questions to train on and ``dev`` others.
+    """``count`` questions to train on and ``dev`` others, which may be none.
 
     Args:
         source: "shapes", or a file of lines ``{"image": PATH, "question": TEXT, "answer": TEXT}``; paths are
@@ -100,8 +103,14 @@ def _line(path: Path, number: int, line: str) -> Exercise:
     def open_picture() -> Any:
         from PIL import Image
 
-        with Image.open(path.parent / image) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(path.parent / image) as picture:
+                return picture.convert("RGB")
+        except OSError as error:  # what is no picture, too
+            raise SpecError(
+                f"line {number} of {str(path)!r}: the picture {image!r} cannot be read ({error}); expected "
+                "a file that PIL opens"
+            ) from error
 
     return Exercise(question, answer, open_picture)
 
@@ -114,8 +123,12 @@ def _shapes(count: int, dev: int) -> Data:
 
     def some(split: str, wanted: int) -> list[Exercise]:
         whole = PER_FAMILY[split] * len(task.families)
-        samples = task.samples(split, min(whole, 2 * wanted + len(task.families)))
-        found = [_exercise(one) for one in samples if len(one.images) == 1 and not one.history]
+        drawn, found = 0, []
+        while len(found) < wanted and drawn < whole:
+            # drawing takes time, and most have one picture; a longer list begins with the shorter one
+            drawn = min(whole, max(drawn, wanted) * 4 // 3 + len(task.families))
+            samples = task.samples(split, drawn)
+            found = [_exercise(one) for one in samples if len(one.images) == 1 and not one.history]
         if len(found) < wanted:
             raise SpecError(f"{wanted} questions of {SHAPES}/{split}; it has {len(found)} with one picture")
         return found[:wanted]
@@ -135,6 +148,11 @@ def batch_of(model: Any, processor: Any, asked: Sequence[Exercise]) -> tuple[dic
     for text, one in zip(texts, asked, strict=True):
         made = processor(images=one.picture(), text=text, return_tensors="pt")
         answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if other := sorted({*made} - _READ):
+            raise UnsupportedError(
+                f"{type(processor).__name__} gives {', '.join(other)} beside pixels and text, which the "
+                "training does not hand on; train with a LLaVA family"
+            )
         rows.append((made["input_ids"][0], torch.tensor(answer)))
         pixels.append(made["pixel_values"])
     length = max(len(first) + len(answer) for first, answer in rows)
@@ -150,3 +168,43 @@ def batch_of(model: Any, processor: Any, asked: Sequence[Exercise]) -> tuple[dic
     moved = {name: value.to(device) for name, value in inputs.items()}
     moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
     return moved, labels.to(device)
+
+
+def check_masks(adapter: Adapter, method: str) -> None:
+    """Raise where a decoder needs more than a plain causal mask over its sequence."""
+    if adapter.text_type is not None or adapter.deepstack is not None:
+        raise UnsupportedError(
+            f"training of {method} needs a decoder with a plain causal mask, and {adapter.model_type} makes "
+            "its masks by token types or adds features later; train with a LLaVA family"
+        )
+
+
+def visual_of(adapter: Adapter, input_ids: Tensor, keep: int) -> tuple[Tensor, int]:
+    """(B, L) bool, columns of the pictures of ids (B, L), and how many each row has: more than ``keep``."""
+    visual = input_ids == adapter.token_id(adapter.modalities[0])
+    counts = visual.sum(dim=1).tolist()
+    if min(counts) != max(counts) or counts[0] <= keep:
+        raise UnsupportedError(
+            f"pictures of {counts} visual tokens; training needs pictures of one size with more than the "
+            f"{keep} that stay"
+        )
+    return visual, counts[0]
+
+
+def rows_that_answer(labels: Tensor) -> Tensor:
+    """(B, L) bool, columns that predict a token of the answer, labels (B, L)."""
+    return F.pad(labels[:, 1:] != NO_LOSS, (0, 1))
+
+
+def question_columns(visual: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
+    """(B, L) bool, text behind the picture and before the answer; ``valid`` (B, L): no padding."""
+    behind = visual.flip(1).cumsum(1).flip(1) == 0
+    answer = (labels != NO_LOSS).cumsum(dim=1) > 0
+    return behind & valid & ~answer
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """() mean cross entropy of the answers, logits (B, L, V) and labels (B, L)."""
+    return F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS
+    )

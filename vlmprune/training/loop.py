@@ -3,7 +3,8 @@
 
 What a step does follows from the seed and its number alone. Between steps the weights and the moments of the
 optimiser are written as safetensors, with the settings beside them; another call with the same settings goes
-on from there, one with others is refused.
+on from there, one with others is refused. Where a training may end early, the lowest loss of other questions
+so far, and the weights that had it, are written too: they are what remains.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,14 +44,21 @@ class Training(Protocol):
         """They, as parameters."""
 
     @property
+    def budgeted(self) -> bool:
+        """Whether a spec of the method takes a budget."""
+
+    @property
     def settings(self) -> dict[str, Any]: ...
+
+    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
+        """What is known of questions before the first step; ``folder`` holds what was found out already."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """What its method reads beside the weights; before the training nothing is asked."""
 
-    def rivals(self, keep: int) -> dict[str, str]:
+    def rivals(self, keep: int | None) -> dict[str, str]:
         """Specs without a training that it is compared with, by name."""
 
     def loss(self, asked: list[Exercise], progress: float) -> Tensor: ...
@@ -65,6 +73,8 @@ class Pace:
         lr: of AdamW; it rises over the first 5 % of the steps and falls as a cosine.
         seed: of the order of questions and of the first weights.
         save_every: steps between two checkpoints.
+        patience: checkpoints without a lower loss of the other questions after which it ends, with the
+            weights of the lowest one; 0: it runs to the last step and keeps its weights.
     """
 
     steps: int = 300
@@ -74,11 +84,13 @@ class Pace:
     clip: float = 1.0
     seed: int = 0
     save_every: int = 50
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every"):
             check_int(name, getattr(self, name), least=1)
-        check_int("seed", self.seed, least=0)
+        for name in ("seed", "patience"):
+            check_int(name, getattr(self, name), least=0)
         check_positive("lr", self.lr)
         check_positive("clip", self.clip)
         check_number("weight_decay", self.weight_decay, least=0)
@@ -89,6 +101,51 @@ class Pace:
         if step < rise:
             return self.lr * (step + 1) / rise
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+
+@dataclass(eq=False)
+class LowestLoss:
+    """The lowest loss of the other questions so far.
+
+    Args:
+        step: after how many steps.
+        weights: that had it, by name.
+    """
+
+    loss: float = math.inf
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def look(self, training: Training, dev: Sequence[Exercise], settings: Pace, done: int) -> None:
+        """Take the weights of now if they are better."""
+        loss = dev_loss(training, dev, settings.batch_size)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of the other questions after {done} steps is {loss}; expected a finite number; "
+                f"lower --lr (now {settings.lr:g})"
+            )
+        if loss < self.loss:
+            self.loss, self.step = loss, done
+            self.weights = {
+                name: value.detach().clone() for name, value in training.module.named_parameters()
+            }
+
+    def ended(self, settings: Pace, done: int) -> bool:
+        """Whether nothing better came for as long as one waits."""
+        waited = done - self.step
+        return settings.patience > 0 and waited >= settings.patience * settings.save_every
+
+
+def dev_loss(training: Training, dev: Sequence[Exercise], batch: int) -> float:
+    """Mean loss of questions that are not trained on, as at the end of a training."""
+    training.module.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(dev), batch):
+            asked = list(dev[start : start + batch])
+            total += float(training.loss(asked, 1.0)) * len(asked)
+    training.module.train()
+    return total / len(dev)
 
 
 def order_of(seed: int, step: int, batch: int, count: int) -> list[int]:
@@ -109,6 +166,7 @@ def train(
     identity: Mapping[str, Any],
     note: Callable[[int, float], None] = lambda step, loss: None,
     stop_after: int | None = None,
+    dev: Sequence[Exercise] = (),
 ) -> list[float]:
     """Train, or go on with what ``folder`` holds; the losses of the steps that were made now.
 
@@ -116,14 +174,20 @@ def train(
         identity: what else has to be the same to go on: model, data.
         note: is told of every step and its loss.
         stop_after: end after this step, as an interruption would.
+        dev: other questions, whose loss says when to end early.
     """
+    if settings.patience and not dev:
+        raise SpecError(f"patience={settings.patience} asks for other questions to look at; give some")
     optimiser = torch.optim.AdamW(
         training.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
     said = {**asdict(settings), **training.settings, **identity, "method": training.method}
-    first, losses = _resume(training, optimiser, folder, said), []
+    best, losses = LowestLoss(), []
+    first = _resume(training, optimiser, best, folder, said)
     training.module.train()
     for step in range(first, settings.steps):
+        if best.ended(settings, step):
+            break
         for group in optimiser.param_groups:
             group["lr"] = settings.lr_at(step)
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -131,10 +195,17 @@ def train(
         losses.append(_step(training, optimiser, asked, step, settings))
         note(step, losses[-1])
         done = step + 1
-        if done % settings.save_every == 0 or done == settings.steps or done == stop_after:
-            _save(training, optimiser, folder, said, done)
+        whole = done % settings.save_every == 0 or done == settings.steps
+        if whole and settings.patience:
+            best.look(training, dev, settings, done)
+        if whole or done == stop_after:
+            _save(training, optimiser, best, folder, said, done)
         if done == stop_after:
             break
+    with torch.no_grad():
+        for name, value in training.module.named_parameters():
+            if name in best.weights:
+                value.copy_(best.weights[name])
     training.module.eval()
     return losses
 
@@ -171,7 +242,12 @@ def _step(
 
 
 def _save(
-    training: Training, optimiser: torch.optim.AdamW, folder: Path, said: Mapping[str, Any], done: int
+    training: Training,
+    optimiser: torch.optim.AdamW,
+    best: LowestLoss,
+    folder: Path,
+    said: Mapping[str, Any],
+    done: int,
 ) -> None:
     from safetensors.torch import save
 
@@ -180,10 +256,13 @@ def _save(
     for name, value in training.module.named_parameters():
         state = optimiser.state[value]
         held |= {f"{moment}.{name}": state[moment].detach() for moment in _MOMENTS}
+    held |= {f"best.{name}": value for name, value in best.weights.items()}
     packed = save({name: value.cpu().contiguous() for name, value in held.items()})
     digest = hashlib.sha256(packed).hexdigest()
     _replace(folder / f"step-{done}.safetensors", packed)
-    state = {"settings": said, "done": done, "sha256": digest}
+    state: dict[str, Any] = {"settings": said, "done": done, "sha256": digest}
+    if best.weights:
+        state["best"] = {"loss": best.loss, "step": best.step}
     _replace(folder / "state.json", json.dumps(state, indent=1).encode())
     for old in folder.glob("step-*.safetensors"):
         if old.name != f"step-{done}.safetensors":
@@ -197,7 +276,9 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def _resume(training: Training, optimiser: torch.optim.AdamW, folder: Path, said: Mapping[str, Any]) -> int:
+def _resume(
+    training: Training, optimiser: torch.optim.AdamW, best: LowestLoss, folder: Path, said: Mapping[str, Any]
+) -> int:
     """Steps that are done already; the weights and moments of then are put back."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -229,4 +310,9 @@ def _resume(training: Training, optimiser: torch.optim.AdamW, folder: Path, said
                 moment: held[f"{moment}.{name}"].to("cpu" if moment == "step" else value.device)
                 for moment in _MOMENTS
             }
+    if "best" in state:
+        best.loss, best.step = float(state["best"]["loss"]), int(state["best"]["step"])
+        best.weights = {
+            name: held[f"best.{name}"].to(value.device) for name, value in training.module.named_parameters()
+        }
     return int(done)

@@ -3,7 +3,8 @@
 
 From its pruning layer on a token's columns are multiplied by c, which is 0 or 1, and the rows add up to one
 again. That is what a cut does, and c has a gradient: of y = sigmoid((logit + noise) / T), which it rounds.
-T falls over the steps and the noise ends before them. The loss is
+T falls over the steps and the noise ends before them. In each step some of the learned queries, whole, and
+some of what scores single tokens are left out. The loss is
 
     1.5 task + 0.1 repair + 20 sparsity,
 
@@ -18,11 +19,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import SpecError, UnsupportedError
 from ..hooks.attention_call import AttentionCall
@@ -32,11 +33,12 @@ from ..methods.rcp.losses import repair_loss, sparsity_loss
 from ..methods.rcp.pruner import SHAPES, pruner_scores
 from ..methods.rcp.repair import CONTEXT_SHAPES, REPAIR_SHAPES, dropped_embedding, mask_embedding, repaired
 from ..models import adapter_for
-from .data import NO_LOSS, Exercise, batch_of
+from .data import Exercise, answer_loss, batch_of, check_masks, question_columns, rows_that_answer, visual_of
 
 TASK, REPAIR, SPARSITY = 1.5, 0.1, 20.0  # weights of the terms
 FIRST_HEAT, LAST_HEAT = 1.5, 0.5
 COOL, QUIET, RISE = 0.6, 0.8, 0.1  # shares of the steps: heat has fallen, noise ends, target is reached
+DROP = 0.2  # share of learned queries, and of what scores single tokens, left out of a step
 CUT_AT, REPAIRED_AT = (4, 14, 24), (13, 22, 29)  # of 32 layers, as published
 FEWEST_LAYERS = 8
 
@@ -52,14 +54,11 @@ class RCPTraining:
     """
 
     method = "rcp"
+    budgeted = True
 
     def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
         adapter = adapter_for(model)
-        if adapter.text_type is not None or adapter.deepstack is not None:
-            raise UnsupportedError(
-                f"training of {self.method} makes its own masks, and {adapter.model_type} makes them by "
-                "token types or adds features later; train with a LLaVA family"
-            )
+        check_masks(adapter, self.method)
         self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
         self.language_model: Any = adapter.language_model
         config = self.language_model.config
@@ -128,12 +127,16 @@ class RCPTraining:
             "keep": self.keep,
             "loss": [TASK, REPAIR, SPARSITY],
             "heat": [FIRST_HEAT, LAST_HEAT],
+            "drop": DROP,
             **self.sizes,
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name."""
         return {name.replace("/", "."): one for name, one in self.module.items()}
+
+    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
+        """Nothing: every step reads the model itself."""
 
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """What the method reads beside the weights; shares are measured on questions, 1 without any."""
@@ -146,7 +149,7 @@ class RCPTraining:
             shares = torch.cat(found).mean(dim=0).tolist()
         return {"layers": self.layers, "repairs": self.repairs, "heads": self.heads, "shares": shares}
 
-    def rivals(self, keep: int) -> dict[str, str]:
+    def rivals(self, keep: int | None) -> dict[str, str]:
         """Methods without a training that spend as much."""
         return {"pyramiddrop": f"pyramiddrop@{keep}", "fastv": f"fastv@{keep}", "random": f"random@{keep}"}
 
@@ -159,9 +162,7 @@ class RCPTraining:
             FIRST_HEAT + (LAST_HEAT - FIRST_HEAT) * min(1.0, progress / COOL), noisy=progress < QUIET
         )
         made = self._student(inputs, labels, heat)
-        task = F.cross_entropy(
-            made.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS
-        )
+        task = answer_loss(made.logits, labels)
         goal = self.keep / made.count
         target = goal + (1 - goal) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress / RISE)))
         sparsity = sparsity_loss(made.shares, self.layers, self.depth, target)
@@ -189,13 +190,7 @@ class RCPTraining:
 
     def _student(self, inputs: dict[str, Any], labels: Tensor, heat: _Heat | None) -> _Made:
         """A pass with pruners and repairs; ``heat`` None: hard choices."""
-        visual = inputs["input_ids"] == self.adapter.token_id(self.adapter.modalities[0])
-        counts = visual.sum(dim=1)
-        if int(counts.min()) != int(counts.max()) or int(counts.min()) <= self.keep:
-            raise UnsupportedError(
-                f"pictures of {counts.tolist()} visual tokens; training needs pictures of one size with more "
-                f"than the {self.keep} that stay"
-            )
+        visual, _ = visual_of(self.adapter, inputs["input_ids"], self.keep)
         run = _Pass(self, visual, inputs["attention_mask"].bool(), labels, heat)
         handles: list[Any] = []
         try:
@@ -253,9 +248,7 @@ class _Pass:
         self.hidden = torch.empty(0)  # (B, L, D) what entered the layer that runs
         self.count = int(self.visual[0].sum())
         self.c = torch.ones(len(self.visual), self.count, device=self.visual.device)
-        behind = self.visual.flip(1).cumsum(1).flip(1) == 0  # behind the picture
-        answer = (self.labels != NO_LOSS).cumsum(dim=1) > 0
-        self.question = behind & self.valid & ~answer
+        self.question = question_columns(self.visual, self.valid, self.labels)
         self.weights = self.training.tensors()
 
     def enters(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -287,7 +280,10 @@ class _Pass:
         a = mean[self.visual].view(batch, self.count)  # (B, N)
         alive = self.c.detach() > 0.5
         w = part_of(self.weights, f"pruner.{index}.")
-        logits = pruner_scores(w, self.training.heads, V, a, alive, hidden.float(), self.question).logits
+        # a hard choice is that of the method, which drops nothing
+        drop = DROP if self.heat is not None and self.training.module.training else 0.0
+        Q = hidden.float()
+        logits = pruner_scores(w, self.training.heads, V, a, alive, Q, self.question, drop).logits
         self.c = self.c * self._kept(logits, alive)
         left = self.c.detach() > 0.5
         context = part_of(self.weights, "context.")
@@ -318,11 +314,6 @@ class _Pass:
         self.rows.append(fixed[answering])
         hidden = torch.where(answering[..., None], fixed.to(hidden.dtype), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def rows_that_answer(labels: Tensor) -> Tensor:
-    """(B, L) bool, columns that predict a token of the answer, labels (B, L)."""
-    return F.pad(labels[:, 1:] != NO_LOSS, (0, 1))
 
 
 def _key(name: str) -> str:

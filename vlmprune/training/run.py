@@ -16,11 +16,19 @@ from ..core.weights import backbone_of, write_weights
 from ..errors import SpecError, did_you_mean
 from ..models.loading import encode
 from .data import Exercise, read_data
+from .exits import ExitTraining
 from .loop import Pace, Training, train
 from .rcp import RCPTraining
+from .resampler import ResamplerTraining
 from .selector import SelectorTraining
 
-TRAINED: Mapping[str, Callable[..., Training]] = {"visionselector": SelectorTraining, "rcp": RCPTraining}
+TRAINED: Mapping[str, type[Any]] = {
+    "visionselector": SelectorTraining,
+    "rcp": RCPTraining,
+    "dyvte": ExitTraining,
+    "textmonkey": ResamplerTraining,
+}
+KEEP = 36  # visual tokens of a picture, where a method takes a budget and none is given
 STATE = "training"  # folder beside the weights
 FIRST = "first"  # folder of the untrained weights, for the evaluation before
 
@@ -32,7 +40,7 @@ def run(
     data: str,
     out: str | Path,
     *,
-    keep: int,
+    keep: int | None = None,
     samples: int = 600,
     dev: int = 60,
     width: int | None = None,
@@ -43,27 +51,31 @@ def run(
 
     Args:
         data: "shapes", or a JSON-lines file.
-        keep: visual tokens of a picture that the method is trained at.
+        keep: visual tokens of a picture that the method is trained at; ``KEEP`` unless given, and none for a
+            method that takes no budget.
         samples, dev: questions to train on, and others that are answered before and after.
         width: of the trained module.
     """
     if method not in TRAINED:
         near = did_you_mean(method, TRAINED)
         raise SpecError(f"{method!r} cannot be trained; expected one of {sorted(TRAINED)}.{near}")
-    for name, value in (("keep", keep), ("samples", samples), ("dev", dev)):
-        check_int(name, value, least=1)
-    if width is not None:
-        check_int("width", width, least=1)
+    for name, value in (("keep", keep), ("samples", samples), ("dev", dev), ("width", width)):
+        if value is not None:
+            check_int(name, value, least=1)
+    made = TRAINED[method]
+    if keep is None and made.budgeted:
+        keep = KEEP
     settings, folder = settings or Pace(), Path(out)
     questions = read_data(data, samples, dev)
     learns, mode = [value for value in model.parameters() if value.requires_grad], model.training
     model.requires_grad_(False).eval()
     try:
-        training = TRAINED[method](model, processor, keep, width, settings.seed)
+        training: Training = made(model, processor, keep, width, settings.seed)
         first = {name: value.detach().clone() for name, value in training.tensors().items()}
         backbone = backbone_of(model.config)
-        identity = {"data": questions.fingerprint, "samples": samples, "backbone": backbone}
-        losses = train(training, questions.train, settings, folder / STATE, identity, note)
+        identity = {"data": questions.fingerprint, "samples": samples, "dev": dev, "backbone": backbone}
+        training.prepare([*questions.train, *questions.dev], folder / STATE, settings.batch_size)
+        losses = train(training, questions.train, settings, folder / STATE, identity, note, dev=questions.dev)
         write_weights(folder / FIRST, method, first, {"backbone": backbone, **training.facts(None)})
         facts: dict[str, Any] = {
             "backbone": backbone,
@@ -85,17 +97,27 @@ def run(
 
 
 def measured(
-    model: Any, processor: Any, asked: Sequence[Exercise], training: Training, folder: Path, keep: int
+    model: Any,
+    processor: Any,
+    asked: Sequence[Exercise],
+    training: Training,
+    folder: Path,
+    keep: int | None,
 ) -> dict[str, Any]:
     """Accuracy before and after a training, and of methods without one at the same budget."""
     specs = {
-        "before": f"{training.method}(weights={str(folder / FIRST)!r})@{keep}",
-        "after": f"{training.method}(weights={str(folder)!r})@{keep}",
+        "before": spec_of(training.method, folder / FIRST, keep),
+        "after": spec_of(training.method, folder, keep),
         **training.rivals(keep),
         "dense": "dense",
     }
     found = {name: accuracy(model, processor, asked, spec) for name, spec in specs.items()}
     return {"questions": len(asked), "keep": keep, **found}
+
+
+def spec_of(method: str, folder: str | Path, keep: int | None) -> str:
+    """The spec that uses the weights in a folder."""
+    return f"{method}(weights={str(folder)!r})" + ("" if keep is None else f"@{keep}")
 
 
 def accuracy(model: Any, processor: Any, asked: Sequence[Exercise], spec: str) -> float:

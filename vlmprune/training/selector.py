@@ -10,16 +10,15 @@ geometrically over the steps, in units of the spread of s, so that the soft choi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..errors import UnsupportedError
 from ..methods.visionselector import importance
 from ..models import adapter_for
-from .data import NO_LOSS, Exercise, batch_of
+from .data import Exercise, answer_loss, batch_of, check_masks, visual_of
 
 FIRST_HEAT, LAST_HEAT = 1.0, 0.05  # of the spread of the scores
 _LEAST = 1e-6  # of m, whose logarithm must stay finite
@@ -36,15 +35,11 @@ class SelectorTraining:
     """
 
     method = "visionselector"
+    budgeted = True
 
     def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
         adapter = adapter_for(model)
-        if adapter.text_type is not None or adapter.deepstack is not None:
-            raise UnsupportedError(
-                f"training of {self.method} weighs visual tokens by the attention mask, and "
-                f"{adapter.model_type} makes its masks by token types or adds features later; train "
-                "with a LLaVA family"
-            )
+        check_masks(adapter, self.method)
         self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
         wide = adapter.language_model.config.hidden_size
         self.width = wide // 2 if width is None else width
@@ -64,30 +59,26 @@ class SelectorTraining:
         """The weights by name."""
         return dict(self.module.named_parameters())
 
+    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
+        """Nothing: every step reads the model itself."""
+
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """Nothing: the weights say it all."""
         return {}
 
-    def rivals(self, keep: int) -> dict[str, str]:
+    def rivals(self, keep: int | None) -> dict[str, str]:
         """Methods without a training at the same budget."""
         return {"uniform": f"uniform@{keep}", "divprune": f"divprune@{keep}"}
 
     def loss(self, asked: list[Exercise], progress: float) -> Tensor:
         """Cross entropy of the answers under a soft top-k; ``progress`` runs from 0 to 1."""
         inputs, labels = batch_of(self.model, self.processor, asked)
-        token = self.adapter.token_id(self.adapter.modalities[0])
-        visual = inputs["input_ids"] == token  # (B, L)
-        counts = visual.sum(dim=1)
-        if int(counts.min()) != int(counts.max()) or int(counts.min()) <= self.keep:
-            raise UnsupportedError(
-                f"pictures of {counts.tolist()} visual tokens; training needs pictures of one size with more "
-                f"than the {self.keep} that stay"
-            )
+        visual, count = visual_of(self.adapter, inputs["input_ids"], self.keep)  # (B, L)
         heat = FIRST_HEAT * (LAST_HEAT / FIRST_HEAT) ** progress
 
         def weighed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             embeds = kwargs["inputs_embeds"]
-            x = embeds[visual].view(len(counts), -1, embeds.shape[-1]).float()  # (B, N, D)
+            x = embeds[visual].view(len(embeds), count, -1).float()  # (B, N, D)
             m = soft_top_k(importance(x, self.tensors()), self.keep, heat)
             bias = torch.zeros_like(visual, dtype=torch.float32).masked_scatter(
                 visual, m.clamp_min(_LEAST).log()
@@ -100,9 +91,7 @@ class SelectorTraining:
             logits = self.model(**inputs, use_cache=False).logits
         finally:
             hook.remove()
-        return F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS
-        )
+        return answer_loss(logits, labels)
 
 
 def soft_top_k(scores: Tensor, k: int, heat: float, steps: int = 50) -> Tensor:

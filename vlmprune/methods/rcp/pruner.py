@@ -59,7 +59,14 @@ class Scores:
 
 
 def pruner_scores(
-    w: Weights, heads: int, V: Tensor, a: Tensor, c: Tensor, Q: Tensor, real: Tensor | None
+    w: Weights,
+    heads: int,
+    V: Tensor,
+    a: Tensor,
+    c: Tensor,
+    Q: Tensor,
+    real: Tensor | None,
+    drop: float = 0.0,
 ) -> Scores:
     """What a pruner with weights ``w`` says.
 
@@ -70,13 +77,18 @@ def pruner_scores(
         c: (B, N) bool, tokens that are still alive.
         Q: (B, R, D) states of the question.
         real: (B, R) bool, rows of the question that are no filling; None: all.
+        drop: in training, the share of learned queries and of what scores single tokens that is left out.
     """
     b = baseline(a, c)
     v = _linear(w, "vision", V)  # (B, N, d)
     q = w["queries"] + _norm(w, "question_norm", _linear(w, "question", _mean(Q, real)))[:, None]  # (B, q, d)
     attended = _attention(w, heads, q, v, c)  # (B, q, N)
+    single = F.gelu(_norm(w, "token_norm", _linear(w, "token_in", v)))
+    if drop:
+        attended = attended * F.dropout(attended.new_ones(*attended.shape[:2], 1), drop)  # whole queries
+        single = F.dropout(single, drop)
     e1 = _linear(w, "aggregator", attended.transpose(1, 2))[..., 0]
-    e2 = _linear(w, "token_out", F.gelu(_norm(w, "token_norm", _linear(w, "token_in", v))))[..., 0]
+    e2 = _linear(w, "token_out", single)[..., 0]
     return Scores(b, e1, e2, b + e1 + e2 + w["keep_bias"])
 
 
