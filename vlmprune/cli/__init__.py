@@ -18,6 +18,7 @@ from ..errors import VlmPruneError
 from . import (
     agreement,
     bench,
+    calibrate,
     catalogue,
     demo,
     env,
@@ -132,6 +133,7 @@ app.command("verify")(verify.verify)
 app.command("validate")(validate.validate)
 app.command("new")(new.new)
 app.command("train")(train.train)
+app.command("calibrate")(calibrate.calibrate)
 app.command("lmms-tasks")(lmms.lmms_tasks)
 app.command("env")(env.env)
 
