@@ -8,7 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from vlmprune.evaluation.stats.intervals import beta_quantile, difference_interval, share_interval, t_quantile
+from vlmprune.evaluation.stats.intervals import (
+    beta_quantile,
+    difference_interval,
+    share_interval,
+    t_quantile,
+    variance_of_means,
+)
 
 Sizes = tuple[int, int]  # fewest and most questions of a cluster
 # clusters, accuracy, correlation of the questions of a cluster, sizes
@@ -21,6 +27,13 @@ NEAR_THE_EDGE = [
     (200, 0.02, 0.2, (1, 3)),
 ]
 FIVE = [(5, 0.5, 0.33, (1, 7)), (5, 0.7, 0.2, (20, 60)), (5, 0.9, 0.1, (20, 60)), (5, 0.98, 0.1, (20, 60))]
+EIGHT_LARGE = [
+    (8, 0.95, 0.1, (50, 150)),
+    (8, 0.95, 0.2, (20, 60)),
+    (8, 0.95, 0.2, (50, 150)),
+    (8, 0.98, 0.2, (50, 150)),
+    (6, 0.95, 0.2, (50, 150)),
+]
 USUAL = [(120, 0.5, 0.33, (1, 7)), (400, 0.8, 0.1, (1, 4)), (20, 0.9, 0.2, (1, 7))]
 # clusters, sizes, shares of answers lost and won, correlation
 FLIPS = [
@@ -47,9 +60,9 @@ def drawn(rng: np.random.Generator, count: np.ndarray, share: float, correlation
 
 def interval(right: np.ndarray, count: np.ndarray) -> tuple[float, float]:
     """Of one benchmark, with the variance as ``estimates.accuracy`` has it."""
-    mean, clusters, total = right.sum() / count.sum(), len(count), count.sum()
-    variance = clusters / (clusters - 1) * ((right - mean * count) ** 2).sum() / total**2
-    return share_interval(float(mean), max(variance, mean * (1 - mean) / total), clusters, 0.95)
+    mean = right.sum() / count.sum()
+    variance = variance_of_means(right[:, None], count, np.array([mean * (1 - mean)]))
+    return share_interval(float(mean), float(variance[0]), len(count), 0.95)
 
 
 def share_coverage(case: tuple[int, float, float, Sizes], runs: int) -> float:
@@ -75,7 +88,7 @@ def flip_coverage(case: tuple[int, Sizes, float, float, float], runs: int) -> fl
     return hits / runs
 
 
-@pytest.mark.parametrize("case", [NEAR_THE_EDGE[1], FIVE[2]], ids=str)
+@pytest.mark.parametrize("case", [NEAR_THE_EDGE[1], FIVE[2], EIGHT_LARGE[2]], ids=str)
 def test_intervals_of_accuracies_cover(case: tuple[int, float, float, Sizes]) -> None:
     assert share_coverage(case, 600) >= 0.93
 
@@ -86,7 +99,7 @@ def test_intervals_of_differences_cover(case: tuple[int, Sizes, float, float, fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*NEAR_THE_EDGE, *FIVE, *USUAL], ids=str)
+@pytest.mark.parametrize("case", [*NEAR_THE_EDGE, *FIVE, *EIGHT_LARGE, *USUAL], ids=str)
 def test_intervals_of_accuracies_cover_in_all_cases(case: tuple[int, float, float, Sizes]) -> None:
     assert share_coverage(case, 4000) >= 0.93
 
@@ -119,6 +132,19 @@ def test_they_are_no_wider_than_need_be_where_all_is_well() -> None:
     gaps = np.repeat([1.0, -1.0, 0.0], [100, 200, 1700])
     (low, high), error = difference_interval(gaps, np.ones(2000), 0.95)
     assert error == pytest.approx(gaps.std() / math.sqrt(2000), rel=0.02) and low < -0.05 < high
+
+
+def test_what_is_usual_is_forgotten_where_there_are_clusters_enough() -> None:
+    """Of 2000 clusters the variance is what they show; of eight equal ones it is not nothing."""
+    rng = np.random.default_rng(3)
+    count, chance = np.full(2000, 4), rng.beta(1, 1, 2000)
+    right = rng.binomial(count, chance).astype(float)[:, None]
+    mean = right.sum() / count.sum()
+    shown = (right - mean * count[:, None]).var() / (4**2 * 2000)
+    found = variance_of_means(right, count, np.array([mean * (1 - mean)]))
+    assert found[0] == pytest.approx(shown, rel=0.01)
+    equal = variance_of_means(np.full((8, 1), 95.0), np.full(8, 100), np.array([0.95 * 0.05]))
+    assert 4 * 0.95 * 0.05 / 800 < equal[0] < 0.2 * 0.95 * 0.05 / 8
 
 
 def test_what_cannot_be_known_is_not_claimed() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import EvaluationError, did_you_mean
 from ..answer.record import Record
 from ..tasks.sample import normalise
-from .intervals import Interval, difference_interval, share_interval
+from .intervals import Interval, difference_interval, share_interval, variance_of_means
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -160,13 +160,10 @@ def accuracy(table: Table, level: float = LEVEL) -> dict[str, Estimate]:
     """Mean score of every spec."""
     _check_level(level)
     sums, count = table.sums
-    means, clusters = table.scores.mean(axis=0), len(count)  # (S,)
-    variance = ((sums - means * count[:, None]) ** 2).sum(axis=0) / count.sum() ** 2
-    # questions of a cluster do not repel one another: where it seems so, too few were asked
-    variance = np.maximum(variance * clusters / max(1, clusters - 1), table.scores.var(axis=0) / len(table))
+    means, variance = table.scores.mean(axis=0), variance_of_means(sums, count, table.scores.var(axis=0))
     found = {}
     for spec, mean, its in zip(table.specs, means.tolist(), variance.tolist(), strict=True):
-        found[spec] = Estimate(mean, *share_interval(mean, its, clusters, level))
+        found[spec] = Estimate(mean, *share_interval(mean, its, len(count), level))
     return found
 
 

@@ -16,6 +16,25 @@ import numpy as np
 Interval = tuple[float, float]  # low, high
 _POINTS = 40_000
 _HALF = 0.5  # of an answer: less of one is none
+# two clusters more, with questions as alike as this: few large ones seldom show the bad one among them
+_PRIOR, _ALIKE = 2, 0.2
+
+
+def variance_of_means(sums: np.ndarray, count: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """(S,) variances of mean scores, over clusters.
+
+    Beside what C clusters show, C - 1 degrees of freedom, stands what is usual, with two: questions of a
+    cluster whose scores have a correlation of 0.2. It matters where clusters are few and large alone.
+
+    Args:
+        sums: (C, S) of the scores of each cluster. count: (C,) questions. spread: (S,) variances of scores.
+    """
+    clusters, total = len(count), count.sum()
+    shown = ((sums - sums.sum(axis=0) / total * count[:, None]) ** 2).sum(axis=0) / total**2
+    # questions of a cluster do not repel one another: where it seems so, too few were asked
+    shown = np.maximum(shown * clusters / max(1, clusters - 1), spread / total)
+    usual = spread * (_ALIKE * (count**2).sum() / total**2 + (1 - _ALIKE) / total)
+    return np.asarray(((clusters - 1) * shown + _PRIOR * usual) / (clusters - 1 + _PRIOR))
 
 
 def share_interval(value: float, variance: float, clusters: int, level: float) -> Interval:
