@@ -50,10 +50,10 @@ class ClipSample(Sample):
 def frames_of(story: Story) -> list[Image.Image]:
     """(CANVAS, CANVAS) RGB pictures; what stands still differs by noise only."""
     rng = np.random.default_rng(story.seed)
+    drawn = {scene: np.asarray(render(scene), dtype=np.float32) for scene in set(story.frames)}
     found = []
     for scene in story.frames:
-        pixels = np.asarray(render(scene), dtype=np.float32)
-        pixels = pixels + rng.normal(0, NOISE, pixels.shape).astype(np.float32)
+        pixels = drawn[scene] + rng.normal(0, NOISE, drawn[scene].shape).astype(np.float32)
         found.append(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)))
     return found
 
