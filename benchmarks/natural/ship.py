@@ -44,7 +44,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = yaml.safe_load((HERE / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((options.folder / "recipe.yaml").read_text())
     net = Natural(recipe["seed"])
     net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
     write(net.llava, processor(), options.out, ROPE_THETA)

@@ -26,10 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="Checkpoints, pictures and the log; kept between calls.")
     parser.add_argument("--recipe", type=Path, default=HERE / "recipe.yaml")
+    parser.add_argument("--seed", type=int, help="Instead of the recipe's: other first weights and batches.")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe, run = yaml.safe_load(options.recipe.read_text()), Run(options.folder)
+    if options.seed is not None:
+        recipe["seed"] = options.seed
+    # what is written about the model later must be of the recipe that it was trained with
+    (options.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     pools = recipe["data"]
     pool = data.make(pools["seed"], pools["pictures"], options.folder / "train.npz")
     dev = data.make(pools["dev_seed"], pools["dev_pictures"], options.folder / "dev.npz")
