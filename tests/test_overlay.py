@@ -35,6 +35,14 @@ def test_kept_patches_are_untouched_inside_and_dropped_ones_darker_and_greyer():
     assert np.ptp(drawn[dropped], axis=-1).mean() < 0.2 * np.ptp(source[dropped], axis=-1).mean()
 
 
+def test_merged_patches_stay_in_colour_and_dropped_ones_do_not():
+    joins = [0, 0, -1, -1, -1, -1]
+    source, drawn = pixels(picture()), pixels(KeepMap([0], 6, ((2, 3),), joins=joins).draw(picture()))
+    merged, dropped = np.s_[3:29, 36:60], np.s_[34:62, 3:60]  # token 1, tokens 3 and 4
+    assert (drawn[merged].sum(-1) > source[merged].sum(-1)).all()
+    assert (drawn[dropped].sum(-1) < 0.6 * source[dropped].sum(-1)).all()
+
+
 def test_the_outline_runs_round_the_kept_region_and_not_through_it():
     drawn = pixels(KeepMap([0, 1], 6, ((2, 3),)).draw(picture()))
     rim = (drawn == RIM).all(-1)

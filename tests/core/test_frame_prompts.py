@@ -12,6 +12,7 @@ import vlmprune
 from vlmprune.core.budget import Budget
 from vlmprune.core.method import Merged, Method
 from vlmprune.errors import SpecError, UnsupportedError
+from vlmprune.evaluation.tasks.clips import clips
 from vlmprune.hooks.slots.before_lm import cut_pictures
 from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.testing.conformance import generate, shared_model
@@ -174,3 +175,39 @@ def test_what_cannot_be_a_frame_is_refused_by_name() -> None:
         pytest.raises(UnsupportedError, match="without tiles"),
     ):
         frames(**tiny_inputs("llava_next", images=(2,)))
+
+
+class Twos(Method):
+    """Merged rows of two neighbours each, in the place of the first, from the first token on."""
+
+    name = "twos"
+
+    def merge(self, tokens: Any, k: int) -> Merged:
+        number = torch.arange(tokens.count) // 2
+        joins = torch.where(number < k, number, -1)[None]
+        return Merged(torch.zeros(1, k, 2), 2 * torch.arange(k)[None], joins=lambda: joins)
+
+
+def test_what_a_row_is_made_of_is_counted_in_the_clip() -> None:
+    cuts = cut([image([1, 2, 3]), image([4, 5, 6]), image([7, 8])], 3, Twos())
+    assert kept(cuts) == [[0, 2], [1], []]
+    assert [one.joins().tolist() for one in cuts] == [[0, 0, 2], [2, 4, 4], [-1, -1]]
+
+
+def test_it_is_in_the_report_of_a_forward() -> None:
+    """On the model of the package: pool drops nothing, and each frame knows what its patches are part of."""
+    model, processor = vlmprune.load("tiny")
+    sample = clips().samples("dev", 1)[0]
+    text = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
+    inputs = processor(images=sample.load_images(), text=text, return_tensors="pt")
+    with vlmprune.prune(model, "pool@80", frames=True) as run, torch.no_grad():
+        model(**inputs)
+    maps = run.last.keep
+    assert len(maps) == 8 and sum(map(len, maps)) == 80
+    for number, one in enumerate(maps):
+        assert one.merged is not None and bool((one.merged | one.mask).all())
+        for token in one.keep_idx.tolist():
+            assert token in one.members(number * one.total + token).tolist()
+    with vlmprune.prune(model, "vidcom2@80", frames=True) as run, torch.no_grad():
+        model(**inputs)
+    assert all(one.merged is None for one in run.last.keep)

@@ -383,7 +383,7 @@ def test_a_message_about_grids_stays_short():
 
 
 def test_an_exact_area_of_hostile_blocks_is_refused(monkeypatch):
-    monkeypatch.setattr("vlmprune.core.keepmap.CELLS", 2000)
+    monkeypatch.setattr("vlmprune.core.grid.CELLS", 2000)
     kept = KeepMap([0], grids=((50, 1), (1, 41)))
     with pytest.raises(SpecError, match="give cells=8"):  # 50 x 41 cells
         kept.coverage()
@@ -439,3 +439,24 @@ def test_a_map_is_one_short_line(grids, said):
         repr(scores)
         == f"ScoreMap('fastervlm', {count} tokens, scores 0 to {highest:.3g}, {said}, image 2, frame 7)"
     )
+
+
+def test_a_map_says_what_was_merged_and_into_what():
+    kept = KeepMap([1, 4], 6, ((2, 3),), joins=[1, 1, -1, 4, 4, 1])
+    assert kept.merged.tolist() == [True, False, False, True, False, True]
+    assert kept.members(1).tolist() == [0, 1, 5] and kept.members(4).tolist() == [3, 4]
+    assert KeepMap([1, 4], 6, ((2, 3),)).merged is None
+
+
+def test_what_is_not_known_or_does_not_fit_is_refused():
+    with pytest.raises(SpecError, match="does not say what its rows are made of"):
+        KeepMap([1], 6, ((2, 3),)).members(1)
+    with pytest.raises(InvariantError, match="joins hold 2 tokens; expected one entry for each of 6"):
+        KeepMap([1], 6, ((2, 3),), joins=[1, 1])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_was_merged_survives_a_file(suffix, tmp_path):
+    path = tmp_path / f"map{suffix}"
+    KeepMap([1, 4], 6, ((2, 3),), joins=[1, 1, -1, 4, 4, 1]).save(path)
+    assert KeepMap.load(path).joins.tolist() == [1, 1, -1, 4, 4, 1]

@@ -199,3 +199,14 @@ def edited(folder, tmp_path, change):
         change(lines)
         (copy / "cells" / path.name).write_bytes(b"".join(encode_line(path.stem, line) for line in lines))
     return copy
+
+
+def test_a_journal_that_says_what_was_merged_is_drawn_so():
+    grey = Image.new("RGB", (60, 20), (200, 60, 60))
+    drawn = np.asarray(draw_kept(grey, Kept((0,), ((1, 3),), "stretch", merged=(1,)), "q", merges=True))
+    merged, dropped = drawn[10, 30].astype(int), drawn[10, 50].astype(int)
+    assert merged[0] > 200 and dropped.sum() < 320 * 0.5
+    pale = np.asarray(draw_kept(grey, Kept((0,), ((1, 3),), "stretch"), "q", merges=True))
+    assert (pale[10, 50] == drawn[10, 30]).all()
+    with pytest.raises(EvaluationError, match="patches outside grids"):
+        draw_kept(grey, Kept((0,), ((1, 3),), "stretch", merged=(3,)), "q", merges=True)

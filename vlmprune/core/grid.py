@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InvariantError
+from ..errors import InvariantError, SpecError
+
+CELLS = 2**26  # of the common grid of blocks of unequal sides
 
 Grids = Sequence[tuple[int, int]]
 
@@ -95,3 +99,20 @@ def _bands(rows: int, cols: int, k: int) -> Iterator[tuple[int, int, list[int]]]
 
 def _edges(length: int, parts: int) -> list[int]:
     return [(2 * i * length + parts) // (2 * parts) for i in range(parts + 1)]
+
+
+def union_area(blocks: list[np.ndarray]) -> float:
+    """Share of the unit square under the true cells of any block, exact, in fractions."""
+    edges = [
+        sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)})
+        for axis in (0, 1)
+    ]
+    if math.prod(len(edge) - 1 for edge in edges) > CELLS:
+        raise SpecError(f"the sides of {len(blocks)} blocks differ too much for an exact area; give cells=8")
+    covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
+    for block in blocks:
+        covered |= block[
+            np.ix_(*([int(low * n) for low in edge[:-1]] for edge, n in zip(edges, block.shape, strict=True)))
+        ]
+    heights, widths = (np.diff(np.array(edge, dtype=object)) for edge in edges)
+    return float(heights @ covered.astype(object) @ widths)

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -22,7 +20,7 @@ from ..checks import one_of
 from ..errors import InvariantError, SpecError, VlmPruneError
 from ..viz import VIEWS
 from .budget import Budget
-from .grid import boxes
+from .grid import boxes, union_area
 from .replay import Replay
 from .select import top_k
 
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 # most of one image: a file that says more is refused before memory is asked for
 TOKENS, BLOCKS = 2**20, 2**16
-CELLS = 2**26  # of the common grid of blocks of unequal sides
 NOTEBOOK_SIDE = 640  # pixels of the drawing in a notebook
 Grids = tuple[tuple[int, int], ...]
 PathName = str | PathLike[str]
@@ -124,7 +121,7 @@ class _Map:
         values = {name: value for name, value in vars(self).items() if value is not None and name != "image"}
         fields = _stamp(type(self)) | values
         tensors: dict[str, Tensor] = {
-            name: fields.pop(name) for name in ("keep_idx", "scores") if name in fields
+            name: fields.pop(name) for name in ("keep_idx", "scores", "joins") if name in fields
         }
         if suffix == ".json":
             lists = {name: tensor.tolist() for name, tensor in tensors.items()}
@@ -234,6 +231,9 @@ class KeepMap(_Map):
         total: N, the tokens there were; without it, what the grids hold.
         scores: (N,) where the method scores, else None.
         grids, method, view, index, frame, image: as in ``ScoreMap``.
+        joins: (N,) where tokens were merged and the method says so: of each token the one in whose place the
+            row stands that it became part of, -1 where it is dropped. Of a frame these are numbers in the
+            whole clip, where a row may stand in another frame.
     """
 
     keep_idx: Tensor
@@ -245,6 +245,7 @@ class KeepMap(_Map):
     index: int = 0
     frame: int | None = None
     image: Picture | None = None
+    joins: Tensor | None = None
 
     def __post_init__(self) -> None:
         idx = _vector("keep_idx", self.keep_idx)
@@ -263,9 +264,13 @@ class KeepMap(_Map):
             )
         if self.scores is not None:
             object.__setattr__(self, "scores", _scores(self.scores))
-            if len(self.scores) != self.total:
+        if self.joins is not None:
+            object.__setattr__(self, "joins", _vector("joins", self.joins).to(torch.int64))
+        for name in ("scores", "joins"):
+            held = getattr(self, name)
+            if held is not None and len(held) != self.total:
                 raise InvariantError(
-                    f"scores hold {len(self.scores)} tokens; expected one score for each of {self.total}"
+                    f"{name} hold {len(held)} tokens; expected one entry for each of {self.total}"
                 )
 
     def __len__(self) -> int:
@@ -275,6 +280,19 @@ class KeepMap(_Map):
     def mask(self) -> Tensor:
         """(N,) bool, true where kept."""
         return torch.zeros(self.total, dtype=torch.bool).index_fill_(0, self.keep_idx, True)
+
+    @property
+    def merged(self) -> Tensor | None:
+        """(N,) bool, true where a token is no kept one but part of a row; None where that is not said."""
+        return None if self.joins is None else (self.joins >= 0) & ~self.mask
+
+    def members(self, token: int) -> Tensor:
+        """(M,) ascending tokens of this map that became part of the row in the place of ``token``, itself
+        included; of a frame, ``token`` is a number in the whole clip.
+        """
+        if self.joins is None:
+            raise SpecError(f"{self} does not say what its rows are made of; members expects a map that does")
+        return (self.joins == token).nonzero()[:, 0]
 
     @property
     def kept_boxes(self) -> Tensor:
@@ -306,7 +324,7 @@ class KeepMap(_Map):
         parts = self.mask.split([rows * cols for rows, cols in self.grids])
         blocks = [part.reshape(grid).numpy() for part, grid in zip(parts, self.grids, strict=True)]
         if cells is None:
-            return _union_area(blocks)
+            return union_area(blocks)
         if cells < 1:
             raise SpecError(f"cells={cells}; expected at least 1, or None for the exact area")
         reached, kept = 0, 0
@@ -326,8 +344,8 @@ class KeepMap(_Map):
     def draw(
         self, image: Picture | None = None, dim: float = 0.62, *, max_side: int | None = 2000
     ) -> Image.Image:
-        """The picture, dropped patches grey and dark, kept ones clear and outlined; other arguments as in
-        ``ScoreMap``.
+        """The picture, dropped patches grey and dark, merged ones paler, kept ones clear and outlined; other
+        arguments as in ``ScoreMap``.
 
         Args:
             dim: 0 leaves the brightness of dropped patches, 1 makes them black.
@@ -335,7 +353,8 @@ class KeepMap(_Map):
         from ..viz.overlay import draw_keep
 
         shown = self.image if image is None else image
-        return draw_keep(shown, self.grids, self.mask, self.view, dim, max_side)
+        merged = False if self.merged is None else self.merged
+        return draw_keep(shown, self.grids, self.mask, self.view, dim, max_side, merged)
 
     def _counts(self) -> str:
         return f"{len(self)} of {self.total} tokens"
@@ -378,20 +397,3 @@ def _scores(value: Any) -> Tensor:
             f"scores of {len(scores)} tokens are not all finite in float32; fix the method that made them"
         )
     return scores.to(torch.float32)
-
-
-def _union_area(blocks: list[np.ndarray]) -> float:
-    """Share of the unit square under the true cells of any block, exact, in fractions."""
-    edges = [
-        sorted({Fraction(i, n) for n in {block.shape[axis] for block in blocks} for i in range(n + 1)})
-        for axis in (0, 1)
-    ]
-    if math.prod(len(edge) - 1 for edge in edges) > CELLS:
-        raise SpecError(f"the sides of {len(blocks)} blocks differ too much for an exact area; give cells=8")
-    covered = np.zeros([len(edge) - 1 for edge in edges], dtype=bool)
-    for block in blocks:
-        covered |= block[
-            np.ix_(*([int(low * n) for low in edge[:-1]] for edge, n in zip(edges, block.shape, strict=True)))
-        ]
-    heights, widths = (np.diff(np.array(edge, dtype=object)) for edge in edges)
-    return float(heights @ covered.astype(object) @ widths)

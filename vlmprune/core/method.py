@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import one_of
 from ..errors import SpecError
+from .merged import Merged as Merged
 from .tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -108,28 +108,6 @@ class Need:
 
     def __str__(self) -> str:
         return self.what + ("" if self.layer is None else f"@{self.layer}")
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """What a merging method returns.
-
-    Args:
-        features: (B, K, D) rows for the language model, in the order it shall read them.
-        slots: (B, K) int64, the token whose place each row takes; -1 for a row without a place of its own
-            ([CLS]).
-        context: (K,) bool, rows that stand for many tokens and are listed after the others where tiles are
-            interleaved.
-    """
-
-    features: Tensor
-    slots: Tensor
-    context: Tensor | None = None
-
-    @classmethod
-    def batch(cls, units: Sequence[Merged]) -> Merged:
-        """One of all units, which keep as many rows each."""
-        return cls(torch.cat([one.features for one in units]), torch.cat([one.slots for one in units]))
 
 
 @dataclass(frozen=True, eq=False)

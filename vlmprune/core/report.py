@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,8 @@ class Report:
             has to be known of the model.
         kept: (k,) patches of every image that stay, None for all; -1 for rows that stand for no single patch.
         grids: blocks that ``kept`` counts in, per image.
+        joins: by the number of an image, of merging methods that say it: gives (N,) int64, for each patch the
+            one in whose place the row stands that it became part of, -1 where it is dropped.
         frames: whether the blocks of an image are frames of a clip.
         views: how boxes lie on the original picture, per image.
     """
@@ -48,6 +52,7 @@ class Report:
     note: str = ""
     kept: list[Tensor | None] = field(default_factory=list, repr=False)
     grids: list[Grids] = field(default_factory=list, repr=False)
+    joins: dict[int, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     frames: list[bool] = field(default_factory=list, repr=False)
     views: list[str] = field(default_factory=list, repr=False)
 
@@ -64,26 +69,18 @@ class Report:
             index = self.kept[number]
             keep_idx = torch.arange(count) if index is None else index.cpu()
             keep_idx = keep_idx[keep_idx >= 0].sort().values
+            ask = self.joins.get(number)
+            joins = None if ask is None else ask().cpu()
+            told: dict[str, Any] = {"method": self.method, "view": self.views[number], "index": number}
             if not self.frames[number]:
-                maps.append(
-                    KeepMap(keep_idx, count, grids, method=self.method, view=self.views[number], index=number)
-                )
+                maps.append(KeepMap(keep_idx, count, grids, joins=joins, **told))
                 continue
             start = 0
             for frame, (rows, cols) in enumerate(grids):
                 end = start + rows * cols
                 here = keep_idx[(keep_idx >= start) & (keep_idx < end)] - start
-                maps.append(
-                    KeepMap(
-                        here,
-                        rows * cols,
-                        ((rows, cols),),
-                        method=self.method,
-                        view=self.views[number],
-                        index=number,
-                        frame=frame,
-                    )
-                )
+                part = None if joins is None else joins[start:end]
+                maps.append(KeepMap(here, rows * cols, ((rows, cols),), joins=part, frame=frame, **told))
                 start = end
         return maps
 

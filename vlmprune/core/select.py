@@ -137,7 +137,7 @@ def choose_own(method: Method, tokens: VisualTokens, checks: Checks = NOW) -> li
         found: list[Tensor | Merged] = []
         for one in answer:
             _checked_rows(method, one, tokens, one.slots.shape[-1], checks, batch=1)
-            found.append(Merged(one.features[0], one.slots[0], one.context))
+            found.append(one.unit(0))
         return found
     if not isinstance(answer, Tensor) or (answer.shape, answer.dtype) != ((batch, n), torch.bool):
         raise InvariantError(

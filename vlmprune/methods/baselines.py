@@ -153,7 +153,9 @@ class Pool(Method):
                 found.append(weight @ x[:, start : start + size].float())  # (B, cells, D)
             start += size
         y = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-        return Merged(y.to(x.dtype), centres(grids, k).to(tokens.device).expand(tokens.batch, k))
+        slots = centres(grids, k).to(tokens.device).expand(tokens.batch, k)
+        batch = tokens.batch
+        return Merged(y.to(x.dtype), slots, joins=lambda: number.expand(batch, -1))
 
 
 @register("downsample")

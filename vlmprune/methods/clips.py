@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,42 @@ from ..core.tokens import VisualTokens
 from ..errors import UnsupportedError
 
 _FRAMES_AT_ONCE = 8  # bounds the float32 copies held beside the features
+
+
+@dataclass(frozen=True, eq=False)
+class Averaged:
+    """Rows of a clip, and the tokens that they are averages of: those of some places in each of some frames.
+
+    Args:
+        frames: numbers of the frames.
+        places: (P,) in a frame.
+        count: rows that are made of them.
+        row: (P,) the row of each place; None where each has its own.
+    """
+
+    frames: range
+    places: Tensor
+    count: int
+    row: Tensor | None = None
+
+
+def joins_of(parts: Sequence[Averaged], order: Tensor | None, frames: int, n: int) -> Tensor:
+    """(1, frames * n) the row that each token of a clip is part of, -1 for none.
+
+    Args:
+        parts: in the order in which their rows were made.
+        order: (k,) the rows as they are listed, by number; None where they are listed as they were made.
+    """
+    device = parts[0].places.device
+    found, first = torch.full((frames, n), -1, device=device), 0
+    for part in parts:
+        row = torch.arange(len(part.places), device=device) if part.row is None else part.row
+        found[part.frames.start : part.frames.stop, part.places] = first + row
+        first += part.count
+    flat = found.flatten()
+    if order is not None:
+        flat = torch.where(flat < 0, -1, order.argsort()[flat.clamp_min(0)])
+    return flat[None]
 
 
 def frames_of(method: Method, tokens: VisualTokens) -> tuple[int, int]:

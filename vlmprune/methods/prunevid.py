@@ -24,7 +24,7 @@ Provenance: arXiv:2412.16117; written from a description of the official code (c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
@@ -39,7 +39,7 @@ from ..core.method import CutPoint, Merged, Method, Need, Positions, SlotName, W
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
-from .clips import clip_features, counts_by_itself
+from .clips import Averaged, clip_features, counts_by_itself, joins_of
 from .clustering import cluster_sums, frame_peaks
 from .holitom.windows import Window, shortened
 
@@ -101,11 +101,13 @@ class Places:
         rows: (m, D) float32 their tokens, or averages.
         slots: (m,) the tokens of the clip whose places they have.
         still: whether they are averages over a scene.
+        made_of: the tokens that they are, or are averages of.
     """
 
     rows: Tensor
     slots: Tensor
     still: bool
+    made_of: Averaged
 
 
 def groups_of(x: Tensor, scene: Window) -> list[Places]:
@@ -113,9 +115,11 @@ def groups_of(x: Tensor, scene: Window) -> list[Places]:
     n, places = x.shape[1], scene.places.to(x.device)
     at, others = places.nonzero()[:, 0], (~places).nonzero()[:, 0]
     mean = x[scene.start : scene.stop, at].float().mean(dim=0)
-    found = [Places(mean, scene.start * n + at, True)]
-    for t in range(scene.start, scene.stop):
-        found.append(Places(x[t, others], t * n + others, False))
+    frames = range(scene.start, scene.stop)
+    found = [Places(mean, scene.start * n + at, True, Averaged(frames, at, len(at)))]
+    for t in frames:
+        own = Averaged(range(t, t + 1), others, len(others))
+        found.append(Places(x[t, others], t * n + others, False, own))
     return found
 
 
@@ -202,10 +206,12 @@ class PruneVid(Method):
         found = [self.clustered(*one) for one in zip(groups, counts, strict=True) if one[1]]
         rows = torch.cat([one.rows.to(x.dtype) for one in found])
         slots = torch.cat([one.slots for one in found])
+        by_place = None
         if k is not None:
             slots, by_place = slots.sort()
             rows = rows[by_place]
-        return Merged(rows[None], slots[None])
+        parts, (frames, n, _) = [one.made_of for one in found], x.shape
+        return Merged(rows[None], slots[None], joins=lambda: joins_of(parts, by_place, frames, n))
 
     def official_count(self, size: int) -> int:
         """Rows that the authors make of a group."""
@@ -218,7 +224,8 @@ class PruneVid(Method):
         x = group.rows.float()
         peaks = frame_peaks(x, count, self.neighbours)
         sums, members = cluster_sums(x, peaks.assignment[0], count)
-        return Places(sums / members, group.slots[peaks.centres[0]], group.still)
+        made_of = replace(group.made_of, count=count, row=peaks.assignment[0])
+        return Places(sums / members, group.slots[peaks.centres[0]], group.still, made_of)
 
 
 @register("prunevid_inside")

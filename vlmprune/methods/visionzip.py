@@ -80,6 +80,16 @@ def contextual_rows(H: Tensor, groups: Groups, combine: str) -> Tensor:
     return H_target + total / count.clamp_min(1)
 
 
+def joins_of(groups: Groups, first: int, n: int) -> Tensor:
+    """(B, n) the row of every patch, where ``first`` rows stand before the dominant ones; -1 for none."""
+    dominant, contextual = groups.dominant.shape[1], groups.targets.shape[1]
+    found = torch.full((len(groups.dominant), n), -1, device=groups.dominant.device)
+    number = torch.arange(first, first + dominant + contextual, device=found.device)
+    own = torch.cat([groups.dominant, groups.targets], dim=1)
+    found.scatter_(1, own, number.expand_as(own))
+    return found.scatter_(1, groups.members, first + dominant + groups.join)
+
+
 @register("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Method):
@@ -160,7 +170,8 @@ class VisionZip(Method):
         rows = [first, rows_at(features, groups.dominant), last]
         no_place = groups.targets.new_full(cls.shape[:2], -1)
         slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
-        return Merged(torch.cat(rows, dim=1), slots, context=torch.arange(k) >= k - contextual)
+        context_rows, count = torch.arange(k) >= k - contextual, features.shape[1]
+        return Merged(torch.cat(rows, dim=1), slots, context_rows, lambda: joins_of(groups, crops, count))
 
     def _averaged(self, tokens: VisualTokens) -> Tensor:
         """(B, N, channels) what contextual rows are averages of."""

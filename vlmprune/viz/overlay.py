@@ -22,6 +22,7 @@ from . import VIEWS
 
 RIM = (255, 214, 10)
 PALE = 140  # of 255: how far merged patches go to white
+_KEPT, _MERGED = 2, 1
 STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
@@ -142,7 +143,7 @@ def draw_keep(
     view: str = "stretch",
     dim: float = 0.62,
     max_side: int | None = MAX_SIDE,
-    merged: bool = False,
+    merged: Any = False,
 ) -> Image.Image:
     """Kept patches clear inside an outline, the others grey and darker by ``dim``.
 
@@ -153,15 +154,18 @@ def draw_keep(
         view: "stretch" (tokens cover the picture) or "center" (its centred square; the rest is striped).
         dim: 0 leaves the brightness of dropped patches, 1 makes them black.
         max_side: longest side of the drawing in pixels; None draws at the size of the picture.
-        merged: the others are not dropped but merged into the kept ones: they stay in colour, and paler.
+        merged: (N,) bool, of the others those that are not dropped but merged into kept ones: they stay in
+            colour, and paler. True: all of them.
     """
     _fraction("dim", dim)
+    kept_tokens = np.asarray(mask, dtype=bool)
+    merged_tokens = np.broadcast_to(np.asarray(merged, dtype=bool), kept_tokens.shape)
+    values = np.where(kept_tokens, _KEPT, np.where(merged_tokens, _MERGED, 0)).astype(np.int8)
 
-    def paint(region: np.ndarray, kept: np.ndarray, outline: int) -> np.ndarray:
-        if merged:
-            others = PALE + (1 - PALE / 255) * region
-        else:
-            others = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
+    def paint(region: np.ndarray, shown: np.ndarray, outline: int) -> np.ndarray:
+        kept = shown == _KEPT
+        dropped = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
+        others = np.where((shown == _MERGED)[..., None], PALE + (1 - PALE / 255) * region, dropped)
         out = np.where(kept[..., None], region, others)
         if outline:
             # a dark line outside keeps the bright one visible on light pictures
@@ -169,7 +173,7 @@ def draw_keep(
             out[kept & _dilate(~kept, outline)] = RIM
         return out
 
-    return _panels(image, grids, np.asarray(mask, dtype=bool), view, paint, max_side)
+    return _panels(image, grids, values, view, paint, max_side)
 
 
 def draw_scores(

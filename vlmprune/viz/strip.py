@@ -32,6 +32,9 @@ class FrameMap(Protocol):
     @property
     def total(self) -> int: ...
 
+    @property
+    def merged(self) -> Any: ...
+
     def __len__(self) -> int: ...
 
 
@@ -49,7 +52,8 @@ def draw_strip(
         maps: what was kept, in order; where a model reads several frames as one, there are fewer maps, and
             the first frame of each group is shown.
         labels: one for each frame, such as its time.
-        merged: other tokens are merged into the kept ones: they stay in colour, and paler.
+        merged: other tokens are merged into the kept ones, and stay in colour, and paler: of maps that do not
+            say themselves which ones are.
         max_side: most pixels of the sheet from left to right.
     """
     if not frames or not maps or len(maps) > len(frames) or len(labels) not in (0, len(frames)):
@@ -72,7 +76,7 @@ def draw_strip(
             one.grids,
             one.mask,
             one.view,
-            merged=merged,
+            merged=merged if one.merged is None else one.merged,
         )
         for number, one in enumerate(maps)
     ]

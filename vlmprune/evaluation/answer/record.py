@@ -65,10 +65,7 @@ class Record:
         """Plain values for a journal; ``keep`` adds the kept patches of each image, for drawing."""
         values = {name: value for name, value in vars(self).items() if name != "keep"}
         values["seconds"] = dict(self.seconds)
-        maps = [
-            {"keep_idx": one.keep_idx.tolist(), "grids": one.grids, "view": one.view} for one in self.keep
-        ]
-        return values | ({"keep": maps} if keep else {})
+        return values | ({"keep": [_plain(one) for one in self.keep]} if keep else {})
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Record:
@@ -76,3 +73,8 @@ class Record:
         return cls(
             **{name: line[name] for name in cls.__dataclass_fields__ if name in line and name != "keep"}
         )
+
+
+def _plain(kept: KeepMap) -> dict[str, Any]:
+    values = {"keep_idx": kept.keep_idx.tolist(), "grids": kept.grids, "view": kept.view}
+    return values if kept.merged is None else values | {"merged": kept.merged.nonzero()[:, 0].tolist()}

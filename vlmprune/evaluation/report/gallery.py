@@ -32,11 +32,12 @@ MOST = 1_000_000  # tokens of a picture; more is a broken journal
 
 @dataclass(frozen=True)
 class Kept:
-    """Patches that were kept of one picture."""
+    """Patches that were kept of one picture, and those that were merged into others, where that is known."""
 
     keep_idx: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
     view: str
+    merged: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,17 +266,21 @@ def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> It
 
 
 def draw_kept(image: Image.Image, kept: Kept, name: str, merges: bool) -> Image.Image:
-    """Kept patches outlined on the picture; the others grey, or pale where they are merged."""
+    """Kept patches outlined on the picture; the others grey, or pale where they are merged: all of them, if
+    the journal does not say which.
+    """
     from ...viz.overlay import draw_keep
 
     count = sum(rows * cols for rows, cols in kept.grids)
-    if not 0 < count <= MOST or any(not 0 <= index < count for index in kept.keep_idx):
+    named = [*kept.keep_idx, *(kept.merged or ())]
+    if not 0 < count <= MOST or any(not 0 <= index < count for index in named):
         raise EvaluationError(
             f"{name}: its journal has kept patches outside grids {kept.grids}; run the row again"
         )
-    mask = np.zeros(count, dtype=bool)
+    mask, merged = np.zeros((2, count), dtype=bool)
     mask[list(kept.keep_idx)] = True
-    return draw_keep(image, kept.grids, mask, kept.view, merged=merges)
+    merged[list(kept.merged or ())] = True
+    return draw_keep(image, kept.grids, mask, kept.view, merged=merges if kept.merged is None else merged)
 
 
 def _uri(image: Image.Image) -> str:

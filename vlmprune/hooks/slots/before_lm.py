@@ -136,11 +136,14 @@ class Choice:
         index: (k,) tokens among them that stay, ascending; -1 for rows of a merging method without a place.
             None: all.
         rows: (k, D) of merging methods.
+        joins: of merging methods that say it: gives (N,) int64, for each token of the unit the one in whose
+            place the row stands that it became part of, -1 where it is dropped.
     """
 
     own: Tensor | None
     index: Tensor | None
     rows: Tensor | None = None
+    joins: Callable[[], Tensor] | None = None
 
     def patches(self, count: int) -> Tensor:
         """(k,) patches that stay of a picture that has ``count``, -1 for rows without a place."""
@@ -189,7 +192,7 @@ def choose_units(
             rows = _rows_of(choose(method, tokens, budget.count(count), checks))
         for number, one in zip(numbers, rows, strict=True):
             if isinstance(one, Merged):
-                chosen[number] = Choice(None, one.slots, one.features)
+                chosen[number] = Choice(None, one.slots, one.features, places_of(one))
             else:
                 chosen[number] = Choice(None, one)
     return chosen
@@ -199,7 +202,25 @@ def _rows_of(result: Tensor | Merged) -> list[Tensor | Merged]:
     """An answer for B units, one by one."""
     if not isinstance(result, Merged):
         return list(result)
-    return [Merged(rows, slots) for rows, slots in zip(result.features, result.slots, strict=True)]
+    return [result.unit(number) for number in range(len(result.slots))]
+
+
+def places_of(rows: Merged) -> Callable[[], Tensor] | None:
+    """``Choice.joins`` of one unit, from rows numbered in the order of the method."""
+    ask, slots = rows.joins, rows.slots
+    if ask is None:
+        return None
+
+    def places() -> Tensor:
+        row = ask().to(slots.device)  # (N,)
+        return torch.where(row < 0, -1, slots[row.clamp_min(0)])
+
+    return places
+
+
+def part_of(joins: Callable[[], Tensor] | None, start: int, end: int) -> Callable[[], Tensor] | None:
+    """The same of the tokens ``start`` to ``end - 1`` of a unit, whose numbers stay those of the unit."""
+    return None if joins is None else lambda: joins()[start:end]
 
 
 def split_by_picture(
@@ -208,7 +229,7 @@ def split_by_picture(
     """The choice of a unit, told apart by picture."""
     if len(unit.members) == 1:
         p, own = unit.members[0]
-        return [(p, Choice(own, choice.index, choice.rows))]
+        return [(p, Choice(own, choice.index, choice.rows, choice.joins))]
     if choice.rows is not None and not unit.frames:
         raise UnsupportedError(
             f"{method.name} merges tokens and cannot spread one budget over several images: use scope image "
@@ -227,7 +248,8 @@ def split_by_picture(
             parts.append((p, Choice(None, None)))
         else:
             here = (index >= start) & (index < end)
-            parts.append((p, Choice(None, index[here] - start, None if rows is None else rows[here])))
+            own_rows = None if rows is None else rows[here]
+            parts.append((p, Choice(None, index[here] - start, own_rows, part_of(choice.joins, start, end))))
         start = end
     return parts
 
@@ -261,11 +283,13 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_pla
         else:
             slots.append(hosts_of(picture.slots_of(own.to(part.index.device)), part.index))  # (k,)
         rows.append(part.rows)
+    # where a budget is of a part of a picture, tokens of the part are counted and not those of the picture
+    joins = parts[0].joins if len(parts) == 1 and parts[0].own is None else None
     device = rows[0].device
     every = joined([one.to(device) for one in slots])
     merged = joined([one.to(device, rows[0].dtype) for one in rows])
     kept = every if picture.special is None else torch.cat([every, picture.specials.to(device)])
-    return Cut(kept, keep_idx, picture.grids, picture.length, every, merged)
+    return Cut(kept, keep_idx, picture.grids, picture.length, every, merged, joins)
 
 
 def hosts_of(slots: Tensor, index: Tensor) -> Tensor:

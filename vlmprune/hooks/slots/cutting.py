@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ class Cut:
         grids: blocks that ``keep_idx`` counts in: those of the picture, or of its tiles before unpadding.
         length: slots that the picture had.
         row_slots, rows: (M,) slots and the (M, D) embeddings that take their place, for merging methods.
+        joins: gives (N,) int64, for each patch the one in whose place the row stands that it became part of,
+            -1 where it is dropped; None where that is not said.
     """
 
     kept_slots: Tensor
@@ -37,6 +39,7 @@ class Cut:
     length: int
     row_slots: Tensor | None = None
     rows: Tensor | None = None
+    joins: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, picture: Picture, keep_idx: Tensor) -> Cut:
@@ -64,6 +67,8 @@ def cut_sequence(
             report.realised_tokens[number] = cut.realised
             report.layer_tokens[number] = [cut.realised] * attachment.depth
             report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
+            if cut.joins is not None:
+                report.joins[number] = cut.joins
     embeds = with_rows(state, cuts)  # (B, L, D)
     policy = attachment.policy(method)
     view, lengths = state.views.at(0), state.columns.lengths

@@ -37,7 +37,7 @@ from ...core.method import Merged, Method, What
 from ...core.select import ranked
 from ...core.tokens import VisualTokens
 from ...registry import register
-from ..clips import clip_features, counts_by_itself, neighbour_cosine
+from ..clips import Averaged, clip_features, counts_by_itself, joins_of, neighbour_cosine
 from ..clustering import cluster_sums, frame_peaks
 from .windows import Window, best_windows, shortened
 
@@ -61,18 +61,18 @@ def official_counts(windows: Sequence[Window], n: int, R: float) -> list[int]:
     return found
 
 
-def clustered(x: Tensor, count: int, neighbours: int, beta: float | None) -> tuple[Tensor, Tensor]:
-    """(c,) ascending centres among x (n, D), and their rows (c, D)."""
+def clustered(x: Tensor, count: int, neighbours: int, beta: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(c,) ascending centres among x (n, D), their rows (c, D), and the row of each of x (n,)."""
     peaks = frame_peaks(x, count, min(neighbours, count))
     centres, order = peaks.centres[0].sort()
     number = order.argsort()[peaks.assignment[0]]  # in the order of their places
     own = x[centres]
     sums, members = cluster_sums(x, number, count)
     if beta is None:
-        return centres, sums / members
+        return centres, sums / members, number
     # a centre is no member of its own
     mean = (sums - own) / (members - 1).clamp_min(1)
-    return centres, torch.where(members > 1, beta * own + (1 - beta) * mean, own)
+    return centres, torch.where(members > 1, beta * own + (1 - beta) * mean, own), number
 
 
 @register("holitom")
@@ -135,7 +135,7 @@ class HoliTom(Method):
         else:
             windows = shortened(windows, a.numel(), k)
             counts = shares_of(blocks_of(windows, n), k)
-        order, rows, slots = ranked(a), [], []
+        order, rows, slots, made_of = ranked(a), [], [], []
         block = iter(counts)
         for w in windows:
             places = w.places.to(x.device)  # (n,) bool, still ones
@@ -143,16 +143,19 @@ class HoliTom(Method):
                 count, at = next(block), places.nonzero()[:, 0]
                 if count:
                     mean = x[w.start : w.stop, at].float().mean(dim=0)  # (P, D)
-                    centres, merged = clustered(mean, count, self.neighbours, self.beta)
+                    centres, merged, row = clustered(mean, count, self.neighbours, self.beta)
                     rows.append(merged.to(x.dtype))
                     slots.append(w.start * n + at[centres])
+                    made_of.append(Averaged(range(w.start, w.stop), at, count, row))
             for t in range(w.start, w.stop):
                 others = order[t][~places[order[t]]]  # best first
                 index = others[: next(block)].sort().values
                 rows.append(x[t, index])
                 slots.append(t * n + index)
+                made_of.append(Averaged(range(t, t + 1), index, len(index)))
         joined, at = torch.cat(rows), torch.cat(slots)
+        by_place, frames = None, x.shape[0]
         if k is not None:
             at, by_place = at.sort()
             joined = joined[by_place]
-        return Merged(joined[None], at[None])
+        return Merged(joined[None], at[None], joins=lambda: joins_of(made_of, by_place, frames, n))
