@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from headless import browser  # noqa: F401 (a fixture)
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -79,6 +79,12 @@ def served():
 
 
 @pytest.mark.slow
+def test_making_the_page_writes_nothing_beside_the_code(served):
+    # Gradio writes a stub file for each class of a user that inherits from one of its inputs
+    assert [path.name for path in Path(module.__file__).parent.glob("*.pyi")] == []
+
+
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_sentence(served):
     port = int(re.search(r":(\d+)", served)[1])
     with pytest.raises(VlmPruneError, match=rf"cannot be served on 127.0.0.1, port {port} .*another --port"):
@@ -90,14 +96,24 @@ def opened(browser, served):  # noqa: F811
     browser.get_log("performance"), browser.get_log("browser")
     browser.set_window_size(1400, 1000)
     browser.get(served)
-    WebDriverWait(browser, 180).until(lambda b: b.find_elements(By.ID, "ask"))
-    return browser
+    wait(browser, lambda: browser.find_elements(By.ID, "ask"))
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#picture img"))  # it opens with a picture
+    yield browser
+    assert severe(browser) == []
 
 
 def wait(driver, condition, seconds=180):
     # what is looked at may be replaced meanwhile
     waiting = WebDriverWait(driver, seconds, ignored_exceptions=[StaleElementReferenceException])
-    return waiting.until(lambda _: condition())
+    try:
+        return waiting.until(lambda _: condition())
+    except TimeoutException:
+        pytest.fail(f"not within {seconds} s; the page shows {text(driver)!r}, console: {severe(driver)}")
+
+
+def severe(driver):
+    """What the console calls an error."""
+    return [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
 
 
 def text(driver):
@@ -160,7 +176,7 @@ def test_upload_ask_slide_and_switch(opened, tmp_path):
     box.send_keys(Keys.BACKSPACE)
     wait(opened, lambda: "fastv@0.5" not in specs(opened))
     box.send_keys("debias+fastervlm@9", Keys.ENTER)
-    wait(opened, lambda: specs(opened)[-1] == "debias+fastervlm@9" and "9 of 144" in text(opened))
+    wait(opened, lambda: specs(opened)[-1:] == ["debias+fastervlm@9"] and "9 of 144" in text(opened))
 
 
 @pytest.mark.slow

@@ -30,13 +30,7 @@ def page(playground: Playground) -> Any:
         gr.Markdown(_head(playground))
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                picture = gr.Image(
-                    label="picture",
-                    type="filepath",
-                    format="png",
-                    sources=["upload", "clipboard"],
-                    height=300,
-                )
+                picture = _picture_input(gr, first.load_images()[0])
                 question = gr.Textbox(first.question, label="question", lines=1, elem_id="question")
                 keep = gr.Slider(
                     1, 100, value=100 * KEEP, step=0.5, label="keep, % of the visual tokens", elem_id="keep"
@@ -130,15 +124,8 @@ def _picture_input(gr: Any, shown: Any) -> Any:
 
     Its own reads the file first, and a broken one is an error without a word about the picture.
     """
-
-    class Picture(gr.Image):
-        is_template = True  # in the browser it is the input that it inherits from
-
-        def preprocess(self, payload: Any) -> Any:
-            return None if payload is None else payload.path
-
     # PNG: an example goes through the browser and must come back as it was
-    return Picture(
+    made = gr.Image(
         shown,
         label="picture",
         elem_id="picture",
@@ -147,6 +134,9 @@ def _picture_input(gr: Any, shown: Any) -> Any:
         sources=["upload", "clipboard"],
         height=300,
     )
+    # of this one input: for a subclass Gradio writes a stub file beside the code that defines it
+    made.preprocess = lambda payload: None if payload is None else payload.path
+    return made
 
 
 def _head(playground: Playground) -> str:
