@@ -114,7 +114,7 @@ def test_the_seed_alone_decides_the_weights(family, tower, text):
 @variants
 def test_weights_are_lively(family, tower, text):
     changed, firsts = 0, set()
-    for seed in range(4):
+    for seed in range(8):  # a mirrored picture changes the first word of an answer in a quarter of models
         model, inputs = tiny_model(family, tower, text, seed=seed), tiny_inputs(family, seed=seed)
         other = dict(inputs, pixel_values=inputs["pixel_values"].flip(-1))
         a, b = logits(model, inputs)[0, -1], logits(model, other)[0, -1]
@@ -122,6 +122,8 @@ def test_weights_are_lively(family, tower, text):
         changed += int(a.argmax() != b.argmax())
         firsts.add(int(a.argmax()))
         assert all(parameter.abs().sum() > 0 for parameter in model.parameters())
+        if changed >= 2 and len(firsts) >= 3:
+            return
     assert changed >= 2 and len(firsts) >= 3
 
 

@@ -182,6 +182,10 @@ def _enliven(model: Any, seed: int) -> None:
                     else 1.0
                 )
                 draw *= gain / math.sqrt(weight[0].numel())
+            elif (
+                "Experts" in type(module).__name__ and weight.ndim == 3
+            ):  # matrices of many, either way round
+                draw /= math.sqrt(max(weight.shape[1:]))
             elif "Norm" in type(module).__name__ and name == "weight":
                 draw = 0.1 * draw + (
                     0 if "Gemma" in type(module).__name__ else 1
