@@ -96,7 +96,9 @@ def refine(
         >>> print(result.answer, result.box)  # doctest: +SKIP
     """
     depth = adapter_for(model).depth
+    # ascending: Watch takes the first one for the beginning of a step
     chosen = middle_layers(depth) if layers is None else sorted(layers)
+    # not isinstance: True is no layer
     if not chosen or not all(type(layer) is int and 0 <= layer < depth for layer in chosen):
         raise SpecError(f"layers={layers}; expected one or more decoder layers of 0..{depth - 1}")
     one_of("steps", steps, get_args(Steps))
@@ -106,7 +108,9 @@ def refine(
     check_int("min_regions", min_regions, least=1)
     check_int("max_new_tokens", max_new_tokens, least=1)
     image = image.convert("RGB")
+    # only steps that both answers have are compared, so one is enough for "first"
     count = 1 if steps == "first" else max_new_tokens
+    # (T, layers, N), with T the tokens of the answer
     asked, _, first = read(model, processor, image, question, chosen, max_new_tokens)
     general, grid, _ = read(model, processor, image, instruction, chosen, count)
     pixels = on_picture(contrast(asked, general, lam, steps), *grid, image.size)
@@ -115,6 +119,7 @@ def refine(
     crop = masked(image, mask).crop(box)
     crop = crop.resize(refined_size(box, image.size, official_size), resample=_lanczos())
     answer = ask(model, processor, [image, crop], question, max_new_tokens)
+    # lam as large as an even share of the attention, so that quotients of faint patches do not blow up
     score = contrast(asked, general, 1 / asked.shape[2], steps)
     return Refined(answer, first, crop, box, mask, pixels, score)
 
@@ -142,6 +147,7 @@ def ask(model: Any, processor: Any, images: Sequence[Any], text: str, count: int
     inputs = made.to(model.device, model.dtype)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, use_cache=True)
+    # ids begin with the prompt
     new: str = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     return new.strip()
 
@@ -151,6 +157,7 @@ def on_picture(values: Tensor, grid: tuple[int, int], view: str, size: tuple[int
     width, height = size
     if view == "stretch":
         return enlarged(values, grid, size)
+    # "center": the model saw the largest square in the middle
     side = min(size)
     left, top = (width - side) // 2, (height - side) // 2
     pixels = torch.zeros(height, width, dtype=torch.float64)

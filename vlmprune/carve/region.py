@@ -38,8 +38,9 @@ def contrast(question: Tensor, general: Tensor, lam: float, steps: Steps = "all"
         )
     count = min(len(question), len(general))  # the longer answer is cut
     used = {"all": slice(0, count), "first": slice(0, 1), "last": slice(count - 1, count)}[steps]
+    # 1, 2, 3, ... for steps 0, 1, 2, ...; one step alone has the weight 1
     weight = torch.arange(1, count + 1, dtype=torch.float64)[used] if steps == "all" else torch.ones(1)
-    parts = question[:count][used].double() / (general[:count][used].double() + lam)
+    parts = question[:count][used].double() / (general[:count][used].double() + lam)  # (T, layers, N)
     return (parts.sum(dim=1) * weight[:, None].to(parts.device)).sum(dim=0)
 
 
@@ -69,16 +70,19 @@ class Regions:
 
 def connected(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """(H, W) labels of the regions of a mask whose pixels touch at a side."""
+    # union-find: the label that each label was joined to; 0 is no region and stays alone
     parent: list[int] = [0]
 
     def root(label: int) -> int:
         while parent[label] != label:
-            parent[label] = parent[parent[label]]
+            parent[label] = parent[parent[label]]  # halves the way for the next search
             label = parent[label]
         return label
 
     labels = np.zeros(mask.shape, dtype=np.int64)
+    # runs of neighbouring pixels, row by row: a run takes the lowest label that touches it from above
     for row, line in enumerate(mask):
+        # begins and ends of runs, in turn: True, True, False gives 0, 2
         edges = np.flatnonzero(np.diff(np.concatenate([[False], line, [False]]).astype(np.int8)))
         for start, end in edges.reshape(-1, 2):
             above = np.unique(labels[row - 1, start:end]) if row else np.zeros(0, dtype=np.int64)
@@ -89,7 +93,9 @@ def connected(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
             for other in roots[1:]:
                 parent[other] = roots[0]
             labels[row, start:end] = roots[0]
+    # joined labels become one
     found = np.array([root(label) for label in range(len(parent))])[labels]
+    # numbered without gaps; where no pixel is outside, the lowest label is a region and becomes 1
     known = np.unique(found)
     return np.searchsorted(known, found) if known[0] == 0 else np.searchsorted(known, found) + 1
 
@@ -101,6 +107,7 @@ def regions_of(values: NDArray[np.float64], mask: NDArray[np.bool_]) -> Regions:
     sums: NDArray[np.float64] = np.bincount(
         labels.ravel(), weights=values.ravel(), minlength=count + 1
     ).astype(np.float64)
+    # label 0, no region, is left out
     return Regions(labels, sums[1:], np.bincount(labels.ravel(), minlength=count + 1)[1:])
 
 
@@ -109,6 +116,7 @@ def kept_mask(
 ) -> NDArray[np.bool_]:
     """(H, W) the pixels of the best regions among the highest share of a map (H, W)."""
     made = values.cpu().double().numpy()
+    # values equal to the threshold all stay, so this may be more than the share
     high = made >= np.quantile(made, 1 - top_share)
     found = regions_of(made, high)
     if strategy == "drop_small":
@@ -116,8 +124,8 @@ def kept_mask(
     else:
         rank = found.sums if strategy == "attention_sum" else found.sizes
         count = max(min_regions, int(top_share * len(rank)))
-        chosen = np.argsort(-rank, kind="stable")[:count]
-    kept: NDArray[np.bool_] = np.isin(found.labels, chosen + 1)
+        chosen = np.argsort(-rank, kind="stable")[:count]  # of equals, the first in reading order
+    kept: NDArray[np.bool_] = np.isin(found.labels, chosen + 1)  # labels begin at 1, indices at 0
     return kept
 
 

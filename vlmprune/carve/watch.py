@@ -47,22 +47,25 @@ class Watch:
     @torch.no_grad()
     def see(self, layer: int, call: AttentionCall, output: Tensor) -> None:
         """Note what the last row of a call gives each patch."""
+        # the tap was called outside of a forward of the session
         state = self.session.state
         if state is None:
             return
-        if state.placements:
+        if state.placements:  # the prompt with the picture; decode steps find what was noted for it
             self._place(state, layer)
         if layer not in self._patches:
             return
+        # (1, 1)
         last = torch.full((1, 1), call.queries.shape[2] - 1, device=call.queries.device)
         row = call.attention(last)[0, :, 0].mean(dim=0)  # (S,)
-        if layer == self.layers[0]:
+        if layer == self.layers[0]:  # layers run in order: the lowest one begins a step
             self._steps.append({})
         patches = self._patches[layer].to(row.device)
         width = patches.shape[0] + len(self._steps) - 1  # every step has added a slot
-        row = over_slots(row, width)[: patches.shape[0]]
+        row = over_slots(row, width)[: patches.shape[0]]  # slots of the answer hold no patches
         there = patches >= 0
         seen = torch.zeros(self.count, device=row.device)
+        # on the CPU: there is one for every layer and step
         self._steps[-1][layer] = seen.index_put((patches[there],), row[there]).cpu()
 
     def _place(self, state: ForwardState, layer: int) -> None:
@@ -77,12 +80,14 @@ class Watch:
         (picture,) = pictures
         self.grid, self.view, self.count = picture.grids[0], picture.view, picture.count
         (placement,) = state.placements
+        # (1, L) the patch in each column, -1 for text; then what every cut before this layer left of them
         numbers = torch.full((1, state.views.columns), -1, device=state.embeds.device)
         columns = placement.columns(0, 0, picture.slots_of(torch.arange(picture.count)))
         numbers[0, columns.to(numbers.device)] = torch.arange(picture.count, device=numbers.device)
         for start, compaction in state.views.cuts:
             if start <= layer:
                 numbers = numbers.gather(1, compaction.index.long().to(numbers.device))
+        # slots of earlier turns hold none of these patches
         past = state.views.at(layer).held.shape[1]
         self._patches[layer] = torch.nn.functional.pad(numbers[0], (past, 0), value=-1)
 
@@ -92,6 +97,7 @@ def watching(model: Any, layers: Sequence[int]) -> Iterator[Watch]:
     """Watch a model, with what is attached to it."""
     session = attached(model)
     if session is None:
+        # without pruning a session is needed all the same: it knows where the patches stand
         with prune(model, "dense") as dense, _taps(dense, layers) as watch:
             yield watch
     else:
@@ -116,6 +122,7 @@ def attached(model: Any) -> Session | None:
     """The session that is attached to a model."""
     adapter = adapter_for(model)
     for modality in adapter.modalities:
+        # a patched method lies in the instance, before that of the class
         found = adapter.inner.__dict__.get(modality.encode)
         if isinstance(found, PatchedMethod):
             return found.session

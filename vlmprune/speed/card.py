@@ -98,7 +98,7 @@ def measure(
     effort = effort or Effort()
     tell(f"{workload.name}: finding the fastest attention")
     attention, tried = best_attention(workload, rounds=min(3, effort.rounds))
-    sessions, left_out = {}, []
+    sessions, left_out = {}, []  # canonical spec -> (session, its ideal)
     for text in dict.fromkeys(specs):
         if text == DENSE:
             continue
@@ -127,8 +127,10 @@ def measure(
         "note": workload.note,
     }
     layers: Any = workload.adapter.language_model.layers
+    # (layers,) the dense model reads the same number in all of them
     tokens = [_dense_tokens(workload)] * len(layers)
     rows = [_row(DENSE, times, _Measured(tokens, *_counted(workload)), common)]
+    # counted apart from the timed rounds: counting slows a call down
     for spec, (session, free) in sessions.items():
         with session:
             counts = _counted(workload)
@@ -188,8 +190,10 @@ def _first_tokens(
         workload.encode()
         side.first_token()
 
+    # name -> (what is attached, the call); a spec has two sides, itself and "free ..."
     entries: dict[str, Entry] = {DENSE: (None, workload.first_token)}
     for spec, (session, side) in sessions.items():
+        # bound now: a lambda in this loop would see the last session only
         entries[spec] = (session, partial(attached, session))
         entries[f"free {spec}"] = (None, partial(free, side))
     times = race(
@@ -240,6 +244,7 @@ def _counted(workload: Workload) -> tuple[int, int]:
 
 
 def _row(spec: str, times: _Times, measured: _Measured, common: Mapping[str, Any]) -> SpeedRow:
+    # field of the row -> its values, one a round
     lists = {
         "first_token_s": times.first[spec],
         "total_s": times.whole[spec],
@@ -277,6 +282,7 @@ def save(rows: Sequence[SpeedRow], place: Path) -> Path:
             f"--out {str(place)!r}: the folder {str(path.parent)!r} does not exist; make it first"
         )
     known = []
+    # a file that is no speed card is refused, not overwritten
     if path.exists():
         try:
             known = [

@@ -47,6 +47,7 @@ def processors() -> list[str]:
 
 def commit() -> str | None:
     """Commit of the package, with "-dirty" when its files differ from it; None outside a checkout."""
+    # the folder above vlmprune/
     git = ["git", "-C", str(Path(__file__).parents[2])]
     try:
         head = subprocess.run(

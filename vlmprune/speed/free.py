@@ -82,6 +82,7 @@ class FreeSide:
 
     def first_token(self) -> Tensor:
         """Logits (B, V) of the first token, which is on the host then; rows of equal length, no padding."""
+        # the language model runs itself, unless something is cut between its layers
         hidden = self._layers() if self.cuts else self._whole()
         logits = self.model.get_output_embeddings()(hidden[:, -1])
         logits.argmax(dim=-1).tolist()  # waits for the device
@@ -101,12 +102,14 @@ class FreeSide:
             )
         }
         if positions is None:
+            # what the model does when it is given none
             positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
         for index, layer in enumerate(self.lm.layers):
             if index in self.cuts:
                 rows, positions = self.cuts[index]
                 (hidden,) = dispatch.gather_rows([hidden], rows)
+                # both were made for the longer sequence
                 angles, mask = self.lm.rotary_emb(hidden, positions), self._mask(hidden)
             # a layer returns a tuple or the tensor alone, by version
             output = layer(hidden, attention_mask=mask, position_embeddings=angles, use_cache=True, **cache)

@@ -75,6 +75,7 @@ def memory_profile(call: Callable[[], Any], root: nn.Module, device: str = "cpu"
 
     peaks: list[int] = []
     leaves = [module for module in root.modules() if not list(module.children())]
+    # before and after every leaf: each peak is of the stretch between two of these moments
     handles = [leaf.register_forward_pre_hook(take) for leaf in leaves] + [
         leaf.register_forward_hook(take) for leaf in leaves
     ]
@@ -83,6 +84,7 @@ def memory_profile(call: Callable[[], Any], root: nn.Module, device: str = "cpu"
         with torch.inference_mode(False), torch.no_grad(), nullcontext() if device == "cuda" else live:
             result = call()
             take()
+            # the result is still alive here, and is what is left
             peaks.append(torch.cuda.memory_allocated() if device == "cuda" else live.live)
             del result
     finally:

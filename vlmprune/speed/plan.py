@@ -67,8 +67,9 @@ class Costs:
 
     def total(self, case: Case, pruned: bool) -> float:
         """Seconds from pixels to the last token of the answer."""
+        # of the measured prompt, which encode and choose are for
         times = case.visual_tokens / self.visual_tokens
-        shares = self.shares if pruned else (1.0,)
+        shares = self.shares if pruned else (1.0,)  # one share stands for all layers
         lengths = [case.text_tokens + share * case.visual_tokens for share in shares]
         later = [length + (case.answer_tokens - 1) / 2 for length in lengths]  # in the middle of the answer
         before = self.encode * times + (self.choose * max(1.0, times) if pruned else 0.0)
@@ -97,6 +98,7 @@ def plannable(spec: str) -> str:
 
 def prefill_terms(batch: int, lengths: Lengths) -> list[float]:
     n = np.asarray(lengths, dtype=float)
+    # averages over layers: after a cut inside, they read different numbers of tokens
     return [1.0, batch * float(n.mean()), batch * float((n * n).mean())]
 
 
@@ -148,7 +150,7 @@ def plan(
     tell("measuring prefill, decode, tower and choosing")
     session = prune(workload.model, spec)
     points, medians, visual, layers = _measure(workload, session, effort, tell)
-    share = tuple(tokens / visual for tokens in layers)
+    share = tuple(tokens / visual for tokens in layers)  # (layers,)
     prefill, prefill_error = fit(
         [prefill_terms(b, [n]) for b, n in points], [medians["prefill", b, n] for b, n in points]
     )
@@ -158,10 +160,12 @@ def plan(
     one = workload.batch
     # noise can make a small difference negative
     choose = max(0.0, medians["attached"] - medians["free"]) / one
+    # loop is 0 until whole answers were timed, see _check
     costs = Costs(prefill, decode, medians["encode"] / one, choose, 0.0, visual, share)
     case = Case(visual, workload.text_tokens, one, answer_tokens)
     tell("holding the cost model against whole answers")
     costs, check = _check(workload, session, costs, replace(case, answer_tokens=CHECKED), effort)
+    # a gain within the prediction error is no reason to prune
     threshold = max(worth, check["error"])
     return {
         "model": workload.name,
@@ -206,6 +210,7 @@ def verdict(costs: Costs, case: Case, threshold: float) -> dict[str, Any]:
 def pays(costs: Costs, case: Case, axis: str, threshold: float) -> dict[str, int] | None:
     """Least and greatest value of one axis for which pruning pays, the rest as it is; None for never."""
     lowest = 2 if axis == "visual_tokens" else 1
+    # every value is tried: along an axis the gain can rise above the threshold and fall below it again
     found = [
         value
         for value in range(lowest, LIMITS[axis] + 1)
@@ -219,9 +224,10 @@ def _measure(
 ) -> tuple[list[tuple[int, int]], dict[Any, float], int, list[float]]:
     """(batch, tokens) points, medians of all times, visual tokens of a prompt, and those left per layer."""
     free = FreeSide(session, workload.first_token)
-    report = session.last
+    report = session.last  # of the call that FreeSide watched
     visual, layers = round(sum(report.dense_tokens) / len(report.dense_tokens)), report.tokens_per_layer
     longest = workload.inputs["input_ids"].shape[1]
+    # three lengths tell the linear part of a prefill from the square one, two batches what each prompt adds
     lengths = sorted({max(8, longest // 6), max(16, longest // 2), longest})
     points = [(batch, length) for batch in (1, 2) for length in lengths]
     entries: dict[Any, Entry] = {
@@ -233,6 +239,7 @@ def _measure(
         run = _Decoder(workload, batch, length)
         entries["prefill", batch, length] = (None, run.prefill)
         entries["decode", batch, length] = (None, run.step)
+    # rounds of the warm-up are told too
     done = iter(range(1, effort.rounds + effort.warmup + 1))
     times = race(
         entries,
@@ -241,6 +248,7 @@ def _measure(
         on_round=lambda: tell(f"measuring, round {next(done)} of {effort.rounds + effort.warmup}"),
     )
     found = {name: median(values) for name, values in times.items()}
+    # the free side counts as 0 below, so that the difference plan takes is the median of the gaps
     gaps = [a - f for a, f in zip(times["attached"], times["free"], strict=True)]
     # within a round, a slow minute of the machine cancels
     found["attached"], found["free"] = median(gaps), 0.0
@@ -265,12 +273,13 @@ class _Decoder:
 
     def prefill(self) -> None:
         output = self.lm(inputs_embeds=self.embeds, use_cache=True)
-        self.cache = cache_in(output)
+        self.cache = cache_in(output)  # renewed in every round, so that steps hardly make it longer
         self._token(output.last_hidden_state)
 
     def step(self) -> None:
         if self.cache is None:
             self.prefill()
+        # the keyword of the cache: its name differs by version of transformers
         given = {cache_name(inspect.signature(self.lm.forward).parameters): self.cache}
         self._token(self.lm(inputs_embeds=self.embeds[:, -1:], use_cache=True, **given).last_hidden_state)
 
@@ -286,10 +295,12 @@ def _check(
     def answer() -> None:
         workload.answer(case.answer_tokens)
 
+    # whole dense answers give what the model lacks, the pruned ones are left to judge it by
     times = race({"dense": (None, answer), "pruned": (session, answer)}, max(2, effort.rounds // 2), warmup=1)
     dense, pruned = median(times["dense"]), median(times["pruned"])
     loop = max(0.0, dense - costs.total(case, False)) / (case.answer_tokens - 1)
     costs = replace(costs, loop=loop)
+    # the gain round by round: what slows a whole round cancels
     real, foreseen = (
         median([1 - b / a for a, b in zip(times["dense"], times["pruned"], strict=True)]),
         costs.gain(case),

@@ -60,8 +60,10 @@ _QWEN_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
     "max_position_embeddings": 32768,
+    # pairs of a head that turn by time, height and width
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }
+# what a scale divides; all other fields stay real
 _SCALED = (
     "hidden_size",
     "intermediate_size",
@@ -94,7 +96,9 @@ class Shape:
     around: tuple[int, ...] = ()
 
 
+# (height, width) in pixels of what the tiles of a picture can form
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+# the last layer but one, without [CLS]
 _LLAVA = {"image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 SHAPES = {
     "llava-1.5-7b": Shape("llava-hf/llava-1.5-7b-hf", "llava", _CLIP_L, _LLAMA_7B, _LLAVA, (336, 336)),
@@ -113,6 +117,7 @@ SHAPES = {
         _QWEN_7B,
         {"image_token_id": 151655, "vision_start_token_id": 151652},
         (896, 896),
+        # <|vision_start|>, <|vision_end|>
         (151652, 151653),
     ),
 }
@@ -136,6 +141,7 @@ def config_of(name: str, scale: int = 1) -> Any:
     if "fullatt_block_indexes" in vision:  # the last of every quarter of the tower
         quarter = vision["depth"] // 4
         vision["fullatt_block_indexes"] = [quarter * (i + 1) - 1 for i in range(4)]
+    # this config makes its nested ones of dicts itself
     if shape.family == "qwen2_5_vl":
         return transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **shape.fields)
     make = getattr(transformers, _CONFIGS[shape.family])
@@ -162,6 +168,7 @@ def random_model(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
     try:
         # nothing of full size is ever made elsewhere or in float32: a 7B model might not fit twice
         with torch.random.fork_rng(), torch.device(device):
+            # within the fork: random numbers of the caller go on as if none was drawn here
             torch.manual_seed(0)
             model = transformers.AutoModelForImageTextToText.from_config(config)
     finally:
@@ -174,12 +181,14 @@ def inputs_of(name: str, model: Any, batch: int = 1, text: int = 60) -> dict[str
     """A batch of equal prompts: one picture of random pixels, with ``text`` text tokens around it."""
     shape, weight = SHAPES[name], model.get_input_embeddings().weight
     random = torch.Generator().manual_seed(1)
+    # drawn on the CPU, so that every device gets the same
     pixels = {
         key: value.to(weight.device) for key, value in _pixels(shape, model.config, batch, random).items()
     }
     pixels["pixel_values"] = pixels["pixel_values"].to(weight.dtype)
     # as in the prompt of LLaVA-1.5: system text before the picture, a short question behind it
     first = 3 * text // 5
+    # ordinary words in every vocabulary here: special tokens come before 100 or from 32000 on
     before, after = (torch.randint(100, 30000, (count,), generator=random) for count in (first, text - first))
     image = torch.full((_placeholders(shape, model.config),), model.config.image_token_id)
     start, end = (torch.tensor(shape.around[i : i + 1], dtype=torch.long) for i in (0, 1))
@@ -187,6 +196,7 @@ def inputs_of(name: str, model: Any, batch: int = 1, text: int = 60) -> dict[str
         torch.cat([before, start, image, end, after]).to(weight.device).expand(batch, -1).contiguous()
     )  # (B, L)
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    # 0 for text, 1 for pictures: M-RoPE counts positions by them
     if shape.family == "qwen2_5_vl":
         made["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     return made
@@ -196,14 +206,16 @@ def _pixels(shape: Shape, config: Any, batch: int, random: torch.Generator) -> d
     height, width = shape.image
     vision = config.vision_config
     if shape.family == "qwen2_5_vl":
+        # patches, of which spatial_merge_size squared make one token
         rows, cols = height // vision.patch_size, width // vision.patch_size
+        # a patch is one flat row that holds it twice in time, as the processor packs a still picture
         flat = 3 * vision.temporal_patch_size * vision.patch_size**2
         values = torch.randn(batch * rows * cols, flat, generator=random)
         return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, rows, cols]] * batch)}
     side = vision.image_size
     if shape.family == "llava":
         return {"pixel_values": torch.randn(batch, 3, side, side, generator=random)}
-    tiles = 1 + (height // side) * (width // side)
+    tiles = 1 + (height // side) * (width // side)  # the whole picture, and its tiles
     return {
         "pixel_values": torch.randn(batch, tiles, 3, side, side, generator=random),
         "image_sizes": torch.tensor([shape.image] * batch),
@@ -216,10 +228,11 @@ def _placeholders(shape: Shape, config: Any) -> int:
     if shape.family == "qwen2_5_vl":
         merged = side * vision.spatial_merge_size
         return (shape.image[0] // merged) * (shape.image[1] // merged)
-    overview = (vision.image_size // side) ** 2
+    overview = (vision.image_size // side) ** 2  # of the whole picture
     return (
         overview
         if shape.family == "llava"
+        # of the tiles: a newline ends each row
         else overview + (shape.image[0] // side) * (shape.image[1] // side + 1)
     )
 

@@ -35,6 +35,7 @@ def race(
     names = list(entries)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
+        # now, since none runs until the round is over
         gc.collect()
         # a collection in the middle of a call would be timed with it
         gc.disable()
@@ -43,9 +44,11 @@ def race(
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 attached, call = entries[name]
                 with nullcontext() if attached is None else attached:
+                    # what was launched by attaching is not timed
                     sync()
                     started = now()
                     call()
+                    # kernels run behind the host: the call ends when they do
                     sync()
                     taken = now() - started
                 if number >= warmup:

@@ -50,14 +50,17 @@ class Workload:
     def text_tokens(self) -> int:
         """Text tokens of one prompt."""
         image = self.adapter.token_id(self.adapter.modalities[0])
+        # of the first row: prompts are equal and have no padding
         return int((self.inputs["input_ids"][0] != image).sum())
 
     def encode(self) -> Any:
         """Vision tower and projector."""
+        # no captures: nothing of the tower is recorded for a method, as in the dense model
         return run_encoder(self.adapter, self.adapter.modalities[0], self.inputs, [])[0]
 
     def first_token(self) -> Tensor:
         """Pixels in, first token out: its logits (B, V); the token is on the host when this returns."""
+        # logits of one row only, as generate asks for them
         logits = self.model(**self.inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
         logits.argmax(dim=-1).tolist()  # waits for the device
         return logits
@@ -115,6 +118,7 @@ def make_workload(
         return Workload(name, model, dict(made.to(model.device, model.dtype)), adapter_for(model))
     cuda = device.startswith("cuda")
     scale = scale or (1 if cuda else SCALE_ON_CPU)
+    # a torch.dtype
     number = getattr(torch, ("bfloat16" if cuda else "float32") if dtype == "auto" else dtype)
     model = build(name, device, number, scale)
     label = name if scale == 1 else f"{name} at 1/{scale} scale"
