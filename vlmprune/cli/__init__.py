@@ -46,6 +46,7 @@ class _Commands(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        # behind it stand arguments, even --debug
         until = words.index("--") if "--" in words else len(words)
         debug = DEBUG in words[:until]  # before or after the name of the command
         words = [DEBUG] * debug + [word for word in words[:until] if word != DEBUG] + words[until:]
@@ -62,6 +63,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except VlmPruneError as error:
+            # known once the words are parsed, hence here and not in main
             if ctx.params.get("debug"):
                 raise
             complain(error)

@@ -40,6 +40,7 @@ def agreement(
     opened = Run.open(run)
     results = check(opened)
     rows = results.rows
+    # model -> the table that it is compared with
     if published is None:
         tables = tables_of(results)
     else:
@@ -48,7 +49,7 @@ def agreement(
             raise SpecError(
                 f"{published}: says no 'tokens' of an unpruned picture, so its budgets are no shares; add it"
             )
-        tables = {row.model: given for row in rows}
+        tables = {row.model: given for row in rows}  # one for all models of the run
     if not tables:
         models = sorted({row.model for row in rows})
         raise EvaluationError(

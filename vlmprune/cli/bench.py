@@ -63,6 +63,7 @@ def bench(
     if count:
         return _count(prune, model, out, as_json)
     specs = _specs(prune or PRUNE)
+    # now, and not after minutes of timing
     if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
         raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
 
@@ -75,7 +76,7 @@ def bench(
     rows: list[SpeedRow] = []
     left_out: list[LeftOut] = []
     missing = unsupported()
-    start, effort = conditions(), Effort(rounds, answers)
+    start, effort = conditions(), Effort(rounds, answers)  # before this command adds a load of its own
     build = partial(make_workload, batch=batch, text=text, device=device, dtype=dtype, scale=scale)
     with stderr().status("") as status:
         for name in model or [MODEL]:
@@ -100,6 +101,7 @@ def _complain_of(left_out: list[LeftOut]) -> None:
     for entry in left_out:
         named = " ".join(filter(None, (entry.model, entry.spec)))
         complain(VlmPruneError(f"{named}: {entry.reason}"))
+    # only now: what could be timed is shown and saved
     if left_out:
         raise typer.Exit(2)
 
@@ -127,7 +129,7 @@ def _count(prune: list[str] | None, families: list[str] | None, out: Path | None
         return print_json({"rows": plain_values(rows)})
     shown = table("family", "spec", "batch", "phase", "launches", "waits", "uploads")
     for row in rows:
-        numbers = (row.launches, row.waits, row.uploads)
+        numbers = (row.launches, row.waits, row.uploads)  # more than dense asks for, so with a sign
         shown.add_row(
             *map(plain, (row.family, row.spec, row.batch, row.phase)), *(f"{n:+d}" for n in numbers)
         )
@@ -162,6 +164,7 @@ def plan(
     from ..speed.plan import plannable
     from ..speed.workload import make_workload
 
+    # the default last: only where neither the argument nor the option was given
     wanted = plannable(next(given for given in (spec, prune, PLANNED) if given is not None))
     build = partial(make_workload, batch=batch, text=text, device=device, dtype=dtype, scale=scale)
     with stderr().status(f"building {model}") as status:
@@ -201,6 +204,7 @@ def _show_card(rows: list[SpeedRow], start: dict[str, Any], missing: dict[str, s
 
 
 def _show_plan(found: dict[str, Any]) -> None:
+    # the advice, and what it is worth here
     screen, case = stdout(), found["case"]
     prune = found["advice"] == "prune"
     what = (
@@ -212,8 +216,10 @@ def _show_plan(found: dict[str, Any]) -> None:
         style="bold green" if prune else "bold yellow",
     )
     screen.print(plain(_expected(found)))
+    # how far each number of the case may change
     rows = table("number of", f"{found['spec']} pays", "here")
     names = {"visual_tokens": "visual tokens", "text_tokens": "text tokens", "answer_tokens": "answer tokens"}
+    # where speed/plan.py begins to look
     for axis, name in (names | {"batch": "prompts at once"}).items():
         low = 2 if axis == "visual_tokens" else 1
         rows.add_row(name, _range(found["ranges"][axis], low), str(case[axis]))
@@ -225,6 +231,7 @@ def _show_plan(found: dict[str, Any]) -> None:
         ),
         style="dim",
     )
+    # what it rests on
     costs = found["costs"]
     screen.print(
         plain(

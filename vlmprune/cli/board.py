@@ -33,14 +33,18 @@ def show(found: Mapping[str, Any], screen: Console) -> None:
     """All tables of a run with what they say; ``found`` is what ``results.json`` holds."""
     results = Results.read(found, "results")
     for where in settings(results.rows):
+        # single seeds give way to their mean
         rows = merged(ordered([row for row in results.rows if row.setting == where]))
         _show_rows(rows, results.headline_of(where), screen)
+    # models that answered several tasks
     for pivot in pivots(results.rows):
         _show_pivot(pivot, screen)
+    # beside what is published
     tables = tables_of(results)
     agreed = agreements(results.rows, tables)
     for model in tables:
         agreement.show([one for one in agreed if one.model == model], screen)
+    # what has no row, and why
     for lost in results.failed:
         text = f"no row for {lost.spec} ({lost.model}, {lost.task}): {lost.error}"
         screen.print(plain(text), style="red")
@@ -88,6 +92,7 @@ def _blocks(pivot: Pivot, screen: Console) -> Iterator[list[Column[Across]]]:
     first, *rest = pivot.columns()
     block = [first]
     for column in rest:
+        # a task that is too wide alone still gets a block of its own
         if len(block) > 1 and _width([*block, column], pivot.lines, screen) > screen.width:
             yield block
             block = [first]
@@ -122,11 +127,13 @@ def grid(columns: Sequence[Column[L]], rows: Sequence[L]) -> Table:
     for number, (column, texts) in enumerate(zip(columns, cells, strict=True)):
         heading = _broken(column.title, max(map(len, texts), default=0))
         justify: Any = "left" if column.left else "right"
+        # only the first column may fold: a number over several lines cannot be read
         made.add_column(
             plain(heading), overflow="fold", justify=justify, no_wrap=number > 0, vertical="bottom"
         )
     wins = [winners(column, rows) for column in columns]
     for number, row in enumerate(rows):
+        # a rule between budgets; rows of a speed card have none
         if number and row.keep != rows[number - 1].keep:
             made.add_section()
         line = []

@@ -54,7 +54,7 @@ def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
     """With the columns that fit: lists fold between words, and no word is ever cut."""
     rows = [_method_cells(info) for info in infos]
     shown = [*rows[0]]
-    for spare in (None, *_SPARE):
+    for spare in (None, *_SPARE):  # first with all columns
         shown = [name for name in shown if name != spare]
         made = table()
         for name in shown:
@@ -62,6 +62,7 @@ def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
             whole = name == "method"  # the mark of a plug-in stays beside its name
             least = max(len(cell) if whole else max(map(len, cell.plain.split())) for cell in cells)
             made.add_column(name, min_width=least, overflow="fold")
+        # as if on a wide screen: on the real one the minimum would be cut to its width
         if Measurement.get(screen, screen.options.update(width=1000), made).minimum <= screen.width:
             break
     for row in rows:
@@ -98,6 +99,7 @@ def _list_families(as_json: bool) -> None:
         return
     shown = table("family", "methods", "video", "cannot", "not measured")
     for family, row in rows.items():
+        # capability -> "yes", "no: reason", or "not measured"
         methods, able = row["methods"], row["capabilities"]
         cannot, unknown = (
             [name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured")
@@ -125,6 +127,7 @@ def show(
         print_json(_as_dict(info))
         return
     screen = stdout()
+    # only what the method does: its options are in the table below
     screen.print(plain(info.doc.split("\n\nArgs:")[0].split("\n\nExample:")[0]), style="bold")
     facts = table("", "", show_header=False)
     facts.columns[0].no_wrap = True
@@ -146,6 +149,7 @@ def show(
 
 
 def _facts(info: MethodInfo) -> dict[str, str]:
+    # kind of a method, as Method.kind says it, -> what it does
     verbs = {
         "score": "scores every token, the highest are kept",
         "select": "chooses a set",
@@ -228,7 +232,9 @@ def spec_at(name: str, keep: int, tokens: int, depth: int) -> str:
     if not cls.budgeted:
         return f"dyvte(exit={depth // 2})" if name == "dyvte" else example(method_info(name))
     if cls.slot != "inside_lm":
+        # the tower reads crop by crop
         return f"{name}@{keep}/crop" if cls.slot == "encoder" else f"{name}@{keep}"
+    # only the schedule knows what it can meet, so budgets are tried in turn
     method, problem = cls(), None
     for budget in (Budget(keep), Budget(0.25), Budget(0.5)):
         try:

@@ -54,4 +54,5 @@ def demo(
         page = launch(playground, host, port, share)
     for address in filter(None, (page.local_url, page.share_url)):
         stdout().print(plain(f"Open {address} (Ctrl-C ends it)"), soft_wrap=True)
+    # the page is served by other threads: without this the command would end here
     page.block_thread()

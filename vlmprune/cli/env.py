@@ -138,8 +138,10 @@ def extras() -> dict[str, str]:
     wanted = [Requirement(line) for line in lines]
     found = {}
     for extra in names:
+        # own: what is required with the extra; base: what is required without any as well
         own = [one for one in wanted if one.marker and one.marker.evaluate({"extra": extra})]
         base = [one for one in own if one.marker and one.marker.evaluate({"extra": ""})]
+        # "ray>=2; extra == 'cluster'" is shown as "ray>=2"
         missing = [str(one).partition(";")[0].strip() for one in own if one not in base and not _met(one)]
         if any(one.name != "vlmprune" for one in own):  # "all" only names other extras
             found[extra] = f"not installed: {', '.join(missing)}" if missing else "installed"
@@ -148,6 +150,7 @@ def extras() -> dict[str, str]:
 
 def _met(wanted: Any) -> bool:
     found = version(wanted.name)
+    # a development build of torch meets "torch>=2"
     return found is not None and wanted.specifier.contains(found, prereleases=True)
 
 

@@ -105,6 +105,7 @@ def _compare(config: Config, folder: Path, settings: Any, as_json: bool) -> None
             f"Rows and samples: {folder}. As a page: vlmprune report {folder}",
         ):
             stdout().print(plain(text), soft_wrap=True, end="\n" if text else "")
+    # last: the rows that are there have been shown
     if found["failed"]:
         raise typer.Exit(1)
 
@@ -147,8 +148,10 @@ def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str
         one_of("--positions", changes["positions"], POSITIONS)
 
     config = default_config(quick) if path is None else load(path)
+    # a config of the user keeps its specs and asks fewer questions, unless --limit says how many
     if path is not None and quick:
         changes = {"limit": QUICK_QUESTIONS} | {key: value for key, value in changes.items() if value}
+    # read as a config to have the specs checked; its model is not used
     if specs is not None:
         config = replace(config, specs=Config.of({"models": ["tiny"], "specs": _listed(specs)}).specs)
     return replace(config, **{key: value for key, value in changes.items() if value is not None})

@@ -66,7 +66,7 @@ class Lines:
         self.clock = clock
         self.what, self.total, self.done = "", 0, 0
         self._begun = self._said = 0.0
-        self._before = 0
+        self._before = 0  # answers of earlier calls, see _left
 
     def __enter__(self) -> Lines:
         return self

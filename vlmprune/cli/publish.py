@@ -41,7 +41,7 @@ def publish(
         print_json({"entries": list(found.entries), "new": new, "left_out": list(found.left_out)})
         return
     if into is None:
-        typer.echo(as_yaml(found.entries), nl=False)
+        typer.echo(as_yaml(found.entries), nl=False)  # as_yaml ends its last line
         return
     screen = stdout()
     there = len(found.entries) - new

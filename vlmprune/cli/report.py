@@ -36,6 +36,7 @@ def report(
     from ..errors import SpecError
     from ..evaluation.report import Options, is_folder, write_report
 
+    # None: as the suffix of --out says, or html
     forms: list[str | None] = [*dict.fromkeys(form or [])] or [None]
     if len(forms) > 1 and out is not None and not is_folder(out):
         raise SpecError(f"--out {out!r} with {len(forms)} formats; expected a folder")

@@ -63,6 +63,7 @@ def run(
         raise SpecError(
             "the question is empty; expected text, such as 'What is in the picture?', or none for just that"
         )
+    # what the user wrote is checked before anything is loaded
     spec, expected = _spec(prune), None
     picture = _shown(image, frames, spec)
     if draw is not None:
@@ -71,6 +72,7 @@ def run(
     from ..models.loading import BUNDLED, load
 
     limit_threads(context, model, threads)
+    # nothing was asked: a question that this model can answer, and the right answer
     if image is None and model in BUNDLED:
         picture, question, expected = _example(model)
     with stderr().status(f"loading {model}"):
@@ -82,6 +84,7 @@ def run(
         pruned, whole, report = _answers(loaded, processor, asked, spec, max_new_tokens, dense, warm)
     if draw is not None:
         _draw(report, picture, draw, spec)
+    # what is shown, as a table or as JSON
     found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
     found["clip"] = None if asked.clip is None else _of_clip(asked.clip, asked.frames, report)
     found |= {"answer": pruned.text, "dense_answer": whole and whole.text, "expected": expected}
@@ -135,6 +138,7 @@ def _answers(
     from ..api import prune
 
     inputs, smaller = asked.inputs, asked.smaller
+    # the smaller picture is all the pruning there is: the model reads the whole of it
     shown = inputs if smaller is None else smaller
     with prune(model, spec if smaller is None else "dense", frames=asked.frames) as session:
         if warm:
@@ -156,7 +160,9 @@ def _answers(
 
 def _of_smaller(report: Report, spec: Spec, length: int) -> Report:
     """The report of one smaller picture, beside a dense prompt of ``length`` tokens."""
+    # sequence is (dense, pruned); all of a smaller picture is read, so both are its length
     read, _ = report.sequence
+    # the text is the same: two prompts differ in their visual tokens alone
     dense = [sum(report.dense_tokens) + length - read]
     return replace(report, method=str(spec), dense_tokens=dense, sequence=(length, read))
 
@@ -183,7 +189,7 @@ def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
     clock.start()
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[clock])
     clock.stop()
-    new = ids[0, inputs["input_ids"].shape[1] :]
+    new = ids[0, inputs["input_ids"].shape[1] :]  # (T,)
     return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), clock.first, clock.total)
 
 
@@ -216,6 +222,7 @@ def _shown(path: str | None, frames: int | None, spec: Spec) -> Any:
         from ..example_picture import picture
 
         return picture()
+    # an address is left to open_picture, which says what to do with it
     if not Path(path).exists() and "://" not in path:
         raise SpecError(
             f"no file at {path!r}; expected a picture, then the question; without both, one is drawn"
@@ -301,6 +308,7 @@ def _draw(report: Report, picture: Any, path: Path, spec: Spec) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
+    # sides of the table: dense only where it was run
     sides = ["pruned"] if found["dense_answer"] is None else ["dense", "pruned"]
     names = {"dense": "dense", "pruned": found["prune"]}
     rows = table("", *(names[side] for side in sides))
@@ -318,6 +326,7 @@ def _show(found: dict[str, Any]) -> None:
         per_frame = " ".join(map(str, found["clip"]["kept"]))
         row("of each frame", lambda side: per_frame if side == "pruned" else "all")
     row("sequence", lambda side: str(found["sequence"][side]))
+    # dense reads all of them in every layer
     whole = [sum(found["visual_tokens"]["dense"])] * len(found["tokens_per_layer"])
     row("tokens per layer", lambda side: _layers(found["tokens_per_layer"] if side == "pruned" else whole))
     row("new tokens", lambda side: str(found["new_tokens"][side]))
@@ -327,6 +336,7 @@ def _show(found: dict[str, Any]) -> None:
         lambda side: _seconds(found["seconds"][side]["choosing"]) if side == "pruned" else "-",
     )
     row("total", lambda side: _seconds(found["seconds"][side]["total"]))
+    # above the table, and below it
     screen = stdout()
     screen.print(plain(f"{found['model']}: {found['question']}"), style="bold")
     if found["clip"] is not None:

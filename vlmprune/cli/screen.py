@@ -31,6 +31,7 @@ _PLAIN = {
     "\N{MULTIPLICATION SIGN}": "x",
     "\N{BULLET}": "*",
 }
+# full disk or quota, file too large, read-only, broken device
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
@@ -39,11 +40,13 @@ def speak_plainly() -> None:
     """From now on a character that stdout or stderr cannot write becomes a plain one."""
     codecs.register_error("vlmprune", _plain_character)
     for stream in (sys.stdout, sys.stderr):
+        # notebooks put objects of their own here
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="vlmprune")
 
 
 def _plain_character(error: UnicodeError) -> tuple[str, int]:
+    # a handler is also asked where text is decoded
     if not isinstance(error, UnicodeEncodeError):
         raise error
     given = error.object[error.start : error.end]

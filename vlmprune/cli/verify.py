@@ -50,6 +50,7 @@ def verify(
             raise SpecError("--adapter and --tiny belong together, and stand in place of --family; give both")
         family = [_of_user(adapter, tiny)]
     results: list[CheckResult] = []
+    # JSON stands alone on stdout, without a live table
     if as_json:
         run_checks(spec, family or None, results.append)
     else:
@@ -94,6 +95,7 @@ def _of_user(adapter: str, tiny: str) -> str:
         raise SpecError(
             f"--tiny {tiny!r} is a {type(facts).__name__}; expected a vlmprune.testing.families.base.Family"
         )
+    # the name of the family is what joins the two
     add_family(facts)
     register_family(facts.name)(check_adapter(made))
     return facts.name
@@ -112,6 +114,7 @@ def _load(option: str, target: str) -> Any:
 
 
 def _table(spec: str, results: list[CheckResult]) -> Any:
+    # a line for each check, a cell in it for each family
     families = list(dict.fromkeys(result.family for result in results))
     rows = table("check", *families, "seconds", title=spec, title_justify="left")
     rows.columns[-1].justify = "right"
