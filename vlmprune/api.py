@@ -99,7 +99,7 @@ def resolve(
 ) -> tuple[Method, Budget | None, str]:
     """(method object, budget, spec text) where exactly one acting method makes sense."""
     plans, text = resolve_all(method, keep, need_keep=need_keep)
-    if len(plans) != 1:
+    if len(plans) != 1:  # a wrapper and what it wraps are one
         raise UnsupportedError(f"{text!r} combines {len(plans)} acting methods; give one of them here")
     return *plans[0], text
 
@@ -191,12 +191,12 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
         if inputs.get(modality.pixels) is None:
             continue
         capture = adapter.capture(needs_of(built))
-        _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])
-        units = make_units(pictures, [[p] for p in range(len(pictures))], "image")
+        _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])  # one capture, one list
+        units = make_units(pictures, [[p] for p in range(len(pictures))], "image")  # one of each picture
         for number, unit in enumerate(units):
             tokens = stack_units([unit], pictures, needs_of(built), adapter.projector)
             with torch.no_grad():
-                scores = finite_scores(built, tokens)[0].float().cpu()
+                scores = finite_scores(built, tokens)[0].float().cpu()  # (N,)
             grids = unit.grids or ((1, unit.count),)  # not known: a row of tokens in reading order
             blank = ScoreMap(
                 scores, grids=grids, method=text, view=pictures[number].view, index=seen + number
@@ -213,7 +213,7 @@ def _score_tower(model: Any, pixels: Any, method: Method, text: str) -> list[Sco
     """Of a bare ViT: one map per picture."""
     tensors: dict[str, Any]
     tensors, grid = tower_tensors(model, pixels, method)
-    rows = finite_scores(method, VisualTokens(**tensors, grids=(grid,))).float().cpu()
+    rows = finite_scores(method, VisualTokens(**tensors, grids=(grid,))).float().cpu()  # (B, N)
     return [
         ScoreMap(row, grids=(grid,), method=text, view="stretch", index=number)
         for number, row in enumerate(rows)
@@ -291,7 +291,7 @@ def select(
         tensors, grid = tower_tensors(tower, pixels, built)
     tokens = _given_tokens("select", tensors, grid)
     built.check_unit(tokens.count)
-    if budget is None and built.counts != "budget":
+    if budget is None and built.counts != "budget":  # the data says how many
         return _own_indices(built, tokens)
     k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:
@@ -370,7 +370,7 @@ def _own_indices(method: Method, tokens: VisualTokens) -> Tensor:
     """(B, K) ascending indices, -1 behind those of a unit that keeps fewer than others."""
     with torch.no_grad():
         rows = [one.slots if isinstance(one, Merged) else one for one in choose_own(method, tokens)]
-    kept = [row[row >= 0].sort().values for row in rows]
+    kept = [row[row >= 0].sort().values for row in rows]  # -1: a merged row without a place
     return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
 
 

@@ -59,8 +59,10 @@ def push(folder: str | PathLike[str], repo: str, *, public: bool = False, api: A
         api.create_repo(repo_id=repo, repo_type=sort.repo_type, private=not public, exist_ok=True)
         with tempfile.TemporaryDirectory() as beside:
             extra = Path(beside)
+            # a card that the user wrote stays
             if not (path / CARD).is_file():
                 (extra / CARD).write_text(text, encoding="utf-8")
+            # a table that the viewer of the Hub can show
             if sort is SORTS["run"]:
                 write_rows(path, extra / ROWS)
             # first what describes the files, so that a repository is never without its card
@@ -102,12 +104,14 @@ def pull(
     except (OSError, ValueError) as error:
         raise _failed("pull from", repo, error) from error
     path = Path(found)
+    # the repository may have been changed by others since
     sort.check(path)
     return path
 
 
 def kind_of(folder: Path) -> Kind:
     """What a folder holds, by its files."""
+    # the order matters: runs and weights hold *.json too, and so would pass for maps
     if (folder / "run.json").is_file():
         return "run"
     if any(_is_weights(path) for path in sorted(folder.glob("*.json"))):
@@ -141,6 +145,7 @@ def write_rows(run: str | PathLike[str], out: str | PathLike[str]) -> Path:
             'pip install -e ".[hub]"'
         ) from error
     lines = [flat(row) for row in ordered(check(Run.open(run)).rows)]
+    # rows of other tasks have other columns, such as families
     names = list(dict.fromkeys(name for line in lines for name in line))
     columns = {name: [line.get(name) for line in lines] for name in names}
     parquet.write_table(Table.from_pydict(columns), out)
@@ -184,6 +189,7 @@ def _check_run(folder: Path) -> str:
 
     run = Run.open(folder)
     table = as_markdown(run, check(run), Options())
+    # what the Hub reads of a card: tags, and the file that its viewer shows
     head = "---\ntags: [vlmprune]\nconfigs:\n- config_name: rows\n  data_files: rows.parquet\n---\n\n"
     return (
         f"{head}# A leaderboard of vlmprune\n\n`vlmprune.hub.pull('run', REPO)` gets the folder.\n\n{table}"
@@ -219,6 +225,7 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    # the JSON file names the method; its tensors lie beside it under the same name
     said = [path for path in sorted(folder.glob("*.json")) if _is_weights(path)]
     return [one for path in said for one in (path, path.with_suffix(".safetensors"))]
 
@@ -261,6 +268,7 @@ def _load_map(path: Path) -> KeepMap | ScoreMap:
         try:
             return ScoreMap.load(path)
         except SpecError:
+            # neither kind: the error of the first try
             raise error from None
 
 

@@ -27,6 +27,7 @@ WORDS = {
 
 def plain(value: Any) -> Any:
     """What ``json.dumps`` takes: dataclasses become objects, tuples become lists."""
+    # is_dataclass is true of the class itself, too
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -59,6 +60,7 @@ def _flatten(name: str, hint: Any, value: Any, found: dict[str, Any]) -> None:
             _flatten(f"{name}_{part}", kind, None if value is None else getattr(value, part), found)
     elif get_origin(hint) is Mapping:
         found |= {f"{name}_{key}": part for key, part in (value or {}).items()}
+    # a pair; tuple[X, ...] has no fixed columns
     elif get_origin(hint) is tuple and inner[-1] is not ...:
         found[f"{name}_low"], found[f"{name}_high"] = value or (None, None)
     else:
@@ -84,6 +86,7 @@ def read(kind: type[T], value: object, name: str) -> T:
     return kind(**{key: _read(hints[key], value[key], f"{name}: {key}") for key in hints if key in value})
 
 
+# annotations are text, and slow to resolve for every row
 @cache
 def _hints(kind: type[DataclassInstance]) -> dict[str, Any]:
     hints = get_type_hints(kind)
@@ -95,16 +98,18 @@ def _read(hint: Any, value: object, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
+        # at most one type beside None
         (hint,) = (one for one in inner if one is not type(None))
         return _read(hint, value, name)
     if hint is Any or (hint in (str, bool) and type(value) is hint):
         return value
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
         return read(hint, value, name)
+    # 3.0 will do for an int, and becomes 3
     if hint in (int, float) and _is_number(value, hint):
         return hint(value)
     if origin is tuple and isinstance(value, list | tuple):
-        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner  # tuple[X, ...]
         if len(kinds) == len(value):
             pairs = enumerate(zip(kinds, value, strict=True))
             return tuple(_read(one, part, f"{name}[{number}]") for number, (one, part) in pairs)
@@ -114,6 +119,7 @@ def _read(hint: Any, value: object, name: str) -> Any:
 
 
 def _is_number(value: object, kind: type) -> bool:
+    # True is an int to Python
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

@@ -150,6 +150,7 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def _check_class(name: str, cls: type[Method]) -> None:
+    # an annotated attribute of Method would be an option of every spec
     hidden = sorted({field.name for field in fields(cls)} & set(Method.__annotations__))
     if hidden:
         raise SpecError(
@@ -187,12 +188,14 @@ def _check_class(name: str, cls: type[Method]) -> None:
 def _check_free(name: str, cls: type[Method]) -> None:
     target = f"{cls.__module__}:{cls.__qualname__}"
     holder = _METHODS.get(name)
+    # a built-in has its name from the start, before its module is imported
     taken = f"{holder.__module__}:{holder.__qualname__}" if holder else _BUILTIN.get(name, target)
     # the same path again is a notebook cell or a module run twice: the newer class replaces the older
     if taken != target:
         raise SpecError(
             f"method name {name!r} is taken by {taken}, so {target} cannot have it; choose another name"
         )
+    # cls.name can say one name only
     others = [other for other, known in _METHODS.items() if known is cls and other != name]
     if others:
         raise SpecError(
@@ -230,6 +233,7 @@ def get(name: str) -> type[Method]:
     """The class of a method; imports its module on first use."""
     known = list_methods()
     if name not in known:
+        # known is a list, so a name that cannot be hashed comes as far as this
         if isinstance(name, str) and name in _TABLE.offers.clashes:
             raise SpecError(_TABLE.offers.clashes[name])
         near = did_you_mean(str(name).lower(), known)
@@ -243,6 +247,7 @@ def get(name: str) -> type[Method]:
 
 def _load(name: str) -> None:
     before = set(_METHODS)
+    # a module registers its methods while it is imported, and may have more than this one
     try:
         found = _TABLE.load(name)
     except SpecError:
@@ -279,7 +284,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in inner)
+        return any(value == one and type(value) is type(one) for one in inner)  # Literal[1] takes no True
     if hint is float:
         # a whole number will do, True will not
         return type(value) in (int, float)
@@ -287,7 +292,8 @@ def fits(value: object, hint: Any) -> bool:
         return type(value) is hint
     if (origin or hint) in (tuple, list, Sequence):
         if not isinstance(value, tuple):
-            return False
+            return False  # the only kind of sequence in a spec
+        # tuple[int, float]: each item has a type of its own
         if origin is tuple and inner[-1:] != (...,):
             return len(value) == len(inner) and all(map(fits, value, inner))
         return not inner or all(fits(item, inner[0]) for item in value)
@@ -312,6 +318,7 @@ def method_info(name: str) -> MethodInfo:
 
 def _described(name: str, cls: type[Method]) -> MethodInfo:
     needs: Any = cls.needs
+    # needs depend on options: those of the defaults, where all options have one
     if isinstance(needs, property):
         required = [
             field
@@ -329,6 +336,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
         query_aware=cls.query_aware,
         calibrated=cls.calibrated,
         nested=cls.nested,
+        # kind raises where no verb is overridden
         kind=cls.kind() if overrides_verb else "",
         positions=cls.positions,
         budgeted=cls.budgeted,
@@ -343,6 +351,7 @@ def _described(name: str, cls: type[Method]) -> MethodInfo:
 
 def _option(field: Field[Any], doc: str) -> Option:
     kind = field.type
+    # text where the module has `from __future__ import annotations`, else the annotation itself
     if not isinstance(kind, str):
         kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
     default = field.default if field.default_factory is MISSING else field.default_factory()

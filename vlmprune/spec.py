@@ -26,6 +26,7 @@ from .registry import fits, get, option_fields, option_types, summary
 Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
 
 GRAMMAR = "name[(option=value, ...)][@keep[/scope]], joined by '+'"
+# "fastv(layer=2)@0.25" -> fastv, layer=2, 0.25; without brackets or "@" these are None
 _PART = re.compile(r"\s*([^\s(@]+)\s*(?:\((.*)\)\s*)?(?:@([^()]*))?\s*", re.DOTALL)
 _TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)  # quoted text, or one character
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
@@ -54,6 +55,7 @@ class Part(Printed):
             ) from error
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.of(self.budget))
+        # a dict keeps the last of equal names
         if len(dict(pairs)) < len(pairs):
             raise SpecError(
                 f"method {self.name!r} got an option twice: {[key for key, _ in pairs]}; give each option "
@@ -121,6 +123,7 @@ class Spec(Printed):
         """Whether tokens are removed: by a budget that is not all tokens, or by a method's own count."""
         methods = [(part, get(part.name)) for part in self.parts]
         acting = [part for part, cls in methods if (cls.budgeted or cls.counts == "own") and not cls.wraps]
+        # by what is printed: 1 == 1.0 in Python, but @1 is one token and @1.0 is all
         return any(part.budget is None or str(part.budget.keep) != "1.0" for part in acting)
 
     @property
@@ -136,6 +139,7 @@ class Spec(Printed):
 
     def with_keep(self, keep: int | float | str | Budget) -> Spec:
         """A copy with this budget for the last part that takes one; without a scope, the old scope stays."""
+        # from the right, as the budget of "debias+fastv@64" stands there
         for i in reversed(range(len(self.parts))):
             part, cls = self.parts[i], get(self.parts[i].name)
             if cls.budgeted and not cls.wraps:
@@ -169,6 +173,7 @@ class Spec(Printed):
                     f"{str(part)!r} has a budget, but method {part.name!r} takes none{why}; drop "
                     f"'@{part.budget}'"
                 )
+            # inside the language model a schedule of its own may stand in for a budget
             counts_by_budget = method.budgeted and method.counts == "budget" and cls.slot != "inside_lm"
             if require_budget and counts_by_budget and not part.budget:
                 raise SpecError(
@@ -177,6 +182,7 @@ class Spec(Printed):
                 )
             check_scope(method, part.budget)
             plans.append(Plan(method, part.budget))
+        # plans are in reverse order up to here
         _check_alone(self, plans)
         return tuple(reversed(plans))
 
@@ -208,7 +214,7 @@ def split(text: str, at: str = "+") -> list[str]:
     depth, pieces = 0, [""]
     for token in _TOKEN.findall(text):
         depth += (token == "(") - (token == ")")
-        if depth < 0:
+        if depth < 0:  # one too many closed: refused below
             break
         if token == at and not depth:
             pieces.append("")
@@ -224,6 +230,7 @@ def _parse_part(text: str) -> Part:
     if not match:
         raise SpecError(f"cannot read {text.strip()!r} as part of a spec; expected {GRAMMAR}")
     name, args, keep = match.groups()
+    # "name@" has the keep "", which Budget refuses; without "@" it is None
     return Part(name, _parse_args(name, args or ""), None if keep is None else Budget.of(keep))
 
 
@@ -237,6 +244,7 @@ def _parse_args(name: str, text: str) -> tuple[tuple[str, Value], ...]:
     # the text may close our parenthesis and go on: only one plain call is an argument list
     if (
         not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name))
+        # neither f(1) nor f(**more)
         or call.args
         or any(k.arg is None for k in call.keywords)
     ):
@@ -250,19 +258,21 @@ def _literal(node: ast.expr, problem: str) -> Value:
             return value
         case ast.Name(id=word):
             return _WORDS.get(word, word)
+        # -2 is an operator and a number to Python; -True would be -1
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)) if (
             not isinstance(value, bool)
         ):
             return -value
-        case ast.Tuple(elts=nodes) | ast.List(elts=nodes):
+        case ast.Tuple(elts=nodes) | ast.List(elts=nodes):  # as tuples, since lists cannot be hashed
             return tuple(_literal(item, problem) for item in nodes)
     raise SpecError(f"{problem}, each value a number, a word, a tuple, or text in quotes such as 'a-b'")
 
 
 def _plain(key: str, value: Any) -> Value:
+    # before numbers: True is an int to Python
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str):  # also of a subclass, such as NumPy's text
         return str(value)
     # NumPy's numbers become Python's, which print as they are typed
     if isinstance(value, Integral) and abs(int(value)) <= LARGEST:
@@ -287,11 +297,13 @@ def _show(value: Value) -> str:
         )
         return value if bare else repr(value)
     if isinstance(value, tuple):
+        # (1) would be read back as 1
         return f"({','.join(map(_show, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
 
 
 def _unknown_option(name: str, key: str, value: Value, known: list[str]) -> str:
+    # the names that other code bases have for a budget get advice of their own
     if not _BUDGET_WORDS.fullmatch(key.lower()):
         return (
             f"method {name!r} has no option {key!r}; its options are "
