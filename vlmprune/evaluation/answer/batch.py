@@ -49,12 +49,14 @@ class Batch:
                 raise EvaluationError(f"{sample.id} {given}; expected one for each name")
             asked.append(Asked(sample.id, sample.object_masks(), len(sample.images)))
             texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
+            # counted on over the batch: 0 and 1 for a sample of two images, 2 for the next
             pictures.append(range(start, start := start + len(images[-1])))
         return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
 
     def shrunk(self, shrink: Shrink, processor: Any, model: Any) -> Batch:
         """The same questions about smaller images."""
         made = shrink([image for row in self.images for image in row])
+        # back to a list for each sample
         images = [[made.images[number] for number in shown] for shown in self.pictures]
         inputs = model_inputs(processor, model, self.texts, images, options=made.options)
         return replace(self, images=images, inputs=inputs, smaller=made)
@@ -92,6 +94,7 @@ class EncodeOnce:
     def __init__(self, encoded: EncodedImages, processor: Any, size: int) -> None:
         self.encoded, self.processor = encoded, processor
         self.size = size
+        # names of the images of a sample -> what was encoded; the least recently used first
         self._known: OrderedDict[tuple[str, ...], list[EncodedImage]] = OrderedDict()
 
     def take(self, batch: Batch) -> list[EncodedImage]:
@@ -104,10 +107,11 @@ class EncodeOnce:
             images = [batch.images[row] for row in new.values()]
             inputs = model_inputs(self.processor, self.encoded.adapter.model, texts, images)
             found = iter(self.encoded.encode(inputs))
+            # they come in the order in which they were given
             self._known |= {key: [next(found) for _ in key] for key in new}
         taken = []
         for key in filter(None, keys):
-            self._known.move_to_end(key)
+            self._known.move_to_end(key)  # used just now, so dropped last
             taken += self._known[key]
         # after the batch was served, which may hold more than that
         while len(self._known) > self.size:

@@ -61,6 +61,7 @@ def evaluate(
     Raises:
         EvaluationError: a generation that failed, hooks that did not fire, a score that is no score.
     """
+    # as a row prints them, so that one spec in two spellings is found
     texts = [str(parse(spec)) for spec in specs]
     twice = [text for number, text in enumerate(texts) if text in texts[:number]]
     if not texts or twice:
@@ -124,6 +125,7 @@ def _run(
 ) -> Iterator[Record]:
     # a method inside the tower needs pictures that went through it there
     sharing = [one.session for one in entrants if share and one.shrink is None and not one.session.in_tower]
+    # twice as many as a batch has: questions about one image may fall into two
     once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
@@ -139,6 +141,7 @@ def _run(
         for one in entrants:
             session = one.session
             if session in sharing and once is not None:
+                # nothing to serve where no sample of the batch has an image
                 served = once.encoded.serving(session, images) if images else nullcontext()
                 yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
             else:
@@ -158,6 +161,7 @@ def _answer(
     spent: float,
 ) -> list[Record]:
     """One spec on one batch; the model is free again when this returns."""
+    # counted over the batch: the hooks must have seen as many
     pictures = sum(map(len, batch.pictures))
     options = {"max_new_tokens": words, "do_sample": False, "num_beams": 1}
     made = generate(
@@ -174,6 +178,7 @@ def _answer(
             raise EvaluationError(
                 f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"
             )
+        # in the report, pictures are numbered over the batch
         maps = tuple(made.report.keep[p] for p in shown)
         found.append(
             Record(
@@ -184,6 +189,7 @@ def _answer(
                 group=sample.group,
                 answer=answer.strip(),
                 score=float(score),
+                # of a shrunk picture, the dense tokens are those at its own size
                 **made.counts(shown) | batch.whole(shown),
                 on_object=asked.share(maps),
                 positions=session.positions,

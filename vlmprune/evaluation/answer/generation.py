@@ -29,6 +29,7 @@ class Generation(NamedTuple):
     def counts(self, pictures: Sequence[int]) -> dict[str, Any]:
         """Fields of a Record for a row that shows these pictures of the call."""
         report = self.report
+        # (layers,) of all these pictures together
         layers = [sum(layer) for layer in zip(*(report.layer_tokens[p] for p in pictures), strict=True)]
         return {
             "dense_tokens": sum(report.dense_tokens[p] for p in pictures),
@@ -76,7 +77,7 @@ def generate(
             f"{session.spec}: generation failed on {named}: {type(error).__name__}: {error}"
         ) from error
     report = _checked_report(session, pictures, len(ids), named)
-    new = ids[:, inputs["input_ids"].shape[1] :]
+    new = ids[:, inputs["input_ids"].shape[1] :]  # (B, T)
     return Generation(new, report, clock.first, clock.total, clock.peak)
 
 
@@ -99,6 +100,7 @@ def _checked_report(session: Session, pictures: int, rows: int, named: str) -> R
         # of one clip a prompt: where the mean clip is cut, some clip is
         counts = [sum(counts) // max(rows, 1)]
     asked = any(budget.count(count) < count for budget in wanted for count in counts)
+    # "enter": cut before the language model; "stage": inside it
     if asked and not {"enter", "stage"} & set(report.firings):
         raise EvaluationError(f"{session.spec}: nothing was cut on {named}, firings were {report.firings}")
     return report
@@ -133,4 +135,4 @@ class Clock(StoppingCriteria):
         # called after every token, and first after the first
         if not self.first:
             self.first = self._now() - self._started
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # (B,)

@@ -59,13 +59,13 @@ def plan(
             reason = ""
             # the first form that this model takes; the else below is for neither
             for text in (label, EARLY.get(label)):
-                specs: tuple[str, ...] = ()
+                specs: tuple[str, ...] = ()  # stays empty where there is no early form
                 try:
                     specs = _seeded(f"{text}@{keep}", seeds) if text else ()
                     for spec in specs:
-                        prune(model, spec)
+                        prune(model, spec)  # attaches nothing: only asks
                 except (SpecError, UnsupportedError) as error:
-                    reason = reason or str(error)
+                    reason = reason or str(error)  # the default form says it best
                     continue
                 if specs:
                     points.append(Point(label, keep, specs))
@@ -91,6 +91,7 @@ def _labels(names: Sequence[str]) -> Iterator[str]:
 
 def _seeded(spec: str, seeds: Sequence[int]) -> tuple[str, ...]:
     parsed = parse(spec)
+    # seeds are an option of the first part, as in random(seed=1)
     if not any(option.name == "seed" for option in option_fields(get(parsed.parts[0].name))):
         return (str(parsed),)
     name, _, budget = spec.partition("@")
@@ -173,6 +174,7 @@ class Curves:
         """What ``plain`` gave; ``name`` says in messages where it is from."""
         where = {"model": "", "task": ""}  # of a whole result, not of each row, in older files
         try:
+            # a line has the fields of a point and those of its row side by side, and is read as both
             rows = [where | {**row, "row": where | row} for row in values["rows"]]
             headline, at = where | values["headline"], values["at"]
         except (KeyError, TypeError) as error:
@@ -197,6 +199,7 @@ def curves(
     table = Table.of(held)
     summary = summarise(held, blind, resamples=resamples)
     summaries = {row.spec: row for row in summary.rows}
+    # the same columns as in the summary: a mean where there are several seeds
     for point in points:
         if len(point.specs) > 1:
             table = table.merged(point.name, point.specs)
@@ -218,6 +221,7 @@ def curves(
 def _slices(table: Table, inside: Sequence[str]) -> Slices:
     """The headline families together and by group, and every family alone."""
     names = list(dict.fromkeys(table.families.tolist()))
+    # where the model has learnt no family, all of them count
     whole = table.where(np.isin(table.families, inside or names))
     slices = {("all", "all"): whole}
     for group in dict.fromkeys(whole.groups.tolist()):
@@ -232,17 +236,20 @@ def verdict(
 ) -> Verdict:
     """At one budget: best against random, pooling by family, and needles with and without the question."""
     here = {point.label: point.name for point in points if point.keep == keep}
+    # without baselines
     chosen = {label: name for label, name in here.items() if label not in ("random", "uniform", "pool")}
     if not chosen or "random" not in here:
         return Verdict(keep)
     whole = slices["all", "all"]
     best = max(chosen, key=lambda label: whole.of_spec(chosen[label]).mean())
     found = Verdict(keep, Best(label=best, **_gap(whole, chosen[best], here["random"], resamples)))
+    # families alone that the headline counts
     learnt = {
         name: part for (kind, name), part in slices.items() if kind == "families" and name in whole.families
     }
     if "pool" in here:
         losses = {name: Gap(**_gap(part, here["pool"], DENSE, resamples)) for name, part in learnt.items()}
+        # the largest loss is the most negative difference
         found = replace(found, pool=dict(sorted(losses.items(), key=lambda item: item[1].difference)))
     aware, blind = ([label for label in chosen if query_aware(label) is wanted] for wanted in (True, False))
     if "needle" in learnt and aware and blind:

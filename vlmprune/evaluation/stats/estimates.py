@@ -57,6 +57,7 @@ class Table:
             raise EvaluationError("there are no records to compare; run evaluate first")
         first_spec, first = next(iter(rows.items()))
         for spec, mine in rows.items():
+            # in either direction: the first spec may lack a question as well
             lacking = [one for one in first if one not in mine] or [one for one in mine if one not in first]
             if lacking:
                 sizes = f"{len(mine)} questions, {first_spec} {len(first)}; they differ in {lacking[0]!r}"
@@ -66,7 +67,7 @@ class Table:
             name: np.array([getattr(one, name) for one in sample])
             for name in ("id", "cluster", "family", "group")
         }
-        scores = np.array([[mine[key].score for mine in rows.values()] for key in first])
+        scores = np.array([[mine[key].score for mine in rows.values()] for key in first])  # (n, S)
         if not np.isfinite(scores).all():
             raise EvaluationError(
                 f"{int((~np.isfinite(scores)).sum())} scores are not finite; expected 0 to 1"
@@ -116,6 +117,7 @@ class Table:
         Clusters are numbered as they appear. Numbered by their names, the same answers would be drawn
         differently, and get other p-values, under a task that names its pictures differently.
         """
+        # unique sorts by name; the rank of the first appearance numbers anew
         _, first, sorted_codes = np.unique(self.clusters, return_index=True, return_inverse=True)
         codes = np.argsort(np.argsort(first))[sorted_codes]
         count = np.bincount(codes).astype(float)
@@ -201,6 +203,7 @@ def swap_test(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np
     """(s,) two-sided p-values of summed differences (C, s): share of random signs with as large a sum."""
     seen = np.abs(gaps.sum(axis=0))
 
+    # -1 swaps the two specs on a whole cluster; (rows, s)
     def signs(rng: np.random.Generator, rows: int) -> np.ndarray:
         return np.abs(rng.choice(np.array([-1.0, 1.0]), size=(rows, len(gaps))) @ gaps)
 
@@ -211,6 +214,7 @@ def swap_test(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np
 
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction of p-values."""
+    # the smallest p is multiplied by the number of tests, the next one by one less, and so on
     p = np.asarray(p, dtype=float)
     order = np.argsort(p)
     # a larger p never gets a smaller corrected one
@@ -222,6 +226,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 def detectable(error: float, alpha_z: float = 1.959964, power_z: float = 0.841621) -> float:
     """Minimum detectable difference: found with 80 % power at the 5 % level, given its standard error."""
+    # quantiles of the normal law: 97.5 % and 80 %
     return (alpha_z + power_z) * error
 
 
@@ -272,6 +277,7 @@ def _in_chunks(
 ) -> np.ndarray:
     if not isinstance(resamples, int) or resamples < 100:
         raise EvaluationError(f"resamples={resamples!r}; expected an int >= 100")
+    # all draws at once would take too much memory where clusters are many
     rng, step = np.random.default_rng(seed), max(1, _ENTRIES_AT_ONCE // width)
     return np.concatenate([make(rng, min(step, resamples - start)) for start in range(0, resamples, step)])
 

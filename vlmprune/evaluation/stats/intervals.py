@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 
 Interval = tuple[float, float]  # low, high
-_POINTS = 40_000
+_POINTS = 40_000  # steps of the angle
 _HALF = 0.5  # of an answer: less of one is none
 # two clusters more, with questions as alike as this: few large ones seldom show the bad one among them
 _PRIOR, _ALIKE = 2, 0.2
@@ -52,6 +52,7 @@ def share_interval(value: float, variance: float, clusters: int, level: float) -
     if value in (0, 1) or variance <= 0:
         answers = float(clusters)  # where nothing varies, every cluster counts once
     else:
+        # so many independent answers have this variance
         answers = value * (1 - value) / variance
         answers *= (NormalDist().inv_cdf(1 - tail) / t_quantile(level, clusters - 1)) ** 2
     right, wrong = value * answers, (1 - value) * answers
@@ -69,8 +70,9 @@ def difference_interval(sums: np.ndarray, count: np.ndarray, level: float) -> tu
     Args:
         sums: (C,) of the differences of each cluster. count: (C,) questions.
     """
-    clusters, total = len(count), count.sum() + 4
+    clusters, total = len(count), count.sum() + 4  # four made-up questions
     centre = sums.sum() / total
+    # squares of these about the centre c: (1 - c)^2 + (-1 - c)^2 + 2 c^2
     made_up = 2 + 4 * centre**2
     if clusters < 2:
         return (-1.0, 1.0), 1.0
@@ -95,7 +97,9 @@ def beta_quantile(share: float, a: float, b: float) -> float:
 def _angle(share: float, a: float, b: float) -> float:
     """asin of the root of the quantile: there the density is smooth up to its ends, and is summed up."""
     sines, cosines, edges = _grid()
+    # with x = sin^2, x^(a-1) (1-x)^(b-1) dx is sin^(2a-1) cos^(2b-1) of the angle; its logarithm
     powers = (2 * a - 1) * sines + (2 * b - 1) * cosines
+    # less the highest: only shares of the area count, and exp must not underflow everywhere
     area = np.concatenate([[0.0], np.cumsum(np.exp(powers - powers.max()))])
     return float(np.interp(share * area[-1], area, edges))
 

@@ -25,11 +25,12 @@ class Asked:
             raise EvaluationError(
                 f"{name}: {given}; expected one for each, empty where nothing is asked about"
             )
-        self._patches: dict[tuple, np.ndarray] = {}
+        self._patches: dict[tuple, np.ndarray] = {}  # (image, grids, view) -> (N,) bool
 
     def share(self, maps: Sequence[KeepMap]) -> float | None:
         """Share of the kept tokens that lie on the objects; None where nothing is asked about, or kept."""
         kept = sum(map(len, maps))
+        # an empty mask: nothing is asked about
         if not kept or not any(mask.any() for mask in self._masks):
             return None
         return sum(int(self.patches(image, one)[one.keep_idx].sum()) for image, one in enumerate(maps)) / kept
@@ -54,13 +55,14 @@ def covered_share(mask: np.ndarray, boxes: Tensor, view: str) -> np.ndarray:
     # sums over whole pixels up to each corner, interpolated between corners: exact areas of boxes that cut
     # through pixels
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0))).astype(float)
-    x0, y0, x1, y1 = (boxes.double().numpy() * np.tile([mask.shape[1], mask.shape[0]], 2)).T
+    x0, y0, x1, y1 = (boxes.double().numpy() * np.tile([mask.shape[1], mask.shape[0]], 2)).T  # (N,) pixels
     area = _at(total, y1, x1) - _at(total, y0, x1) - _at(total, y1, x0) + _at(total, y0, x0)
     return area / ((x1 - x0) * (y1 - y0))
 
 
 def _at(total: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Bilinear values of an integral image."""
+    # the far edge belongs to the last pixel, so that row + 1 exists
     row = np.clip(np.floor(y).astype(int), 0, total.shape[0] - 2)
     col = np.clip(np.floor(x).astype(int), 0, total.shape[1] - 2)
     down, right = y - row, x - col

@@ -46,6 +46,7 @@ def rank_agreement(
 ) -> RankAgreement | None:
     """None where there are fewer than three, or where all of one list are equal: these have no order."""
     x, y = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    # where all are equal, ranks have no variance to divide by
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     n, rho, tau = len(x), spearman(x, y), kendall(x, y)
@@ -60,6 +61,7 @@ def rank_agreement(
 def ranks(values: np.ndarray) -> np.ndarray:
     """(n,) ranks from 1; equal values share their mean rank."""
     _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # the last rank of each group of equals, less half of the way to its first
     return (np.cumsum(counts) - (counts - 1) / 2)[codes]
 
 
@@ -77,11 +79,13 @@ def kendall(x: np.ndarray, y: np.ndarray) -> float:
 def permutation_test(x: np.ndarray, y: np.ndarray, orders: int = ORDERS, seed: int = 0) -> float:
     """The share of orders in which Spearman's correlation is as far from 0 as the one that was seen."""
     a, b = ranks(x), ranks(y)
+    # centred, so that a @ b is the correlation but for a factor that all orders share
     a, b = a - a.mean(), b - b.mean()
     exact = len(b) <= EXACT
     if exact:
-        tried = np.array(list(permutations(b)))
+        tried = np.array(list(permutations(b)))  # (n!, n)
     else:
+        # axis 1: each row is permuted by itself
         tried = np.random.default_rng(seed).permuted(np.tile(b, (orders, 1)), axis=1)
     # a hair of slack, since equal sums are added in another order
     as_far = int((np.abs(tried @ a) >= abs(a @ b) - 1e-9).sum())

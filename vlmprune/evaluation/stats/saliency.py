@@ -31,7 +31,7 @@ def saliency(
         objects: gives the (H, W) masks of a sample, one per image; images without objects, or full of them,
             are left out.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}  # picture -> areas, one for each question about it
     for start in range(0, len(samples), batch_size):
         rows = [sample for sample in samples[start : start + batch_size] if sample.images]
         if not rows:
@@ -39,6 +39,7 @@ def saliency(
         texts = [
             processor.apply_chat_template(sample.messages(), add_generation_prompt=True) for sample in rows
         ]
+        # one map for each image, in the order of the samples
         maps = iter(
             score(
                 model,
@@ -51,11 +52,14 @@ def saliency(
             for image in range(len(sample.images)):
                 one = next(maps)
                 on = asked.patches(image, one)
+                # without both kinds of patches there is nothing to rank
                 if on.any() and not on.all():
                     found.setdefault(sample.images[image], []).append(auc(one.scores.numpy(), on))
     if not found:
         raise EvaluationError(f"none of {len(samples)} samples shows an object; saliency needs masks")
+    # several questions about one picture are not several pictures
     values = np.array([np.mean(some) for some in found.values()])  # one per image
+    # a bootstrap over pictures
     drawn = values[
         np.random.default_rng(0).integers(len(values), size=(estimates.RESAMPLES // 10, len(values)))
     ].mean(axis=1)
@@ -69,4 +73,5 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     # equal scores share the mean of their ranks
     ranks = (count.cumsum() - (count - 1) / 2)[code]
     ones = int(positive.sum())
+    # Mann and Whitney's U as a share of all pairs
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * (len(scores) - ones)))

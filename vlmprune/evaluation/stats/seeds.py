@@ -30,6 +30,7 @@ def method_of(spec: str) -> str:
     names = []
     for part in parse(spec).parts:
         defaults = {option.name: option.default for option in option_fields(get(part.name))}
+        # "fastv(layer=2)" and "fastv" are one method where 2 is the default
         given = tuple((key, value) for key, value in part.args if defaults[key] != value)
         names.append(str(replace(part, args=given, budget=None)))
     return "+".join(names)
@@ -48,6 +49,7 @@ def merge_seeds(table: Table) -> tuple[Table, dict[str, list[str]]]:
     bands = {}
     for name, specs in sets.items():
         if len(specs) > 1:
+            # random@64 beside random(seed=1)@64 would be two columns of one name
             if name in specs:
                 twice = f"{name!r} is one of the seeds {specs} and the name of their mean"
                 raise EvaluationError(f"{twice}; write its seed as well")

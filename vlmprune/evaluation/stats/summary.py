@@ -171,11 +171,13 @@ def summarise(
     for record in records:
         held.setdefault(record.spec, []).append(record)
     table = Table.of(record for mine in held.values() for record in mine)
+    # raises where dense is missing, which all is compared with
     table.column(DENSE)
     inside, outside = estimates.headline(table, blind, DENSE)
     whole, bands = merge_seeds(table)
     # means over seeds first, so that both tables have the same columns
     table = whole.where(np.isin(whole.families, inside)) if inside else whole
+    # seeds stand for their mean, which is tested in their place
     singles = {spec for specs in bands.values() for spec in specs}
     tested = [spec for spec in table.specs if spec != DENSE and spec not in singles]
     budgets = {spec: budget_of(spec) or (matched or {}).get(spec) for spec in table.specs}
@@ -192,11 +194,14 @@ def summarise(
     rows = []
     for spec in table.specs:
         seeds = bands.get(spec, [])
+        # a mean over seeds is described by the records of all of them
         mine = [record for one in seeds or [spec] for record in held[one]]
         described = _described(spec, mine, pictures or {})
         described |= {"model": model, "task": task, "keep": budgets[spec]}
         rows.append(_row(spec, seeds, found, described))
+    # of all families, also those that do not count
     guesses = {family: float(blind[family]) for family in rows[0].families}
+    # questions that count are all that table has by now
     chance = float(np.mean([blind[family] for family in table.families.tolist()]))
     return Summary(tuple(rows), Headline(model, task, tuple(inside), outside, guesses, chance))
 
@@ -228,6 +233,7 @@ def _row(spec: str, seeds: Sequence[str], found: _Compared, described: dict[str,
         vs_dense=found.vs_dense.get(spec),
         vs_random=found.vs_random.get(spec),
         vs_random_equal=found.vs_random_equal.get(spec),
+        # a mean over seeds has no answer to be right or wrong
         flips=None if seeds else estimates.flips(table, spec, DENSE),
         agreement=estimates.agreement(table, spec, DENSE),
         hard=_hard(table, spec, described["keep"]),
@@ -242,6 +248,7 @@ def _against_random(
     """Differences of specs to random tokens of their budgets, corrected together."""
     found: dict[str, Difference] = {}
     for budget in dict.fromkeys(budgets.values()):
+        # the mean over its seeds, as merge_seeds names it
         random = f"random@{budget}"
         mine = [spec for spec, its in budgets.items() if its == budget and spec != random]
         if budget is not None and random in table.specs:
@@ -266,18 +273,21 @@ def _at_equal_cost(
     logarithm of the tokens; each question by itself, so that the difference stays a paired one.
     """
     names = dict.fromkeys(f"random@{budget}" for budget in budgets.values())
+    # (tokens per layer, spec), ascending
     curve = sorted((read[name], name) for name in names if read.get(name))
     found: dict[str, Difference] = {}
     for spec, tokens in read.items():
+        # what random reads at the budget of the spec
         own = read.get(f"random@{budgets[spec]}")
         if not own or tokens <= own * (1 + COSTS_MORE) or spec in names:
             continue
         below = [point for point in curve if point[0] <= tokens]
         above = [point for point in [*curve, (read[DENSE], DENSE)] if point[0] > tokens]
+        # beyond the curve nothing can be said
         if not below or not above:
             continue
         (few, low), (many, high) = below[-1], above[0]
-        place = math.log(tokens / few) / math.log(many / few)
+        place = math.log(tokens / few) / math.log(many / few)  # 0 at low, 1 at high
         scores = (1 - place) * table.of_spec(low) + place * table.of_spec(high)  # (n,)
         name = f"random at the cost of {spec}"
         with_it = replace(table, specs=(*table.specs, name), scores=np.column_stack([table.scores, scores]))
@@ -293,6 +303,7 @@ def _read(held: Mapping[str, Sequence[Record]], bands: Mapping[str, Sequence[str
 
 def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]) -> dict[str, Any]:
     """Fields of a row about what pruning did; token counts are over samples with images."""
+    # where no sample has an image, all of them
     seen = [record for record in records if record.dense_tokens] or records
     asked = [record.on_object for record in records if record.on_object is not None]
     shown = [pictures[record.id] for record in seen if pictures.get(record.id)]
@@ -326,6 +337,7 @@ def _worst(table: Table, spec: str) -> Worst:
     """The family that retains least, or scores least where the dense model scores nothing."""
     mine, dense = estimates.by(table, "families", spec), estimates.by(table, "families", DENSE)
     shares = {family: _ratio(mine[family], dense[family]) for family in mine}
+    # shares first; families without one come after all that lost something
     family = min(mine, key=lambda name: (1.0 if shares[name] is None else shares[name], mine[name]))
     return Worst(family, mine[family], shares[family])
 
