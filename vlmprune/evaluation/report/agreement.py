@@ -94,6 +94,7 @@ def reference(model: str, named: object = None) -> Published | None:
     """The table that a model is compared with: the one its config names, if it comes with the package, else
     that of the model which it stands for.
     """
+    # from a results.json, which may hold anything there
     stem = PurePath(named).stem if isinstance(named, str) else None
     name = stem if stem in shipped() else STAND_INS.get(model)
     return None if name is None else Published.shipped(name)
@@ -104,8 +105,10 @@ def agreements(rows: Sequence[Row], tables: Mapping[str, Published]) -> list[Agr
     found = []
     for model, table in tables.items():
         mine = merged([row for row in rows if row.model == model])
+        # share of the tokens -> lines of it, with the budget as written
         budgets: dict[float, list[tuple[Across, str]]] = {}
         for line in across(mine):
+            # of the first task that it answered: its budget is the same on all
             share = _share(next(iter(line.rows.values())))
             if share is None or line.method in BASELINES or line.retained is None:
                 continue
@@ -141,6 +144,7 @@ def _share(row: Row) -> float | None:
     if isinstance(budget.keep, float):
         return budget.keep
     if budget.scope == "image":
+        # by the tokens of one picture: a question may show several
         return budget.keep / (row.dense_tokens / (row.pictures or 1))
     # how many crops a picture had is not in a row
     return row.realised_tokens / row.dense_tokens
@@ -155,7 +159,7 @@ def _compare(model: str, table: Published, share: float, lines: Sequence[tuple[A
         if sources is None or line.retained is None:
             unpublished.append(line.spec)
             continue
-        designed = None if halves is None else method in halves
+        designed = None if halves is None else method in halves  # not known without a list
         ours = 100 * line.retained
         aware = query_aware(line.spec)
         standings.append(Standing(line.spec, method, aware, designed, ours, sources.value, sources))
@@ -164,12 +168,13 @@ def _compare(model: str, table: Published, share: float, lines: Sequence[tuple[A
     return Agreement(
         model,
         table.name.removesuffix(".yaml"),
+        # of several spellings of one budget, such as 48 and 0.333, the shortest
         min((keep for _, keep in lines), key=len),
         share,
         tuple(standings),
         _ranked(standings),
         _ranked([one for one in standings if one.designed]),
-        _ranked([one for one in standings if one.designed is False]),
+        _ranked([one for one in standings if one.designed is False]),  # None belongs to neither half
         len(pairs),
         tuple(_swapped(pairs)),
         _one_table(pairs),
@@ -184,6 +189,7 @@ def _ranked(standings: Sequence[Standing]) -> RankAgreement | None:
 def _swapped(pairs: Iterable[tuple[Standing, Standing]]) -> list[Swapped]:
     found = []
     for above, below in pairs:  # standings are in the order of print
+        # both positive: the better one in print is the worse one here
         printed, here = above.published - below.published, below.ours - above.ours
         if printed > 0 and here > 0:
             found.append(Swapped(above.method, below.method, printed, here))
@@ -195,7 +201,9 @@ def _one_table(pairs: Iterable[tuple[Standing, Standing]]) -> tuple[int, int]:
     for first, second in pairs:
         a, b = first.sources.by_source, second.sources.by_source
         gaps = [a[source] - b[source] for source in a if source in b]
+        # where the mean gap is 0, print has no order
         if gaps and (printed := fmean(gaps)):
             total += 1
+            # opposite signs
             swapped += printed * (first.ours - second.ours) < 0
     return swapped, total

@@ -49,6 +49,7 @@ def method_cells(one: Standing) -> list[str]:
     """One method at one budget, under ``METHODS_HEAD``."""
     low, high = one.sources.ends
     printed = f"{one.published:.1f}"
+    # less would not be seen in one decimal
     if high - low >= 0.05:
         printed += f" ({low:.1f} to {high:.1f})"
     count = len(one.sources.by_source)
@@ -107,7 +108,7 @@ def _estimate(one: Estimate) -> str:
 
 
 def _half(found: Agreement, agreed: RankAgreement | None, designed: bool) -> str:
-    count = sum(one.designed is designed for one in found.standings)
+    count = sum(one.designed is designed for one in found.standings)  # None is neither
     if not count:
         return NOTHING
     return f"{_estimate(agreed.spearman)}, {count}" if agreed else f"{NOTHING}, {count}"

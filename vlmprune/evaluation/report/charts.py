@@ -13,6 +13,7 @@ from ..stats.summary import DENSE, Headline, Row
 from .judge import BASELINES, series
 from .text import count, interval, ratio
 
+# of a panel, in units of its viewBox
 WIDTH, HEIGHT = 300, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 30
 LEAST = 0.5  # tokens: a logarithm has no zero
@@ -54,13 +55,14 @@ def score_range(rows: Sequence[Row], chance: float | None) -> Interval:
     ends += [] if chance is None else [chance]
     low = max(0.0, math.floor(10 * min(ends)) / 10)
     high = min(1.0, math.ceil(10 * max([*ends, *(row.ci[1] for row in rows)])) / 10)
-    return low, max(high, low + 0.1)
+    return low, max(high, low + 0.1)  # never empty: y divides by it
 
 
 def ticks(scores: Interval) -> list[float]:
     """Round numbers inside a range."""
     low, high = scores
     step = 10 if high - low < 0.55 else 20  # per cent
+    # rounded first: 100 * 0.57 is 56.99999999999999
     first = math.ceil(round(100 * low) / step) * step
     return [tick / 100 for tick in range(first, round(100 * high) + 1, step)]
 
@@ -74,9 +76,11 @@ def panels(rows: Sequence[Row], headline: Headline | None) -> list[Panel]:
     curves: dict[str, list[Row]] = {}
     for row in sorted(cut, key=_tokens):
         curves.setdefault(series(row.spec), []).append(row)
+    # no curve has two points, so a line for each spec says more
     if all(len(curve) == 1 for curve in curves.values()):
         return [Panel("", forest(rows, chance))]
     frame = Frame.of(rows, chance)
+    # drawn once, and the same behind every curve
     behind = _axes(frame, sorted({_tokens(row) for row in rows})) + _behind(frame, curves, rows, chance)
     order = sorted(curves, key=lambda name: (name in BASELINES, name))
     return [Panel(name, _svg(name, behind + _curve(frame, curves[name]))) for name in order]
@@ -98,7 +102,7 @@ def _axes(frame: Frame, tokens: Sequence[float]) -> str:
         y = frame.y(tick)
         parts.append(_line_of("grid", (LEFT, y), (WIDTH - RIGHT, y)))
         parts.append(_text(LEFT - 5, y + 3, ratio(tick, 0), "end"))
-    last = -math.inf
+    last = -math.inf  # place of the last label
     for value in tokens:
         x = frame.x(value)
         if x - last > 24:  # labels would touch
@@ -106,6 +110,7 @@ def _axes(frame: Frame, tokens: Sequence[float]) -> str:
             last = x
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, "tokens per question, log scale", "end"))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
+    # upright, around the place where it stands
     turned = f'transform="rotate(-90 9 {middle:.1f})"'
     parts.append(_text(9, middle, "accuracy, %", "middle", turned))
     return "".join(parts)
@@ -114,6 +119,7 @@ def _axes(frame: Frame, tokens: Sequence[float]) -> str:
 def _behind(frame: Frame, curves: dict[str, list[Row]], rows: Sequence[Row], chance: float | None) -> str:
     """Random, pool, dense and chance, in every panel."""
     parts = []
+    # random without seeds has no band
     band = [row for row in curves.get("random", ()) if row.band]
     if band:
         parts.append(

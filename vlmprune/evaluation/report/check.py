@@ -40,7 +40,7 @@ def _problems(run: Run, rows: Sequence[Row]) -> Iterator[str]:
     for (model, task, spec, _), times in names.items():
         if times > 1:
             yield f"{spec!r} on {task!r} with {model!r} stands there {times} times; expected once"
-    first: dict[tuple[str, str], _Answered] = {}
+    first: dict[tuple[str, str], _Answered] = {}  # (model, task) -> the first row of it
     unlike: list[str] = []
     for row in rows:
         if row.band is not None:  # a mean has no cell of its own
@@ -53,6 +53,7 @@ def _problems(run: Run, rows: Sequence[Row]) -> Iterator[str]:
             recipe, samples = run.recipe(cell), run.journal(cell)
         except EvaluationError as error:
             yield f"{name}: {error}"
+            # the other rows can still be looked at
             continue
         yield from _stale(row, cell, recipe, samples)
         answered = _Answered(row.spec, recipe, {sample["id"] for sample in samples})

@@ -22,6 +22,7 @@ ARROWS = f"\N{UPWARDS ARROW}\N{DOWNWARDS ARROW} where Holm-corrected p < {LEVEL}
 
 
 def _layers_differ(row: Row) -> bool:
+    # less would not be seen in one decimal
     return row.layer_tokens is not None and abs(row.layer_tokens - row.realised_tokens) >= 0.05
 
 
@@ -114,6 +115,7 @@ def _questions(row: Row) -> str:
     return str(row.n) if row.clusters is None else f"{row.n} / {row.clusters}"
 
 
+# in the order of the tables; where there is little room, spare says what goes first
 COLUMNS: tuple[Column[Row], ...] = (
     Column(
         "spec",
@@ -127,7 +129,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         "query_aware",
         title="query",
         hint="whether the method reads the question to choose tokens, so that its choice serves no other one",
-        value=lambda r: r.query_aware or None,
+        value=lambda r: r.query_aware or None,  # None, so that used() drops the column where no method does
         text=lambda r: "yes" if r.query_aware else "",
         spare=2,
         note=_query_note,

@@ -62,19 +62,22 @@ def _panel(axis: Any, rows: Sequence[CurvePoint], value: Value, across: Place) -
     drawn = False
     styles = _styles(list(dict.fromkeys(point.label for point in rows[1:])))
     for label, style in styles.items():
+        # from many tokens to few, as the axis goes
         mine = sorted([point for point in rows[1:] if point.label == label], key=lambda point: -across(point))
+        # every curve begins at the dense model
         points = [(across(point), value(point)) for point in (dense, *mine) if value(point) is not None]
         if len(points) < 2:
-            continue
+            continue  # a curve of one point
         drawn = True
         xs = [x for x, _ in points]
-        ys = [y[0] if isinstance(y, tuple) else y for _, y in points]
+        ys = [y[0] if isinstance(y, tuple) else y for _, y in points]  # without its interval
         axis.plot(xs, ys, label=label, **style)
         if isinstance(points[0][1], tuple):
             lows, highs = ([y[side] for _, y in points] for side in (1, 2))
-            alpha = 0.25 if label == "random" else 0.06
+            alpha = 0.25 if label == "random" else 0.06  # the band of random is what others are seen against
             axis.fill_between(xs, lows, highs, color=style["color"], alpha=alpha, linewidth=0)
     axis.set_xscale("log", base=2)
+    # falling: from all tokens on the left to few on the right
     axis.set_xlim(1.06, 0.055)
     axis.set_xticks([1, 0.5, 0.25, 0.125, 0.0625], ["100 %", "50 %", "25 %", "12.5 %", "6.25 %"])
     axis.set_xlabel("tokens kept" if across is _share else "tokens read, mean over decoder layers")
@@ -86,7 +89,9 @@ def _panel(axis: Any, rows: Sequence[CurvePoint], value: Value, across: Place) -
 
 def _styles(labels: list[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
+    # what stands around others has no colour of its own
     bases = list(dict.fromkeys(label.split("+")[-1] for label in labels if label not in BASELINES))
+    # baselines first, and so below the methods
     for label in sorted(labels, key=lambda label: label not in BASELINES):
         if label in BASELINES:
             colour, line = BASELINES[label]

@@ -104,6 +104,7 @@ def as_markdown(run: Run, results: Results, options: Options) -> str:
     """Methods x tasks where there are several, one table per model and task, and what the run was."""
     note = results.provenance.get("note")
     parts = [f"**{_cell(str(note))}**"] if note else []
+    # without a choice Markdown has both tables
     if options.table != "rows":
         for pivot in pivots(results.rows):
             shown = pivot.columns(options.intervals)
@@ -146,11 +147,13 @@ def _chance(headline: Headline | None) -> str:
 
 def _table(columns: Sequence[Column[L]], rows: Sequence[L], marks: Sequence[str] = ()) -> str:
     """``marks`` stand behind the first cell of each row."""
+    # "--:" puts a column on the right
     lines = [[_cell(column.title) for column in columns], ["---" if c.left else "--:" for c in columns]]
     wins = [winners(column, rows) for column in columns]
     for number, row in enumerate(rows):
         cells = []
         for column, won in zip(columns, wins, strict=True):
+            # only the number in bold, not its interval
             head, space, rest = _cell(column.text(row)).partition(" ")
             cells.append(f"**{head}**{space}{rest}" if won[number] else head + space + rest)
         cells[0] += marks[number] if marks else ""
@@ -170,6 +173,8 @@ def _facts(results: Results) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays text in Markdown and in the HTML that is made of it."""
+    # the backslash first, or it would escape those that are put in
     for letter in "\\`*_[]|":
         text = text.replace(letter, "\\" + letter)
+    # "&" first, for the same reason
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")

@@ -91,7 +91,8 @@ class Gallery:
 def gallery(run: Run, rows: Sequence[Row], limit: int) -> Gallery:
     """At most ``limit`` flips; methods take turns, and each alternates between lost and won answers."""
     dense = {row.setting: row for row in rows if row.spec == DENSE}
-    known = {where: _by_id(run, row) for where, row in dense.items()}
+    known = {where: _by_id(run, row) for where, row in dense.items()}  # setting -> id -> line of the journal
+    # (model, task, spec without budget) -> what was found at each budget
     methods: dict[tuple[str, str, str], list[_Found]] = {}
     for row in _with_cells(rows):
         if row.spec != DENSE and row.setting in known:
@@ -103,8 +104,11 @@ def gallery(run: Run, rows: Sequence[Row], limit: int) -> Gallery:
         made.notes.append(f"No answer changed under {', '.join(dict.fromkeys(never))}.")
     questions = _Questions(run, made.notes)
     # one of every method, then the next of every method, as long as there are some
+    # zip_longest fills the shorter ones up with None
     picked = list(filter(None, chain.from_iterable(zip_longest(*map(_turns, methods.values())))))[:limit]
+    # by identity: rows hold mappings and have no hash
     order = {id(row): number for number, row in enumerate(rows)}
+    # in the order of the table, lost answers before won ones
     picked.sort(key=lambda pick: (order[id(pick.row)], _score(pick.line) >= RIGHT))
     made.flips = [questions.flip(pick) for pick in picked]
     return made
@@ -148,6 +152,7 @@ def _flips_of(run: Run, row: Row, dense: Mapping[str, Mapping[str, Any]]) -> _Fo
     sides: dict[bool, list[_Pick]] = {False: [], True: []}
     for line in run.journal(row.fingerprint or ""):
         before = dense.get(line["id"])
+        # one of the two is right
         if before is not None and (_score(before) >= RIGHT) != (_score(line) >= RIGHT):
             sides[_score(line) >= RIGHT].append(_Pick(row, line, before))
     return _Found(_spread(sides[False]), _spread(sides[True]))
@@ -165,9 +170,11 @@ def _spread(picks: Sequence[_Pick]) -> list[_Pick]:
     seen: dict[tuple[bool, object], int] = {}
     ranked = []
     for number, pick in enumerate(picks):
+        # (no patches recorded, family) -> how many of these came before
         key = not pick.line.get("keep"), pick.line.get("family")
         seen[key] = seen.get(key, -1) + 1
         ranked.append((key[0], seen[key], number, pick))
+    # without the picks themselves, which have no order
     return [pick for *_, pick in sorted(ranked, key=lambda entry: entry[:3])]
 
 
@@ -204,6 +211,7 @@ class _Questions:
 
     def _samples(self, row: Row) -> dict[str, Sample]:
         recipe = self.run.recipe(row.fingerprint or "")
+        # all that decides which questions are drawn
         key = tuple(recipe.get(name) for name in ("task", "task_fingerprint", "split", "limit"))
         if key not in self._known:  # models share the questions, which take a while to draw
             self._known[key] = self._load(row, recipe)
@@ -215,6 +223,7 @@ class _Questions:
         except EvaluationError as error:
             self.notes.append(f"Pictures of {row.task} cannot be drawn: {error}")
             return {}
+        # drawn by another version, the pictures would not be those of the answers
         if task.fingerprint != recipe["task_fingerprint"]:
             changed = "its questions are not those of the run any more"
             self.notes.append(f"Pictures of {row.task} are left out: {changed}")
@@ -259,6 +268,7 @@ def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> It
         # a whole number, so that pixels stay square and sharp
         factor = -(-SMALLEST // min(image.size))
         large = (
+            # resample=0 takes the nearest pixel
             image.resize((image.width * factor, image.height * factor), resample=0) if factor > 1 else image
         )
         after = _uri(draw_kept(large, answer.keep[number], answer.id, merges)) if answer.keep else ""
@@ -272,6 +282,7 @@ def draw_kept(image: Image.Image, kept: Kept, name: str, merges: bool) -> Image.
     from ...viz.overlay import draw_keep
 
     count = sum(rows * cols for rows, cols in kept.grids)
+    # before an array of that size is made
     named = [*kept.keep_idx, *(kept.merged or ())]
     if not 0 < count <= MOST or any(not 0 <= index < count for index in named):
         raise EvaluationError(

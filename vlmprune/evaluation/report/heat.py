@@ -28,6 +28,7 @@ class Cell:
     @property
     def strength(self) -> float:
         """Opacity: none at 100 %, full at ``FULL`` and below."""
+        # a gain is as strong as a loss
         return 0.0 if self.kept is None else round(min(1.0, abs(1 - self.kept) / (1 - FULL)), 3)
 
 
@@ -74,7 +75,7 @@ def _line(row: Row, dense: Row, excluded: Mapping[str, str]) -> HeatLine:
     for family, share in kept.items():
         out = family in excluded
         below = share is not None and round(share, 2) < 1  # as it is shown
-        cells.append(Cell(share, below and share == lowest and not out, out))
+        cells.append(Cell(share, below and share == lowest and not out, out))  # several may be the lowest
     return HeatLine(row, tuple(cells))
 
 

@@ -18,7 +18,7 @@ Side = Literal["better", "no different", "worse"]
 
 def series(spec: str) -> str:
     """A spec without its budgets: the curve that a row belongs to."""
-    return re.sub(r"@[^+]*", "", spec)
+    return re.sub(r"@[^+]*", "", spec)  # "debias@0.5+fastv@64" -> "debias+fastv"
 
 
 def settings(rows: Iterable[Row]) -> list[tuple[str, str]]:
@@ -28,6 +28,7 @@ def settings(rows: Iterable[Row]) -> list[tuple[str, str]]:
 
 def task_names(tasks: Iterable[str]) -> dict[str, str]:
     """Short names for headings: "lmms:tasks/gqa.yaml" -> "gqa", unless two tasks would be called the same."""
+    # "lmms:" is no part of the path; paths have slashes on every system
     short = {task: PurePosixPath(task.rpartition(":")[2]).name.removesuffix(".yaml") for task in tasks}
     names = list(short.values())
     return {task: name if names.count(name) == 1 else task for task, name in short.items()}
@@ -43,6 +44,7 @@ def is_seed(row: Row, rows: Iterable[Row]) -> bool:
 
 def merged(rows: Sequence[Row]) -> list[Row]:
     """Without the single seeds of rows that are means over seeds."""
+    # a seed is one within its model and task only
     seeds = {(*row.setting, seed) for row in rows if row.band for seed in row.band.seeds}
     return [row for row in rows if (*row.setting, row.spec) not in seeds]
 
@@ -59,6 +61,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
     def rank(row: Row) -> tuple[object, ...]:
         baseline = BASELINES.index(row.method) if row.method in BASELINES else len(BASELINES)
         tokens = budgets[row.setting, row.keep]
+        # dense, then by tokens; str, since keep may be None
         kind = (row.spec != DENSE, -tokens, str(row.keep), baseline)
         return (place[row.setting], *kind, row.spec, row.band is None)
 
@@ -68,6 +71,7 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 def side(against: Difference) -> Side:
     """Only a difference whose interval leaves out zero and that survives the correction counts."""
     low, high = against.ci
+    # both are asked for: an interval is not corrected for the number of rows
     if against.p_holm >= LEVEL or low <= 0 <= high:
         return "no different"
     return "better" if low > 0 else "worse"

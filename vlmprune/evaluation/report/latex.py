@@ -19,6 +19,7 @@ from .table import Column, L, used, winners
 from .text import ratio
 
 WIDE = 8  # columns that a terminal drops before this one do not fit on a page either
+# what LaTeX would read as a command, and what its fonts lack
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -49,6 +50,7 @@ def as_latex(run: Run, results: Results, options: Options) -> str:
             mine = [row for row in rows if row.setting == where]
             tables.append(_rows(mine, results.headline_of(where), options))
     note = results.provenance.get("note")
+    # lines of a comment
     head = ["% needs \\usepackage{booktabs}"] + ([f"% {_line(str(note))}"] if note else [])
     return "\n".join(head + tables)
 
@@ -84,6 +86,7 @@ def _rows(rows: Sequence[Row], headline: Headline | None, options: Options) -> s
 
 
 def _without_intervals(column: Column[Row]) -> Column[Row]:
+    # " [61.2, 64.8]"
     return replace(column, short=lambda row: re.sub(r" \[[^]]*\]", "", column.brief(row)))
 
 
@@ -100,6 +103,7 @@ def _environment(columns: Sequence[Column[L]], rows: Sequence[L], caption: Seque
                 if column.key == "spec":
                     text = f"\\texttt{{{text}}}"
                 elif wins[column.key][number]:
+                    # only the number in bold, not its interval
                     head, space, rest = text.partition(" ")
                     text = f"\\textbf{{{head}}}{space}{rest}"
                 cells.append(text)

@@ -62,6 +62,7 @@ class Results:
         Args:
             name: of the file, for messages.
         """
+        # gathered, so that all is said at once
         problems: list[str] = []
         provenance = values.get("provenance") or {}
         if not isinstance(provenance, dict):

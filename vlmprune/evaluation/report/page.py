@@ -32,7 +32,7 @@ from .table import Column, L, Line, used, winners
 from .text import ratio
 
 ASSETS = "assets/report"
-FLIPS = 48
+FLIPS = 48  # questions in the gallery
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def page(run: Run, results: Results, options: Options) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     script = _asset("page.js")
     rows = ordered(results.rows)
+    # by identity: rows hold mappings and have no hash
     seeds = {id(row) for row in rows} - {id(row) for row in merged(rows)}
     speed = speed_groups(results.speed)
     return environment.get_template("page.html").render(
@@ -158,8 +159,9 @@ def _tags(row: Row, seeds: set[int]) -> Tags:
 def _views(rows: Sequence[Row], seeds: set[int]) -> list[View]:
     """``seeds``: ids of rows that are single seeds; they win nothing."""
     shown = used(COLUMNS, rows)
-    won: set[tuple[int, str]] = set()
+    won: set[tuple[int, str]] = set()  # (id of a row, key of a column)
     for where in settings(rows):
+        # bests of each model and task on their own
         mine = [row for row in rows if row.setting == where and id(row) not in seeds]
         for column in shown:
             marks = zip(mine, winners(column, mine), strict=True)
@@ -192,6 +194,7 @@ def _view(columns: Sequence[Column[Any]], row: Any) -> tuple[Cell, ...]:
 
 def _cell(column: Column[Any], row: Any, wins: bool) -> Cell:
     """What stands in brackets is small, and what follows them."""
+    # "78.3 [74.1, 82.0], seeds 77.0 to 79.5" -> 78.3, the brackets, seeds 77.0 to 79.5
     parts = re.fullmatch(r"(.*?)(?: (\[.*?\]|\(.*?\))(?:,? (.*))?)?", column.text(row), re.DOTALL)
     head, rest, tail = parts.groups("") if parts else (column.text(row), "", "")
     return Cell(column, column.value(row), head, rest, tail, wins)
@@ -228,6 +231,7 @@ def _facts(run: Run, results: Results) -> list[tuple[str, str]]:
     return [
         (key, _flat(value))
         for key, value in known.items()
+        # the note stands above the table
         if key != "note" and value not in (None, "", {}, [])
     ]
 
@@ -235,6 +239,7 @@ def _facts(run: Run, results: Results) -> list[tuple[str, str]]:
 def _methods(rows: Iterable[Row]) -> list[tuple[str, str]]:
     """Where each method comes from, and whether constants fitted on data are in it."""
     found = []
+    # "debias+fastv" is two methods
     for name in dict.fromkeys(name for row in rows for name in row.method.split("+")):
         try:
             info = method_info(name)

@@ -113,12 +113,12 @@ def pivots(rows: Sequence[Row]) -> list[Pivot]:
 def across(rows: Sequence[Row]) -> list[Across]:
     """The rows of one model, one line for each spec, whether there is one task or several."""
     tasks = tuple(dict.fromkeys(row.task for row in rows))
-    specs: dict[str, dict[str, Row]] = {}
+    specs: dict[str, dict[str, Row]] = {}  # spec -> task -> row
     for row in rows:
         specs.setdefault(row.spec, {})[row.task] = row
     lines = []
     for spec, by_task in specs.items():
-        known = next(iter(by_task.values()))
+        known = next(iter(by_task.values()))  # budget and method are the same on all tasks
         # a mean over fewer tasks would not compare with those of other rows
         average, retained = None, None
         if len(by_task) == len(tasks):

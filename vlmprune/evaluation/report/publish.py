@@ -55,6 +55,7 @@ def publishable(run: Run, table: Published | None = None) -> Publishable:
     recipes = [run.recipe(row.fingerprint) for row in results.rows if row.fingerprint]
     refuse(f"{run.folder} cannot be published", dict.fromkeys(_objections(models[0], recipes)))
     table = table or _empty(models[0], rows)
+    # task -> column; of two columns of one task the first
     columns = {task: column for column, task in reversed(list(table.tasks.items()))}
     left_out = [task for task in dict.fromkeys(row.task for row in rows) if task not in columns]
     shown = [row for row in rows if row.task in columns]
@@ -70,14 +71,17 @@ def publishable(run: Run, table: Published | None = None) -> Publishable:
 
 def merge(path: Path, found: Publishable) -> int:
     """Put entries behind those of a file, or write a new one; returns how many were not there yet."""
+    # the cells behind an entry say whether it is there: the same answers have the same names
     there = [entry.measured.get("cells") for entry in found.table.entries if entry.measured]
     new = [entry for entry in found.entries if entry["measured"]["cells"] not in there]
     if path.is_file():
+        # the text of the file stays as it is, with its comments
         head = path.read_text(encoding="utf-8").rstrip("\n") + "\n"
     else:
         head = _head(found.table)
     text = head + as_yaml(new)
     try:
+        # read again as a whole: lines that land under another key would be lost, or mean something else
         whole = Published.of(path.name, yaml.safe_load(text))
     except yaml.YAMLError:
         whole = None
@@ -100,6 +104,7 @@ def as_yaml(entries: Sequence[Mapping[str, Any]]) -> str:
     """Lines of the list ``entries``."""
     if not entries:
         return ""
+    # None: {a: 1} on one line where no value is a mapping or a list
     text = yaml.safe_dump(
         [dict(one) for one in entries], sort_keys=False, default_flow_style=None, width=10_000
     )
@@ -115,6 +120,7 @@ def _empty(model: str, rows: Sequence[Row]) -> Published:
     """A table with a column for each task of a run."""
     names = task_names(row.task for row in rows)
     dense = next(row for row in rows if row.spec == DENSE)
+    # of one picture, as the budgets of the table count
     tokens = max(1, round((dense.dense_tokens or 1) / (dense.pictures or 1)))
     tasks = {name: task for task, name in names.items()}
     return Published(f"{model.rpartition('/')[2]}.yaml", tasks, (), tuple(tasks), model, tokens)
@@ -127,6 +133,7 @@ def _objections(model: str, recipes: Sequence[Mapping[str, Any]]) -> Iterator[st
         return
     for recipe in recipes:
         weights = str(recipe.get("weights"))
+        # as identity.weights writes what comes from the hub
         if not weights.startswith("commit "):
             yield (
                 f"the weights of {model!r} are {weights!r}, which nobody else can find; expected an HF id, "

@@ -47,6 +47,7 @@ def _budgets(rows: Sequence[Row]) -> list[str]:
             parts.append(f"{better or 'none'} of {len(tested)} methods {beat} random tokens")
         pool = next((row for row in mine if row.method == "pool"), None)
         if pool is not None and methods:
+            # the whole interval above it
             above = sum(row.ci[0] > pool.accuracy for row in methods)
             lie = "lie" if above > 1 else "lies"
             parts.append(f"{above or 'none'} {lie} clearly above pooling ({ratio(pool.accuracy)} %)")
@@ -73,5 +74,5 @@ def _worst(rows: Sequence[Row]) -> list[str]:
             found.append((worst.retained, row.spec, worst.family))
     if not found:
         return []
-    retained, spec, family = min(found)
+    retained, spec, family = min(found)  # the lowest share
     return [f"Hardest hit: {spec} keeps {ratio(retained, 0)} % of the dense accuracy on {family}."]

@@ -49,6 +49,7 @@ def _spread(row: SpeedRow, key: str) -> str:
     low, high = row.p20.get(key), row.p80.get(key)
     if value is None or low is None or high is None:
         return seconds(value)
+    # seconds() writes s from 1 s on, else ms, with one decimal below 0.1 s
     if value >= 1:
         return f"{seconds(value)} [{low:.2f}, {high:.2f}]"
     digits = 0 if value >= 0.1 else 1

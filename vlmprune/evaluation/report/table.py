@@ -72,11 +72,13 @@ def winners(column: Column[L], rows: Sequence[L]) -> list[bool]:
     scores = [column.value(row) for row in rows]
     numbers = []
     for value, row in zip(scores, rows, strict=True):
+        # shown as 78.3 %, so the third decimal of a share is the last that counts; dense has no budget
         numbers.append(round(value, 3) if isinstance(value, float) and row.keep else None)
     found = []
     for number, row in zip(numbers, rows, strict=True):
         rivals = [
             n for n, other in zip(numbers, rows, strict=True) if n is not None and other.keep == row.keep
         ]
+        # nobody wins where all are equal
         found.append(number is not None and number == max(rivals) and min(rivals) < number)
     return found

@@ -17,7 +17,7 @@ def ratio(value: float | None, digits: int = 1) -> str:
 def signed(value: float) -> str:
     """0.083 -> "+8.3"; what rounds to nothing has no sign."""
     text = f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return text if text[1:] != "0.0" else "0.0"
+    return text if text[1:] != "0.0" else "0.0"  # neither +0.0 nor a minus in front of it
 
 
 def interval(pair: Sequence[float], show: Callable[[float], str] = ratio) -> str:
@@ -34,6 +34,7 @@ def p_value(value: float) -> str:
 def count(value: float | None) -> str:
     if value is None:
         return NOTHING
+    # what one decimal would show as .0
     return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 

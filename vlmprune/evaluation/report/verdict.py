@@ -14,6 +14,7 @@ FEW = 10  # sets of pictures; with fewer, intervals are wide, and near 0 and 100
 
 def verdict(rows: Sequence[Row]) -> str:
     """About the rows of one model on one task; every spec that was compared with random is in it."""
+    # side -> method -> budgets at which it is on that side
     sides: dict[Side, dict[str, list[str]]] = {"better": {}, "no different": {}, "worse": {}}
     everywhere: dict[str, int] = {}
     for row in merged(rows):
@@ -26,6 +27,7 @@ def verdict(rows: Sequence[Row]) -> str:
     for name, found in sides.items():
         named = []
         for method, budgets in found.items():
+            # at every budget at which it was compared: no need to name them
             whole = len(budgets) == everywhere[method]
             named.append(method if whole else f"{method} ({', '.join(budgets)})")
             split |= not whole

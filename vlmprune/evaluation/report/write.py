@@ -63,6 +63,7 @@ def _target(form: str | None, out: str | PathLike[str] | None, folder: Path) -> 
     """The format and the file."""
     if form is not None:
         one_of("format", form, tuple(FORMATS))
+    # the suffix of a folder says nothing
     if out is None or is_folder(out):
         name = form or "html"
         return name, (folder if out is None else Path(out)) / f"report.{name}"
@@ -85,6 +86,7 @@ def is_folder(out: str | PathLike[str]) -> bool:
 
 
 def _check_options(form: str, options: Options) -> None:
+    # html and json hold everything
     if options.table is not None:
         one_of("--table", options.table, TABLES)
         if form not in ("csv", "md", "tex"):
