@@ -58,6 +58,7 @@ def _lost(before: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
     }
     for key, known in covered.items():
         there = before.get(key)
+        # from a file, where it may be anything
         listed: list[Any] = there if isinstance(there, list) else []
         gone = [str(one) for one in listed if one not in known]
         new = [str(one) for one in asked[key] if one not in listed]
@@ -71,6 +72,7 @@ def _lost(before: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
 def _covered(asked: Mapping[str, Any]) -> set[str]:
     """Every spec that gets a row, baselines and the mean of the seeds of random included."""
     texts = [*asked["specs"], *with_baselines(asked["specs"], asked["seeds"])]
+    # the mean of the seeds of random, as its row is called
     return {*texts, *(f"random@{budget}" for budget in map(budget_of, texts) if budget)}
 
 
@@ -88,6 +90,7 @@ def others(folder: Path, mine: set[str]) -> list[dict[str, Any]]:
     for cell in cells_of(folder):
         if cell in mine or not (folder / "cells" / f"{cell}.jsonl").is_file():
             continue
+        # an incomplete last line has no line end, and is no answer
         answers = (folder / "cells" / f"{cell}.jsonl").read_bytes().count(b"\n")
         known = Run(folder).recipe(cell) if is_sound(folder, cell) else {}
         named = {key: known.get(key) for key in ("spec", "model", "task")}

@@ -114,7 +114,7 @@ def _specs(value: Any, keep: Any) -> tuple[Spec, ...]:
     """Specs as written, and those that lack a budget once for each of ``keep``."""
     budgets = [] if keep is None else [_budget(one) for one in _list("keep", keep, None)]
     found: list[Spec] = []
-    spread = 0
+    spread = 0  # specs that keep was meant for
     for text in _list("specs", value, str):
         spec = parse(text)
         bare = not any(part.budget for part in spec.parts)
@@ -126,6 +126,7 @@ def _specs(value: Any, keep: Any) -> tuple[Spec, ...]:
         raise SpecError(
             f"keep={shown(keep)} meets no spec without a budget; leave it out, or write specs without '@'"
         )
+    # refused now, and not when their turn comes
     for spec in found:
         spec.build(require_budget=True)
     _distinct("specs", found)
@@ -200,6 +201,7 @@ shown = _Short().repr
 
 
 def _distinct(key: str, values: Any) -> None:
+    # not a set: entries of YAML need not have a hash
     for number, value in enumerate(values):
         if value in values[:number]:
             raise SpecError(

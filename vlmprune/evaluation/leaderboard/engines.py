@@ -65,12 +65,14 @@ class Ray:
             while True:
                 # one more than runs now, so that no worker waits for the driver
                 room = self._slots(ray) + 1 - len(running)
+                # an iterator: every round goes on where the last one stopped
                 for job in waiting if room > 0 else ():
                     if (job := _left(job, failed)).specs:
                         running.append(answer.remote(shared, job))
                         room -= 1
                     if room <= 0:
                         break
+                # nothing runs, and nothing waits
                 if not running:
                     return
                 done, running = ray.wait(running, num_returns=1)
@@ -88,6 +90,7 @@ class Ray:
             ) from error
         if not ray.is_initialized():
             try:
+                # only of a cluster that is started here
                 own: dict[str, Any] = {} if self.address else {"include_dashboard": False}
                 with kept_sigterm():  # Ray ends the process without a word
                     ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -101,6 +104,7 @@ class Ray:
         """Tasks that the whole cluster can run at once; nodes may come and go."""
         there = ray.cluster_resources()
         wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        # what a task does not ask for limits nothing
         slots = int(min(there.get(name, 0) // amount for name, amount in wanted.items() if amount))
         if slots < 1:
             raise EvaluationError(

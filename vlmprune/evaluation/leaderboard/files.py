@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")  # of a training
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -56,6 +56,7 @@ def source_files(file: Path) -> tuple[Path, list[Path]]:
     file = file.resolve(strict=True)
     package = None
     folder = file.parent
+    # up to the outermost package
     while (folder / "__init__.py").is_file():
         package, folder = folder, folder.parent
     # of lmms-eval the version counts already, and it has thousands of files
@@ -80,8 +81,10 @@ def _imported(file: Path) -> list[Path]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            # `from . import x` names no module: x may be one
             names += [node.module] if node.module else [alias.name for alias in node.names]
     found: list[Path] = []
+    # of a.b.c, a lies beside the file
     for name in sorted({name.partition(".")[0] for name in names} - _neighbours(file)):
         module, package = file.parent / f"{name}.py", file.parent / name
         if module.is_file():
@@ -96,12 +99,14 @@ def _neighbours(file: Path) -> set[str]:
     if file.parent.name not in ("site-packages", "dist-packages"):
         return set()
     owners = metadata.packages_distributions()
+    # distributions that the file belongs to; names that any of them shares are its own
     mine = set(owners.get(file.stem, ()))
     return {name for name, those in owners.items() if not mine & set(those)}
 
 
 def top_level(made: Any) -> str | None:
     """The package that a class or function comes from; None for the standard library and what is built in."""
+    # None for methods of built-in types
     name = (getattr(made, "__module__", None) or "builtins").partition(".")[0]
     return None if name in sys.stdlib_module_names else name
 
@@ -113,6 +118,7 @@ def read_once(folder: Path, files: Sequence[Path]) -> str:
     return _read_once(folder, tuple((file, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for file, st in stats))
 
 
+# sizes and times are part of the key: where they change, the file is read again
 @cache
 def _read_once(folder: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str:
     return digest([file for file, *_ in files], folder)
@@ -124,7 +130,7 @@ def digest(files: Sequence[Path], root: Path) -> str:
     for file in files:
         own = hashlib.sha256()
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
+            while block := stream.read(1 << 20):  # 1 MiB at a time: weights may be larger than the memory
                 own.update(block)
         # with the name: two files that swap their contents are another model
         whole.update(file.relative_to(root).as_posix().encode() + b"\0" + own.digest())

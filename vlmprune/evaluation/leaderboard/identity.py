@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .plan import Setting
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[2]  # vlmprune/
 # what decides no answer: where it changes, nothing is asked again. All that is not named here counts
 _SILENT = (
     *(
@@ -62,6 +62,7 @@ _NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pt
 def versions(task: str) -> tuple[tuple[str, str], ...]:
     """Versions of what answers to a task pass through, and a digest of the package's own code on that way."""
     silent = [_ROOT / name for name in _SILENT]
+    # with its parents: a folder that is named silences all below it
     files = [file for file in sorted(_ROOT.rglob("*.py")) if not {file, *file.parents} & set(silent)]
     packages = (*PACKAGES, "lmms_eval") if task.startswith(LMMS) else PACKAGES
     found = {name: metadata.version(name) for name in packages}
@@ -105,9 +106,11 @@ def _code(what: str, made: Iterable[Any]) -> str:
     """Digest of the source of classes and functions; those of this package and of Python are left out."""
     found = set()
     for one in made:
+        # what a partial calls, what a decorator wraps, the class of an object: that has the source
         while isinstance(one, functools.partial):
             one = one.func
         one = inspect.unwrap(one) if inspect.isroutine(one) else one if isinstance(one, type) else type(one)
+        # versions of these are part of the recipe already
         if top_level(one) in ("vlmprune", "torch", "transformers", "numpy", "PIL") or top_level(one) is None:
             continue
         try:
@@ -131,6 +134,7 @@ def weights(name: str, trust_remote_code: bool = False) -> str:
 
     folder = Path(name).expanduser()
     found = _of_folder(name, folder) if folder.is_dir() else ""
+    # without its own code, a model is what its files are
     if found and not trust_remote_code:
         return found
     # its config carries the commit: no weights are read for it
@@ -142,6 +146,7 @@ def weights(name: str, trust_remote_code: bool = False) -> str:
         raise EvaluationError(
             f"{name!r} has no commit on the hub, so its weights cannot be told apart; give a folder"
         )
+    # what a commit names never changes, so it stands for the files
     return found or f"commit {commit}"
 
 
@@ -183,6 +188,7 @@ def _adapted(folder: Path) -> str | None:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} names no base model ({error}); expected what PEFT writes") from error
+    # a folder that names itself would be looked into without end
     return base if base and Path(base).expanduser().resolve() != folder.resolve() else None
 
 
@@ -194,6 +200,7 @@ def recipe(setting: Setting, spec: str) -> dict[str, Any]:
         "model": setting.model,
         "weights": setting.weights,
         "spec": spec,
+        # of this spec alone: another plug-in changes nothing here
         "plugins": {name: code for name, code in setting.plugins if name in names},
         "task": setting.task,
         "task_fingerprint": setting.task_fingerprint,
@@ -205,7 +212,7 @@ def recipe(setting: Setting, spec: str) -> dict[str, Any]:
             "batch_size": setting.batch_size,
             "decoding": "greedy",
             "positions": setting.positions,
-            "device": setting.device.partition(":")[0],
+            "device": setting.device.partition(":")[0],  # which of several GPUs answered decides nothing
             "dtype": setting.dtype,
             "trust_remote_code": setting.trust_remote_code,
         },

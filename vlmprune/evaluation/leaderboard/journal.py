@@ -29,7 +29,7 @@ _SPARE = re.compile(r"(?:run|results|\.holder)\.json\.[0-9]+\.new")
 _CELL_SPARE = re.compile(r"[0-9a-f]{16}\.jsonl?\.[0-9]+\.new")
 
 
-_CELL = re.compile(r"[0-9a-f]{16}")
+_CELL = re.compile(r"[0-9a-f]{16}")  # as cell_id makes it
 # what may lie in a run folder beside run.json
 _REPORTS = tuple(f"report.{ending}" for ending in ("html", "csv", "json", "md", "tex"))
 _OURS = ("cells", ".lock", ".holder.json", "results.json", "speed.json", *_REPORTS)
@@ -57,6 +57,7 @@ class Journal:
     def _mend(self) -> None:
         """Truncate an incomplete last line that an interrupted run left."""
         new = not self.path.exists()
+        # "a" makes the file where it is missing and never empties it
         with told(self.path), self.path.open("a+b") as file:
             end = whole = file.seek(0, os.SEEK_END)
             while whole:
@@ -127,7 +128,7 @@ def read_info(folder: Path) -> dict[str, Any] | None:
         info = read_object(folder / "run.json")
     except EvaluationError:
         return None
-    return info if type(info.get("format")) is int else None
+    return info if type(info.get("format")) is int else None  # True is no format
 
 
 def cells_of(folder: Path) -> list[str]:
@@ -180,18 +181,20 @@ def locked(folder: Path) -> Iterator[None]:
     if not cells.is_dir():
         with told(folder):
             cells.mkdir(parents=True, exist_ok=True)
+        # the names of both folders have to outlive a power cut, too
         sync_folder(folder)
         sync_folder(folder.parent)
     lock, holder = FileLock(folder / ".lock"), folder / ".holder.json"
     with told(folder):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0)  # asks once, does not wait
         except Timeout as error:
             raise EvaluationError(
                 f"{folder} is in use by {_holder(holder)}; wait until it ends, stop it, or choose another "
                 "folder with --out"
             ) from error
     try:
+        # under the lock nobody else writes, so these are of a process that is gone
         for left in left_behind(folder):
             with told(left):
                 left.unlink()
@@ -229,8 +232,9 @@ def replace_file(path: Path, data: bytes) -> None:
         try:
             with spare.open("wb", buffering=0) as file:
                 _write(file, data)
-            os.replace(spare, path)
+            os.replace(spare, path)  # in one step: a reader finds the old file or the new one
         except BaseException:
+            # Ctrl-C, too
             spare.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)

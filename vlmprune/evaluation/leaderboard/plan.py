@@ -36,10 +36,12 @@ def with_baselines(specs: Iterable[Any], seeds: Sequence[int], shrinks: bool = F
     """
     texts = list(map(str, specs))
     found = [DENSE, BLIND]
+    # specs without a budget have none to compare at
     for budget in dict.fromkeys(filter(None, map(budget_of, texts))):
         found += baselines(budget, seeds, shrinks)
+    # its seeds stand for it
     found += [text for text in texts if not _is_bare_random(text)]
-    return list(dict.fromkeys(str(parse(text)) for text in found))
+    return list(dict.fromkeys(str(parse(text)) for text in found))  # as rows print them, each once
 
 
 def baselines(budget: str, seeds: Sequence[int], shrinks: bool = False) -> list[str]:
@@ -71,7 +73,7 @@ def budget_read(lines: Iterable[Mapping[str, Any]]) -> str | None:
     share = round(sum(line["layer_tokens"] for line in seen) / whole, 3) if whole else 1.0
     if share >= 1 or not any(line["layer_tokens"] for line in seen):
         return None
-    return str(Budget(max(share, 0.001)))
+    return str(Budget(max(share, 0.001)))  # 0 is no budget
 
 
 def _is_bare_random(text: str) -> bool:
@@ -113,6 +115,7 @@ def load_samples(task: Task, split: str, limit: int | None) -> list[Sample]:
     except VlmPruneError:
         raise
     except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
+        # the first line that says anything
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise EvaluationError(
             f"the samples of task {task.name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: "
@@ -154,6 +157,7 @@ def shards(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
         clusters.setdefault(sample.cluster, []).append(sample)
     found: list[list[Sample]] = []
     for cluster in clusters.values():
+        # the last portion is full, and a cluster is never split
         if not found or len(found[-1]) + len(cluster) > size:
             found.append([])
         found[-1] += cluster

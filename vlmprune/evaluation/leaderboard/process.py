@@ -50,6 +50,7 @@ def kept_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        # SIG_DFL is no function: nothing of ours was set
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
@@ -78,6 +79,7 @@ def quiet() -> Iterator[None]:
     wanted = {"LOGURU_LEVEL": "WARNING"}  # both are read when lmms-eval brings loguru and datasets in
     if not sys.stderr.isatty():  # on a terminal, a bar tells how long a download takes
         wanted["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    # what the user has set stays
     mine = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(mine)
     try:

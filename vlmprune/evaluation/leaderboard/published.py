@@ -19,6 +19,7 @@ from ...yamlfile import read
 from ..stats.seeds import method_of
 
 FOLDER = Path(__file__).parents[2] / "assets" / "published"
+# what a file must have at its top, and what it may have beside
 KEYS = {"about": str, "columns": dict, "entries": list}
 SIZES = ("tokens", "crops")
 NEEDED = {"spec", "source"}
@@ -142,6 +143,7 @@ class Published:
         columns = values["columns"]
         return cls(
             name,
+            # columns that no task of ours compares with are null
             {key: task for key, task in columns.items() if task},
             tuple(_entry(entry, columns) for entry in values["entries"]),
             tuple(columns),
@@ -168,6 +170,7 @@ class Published:
             return None
         if isinstance(budget.keep, float):
             return budget.keep
+        # so many of each crop, or of the whole picture
         return budget.keep * (self.crops if budget.scope == "crop" else 1) / self.tokens
 
     def retained(self, method: str, share: float) -> Retained | None:
@@ -178,6 +181,7 @@ class Published:
         """
         mine = [one for one in self.entries if one.method == method and not one.measured]
         here = [one for one in mine if (its := self.share(one)) and math.isclose(its, share, rel_tol=SAME)]
+        # reversed: of two entries of one source the first one wins
         printed = {one.source: one.average for one in reversed(here) if one.average is not None}
         if printed:
             return Retained(printed, "table")
@@ -200,12 +204,14 @@ class Published:
     def _between(self, entries: list[Entry], share: float) -> Iterator[tuple[str, float]]:
         """By source, for those that print a smaller and a larger budget not far from one another."""
         for source in dict.fromkeys(one.source for one in entries):
+            # share -> average; reversed, as above
             known = {
                 its: one.average
                 for one in reversed(entries)
                 if one.source == source and one.average is not None and (its := self.share(one))
             }
             for low, high in pairwise(sorted(known)):
+                # on a logarithmic scale: halving the tokens is one step wherever it begins
                 if low < share < high and high <= APART * low:
                     place = math.log(share / low) / math.log(high / low)
                     yield source, known[low] + place * (known[high] - known[low])
@@ -217,6 +223,7 @@ def shipped() -> list[str]:
 
 
 def _entry(entry: Any, columns: Mapping[str, Any]) -> Entry:
+    # all that are needed, and none that is not known
     whole = (
         isinstance(entry, dict) and NEEDED <= set(entry) <= ENTRY_KEYS and {"values", "average"} & set(entry)
     )

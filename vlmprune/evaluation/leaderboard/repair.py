@@ -36,6 +36,7 @@ def repair(folder: str | Path, tell: Tell) -> int:
             f"{folder} holds no cells, so there is nothing to repair; expected the folder of a run"
         )
     with locked(folder):
+        # journals first: a lost recipe is worked out from its answers
         answers = sum(_mend_journal(folder, cell, tell) for cell in cells_of(folder))
         for cell in cells_of(folder):
             _mend_recipe(folder, cell, tell)
@@ -140,6 +141,7 @@ def config_of(recipes: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]
             f"({'; '.join(several)}): run the leaderboard command whose table you want with --out {folder}; "
             "it writes the file and keeps all cells"
         )
+    # these two are no keys of a config
     config = {key: values[0] for key, values in shared.items() if key not in ("device", "trust_remote_code")}
     specs = _distinct([recipe["spec"] for recipe in recipes])
     seeds = sorted({int(match[1]) for spec in specs if (match := _RANDOM.fullmatch(spec))})
@@ -148,7 +150,7 @@ def config_of(recipes: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]
         "models": _distinct([recipe["model"] for recipe in recipes]),
         "specs": specs,
         "tasks": _distinct([recipe["task"] for recipe in recipes]),
-        "seeds": seeds if len(seeds) >= len(SEEDS) else list(SEEDS),
+        "seeds": seeds if len(seeds) >= len(SEEDS) else list(SEEDS),  # a config has three at least
         "out": None,
         **config,
         "max_new_tokens": lengths[0] if len(lengths) == 1 else None,
@@ -157,4 +159,5 @@ def config_of(recipes: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]
 
 
 def _distinct(values: Sequence[Any]) -> list[Any]:
+    # not a set: values of a recipe need not have a hash
     return [value for number, value in enumerate(values) if value not in values[:number]]

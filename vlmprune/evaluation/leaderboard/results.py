@@ -52,7 +52,7 @@ def rows_of(
     rows = []
     for row in found.rows:
         paper = config.published.find(row.spec, setting.task) if config.published else None
-        fingerprint, own = cells.get(row.spec), official.get(row.spec)
+        fingerprint, own = cells.get(row.spec), official.get(row.spec)  # a mean over seeds has no cell
         rows.append(plain(replace(row, fingerprint=fingerprint, paper=paper, official=own)))
     return rows, plain(found.headline)
 
@@ -102,6 +102,7 @@ def licence(model: str) -> str:
         return "Apache-2.0"
     card = Path(model).expanduser() / "README.md"
     if card.is_file():
+        # of the lines between --- at the top of a card: "license: apache-2.0"
         stated = re.search(
             r"\A---\n(?:.*\n)*?license: *(\S+)", card.read_text(encoding="utf-8", errors="replace")
         )

@@ -103,6 +103,7 @@ def leaderboard(
     # before the lock, which would write into a folder that may be somebody else's
     refuse_other_format(folder)
     asked = asked_of(config, settings.device, settings.trust_remote_code)
+    # before the folder is touched: nothing is written for a config that cannot run
     plan = planned(config, settings)
     with locked(folder):
         if not settings.replace:
@@ -117,6 +118,7 @@ def leaderboard(
             one.answer_own_budgets(config.seeds)
             mine |= set(one.whole.values())
             failed += one.failures()
+            # without dense nothing can be compared; the other tasks still can
             if results.complete(one.whole):
                 more, head = results.rows_of(folder, setting, one.samples, one.whole, config, one.matched)
                 rows += more
@@ -188,6 +190,7 @@ def _write_run(folder: Path, config: Config, settings: Settings, progress: Progr
         "config": config.plain(),
     }
     if before is not None:
+        # when it was begun, and repaired, stays
         info |= {key: before[key] for key in ("created", "repaired") if isinstance(before.get(key), str)}
     elif path.exists() or cells_of(folder):
         info["repaired"] = now
@@ -219,10 +222,11 @@ class _Comparison:
                 self.progress.note(f"{journal.path.with_suffix('.json')} was damaged, and is written anew")
         total, done = len(self.ids) * len(journals), sum(len(journal.ids) for journal in journals.values())
         self.progress.begin(f"{self.setting.model} on {self.setting.task}{what}", total, done)
+        # the engine looks into it: jobs that follow go without these specs
         failed: dict[str, str] = {}
         for given in self.engine.run(self.setting, _jobs(self.shards, journals), failed):
             if isinstance(given, Failure):
-                failed.setdefault(given.spec, given.error)
+                failed.setdefault(given.spec, given.error)  # the first reason is the one to mend
                 continue
             journal = journals[given.spec]
             self.progress.advance(new := journal.append(given.lines))
@@ -231,6 +235,7 @@ class _Comparison:
         whole = {
             spec: journal.cell for spec, journal in journals.items() if len(journal.ids) == len(self.ids)
         }
+        # neither answered nor refused
         lost = [spec for spec in journals if spec not in whole and spec not in failed]
         if lost:
             raise EvaluationError(
@@ -256,6 +261,7 @@ class _Comparison:
     def failures(self) -> list[dict[str, str]]:
         """Specs without a row, and why."""
         errors = dict(self.failed)
+        # their answers are there, but no row can be made
         if DENSE in self.failed:
             errors |= {spec: f"has nothing to be compared with, since {DENSE} failed" for spec in self.whole}
         return [

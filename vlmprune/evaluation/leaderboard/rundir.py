@@ -24,14 +24,16 @@ from ...errors import EvaluationError
 from ..answer.record import Record
 
 FORMAT = 2  # 1 had no checksums
+# the end of {"id": "a", ..., "sum": "0123456789abcdef"}
 _TAIL = re.compile(rb', "sum": "([0-9a-f]{16})"\}')
-_TAIL_LENGTH = 28
+_TAIL_LENGTH = 28  # of what _TAIL matches
 _SAME = "run the same leaderboard command again, which writes it anew"
 # what to do about a file that is broken; a recipe is mended as results are
 _REMEDIES = {
     "run.json": _SAME + ", or `vlmprune leaderboard --repair --out {folder}`",
     "speed.json": "measure it again with `vlmprune bench --out {folder}`, or delete it",
 }
+# what a sample must have: fields of a Record without a default
 _FIELDS = [f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING]
 
 
@@ -67,8 +69,11 @@ def decode_lines(cell: str, data: bytes) -> tuple[list[dict[str, Any]], list[Fla
     samples: list[dict[str, Any]] = []
     flaws: list[Flaw] = []
     known: dict[str, dict[str, Any]] = {}
+    # behind the last line end there is nothing, or an incomplete line
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        # "\r" of an editor that writes line ends as Windows does
         found = _decode_line(cell, line.removesuffix(b"\r"))
+        # the very same answer again is no flaw; another one is
         if isinstance(found, dict) and known.setdefault(found["id"], found) != found:
             found = f"answers sample {found['id']!r} once more, and otherwise than a line before it"
         if isinstance(found, dict):

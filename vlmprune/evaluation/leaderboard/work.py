@@ -57,6 +57,7 @@ class Bench:
         self.clips = getattr(self.task, "video", False)
         self.shards: list[list[Sample]] = portions(self.task, self.samples, setting.batch_size)
         self.drawn = {sample.id for sample in self.samples[:DRAWN]}
+        # before the model is loaded, which takes longest
         _check_same(setting, self.task)
         self.strange = _strange_methods(setting)
         self.model, self.processor = load_model(
@@ -99,6 +100,7 @@ class Bench:
         if self.clips:
             return (yield from self._answer_clips(job, specs))
         rows, size = self.shards[job.shard], self.setting.batch_size
+        # of the batches that evaluate makes of these rows
         sizes = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
         records = evaluate(
             self.model,
@@ -116,6 +118,7 @@ class Bench:
                     # evaluate gives batch after batch, and in each batch spec after spec
                     yield Lines(spec, [self._line(next(records)) for _ in range(rows_of_batch)])
                 except EvaluationError as error:
+                    # evaluate cannot go on after an error, and is called again without this spec
                     yield Failure(spec, reason(error))
                     return number
         return 0
@@ -129,6 +132,7 @@ class Bench:
             raise EvaluationError(
                 f"task {self.task.name!r} shows clips; only tasks of lmms-eval can: lmms:NAME"
             )
+        # the portion is a range of the documents
         offset, size = sum(map(len, self.shards[: job.shard])), len(self.shards[job.shard])
         names = ("batch_size", "max_new_tokens", "positions")
         options = {name: getattr(self.setting, name) for name in names}
@@ -144,6 +148,7 @@ class Bench:
         return 0
 
     def _line(self, record: Record) -> dict[str, Any]:
+        # dense keeps all of them
         return record.line(keep=record.id in self.drawn and record.spec != "dense") | {"error": None}
 
 
