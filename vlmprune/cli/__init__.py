@@ -54,6 +54,7 @@ class _Commands(TyperGroup):
             speak_plainly()
             return super().main(words, *rest, **options)
         except OSError as error:  # a disk that is full, a folder that may not be written
+            # standalone_mode=False is Click's word for a caller that wants exceptions
             if debug or options.get("standalone_mode") is False:
                 raise
             complain(of_system(error))

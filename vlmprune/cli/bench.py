@@ -219,8 +219,8 @@ def _show_plan(found: dict[str, Any]) -> None:
     # how far each number of the case may change
     rows = table("number of", f"{found['spec']} pays", "here")
     names = {"visual_tokens": "visual tokens", "text_tokens": "text tokens", "answer_tokens": "answer tokens"}
-    # where speed/plan.py begins to look
     for axis, name in (names | {"batch": "prompts at once"}).items():
+        # where speed/plan.py begins to look
         low = 2 if axis == "visual_tokens" else 1
         rows.add_row(name, _range(found["ranges"][axis], low), str(case[axis]))
     screen.print(rows)

@@ -52,7 +52,7 @@ _SPARE = ("options", "query", "slot", "needs")
 
 def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
     """With the columns that fit: lists fold between words, and no word is ever cut."""
-    rows = [_method_cells(info) for info in infos]
+    rows = [_method_cells(info) for info in infos]  # column -> cell, for each method
     shown = [*rows[0]]
     for spare in (None, *_SPARE):  # first with all columns
         shown = [name for name in shown if name != spare]
@@ -227,8 +227,10 @@ def spec_at(name: str, keep: int, tokens: int, depth: int) -> str:
     from ..registry import get, method_info
 
     cls = get(name)
+    # these need something that chooses tokens
     if cls.wraps or cls.slot == "attention":
         return f"{name}+fastervlm@{keep}"
+    # these go by a schedule or by what the data say
     if not cls.budgeted:
         return f"dyvte(exit={depth // 2})" if name == "dyvte" else example(method_info(name))
     if cls.slot != "inside_lm":
@@ -263,6 +265,7 @@ def _as_dict(info: MethodInfo) -> dict[str, Any]:
             "type": option.type,
             "required": option.default is MISSING,
             "help": option.help,
+            # MISSING is nothing that JSON can hold
             "default": None if option.default is MISSING else option.default,
         }
         for option in info.options

@@ -158,6 +158,7 @@ def _devices() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
+        # ROCm has its version under hip
         "torch built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "cpu",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch",
         "mps": "yes" if torch.backends.mps.is_available() else "no",

@@ -235,6 +235,7 @@ def _shown(path: str | None, frames: int | None, spec: Spec) -> Any:
 def _check_draw(path: Path, spec: Spec) -> None:
     from PIL import Image
 
+    # endings of formats that Pillow can write, and not only read
     known = sorted(ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE)
     if path.suffix.lower() not in known:
         raise SpecError(
@@ -268,7 +269,7 @@ def _of_clip(clip: Clip, apart: bool, report: Report) -> dict[str, Any]:
         "seconds": clip.seconds,
         "times": clip.times,
         "shown_as": "images of one prompt" if apart else "a clip",
-        "kept": [len(one) for one in report.keep],
+        "kept": [len(one) for one in report.keep],  # a map for each frame
     }
 
 

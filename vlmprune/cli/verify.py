@@ -123,6 +123,7 @@ def _table(spec: str, results: list[CheckResult]) -> Any:
         cells = []
         for family in families:
             statuses = {result.status for result in of_check if result.family == family}
+            # of several results the worst
             cells.append(next((shown for status, shown in _SHOWN.items() if status in statuses), Text("")))
         rows.add_row(check, *cells, f"{sum(result.seconds for result in of_check):.1f}")
     return rows

@@ -188,7 +188,7 @@ def inputs_of(name: str, model: Any, batch: int = 1, text: int = 60) -> dict[str
     pixels["pixel_values"] = pixels["pixel_values"].to(weight.dtype)
     # as in the prompt of LLaVA-1.5: system text before the picture, a short question behind it
     first = 3 * text // 5
-    # ordinary words in every vocabulary here: special tokens come before 100 or from 32000 on
+    # no special tokens of the vocabularies here: those come before 100 or from 32000 on
     before, after = (torch.randint(100, 30000, (count,), generator=random) for count in (first, text - first))
     image = torch.full((_placeholders(shape, model.config),), model.config.image_token_id)
     start, end = (torch.tensor(shape.around[i : i + 1], dtype=torch.long) for i in (0, 1))
