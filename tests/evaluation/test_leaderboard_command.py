@@ -74,6 +74,7 @@ def test_json_is_all_that_stdout_holds_and_a_second_run_is_the_same(run):
         (("--repair", "mine.yaml"), "--repair got the config 'mine.yaml'; it repairs a folder as it is"),
         (("--engine", "rya"), "Did you mean 'ray'"),
         (("--address", "auto"), "add --engine ray"),
+        (("--engine", "ray", "--task-cpus", "0"), "takes no CPU and no GPU"),
         (("nowhere.yaml",), "cannot be read"),
         (("--device", "cuda:99", "--specs", "fastervlm@9"), "device 'cuda:99' cannot be used"),
     ],

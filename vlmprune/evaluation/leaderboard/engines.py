@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ...errors import EvaluationError, UnsupportedError
+from ...errors import EvaluationError, SpecError, UnsupportedError
 from .plan import Setting
 from .process import kept_sigterm
 from .work import Failure, Job, Lines, bench
@@ -49,6 +49,13 @@ class Ray:
     cpus: float = 1
     gpus: float = 0
     retries: int = 3
+
+    def __post_init__(self) -> None:
+        # a cluster would start all of them at once
+        if not self.cpus and not self.gpus:
+            raise SpecError(
+                "a Ray task that takes no CPU and no GPU; give --task-cpus, such as 1, or --task-gpus"
+            )
 
     def run(self, setting: Setting, jobs: Iterable[Job], failed: Container[str]) -> Iterator[Lines | Failure]:
         ray = self._ray()
