@@ -123,7 +123,8 @@ def _shapes(count: int, dev: int) -> Data:
 
     def some(split: str, wanted: int) -> list[Exercise]:
         whole = PER_FAMILY[split] * len(task.families)
-        drawn, found = 0, []
+        drawn = 0
+        found: list[Exercise] = []
         while len(found) < wanted and drawn < whole:
             # drawing takes time, and most have one picture; a longer list begins with the shorter one
             drawn = min(whole, max(drawn, wanted) * 4 // 3 + len(task.families))

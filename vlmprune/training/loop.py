@@ -254,8 +254,8 @@ def _save(
     folder.mkdir(parents=True, exist_ok=True)
     held = {f"weight.{name}": value.detach() for name, value in training.module.named_parameters()}
     for name, value in training.module.named_parameters():
-        state = optimiser.state[value]
-        held |= {f"{moment}.{name}": state[moment].detach() for moment in _MOMENTS}
+        moments = optimiser.state[value]
+        held |= {f"{moment}.{name}": moments[moment].detach() for moment in _MOMENTS}
     held |= {f"best.{name}": value for name, value in best.weights.items()}
     packed = save({name: value.cpu().contiguous() for name, value in held.items()})
     digest = hashlib.sha256(packed).hexdigest()
