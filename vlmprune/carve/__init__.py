@@ -98,7 +98,6 @@ def refine(
     depth = adapter_for(model).depth
     # ascending: Watch takes the first one for the beginning of a step
     chosen = middle_layers(depth) if layers is None else sorted(layers)
-    # not isinstance: True is no layer
     if not chosen or not all(type(layer) is int and 0 <= layer < depth for layer in chosen):
         raise SpecError(f"layers={layers}; expected one or more decoder layers of 0..{depth - 1}")
     one_of("steps", steps, get_args(Steps))
@@ -108,7 +107,6 @@ def refine(
     check_int("min_regions", min_regions, least=1)
     check_int("max_new_tokens", max_new_tokens, least=1)
     image = image.convert("RGB")
-    # only steps that both answers have are compared, so one is enough for "first"
     count = 1 if steps == "first" else max_new_tokens
     # (T, layers, N), with T the tokens of the answer
     asked, _, first = read(model, processor, image, question, chosen, max_new_tokens)

@@ -79,7 +79,6 @@ def leaderboard(
         replace=swap,
         threads=threads,
     )
-    # --out, else what the config says, else a folder with the name of the config
     _compare(wanted, out or Path(wanted.out or _folder(config, quick)), settings, as_json)
 
 

@@ -63,7 +63,6 @@ def run(
         raise SpecError(
             "the question is empty; expected text, such as 'What is in the picture?', or none for just that"
         )
-    # what the user wrote is checked before anything is loaded
     spec, expected = _spec(prune), None
     picture = _shown(image, frames, spec)
     if draw is not None:

@@ -199,7 +199,6 @@ def summarise(
         described = _described(spec, mine, pictures or {})
         described |= {"model": model, "task": task, "keep": budgets[spec]}
         rows.append(_row(spec, seeds, found, described))
-    # of all families, also those that do not count
     guesses = {family: float(blind[family]) for family in rows[0].families}
     # questions that count are all that table has by now
     chance = float(np.mean([blind[family] for family in table.families.tolist()]))
