@@ -9,6 +9,11 @@ import typer
 
 from .screen import Json, plain, print_json, stdout
 
+Patience = Annotated[
+    int,
+    typer.Option(help="End after so many times 50 steps without a gain on the other questions; 0: never."),
+]
+
 
 def train(
     method: Annotated[
@@ -30,12 +35,7 @@ def train(
         int | None, typer.Option(help="Of what is trained; default half that of the model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order.")] = 0,
-    patience: Annotated[
-        int,
-        typer.Option(
-            help="End after so many times 50 steps without a gain on the other questions; 0: never."
-        ),
-    ] = 0,
+    patience: Patience = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
     as_json: Json = False,
 ) -> None:

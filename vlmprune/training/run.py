@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,7 @@ def run(
         keep = KEEP
     settings, folder = settings or Pace(), Path(out)
     questions = read_data(data, samples, dev)
-    learns, mode = [value for value in model.parameters() if value.requires_grad], model.training
-    model.requires_grad_(False).eval()
-    try:
+    with frozen(model):
         training: Training = made(model, processor, keep, width, settings.seed)
         first = {name: value.detach().clone() for name, value in training.tensors().items()}
         backbone = backbone_of(model.config)
@@ -89,11 +88,20 @@ def run(
         write_weights(folder, method, training.tensors(), facts)
         facts["dev"] = measured(model, processor, questions.dev, training, folder, keep)
         write_weights(folder, method, training.tensors(), facts)
+    return facts
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """The model as it is used, not as it is trained; afterwards as it was."""
+    learns, mode = [value for value in model.parameters() if value.requires_grad], model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
     finally:
         model.train(mode)
         for value in learns:
             value.requires_grad_(True)
-    return facts
 
 
 def measured(
