@@ -74,7 +74,7 @@ def tracked_files():
 def source(tmp_path_factory):
     """A copy of the checkout, where no older build can leak in."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     for name in ("vlmprune", "tests", "docs", "configs", *COMPANIONS):
         if (ROOT / name).exists():
@@ -126,6 +126,15 @@ def test_an_editable_install_is_a_path_that_type_checkers_follow(editable, sourc
     assert Path(line).is_absolute() and not line.startswith("import")  # no hook, which they would not run
     assert [path.name for path in Path(line).iterdir()] == ["vlmprune"]
     assert (Path(line) / "vlmprune").samefile(source / "vlmprune")
+
+
+def test_an_sdist_made_after_an_editable_install_holds_the_package(editable, source):
+    from hatchling.builders.sdist import SdistBuilder
+
+    assert (source / ".editable" / "vlmprune").exists()
+    listed = {Path(one.relative_path) for one in SdistBuilder(str(source)).recurse_included_files()}
+    package = {path.relative_to(source) for path in (source / "vlmprune").rglob("*.py")}
+    assert package <= listed and not [path for path in listed if path.parts[0] == ".editable"]
 
 
 def test_an_editable_install_makes_nothing_else_importable(editable, tmp_path):
