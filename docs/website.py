@@ -32,12 +32,16 @@ OUTSIDE = {
     "kernels/compile_gate.md": "compile_gate.md",
     "vlmprune/assets/tiny/card.md": "tiny_card.md",
     "vlmprune/assets/natural/card.md": "natural_card.md",
+    "notebooks/README.md": "notebooks/index.md",
 }
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+OUTSIDE |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
 INSTEAD = {"README.md": "index.md", "README.md#methods": "gallery.md", "methods": "gallery.md"}
 FENCE = re.compile(r"^(?: {0,3})(```|~~~)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:)([^)\s]+)\)")
 ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
 KEEP, TOKENS, DEPTH = 18, 144, 8  # of docs/gallery_all.png
+UNKNOWN = "not measured"  # how such a cell of the table of capabilities begins
 PARTS = ("Idea", "Equation", "When it fails")  # of a card, in the gallery
 
 
@@ -209,15 +213,22 @@ def models_table() -> str:
     """Every declared family, and what was measured with it."""
     table = json.loads((ROOT / "vlmprune" / "assets" / "capabilities.json").read_text(encoding="utf-8"))
     lines = ["| family | methods that run | clips | not, or not measured |", "|---|---|---|---|"]
-    for family, row in table["families"].items():
-        able = row["capabilities"]
-        runs = sum(cells["runs"] == "yes" for cells in row["methods"].values())
-        no = [name for name, cell in able.items() if cell.startswith("no:") and name != "video"]
-        unknown = [name for name, cell in able.items() if cell.startswith("not measured")]
-        clips = "yes" if able["video"] == "yes" else "as images"
-        gaps = ", ".join([*(f"**no {name}**" for name in no), *(f"{name} not measured" for name in unknown)])
-        lines.append(f"| `{family}` | {runs} of {len(row['methods'])} | {clips} | {gaps or '-'} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [models_line(family, row) for family, row in table["families"].items()])
+
+
+def models_line(family: str, row: dict[str, Any]) -> str:
+    """One line of the table of models."""
+    able = row["capabilities"]
+    told = [cells["runs"] for cells in row["methods"].values()]
+    runs, unknown = told.count("yes"), sum(cell.startswith(UNKNOWN) for cell in told)
+    if not runs and all(cell.startswith(UNKNOWN) for cell in able.values()):
+        return f"| `{family}` | {UNKNOWN} | {UNKNOWN} | everything |"
+    count = f"{runs} of {len(told)}" + f", {unknown} {UNKNOWN}" * (unknown > 0)
+    clips = "yes" if able["video"] == "yes" else "as images"
+    no = [f"**no {name}**" for name, cell in able.items() if cell.startswith("no:") and name != "video"]
+    open_ = [name for name, cell in able.items() if cell.startswith(UNKNOWN)]
+    gaps = no + [f"{UNKNOWN}: {', '.join(open_)}"] * bool(open_)
+    return f"| `{family}` | {count} | {clips} | {'; '.join(gaps) or '-'} |"
 
 
 def commands_page() -> str:
@@ -254,6 +265,12 @@ def names_page() -> str:
     return "\n\n".join(parts)
 
 
+@cache
+def notebook_pages() -> dict[str, Any]:
+    """Path of a notebook in the repository -> its page."""
+    return {f"notebooks/{path.name}": script("notebooks").page_of(path) for path in NOTEBOOKS}
+
+
 MADE: dict[str, Callable[[], str]] = {
     "gallery": gallery_page,
     "models": models_table,
@@ -282,11 +299,19 @@ def on_files(files: Any, config: Any) -> Any:
     for source, home in OUTSIDE.items() | {
         (f"methods/{c.name}", f"methods/{c.name}") for c in CARDS.glob("*.md")
     }:
-        text = (ROOT / source).read_text(encoding="utf-8")
+        text = (
+            notebook_pages()[source].text
+            if source in notebook_pages()
+            else (ROOT / source).read_text(encoding="utf-8")
+        )
         made = linked(text, source, home, config.repo_url or None)
         files.append(File.generated(config, home, content=made))
     for name, content in panels().items():
         files.append(File.generated(config, f"gallery/{name}.png", content=content))
+    for source, page in notebook_pages().items():
+        files.append(File.generated(config, source, content=(ROOT / source).read_bytes()))
+        for name, content in page.pictures.items():
+            files.append(File.generated(config, f"notebooks/{page.name}/{name}", content=content))
     return files
 
 

@@ -191,6 +191,27 @@ def test_the_page_of_troubleshooting_lists_the_messages_under_their_group():
     assert "config.json" not in other
 
 
+def test_every_notebook_is_a_page_with_what_its_cells_showed():
+    pages = WEBSITE.notebook_pages()
+    assert len(pages) == len(list((ROOT / "notebooks").glob("*.ipynb"))) > 6
+    for source, page in pages.items():
+        assert WEBSITE.OUTSIDE[source] == f"notebooks/{page.name}.md"
+        assert page.text.startswith("# ") and "```python\n" in page.text and 'class="output"' in page.text
+        assert "base64" not in page.text and all(f'src="{name}"' in page.text for name in page.pictures)
+        assert all(content.startswith(b"\x89PNG") for content in page.pictures.values())
+    assert "18 of 144 visual tokens" in pages["notebooks/01_scores.ipynb"].text
+
+
+def test_a_family_that_was_not_measured_is_said_to_be():
+    row = {"methods": {"a": {"runs": "not measured: so"}, "b": {"runs": "no: b cannot"}}}
+    able = {"video": "not measured: so", "compile": "not measured: so"}
+    line = WEBSITE.models_line("new", row | {"capabilities": able})
+    assert line == "| `new` | not measured | not measured | everything |"
+    row["methods"]["c"] = {"runs": "yes"}
+    line = WEBSITE.models_line("new", row | {"capabilities": able | {"video": "yes", "flash": "no: none"}})
+    assert line == "| `new` | 1 of 3, 1 not measured | yes | **no flash**; not measured: compile |"
+
+
 class Loader(yaml.SafeLoader):
     """Reads what MkDocs reads."""
 
