@@ -93,6 +93,7 @@ def test_a_port_that_is_taken_is_one_sentence(served):
 
 @pytest.fixture
 def opened(browser, served):  # noqa: F811
+    browser.get("about:blank")  # what the page before this one says while it is left is not of this one
     browser.get_log("performance"), browser.get_log("browser")
     browser.set_window_size(1400, 1000)
     browser.get(served)

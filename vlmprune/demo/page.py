@@ -17,6 +17,7 @@ from .playground import KEEP, METHODS, MOST_METHODS, Playground, example_samples
 
 WAITING = 32  # users that may wait for an answer; the next one is told to come back
 LARGEST_UPLOAD = "20mb"
+FIRST_WORDS = "Press Ask for the answers to this question, or click another question below the inputs."
 AN_HOUR = 3600  # seconds after which uploaded pictures are deleted
 
 
@@ -46,7 +47,7 @@ def page(playground: Playground) -> Any:
                 )
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=3, min_width=320):
-                answers = gr.HTML(elem_id="answers")
+                answers = gr.HTML(f"<p>{FIRST_WORDS}</p>", elem_id="answers")
         inputs = [picture, question, methods, keep]
         respond = partial(answered, playground)
         # one queue for all that calls the model, with a worker for each copy of it
@@ -132,7 +133,7 @@ def _picture_input(gr: Any, shown: Any) -> Any:
         type="filepath",
         format="png",
         sources=["upload", "clipboard"],
-        height=300,
+        height=240,
     )
     # of this one input: for a subclass Gradio writes a stub file beside the code that defines it
     made.preprocess = lambda payload: None if payload is None else payload.path
