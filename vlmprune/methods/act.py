@@ -64,6 +64,7 @@ class ACT(Method):
     recipe: str | None = None
     first_layer: int = 2
     skip_last_layer: bool = True
+    # layer -> heads that are edited; ``prepare`` fills it in from the recipe
     by_layer: Mapping[int, tuple[int, ...]] | None = field(default=None, init=False, compare=False)
 
     slot: ClassVar[SlotName] = "attention"
@@ -79,12 +80,14 @@ class ACT(Method):
         one_of("edit", self.edit, get_args(Rows))
         check_int("min_queries", self.min_queries, least=1)
         check_int("first_layer", self.first_layer, least=0)
+        # the attention slot reads ``rows``, which is of the class for other methods and an option here
         object.__setattr__(self, "rows", self.edit)
 
     def prepare(self, language_model: Any) -> ACT:
         """This method with the heads of its recipe."""
         if self.recipe is None:
             return self
+        # a copy: the heads are those of one backbone, and this object may be attached to another
         ready = replace(self)
         object.__setattr__(ready, "by_layer", read_heads(self.recipe, language_model.config))
         return ready
@@ -92,7 +95,7 @@ class ACT(Method):
     def acts_on(self, depth: int) -> range | list[int]:
         if self.by_layer is not None:
             return sorted(self.by_layer)
-        layers = range(self.first_layer, depth - self.skip_last_layer)
+        layers = range(self.first_layer, depth - self.skip_last_layer)  # True counts as 1
         if not layers:
             raise SpecError(f"first_layer={self.first_layer} leaves no layer of {depth} to edit; lower it")
         return layers
@@ -116,9 +119,11 @@ class ACT(Method):
 
     def mark_columns(self, mean: Tensor, seen: Tensor, visual: Tensor, layer: int) -> Tensor:
         """(B, H, S) bool, the sinks S by the means a (B, H, S) of columns that ``seen`` (B, S) rows see."""
+        # L without padding, which no row sees
         bound = self.bound((seen > 0).sum(dim=1))[:, None, None]
-        sinks = (mean > bound) & (seen >= self.min_queries)[:, None]
+        sinks = (mean > bound) & (seen >= self.min_queries)[:, None]  # (B, H, S)
         if self.spare == "first":
+            # the first sink in order is spared, whichever column it is
             return sinks & (sinks.cumsum(dim=-1) > 1)
         column0 = (seen > 0) & ((seen > 0).cumsum(dim=1) == 1)  # padding may stand before it
         return sinks & ~column0[:, None]
@@ -126,8 +131,10 @@ class ACT(Method):
     def reweight(self, attention: Tensor, sinks: Tensor, visual: Tensor) -> Tensor:
         """Edited attention (B, H, R, L) for sinks (B, H, L)."""
         S, A = sinks[:, :, None], attention
+        # f_q, what the sinks give up
         freed = (1 - self.beta) * (A * S).sum(-1, keepdim=True)  # (B, H, R, 1)
         others = (A * ~S).sum(-1, keepdim=True)
+        # factor of all other columns; a row without any is left alone below, until then it must not be NaN
         more = 1 + freed / others.clamp_min(torch.finfo(A.dtype).tiny)
         return torch.where(others > 0, A * torch.where(S, self.beta, more), A)
 
@@ -146,7 +153,9 @@ def read_heads(path: str, config: Any) -> dict[int, tuple[int, ...]]:
     if written_for != backbone(config):
         raise SpecError(f"recipe={path!r} is of {written_for}, this backbone is {backbone(config)}")
     depth, count = config.num_hidden_layers, config.num_attention_heads
+    # a layer without heads is not edited at all
     heads = {layer: some for layer, some in heads.items() if some}
+    # ``some`` is sorted: its ends are the lowest and the highest head
     good = all(
         0 <= layer < depth and 0 <= some[0] and some[-1] < count and len({*some}) == len(some)
         for layer, some in heads.items()

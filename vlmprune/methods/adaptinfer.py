@@ -95,8 +95,10 @@ class AdaptInfer(Method):
                 f"adaptinfer got the budget {budget} and budgets={self.budgets}; give one of them, such as "
                 "adaptinfer@64 or adaptinfer(budgets=(133, 27, 3))"
             )
+        # a table is of one depth and one number of tokens; for all others the budgets are solved for
         published, table = PUBLISHED.get((depth, count), (None, {}))
         layers = self.layers or published or scaled_layers(LAYERS, DEPTH, depth)
+        # tokens leave behind the layer that ranks, so the cut is at the input of the next one
         if layers[-1] + 1 >= depth:
             raise SpecError(
                 f"layers={layers}, behind which tokens leave, but the language model has layers "
@@ -120,7 +122,7 @@ class AdaptInfer(Method):
         return tuple(points)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        w = text_weights(tokens.need("text_to_text"), tokens.query_mask, self.mix)
+        w = text_weights(tokens.need("text_to_text"), tokens.query_mask, self.mix)  # (B, H, R)
         # (B, H, R, 1) times (B, H, R, N)
         return (w[..., None] * tokens.need("text_attention").float()).sum(dim=(1, 2))
 
@@ -132,17 +134,19 @@ def text_weights(attention: Tensor, real: Tensor | None = None, mix: float = 1.0
     A = attention.float()
     count = A.new_full((A.shape[0], 1, 1), A.shape[-1])
     if real is not None:
-        both = real[:, None, :, None] & real[:, None, None]
+        both = real[:, None, :, None] & real[:, None, None]  # (B, 1, R, R)
         A = A.masked_fill(~both, 0.0)
         count = real.sum(dim=1)[:, None, None]
     # what a token gives itself stands in both sums
     w = A.sum(dim=2) + A.sum(dim=3) - A.diagonal(dim1=2, dim2=3)
+    # mix = 0 gives every word the mean weight of all
     w = mix * w + (1 - mix) * w.sum(dim=2, keepdim=True) / count
     return w if real is None else w.masked_fill(~real[:, None], 0.0)
 
 
 def counted_mean(layers: tuple[int, ...], budgets: tuple[int, ...], depth: int, count: int) -> float:
     """Mean over the layers of the tokens that leave each: the average that the authors give."""
+    # a layer counts what leaves it, so b_l holds for l and all layers up to the next cut
     spans = [after - before for before, after in pairwise((0, *layers, depth))]
     return sum(span * left for span, left in zip(spans, (count, *budgets), strict=True)) / depth
 

@@ -110,6 +110,7 @@ def whole_blocks(grids: Sequence[tuple[int, int]], k: int) -> Tensor:
     """(k,) ascending tokens of the fewest evenly spread blocks that hold k; the last gives what is left."""
     sizes = [rows * cols for rows, cols in grids]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    # as few blocks as can hold k
     few, total = 1, len(sizes)
     while sum(sizes[i] for i in _spread(few, total)) < k:
         few += 1
@@ -117,6 +118,7 @@ def whole_blocks(grids: Sequence[tuple[int, int]], k: int) -> Tensor:
     left = k
     for i in _spread(few, total):
         if left:
+            # with as many cells as tokens every token is the centre of one: a whole block
             found.append(starts[i] + centres([grids[i]], min(left, sizes[i])))
             left -= min(left, sizes[i])
     return torch.cat(found)
@@ -145,6 +147,7 @@ class Pool(Method):
             own = number[start : start + size]
             last = int(own.max())
             if last >= 0:  # a frame may have no cell
+                # cells are numbered through all blocks; those of earlier frames are made already
                 first = sum(one.shape[1] for one in found)
                 member = own == torch.arange(first, last + 1)[:, None]  # (cells, size)
                 # rows sum to 1, so that the product below is the mean of a cell
@@ -177,4 +180,5 @@ class Downsample(Method):
         # the rows below and above it, each with all the columns that k allows
         near = [min(max(1, whole), rows, k) for whole in (math.floor(tall), math.ceil(tall))]
         found = [(r, min(k // r, cols)) for r in near]
+        # the one whose shape is nearest, by the logarithm: half as tall is as far off as twice as tall
         return min(found, key=lambda one: abs(math.log(one[0] * cols / (one[1] * rows))))

@@ -43,7 +43,7 @@ def likeness(tokens: Tensor, words: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is None:
         # without words all relevance is 0, and none is NaN
         return cosines.sum(dim=2) / max(1, words.shape[1])
-    real = mask[:, None].to(cosines.dtype)
+    real = mask[:, None].to(cosines.dtype)  # (B, 1, M)
     return (cosines * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)
 
 
@@ -109,10 +109,12 @@ class CDPruner(Method):
     def weighted(self, likeness: Tensor) -> Tensor:
         """r of the likeness (B, N) of tokens and text."""
         r = scaled(likeness if self.sign == "positive" else -likeness)
+        # theta = 0 makes all ones, which is diversity alone; towards 1 the exponent grows without bound
         return r if self.theta is None else (r * (self.theta / (2 - 2 * self.theta))).exp()
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         r = self.relevance(tokens)
+        # the walk, and by which factor each pick enlarges the determinant
         order, gain = conditional_dpp(tokens.need("features"), r, k)
         tokens.require(
             all_finite(r) & all_finite(gain),

@@ -41,6 +41,7 @@ def joins_of(parts: Sequence[Averaged], order: Tensor | None, frames: int, n: in
         order: (k,) the rows as they are listed, by number; None where they are listed as they were made.
     """
     device = parts[0].places.device
+    # (frames, n) number of the row that each token is part of; rows of earlier parts come before ``first``
     found, first = torch.full((frames, n), -1, device=device), 0
     for part in parts:
         row = torch.arange(len(part.places), device=device) if part.row is None else part.row
@@ -48,6 +49,7 @@ def joins_of(parts: Sequence[Averaged], order: Tensor | None, frames: int, n: in
         first += part.count
     flat = found.flatten()
     if order is not None:
+        # argsort of an order is its inverse: where in the list a row stands
         flat = torch.where(flat < 0, -1, order.argsort()[flat.clamp_min(0)])
     return flat[None]
 
@@ -77,6 +79,7 @@ def clip_features(method: Method, tokens: VisualTokens) -> Tensor:
 
 def counts_by_itself(method: Method) -> None:
     """Make a method take no budget: its authors' rule says how many tokens stay."""
+    # on this instance alone: other variants of the class take a budget
     object.__setattr__(method, "counts", "own")
     object.__setattr__(method, "budgeted", False)
 

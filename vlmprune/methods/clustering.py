@@ -45,14 +45,17 @@ def peaks_of(D: Tensor, clusters: int, neighbours: int, *, first_is_denser: bool
         neighbours: tokens whose distances make the density; fewer where there are fewer.
         first_is_denser: of equally dense tokens the first counts as denser, so that copies are not all peaks.
     """
+    # the smallest distance of a token is the 0 to itself, so it is always counted
     density = (-D.sort(dim=-1).values[..., :neighbours].square().mean(dim=-1)).exp()  # (B, n)
-    denser = density[:, None, :] > density[:, :, None]
+    denser = density[:, None, :] > density[:, :, None]  # (B, i, j): j is denser than i
     if first_is_denser:
-        earlier = torch.ones_like(D[0], dtype=torch.bool).tril(-1)
+        earlier = torch.ones_like(D[0], dtype=torch.bool).tril(-1)  # j < i
         denser |= (density[:, None, :] == density[:, :, None]) & earlier
+    # nothing is denser than the densest token: it is as far apart as any two are
     apart = torch.where(denser, D, D.amax(dim=(1, 2), keepdim=True)).amin(dim=-1)
     prominence = density * apart
     centres = best_first(prominence, clusters)
+    # (B, n) number of the nearest centre
     nearest = D.gather(1, centres[..., None].expand(-1, -1, D.shape[1])).argmin(dim=1)
     number = torch.arange(clusters, device=D.device).expand_as(centres)
     # a centre joins itself even where another one is as near
@@ -75,6 +78,7 @@ def distances(x: Tensor) -> Tensor:
     size = products.diagonal()
     both = size[:, None] + size
     square = (both - 2 * products).clamp_min(0)
+    # each pair once; it is written to both of its places below
     near = (square <= _NEAR * both).triu(1).nonzero()  # (P, 2)
     for pairs in near.split(_PAIRS_AT_ONCE):
         one, other = pairs.unbind(dim=1)
@@ -94,6 +98,7 @@ def cluster_means(x: Tensor, assignment: Tensor, clusters: int) -> Tensor:
 def cluster_sums(x: Tensor, assignment: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """(c, d) sum and (c, 1) number of the tokens x (n, d) of each cluster, which may be empty."""
     if x.device.type == "cpu":
+        # on the CPU additions are in a fixed order, and no (c, n) matrix is needed
         count = torch.bincount(assignment, minlength=clusters).to(x.dtype)[:, None]
         return x.new_zeros(clusters, x.shape[1]).index_add(0, assignment, x), count
     # adding up by index is not deterministic on CUDA

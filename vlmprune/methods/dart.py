@@ -86,11 +86,13 @@ class DART(Method):
                 f"layer={self.layer} but the language model has layers 0..{depth - 1}; choose a smaller one"
             )
         keep = budget.count(count)
+        # with all tokens nothing is cut, whatever the official count would be
         if self.variant == "official" and keep < count:
             keep = official_keep(count, keep, self.visual_pivots, self.text_pivots)
         return (CutPoint(self.layer, keep, source=self.layer - 1),)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        # n_i of the visual tokens, and of the text behind the picture
         n = self.norms(tokens.need("lm_keys"))  # (B, N)
         n_text = self.norms(tokens.need("text_keys"))  # (B, R)
         if tokens.query_mask is not None:
@@ -99,14 +101,16 @@ class DART(Method):
         # the pivots alone fill the budget, so none of them picks anything
         if k <= self.visual_pivots:
             return top_k(n, k)
+        # P_v and P_t, by falling norm
         P_v, P_t = best_first(n, self.visual_pivots), best_first(n_text, self.text_pivots)
-        states = torch.cat([tokens.need("lm_states"), tokens.need("text_states")], dim=1)
+        states = torch.cat([tokens.need("lm_states"), tokens.need("text_states")], dim=1)  # (B, N + R, D)
         pivots = torch.cat([P_v, P_t + n.shape[1]], dim=1)  # (B, P) rows of the states
         # where there are fewer words than text pivots, the rest are padding at -inf
         real = torch.cat([n, n_text], dim=1).gather(1, pivots).isfinite()
         if self.variant == "official":
             order = set_order(tokens, pivots, n.shape[1])
             pivots, real = pivots.gather(1, order), real.gather(1, order)
+        # visual pivots stay; those of the text are no tokens of the picture
         kept = torch.zeros_like(n, dtype=torch.bool).scatter(1, P_v, True)
         if self.variant == "union":
             return union(states, pivots, real, kept, k)
@@ -115,13 +119,15 @@ class DART(Method):
     def norms(self, keys: Tensor) -> Tensor:
         """(B, N) norm of keys (B, N, Hk, d) over all heads."""
         flat = keys.float().flatten(2)
+        # the root is left out of "l2": the order is the same
         return flat.abs().sum(dim=-1) if self.norm == "l1" else flat.square().sum(dim=-1)
 
 
 def quotas(real: Tensor, picks: int) -> Tensor:
     """(B, P) tokens that each of the real pivots (B, P) picks; the first ones pick what is left over."""
     count = real.sum(dim=1, keepdim=True)
-    base, rest = picks // count, picks % count
+    base, rest = picks // count, picks % count  # (B, 1) each
+    # real pivots are counted from 1 on, so that the first ``rest`` of them pick one more
     first = real.cumsum(dim=1) <= rest
     return torch.where(real, base + first, 0)
 
@@ -144,10 +150,13 @@ def union(states: Tensor, pivots: Tensor, real: Tensor, kept: Tensor, k: int) ->
     A list of one of the ``real`` pivots (B, P) has all other tokens, the least like it first. Where two lists
     are as long, the token of the earlier pivot is taken first.
     """
+    # what stays already comes last in every list
     cos = cosines(states, pivots, kept.shape[1]).masked_fill(kept[:, None], torch.inf)
     place = cos.argsort(dim=2, stable=True).argsort(dim=2)  # (B, P, N) in the list of each pivot
     count = pivots.shape[1]
+    # one number for place and pivot: the earlier place first, at the same place the earlier pivot
     order = place * count + torch.arange(count, device=place.device)[:, None]
+    # (B, N) the best that any list says of a token; lists of pivots that are padding say nothing
     first = order.masked_fill(~real[..., None], count * kept.shape[1]).amin(dim=1)
     # whole numbers below 2**24 are exact in float32; more tokens than that no picture has
     return top_k(-first.masked_fill(kept, -1).float(), k)
@@ -164,6 +173,7 @@ def set_order(tokens: VisualTokens, pivots: Tensor, n: int) -> Tensor:
     """(B, P) order in which a Python set holds the positions of the pivots, rows of tokens and text."""
     places = torch.cat([tokens.need("positions"), tokens.need("query_positions")], dim=1)  # (B, N + R)
     found = []
+    # only Python knows the order of its sets, so the positions have to come off the device
     for row in places.gather(1, pivots).tolist():
         # text that fills up a short row repeats a position; its pivots count for nothing and come last
         seen = list(set(row))

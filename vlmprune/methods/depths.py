@@ -13,5 +13,6 @@ def scaled_layers(layers: Sequence[int], published_depth: int, depth: int) -> tu
     found: list[int] = []
     for layer in layers:
         scaled = round(layer * depth / published_depth)
+        # in a shallow model two layers may fall together: the later one moves on
         found.append(max(scaled, found[-1] + 1) if found else scaled)
     return tuple(found)

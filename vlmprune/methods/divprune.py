@@ -50,6 +50,7 @@ def greedy_maxmin(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         )
     # a zero vector stays zero: distance 1 to all
     x = torch.nn.functional.normalize(features.float(), dim=-1)
+    # "nn": the first pick is the token that is farthest from its nearest neighbour
     order, distance = dispatch.greedy_maxmin_features(x, k, first="nn")
     return order.long(), distance
 

@@ -40,7 +40,7 @@ from ..errors import SpecError, UnsupportedError
 from ..registry import register
 from .clips import clip_features, counts_by_itself, frames_of, same_place_cosine
 
-GROUP = 4
+GROUP = 4  # frames, of which the first stays whole
 
 
 class Thinned(NamedTuple):
@@ -52,11 +52,13 @@ class Thinned(NamedTuple):
 
 def thinned(frames: int) -> list[Thinned]:
     """The frames of a clip that are thinned, in order, and what they are compared with."""
+    # frames 1 and 2 of a group are compared with 0, frame 3 with 2
     return [Thinned(t, t - (2 if t % GROUP == 2 else 1)) for t in range(frames) if t % GROUP]
 
 
 def official_thinned(frames: int) -> list[Thinned]:
     """The same as the authors do it: the third frame of the last group stays whole."""
+    # an odd last frame is gone; the third of a group (t % 4 == 2) is thinned unless the group is the last
     return [one for one in thinned(frames - frames % 2) if one.frame % 2 or one.like < frames - GROUP]
 
 
@@ -87,6 +89,7 @@ class DyCoke(Method):
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         frames, n = frames_of(self, tokens)
         pairs = thinned(frames)
+        # what the whole frames leave to all thinned ones together
         left = k - (frames - len(pairs)) * n
         if left < len(pairs):
             least = k - left + len(pairs)
@@ -94,7 +97,7 @@ class DyCoke(Method):
                 f"keep: {k} tokens of {frames} frames are too few for {self.name}, which keeps every fourth "
                 f"whole and a token of each other one; keep at least {least}"
             )
-        counts = [n] * frames
+        counts = [n] * frames  # by frame
         for pair, count in zip(pairs, shares_of([n] * len(pairs), left), strict=True):
             counts[pair.frame] = count
         return self._kept(tokens, pairs, counts).nonzero()[:, 1].view(tokens.batch, k)
@@ -107,7 +110,7 @@ class DyCoke(Method):
                 f"fails; give more than {GROUP}, or a budget to variant=exact, as in {self.name}@0.5"
             )
         pairs = official_thinned(frames)
-        counts = [n] * (frames - frames % 2) + [0] * (frames % 2)
+        counts = [n] * (frames - frames % 2) + [0] * (frames % 2)  # an odd last frame keeps nothing
         for pair in pairs:
             counts[pair.frame] = int((1 - self.drop) * n)
         return self._kept(tokens, pairs, counts)
@@ -115,12 +118,14 @@ class DyCoke(Method):
     def _kept(self, tokens: VisualTokens, pairs: list[Thinned], counts: list[int]) -> Tensor:
         """(B, N) bool: of every frame as many tokens as ``counts``, of thinned ones the least alike."""
         x = clip_features(self, tokens)  # (B, T, n, D)
+        # 0 in frames that stay whole, where every token is kept and no order is needed
         unlike = torch.zeros(x.shape[:3], device=x.device)
         if pairs:
             frames, others = [one.frame for one in pairs], [one.like for one in pairs]
             unlike[:, frames] = -same_place_cosine(x, frames, others)
         count = torch.tensor(counts, device=x.device).expand(x.shape[0], -1)
         every = torch.ones_like(unlike, dtype=torch.bool)
+        # as rows of all frames of the batch: (B * T, n)
         return highest(unlike.flatten(0, 1), count.flatten(), every.flatten(0, 1)).view(x.shape[0], -1)
 
 
@@ -166,7 +171,7 @@ class DyCokeDecode(Method):
         chosen = highest(attention, count, visual)
         if before is None:
             return chosen
-        moved = likeness(attention, before.attention) < self.threshold
+        moved = likeness(attention, before.attention) < self.threshold  # (B,)
         return torch.where(moved[:, None], chosen, before.visible if self.reuse else visual)
 
 

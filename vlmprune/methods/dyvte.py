@@ -68,6 +68,7 @@ class DyVTE(Method):
         found = None if self.weights is None else read_gates(self.weights)
         object.__setattr__(self, "_trained", found)
         if found is not None:
+            # the layers of ``cuts`` are places to ask then, and ``leaves`` decides
             object.__setattr__(self, "gated", True)
 
     @property
@@ -107,6 +108,7 @@ class DyVTE(Method):
         if self.trained is None:
             raise InvariantError("dyvte has no gates to ask; give weights")
         gates = self.trained.on(text.device)
+        # the gate behind layer i decides what enters layer i + 1
         name = f"gate.{layer - 1}"
         z = gate_logits(gate_features(text.float()), gates[f"{name}.w1"], gates[f"{name}.w2"])
         margin = self.trained.facts.get("margin", 0.0) if self.margin is None else self.margin
@@ -124,6 +126,7 @@ def shapes_of(facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         raise SpecError(
             f"the file of gates says gates={gates!r}; expected ascending layers, such as [0, 1, 2]"
         )
+    # W1 reads the mean and the last state side by side
     w1: dict[str, tuple[str, ...]] = {f"gate.{gate}.w1": ("width", "2D") for gate in gates}
     return w1 | {f"gate.{gate}.w2": ("2", "width") for gate in gates}
 

@@ -72,9 +72,11 @@ class EVS(Method):
     def score(self, tokens: VisualTokens) -> Tensor:
         x = clip_features(self, tokens)  # (B, T, n, D)
         if self.variant == "official":
+            # in the dtype of the model
             cosine = torch.nn.functional.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1)
         else:
             cosine = neighbour_cosine(x)
+        # nothing comes before the first frame: d = 255 keeps it whole
         anchor = cosine.new_full((x.shape[0], 1, x.shape[2]), _ANCHOR)
         return torch.cat([anchor, 1 - cosine], dim=1).flatten(1).float()
 

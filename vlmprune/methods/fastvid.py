@@ -42,7 +42,7 @@ from ..registry import register
 from .clips import clip_features, counts_by_itself
 from .clustering import cluster_sums, frame_peaks
 
-RULES = ("onevision", "video", "qwen")
+RULES = ("onevision", "video", "qwen")  # the three files of the official code, which count differently
 
 
 def transitions(g: Tensor) -> Tensor:
@@ -54,6 +54,7 @@ def cuts(s: Tensor, segments: int, tau: float) -> list[int]:
     """Ascending frames that end a segment, but for the last of the clip: below ``tau``, and the lowest ones
     of s (T-1,) that make so many segments.
     """
+    # a short clip has fewer places to cut than were asked for
     forced = ranked(-s[None])[0, : min(segments - 1, len(s))].tolist()
     return sorted({*forced, *(s < tau).nonzero()[:, 0].tolist()})
 
@@ -66,6 +67,7 @@ def segments_of(ends: Sequence[int], frames: int) -> list[range]:
 
 def anchors(frames: Sequence[int], step: int) -> list[int]:
     """The last of the frames and every ``step``-th before it, ascending."""
+    # backwards from the last frame, and then in order again
     return list(frames[::-1][::step][::-1])
 
 
@@ -90,10 +92,12 @@ class PerFrame:
         """What frames of n tokens can hold, ``total`` of them: what is missing is filled up with
         salient tokens, from the first frames on.
         """
+        # attended tokens first: context has what they leave
         self.salient = [min(s, n) for s in self.salient]
         self.context = [min(c, n - s) for s, c in zip(self.salient, self.context, strict=True)]
         missing = 0 if total is None else total - sum(self.salient) - sum(self.context)
         while missing > 0:
+            # frames with room get one more in turn, until the budget is met
             for t, (s, c) in enumerate(zip(self.salient, self.context, strict=True)):
                 if missing > 0 and s + c < n:
                     self.salient[t] += 1
@@ -158,6 +162,7 @@ class FastVID(Method):
     def _rows(self, tokens: VisualTokens, k: int | None) -> list[Merged]:
         x = clip_features(self, tokens)  # (B, T, n, D)
         a = tokens.need("received_attention").view(x.shape[:3])
+        # vectors of a pooling head where the caller has them, else means of tokens
         given = tokens.frame_vectors
         g = x.float().mean(dim=2) if given is None else given  # (B, T, C)
         return [self.clip(x[b], a[b], transitions(g[b]), k) for b in range(x.shape[0])]
@@ -167,10 +172,12 @@ class FastVID(Method):
         frames, n = a.shape
         parts = segments_of(cuts(s, self.segments, self.tau), frames)
         counts = self.counts_of(parts, s, n, k)
+        # tokens that stay for their attention
         salient = torch.zeros(frames, n, dtype=torch.bool, device=x.device)
         order = ranked(a)  # (T, n)
         for t, count in enumerate(counts.salient):
             salient[t, order[t, :count]] = True
+        # context tokens of the anchors of each segment, and the rows that take their places
         kept, places, merged = salient.clone(), [], []
         for part in parts:
             chosen = self.context(x, salient, part, counts.context)
@@ -178,9 +185,11 @@ class FastVID(Method):
                 kept[t, index] = True
                 places.append(t * n + index)
             merged += self.folded(x, salient, part, chosen)
+        # all rows in reading order: attended tokens as they are, merged rows in place of context tokens
         slots = kept.flatten().nonzero()[:, 0]
         rows = x.flatten(0, 1)[slots]
         if places:
+            # slots ascend, so this finds the row of each context token
             at = torch.searchsorted(slots, torch.cat(places))
             rows = rows.index_copy(0, at, torch.cat(merged).to(x.dtype))
         return Merged(rows[None], slots[None])
@@ -188,29 +197,34 @@ class FastVID(Method):
     def counts_of(self, parts: Sequence[range], s: Tensor, n: int, k: int | None) -> PerFrame:
         """What every frame of n tokens keeps."""
         frames = parts[-1].stop
-        each = int(n * self.r) if k is None else k // frames
+        each = int(n * self.r) if k is None else k // frames  # B, of a frame
         found = PerFrame([0] * frames, [0] * frames)
+        # a budget is counted as LLaVA-Video does; what division leaves over is given out by ``fit``
         rule = "video" if k is not None else self.rule
         for part in parts:
             members: Sequence[int] = part
+            # a frame that is as like the next one keeps nothing, unless the segment ends with it
             if rule == "qwen":
                 members = [t for t in part if t == part[-1] or float(s[t]) < self.iota]
             held = anchors(members, self.p)
             if rule == "onevision":
+                # a share of each frame is context, and the anchors hold that of the whole segment
                 context = int(each * self.d)
                 salient = [each - context] * len(part)
                 contexts = [context * len(part) // len(held)] * len(held)
             else:
+                # shares are taken of the budget of the whole segment
                 total = each * len(part)
                 context = int(total * self.d)
                 if rule == "qwen":
                     context = max(context, 1)
                 salient = spread(total - context, len(members))
-                contexts = spread(context, len(held))[::-1]
+                contexts = spread(context, len(held))[::-1]  # the last anchors get one more
             for t, count in zip(members, salient, strict=True):
                 found.salient[t] = count
             for t, count in zip(held, contexts, strict=True):
                 found.context[t] = count
+                # in the Qwen file at most half of a frame is context
                 if rule == "qwen":
                     found.context[t] = min(count, n // 2)
                     found.salient[t] = min(found.salient[t], n - found.context[t])
@@ -221,7 +235,7 @@ class FastVID(Method):
         found = {}
         for t in part:
             if counts[t]:
-                others = (~salient[t]).nonzero()[:, 0]
+                others = (~salient[t]).nonzero()[:, 0]  # places
                 peaks = frame_peaks(x[t, others], counts[t], self.neighbours)
                 found[t] = others[peaks.centres[0]].sort().values
         return found
@@ -230,6 +244,7 @@ class FastVID(Method):
         """(C, D) float32 rows of every anchor of a segment."""
         if not chosen:
             return []
+        # the pool: all tokens of the segment that are not kept for their attention, by number in it
         pool_at = (~salient[part.start : part.stop]).flatten().nonzero()[:, 0]
         pool = x[part.start : part.stop].flatten(0, 1)[pool_at].float()  # (P, D)
         unit, rows = normalize(pool, dim=-1, eps=1e-8), []
@@ -240,6 +255,7 @@ class FastVID(Method):
                 # an anchor's own context tokens join none: one more cluster takes them, and is dropped
                 nearest[torch.searchsorted(pool_at, (t - part.start) * x.shape[1] + index)] = len(index)
             sums, members = (one[: len(index)] for one in cluster_sums(pool, nearest, len(index) + 1))
+            # row = w x + (1 - w) mean; a context token that nothing joins stays as it is
             w = (1 / (members + 1)).clamp_min(self.beta)
             mean = sums / members.clamp_min(1)
             rows.append(torch.where(members > 0, w * own + (1 - w) * mean, own))

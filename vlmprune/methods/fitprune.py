@@ -105,6 +105,7 @@ class FitPrune(Method):
                 [shares_gone(table, depth, bool(self.schedule)) for table in tables],
                 budget.count(count) / count,
             )
+        # from shares that are gone to cuts; where too few would leave, they wait for a later layer
         points, left = [], count
         for layer in range(1, depth):
             keep = max(1, count - round(count * gone[layer]))
@@ -117,6 +118,7 @@ class FitPrune(Method):
         """The table whose kept share is nearest to ``keep``, made to meet it."""
         if keep == 1:
             return (0.0,) * len(tables[0])
+        # what each table saves: in the end, or on average over the layers
         lost = [gone[-1] if self.final else sum(gone) / len(gone) for gone in tables]
         best = min(range(len(tables)), key=lambda number: abs(1 - lost[number] - keep))
         factor = (1 - keep) / lost[best] if lost[best] else float("inf")
@@ -146,6 +148,7 @@ def self_attention(received: Tensor, causal_correction: bool = False) -> Tensor:
     n = received.shape[1]
     asking = torch.full((n,), n, device=received.device)
     if causal_correction:
+        # token j is seen by itself and by those behind it
         asking = n - torch.arange(n, device=received.device)
     return received.float() / asking
 
@@ -156,7 +159,8 @@ def shares_gone(table: tuple[int, ...], depth: int, whole: bool = False) -> tupl
     ``whole``: the table names all layers that it was fitted on.
     """
     layers = len(table) if whole else DEPTH
-    gone = [0, *accumulate(table)]
+    gone = [0, *accumulate(table)]  # before layer 0, 1, ...
     # the layer of the table that is as deep, for models of another depth
     at = [layer * layers // depth for layer in range(depth)]
+    # a published table ends with its last number that is not 0: behind it nothing more leaves
     return tuple(gone[min(where, len(gone) - 1)] / PATCHES for where in at)

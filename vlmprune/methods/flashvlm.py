@@ -115,8 +115,11 @@ class FlashVLM(Method):
         p, e = tokens.need("features"), tokens.need("text_embeds")
         if not e.shape[1]:
             return p.new_zeros(p.shape[:2], dtype=torch.float32)
+        # s by the words
         s = likeness(p, e, tokens.query_mask, self.text_temperature)
+        # sharpened: few patches are near 1, nearly all near 0
         s = unit_range((s / self.sharpen_temperature).softmax(dim=1) ** self.gamma)
+        # the highest keep their s, the others are dimmed
         lifted = s >= torch.quantile(s, 1 - self.top_p, dim=1, keepdim=True)
         return unit_range(torch.where(lifted, s, self.dim * s))
 
@@ -134,6 +137,7 @@ class FlashVLM(Method):
         """(B, T_imp) patches by score, best first, and (B, T_div) diverse ones as the rounds leave them."""
         order, first = ranked(self.fused(tokens)), share_of(k, self.important)
         features = side_by_side(tokens.need("encoder_features"), tokens.count)
+        # as in VisPruner, with the fused score in place of attention
         return order[:, :first], without_twins(features, order[:, first:], k - first, self.step)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:

@@ -62,10 +62,12 @@ class FlowCut(Method):
     def shorten(self, block: EncoderBlock, k: int) -> Shortened:
         n = block.alive.sum(dim=1)  # (T,)
         a = block.need("cls_attention").float().mean(dim=1)  # (T, n)
+        # the entry of [CLS] is gone, so the row sums to less than 1
         a = a / a.sum(dim=1, keepdim=True)
         s = likeness(block.values, block.alive)
         # without [CLS], which stands in front
         score = importance(a, s, block.values[:, :, -block.count :].float().mean(dim=1))
+        # c, the running score; no notes are there behind the first block
         c = score if block.notes is None else (block.notes + score) / 2
         left = block.left - 1
         # every second block drops; the others only bring the running score up to date
@@ -85,6 +87,7 @@ def likeness(values: Tensor, alive: Tensor) -> Tensor:
     """
     values = values.float()
     logits = (values[:, :, :1] @ values.transpose(2, 3))[:, :, 0]  # (T, H, 1 + n)
+    # patches that left earlier take no part; [CLS] is always there
     hidden = torch.nn.functional.pad(~alive, (1, 0))[:, None]
     return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).mean(dim=1)[:, 1:]
 

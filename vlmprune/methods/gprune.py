@@ -76,6 +76,7 @@ class GPrune(Method):
         u, r = normalize(x, dim=-1), x.norm(dim=-1)  # (B, N)
         held = list(graph(u, self.threshold, self.temperature)) if x.shape[1] <= _HELD else None
         degree = torch.cat([count for _, count in held or graph(u, self.threshold, self.temperature)], dim=1)
+        # r A^5 by five products of a vector with the graph, never a power of A
         for _ in range(self.iterations):
             spread = torch.zeros_like(r)
             parts = held or graph(u, self.threshold, self.temperature)

@@ -41,6 +41,7 @@ def neighbourhoods(grids: Grids) -> Tensor:
         token = torch.arange(rows * cols).view(rows, cols) + start
         # a frame of -1 stands for what lies outside, so no side needs a case of its own
         framed = torch.nn.functional.pad(token, (1, 1, 1, 1), value=-1)
+        # left, right, above, below
         sides = (framed[1:-1, :-2], framed[1:-1, 2:], framed[:-2, 1:-1], framed[2:, 1:-1])
         found.append(torch.stack([token, *sides], dim=-1).view(-1, 5))
         start += rows * cols
@@ -106,6 +107,7 @@ class HiPrune(Method):
     def anchors(self, tokens: VisualTokens, k: int) -> Tensor:
         """(B, m) patches that a budget of k starts from, the most attended one first."""
         o = tokens.need("received_attention", self.object_layer)  # (B, N)
+        # m = round(T alpha / 5): each anchor comes with four neighbours
         return ranked(o)[:, : max(self.min_anchors, round(k * self.alpha / 5))]
 
     def ranking(self, tokens: VisualTokens, k: int) -> Tensor:

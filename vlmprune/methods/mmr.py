@@ -60,12 +60,14 @@ def marginal_relevance(
     taken = torch.zeros_like(importance, dtype=torch.bool)
     order: list[Tensor] = []
     for start in range(0, k, parallel):
+        # the first pick has the largest imp
         picks = best_first(value.masked_fill(taken, -torch.inf), min(parallel, k - start))  # (B, p)
         order.append(picks)
         taken = taken.scatter(1, picks, True)
         like = (rows_at(x, picks) @ x.transpose(1, 2)).amax(dim=1)  # (B, p, N) -> (B, N)
         # only the newest picks are compared: what the earlier ones said is in ``near``
         near = like if near is None else torch.maximum(near, like)
+        # lambda imp - (1 - lambda) max over the picks j of S_ij
         value = balance * importance - (1 - balance) * near
     return torch.cat(order, dim=1)
 
@@ -95,6 +97,7 @@ class MMR(Method):
         check_number("balance", self.balance, 0, 1)
         one_of("importance", self.importance, ("minmax", "rank"))
         check_int("parallel", self.parallel, 1)
+        # a method that chooses a set may still say in which order it takes tokens
         ranks = type(self.inner).ranking is not Method.ranking
         if self.inner.slot != "before_lm" or not (self._scores or ranks):
             raise SpecError(

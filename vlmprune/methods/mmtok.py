@@ -38,9 +38,10 @@ def text_cover(tokens: Tensor, words: Tensor, mask: Tensor | None, tau: float) -
         mask: (B, m) bool, words that are real.
         tau: temperature.
     """
-    p = (words @ tokens.transpose(1, 2) / tau).softmax(dim=-1)
+    p = (words @ tokens.transpose(1, 2) / tau).softmax(dim=-1)  # (B, m, N)
     if mask is None:
         return p / max(1, words.shape[1])
+    # each real word has the same weight, padding none
     real = mask.to(p.dtype)
     return p * (real / real.sum(dim=1, keepdim=True).clamp_min(1))[..., None]
 
@@ -105,12 +106,13 @@ class MMTok(Method):
 
     def cover(self, tokens: VisualTokens) -> Tensor:
         """C (B, m + N, N): what words and patches each token stands for."""
-        x, t = unit(tokens.need("features")), unit(tokens.need("text_embeds"))
+        x, t = unit(tokens.need("features")), unit(tokens.need("text_embeds"))  # (B, N, D), (B, m, D)
         p = text_cover(x, t, tokens.query_mask, self.text_temperature)
         q = picture_cover(patch_rows(tokens), self.vision_temperature)
-        return torch.cat([p, self.alpha * q], dim=1)
+        return torch.cat([p, self.alpha * q], dim=1)  # P on top of alpha Q
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        # each pick adds the most to the covers of all rows
         order, gain = self.walk(self.cover(tokens), k, self.excluded(tokens))
         tokens.require(
             ~gain.isnan().any(),
@@ -128,6 +130,7 @@ class MMTok(Method):
         """
         weight = None
         if excluded is not None:
+            # (N,) 0, but -inf for tokens that come last
             last = torch.zeros(excluded.shape, device=cover.device).masked_fill(excluded, -torch.inf)
             weight = last.expand(cover.shape[0], -1)
         # a sum, since -inf times a gain of 0 would be NaN

@@ -90,7 +90,9 @@ class PAINT(Method):
     def mark_tokens(self, tokens: VisualTokens) -> Tensor:
         """(B, N) int8: 1 for local tokens, 2 for summary tokens, 0 for the others."""
         first, late = self.looked_at(tokens)
+        # outliers of the late block, or as many as asked for
         summary = outliers(late) if self.summary is None else highest_few(late, self.summary)
+        # the highest of the first block; what is both is summary
         local = highest_few(first, int(tokens.count * self.local_ratio)) & ~summary
         return LOCAL * local.to(torch.int8) + SUMMARY * summary.to(torch.int8)
 
@@ -105,6 +107,7 @@ class PAINT(Method):
         """Edited logits (B, H, R, S) for marks (B, S)."""
         strength = torch.zeros_like(marked, dtype=logits.dtype)
         strength = strength.masked_fill(marked == LOCAL, self.alpha).masked_fill(marked == SUMMARY, self.beta)
+        # z + strength |z| raises negative logits, too
         return logits + strength[:, None, None] * logits.abs()
 
 

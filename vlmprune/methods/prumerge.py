@@ -152,6 +152,7 @@ class PruMerge(Method):
         """(B, k) centres at a fixed number: by attention (B, N) and, with ``plus``, evenly spaced ones."""
         if not self.plus:
             return ranked(a)[:, :k]
+        # a quarter by attention, the rest evenly spaced over what they leave in reading order
         best = ranked(a)[:, : round(k / 4)]
         rest, m = rest_of(best, a.shape[1]), k - best.shape[1]
         even = torch.arange(m, device=a.device) * rest.shape[1] // max(m, 1)
@@ -161,6 +162,7 @@ class PruMerge(Method):
         """B tensors (k,): the centres that each picture asks for by its attention (B, N)."""
         batch, n = a.shape
         if self.variant == "picture":
+            # a flat map has no outlier
             counts = outliers(a, self.iqr).clamp_min(1).tolist()
             # three evenly spaced patches for every outlier
             grids = [range(0, n, max(1, n // count // 3)) for count in counts]
@@ -203,6 +205,7 @@ class PruMerge(Method):
             )
         if self.order == "raster":
             centres = centres.sort(dim=1).values
+        # y_i: every centre with the patches whose keys are most like its own
         rows = folded(encoded, a, centres, nearest(keys, centres, self.neighbours))
         slots = centres
         if self.extra != "none" and centres.shape[1] < tokens.count:  # else there are no others

@@ -58,13 +58,16 @@ def runs_of(labels: Sequence[int | None]) -> list[tuple[int | None, int, int]]:
 
 def refined(labels: Sequence[int]) -> list[tuple[int, int]]:
     """(start, stop) of the scenes: contiguous runs of frames, from the cluster of every frame."""
+    # cluster -> frames of its longest run
     longest: dict[int | None, int] = {}
     for label, start, stop in runs_of(labels):
         longest[label] = max(longest.get(label, 0), stop - start)
+    # the longest runs of a cluster are scenes, unless it never has two frames in a row
     kept: list[int | None] = [None] * len(labels)
     for label, start, stop in runs_of(labels):
         if stop - start == longest[label] > 1:
             kept[start:stop] = [label] * (stop - start)
+    # what is left goes to the longer scene beside it
     for label, start, stop in runs_of(list(kept)):
         if label is None:
             kept[start:stop] = [_neighbour(kept, start, stop)] * (stop - start)
@@ -78,6 +81,7 @@ def _neighbour(kept: Sequence[int | None], start: int, stop: int) -> int:
     right = next((run for run in around if run[1] == stop), None)
     beside = [run for run in (left, right) if run is not None]
     if not beside:
+        # no run is long enough anywhere: the whole clip is one scene
         return 0
     return max(beside, key=lambda run: run[2] - run[1])[0] or 0
 
@@ -113,9 +117,11 @@ class Places:
 def groups_of(x: Tensor, scene: Window) -> list[Places]:
     """The still places of a scene, and of each frame the others, from x (T, n, D); empty ones as well."""
     n, places = x.shape[1], scene.places.to(x.device)
+    # the same places in all frames of the scene
     at, others = places.nonzero()[:, 0], (~places).nonzero()[:, 0]
-    mean = x[scene.start : scene.stop, at].float().mean(dim=0)
+    mean = x[scene.start : scene.stop, at].float().mean(dim=0)  # (P, D)
     frames = range(scene.start, scene.stop)
+    # an average stands at its place in the first frame of the scene
     found = [Places(mean, scene.start * n + at, True, Averaged(frames, at, len(at)))]
     for t in frames:
         own = Averaged(range(t, t + 1), others, len(others))
@@ -127,10 +133,12 @@ def shares_with_one(sizes: Sequence[int], k: int) -> list[int]:
     """Shares of k by size; a group that has places gets at least one, which the largest share gives up."""
     shares = shares_of(sizes, k)
     filled = [i for i, size in enumerate(sizes) if size]
+    # fewer rows than groups: some go without
     if k < len(filled):
         return shares
     for i in filled:
         if not shares[i]:
+            # of equally large shares the first
             giver = max(filled, key=lambda j: (shares[j], -j))
             shares[giver], shares[i] = shares[giver] - 1, 1
     return shares
@@ -199,14 +207,16 @@ class PruneVid(Method):
         """Rows of one clip x (T, n, D)."""
         scenes = self.scenes_of(x)
         if k is not None:
+            # long scenes may leave fewer tokens than there shall be rows
             scenes = shortened(scenes, x.shape[0] * x.shape[1], k)
         groups = [group for scene in scenes for group in groups_of(x, scene)]
         sizes = [len(group.slots) for group in groups]
         counts = [self.official_count(size) for size in sizes] if k is None else shares_with_one(sizes, k)
-        found = [self.clustered(*one) for one in zip(groups, counts, strict=True) if one[1]]
+        found = [self.clustered(*one) for one in zip(groups, counts, strict=True) if one[1]]  # (group, count)
         rows = torch.cat([one.rows.to(x.dtype) for one in found])
         slots = torch.cat([one.slots for one in found])
         by_place = None
+        # in reading order; the official code leaves them as they were made
         if k is not None:
             slots, by_place = slots.sort()
             rows = rows[by_place]
@@ -219,6 +229,7 @@ class PruneVid(Method):
 
     def clustered(self, group: Places, count: int) -> Places:
         """So many cluster means, by falling prominence of their centres."""
+        # a row for each place: nothing to cluster
         if count == len(group.slots):
             return group
         x = group.rows.float()
@@ -262,6 +273,7 @@ class PruneVidInside(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         A = tokens.need("text_attention").float()  # (B, H, R, N)
+        # padding of a short question does not rank
         if tokens.query_mask is not None:
             A = A.masked_fill(~tokens.query_mask[:, None, :, None], 0.0)
         return A.amax(dim=(1, 2))

@@ -73,6 +73,7 @@ class PyramidDrop(Method):
             raise SpecError(
                 f"a language model of {depth} layers has no quarters to cut at; choose layers=(1,)"
             )
+        # a quarter, a half and three quarters of the depth
         layers = self.layers or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
         if layers[-1] >= depth:
             raise SpecError(
@@ -82,6 +83,7 @@ class PyramidDrop(Method):
             raise SpecError(f"shares={self.shares} set the budget already; drop '@{budget}' or the shares")
         mean = None if budget is None else budget.count(count) / count
         r = self.shares or geometric_shares(layers, depth, mean)
+        # the layer behind the cut ranks: what it would attend to
         return tuple(
             CutPoint(layer, max(1, int(count * r_s)), source=layer)
             for layer, r_s in zip(layers, r, strict=True)
@@ -102,6 +104,7 @@ def geometric_shares(layers: tuple[int, ...], depth: int, mean: float | None) ->
             f"0..{layers[0] - 1} of {depth} read all of them, which is {layers[0] / depth:.3f} already; cut "
             "earlier, as in layers=(1, 2, 3), or keep more"
         )
+    # layers that read all tokens, those that read r of them, r^2, ...
     lengths = [after - before for before, after in pairwise((0, *layers, depth))]
     low, high = 0.0, 1.0
     # bisection: the mean grows with r, and a float has no digits for more halvings

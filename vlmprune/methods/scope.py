@@ -45,6 +45,7 @@ def cover_salient(unit: Tensor, weight: Tensor, k: int, combine: str = "product"
     Returns:
         order (B, k) int64 in the order of picking, and what each pick was worth (B, k).
     """
+    # how well patch j covers patch i is their cosine
     order, worth = dispatch.greedy_cover(unit @ unit.transpose(1, 2), k, weight, combine)
     return order.long(), worth
 
@@ -101,6 +102,7 @@ class SCOPE(Method):
                 "scope: attention is negative or not a number. Check the tower for overflow"
             ),
         )
+        # each pick has the largest gain of coverage times saliency^alpha
         order, worth = cover_salient(patch_rows(tokens), saliency**self.alpha, k, self.combine)
         tokens.require_finite(
             worth,

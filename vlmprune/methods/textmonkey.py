@@ -87,9 +87,11 @@ class TextMonkey(Method):
     def __post_init__(self) -> None:
         one_of("compare", self.compare, ("later", "all"))
         found = None if self.weights is None else read_weights(self.weights, self.name, SHAPES)
+        # beside the fields: weights are no option, and are not compared or printed
         object.__setattr__(self, "_trained", found)
         if found is not None:
             check_heads(found)
+            # on this instance alone: with a block rows change, so that it merges
             object.__setattr__(self, "kind", lambda: "merge")
 
     @classmethod
@@ -112,7 +114,7 @@ class TextMonkey(Method):
             raise untrained(self.name, f"{self.name}, the filter")
         x = tokens.need("features").float()  # (B, N, D)
         kept = top_k(self.score(tokens), k)
-        own = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+        own = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))  # (B, k, D)
         return Merged(resampled(x, own, trained.on(x.device), trained.facts["heads"]), kept)
 
 
@@ -126,14 +128,18 @@ def resampled(x: Tensor, own: Tensor, weights: Mapping[str, Tensor], heads: int)
     def split(rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
+    # LN(x) and LN(q), both in the width m of the block
     every = normed(F.linear(x, weights["down.weight"]), "norm_tokens")
     queries = normed(F.linear(own, weights["down.weight"]), "norm_kept")
+    # keys and values of all tokens, and of the kept ones again
     seen = F.linear(torch.cat([every, queries], dim=1), weights["key_value.weight"])
     keys, values = seen.chunk(2, dim=-1)
     asked = F.linear(queries, weights["query.weight"])
+    # a of the formula, (B, heads, k, a / heads)
     looked = F.scaled_dot_product_attention(split(asked), split(keys), split(values))
     out = F.linear(looked.transpose(1, 2).flatten(2), weights["out.weight"])
     inner = F.gelu(F.linear(normed(out, "mlp_norm"), weights["mlp_in.weight"]))
+    # W_2 starts at zero: untrained, nothing is added
     return own + weights["scale"] * F.linear(inner, weights["mlp_out.weight"])
 
 

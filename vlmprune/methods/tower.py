@@ -27,4 +27,4 @@ def patch_attention(tokens: VisualTokens, cls: str) -> Tensor:
     """(B, H, N) float32 attention; H is 1 for "mean", which is averaged over heads already."""
     if cls == "token":
         return tokens.need("cls_attention").float()
-    return tokens.need("received_attention").float()[:, None]
+    return tokens.need("received_attention").float()[:, None]  # (B, 1, N)

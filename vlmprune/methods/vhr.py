@@ -61,13 +61,14 @@ class VHR(Method):
 
     def acts_on(self, depth: int) -> list[int]:
         if self.layers is None:
+            # published for 32 layers: layer 1 and the last 14
             last = max(1, round(depth * 7 / 16))
             return sorted({min(1, depth - 1), *range(depth - last, depth)})
         if not self.layers or not all(-depth <= layer < depth for layer in self.layers):
             raise SpecError(
                 f"layers={list(self.layers)}; expected one or more decoder layers of -{depth}..{depth - 1}"
             )
-        return sorted({layer % depth for layer in self.layers})
+        return sorted({layer % depth for layer in self.layers})  # -1 is the last layer
 
     def divergence(self, with_image: Tensor, without: Tensor) -> Tensor:
         """(B, H) what the picture changes in the output of each head, both (B, H, d)."""
@@ -76,6 +77,7 @@ class VHR(Method):
 
     def outliers(self, divergence: Tensor, without: Tensor) -> Tensor:
         """(B, H) bool, heads that are loud without the picture too: divergence (B, H), output (B, H, d)."""
+        # second line of the formula: what the picture changes is much, but the head is loud without it, too
         loud = above_spread(divergence) & above_spread(activation(without))
         if self.variant == "squared_guarded":
             loud = loud & (divergence.std(dim=-1, keepdim=True) > 1)
@@ -83,6 +85,7 @@ class VHR(Method):
 
     def chosen(self, divergence: Tensor, outliers: Tensor) -> Tensor:
         """(B, H) bool, the heads above the median once outliers count as 0."""
+        # before the median is taken, so that they count in it as 0
         left = divergence.masked_fill(outliers, 0.0)
         return left > left.median(dim=-1, keepdim=True).values
 

@@ -36,8 +36,8 @@ from ..errors import SpecError
 from ..registry import register
 from .clips import clip_features, counts_by_itself
 
-BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
-TEMPERATURE = 0.01
+BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # the a of v and f
+TEMPERATURE = 0.01  # of the softmax over frames
 
 
 def calm_channels(x: Tensor) -> Tensor:
@@ -54,8 +54,10 @@ def kernel(z: Tensor, centre: Tensor) -> Tensor:
 
 def likeness(x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T, n) each: v and f of the tokens x (B, T, n, D)."""
+    # (B, T, n, C): every token has the same half of the channels
     channels = calm_channels(x)[:, None, None].expand(-1, *x.shape[1:3], -1)
     z = normalize(x.gather(3, channels).float(), dim=-1, eps=1e-12)
+    # v by the mean of the clip, f by that of the frame
     return kernel(z, z.mean(dim=(1, 2), keepdim=True)), kernel(z, z.mean(dim=2, keepdim=True))
 
 
@@ -63,6 +65,7 @@ def frame_shares(v: Tensor, b: float) -> Tensor:
     """(B, T) share of its tokens that each frame keeps, from v (B, T, n) and the share b of the clip."""
     unusual = -v.mean(dim=2)
     p = (unusual / TEMPERATURE).softmax(dim=1)
+    # s_t; before the limit the shares add up to b T
     return (b * (1 + p - 1 / v.shape[1])).clamp_max(1.0)
 
 
@@ -81,6 +84,7 @@ def lowest_in_frames(likeness: Tensor, counts: Tensor) -> Tensor:
 def exactly(kept: Tensor, likeness: Tensor, k: int) -> Tensor:
     """(B, k) the lowest likeness (B, N) among the ``kept`` (B, N), and then among the others."""
     order = ranked(-likeness)
+    # kept tokens first, then the others; a stable sort leaves either in the order of likeness
     first = kept.gather(1, order).to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     return order.gather(1, first[:, :k])
 
@@ -119,6 +123,7 @@ class VidCom2(Method):
     def select_from(self, tokens: VisualTokens, k: int, b: float) -> Tensor:
         """(B, k) tokens where the frames share out b of the clip."""
         v, f = likeness(clip_features(self, tokens))
+        # fewer tokens than frames: one of each is offered, and the best k of these stay
         counts = torch.ones_like(v[..., 0]).long() if k < v.shape[1] else frame_counts(v, b)
         return exactly(lowest_in_frames(v + f, counts), (v + f).flatten(1), k)
 

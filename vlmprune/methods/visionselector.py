@@ -27,6 +27,7 @@ from ..core.weights import Trained, read_weights, untrained
 from ..errors import SpecError
 from ..registry import register
 
+# D width of the language model, h of the scorer
 SHAPES = {
     "q_proj.weight": ("h", "D"),
     "q_proj.bias": ("h",),
@@ -84,6 +85,8 @@ def importance(x: Tensor, weights: Any) -> Tensor:
     """(B, N) scores s of tokens x (B, N, D) under the four tensors of a scorer."""
     W_q, b_q = weights["q_proj.weight"], weights["q_proj.bias"]
     W_k, b_k = weights["k_proj.weight"], weights["k_proj.bias"]
+    # the mean of inner products is one with the mean: no N x N matrix
     key = x.mean(dim=1) @ W_k.T + b_k  # (B, h)
+    # (W_q x + b_q) . key = x . (W_q^T key) + b_q . key
     along, offset = key @ W_q, key @ b_q  # (B, D) and (B,)
     return ((x @ along[..., None])[..., 0] + offset[:, None]) / W_q.shape[0] ** 0.5

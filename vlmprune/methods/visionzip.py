@@ -162,12 +162,14 @@ class VisionZip(Method):
         _, dominant, contextual = self.split(k, crops)
         groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual)
         context = contextual_rows(H, groups, self.combine).to(H.dtype)
+        # [CLS] rows and averages go through the projector together; dominant patches are there as features
         if self.place == "before":
             made = tokens.need("projector")(torch.cat([cls, context], dim=1))  # works token by token
             first, last = made[:, :crops], made[:, crops:]
         else:
             first, last = tokens.need("projector")(cls) if crops else cls, context
         rows = [first, rows_at(features, groups.dominant), last]
+        # [CLS] has no place among the patches
         no_place = groups.targets.new_full(cls.shape[:2], -1)
         slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
         context_rows, count = torch.arange(k) >= k - contextual, features.shape[1]

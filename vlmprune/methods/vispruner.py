@@ -58,6 +58,7 @@ def without_twins(features: Tensor, residual: Tensor, k: int, step: int = 8, ras
     while k and residual.shape[1] > k:
         if raster:
             residual = residual.sort(dim=1).values
+        # those at even places may leave, by what they have in common with those at odd ones
         even, odd = residual[:, ::2], residual[:, 1::2]
         pairs = (even[..., None] * n + odd[:, None]).flatten(1)  # (B, R / 2 * R / 2)
         likeness = cosine.gather(1, pairs).view(batch, even.shape[1], -1).amax(dim=2)
@@ -137,6 +138,7 @@ class VisPruner(Method):
 
     def halves(self, tokens: VisualTokens, k: int) -> tuple[Tensor, Tensor]:
         """(B, T_imp) important patches, best first, and (B, T_div) diverse ones as the rounds leave them."""
+        # the head of the list is important, its tail goes on to the rounds
         order, first = ranked(self.attention(tokens)), share_of(k, self.important)
         features = side_by_side(tokens.need("encoder_features"), tokens.count)
         raster = self.residual == "raster"

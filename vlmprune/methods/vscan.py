@@ -87,11 +87,13 @@ class VScan(Method):
         return (Need(what, self.layer), Need(what, self.shallow), Need("features"))
 
     def later(self, budget: Budget | None) -> tuple[tuple[Method, Budget | None], ...]:
+        # 1.0 is all tokens, 1 is one of them, and == takes them for the same
         if self.second is None or budget is None or str(budget.keep) == "1.0":
             return ()  # keeping everything is the dense model
         return ((SecondStage(*self.second, budget), None),)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
+        # global set by the deep block, local set by the shallow one
         A = self.attention(tokens, None)
         a = self.attention(tokens, self.shallow)
         members = windows(tokens.need("grids"), self.window)
@@ -142,6 +144,7 @@ class SecondStage(Method):
                 f"second={(self.layer, self.keep)} but the language model has layers 0..{depth - 1}; choose "
                 "a smaller one"
             )
+        # a share is of what the first stage leaves
         left = self.first.count(count)
         return (CutPoint(self.layer, Budget(self.keep).count(left), source=self.layer),)
 
@@ -175,6 +178,7 @@ def per_window(k: int, members: Tensor, local: float = 0.5) -> int:
 
 def scan(a: Tensor, A: Tensor, members: Tensor, w: int, k: int) -> Tensor:
     """(B, k) ascending: the w best by ``a`` (B, N) of every window (W, M), then the best others by ``A``."""
+    # L, the best of each window, then G of what L leaves
     taken = local_set(a, members, w)
     chosen = torch.zeros_like(A, dtype=torch.bool).scatter(1, taken, True)
     others = top_k(A.masked_fill(chosen, -torch.inf), k - taken.shape[1]) if taken.shape[1] < k else taken
@@ -185,6 +189,7 @@ def scan(a: Tensor, A: Tensor, members: Tensor, w: int, k: int) -> Tensor:
 def local_set(a: Tensor, members: Tensor, w: int) -> Tensor:
     """(B, W * w) the w tokens of every window (W, M) with the largest a (B, N)."""
     quota = torch.full((a.shape[0], members.shape[0]), w, device=a.device)
+    # -1 reads the last token here; ``top_k_in_groups`` leaves such members out
     return top_k_in_groups(a[:, members], members, quota, w * members.shape[0])
 
 
@@ -200,6 +205,7 @@ def merged_means(x: Tensor, kept: Tensor) -> Tensor:
     """(B, k, D) float32 means of the kept tokens of x (B, N, D), each with those that join it."""
     rest, target = joining(x, kept)
     total = rows_at(x, kept).float()
+    # a kept token is a member of its own mean
     count = total.new_ones(*kept.shape, 1).scatter_add(1, target[..., None], total.new_ones(*rest.shape, 1))
     joined = rows_at(x, rest).float()
     return total.scatter_add(1, target[..., None].expand_as(joined), joined) / count

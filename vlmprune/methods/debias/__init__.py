@@ -124,6 +124,7 @@ class Debias(Method):
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         if tokens.cut:
             return self.inner.merge(tokens, k)
+        # the inner method says how it merges, the corrected scores only which tokens it keeps
         return self.inner.merge_ranked(tokens, k, ranking=self.score(tokens))
 
     def corrected(self, a: Tensor, m: Tensor | None, require: Require) -> Tensor:

@@ -86,10 +86,12 @@ class Calibration:
         names = {field.name for field in fields(cls)}
         if (
             not isinstance(content, dict)
+            # other keys, or another format or version
             or content.keys() != {*FORMAT, *names, "sha256"}
             or FORMAT.items() - content.items()
         ):
             raise SpecError(f"{str(path)!r} is not a calibration file of version {FORMAT['version']}; {make}")
+        # the hash is over all but itself: pop comes first
         if content.pop("sha256") != _digest(content):
             raise SpecError(
                 f"calibration file {str(path)!r} was changed since it was written: its hash does not fit; "
@@ -114,6 +116,7 @@ class Calibration:
 
 def identity(config: Any) -> tuple[str, str]:
     """(name, hash of its shape) of the model with this config."""
+    # "" stands for the config itself
     parts = {part: getattr(config, part, None) if part else config for part in _PARTS}
     shape = {part: {key: getattr(value, key, None) for key in _KEYS} for part, value in parts.items()}
     return Path(str(getattr(config, "_name_or_path", "") or "")).name, _digest(shape)
@@ -130,6 +133,7 @@ def check_ranks_by_attention(inner: Method) -> None:
         raise SpecError(f"{inner.name!r} is a wrapper itself and cannot be debiased; {works}")
     if type(inner).score is Method.score or not any(needs(inner, what) for what in _ATTENTION):
         raise SpecError(f"method {inner.name!r} has no attention score to debias; {works}")
+    # merges, but cannot be told which tokens to keep
     ranks_itself = inner.kind() == "merge" and type(inner).merge_ranked is Method.merge_ranked
     if inner.kind() == "select" or ranks_itself:
         raise SpecError(
@@ -169,6 +173,7 @@ class Recorder(Method):
         return (replace(self.inner.cuts(depth, budget, count)[0], keep=max(1, count - 1)),)
 
     def check_model(self, config: Any) -> None:
+        # the one place where a method sees the config
         self.models.append(identity(config))
 
     def score(self, tokens: VisualTokens) -> Tensor:

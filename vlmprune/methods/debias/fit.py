@@ -15,6 +15,7 @@ def fit_log_linear(mean: np.ndarray) -> tuple[float, float]:
             f"cannot fit a trend to average attention {mean!r}; expected two or more finite numbers above "
             "zero"
         )
+    # log(mu exp(sigma x)) is a line: sigma its slope, log mu its level
     sigma, level = np.polyfit(np.arange(len(mean)) / len(mean), np.log(mean), 1)
     return float(np.exp(level)), float(sigma)
 

@@ -35,6 +35,7 @@ def real_patches(rule: str, side: int, size: tuple[int, int], threshold: float =
     real = by_area(side, short, long, threshold) if rule == "area" else by_whole_patches(side, short, long)
     along = torch.tensor(real)
     across = torch.ones(side, dtype=torch.bool)
+    # wide pictures are padded above and below, tall ones on both sides
     rows, columns = (along, across) if width >= height else (across, along)
     return (rows[:, None] & columns).flatten()
 

@@ -47,6 +47,7 @@ def named_curve(trend: str, base: str) -> Curve:
 
 def weights(curve: Curve, a: Tensor, real: Tensor | None = None) -> Tensor:
     """(1 or B, N) weights w for raw scores a (B, N); padding, where ``real`` (N,) is false, takes no part."""
+    # x = i / N, (1, N)
     x = torch.arange(a.shape[1], dtype=torch.float64, device=a.device)[None] / a.shape[1]
     if curve == "none":
         return torch.ones_like(x)

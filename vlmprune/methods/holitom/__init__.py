@@ -44,11 +44,13 @@ from .windows import Window, best_windows, shortened
 
 def effective_share(saved: int, count: int, r: float) -> float:
     """R, the share kept of what is left of ``count`` tokens, so that about r of all stay."""
+    # averaging alone leaves (count - saved) / count, and r is a share of all
     return min(r / ((count - saved) / count), 1.0)
 
 
 def blocks_of(windows: Sequence[Window], n: int) -> list[int]:
     """Rows of every block: of a window of several frames its still places, then of each frame the others."""
+    # the order of these blocks is that in which ``HoliTom.clip`` makes rows
     return [size for w in windows for size in ([w.still] if w.length > 1 else []) + [n - w.still] * w.length]
 
 
@@ -56,6 +58,7 @@ def official_counts(windows: Sequence[Window], n: int, R: float) -> list[int]:
     """What the authors keep of every block."""
     found = []
     for w in windows:
+        # rounded for a window, rounded up for a frame
         still = [round(w.still * R)] if w.length > 1 else []
         found += still + [math.ceil((n - w.still) * R)] * w.length
     return found
@@ -64,6 +67,7 @@ def official_counts(windows: Sequence[Window], n: int, R: float) -> list[int]:
 def clustered(x: Tensor, count: int, neighbours: int, beta: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """(c,) ascending centres among x (n, D), their rows (c, D), and the row of each of x (n,)."""
     peaks = frame_peaks(x, count, min(neighbours, count))
+    # clusters are numbered by the places of their centres
     centres, order = peaks.centres[0].sort()
     number = order.argsort()[peaks.assignment[0]]  # in the order of their places
     own = x[centres]
@@ -128,15 +132,17 @@ class HoliTom(Method):
     def clip(self, x: Tensor, a: Tensor, still: Tensor, k: int | None) -> Merged:
         """Rows of one clip x (T, n, D) with attention a (T, n); ``still`` (T-1, n) does not change."""
         n = a.shape[1]
+        # many small steps in Python, which would each wait for a device
         windows = best_windows(still.cpu(), n, self.longest)
         if k is None:
             saved = sum(w.saved for w in windows)
             counts = official_counts(windows, n, effective_share(saved, a.numel(), self.r))
         else:
+            # long windows may leave fewer tokens than there shall be rows
             windows = shortened(windows, a.numel(), k)
             counts = shares_of(blocks_of(windows, n), k)
         order, rows, slots, made_of = ranked(a), [], [], []
-        block = iter(counts)
+        block = iter(counts)  # in the order of ``blocks_of``
         for w in windows:
             places = w.places.to(x.device)  # (n,) bool, still ones
             if w.length > 1:
@@ -155,6 +161,7 @@ class HoliTom(Method):
                 made_of.append(Averaged(range(t, t + 1), index, len(index)))
         joined, at = torch.cat(rows), torch.cat(slots)
         by_place, frames = None, x.shape[0]
+        # in reading order; the official code leaves them as they were made
         if k is not None:
             at, by_place = at.sort()
             joined = joined[by_place]

@@ -43,7 +43,9 @@ def most_alike(kept: Tensor, gone: Tensor) -> Tensor:
 
 def from_the_last(joins: Tensor) -> Tensor:
     """(M,) how many later tokens join the same row, where each joins one (M,)."""
+    # tokens in groups by the row that they join, in order within a group
     order = joins.sort(stable=True).indices
+    # where the own group ends, less the place in it
     later = torch.bincount(joins).cumsum(0)[joins[order]] - 1 - torch.arange(len(joins), device=joins.device)
     return torch.empty_like(later).scatter(0, order, later)
 
@@ -55,6 +57,7 @@ def folded(kept: Tensor, gone: Tensor, combine: str) -> Tensor:
     if combine == "mean":
         sums, members = cluster_sums(gone, joins, len(kept))
         return (kept + sums) / (members + 1)
+    # halved when it joins, and by every later one: the last has 1/2
     weight = 0.5 ** (from_the_last(joins) + 1)
     sums, members = cluster_sums(gone * weight[:, None], joins, len(kept))
     return kept * 0.5**members + sums

@@ -45,11 +45,13 @@ def savings(still: Tensor, longest: int) -> list[list[int]]:
     places do not change from a frame to the next.
     """
     found, alive, size = [], still, 2
+    # alive: (windows, n), places that are still all through a window of this size
     while alive.shape[0] and size <= longest:
         saved = alive.sum(dim=1) * (size - 1)
         if not saved.any():
             break
         found.append(saved.tolist())
+        # longer by one frame: still so far, and in the last step; ``size`` on the right is the old one
         alive, size = alive[:-1] & still[size - 1 :], size + 1
     return found
 
@@ -63,12 +65,14 @@ def best_windows(still: Tensor, n: int, longest: int = 1024) -> list[Window]:
     saved = savings(still, longest)
     best = [0] * (frames + 1)  # tokens saved by the first e frames
     sizes = [1] * (frames + 1)  # of the window that ends there
+    # the best for ``stop`` frames: the best for fewer, and a last window
     for stop in range(1, frames + 1):
         best[stop] = best[stop - 1]
         for size in range(2, min(stop, len(saved) + 1) + 1):
             total = best[stop - size] + saved[size - 2][stop - size]
             if total > best[stop]:
                 best[stop], sizes[stop] = total, size
+    # from the end of the clip: the window that ends there, then what comes before it
     found, stop = [], frames
     while stop:
         found.append(window(still, stop - sizes[stop], stop, n))
@@ -85,10 +89,12 @@ def window(still: Tensor, start: int, stop: int, n: int) -> Window:
 
 def shortened(windows: Sequence[Window], count: int, k: int) -> list[Window]:
     """Windows in pieces of as many frames, at most, as leave at least k of ``count`` tokens."""
+    # the longer the pieces, the more is averaged: from long to short, until enough is left
     for most in range(max(w.length for w in windows), 1, -1):
         pieces = [piece for w in windows for piece in in_pieces(w, most)]
         if count - sum(piece.saved for piece in pieces) >= k:
             return pieces
+    # frames alone average nothing
     return [piece for w in windows for piece in in_pieces(w, 1)]
 
 

@@ -13,6 +13,7 @@ from ...core.grid import Grids, cells
 def windows(grids: Grids, count: int) -> Tensor:
     """(C, M) tokens of about ``count`` near-square windows; a grid too small for a window is one itself."""
     ids = cells(grids, count)
+    # grids without a cell are -1 in ``ids`` and get numbers of their own; unique closes the gaps
     grid = torch.arange(len(grids)).repeat_interleave(torch.tensor([rows * cols for rows, cols in grids]))
     return _members(torch.where(ids < 0, count + grid, ids).unique(return_inverse=True)[1])
 

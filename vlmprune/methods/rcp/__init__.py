@@ -108,6 +108,7 @@ class RCP(Method):
         """What the pruner of the layer that is cut says of its tokens."""
         attention = tokens.need("text_attention").float().mean(dim=1)  # (B, R, N)
         real = tokens.query_mask
+        # a: mean over the words that are real
         if real is None:
             a = attention.mean(dim=1)
         else:
@@ -130,6 +131,7 @@ class RCP(Method):
 
     def repair_context(self, alive: Tensor, dropped: Tensor) -> Tensor:
         w = part_of(self.trained.on(dropped.device), "context.")
+        # the mean of what left is given as one dropped state
         states, gone = dropped[:, None].float(), torch.ones(len(dropped), 1, dtype=torch.bool)
         return mask_embedding(w, alive.float()) + dropped_embedding(w, states, gone.to(dropped.device))
 
@@ -167,6 +169,7 @@ def shapes_of(facts: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         )
     if type(facts.get("heads")) is not int or facts["heads"] < 1:
         raise SpecError(f"the file of rcp says heads={facts.get('heads')!r}; expected a number from 1 on")
+    # a pruner for each layer, one context for all, a repair for each pair
     found = {f"pruner.{layer}.{name}": axes for layer in layers for name, axes in SHAPES.items()}
     found |= {f"context.{name}": axes for name, axes in CONTEXT_SHAPES.items()}
     return found | {
@@ -182,7 +185,7 @@ def shares_at(trained: list[float], layers: list[int], depth: int, mean: float) 
             f"keep asks for {mean:.3f} of the tokens on average over the layers, but layers 0..{first - 1} "
             f"of {depth} read all of them, which is {first / depth:.3f} already; keep more"
         )
-    low, high = 0.0, 1.0 / min(trained)
+    low, high = 0.0, 1.0 / min(trained)  # there all shares are 1
     # bisection: the mean grows with the factor, and a float has no digits for more halvings
     for _ in range(60):
         factor = (low + high) / 2

@@ -19,6 +19,7 @@ def repair_loss(student: Tensor, teacher: Tensor, variance_weight: float = 1.0) 
 
 def mean_share(shares: Tensor, layers: Sequence[int], depth: int) -> Tensor:
     """(B,) share of visual tokens over all layers, for shares (B, n) that go on behind each cut."""
+    # layers before the first cut read all tokens, those behind a cut what it lets through
     lengths = lengths_of(layers, depth)
     rest = torch.tensor(lengths[1:], dtype=shares.dtype, device=shares.device)
     return (lengths[0] + shares @ rest) / depth

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 Weights = Mapping[str, Tensor]
 
+# axes are the letters above
 SHAPES: dict[str, tuple[str, ...]] = {
     "queries": ("q", "d"),
     "question.weight": ("d", "D"),
@@ -79,6 +80,7 @@ def pruner_scores(
         real: (B, R) bool, rows of the question that are no filling; None: all.
         drop: in training, the share of learned queries and of what scores single tokens that is left out.
     """
+    # b says what the layer attends to, e1 and e2 correct it
     b = baseline(a, c)
     v = _linear(w, "vision", V)  # (B, N, d)
     q = w["queries"] + _norm(w, "question_norm", _linear(w, "question", _mean(Q, real)))[:, None]  # (B, q, d)

@@ -60,6 +60,7 @@ def repaired(w: Weights, x: Tensor, context: Tensor) -> Tensor:
     """
     cond = context[:, None] + _linear(w, "condition", x)  # (B, R, r)
     h = F.gelu(_linear(w, "down", x))
+    # gamma is G and beta is F
     h = (1 + _linear(w, "gamma", cond)) * h + _linear(w, "beta", cond)
     return x + w["alpha"] * _linear(w, "up", h)
 
@@ -68,6 +69,7 @@ def positions_for(E: Tensor, count: int) -> Tensor:
     """(count, e) the table of places E (N, e), drawn out or together along the sequence."""
     if E.shape[0] == count:
         return E
+    # (1, e, N): interpolate works along the last axis
     return F.interpolate(E.T[None], size=count, mode="linear", align_corners=False)[0].T
 
 

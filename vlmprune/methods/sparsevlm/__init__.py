@@ -72,6 +72,7 @@ class SparseVLM(Method):
         check_ids("skip", self.skip)
         object.__setattr__(self, "skips", self.skip)
         if self.version == "plus":
+            # "plus" keeps positions, v1.5 counts them anew
             object.__setattr__(self, "positions", "original")
         if self.layers is not None:
             check_layers("layers", self.layers, first=0, count=3)  # budgets are published for three
@@ -97,6 +98,7 @@ class SparseVLM(Method):
                 f"layers={layers} are cut after, but the language model has layers 0..{depth - 1}; choose "
                 "smaller ones"
             )
+        # tables are of 576 patches: the share is looked up there, and the answer scaled to this picture
         rows = published_rows(budget.count(count) / count * PATCHES, self.recycles)
         found, n = [], count
         for layer, row in zip(layers, rows, strict=True):
@@ -125,6 +127,7 @@ class SparseVLM(Method):
         A = tokens.need("text_attention").float()  # (B, H, R, N)
         if self.version == "v1.5":
             return rated(A, tokens.query_mask).mean(dim=1)
+        # A / w, and of all heads those that attend to the picture most
         f = tokens.need("rotary_frequencies")
         A = corrected(A, tokens.need("query_positions"), tokens.need("positions"), f)
         return top_head_scores(A, tokens.query_mask, self.heads)
@@ -137,4 +140,5 @@ class SparseVLM(Method):
         features = tokens.need("features")
         if not self.recycles:
             return pick(features, ranking, k)
+        # k is kept patches and clusters together
         return recycle(features, self.score(tokens), kept_of(tokens.count, k), ranking)

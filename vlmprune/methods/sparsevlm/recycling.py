@@ -55,5 +55,6 @@ def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None 
     best = best_first(of_cut, candidate_count(cut))
     x = rows_at(features, best).float()  # (B, n1, D)
     merged = cluster_means(x, density_peaks(x, c).assignment, c).to(features.dtype)
+    # -1: a cluster has no place of its own
     no_place = picked.slots.new_full((len(x), c), -1)
     return Merged(torch.cat([picked.features, merged], dim=1), torch.cat([picked.slots, no_place], dim=1))

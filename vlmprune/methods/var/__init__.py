@@ -97,11 +97,13 @@ class VAR(Method):
                 f"dims={dims} but hidden states have {width} dimensions; give the sink dimensions of this "
                 "backbone"
             )
+        # one entry over the RMS of its state is at most the root of the width
         if self.tau >= width**0.5:
             raise SpecError(
                 f"tau={self.tau}; expected less than {width**0.5:.1f}, which no state of width {width} "
                 "exceeds"
             )
+        # both are never given together, and the recipe is read now
         return replace(self, dims=tuple(dims), recipe=None)
 
     def mark(self, hidden: Tensor, language_model: Any) -> Tensor:
@@ -127,6 +129,7 @@ class VAR(Method):
         rest = (A * R).sum(-1, keepdim=True)
         # rows where nothing could take it are left alone below; until then they must not be NaN
         share = A * R / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+        # sinks keep their part, and R takes the budget by what it has already
         new = A * torch.where(S, self.sink_keep, 1.0) + budget * share
         return torch.where(edited & (rest > 0), new, A)
 

@@ -100,6 +100,7 @@ def find_sink_dims(language_model: Any, tau: float) -> tuple[int, ...]:
         for hook in hooks:
             hook.remove()
     states = torch.stack([hidden[0, 0].float() for hidden in seen])  # (layers, D)
+    # phi > tau for every dimension by itself
     massive = states.abs() > tau * (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     found = tuple((massive.float().mean(0) > 0.5).nonzero()[:, 0].tolist())
     if not found:

@@ -65,7 +65,7 @@ def hybrid_greedy(s: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
             "1 <= k <= N"
         )
     # a zero vector stays zero: distance 1 to all
-    z = torch.nn.functional.normalize(features.to(s.dtype), dim=-1)
+    z = torch.nn.functional.normalize(features.to(s.dtype), dim=-1)  # (B, N, D)
     order, worth = dispatch.greedy_maxmin_features(z, k, s, first="argmax")
     return order.long(), worth
 

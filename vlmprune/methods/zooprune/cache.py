@@ -19,6 +19,7 @@ class _Known(NamedTuple):
     facts: dict[Any, Any]
 
 
+# weak: a projector that is gone takes its facts along
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
@@ -33,6 +34,7 @@ def remember(projector: nn.Module, key: Hashable, make: Callable[[], Made]) -> M
     sample = torch.cat([w.flatten()[:: max(1, w.numel() // 64)].double() for w in weights])
     known = _KNOWN.get(projector)
     if known is None or known.stamp != stamp or not torch.equal(known.sample, sample):
+        # weights have changed: all that was made of the old ones is forgotten
         known = _KNOWN[projector] = _Known(stamp, sample, {})
     if key not in known.facts:
         known.facts[key] = make()

@@ -108,6 +108,7 @@ def two_layers(projector: Any, dtype: torch.dtype = torch.float32, rank: int | N
             f"the projector is a {type(projector).__name__}, not a module whose layers can be read; {_HINT}"
         )
     parts = _find_parts(projector)
+    # the check runs the projector, once for each state of its weights
     if parts is None or not remember(
         projector, "same map", lambda: _same_map(projector, parts.read(torch.float32))
     ):
