@@ -73,7 +73,6 @@ class PyramidDrop(Method):
             raise SpecError(
                 f"a language model of {depth} layers has no quarters to cut at; choose layers=(1,)"
             )
-        # a quarter, a half and three quarters of the depth
         layers = self.layers or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
         if layers[-1] >= depth:
             raise SpecError(

@@ -138,7 +138,6 @@ class VisPruner(Method):
 
     def halves(self, tokens: VisualTokens, k: int) -> tuple[Tensor, Tensor]:
         """(B, T_imp) important patches, best first, and (B, T_div) diverse ones as the rounds leave them."""
-        # the head of the list is important, its tail goes on to the rounds
         order, first = ranked(self.attention(tokens)), share_of(k, self.important)
         features = side_by_side(tokens.need("encoder_features"), tokens.count)
         raster = self.residual == "raster"

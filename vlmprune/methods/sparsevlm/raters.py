@@ -8,7 +8,6 @@ from torch import Tensor
 
 def rater_affinity(text: Tensor, visual: Tensor) -> Tensor:
     """(T,) mean over patches (N, D) of their softmax over the text embeddings (T, D); it sums to 1."""
-    # over words, then over patches: a word that no patch is like gets little
     return (visual.float() @ text.float().T).softmax(dim=1).mean(dim=0)
 
 
