@@ -39,6 +39,7 @@ def get_task(name: str) -> Task:
             f"task {name!r} is unknown; expected one of {list_tasks()}, or as in 'lmms:gqa'.{near}"
         )
     make = _TABLE.load(name)
+    # what goes wrong in a task of this package is not put into other words
     if name in _BUILTIN:
         return make()
     try:

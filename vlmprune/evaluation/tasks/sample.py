@@ -57,6 +57,7 @@ class Sample:
         that its patches can learn from the words before them in a decoder that only looks back.
         """
         first: list[dict[str, str]] = []
+        # all images come before the first question, in whichever turn that is
         for i in range(len(self.images)):
             first += [{"type": "text", "text": ORDINALS[i]}] if len(self.images) > 1 else []
             first.append({"type": "image"})
@@ -64,7 +65,7 @@ class Sample:
         for question, answer in self.history:
             turns.append({"role": "user", "content": [*first, {"type": "text", "text": question}]})
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            first = []
+            first = []  # the images are shown once
         return [*turns, {"role": "user", "content": [*first, {"type": "text", "text": self.question}]}]
 
 
@@ -107,7 +108,8 @@ def shows_clips(task: Task) -> bool:
     return bool(getattr(task, "frames", False))
 
 
-_PUNCTUATION = re.compile(r"[^\w\s]")
+_PUNCTUATION = re.compile(r"[^\w\s]")  # neither a letter, a digit or "_", nor white space
+# "zero" -> "0", ..., "nine" -> "9"
 _NUMBERS = dict(
     zip(
         ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -120,6 +122,7 @@ _NUMBERS = dict(
 def normalise(answer: str, *, compact: bool = False) -> str:
     """Lower case, no punctuation or article, digits, single spaces; ``compact``: none, for read strings."""
     words = _PUNCTUATION.sub(" ", answer.lower()).split()
+    # a sign is read letter by letter, "4 7 1", or at once
     if compact:
         return "".join(words)
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the"))

@@ -20,7 +20,7 @@ from ..shapes.scene import CANVAS
 from .story import FAMILIES, FRAMES, YES_NO, Kind, Story
 
 VERSION = 1  # of everything that decides what a sample is
-SEEDS = {"train": 404, "dev": 505, "test": 606}
+SEEDS = {"train": 404, "dev": 505, "test": 606}  # of the generators
 PER_FAMILY = {"train": 2000, "dev": 100, "test": 400}
 NOISE = 3.0  # of the camera, grey levels
 _TRIES = 200
@@ -38,6 +38,7 @@ class ClipSample(Sample):
     def object_masks(self) -> list[np.ndarray]:
         if self.story is None:
             return []
+        # (scene, numbers of the things asked about), frame by frame
         pairs = zip(self.story.frames, self.story.asked, strict=True)
         return [mask(tuple(scene.things[i] for i in asked)) for scene, asked in pairs]
 
@@ -50,9 +51,11 @@ class ClipSample(Sample):
 def frames_of(story: Story) -> list[Image.Image]:
     """(CANVAS, CANVAS) RGB pictures; what stands still differs by noise only."""
     rng = np.random.default_rng(story.seed)
+    # a scene that is seen in several frames is drawn once
     drawn = {scene: np.asarray(render(scene), dtype=np.float32) for scene in set(story.frames)}
     found = []
     for scene in story.frames:
+        # noise of its own for every frame, or still places would be equal to the bit
         pixels = drawn[scene] + rng.normal(0, NOISE, drawn[scene].shape).astype(np.float32)
         found.append(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)))
     return found
@@ -83,6 +86,7 @@ class ClipsTask:
     @cached_property
     def fingerprint(self) -> str:
         answers = [(family.name, family.answers) for family in FAMILIES]
+        # VERSION stands for all that decides a sample and is not listed
         recipe = json.dumps([self.name, VERSION, SEEDS, PER_FAMILY, CANVAS, FRAMES, NOISE, answers])
         return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
@@ -123,6 +127,7 @@ def draw(seed: int, family: str, index: int) -> tuple[Story, int]:
     kind: Kind = next(one for one in FAMILIES if one.name == family)
     paired = kind.answers == YES_NO
     cluster = index - index % 2 if paired else index
+    # yes and no: the clip has to fit both
     answers = kind.answers if paired else (kind.answers[index % len(kind.answers)],)
     number = FAMILIES.index(kind)
     for attempt in range(_TRIES):

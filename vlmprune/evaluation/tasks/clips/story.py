@@ -21,7 +21,7 @@ COUNTS = ("1", "2", "3", "4")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 YES_NO = ("yes", "no")
 FIRST_OR_SECOND = ("0", "1")  # which of the two things that are named comes first
-_TRIES = 60
+_TRIES = 60  # places tried for a thing
 _LARGE, _SMALL = (14.0, 17.0), (9.5, 11.5)  # radius in pixels of what happens, and of what stands still
 
 
@@ -58,9 +58,9 @@ class _Stage:
         self.rng = rng
         self.shapes = [str(one) for one in rng.permutation(SHAPES)]
         self.colors = [str(one) for one in rng.permutation(list(COLORS))]
-        self.taken: list[tuple[float, float, float]] = []
-        self.things: list[list[Thing]] = [[] for _ in range(FRAMES)]
-        self.asked: list[list[int]] = [[] for _ in range(FRAMES)]
+        self.taken: list[tuple[float, float, float]] = []  # (x, y, radius) of all things, of any frame
+        self.things: list[list[Thing]] = [[] for _ in range(FRAMES)]  # by frame
+        self.asked: list[list[int]] = [[] for _ in range(FRAMES)]  # by frame: places in the list of things
 
     def place(self, radius: float, quadrant: str | None = None) -> tuple[float, float] | None:
         """A free place, near the middle of a patch; None where there is hardly one."""
@@ -69,6 +69,7 @@ class _Stage:
                 PITCH * (int(self.rng.integers(CANVAS // PITCH)) + 0.5) + float(self.rng.uniform(-2, 2))
                 for _ in range(2)
             )
+            # the whole thing is on the canvas
             inside = all(radius + 2 < value < CANVAS - radius - 2 for value in (x, y))
             # not near a line between quadrants, or it would be hard to say which
             clear = quadrant is None or (
@@ -94,7 +95,7 @@ class _Stage:
         for t in frames:
             self.things[t].append(thing)
             if asked:
-                self.asked[t].append(len(self.things[t]) - 1)
+                self.asked[t].append(len(self.things[t]) - 1)  # the number of the thing in this frame
 
     def stand_still(self, shapes: Sequence[str], colors: Sequence[str]) -> bool:
         """Things that are there all the time; False where one finds no room."""
@@ -107,6 +108,7 @@ class _Stage:
 
     def story(self, question: str, answer: str) -> Story:
         texture, texture_seed = str(self.rng.choice(TEXTURES)), int(self.rng.integers(2**31))
+        # the scene without things; the same ground in every frame
         bare = Scene(
             "clip",
             (),
@@ -114,7 +116,7 @@ class _Stage:
             (0, 0, 0),
             texture,
             int(self.rng.integers(8)),
-            0.0,
+            0.0,  # no noise: the camera adds its own to every frame
             texture_seed,
         )
         frames = tuple(replace(bare, things=tuple(things)) for things in self.things)
@@ -127,6 +129,7 @@ def _quadrant(x: float, y: float) -> str:
 
 
 def _apart(x: float, y: float, radius: float, other: tuple[float, float, float]) -> bool:
+    # boxes, not circles: apart along one axis is enough
     gap = radius + other[2] + 3
     return abs(x - other[0]) > gap or abs(y - other[1]) > gap
 
@@ -154,12 +157,15 @@ def _named(name: str) -> Callable[[np.random.Generator, str], Story | None]:
 
     def tell(rng: np.random.Generator, answer: str) -> Story | None:
         stage = _Stage(rng)
+        # no other thing has the colour that is the answer
         others = [color for color in stage.colors if color != answer]
         made = stage.new(stage.shapes[0], answer)
         if made is None or not stage.stand_still(stage.shapes[1 : 1 + STILL], others[:STILL]):
             return None
+        # half-way, or a frame earlier or later
         turn = int(rng.integers(FRAMES // 2 - 1, FRAMES // 2 + 2))
         end = " in the last frame" if name == "change" else ""
+        # the same thing in another colour, at the same place, until it changes
         if name == "change":
             before = stage.thing(made.shape, others[STILL], made.radius, (made.x, made.y))
             stage.show(replace(before, angle=made.angle), range(turn))
@@ -176,6 +182,7 @@ def _count(rng: np.random.Generator, answer: str) -> Story | None:
     made = [stage.new(shape, str(rng.choice(list(COLORS)))) for _ in range(number)]
     if None in made or not stage.stand_still(stage.shapes[1:3], stage.colors[1:3]):
         return None
+    # strict=False: there are fewer things than frames, and each gets a frame of its own
     for one, t in zip(made, rng.permutation(FRAMES), strict=False):
         if one is not None:
             stage.show(one, [int(t)], asked=True)
@@ -195,6 +202,7 @@ def _move(rng: np.random.Generator, answer: str) -> Story | None:
     (x0, y0), (x1, y1) = begin, end
     way = [t / (FRAMES - 1) for t in range(FRAMES)]
     line = [(x0 + s * (x1 - x0), y0 + s * (y1 - y0)) for s in way]
+    # nothing may stand anywhere on its way
     stage.taken += [(*place, radius) for place in line]
     if not stage.stand_still(stage.shapes[1:3], stage.colors[1:3]):
         return None
@@ -210,9 +218,11 @@ def _order(rng: np.random.Generator, answer: str) -> Story | None:
     made = [stage.new(stage.shapes[i], stage.colors[i]) for i in range(2)]
     if made[0] is None or made[1] is None or not stage.stand_still(stage.shapes[2:4], stage.colors[2:4]):
         return None
+    # the first is gone when the second comes
     early, late = int(rng.integers(0, 3)), int(rng.integers(4, 7))
     stage.show(made[0], range(early, early + 2), asked=True)
     stage.show(made[1], range(late, min(late + 2, FRAMES)), asked=True)
+    # "0": the question names the earlier one first
     names = [f"{one.color} {one.shape}" for one in made if one is not None]
     said = names if answer == "0" else names[::-1]
     return stage.story(f"which comes first , the {said[0]} or the {said[1]} ?", names[0])

@@ -77,6 +77,7 @@ class Arguments:
         return cls(**{name: _typed(name, value.strip()) for name, value in given.items()})
 
 
+# name -> "str", "int" or "bool": annotations are text in this file
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Arguments)}
 _BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
@@ -102,6 +103,7 @@ def _typed(name: str, text: str) -> Any:
 
 def split(text: str) -> list[str]:
     """Pieces between commas that stand outside brackets."""
+    # depth: brackets that are open
     pieces, depth = [""], 0
     for letter in text:
         depth += (letter in _OPEN) - (letter in _CLOSE)

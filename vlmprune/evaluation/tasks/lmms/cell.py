@@ -42,6 +42,7 @@ def run_cell(
 
     from .model import VlmPrune
 
+    # as lmms-eval has it, without the "lmms:" of ours
     name = task.lmms.config.task
     found = simple_evaluate(
         model=VlmPrune(model, processor, Arguments(prune=spec, **arguments)),
@@ -63,6 +64,7 @@ def run_cell(
     if len(rows) != expected:
         raise EvaluationError(f"lmms-eval gave {len(rows)} sample rows of {task.name}; expected {expected}")
     official = task.lmms.aggregation()
+    # "accuracy,none" -> "accuracy", of keys that are metrics of the task
     metrics = {
         key.split(",")[0]: value
         for key, value in found["results"][name].items()
@@ -89,6 +91,7 @@ def _record(row: Mapping[str, Any], task: LmmsTask) -> Record:
             "answered, without a response cache"
         )
     sample = task.sample(number)
+    # fields that are called the same in a sample row and in a record
     same = (
         "spec",
         "dense_tokens",

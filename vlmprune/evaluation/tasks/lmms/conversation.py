@@ -54,6 +54,7 @@ def _part(name: str, part: Mapping[str, Any], made: Conversation) -> dict[str, s
     shown = {"image": made.images, "video": made.clips}.get(name)
     if shown is None:
         raise UnsupportedError(f"a task shows {name!r}; images and video work here")
+    # a part that cuts a clip goes on whole, so that ``frames`` can refuse it
     shown.append(part if _cuts(part) else part["url"])
     return {"type": name}
 
@@ -75,6 +76,7 @@ def _cuts(part: Mapping[str, Any]) -> list[str]:
 
 def kind(visual: Any) -> str:
     """Image or video, or what a task calls it."""
+    # a path may be of a picture or of a clip: its ending tells
     if isinstance(visual, Image.Image) or (
         isinstance(visual, str | Path) and Path(visual).suffix.lower() in _STILLS
     ):
@@ -93,6 +95,7 @@ def picture(image: Any, mean: Sequence[float] | None = None) -> Image.Image:
     image = image.convert("RGB")
     if mean is None or image.width == image.height:
         return image
+    # the picture in the middle of a square of one colour
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -106,6 +109,7 @@ def frames(clip: Any, most: int) -> np.ndarray:
             raise UnsupportedError(
                 f"a task shows a part of a clip ({', '.join(_cuts(clip))}); whole clips work here"
             )
+        # keys under which tasks give the file
         clip = clip.get("url") or clip.get("path") or clip.get("video")
     if isinstance(clip, str | Path):
         if not Path(clip).is_file():

@@ -50,6 +50,7 @@ def read_config(name: str) -> dict[str, Any]:
     need_lmms_eval()
     from lmms_eval.utils import load_yaml_config
 
+    # a file of ours stands before a task of lmms-eval of the same name
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder() / f"{name}.yaml"
     if path.is_file():
         config = load_yaml_config(str(path), mode="full")
@@ -108,6 +109,7 @@ def build(name: str) -> Any:
     try:
         return Eager(config=config, model_name=MODEL_NAME)
     except (OSError, ValueError) as error:  # ConnectionError and FileNotFoundError are OSErrors
+        # the first line with words; the whole text is chained
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EvaluationError(
             f"the task {name!r} cannot load its data {data!r}{f' ({part})' if part else ''}: {cause}. "

@@ -30,7 +30,9 @@ from .arguments import Arguments
 from .conversation import Conversation, frames, from_messages, from_visuals, picture, until
 
 MOST_TOKENS = 1024  # what lmms-eval generates for tasks that do not say
+# settings that ``generate`` gets as the task has them
 _PASSED = ("top_p", "top_k", "repetition_penalty", "length_penalty", "min_new_tokens")
+# settings that are read at all; each other one is warned of, once
 _READ = {"max_new_tokens", "until", "do_sample", "temperature", "num_beams", *_PASSED}
 
 
@@ -107,6 +109,7 @@ class VlmPrune(lmms):
             for batch in _batches(requests, self.arguments.batch_size, self._settings):
                 answers += self._answer([self._question(request) for request in batch])
                 bar.update(len(batch))
+        # for the table that lmms-eval prints of speed
         seconds = sum(answer.token_counts.pruning["seconds"]["total"] for answer in answers)
         tokens = sum(answer.token_counts.output_tokens for answer in answers)
         log_metrics(
@@ -121,7 +124,7 @@ class VlmPrune(lmms):
 
     def _question(self, request: Instance) -> Question:
         _, to_messages, settings, number, task, split = request.args
-        shown = from_messages(to_messages(self.task_dict[task][split][number]))
+        shown = from_messages(to_messages(self.task_dict[task][split][number]))  # the document, as messages
         return Question(shown, dict(settings), f"{task} {number}")
 
     def _answer(self, batch: Sequence[Question]) -> list[GenerationResult]:
@@ -129,6 +132,7 @@ class VlmPrune(lmms):
             self.processor.apply_chat_template(q.conversation.messages, add_generation_prompt=True)
             for q in batch
         ]
+        # by row: pictures of each question
         images = [[picture(image, self._mean) for image in q.conversation.images] for q in batch]
         clips = [frames(clip, self.arguments.max_frames) for q in batch for clip in q.conversation.clips]
         if clips and all(modality.name != "video" for modality in self.session.adapter.modalities):
@@ -146,6 +150,7 @@ class VlmPrune(lmms):
         # the hooks count all images of the batch, then all clips
         image, clip, answers = 0, stills, []
         for row, question in enumerate(batch):
+            # numbers of the pictures that this row shows
             seen = [*range(image, image := image + len(images[row]))]
             seen += range(clip, clip := clip + len(question.conversation.clips))
             pruning = {
@@ -159,6 +164,7 @@ class VlmPrune(lmms):
             counts = Counts(
                 int(inputs["attention_mask"][row].sum()), self._length(made.ids[row]), pruning=pruning
             )
+            # special tokens are gone already, stop strings of the task are not
             answers.append(GenerationResult(until(said[row], question.settings.get("until")), counts))
         return answers
 
@@ -170,9 +176,10 @@ class VlmPrune(lmms):
             )
             self._warned.add(name)
         words = int(settings.get("max_new_tokens") or MOST_TOKENS)
-        words = min(words, self.arguments.max_new_tokens or words)
+        words = min(words, self.arguments.max_new_tokens or words)  # a cap, where one was given
         options: dict[str, Any] = {"max_new_tokens": words, "num_beams": int(settings.get("num_beams") or 1)}
         warmth = float(settings.get("temperature") or 0)
+        # greedy is a temperature of 0 or none; the task's ``do_sample`` does not decide
         options["do_sample"] = warmth > 0
         if warmth > 0:
             options["temperature"] = warmth
@@ -189,7 +196,7 @@ class VlmPrune(lmms):
             if ends is not None
             else ids.new_empty(0)
         )
-        return int(stops[0]) + 1 if len(stops) else len(ids)
+        return int(stops[0]) + 1 if len(stops) else len(ids)  # the end-of-text id is counted
 
 
 class VlmPruneSimple(VlmPrune):
@@ -210,6 +217,7 @@ def _batches(
     requests: Sequence[Instance], size: int, settings: Callable[[Instance], dict[str, Any]]
 ) -> Iterator[Sequence[Instance]]:
     """Requests in order, at most ``size`` of one task with equal settings."""
+    # groupby joins neighbours only: the order of the requests stays
     for _, same in groupby(requests, lambda request: (request.task_name, settings(request))):
         alike = list(same)
         for start in range(0, len(alike), size):
@@ -221,6 +229,7 @@ def _device(given: str | None) -> str:
         return given
     if given is None and not torch.cuda.is_available():
         return "cpu"
+    # one GPU for each process of a launcher
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 

@@ -38,6 +38,7 @@ def _mmbench(evaluator: Any, processed: Mapping[str, Any]) -> dict[str, Any]:
     import pandas
 
     row = processed["gpt_eval_score"]
+    # static_only: an answer that names no option is wrong, no other model is asked
     hit = evaluator.eval_sub_data(pandas.DataFrame([row]), {row["index"]: row["answer"]}, static_only=True)
     scored = {**row, "score": float(hit)}
     return {"accuracy": scored, "circular": scored}
@@ -56,6 +57,7 @@ def pope(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """POPE with what was answered."""
     from lmms_eval.tasks.pope.utils import pope_process_results
 
+    # one row for both metrics; the share of yes shows a model that always agrees
     row = pope_process_results(doc, results)["pope_accuracy"]
     return {"accuracy": row, "f1": row, "yes_ratio": float(row["prediction"] == "yes")}
 

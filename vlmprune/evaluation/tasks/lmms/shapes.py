@@ -30,6 +30,7 @@ def write(path: Path, limit: int | None = None, split: str = "test") -> int:
 
 
 def _document(sample: Sample) -> dict[str, Any]:
+    # None in the second column for questions about one picture
     pictures = dict.fromkeys(_PICTURES) | dict(zip(_PICTURES, sample.load_images(), strict=False))
     plain = {name: getattr(sample, name) for name in ("id", "cluster", "family", "group", "question")}
     lists = {name: list(getattr(sample, name)) for name in ("answers", "images")}
@@ -52,6 +53,7 @@ def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
 def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> list[dict[str, Any]]:
     """The conversation that the benchmark itself shows to a model."""
     messages, pictures = _sample(doc).messages(), iter(doc_to_visual(doc))
+    # lmms-eval wants each picture in its part of the message
     for message in messages:
         message["content"] = [
             part | {"url": next(pictures)} if part["type"] == "image" else part for part in message["content"]

@@ -29,7 +29,7 @@ from .loading import build
 # reading text in pictures is where pruning fails first
 TEXT_TASKS = ("textvqa", "docvqa", "infovqa", "ocrbench", "chartqa", "ai2d", "stvqa", "seedbench_2_plus")
 _FAMILIES = 40  # more categories than this are no families
-_GUESSES = 5
+_GUESSES = 5  # frequent answers that are tried as blind guesses
 _NUMBER = (int, float, np.number)
 
 
@@ -67,6 +67,7 @@ class LmmsTask:
         settings = self.lmms.config.generation_kwargs or {}
         self.max_new_tokens = int(settings.get("max_new_tokens") or 1024)
         self.split = self.lmms.config.test_split or self.lmms.config.validation_split
+        # on the instance: a cache of the class would keep tasks alive
         self.conversation = lru_cache(maxsize=64)(self._conversation)  # holds pictures
         self.sample = cache(self._sample)
 
@@ -132,6 +133,7 @@ class LmmsTask:
         conversation, family = self._conversation(number), self._categories[number]
         stem = f"{self.name.removeprefix('lmms:')}-{number}"
         images = tuple(_key(image) for image in conversation.images)
+        # questions about equal pictures are one cluster, in whatever order these are shown
         shown = sorted({*images, *map(_key, conversation.clips)})
         return LmmsSample(
             id=stem,
@@ -162,6 +164,7 @@ class LmmsTask:
         found = self._results(number, answer)
         for name, aggregate in self.lmms.aggregation().items():
             value = found.get(name)
+            # some metrics give a mapping, with the score of the answer in it
             value = value.get("score", value) if isinstance(value, Mapping) else value
             if value is not None and not isinstance(value, _NUMBER) and _arguments(aggregate) == 1:
                 value = aggregate([found[name]])  # of this answer alone
@@ -177,6 +180,7 @@ class LmmsTask:
 
     def official(self, samples: Sequence[LmmsSample], answers: Sequence[str]) -> dict[str, float]:
         """The task's own numbers over all answers; those that only write a file for a server are left out."""
+        # metric -> what it says of each answer; the task's own rule takes these together
         found: dict[str, list[Any]] = {}
         for sample, answer in zip(samples, answers, strict=True):
             for name, value in self._results(sample.number, answer).items():
@@ -191,6 +195,7 @@ class LmmsTask:
     @cached_property
     def blind(self) -> Mapping[str, float]:
         """Per family, the score of the best of its five most frequent answers, given to every question."""
+        # family -> numbers of its documents
         members: dict[str, list[int]] = {}
         for number, family in enumerate(self._categories):
             members.setdefault(family, []).append(number)

@@ -19,9 +19,9 @@ from .questions import ANSWERS, FAMILIES, Question, questions_about
 from .scene import CANVAS, LARGE, SMALL, Scene, sample_scene
 
 VERSION = 1  # of everything that decides what a sample is
-SEEDS = {"train": 1101, "dev": 1202, "test": 1303}
+SEEDS = {"train": 1101, "dev": 1202, "test": 1303}  # of the generators
 PER_FAMILY = {"train": 2000, "dev": 200, "test": 600}
-_TRIES = 2000
+_TRIES = 2000  # scenes drawn until one fits
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class ScenesTask:
 
     @cached_property
     def fingerprint(self) -> str:
+        # VERSION stands for all that decides a sample and is not listed
         recipe = [self.name, VERSION, SEEDS, PER_FAMILY, CANVAS, LARGE, SMALL, self.families, ANSWERS]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
@@ -103,6 +104,7 @@ def draw(seed: int, family: str, index: int) -> tuple[Scene, Question]:
     rng = np.random.default_rng([seed, FAMILIES.index(family), index])
     for _ in range(_TRIES):
         scene = sample_scene(rng)
+        # the scene is taken as it comes, and looked through for a question with the wanted answer
         fitting = [
             question
             for question in questions_about(scene, rng)

@@ -9,12 +9,14 @@ import numpy as np
 
 from .scene import CANVAS, Scene, Thing
 
+# (CANVAS, CANVAS) centres of pixels
 _Y, _X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) + 0.5
 PERIOD = 6.0  # pixels of a pattern: shorter than a patch, so that every patch of a thing shows it
 Waves = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _sign(wave: np.ndarray) -> np.ndarray:
+    # steep flanks, but no hard edges
     return np.clip(1.8 * wave, -1, 1)
 
 
@@ -45,17 +47,20 @@ def paint(scene: Scene) -> np.ndarray:
     """The (CANVAS, CANVAS, 3) uint8 picture of a scene."""
     # the order of draws is part of what a picture is: a change of it needs another VERSION
     rng = np.random.default_rng(scene.seed)
+    # ground: colour and wave of the place, and light from one side
     base, contrast, wave = _PLACE[scene.place]
     shift, angle, slope = rng.uniform(0, 50, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0, 22)
     light = slope * ((_X / CANVAS - 0.5) * np.cos(angle) + (_Y / CANVAS - 0.5) * np.sin(angle))
     tint = np.asarray(base, np.float32) + rng.uniform(-9, 9, 3).astype(np.float32)
     brightness = contrast * wave(_X + shift[0], _Y + shift[1]) + light  # (CANVAS, CANVAS)
     pixels = tint + brightness[..., None].astype(np.float32)
+    # things in order, each with its pattern on its own colour
     for thing in scene.things:
         pattern = _PATTERN[thing.pattern](_X + thing.phase[0], _Y + thing.phase[1])
         skin = np.asarray(thing.rgb, np.float32) * (0.8 + 0.3 * pattern[..., None])
         share = coverage(thing)[..., None]
         pixels = (1 - share) * pixels + share * skin
+    # grain over all
     noise = rng.normal(0, 1, pixels.shape).astype(np.float32) * rng.uniform(0, 8)
     return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
 

@@ -58,8 +58,10 @@ def _exist(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
     are there, but not together.
     """
     present = {(thing.color, thing.pattern) for thing in things}
+    # whether a small thing is there is not asked
     large = sorted({(thing.color, thing.pattern) for thing in things if not thing.small})
     colors, patterns = {c for c, _ in present}, {p for _, p in present}
+    # both words are true of something, but not of one thing
     crossed = [(c, p) for c in sorted(colors) for p in sorted(patterns) if (c, p) not in present]
     absent = [(c, p) for c in COLORS for p in PATTERNS if (c, p) not in present]
     found = []

@@ -54,9 +54,12 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """One to three large things and up to two small ones, of four colours and four patterns."""
+    # few colours and patterns, so that things share them
     colors, patterns = rng.permutation(list(COLORS))[:4], rng.permutation(PATTERNS)[:4]
+    # even by the logarithm, or most would be large
     least, most = (math.log(radius) for radius in LARGE)
     large = np.exp(rng.uniform(least, most, int(rng.integers(1, 4))))
+    # large ones first: they find room only while there is some
     radii = [*sorted(large, reverse=True), *rng.uniform(*SMALL, size=int(rng.integers(0, 3)))]
     things: list[Thing] = []
     for radius in radii:

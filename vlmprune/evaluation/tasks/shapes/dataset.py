@@ -20,9 +20,9 @@ from .scene import CANVAS, Scene, sample_scene
 from .vocabulary import DIGITS, LETTERS, SIGN_LENGTH
 
 VERSION = 3  # of everything that decides what a sample is
-SEEDS = {"train": 101, "dev": 202, "test": 303}
+SEEDS = {"train": 101, "dev": 202, "test": 303}  # of the generators
 PER_FAMILY = {"train": 2000, "dev": 100, "test": 480}
-_TRIES = 1000
+_TRIES = 1000  # scenes drawn until one fits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ShapesSample(Sample):
         return [render(scene) for scene in self.scenes]
 
     def object_masks(self) -> list[np.ndarray]:
-        asked = self.ask.asked if self.ask else ()
+        asked = self.ask.asked if self.ask else ()  # (image, thing) pairs
         return [
             mask(tuple(scene.things[i] for k, i in asked if k == image))
             for image, scene in enumerate(self.scenes)
@@ -65,6 +65,7 @@ class ShapesTask:
     @cached_property
     def fingerprint(self) -> str:
         answers = [(t.family, t.name, t.kind, t.answers) for t in TEMPLATES]
+        # VERSION stands for all that decides a sample and is not listed
         recipe = json.dumps([self.name, VERSION, SEEDS, PER_FAMILY, CANVAS, self.families, answers])
         return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
@@ -100,8 +101,10 @@ def shapes() -> ShapesTask:
 
 
 def _guess(template: Template) -> float:
+    # share of right answers of who always says the same
     if template.answers:
         return 1 / len(template.answers)
+    # half of the signs are digits, half are letters
     return (len(DIGITS) ** -SIGN_LENGTH + len(LETTERS) ** -SIGN_LENGTH) / 2
 
 
@@ -111,6 +114,7 @@ def draw(seed: int, family: str, index: int) -> tuple[Question, tuple[Scene, ...
     Templates take turns, and so do the answers within a template. Yes and no are asked about the same image,
     so that what an image makes likely helps nobody.
     """
+    # index 0, 1, ...: each template once, then each with its next answer
     templates = [template for template in TEMPLATES if template.family == family]
     template, turn = templates[index % len(templates)], index // len(templates)
     paired = template.answers == YES_NO
@@ -120,6 +124,7 @@ def draw(seed: int, family: str, index: int) -> tuple[Question, tuple[Scene, ...
     )
     # by cluster and not by index: yes and no about one image must draw the same scene
     rng = np.random.default_rng([seed, FAMILIES.index(family), cluster])
+    # until one scene fits all answers
     for _ in range(_TRIES):
         scenes = tuple(sample_scene(rng, template.kind) for _ in range(template.images))
         made = [template.make(scenes, rng, answer) for answer in answers]

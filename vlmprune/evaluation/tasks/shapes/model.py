@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from .scene import CANVAS
 from .vocabulary import SPECIAL, WORDS
 
-PATCH = 12
+PATCH = 12  # pixels of a side, as wide as a character of a sign
 ROPE_THETA = 1e6  # angles so slow that contents compare alike near and far
 GRID = CANVAS // PATCH  # patches along each side
+# ids are places in WORDS; other lists of words begin with SPECIAL as well
 PAD, BOS, EOS, UNKNOWN, IMAGE = (WORDS.index(word) for word in SPECIAL)
 VISION: dict[str, Any] = {
     "hidden_size": 128,
@@ -81,6 +82,7 @@ def build_llava(
         image_seq_length=(canvas // patch) ** 2,
         tie_word_embeddings=True,
     )
+    # the constructor draws weights: seeded inside, and the global state is put back
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.LlavaForConditionalGeneration(config)
@@ -102,6 +104,7 @@ def build_tokenizer(words: Sequence[str] = WORDS) -> transformers.PreTrainedToke
     backend = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN])
     )
+    # "sign?" becomes "sign ?"
     marks = [normalizers.Replace(mark, f" {mark} ") for mark in ("?", ",")]
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *marks])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -112,7 +115,7 @@ def build_tokenizer(words: Sequence[str] = WORDS) -> transformers.PreTrainedToke
         bos_token=SPECIAL[BOS],
         eos_token=SPECIAL[EOS],
         unk_token=SPECIAL[UNKNOWN],
-        padding_side="left",
+        padding_side="left",  # generate goes on from the last column
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
@@ -129,6 +132,6 @@ def build_processor(words: Sequence[str] = WORDS, canvas: int = CANVAS, patch: i
         tokenizer=build_tokenizer(words),
         patch_size=patch,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=1,  # [CLS], which "default" drops again
         chat_template=CHAT_TEMPLATE,
     )

@@ -45,7 +45,9 @@ class Question:
     @property
     def asked(self) -> Places:
         """The things asked about in the last turn, or before where it only refers back."""
+        # "what size is it ?" names nothing: "it" was named in the turn before
         mentions = self.mentions or self.history[-1].mentions
+        # each place once, in order
         return tuple(dict.fromkeys(place for mention in mentions for place in mention.things))
 
 
@@ -68,6 +70,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T | None:
 def _unique(things: Sequence[Thing], key: Callable[[Thing], object]) -> list[int]:
     """Indices of things that no other thing shares the key with."""
     counts = Counter(key(thing) for thing in things)
+    # a sign counts, so that nothing is unique that shares its colour, but is never asked about
     return [i for i, thing in enumerate(things) if counts[key(thing)] == 1 and not thing.text]
 
 
@@ -158,7 +161,7 @@ def _exist(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Qu
         "exist",
         f"is there {_with_article(*pair)} ?",
         answer,
-        (Mention(4, _matching(scenes, 0, *pair)),),
+        (Mention(4, _matching(scenes, 0, *pair)),),  # word 4 of "is there a red circle ?"
     )
 
 
@@ -175,6 +178,7 @@ def _count(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Qu
         return None
     name = f"{word} objects" if by == "color" else PLURALS[word]
     found = _matching(scenes, 0, word if by == "color" else None, word if by == "shape" else None)
+    # the noun: "how many red objects", "how many circles"
     return Question(
         "count", "count", f"how many {name} are there ?", answer, (Mention(3 if by == "color" else 2, found),)
     )
@@ -236,6 +240,7 @@ def _text(scenes: Sequence[Scene], rng: np.random.Generator, answer: str) -> Que
         if digits
         else f"what does the {sign.color} {SIGN} say ?"
     )
+    # letter by letter: each is a word of the tokenizer
     return Question(
         "text", "text", text, " ".join(sign.text.lower()), (Mention(6 if digits else 4, ((0, i),)),)
     )
@@ -251,6 +256,7 @@ def _second_turn(
         fits = [i for i in _unique(things, _pair) if _property(things[i], name) == answer]
         if name == "color" or rng.random() < 0.5:  # the first turn must not tell the answer
             other = "size" if name == "color" else "shape"
+            # the first turn names it by one word, which must be its own
             fits = [i for i in fits if i in _unique(things, _shape if name == "color" else _color)]
             i = _pick(rng, fits)
             if i is None:
@@ -274,6 +280,7 @@ def _in_image(scenes: Sequence[Scene], rng: np.random.Generator, answer: str, na
     here, other = scenes[k].things, scenes[1 - k].things
     prefix = f"in the {ORDER[k]} image , "
     if name == "color":
+        # the other image has such a shape in another colour
         shared = [t.shape for t in (other[j] for j in _unique(other, _shape)) if t.color != answer]
         fits = [i for i in _unique(here, _shape) if here[i].color == answer and here[i].shape in shared]
         i = _pick(rng, fits)
@@ -284,8 +291,9 @@ def _in_image(scenes: Sequence[Scene], rng: np.random.Generator, answer: str, na
             name,
             prefix + f"what color is the {here[i].shape} ?",
             answer,
-            (Mention(9, ((k, i),)),),
+            (Mention(9, ((k, i),)),),  # in the first image , what color is the circle ?
         )
+    # in one of the images and not in the other
     pairs_here, pairs_other = ({_pair(t) for t in things if not t.text} for things in (here, other))
     yes = answer == "yes"
     pair = _pick(rng, sorted(pairs_here - pairs_other if yes else pairs_other - pairs_here))

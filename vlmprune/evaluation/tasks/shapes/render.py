@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .scene import CANVAS, PITCH, Scene, Thing
 
-ZOOM = 2
+ZOOM = 2  # things are drawn this much larger, so that edges are soft
 
 
 def render(scene: Scene) -> Image.Image:
     """The (CANVAS, CANVAS) RGB picture of a scene."""
     # the order of draws is part of what a picture is: a change of it needs another VERSION
     rng = np.random.default_rng(scene.texture_seed)
+    # from back to front: ground, clutter, things, bars, noise
     ground = Image.fromarray(_texture(rng, scene.texture)).resize(
         (CANVAS * ZOOM,) * 2, Image.Resampling.BILINEAR
     )
@@ -27,6 +28,7 @@ def render(scene: Scene) -> Image.Image:
     for thing in scene.things:
         draw_thing(draw, thing, thing.rgb)
         _write(draw, thing)
+    # the part of the ground inside the frame, on bars of one colour
     left, top, right, bottom = (side * ZOOM for side in scene.frame)
     canvas = Image.new("RGB", ground.size, scene.bars)
     canvas.paste(ground.crop((left, top, right, bottom)), (left, top))
@@ -68,6 +70,7 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, i
 
 
 _T = 0.3  # half the thickness of a cross
+# corners in radii, y downwards
 OUTLINES = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0.0, -1.0), (0.95, 0.85), (-0.95, 0.85)],
@@ -91,6 +94,7 @@ OUTLINES = {
 
 def character_centres(thing: Thing) -> list[tuple[float, float]]:
     """Where the characters of a sign stand, in pixels."""
+    # the middle of the characters is the centre of the sign
     first = thing.x - PITCH * (len(thing.text) - 1) / 2
     return [(first + PITCH * i, thing.y) for i in range(len(thing.text))]
 
@@ -101,6 +105,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _write(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
+    # dark on light signs, light on dark ones
     light = 0.3 * thing.rgb[0] + 0.6 * thing.rgb[1] + 0.1 * thing.rgb[2]
     ink = (15, 15, 15) if light > 115 else (250, 250, 250)
     for character, (x, y) in zip(thing.text, character_centres(thing), strict=True):
@@ -136,6 +141,7 @@ def _texture(rng: np.random.Generator, kind: str) -> np.ndarray:
     base = rng.uniform(60, 165) + rng.uniform(-14, 14, 3)
     contrast = rng.uniform(8, 26)
     x, y = np.meshgrid(np.linspace(-1, 1, CANVAS), np.linspace(-1, 1, CANVAS))
+    # waves run along a random direction, in -1.4 .. 1.4
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
     if kind == "gradient":
@@ -151,5 +157,5 @@ def _texture(rng: np.random.Generator, kind: str) -> np.ndarray:
     elif kind == "grain":
         wave = rng.normal(0, 0.8, (CANVAS, CANVAS))
     else:
-        wave = np.zeros((CANVAS, CANVAS))
+        wave = np.zeros((CANVAS, CANVAS))  # "flat"
     return np.clip(base + contrast * wave[..., None], 0, 255).astype(np.uint8)

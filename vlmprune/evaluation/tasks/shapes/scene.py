@@ -59,6 +59,7 @@ def sample_scene(rng: np.random.Generator, kind: str) -> Scene:
         placed = _place(rng, wanted, frame, things)
         if placed is not None:
             things.append(placed)
+    # more clutter around a needle
     marks = int(rng.integers(30, 60)) if kind == "needle" else int(rng.integers(0, 14))
     texture, noise, texture_seed = (
         str(rng.choice(TEXTURES)),
@@ -109,6 +110,7 @@ def _text(rng: np.random.Generator) -> list[Wanted]:
     for color in colors[: int(rng.integers(1, 4))]:
         alphabet = DIGITS if rng.random() < 0.5 else LETTERS
         signs.append((SIGN, str(color), "", "".join(rng.choice(list(alphabet), SIGN_LENGTH))))
+    # up to two shapes, from the end of the list: the smallest
     return signs + _common(rng)[-1 : -1 - int(rng.integers(0, 3)) : -1]
 
 
@@ -142,6 +144,7 @@ def _place(
     shape, color, size, text = wanted
     radius = float(rng.uniform(*SIZES[size])) if size else float(rng.uniform(8.5, 10.5))
     red, green, blue = np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255).tolist()
+    # a sign is wider than high: half is for x, radius for y
     half = SIGN_LENGTH * PITCH / 2 + 2 if text else radius
     left, top, right, bottom = frame
     for _ in range(30):
@@ -151,8 +154,10 @@ def _place(
             PITCH * (int(rng.integers(CANVAS // PITCH)) + 0.5) + float(rng.uniform(-near, near))
             for _ in range(2)
         )
+        # all of it inside the frame
         if not (left + half < x < right - half and top + radius < y < bottom - radius):
             continue
+        # apart along one axis is enough
         gap = 3
         if all(
             abs(x - o.x) > half + o.half_width + gap or abs(y - o.y) > radius + o.radius + gap for o in others

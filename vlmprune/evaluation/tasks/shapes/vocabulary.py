@@ -23,6 +23,7 @@ ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 ORDER = ("first", "second")
 COUNTS = ("1", "2", "3", "4")
 
+# words of the questions that name no thing and no property
 _GRAMMAR = [
     "is",
     "there",
@@ -59,6 +60,7 @@ _GRAMMAR = [
     ",",
     "?",
 ]
+# first in WORDS, whose places are the ids
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("user:", "assistant:")
 WORDS: tuple[str, ...] = tuple(
