@@ -48,10 +48,12 @@ def page(playground: Playground) -> Any:
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=3, min_width=320):
                 answers = gr.HTML(f"<p>{FIRST_WORDS}</p>", elem_id="answers")
+        # in the order of the arguments of ``answered`` behind the playground
         inputs = [picture, question, methods, keep]
         respond = partial(answered, playground)
         # one queue for all that calls the model, with a worker for each copy of it
         served = {"concurrency_limit": playground.copies, "concurrency_id": "model"}
+        # whatever changes asks again; of several changes while an answer is made, the last one counts
         gr.on(
             [ask.click, question.submit, keep.release, methods.change],
             respond,

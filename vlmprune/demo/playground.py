@@ -85,11 +85,13 @@ class Playground:
             if type(value) is not int or value < 1:
                 raise SpecError(f"{what}={value!r}; expected a whole number, at least 1")
         self.name, self.copies, self.max_new_tokens = name, copies, max_new_tokens
+        # pairs of a model and its processor that nobody uses
         self._idle: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
         self._idle.put((model, processor))
         for _ in range(copies - 1):
             # the processor as well: a tokenizer must not be used by two threads at once
             self._idle.put((deepcopy(model), deepcopy(processor)))
+        # (picture, question) -> the sample with the right answer
         self._known = {(_digest(s.load_images()[0]), s.question): s for s in example_samples()}
 
     @classmethod
@@ -127,6 +129,7 @@ class Playground:
         sample = self._known.get((_digest(shown), question))
         with self._borrowed() as (model, processor):
             found = []
+            # what was given twice answers once
             for text in ["dense", *dict.fromkeys(methods)]:
                 try:
                     spec = str(spec_of(text, budget))
@@ -175,13 +178,16 @@ class Playground:
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         made = generate(model, one.session, inputs, pictures=1, named="this question", **options)
         answer = processor.decode(made.ids[0], skip_special_tokens=True).strip()
+        # one picture, so one number each
         (dense,), (tokens,) = made.report.dense_tokens, made.report.realised_tokens
         drawn = _large(picture)
+        # what the model saw is the smaller picture, and no patch of that was dropped
         if one.shrink is not None:
             small = one.shrink([picture])
             drawn, dense = _large(small.images[0]), small.dense[0]
         elif tokens < dense:
             drawn = _kept(made.report, drawn)
+        # by layer: behind a cut inside the model there are fewer
         layers = made.report.tokens_per_layer
         return Outcome(
             spec,
@@ -212,6 +218,7 @@ def spec_of(text: str, budget: Budget) -> Spec:
     given = any(part.budget is not None for part in spec.parts)
     if given or not any(cls.budgeted and not cls.wraps for cls in classes):
         return spec
+    # inside the tower a budget is spent on each crop
     scope = "crop" if any(cls.slot == "encoder" for cls in classes) else "image"
     return spec.with_keep(Budget(budget.keep, scope))
 
@@ -238,7 +245,7 @@ def _kept(report: Report, picture: Image.Image) -> Image.Image:
 
 def _large(picture: Image.Image) -> Image.Image:
     """A small picture, each of its pixels several times as large."""
-    times = -(-LEAST_SIDE // max(picture.size))
+    times = -(-LEAST_SIDE // max(picture.size))  # rounded up
     if times <= 1:
         return picture
     return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
