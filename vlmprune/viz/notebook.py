@@ -44,7 +44,7 @@ def figure(image: Image.Image, caption: str) -> str:
     """A picture with a line of text below it."""
     data = b64encode(png(image)).decode()
     # in the page itself: a notebook that is sent on keeps its pictures
-    times = max(1, -(-LEAST_WIDTH // image.width))
+    times = max(1, -(-LEAST_WIDTH // image.width))  # whole, so that pixels stay squares
     style = "max-width: 100%" + "; image-rendering: pixelated" * (times > 1)
     size = f'width="{times * image.width}" style="{style}"'
     shown = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}" {size}>'
@@ -61,6 +61,7 @@ def facts(title: str, rows: Mapping[str, object]) -> str:
 
 
 def _text(value: object) -> str:
+    # escaped first: the tags put in here are the only ones
     return re.sub("``(.+?)``", r"<code>\1</code>", escape(str(value)))
 
 

@@ -20,9 +20,10 @@ from ..checks import one_of
 from ..errors import SpecError
 from . import VIEWS
 
-RIM = (255, 214, 10)
+RIM = (255, 214, 10)  # of kept patches, bright yellow
 PALE = 140  # of 255: how far merged patches go to white
 _KEPT, _MERGED = 2, 1
+# light greys that alternate where the picture lies outside the view
 STRIPES = ((150, 160, 180), (190, 198, 204))
 # dark to light: luminance rises all along, so the order survives a grey print and colour-blind eyes
 RAMP = ((16, 12, 58), (74, 24, 124), (160, 38, 118), (226, 84, 72), (248, 164, 52), (252, 244, 176))
@@ -31,7 +32,7 @@ CANVAS = 2**28  # pixels of the largest drawing that is made, 1 GiB
 NARROWEST = 8  # pixels of a panel that was reduced
 BLANK_SIDE, BLANK = 480, (208, 208, 208)  # the canvas where no picture is known
 _STRIP = 2**20  # pixels that are floats at a time
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # weights of red, green and blue in a grey
 
 Grids = Sequence[tuple[int, int]]
 # (h, w, 3) pixels, (h, w) values, width of the outline -> pixels
@@ -48,11 +49,13 @@ def open_picture(image: Image.Image | str | PathLike[str], max_side: int | None 
     if 0 in image.size:
         raise SpecError(f"image has size {image.size}; expected at least 1 x 1 pixel")
     if image.mode[0] in "IF":
+        # deep grey: whole numbers of 32 bits, 16 bits, or floats
         image = _stretch(image)
     if max_side is None or max(image.size) <= max_side:
         return _rgb(image)
     scale = max_side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    # in two steps: whole blocks are averaged strip by strip, what is left of the way is one small resize
     factor = min(image.width // size[0], image.height // size[1])
     small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top, bottom in _strips(image.height, image.width, factor):
@@ -65,7 +68,7 @@ def _read(path: Any, max_side: int | None) -> Image.Image:
         raise SpecError(
             f"image is a {type(path).__name__}; expected a PIL image or a path: PIL.Image.fromarray(...)"
         )
-    if re.match("[a-z]+://", str(path)):
+    if re.match("[a-z]+://", str(path)):  # such as https://
         raise SpecError(f"{str(path)!r} is a URL, and none is read; expected the path of a file: download it")
     try:
         with warnings.catch_warnings():  # Pillow warns at half of what it refuses
@@ -101,6 +104,7 @@ def _stretch(image: Image.Image) -> Image.Image:
     low, high = np.inf, -np.inf
     for box in strips:
         band = np.asarray(image.crop(box), dtype=np.float32)
+        # NaN and infinities do not stretch the range
         finite = band[np.isfinite(band)]
         low, high = float(finite.min(initial=low)), float(finite.max(initial=high))
     grey = Image.new("L", image.size)
@@ -159,11 +163,13 @@ def draw_keep(
     """
     _fraction("dim", dim)
     kept_tokens = np.asarray(mask, dtype=bool)
+    # one truth value stands for all tokens
     merged_tokens = np.broadcast_to(np.asarray(merged, dtype=bool), kept_tokens.shape)
     values = np.where(kept_tokens, _KEPT, np.where(merged_tokens, _MERGED, 0)).astype(np.int8)
 
     def paint(region: np.ndarray, shown: np.ndarray, outline: int) -> np.ndarray:
         kept = shown == _KEPT
+        # mostly grey, with a trace of colour
         dropped = (0.8 * _grey(region) + 0.2 * region) * (1 - dim)
         others = np.where((shown == _MERGED)[..., None], PALE + (1 - PALE / 255) * region, dropped)
         out = np.where(kept[..., None], region, others)
@@ -191,6 +197,7 @@ def draw_scores(
     """
     _fraction("alpha", alpha)
     scores = np.asarray(scores, dtype=np.float64)
+    # outliers are clipped to the ends, equal scores are in the middle of the ramp
     low, high = np.percentile(scores, (1, 99))
     level = np.clip((scores - low) / (high - low), 0, 1) if high > low else np.full(scores.shape, 0.5)
 
@@ -203,6 +210,7 @@ def draw_scores(
 def _panels(
     image: Any, grids: Grids, values: np.ndarray, view: str, paint: Paint, max_side: int | None
 ) -> Image.Image:
+    # tokens of all panels, one after the other
     count = sum(rows * cols for rows, cols in grids)
     if values.shape != (count,):
         raise SpecError(f"values have shape {values.shape}; grids {tuple(grids)} expect ({count},)")
@@ -226,12 +234,14 @@ def _panel(
 ) -> np.ndarray:
     """(height, width, 3) bytes: the picture with one block of tokens painted over their part of it."""
     left, top, right, bottom = box
+    # margins that the tokens do not cover stay striped
     whole = (bottom - top, right - left) == pixels.shape[:2]
     panel = pixels.copy() if whole else _stripes(pixels)
     for first, last in _strips(bottom - top, right - left):
         start, stop = max(0, first - outline), min(bottom - top, last + outline)  # outlines reach so far
         shown = _enlarge(block, bottom - top, right - left, slice(start, stop))
         region = pixels[top + start : top + stop, left:right].astype(np.float32)
+        # without the rows that only their outlines are needed of
         painted = paint(region, shown, outline)[first - start : last - start]
         panel[top + first : top + last, left:right] = painted.round().astype(np.uint8)
     return panel

@@ -13,7 +13,7 @@ from .overlay import MAX_SIDE, draw_keep
 
 ACROSS = 8  # frames in a row of the sheet
 LARGEST, SMALLEST = 320, 48  # pixels of a frame
-GAP, LINE = 6, 20
+GAP, LINE = 6, 20  # pixels between frames; height of a line of text
 INK, QUIET = (32, 32, 32), (150, 150, 150)
 
 
@@ -61,6 +61,7 @@ def draw_strip(
             f"{len(frames)} frames, {len(maps)} maps and {len(labels)} labels; expected a frame and a label "
             "for each map, or more frames where a model reads several as one"
         )
+    # frames that the model reads as one, rounded up
     group = -(-len(frames) // len(maps))
     across = min(ACROSS, len(maps))
     wide = min(LARGEST, max_side // across - GAP)
@@ -98,6 +99,7 @@ def sheet(
         made.paste(panel, (x, y))
         draw.text((x, y + tall + 3), label, INK, font)
         if counts:
+            # "0 of 36": a frame that kept nothing is written pale
             quiet = counts[number].split()[0] == "0"
             draw.text((x + wide, y + tall + 3), counts[number], QUIET if quiet else INK, font, "ra")
     return made
