@@ -110,7 +110,6 @@ def whole_blocks(grids: Sequence[tuple[int, int]], k: int) -> Tensor:
     """(k,) ascending tokens of the fewest evenly spread blocks that hold k; the last gives what is left."""
     sizes = [rows * cols for rows, cols in grids]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    # as few blocks as can hold k
     few, total = 1, len(sizes)
     while sum(sizes[i] for i in _spread(few, total)) < k:
         few += 1

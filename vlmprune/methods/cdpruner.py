@@ -114,7 +114,6 @@ class CDPruner(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         r = self.relevance(tokens)
-        # the walk, and by which factor each pick enlarges the determinant
         order, gain = conditional_dpp(tokens.need("features"), r, k)
         tokens.require(
             all_finite(r) & all_finite(gain),

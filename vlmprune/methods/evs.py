@@ -72,7 +72,7 @@ class EVS(Method):
     def score(self, tokens: VisualTokens) -> Tensor:
         x = clip_features(self, tokens)  # (B, T, n, D)
         if self.variant == "official":
-            # in the dtype of the model
+            # in the dtype of the model, where ``neighbour_cosine`` has float32
             cosine = torch.nn.functional.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1)
         else:
             cosine = neighbour_cosine(x)

@@ -59,7 +59,6 @@ class FastV(Method):
             raise SpecError(
                 f"layer={self.layer} but the language model has layers 0..{depth - 1}; choose a smaller one"
             )
-        # layer K - 1 ranks, what it gives to layer K is cut
         return (CutPoint(self.layer, budget.count(count), source=self.layer - 1),)
 
     def score(self, tokens: VisualTokens) -> Tensor:

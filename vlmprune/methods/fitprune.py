@@ -148,7 +148,7 @@ def self_attention(received: Tensor, causal_correction: bool = False) -> Tensor:
     n = received.shape[1]
     asking = torch.full((n,), n, device=received.device)
     if causal_correction:
-        # token j is seen by itself and by those behind it
+        # token j is seen by itself and by the later ones
         asking = n - torch.arange(n, device=received.device)
     return received.float() / asking
 

@@ -115,7 +115,6 @@ class FlashVLM(Method):
         p, e = tokens.need("features"), tokens.need("text_embeds")
         if not e.shape[1]:
             return p.new_zeros(p.shape[:2], dtype=torch.float32)
-        # s by the words
         s = likeness(p, e, tokens.query_mask, self.text_temperature)
         # sharpened: few patches are near 1, nearly all near 0
         s = unit_range((s / self.sharpen_temperature).softmax(dim=1) ** self.gamma)

@@ -112,7 +112,6 @@ class MMTok(Method):
         return torch.cat([p, self.alpha * q], dim=1)  # P on top of alpha Q
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        # each pick adds the most to the covers of all rows
         order, gain = self.walk(self.cover(tokens), k, self.excluded(tokens))
         tokens.require(
             ~gain.isnan().any(),

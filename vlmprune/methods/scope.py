@@ -102,7 +102,6 @@ class SCOPE(Method):
                 "scope: attention is negative or not a number. Check the tower for overflow"
             ),
         )
-        # each pick has the largest gain of coverage times saliency^alpha
         order, worth = cover_salient(patch_rows(tokens), saliency**self.alpha, k, self.combine)
         tokens.require_finite(
             worth,

@@ -144,7 +144,6 @@ class SecondStage(Method):
                 f"second={(self.layer, self.keep)} but the language model has layers 0..{depth - 1}; choose "
                 "a smaller one"
             )
-        # a share is of what the first stage leaves
         left = self.first.count(count)
         return (CutPoint(self.layer, Budget(self.keep).count(left), source=self.layer),)
 

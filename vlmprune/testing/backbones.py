@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+# classes call the same thing by different names, and a config ignores those of others
 MOE: dict[str, Any] = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -25,7 +26,9 @@ _HEADS: dict[str, Any] = {"head_dim": 16}
 _WINDOW: dict[str, Any] = {
     "sliding_window": 64
 }  # wider than most tests' prompts; the rule of its layers applies all the same
+# with a scale of logits that is not 1 / sqrt(head_dim)
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 20}
+# attention in the middle, layers without it on both sides
 HYBRID: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]
 }
@@ -42,6 +45,7 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
     "mamba_n_groups": 1,
 }
+# keys and values come from short vectors, and a part of each head alone is rotated
 _LATENT: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,

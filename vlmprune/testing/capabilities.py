@@ -103,6 +103,7 @@ def compiled(subject: Subject) -> None:
     """
     inputs, graphs = subject.inputs((1,)), []
 
+    # a back end that only counts graphs and runs them as they are
     def count(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
@@ -111,6 +112,7 @@ def compiled(subject: Subject) -> None:
         return model(**inputs).logits[0, -1]
 
     torch.compiler.reset()  # what other models compiled counts against the limit of recompilations
+    # one is compiled while attached, the other before
     whole, part = subject.fresh_model(), subject.fresh_model()
     with torch.no_grad():
         with subject.prune(whole):
@@ -137,6 +139,7 @@ def device_map(subject: Subject) -> None:
         raise UnsupportedError("accelerate is not here: pip install accelerate") from error
     inputs, model = subject.inputs((1,)), subject.fresh_model()
     adapter = adapter_for(model)
+    # all but the decoder layers stays on the CPU
     parts = [name for name, _ in model.model.named_children() if name != adapter.text]
     parts += [name for name, _ in model.model.named_parameters(recurse=False)]  # such as an image newline
     text = [
@@ -157,6 +160,7 @@ def device_map(subject: Subject) -> None:
 def flash(subject: Subject) -> None:
     """FlashAttention needs a GPU."""
     if not torch.cuda.is_available():
+        # ``cell`` makes an answer of it; ``run_check`` lets it through
         raise LookupError("not measured: no GPU was here")
     model = subject.fresh_model(dtype=torch.bfloat16).cuda()
     inputs = {name: value.cuda() for name, value in subject.inputs(RAGGED).items()}
@@ -254,6 +258,7 @@ def _with_options(method: str, options: str) -> str:
     """The spec of a method with these options; a wrapper passes them on to what it wraps."""
     if get(method).wraps:
         return f"{method}+fastervlm({options})"
+    # vscan(shallow=1) becomes vscan(shallow=1,cls=mean)
     name, _, others = TINY_OPTIONS.get(method, method).rstrip(")").partition("(")
     return f"{name}({','.join(filter(None, (others, options)))})"
 
@@ -274,6 +279,7 @@ def cell(family: str, spec: str, capability: str | None = None) -> str:
         raise AssertionError(f"{family}, {spec}, {capability or 'runs'}: {result.detail}")
     if result.status == "pass":
         return "yes"
+    # a package that is not here says nothing of the method
     return ("not measured: " if "install" in result.detail else "no: ") + result.detail
 
 

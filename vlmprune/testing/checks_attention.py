@@ -22,12 +22,14 @@ def tower_marks(run: Session, inputs: dict[str, Tensor]) -> Tensor | None:
     slot = run.slots["attention"]
     if type(slot.method).mark_tokens is Method.mark_tokens:
         return None
+    # marks of a prompt are in the state that its cache carries
     with torch.no_grad():
         output = run.adapter.model(**inputs, use_cache=True)
     name = cache_name(inspect.signature(run.adapter.model.forward).parameters)
     state = state_of(output[name])
     if state is None:
         raise AssertionError("the cache carries no marks")
+    # marks of the tower are the same in every layer
     return next(iter(state.marks.values())).marked
 
 
@@ -36,6 +38,7 @@ def edit_equals_eager_twin(subject: Subject) -> None:
     token."""
     model, inputs = subject.fresh_model(), subject.inputs(RAGGED)
     model.set_attn_implementation("eager")
+    # read while nothing is attached
     rows = dense_rows(model, inputs)
     method = subject.method.prepare(language_model(model))
     with subject.prune() as run:
@@ -48,6 +51,7 @@ def edit_equals_eager_twin(subject: Subject) -> None:
         )
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         visual = visual_columns(model, inputs["input_ids"][row, mask]).tolist()
+        # the row without its padding
         own = None if marks is None else marks[row][mask].tolist()
         twin = AttentionTwin(model, method, rows[row], visual, own)
         want = twin.greedy(ids.shape[1])
@@ -69,6 +73,7 @@ def composes_with_a_cut(subject: Subject) -> None:
     kept = kept_by_hand(
         model, inputs, report_of(run).keep, run.attachment.policy(run.slots["before_lm"].method)
     )[0]
+    # what is left of the one picture begins where it began
     first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
     visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
     own = None if marks is None else marks[0, -len(visual) :].tolist()

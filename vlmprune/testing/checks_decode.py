@@ -59,10 +59,13 @@ class Looking:
 
     def _watch(self, module: Any, args: Any, output: tuple[Tensor, Tensor]) -> None:
         length, prompt = output[1].shape[-1], len(self.visual)
+        # the prompt is no step: it sees everything
         if length == prompt:
             return
+        # new tokens are no patches
         visual = torch.nn.functional.pad(self.visual, (0, length - prompt))[None]
         a = output[1][:, :, -1].float().mean(dim=1).masked_fill(~visual, 0.0)  # of (1, H, n, n)
+        # the step before had one slot less
         before = None if self.before is None else self.before.fit(length)
         seen = self.method.look(a, visual, before)
         self.before = Look(a, seen)
@@ -71,6 +74,7 @@ class Looking:
     def _mask(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask, prompt = kwargs["attention_mask"].clone(), len(self.visual)  # (1, 1, n, n)
         lowest = torch.finfo(mask.dtype).min
+        # row prompt + step made the next token; what that step hid is hidden again
         for step, hidden in enumerate(self.hidden):
             mask[0, 0, prompt + step, :prompt] = mask[0, 0, prompt + step, :prompt].masked_fill(
                 hidden, lowest
@@ -113,6 +117,7 @@ def works_behind_a_cut(subject: Subject) -> None:
     policy = run.attachment.policy(run.slots["before_lm"].method)
     kept = kept_by_hand(model, inputs, report_of(run).keep, policy)[0]
     visual = patches_of(model, inputs)[0]
+    # columns of the prompt that are left: text, and what each picture kept
     stays = ~visual
     places, start = visual.nonzero()[:, 0], 0
     for one in report_of(run).keep:

@@ -45,17 +45,20 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
         return every_mode_equals_twin(subject, MODES)
     inputs = subject.inputs((1,))
     dense = dense_rows(subject.model, inputs)[0]
+    # a policy under which it can be told which columns are read
     places = legible(dense)
     with subject.prune(positions=places):
         kept, columns = read_rows(subject.model, inputs, dense)
     hybrid = family_of(subject.family).hybrid
+    # no mask over a full cache can say what these models see
     narrow = hybrid or any_window(subject.model, inputs["input_ids"].shape[1] + 5)
+    # the model is given what is left, and nothing is attached
     plain = {
         "inputs_embeds": kept.embeds,
         "attention_mask": torch.ones(kept.embeds.shape[:2], dtype=torch.long),
     }
     for mode, options in MODES.items():
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same draws on both sides
         if columns is None:
             want = generate(subject.model, plain, **options)
         elif (
@@ -64,7 +67,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
             model = eager_model(subject.family, subject.tower, subject.text)
             with masked(model, {0: columns}, {0: (columns, kept.embeds[0])}):
                 want = generate(model, inputs, **with_any_cache(options))
-        elif mode in ("greedy", "static cache", "no cache"):
+        elif mode in ("greedy", "static cache", "no cache"):  # their answer is the greedy one
             want = torch.tensor([greedy(subject.model, kept, 5)])
         else:
             # windows count held tokens, and running states take in masked ones: no mask can say either of a
@@ -124,6 +127,7 @@ def second_turn(subject: Subject) -> None:
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
             maps, cache = report_of(run).keep, cache_in(first)
+            # slots that are held, tokens that were seen
             held, seen = int(cache.get_seq_length(0)), int(cache.get_seq_length())
             dropped = sum(report_of(run).dense_tokens) - sum(report_of(run).realised_tokens)
             if subject.keeps_nothing:  # newlines too
@@ -133,9 +137,11 @@ def second_turn(subject: Subject) -> None:
             )
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            # before the first answer, which lets the cache grow
             copied = copy.deepcopy(cache)
             answers = [generate(subject.model, turn, cache=c) for c in (cache, copied)]
         expect(torch.equal(*answers), "a deep-copied cache answers differently")
+        # merged rows are not among the dense ones
         if subject.makes_rows:
             continue
         kept = kept_by_hand(subject.model, inputs, maps, positions, subject.keeps_nothing)[0]
@@ -174,6 +180,7 @@ def hand_written_loop(subject: Subject) -> None:
     inputs = subject.inputs((1,))
     with subject.prune(), torch.no_grad():
         want, got = generate(subject.model, inputs)[0].tolist(), by_loop(subject.model, inputs)
+    # without pruning too, and so no fault of a cut
     if got != want and generate(subject.model, inputs)[0].tolist() != by_loop(subject.model, inputs):
         raise UnsupportedError(
             f"transformers numbers the tokens of {subject.family} otherwise in a loop without masks, without "
@@ -185,6 +192,7 @@ def hand_written_loop(subject: Subject) -> None:
 @torch.no_grad()
 def by_loop(model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
     """Five greedy ids of a batch of one, from a loop that gives the model no mask and no positions."""
+    # as generate does: ids of placeholders are never made
     banned = model.generation_config.suppress_tokens or []
     output = model(
         **{name: value for name, value in inputs.items() if name != "attention_mask"}, use_cache=True

@@ -41,14 +41,16 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
     model = eager_model(subject.family, subject.tower, subject.text)
     embeds, rows = merged_embeddings(model, inputs), dense_rows(model, inputs)
     patches = placeholder_columns(model, inputs["input_ids"], embeds)
+    # the counts are used up row by row
     pending, found = list(counts), []
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         padding = int((~mask).sum())
-        columns, pictures = [c - padding for c in patches[row]], []
+        columns, pictures = [c - padding for c in patches[row]], []  # without the padding in front
         while columns:
             count = pending.pop(0)
             pictures.append(columns[:count])
             columns = columns[count:]
+        # text is what stands behind the last placeholder
         image = (inputs["input_ids"][row, mask] == model.config.image_token_id).nonzero()[:, 0].tolist()
         length = int(mask.sum())
         text = list(range(image[-1] + 1, length)) if image else []
@@ -95,8 +97,10 @@ def counts_follow_the_schedule(run: Any) -> None:
     layers = torch.zeros(run.depth)
     for dense, realised, kept in zip(report.dense_tokens, report.realised_tokens, report.keep, strict=True):
         here = [dense] * run.depth
+        # later layers read what a cut lets through; one that lets through more than is there cuts nothing
         for stage in run.method.cuts(run.depth, run.budget, dense):
             here[stage.layer :] = [min(stage.keep, here[stage.layer])] * (run.depth - stage.layer)
+        # mean over the pictures
         layers += torch.tensor(here) / len(report.dense_tokens)
         expect(realised == here[-1], f"{realised} tokens realised, the schedule gives {here[-1]} of {dense}")
         merges = run.method.kind() == "merge"
@@ -127,6 +131,7 @@ def every_mode_equals_twin(subject: Subject, modes: dict[str, dict[str, Any]]) -
         if sliding or "use_cache" in options:
             want = torch.tensor([twin.greedy(got.shape[1])])
         else:
+            # fills ``kept`` and ``merged``, which the masked model follows
             twin.logits()
             with masked(twin.model, twin.kept, twin.merged, twin.policy) as model:
                 torch.manual_seed(0)
@@ -168,6 +173,7 @@ def second_turn_equals_twin(subject: Subject) -> None:
                 **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
             counts, cache = report_of(run).dense_tokens, cache_in(first)
+            # layers with a running state hold no slots
             counting = [i for i in range(run.depth) if hasattr(cache.layers[i], "get_seq_length")]
             held = [int(cache.get_seq_length(layer)) for layer in counting]
             seen = int(cache.get_seq_length())
@@ -180,6 +186,7 @@ def second_turn_equals_twin(subject: Subject) -> None:
             )
             ids = torch.cat([first.sequences, question], 1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            # before the first answer, which lets the cache grow
             copied = copy.deepcopy(cache)
             answers = [generate(subject.model, turn, cache=c)[0].tolist() for c in (cache, copied)]
         expect(answers[0] == answers[1], "a deep-copied cache answers differently")
@@ -193,6 +200,7 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
     inputs, found = subject.inputs((1,)), {}
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
+        # lengths of the sequence in front of all cuts and behind them
         lengths = {inputs["input_ids"].shape[1]}
         track = (
             language_model(subject.model)

@@ -70,6 +70,7 @@ def nothing_stays(subject: Subject) -> None:
     run = subject.prune(model).attach()
     adapter = adapter_for(model)
     tower = adapter.capture(()).towers[-1] if subject.clips else adapter.vision_tower
+    # inside the language model, and inside the tower
     for place in (adapter.language_model.layers[1], tower):
         bomb = place.register_forward_pre_hook(explode)
         try:
@@ -79,6 +80,7 @@ def nothing_stays(subject: Subject) -> None:
             pass
         finally:
             bomb.remove()
+    # still attached
     expect(torch.equal(generate(model, inputs), answers[0]), "the call after an exception differs")
     run.detach()
     run.detach()
@@ -114,6 +116,7 @@ def threads_do_not_meet(subject: Subject) -> None:
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
     with subject.prune(), prune(other_model, "uniform@4"):
+        # one after the other
         jobs = [(model, batch) for batch in batches] + [(other_model, batches[0])]
         want = [generate(m, batch) for m, batch in jobs]
         with ThreadPoolExecutor(len(jobs)) as pool:
@@ -146,6 +149,7 @@ def attention_back_ends_agree(subject: Subject) -> None:
 def training_works(subject: Subject) -> None:
     """Loss and gradients flow through a cut; shapes are those of the dense model."""
     model, inputs = subject.fresh_model(), subject.inputs((1, 1))
+    # no loss at padding and at placeholders
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels = labels.masked_fill(labels == model.config.image_token_id, -100)
     with subject.prune(model):
@@ -192,6 +196,7 @@ def no_attention_map(subject: Subject) -> None:
         return no_map_of_the_sequence(subject, _Shapes)
     inputs = subject.inputs((1,))
     model = subject.model
+    # images, or the clips of methods that read clips
     read = next(one for one in adapter_for(model).modalities if inputs.get(one.pixels) is not None)
     encode = getattr(model.model, read.encode)
     names, n = set(inspect.signature(encode).parameters) & set(inputs), layout_of(subject.family).patches
@@ -208,6 +213,7 @@ def no_attention_map(subject: Subject) -> None:
         finally:
             if run is not None:
                 run.detach()
+        # as large as tokens x tokens, with or without [CLS]
         shapes[attached] = [
             s for s in seen.shapes if len(s) >= 3 and min(s[-2:]) >= n and max(s[-2:]) <= n + 1
         ]

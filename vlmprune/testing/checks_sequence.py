@@ -83,6 +83,7 @@ def merged_rows_are_read(subject: Subject) -> None:
         whole = dense_rows(model, inputs)[0]
         dense = whole.embeds[0]
         patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
+        # text and newlines
         others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
         with prune(model, subject.spec, positions=legible(whole)) as run:
             ids = generate(model, inputs)[0]
@@ -93,6 +94,7 @@ def merged_rows_are_read(subject: Subject) -> None:
             len(rows) == len(others) + visual or report.keep[0].grids != report_of(run).keep[0].grids,
             f"{len(rows)} rows entered, expected {len(others)} + {visual}",
         )
+        # one iterator for all: each row is looked for behind the one before, so that order counts
         wanted = iter(rows)
         missing = [i for i, row in enumerate(others) if not any(torch.equal(row, got) for got in wanted)]
         expect(not missing, f"text or newline rows {missing[:5]} were changed, lost or reordered")
@@ -156,6 +158,7 @@ def batch_row_equals_alone(subject: Subject) -> None:
             alone_counts += report_of(run).realised_tokens if pictures else []
         if run.budget is None or run.budget.scope != "total":
             expect(counts == alone_counts, f"realised {counts} in the batch, {alone_counts} alone")
+        # positions are given, or a plain forward would count padding
         right = right_padded(inputs)
         with torch.no_grad():
             left_logits = [row[-1] for row in subject.model(**inputs, position_ids=numbered(inputs)).logits]
@@ -166,6 +169,7 @@ def batch_row_equals_alone(subject: Subject) -> None:
 
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same batch with its padding on the right."""
+    # stable: real tokens first, and in their order
     order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
     shape = inputs["input_ids"].shape
     return {key: value.gather(1, order) if value.shape == shape else value for key, value in inputs.items()}
@@ -187,7 +191,7 @@ def more_keeps_more(subject: Subject) -> None:
     budgets: tuple[int | float, ...] = (0.4, 0.6, 0.8) if subject.inside else (8, 16, 24)
     for keep in (0.5, 0.7, 0.9) if subject.clips else budgets:
         picked = []
-        for _ in range(2):
+        for _ in range(2):  # the second time has to give the same
             with subject.with_keep(keep).prune() as run, torch.no_grad():
                 subject.model(**inputs)
             picked.append(report_of(run).keep)
@@ -229,6 +233,7 @@ def text_only_is_untouched(subject: Subject) -> None:
         alone = language_model(subject.model)(inputs_embeds=embeds).last_hidden_state
         with subject.prune() as run:
             subject.model(**subject.inputs((1, 1)))
+            # nothing of the call before may be left in it
             inside = language_model(subject.model)(inputs_embeds=embeds).last_hidden_state
             logits = subject.model(**inputs).logits
     expect(torch.equal(logits, dense), "a text-only call changed")

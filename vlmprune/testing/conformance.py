@@ -135,6 +135,7 @@ class Subject:
 
     def with_keep(self, keep: int | float, scope: str = "image") -> Subject:
         """The same method at another budget."""
+        # inside the tower a budget is spent on each crop
         if self.method.slot == "encoder":
             scope = "crop"
         if not self.method.budgeted:
@@ -170,6 +171,7 @@ def generate(model: Any, inputs: dict[str, Tensor], cache: Any = None, **options
         options[cache_name(inspect.signature(model.forward).parameters)] = cache
     with torch.no_grad():
         ids = model.generate(**inputs, **options)
+    # given embeddings alone, generate returns the new ids only
     return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
 
 
@@ -202,6 +204,7 @@ def default_spec(method: str) -> str:
 
 def all_checks() -> dict[str, Callable[[Subject], None]]:
     """Name -> check, in the order of the invariants that they hold."""
+    # these import this module
     from . import checks_generation, checks_model, checks_sequence
 
     return {**checks_sequence.CHECKS, **checks_model.CHECKS, **checks_generation.CHECKS}
@@ -228,6 +231,7 @@ def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> 
         status, detail = "pass", ""
     except UnsupportedError as error:
         status, detail = "unsupported", str(error)
+    # not LookupError itself, by which a capability says that it was not measured
     except (
         AssertionError,
         VlmPruneError,
@@ -238,7 +242,7 @@ def run_check(name: str, check: Callable[[Subject], None], subject: Subject) -> 
         KeyError,
         AttributeError,
     ) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        where = traceback.extract_tb(error.__traceback__)[-1]  # the innermost line
         status, detail = "fail", f"{type(error).__name__}: {error} ({where.name}:{where.lineno})"
     return CheckResult(name, subject.family, status, detail, time.perf_counter() - started)
 
@@ -277,6 +281,7 @@ def expect(condition: bool, message: str) -> None:
 def close(got: Tensor, want: Tensor, what: str, tolerance: float = 2e-5) -> None:
     """Logits agree up to a tolerance relative to their size."""
     expect(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    # small logits are compared as they are
     scale = max(1.0, float(want.abs().max()))
     worst = float((got.float() - want.float()).abs().max()) / scale
     expect(

@@ -41,6 +41,7 @@ _WAITS = frozenset(
         "bincount",
     }
 )
+# results of a known size, unless the index is a mask
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 
 
@@ -89,6 +90,7 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor, device: PretendedDevice) -> Pretended:
+        # the same shape and strides, and no memory
         shell = torch.empty_strided(here.size(), here.stride(), dtype=here.dtype, device=AWAY)
         made = torch.Tensor._make_subclass(cls, shell, False)
         made.here, made.device_of = here, device
@@ -180,6 +182,7 @@ class PretendedDevice(TorchDispatchMode):
             return self._copy(args[0], args[1])
         if name == "_to_copy":
             return self._moved(op, args, kwargs, bool(away), to_away if asked is not None else bool(away))
+        # nothing of the device takes part
         if not away and not to_away:
             return op(*args, **kwargs)
         self._refuse_mixed(name, tensors)
@@ -187,14 +190,17 @@ class PretendedDevice(TorchDispatchMode):
             return 0  # the plain kernel: attention is one launch of its own either way
         kwargs = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
         by_mask = name in _INDEXING and any(one.dtype == torch.bool for one in _indices(args))
+        # repeat_interleave of counts alone makes as many rows as they sum up to
         if name in _WAITS or by_mask or (name == "repeat_interleave" and len(args) == 1):
             self.wait(name)
         result = op(*tree_map(_here, args), **tree_map(_here, dict(kwargs)))
         is_view = any(one.alias_info is not None for one in op._schema.returns) and not op._schema.is_mutable
         if not is_view and name != "_unsafe_view":  # which is a view, though its schema does not say so
             self.launch(tensors, result)
+        # in place: the caller goes on with the tensor that it gave
         if op._schema.is_mutable and name.endswith("_"):
             return args[0]
+        # an input that is given back stays the same object
         known = {id(one.here): one for one in away}
         return tree_map(lambda one: self._back(one, known), result)
 
@@ -279,6 +285,7 @@ def site() -> str:
 @contextlib.contextmanager
 def pretending(device: PretendedDevice) -> Iterator[None]:
     """Run code on the device: for tests and counts only, since names of torch are replaced meanwhile."""
+    # torch has no autocast for this device
     autocast: Callable[..., Any] = torch.autocast
 
     def cast(kind: str, *args: Any, **options: Any) -> Any:
@@ -323,7 +330,7 @@ def count(
     with pretending(device), attached:
         model.generate(**given, **words)  # what is made once is not counted
         handle = model.register_forward_hook(lambda *call: passes.append(device.take()))
-        device.take()
+        device.take()  # counted from here on
         model.generate(**given, **words)
         handle.remove()
     return {"prefill": passes[0], "decode": passes[-1]}

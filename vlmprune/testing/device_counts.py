@@ -56,6 +56,7 @@ def count_rows(
         for method in methods:
             spec = default_spec(INSTEAD.get(method, method))
             for batch in batches:
+                # from the cache for all methods but the first
                 dense = _counted(family, batch, None)
                 try:
                     found = _counted(family, batch, spec)

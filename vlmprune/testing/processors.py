@@ -87,6 +87,7 @@ def _build(kind: Any, prefix: str, arguments: dict[str, Any]) -> Any:
         name = {"Qwen2_5_VL": "Qwen2VL"}.get(prefix, prefix) + "VideoProcessor"
         return kind(video_processor=getattr(transformers, name)(**size), **arguments)
 
+    # transformers checks each part against its class; one that is missing counts as None
     class PicturesOnly(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor" and argument is None:

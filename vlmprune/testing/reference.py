@@ -39,6 +39,7 @@ class Kept:
 
     def grown(self, rows: Tensor) -> Kept:
         """With (1, t, D) rows of text behind it."""
+        # counts on from the last position, on every axis
         numbers = self.positions[..., -1:] + 1 + torch.arange(rows.shape[1])
         stacked = [torch.cat([one, torch.zeros_like(rows[0])]) for one in self.stacked]
         blocks = None if self.blocks is None else nn.functional.pad(self.blocks, (0, rows.shape[1]), value=-1)
@@ -63,6 +64,7 @@ class Kept:
 
     def recounted(self) -> Kept:
         """At positions without gaps."""
+        # from the first position, which is 1 in PaliGemma
         return replace(self, positions=self.positions[:, :1] + torch.arange(self.embeds.shape[1])[None])
 
 
@@ -94,6 +96,7 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
     """Every row of a batch, whole and without its padding, at the positions that generate gives it."""
     call = language_model_call(model, inputs)
     embeds, places = call["inputs_embeds"].detach().clone(), call.get("position_ids")
+    # DeepStack: (B, L, D) for each layer, 0 where there is no picture
     stacked = []
     for features in call.get("deepstack_visual_embeds") or []:
         full = torch.zeros_like(embeds)
@@ -105,7 +108,7 @@ def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
             model.config.model_type == "paligemma"
         )  # which counts from 1
         if places is not None and places.ndim == 3:  # places in pictures, which the model knows
-            numbers = places[-3:, row : row + 1, mask]
+            numbers = places[-3:, row : row + 1, mask]  # without the number of the token
         blocks, types = None, inputs.get(adapter_for(model).types)
         if types is not None and attends_both_ways(model.config):
             blocks = blocks_of(model.config.model_type, types[row, mask])
@@ -141,6 +144,7 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
     rows = []
     for ids, row in zip(input_ids, embeds, strict=True):
         columns = [c for c in range(len(ids)) if int(ids[c]) in tokens]
+        # newlines have the id of a placeholder, and are told by their values
         if newline is not None:
             columns = [c for c in columns if not torch.equal(row[c], newline.detach().to(row.dtype))]
         if config.model_type == "video_llava":  # a [CLS] in front of every frame
@@ -162,6 +166,7 @@ def kept_by_hand(
     ``text_only`` newline and [CLS] embeddings of the pictures go as well.
     """
     names = ("image_token_id", "video_token_id")
+    # -1 is no id: not every family has clips
     pictured = torch.isin(
         inputs["input_ids"], torch.tensor([getattr(model.config, name, None) or -1 for name in names])
     )
@@ -174,6 +179,7 @@ def kept_by_hand(
     ):
         keep = mask.clone()
         start = 0
+        # each map describes the next placeholders of its row
         while start < len(columns[row]):
             one = pending.pop(0)
             block = columns[row][start : start + one.total]
@@ -206,6 +212,7 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
     # spelled out: gaps in positions would read as packed sequences
     extra: dict[str, Any] = {"attention_mask": torch.ones(1, length, dtype=torch.long)}
     if kept.blocks is not None:
+        # one mask for each kind of layer, where there are kinds
         kinds = getattr(language_model(model).config, "layer_types", None)
         masks = {
             kind: mask_by_hand(model.config, i, length, kept.blocks)
@@ -215,6 +222,7 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
     if kept.beside is not None:
         extra["per_layer_inputs"] = beside_all(model, kept)
     if kept.stacked:
+        # every column: ``stacked`` is 0 where nothing is added
         extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
         extra["deepstack_visual_embeds"] = kept.stacked
     with torch.no_grad():
@@ -231,6 +239,7 @@ def greedy(model: Any, kept: Kept, new_tokens: int) -> list[int]:
     """Greedy answer, the whole sequence recomputed for every token."""
     ids: list[int] = []
     embed = model.get_input_embeddings()
+    # as generate does: ids of placeholders are never made
     banned = model.generation_config.suppress_tokens or []
     for _ in range(new_tokens):
         logits = logits_of(model, kept)[-1]
@@ -295,6 +304,7 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
     if legible(dense) == "compact":
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
     if dense.positions.ndim == 2:
+        # original positions, less the first one, are columns
         columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
         return replace(dense.columns(columns), embeds=rows), columns.tolist()
     columns = seen[0]["position_ids"][0, 0]  # generate puts the number of every token before its places

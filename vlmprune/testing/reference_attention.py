@@ -46,6 +46,7 @@ def visual_columns(model: Any, ids: Tensor) -> Tensor:
 @contextmanager
 def eager_edited(attention: Any, mix: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> Iterator[None]:
     """Mix values anew in the eager function of one module; what follows is the model's own."""
+    # the function that all layers of this family look up in their module when they run
     names = vars(sys.modules[type(attention).__module__])
     original = names["eager_attention_forward"]
 
@@ -54,7 +55,9 @@ def eager_edited(attention: Any, mix: Callable[[Tensor, Tensor, Tensor], Tensor]
             output, maps = original(module, query, key, value, *args, **options)
         if module is not attention or mix is None:
             return output, maps
+        # heads that share values get them one by one
         values = value.repeat_interleave(maps.shape[1] // value.shape[1], dim=1)
+        # the softmax that was called last made the maps
         return mix(maps, raw[-1], values).transpose(1, 2).contiguous(), maps
 
     names["eager_attention_forward"] = forward
@@ -84,8 +87,9 @@ class AttentionTwin:
         self.visual = torch.tensor(visual)
         self.marks = None if marks is None else torch.tensor(marks)
         self.prompt = kept.embeds.shape[1]
-        self.edited = 0
-        self.text_heads: dict[int, Tensor] = {}
+        self.edited = 0  # heads or rows that were changed
+        self.text_heads: dict[int, Tensor] = {}  # layer -> (1, H, d) of the prompt without its pictures
+        # the prompt without its pictures is read once, at positions of its own
         if method.kind() == "head_scales" and self.visual.any():
             text = kept.columns(~self.visual)
             places = torch.arange(text.embeds.shape[1]).expand_as(text.positions)
@@ -118,6 +122,7 @@ class AttentionTwin:
             with eager_edited(layer.self_attn, edit):
                 hidden = layer(hidden, position_embeddings=angles, attention_mask=mask, **options)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            # DeepStack adds to what the first layers give
             if index < len(kept.stacked):
                 hidden = hidden + kept.stacked[index]
         return self.model.lm_head(last_norm(lm)(hidden))[0]
@@ -136,17 +141,20 @@ class AttentionTwin:
         method, n = self.method, maps.shape[2]
         if method.kind() == "head_scales":
             mixed = maps @ values
+            # by the last token of the prompt, also while the answer grows
             factors = method.head_scales(mixed[:, :, self.prompt - 1], self.text_heads[index], index)
             self.edited += int((factors != 1).sum())
             return mixed * factors[..., None, None]
         heads = method.heads_of(index)
         chosen = list(range(maps.shape[1]) if heads is None else heads)
         first_text = int(self.visual.nonzero()[-1]) + 1
+        # the first row that is edited
         since = {"text": first_text, "last": self.prompt - 1, "all": 0}[method.rows]
         visual = nn.functional.pad(self.visual, (0, n - self.prompt))[None]
         marked = self._marked(index, hidden, maps[:, chosen], mask, visual)
         rows = maps[:, chosen, since:]
         if method.kind() == "relogit":
+            # 0 where a row may not look, as the attention slot gives it
             hidden_ones = mask[:, :, since:] < 0
             logits = method.relogit(raw[:, chosen, since:].masked_fill(hidden_ones, 0.0), marked, visual)
             edited = logits.masked_fill(hidden_ones, -torch.inf).softmax(dim=-1)
@@ -168,6 +176,7 @@ class AttentionTwin:
             found = self.method.mark_columns(mean, seen, visual[:, :prompt], index)
             return nn.functional.pad(found, (0, n - prompt))
         marked = self.method.mark(hidden, language_model(self.model))
+        # new tokens are no part of the marks
         marked[:, prompt:] = False
         return marked
 

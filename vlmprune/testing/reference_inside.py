@@ -84,6 +84,7 @@ class Twin:
         """(n, V) logits after the prompt and ``new`` (1, t, D) embeddings; the cut is made once, by the first
         call.
         """
+        # the first call chooses, later ones follow it
         choosing = not self.kept
         length = self.embeds.shape[1]
         whole = self.dense if new is None else self.dense.grown(new)
@@ -92,8 +93,10 @@ class Twin:
             whole.positions[..., 0, :],
             whole.blocks,
         )  # positions (L,) or (3, L)
+        # columns[i]: the column of the dense sequence that stands at place i
         columns = list(range(hidden.shape[1]))
         spans, said = [list(picture) for picture in self.pictures], Said(torch.empty(0), None)
+        # layer -> (number of the cut, the cut)
         cuts = {
             stage.layer: (number, stage)
             for number, stage in enumerate(self.points(len(spans[0]) if spans else 1))
@@ -102,11 +105,14 @@ class Twin:
             if index in cuts and spans:
                 number, stage = cuts[index]
                 if choosing:
+                    # a layer that ranks its own input has to run on all of it first
                     said = self._attend(index, hidden, numbers, blocks)[1] if stage.source == index else said
                     spans = self._cut(index, number, spans, columns, numbers, hidden, said)
+                # rows that merging made, in the columns of tokens that stay
                 if index in self.merged:
                     at, rows = self.merged[index]
                     hidden = hidden.index_copy(1, torch.tensor([columns.index(c) for c in at]), rows[None])
+                # what is kept of the prompt, and all that came behind it
                 where = [i for i, c in enumerate(columns) if c in set(self.kept[index]) or c >= length]
                 hidden, columns = hidden[:, where], [columns[i] for i in where]
                 numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[..., where]
@@ -172,6 +178,7 @@ class Twin:
                 places += own
                 rows.append(result.features[0])
             left.append(own)
+        # all that is no patch stays
         patches, staying = {c for span in spans for c in span}, {c for span in left for c in span}
         self.kept[index] = [c for c in columns if c not in patches or c in staying]
         if rows:
@@ -200,6 +207,7 @@ class Twin:
         if not hasattr(layer, "self_attn"):  # it keeps a running state, and nobody can rank by it
             return layer(hidden, attention_mask=None, position_embeddings=angles), Said(torch.empty(0), None)
         mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
+        # a cache of this one call, for its keys
         cache, options = DynamicCache(), {}
         if needs(self.method, "lm_keys"):
             options[cache_name(signature(layer.self_attn.forward).parameters)] = cache
@@ -212,6 +220,7 @@ class Twin:
         )[1]
         layers: Any = cache.layers  # of attention: those of other kinds hold no keys
         said = Said(maps, layers[index].keys.transpose(1, 2) if options else None)
+        # the layer as a whole, which gives no maps
         out = layer(hidden, attention_mask=mask, position_embeddings=angles, **shared_keys(layer))
         return (out[0] if isinstance(out, tuple) else out), said
 
@@ -223,6 +232,7 @@ class Twin:
             given: ids that follow the prompt, after the cut was made.
         """
         ids, banned = list(given), self.model.generation_config.suppress_tokens or []
+        # the cut is made by the prompt alone
         if given:
             self.logits()
         for _ in range(new_tokens):
@@ -251,6 +261,7 @@ def masked(
     def hook(
         index: int, module: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
+        # the last cut up to this layer
         stage = max((layer for layer in kept if layer <= index), default=None)
         if stage is None:
             return None
@@ -258,6 +269,7 @@ def masked(
         cache = cache_in(kwargs)
         first = 0 if cache is None else int(cache.get_seq_length(index))
         mask = kwargs["attention_mask"].clone()  # (B, 1, q, slots)
+        # of the first call; later ones are as long as what is new
         prompt.setdefault("length", hidden.shape[1])
         dropped = torch.tensor(sorted(set(range(prompt["length"])) - set(kept[stage])), dtype=torch.long)
         if first == 0 and index in merged:
@@ -269,6 +281,7 @@ def masked(
         }
         if policy == "compact":
             columns = torch.arange(first, first + hidden.shape[1])
+            # a column moves to the left by as many as were dropped before it
             places = (columns - (dropped[:, None] < columns).sum(0))[None]
             changed["position_embeddings"] = angles_by_hand(decoder, index, hidden, places)
         return (hidden, *args[1:]), changed

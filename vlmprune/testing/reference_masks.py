@@ -25,6 +25,7 @@ def blocks_of(family: str, types: Tensor) -> Tensor:
         return torch.where(types == 0, 0, -1)
     number, found = -1, []
     for i, kind in enumerate(types.tolist()):
+        # a block begins where the type before is 0, or at the start
         number += kind > 0 and (i == 0 or int(types[i - 1]) == 0)
         found.append(number if kind > 0 else -1)
     return torch.tensor(found)
@@ -52,7 +53,8 @@ def mask_by_hand(config: Any, layer: int, length: int, blocks: Tensor | None = N
     """(1, 1, n, n) additive mask of a decoder layer: causal, inside its window, and both ways inside
     blocks."""
     text, at = config.get_text_config(), torch.arange(length)
-    seen = at[None, :] <= at[:, None]
+    seen = at[None, :] <= at[:, None]  # (n, n), causal
+    # the window counts the own column
     near = at[None, :] > at[:, None] - text.sliding_window if slides(text, layer) else torch.ones_like(seen)
     both = torch.zeros_like(seen)
     if blocks is not None:

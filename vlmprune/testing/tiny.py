@@ -171,9 +171,9 @@ def _enliven(model: Any, seed: int) -> None:
         for name, weight in module.named_parameters(recurse=False):
             draw = torch.randn(weight.shape, generator=random)
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
-                # queries and keys are larger still, so that softmax is peaked and order and masks show in the
-                # logits; the many
-                # convolutions of a timm tower a little, or they would average the picture away
+                # queries and keys are larger still, so that softmax is peaked and order and masks show in
+                # the logits; the many convolutions of a timm tower are a little larger, or they would average
+                # the picture away
                 gain = (
                     2.0
                     if path.endswith(("q_proj", "k_proj", "qkv"))
@@ -197,8 +197,7 @@ def _enliven(model: Any, seed: int) -> None:
             elif name == "bias":
                 draw *= 0.1
             weight.copy_(draw)  # embeddings, [CLS] and the image newline keep std 1
-    # A placeholder among the new tokens would ask for an image that is not there. suppress_tokens keeps
-    # generate() from it; loops
-    # written by hand take the argmax, and a row of zeros gives logit 0, which is below the largest of 256
-    # zero-mean logits.
+    # a placeholder among the new tokens would ask for an image that is not there. suppress_tokens keeps
+    # generate() from it; loops written by hand take the argmax, and a row of zeros gives logit 0, which is
+    # below the largest of 256 zero-mean logits
     model.lm_head.weight[list(SPECIAL_IDS)] = 0

@@ -106,7 +106,6 @@ class HoloV(Method):
                 "holov: attention is negative or not finite, or features are not finite. Check for overflow"
             ),
         )
-        # a quota may exceed its crop: the surplus goes to crops with room
         return top_k_in_groups(rank, members, capped(q, w, sizes_of(members), k), k)
 
     def paper_rule(self, A: Tensor, tokens: VisualTokens, k: int) -> Shares:

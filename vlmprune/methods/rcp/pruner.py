@@ -80,7 +80,6 @@ def pruner_scores(
         real: (B, R) bool, rows of the question that are no filling; None: all.
         drop: in training, the share of learned queries and of what scores single tokens that is left out.
     """
-    # b says what the layer attends to, e1 and e2 correct it
     b = baseline(a, c)
     v = _linear(w, "vision", V)  # (B, N, d)
     q = w["queries"] + _norm(w, "question_norm", _linear(w, "question", _mean(Q, real)))[:, None]  # (B, q, d)

@@ -36,7 +36,6 @@ def published_rows(keep: float, recycled: bool) -> tuple[float, ...]:
             f"keep asks for {keep / PATCHES:.3f} of the tokens on average, but {points[0] / PATCHES} is what "
             "the layers before the first cut read; keep more"
         )
-    # a straight line between the published budgets around keep
     low, high = next((a, b) for a, b in pairwise(points) if keep <= b)
     share = (keep - low) / (high - low)
     return tuple(a + share * (b - a) for a, b in zip(table[low], table[high], strict=True))
