@@ -6,8 +6,9 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import one_of
@@ -268,7 +269,8 @@ def option_fields(cls: type[Method]) -> tuple[Field[Any], ...]:
     return tuple(field for field in fields(cls) if field.init and not (cls.wraps and field.name == "inner"))
 
 
-def option_types(cls: type[Method]) -> dict[str, Any]:
+@lru_cache  # resolving them takes a third of the time of attaching a method
+def option_types(cls: type[Method]) -> Mapping[str, Any]:
     """The annotations of a method, resolved."""
     try:
         return get_type_hints(cls)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ Bias = Callable[[AttentionCall], Tensor | None]
 
 def reads_interface(module: nn.Module) -> bool:
     """Whether a module hands queries and keys to a function that it looks up by name."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return _looks_up(type(module))
+
+
+@lru_cache  # every module of a model is asked whenever something is attached
+def _looks_up(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

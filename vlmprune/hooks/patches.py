@@ -156,9 +156,11 @@ class Encode(PatchedMethod):
             return self.original(*args, **kwargs)
         if session.serve is not None:
             return self._hand_over(*session.serve(self.modality))
-        arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
-        # transformers 4.57 names pixels of clips otherwise
-        arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))
+        arguments = kwargs
+        if args or self.modality.pixels not in kwargs:  # a signature takes long to read
+            arguments = dict(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments)
+            # transformers 4.57 names pixels of clips otherwise
+            arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))
         arguments = on_host(arguments)
         session.adapter.check(arguments, self.modality)
         checks = session.checks
@@ -218,10 +220,9 @@ def patches_of(session: Session) -> list[PatchedMethod]:
 
 def forget_graphs(model: nn.Module) -> None:
     """Have torch.compile trace a compiled model anew: its graphs ignore hooks that came later."""
-    parts = ("_compiled_call_impl", "_compiled_call")
-    compiled = any(getattr(module, part, None) is not None for module in model.modules() for part in parts)
-    replaced = any(
-        hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable") for module in model.modules()
-    )
-    if compiled or replaced:
-        torch.compiler.reset()
+    for module in model.modules():
+        held = module.__dict__  # asking the module itself for what it has not takes ten times as long
+        compiled = held.get("_compiled_call_impl") or held.get("_compiled_call")
+        if compiled is not None or hasattr(held.get("forward"), "_torchdynamo_orig_callable"):
+            torch.compiler.reset()
+            return

@@ -86,10 +86,9 @@ class InsideLM:
 
     def _refuse_checkpointing(self) -> None:
         # read off the modules: transformers renamed the property that says it
-        recomputes = any(
+        if self.language_model.training and any(
             getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules()
-        )
-        if self.language_model.training and recomputes:
+        ):
             raise UnsupportedError(
                 f"{self.method.name} cuts inside the language model, which gradient checkpointing would "
                 "recompute without cuts; call model.gradient_checkpointing_disable(), or prune before the "
@@ -187,9 +186,12 @@ class InsideLM:
         state = self.attachment.state()
         if state is None or not state.viewed:
             return None
+        cuts = state.inside is not None and index in self.sources
+        if not cuts and state.views.at(index).start == 0:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        if state.inside is not None and index in self.sources:
+        if state.inside is not None and cuts:
             if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
             hidden = self._cut(state, index, hidden, self._angles(state, index, hidden, kwargs))
