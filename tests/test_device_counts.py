@@ -100,6 +100,12 @@ def test_sizes_of_pictures_are_read_once_and_before_the_tower_runs(device: Prete
     read_here = on_host({"image_grid_thw": grid, "pixel_values": pixels, "image_sizes": None})
     assert read_here["image_grid_thw"].tolist() == [[1, 4, 6]] and read_here["pixel_values"] is pixels
     assert device.counts.waits == 1
+    sizes, numbers = device.away(torch.tensor([[24, 36], [8, 9]])), device.away(torch.tensor([1, 1]))
+    read_here = on_host({"image_sizes": sizes, "batch_num_images": numbers})
+    waits = device.counts.waits
+    assert read_here["image_sizes"].tolist() == [[24, 36], [8, 9]]
+    assert read_here["batch_num_images"].tolist() == [1, 1]
+    assert waits == 2  # one more, for both
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,12 @@ _SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "batch_num_images",
 def on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an encoder with sizes on the CPU: the device is asked once, before the tower starts."""
     sizes = {name: arguments[name] for name in _SIZES if isinstance(arguments.get(name), Tensor)}
+    away = [name for name, value in sizes.items() if value.device.type != "cpu"]
+    alike = {(sizes[name].device, sizes[name].dtype) for name in away}
+    if len(away) > 1 and len(alike) == 1:  # several of them travel together
+        parts = [sizes[name].flatten() for name in away]
+        read = torch.cat(parts).cpu().split([len(part) for part in parts])
+        sizes |= {name: one.view_as(sizes[name]) for name, one in zip(away, read, strict=True)}
     return {**arguments, **{name: value.cpu() for name, value in sizes.items()}}
 
 

@@ -213,8 +213,10 @@ class SequenceView:
         packed = self.gaps and cache is None and self.plain_positions is not None
         if self.maskless and not packed:
             return None
-        if self.types is None:
-            return self.valid.long()
+        return self.valid.long() if self.types is None else self.masks(config, hidden, cache)
+
+    def masks(self, config: Any, hidden: Tensor, cache: Any) -> Any:
+        """The 4-D mask for the language model, or one per kind of layer where layers differ."""
         kinds = getattr(config, "layer_types", None)
         if kinds is None:
             return self.mask(config, 0, hidden, cache)

@@ -72,18 +72,21 @@ class HeadScaleSlot:
             )
         text = view.new & ~state.views.follow(state.visual_columns, 0)  # (B, n)
         text[:, text.shape[1] - state.generated :] = False
-        if not bool(text.any(dim=1).all()):
+        counts = text.sum(dim=1).tolist()  # the one wait
+        if min(counts) < 1:
             raise UnsupportedError(
                 f"{self.method.name} compares with the prompt without its pictures, and a prompt of this "
                 "call holds nothing else; ask something about the picture"
             )
-        compaction = Compaction(text, view.new)
+        compaction = Compaction(text, view.new, max(counts))
         real = compaction.valid  # (B, T), the text at the right end
         rows = compaction.sequence(state.embeds)
         places = (real.cumsum(dim=1) - 1).clamp_min(0)
         types = None if view.types is None else view.types.cut(compaction)
         alone = SequenceView(0, real[:, :0], real, places, None, types=types)
-        mask = alone.mask_of_all(self.language_model.config, rows, None)
+        config, on_cpu = self.language_model.config, rows.device.type == "cpu"
+        # whether a 2-D mask masks anything would be asked of a device
+        mask = alone.mask_of_all(config, rows, None) if on_cpu else alone.masks(config, rows, None)
         state.aside, self._text.heads = True, {}
         try:
             # not the module itself: its hooks are for the prompt

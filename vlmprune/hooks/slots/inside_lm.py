@@ -144,9 +144,8 @@ class InsideLM:
         lengths = state.columns.lengths
         if lengths is not None and compaction is not None:
             lengths = compaction.lengths(lengths)
-        raters = self._raters(state, spans)
-        queries = 1 if raters is None else max(1, int(raters.sum(dim=1).max()))
-        state.inside = InsideRecord(spans, raters, lengths, queries)
+        raters, queries = self._raters(state, spans)
+        state.inside = InsideRecord(spans, raters, lengths, max(1, queries))
 
     def _check(self, count: int) -> None:
         """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
@@ -157,17 +156,19 @@ class InsideLM:
             )
         self.method.check_unit(count)
 
-    def _raters(self, state: ForwardState, spans: Sequence[Span]) -> Tensor | None:
-        """(B, n) bool, columns that the method ranks by; None: the last token of the prompt."""
+    def _raters(self, state: ForwardState, spans: Sequence[Span]) -> tuple[Tensor | None, int]:
+        """(B, n) bool, columns that the method ranks by, and the most that a row has, or a number that is not
+        smaller; None: the last token of the prompt.
+        """
         if not (self.by_choice or self.by_question):
-            return None
+            return None, 1
         embeds, valid = state.embeds, state.views.at(0).new
         text = state.views.follow(state.text_after_pictures(), 0) & valid
         text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
         if self.method.skips:
             text = without_skipped(state, text, self.method)
         if not self.by_choice:
-            return text
+            return text, int(text.sum(dim=1).max())
         here, raters = text.cpu(), torch.zeros_like(text)  # one wait for all rows
         for row in range(text.shape[0]):
             own = [span for span in spans if span.row == row]
@@ -176,7 +177,9 @@ class InsideLM:
                 visual = torch.cat([embeds[row, span.columns] for span in own])
                 chosen = self.method.raters(embeds[row, columns], visual)  # (T,) bool
                 raters[row, columns] = True if chosen is None else chosen
-        return raters
+        # how many of the text were chosen would be asked of a device once more
+        counts = (raters if raters.device.type == "cpu" else here).sum(dim=1)
+        return raters, int(counts.max())
 
     # --- one layer --------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class InsideRecord:
     Args:
         spans: of every picture in every row.
         raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
-        queries: the most raters of any row, at least 1; cuts take none of them.
+        queries: at least 1, and no fewer than any row has raters; cuts take none of them.
         ranked: what was read for the next cut.
         lengths: tokens of every row, None where the device was not asked.
         done: layers whose cut was made, or found unnecessary.
