@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vlmprune.cli import app
 from vlmprune.cli.scaffold import scaffold
+from vlmprune.cli.scaffold_family import scaffold_family
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,14 +38,14 @@ def process(*words, cwd=None, path=()):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def installed(folder, name):
+def installed(folder, name, group="vlmprune.methods"):
     """What pip would add for the plug-in: its entry point."""
     project = (folder / "pyproject.toml").read_text()
-    target = re.search(rf'\[project.entry-points."vlmprune.methods"\]\n{name} = "(.+)"', project)[1]
+    target = re.search(rf'\[project.entry-points."{group}"\]\n{name} = "(.+)"', project)[1]
     info = folder / f"vlmprune_{name}-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vlmprune-{name}\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{name} = {target}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n")
 
 
 @pytest.mark.slow
@@ -171,3 +172,59 @@ def test_new_refuses_bad_names(name, message, tmp_path):
 
 def test_new_needs_a_folder(tmp_path):
     assert "no folder at" in cli("new", "fresh", "--dir", tmp_path / "none", code=2).stderr
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_new_family_passes_its_test_and_verify_also_where_it_is_installed(tmp_path):
+    text = cli("new", "fresh_vlm", "--family", "--dir", tmp_path, columns=200).stdout
+    steps = [line.partition(". ")[2] for line in text.splitlines() if re.match(r"\d\. ", line)]
+    assert steps[0] == f"pip install -e {tmp_path}" and steps[3] == "pytest test_fresh_vlm.py"
+    installed(tmp_path, "fresh_vlm", "vlmprune.models")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "test_fresh_vlm.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    words = steps[4].split()[1:]
+    verified = process(*words, "--json", cwd=tmp_path, path=[tmp_path])
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    found = json.loads(verified.stdout)
+    assert {one["family"] for one in found["results"]} == {"fresh_vlm"} and found["failed"] == 0
+
+
+def test_a_new_family_is_a_plug_in_that_offers_its_adapter(tmp_path):
+    made = scaffold_family("fresh_vlm", tmp_path)
+    assert [path.name for path in made.files] == [
+        "vlmprune_fresh_vlm.py",
+        "vlmprune_fresh_vlm_tiny.py",
+        "test_fresh_vlm.py",
+        "pyproject.toml",
+    ]
+    project = made.files[-1].read_text()
+    assert 'fresh_vlm = "vlmprune_fresh_vlm:Adapter"' in project
+    assert 'py-modules = ["vlmprune_fresh_vlm", "vlmprune_fresh_vlm_tiny"]' in project
+    assert "exist already" in cli("new", "fresh_vlm", "--family", "--dir", tmp_path, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("My-VLM", "no model type for a plug-in"), ("llava", "has an adapter already")]
+)
+def test_a_new_family_needs_a_model_type_that_nobody_has(name, message, tmp_path):
+    assert message in cli("new", name, "--family", "--dir", tmp_path, code=2, columns=300).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_family_in_a_checkout_is_written_by_hand(tmp_path):
+    (tmp_path / "vlmprune" / "models").mkdir(parents=True)
+    stderr = cli("new", "fresh_vlm", "--family", "--dir", tmp_path, code=2, columns=300).stderr
+    assert "is a checkout of vlmprune" in stderr and not (tmp_path / "pyproject.toml").exists()
+
+
+def test_new_files_of_a_family_keep_the_rules_of_style(tmp_path):
+    ruff = pytest.importorskip("ruff", reason="ruff is not installed").find_ruff_bin()
+    scaffold_family("two_words", tmp_path)
+    command = [ruff, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

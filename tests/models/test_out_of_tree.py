@@ -209,6 +209,12 @@ def test_a_package_offers_an_adapter(remote: Any, monkeypatch: pytest.MonkeyPatc
     found = _TABLE.offers._replace(points={"remote_vlm": point})
     monkeypatch.setitem(_TABLE.__dict__, "offers", found)
     assert type(adapter_for(remote)) is Offered and "remote_vlm" in families()
+    try:  # as a test of the package does, and verify
+        assert vlmprune.register_family("remote_vlm")(Offered) is Offered
+    finally:
+        _REGISTERED.pop("remote_vlm", None)
+    with pytest.raises(SpecError, match="has an adapter already"):
+        vlmprune.register_family("remote_vlm")(type("Other", (Adapter,), {}))
     monkeypatch.setattr(metadata.EntryPoint, "load", lambda self: 7)
     with pytest.raises(SpecError, match="expected a subclass"):
         adapter_for(remote)

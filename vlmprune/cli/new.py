@@ -12,19 +12,26 @@ from .screen import Json, plain, print_json, stdout
 
 
 def new(
-    method: Annotated[str, typer.Argument(help="Name of the new method, in lower case.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the new method, in lower case; with --family its model type.")
+    ],
     folder: Annotated[
         Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own.")
     ] = Path(),
+    family: Annotated[
+        bool, typer.Option("--family", help="Write an adapter for a family of models instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a method that works, with its test, card and ledger; nothing is overwritten.
 
-    In a checkout it also joins the list of built-in methods.
+    In a checkout it also joins the list of built-in methods. With --family it is a plug-in for a family: an
+    adapter, a small model and a test.
     """
     from .scaffold import scaffold
+    from .scaffold_family import scaffold_family
 
-    made = scaffold(method, folder)
+    made = scaffold_family(name, folder) if family else scaffold(name, folder)
     if as_json:
         texts = {"files": made.files, "changed": made.changed, "steps": made.steps}
         print_json({key: list(map(str, values)) for key, values in texts.items()})

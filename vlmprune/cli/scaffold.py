@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a new method: method, test, card and ledger, for a plug-in or for this repository."""
+"""The files of a new method: method, test, card and ledger, for a plug-in or for this repository.
+
+Those of a new family are in ``scaffold_family.py``.
+"""
 
 from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -125,7 +129,7 @@ entries:
     tolerance: exact kept sets
     reproduce: pytest $test
 """)
-_ENTRY_POINT = Template("""\
+ENTRY_POINT = Template("""\
 [project.entry-points."$group"]
 $name = "$module:$cls"
 """)
@@ -142,7 +146,7 @@ dependencies = ["vlmprune"]
 
 $entry_point
 [tool.setuptools]
-py-modules = ["$module"]
+py-modules = [$modules]
 """)
 
 
@@ -160,7 +164,7 @@ class Scaffold:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Draft:
     """Texts of new files and of changed ones, by path below the folder."""
 
     new: dict[Path, str]
@@ -169,17 +173,26 @@ class _Plan:
 
 
 def scaffold(name: str, folder: Path) -> Scaffold:
-    """Write the files of a method called ``name``; nothing is written unless all of it can be.
+    """Write the files of a method called ``name``.
 
     In a checkout of vlmprune they go where built-in methods live; anywhere else they make a plug-in that can
     be installed.
     """
     cls = _class_name(name)
+    require_folder(folder)
+    inside = (folder / "vlmprune" / "methods").is_dir()
+    return write(_inside(name, cls, folder) if inside else _outside(name, cls, folder), folder)
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a folder that is not there."""
     if not folder.is_dir():
         raise SpecError(f"no folder at {str(folder)!r}; expected an existing one: make it first")
-    inside = (folder / "vlmprune" / "methods").is_dir()
-    plan = _inside(name, cls, folder) if inside else _outside(name, cls, folder)
-    # looked at before anything is written, so that a refusal leaves no half of a method
+
+
+def write(plan: Draft, folder: Path) -> Scaffold:
+    """Write what was planned; nothing is written unless all of it can be."""
+    # looked at before anything is written, so that a refusal leaves no half of it
     present = [str(folder / path) for path in plan.new if (folder / path).exists()]
     if present:
         raise SpecError(
@@ -213,7 +226,7 @@ def _class_name(name: str) -> str:
     return cls
 
 
-def _inside(name: str, cls: str, folder: Path) -> _Plan:
+def _inside(name: str, cls: str, folder: Path) -> Draft:
     module, test = f"vlmprune.methods.{name}", f"tests/methods/test_{name}.py"
     imports = f"\nimport vlmprune\nfrom {module} import {cls}\n{_RUN_CHECKS}"
     method = f"vlmprune/methods/{name}.py"
@@ -231,7 +244,7 @@ def _inside(name: str, cls: str, folder: Path) -> _Plan:
         f"python docs/capabilities.py --method {name}  (its column in the table of what families can do)",
         "vlmprune bench --count --out kernels/device_counts.csv  (what it asks of a device; a test holds it)",
     )
-    return _Plan(new, {REGISTRY: _listed(name, f"{module}:{cls}", folder / REGISTRY)}, steps)
+    return Draft(new, {REGISTRY: _listed(name, f"{module}:{cls}", folder / REGISTRY)}, steps)
 
 
 def _listed(name: str, target: str, registry: Path) -> str:
@@ -248,10 +261,9 @@ def _listed(name: str, target: str, registry: Path) -> str:
     return f'{text[: table.end()]}    "{name}": "{target}",\n{text[table.end() :]}'
 
 
-def _outside(name: str, cls: str, folder: Path) -> _Plan:
+def _outside(name: str, cls: str, folder: Path) -> Draft:
     module, test = f"vlmprune_{name}", f"test_{name}.py"
     imports = f"import vlmprune\n{_RUN_CHECKS}\n\nfrom {module} import {cls}"
-    entry_point = _ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)
     new = {
         Path(f"{module}.py"): _METHOD.substitute(name=name, cls=cls, imports=_IMPORTS_OUTSIDE),
         Path(test): _TEST.substitute(name=name, cls=cls, imports=imports),
@@ -264,10 +276,17 @@ def _outside(name: str, cls: str, folder: Path) -> _Plan:
         f"pytest {test} && vlmprune verify {name}",
         _LAST_STEP,
     ]
+    entry_point = ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)
+    return offered(Draft(new, {}, tuple(steps)), name, (module,), entry_point, folder)
+
+
+def offered(plan: Draft, name: str, modules: Sequence[str], entry_point: str, folder: Path) -> Draft:
+    """With a pyproject.toml that offers the plug-in, or a step that says what to add to the one there is."""
     if (folder / "pyproject.toml").exists():
-        steps.insert(0, f"add to pyproject.toml, which must also install the module {module}:\n{entry_point}")
-    else:
-        project = f"vlmprune-{name.replace('_', '-')}"
-        text = _PROJECT.substitute(project=project, entry_point=entry_point, module=module)
-        new[Path("pyproject.toml")] = text
-    return _Plan(new, {}, tuple(steps))
+        named = f"module {modules[0]}" if len(modules) == 1 else f"modules {', '.join(modules)}"
+        step = f"add to pyproject.toml, which must also install the {named}:\n{entry_point}"
+        return Draft(plan.new, plan.changed, (step, *plan.steps))
+    project = f"vlmprune-{name.replace('_', '-')}"
+    listed = ", ".join(f'"{module}"' for module in modules)
+    text = _PROJECT.substitute(project=project, entry_point=entry_point, modules=listed)
+    return Draft({**plan.new, Path("pyproject.toml"): text}, plan.changed, plan.steps)

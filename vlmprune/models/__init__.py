@@ -135,11 +135,13 @@ def register_family(model_type: str) -> Callable[[A], A]:
     def decorate(cls: A) -> A:
         check_adapter(cls)
         known = _REGISTERED.get(model_type)
+        if known is None and model_type in _TABLE and model_type not in _ADAPTERS:
+            known = check_adapter(_TABLE.load(model_type))  # a package offers it
         again = known is not None and (known.__module__, known.__qualname__) == (
             cls.__module__,
             cls.__qualname__,
         )
-        if model_type in _TABLE or (known is not None and not again):
+        if model_type in _ADAPTERS or (known is not None and not again):
             raise SpecError(
                 f"model type {model_type!r} has an adapter already; give yours to one call, as in "
                 "prune(model, spec, adapter=...)"
