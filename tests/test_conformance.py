@@ -142,7 +142,8 @@ REFUSALS = {
     "estimator='zo'": {*MERGERS, *LATER, "idefics3", "smolvlm", "paligemma", "gemma3"},
     "become": MERGERS,
     "eager attention only": {"paligemma"},
-    "prune before the language model": {"ernie4_5_vl_moe"},  # layers are given token types
+    # layers are given token types, or hold several states of a token
+    "prune before the language model": {"ernie4_5_vl_moe", "gemma3n"},
     "inside the vision tower": {
         "vipllava",
         "fast_vlm",

@@ -14,8 +14,9 @@ from later_families import sampled
 from torch import Tensor
 
 import vlmprune
-from vlmprune.errors import CaptureError, GridError, UnsupportedError
+from vlmprune.errors import CaptureError, GridError, InvariantError, UnsupportedError
 from vlmprune.models import adapter_for
+from vlmprune.models.unread import Molmo2Adapter
 from vlmprune.testing.checks_generation import second_turn
 from vlmprune.testing.checks_model import training_works
 from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built
@@ -52,10 +53,63 @@ def test_what_stands_beside_gemma4s_tokens_matters() -> None:
     assert (logits_of(model, kept)[-1] - logits_of(model, other)[-1]).abs().max() > 0.01
 
 
-def test_cuts_inside_are_refused_where_layers_are_given_something_beside() -> None:
+def test_cuts_inside_are_refused_where_layers_read_what_would_not_follow() -> None:
+    """Experts by modality, keys that layers share, several states of a token."""
     for family, text in (("gemma4", "gemma4_small"), ("ernie4_5_vl_moe", None)):
         with pytest.raises(UnsupportedError, match="would not follow the cut; prune before"):
             vlmprune.attach(available(family, text), "fastv@9")
+    shares = tiny_model("gemma4", num_kv_shared_layers=2)
+    with pytest.raises(UnsupportedError, match="read the keys of earlier ones"):
+        vlmprune.attach(shares, "fastv@9")
+
+
+@pytest.mark.parametrize("spec", ["fastv@9", "var", "random@20+fastv@9"])
+def test_gemma3n_is_pruned_before_its_language_model_only(spec: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"several states of every token.*'divprune@64'"):
+        vlmprune.attach(available("gemma3n"), spec)
+
+
+def test_molmo_adds_features_to_its_placeholders() -> None:
+    """Rows that a method makes would lack the placeholder if the features were taken as they are."""
+
+    class Checked(Molmo2Adapter):
+        checks_features = True
+
+    model, inputs = available("molmo2"), tiny_inputs("molmo2", images=(1, 2, 0))
+    with vlmprune.prune(model, "divprune@9", adapter=Checked) as run:
+        generate(model, inputs)
+    assert run.last.dense_tokens == [36, 36 + 24, 36 + 18] and run.last.grids[1] == ((6, 6), (4, 6))
+
+
+def test_what_molmo_cannot_do_is_refused() -> None:
+    model, inputs = available("molmo2"), tiny_inputs("molmo2")
+    table, grid = inputs["image_token_pooling"], torch.tensor([[1, 6, 6]])
+    with (
+        pytest.raises(UnsupportedError, match="give the frames as images"),
+        vlmprune.prune(model, "random@9"),
+    ):
+        model.model.get_video_features(inputs["pixel_values"], table, grid)
+    mixed = tiny_model("molmo2", rope_scaling_layers=[0, 1])
+    with pytest.raises(UnsupportedError, match="rotate by other angles"):
+        vlmprune.attach(mixed, "fastv@9")
+    with vlmprune.prune(mixed, "divprune@9") as run:
+        generate(mixed, inputs)
+    assert run.last.realised_tokens == [9]
+
+
+def test_clips_that_perception_lm_encodes_as_images_are_refused() -> None:
+    model, inputs = available("perception_lm"), tiny_inputs("perception_lm")
+    ids = inputs["input_ids"]
+    clip = torch.where(ids == model.config.image_token_id, model.config.video_token_id, ids)
+    only = {"input_ids": clip, "pixel_values_videos": inputs["pixel_values"]}
+    both = {"input_ids": torch.cat([ids, clip], dim=1), "pixel_values": inputs["pixel_values"].flip(-1)}
+    for given in (only, both | {"pixel_values_videos": inputs["pixel_values"]}):
+        with (
+            pytest.raises(InvariantError),
+            vlmprune.prune(model, "random@9"),
+            torch.no_grad(),
+        ):
+            model(**given)
 
 
 def test_places_that_do_not_fit_gemma4s_patches_are_refused() -> None:

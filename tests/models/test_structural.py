@@ -31,11 +31,8 @@ UNBUILT = {
     "chameleon",
     "deepseek_ocr2",
     "emu3",
-    "gemma3n",
-    "granite4_vision",
     "hunyuan_vl",
     "inkling_mm_model",
-    "perception_lm",
     "qwen4_exp",
 }
 # what a model may lack, in the words of its refusal

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from ..core.deferred import Checks
-from ..core.method import Need, Positions, What
+from ..core.method import Need, Positions, SlotName, What
 from .vision.capture import VisionCapture
 from .vision.pictures import Picture
 
@@ -49,6 +49,7 @@ class Adapter(Protocol):
         checks_features: check in every call that the sequence holds the features in the order in which they
             were encoded, where nobody declared that it does.
         note: what every report says of it.
+        closed: slots inside the language model where no method can act, and why.
         deepstack: method of the language model that adds features to hidden states after a layer.
         shortens: whether patches can leave inside the tower: a tower of plain blocks over (crops, patches,
             width), and a projector of single patches.
@@ -71,6 +72,7 @@ class Adapter(Protocol):
     drops: frozenset[str]
     checks_features: bool
     note: str
+    closed: Mapping[SlotName, str]
     deepstack: str | None
     shortens: ClassVar[bool]
     pools: ClassVar[tuple[ModalityName, ...]]

@@ -69,6 +69,9 @@ _ADAPTERS = {
     "minicpm_ocr": ".unread:MiniCpmOcrAdapter",
     "got_ocr2": ".unread:GotOcr2Adapter",
     "pp_chart2table": ".unread:PPChart2TableAdapter",
+    "perception_lm": ".unread:PerceptionLmAdapter",
+    "gemma3n": ".unread:Gemma3nAdapter",
+    "molmo2": ".unread:Molmo2Adapter",
 }
 GROUP = "vlmprune.models"
 _TABLE: LazyTable[type[Adapter]] = LazyTable(
@@ -101,6 +104,7 @@ _REFUSED = {
     "pi0": "it makes actions and no text",
     "mistral4": "it is a language model without a vision tower",
     "llama4": "its multimodal model has no place where features are merged that could be watched",
+    "granite4_vision": "its decoder adds features before many layers, by a mask that would not follow a cut",
     "nemotron_h_omni": "its multimodal model has no place where features are merged that could be watched",
 }
 # types of checkpoints that only their authors' code reads, each with one that was converted

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.deferred import Checks
-from ..core.method import Need, Positions, What
+from ..core.method import Need, Positions, SlotName, What
 from ..core.tokens import patches_first
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.adapter import Modality, ModalityName
@@ -56,6 +56,8 @@ class Adapter:
     drops: frozenset[str] = frozenset()
     # what reports say of it
     note: str = ""
+    # slots where no method can act, and why, as the end of "the language model, ..."
+    closed: Mapping[SlotName, str] = {}
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
     pools: ClassVar[tuple[ModalityName, ...]] = ()
@@ -296,6 +298,13 @@ def _not_finite(modality: Modality, need: Need) -> CaptureError:
     return CaptureError(
         f"{modality.pixels} gave {[str(need)]}, not finite; check the pixels, and the tower for overflow"
     )
+
+
+def closed_by_sharing(config: Any) -> Mapping[SlotName, str]:
+    """Slots that are closed where layers read the keys of earlier ones, which a cut would miss."""
+    if not getattr(config, "num_kv_shared_layers", 0):
+        return {}
+    return {"inside_lm": "whose last layers read the keys of earlier ones, which would not follow the cut"}
 
 
 def refuse_clips(model_type: str, how: str, modality: Modality, arguments: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
+from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, closed_by_sharing
 
 PLACES = {"image": "image_position_ids", "video": "video_position_ids"}
 
@@ -34,6 +34,7 @@ class Gemma4Adapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.closed = closed_by_sharing(self.language_model.config)
         if self.language_model.config.hidden_size_per_layer_input:
             self.aligned = ("per_layer_inputs",)
 

@@ -19,7 +19,7 @@ from ..core.deferred import Checks
 from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.pictures import Picture
-from .base import Adapter, Modality, feature_list
+from .base import Adapter, Modality, closed_by_sharing, feature_list
 from .unread import UnreadAdapter
 
 _TEXTS = ("language_model", "text_model")
@@ -57,6 +57,7 @@ class StructuralAdapter(UnreadAdapter):
         known = signature(type(self.language_model).forward).parameters
         self.aligned = tuple(name for name in _ALIGNED if name in known)
         self.deepstack = "_deepstack_process" if hasattr(self.language_model, "_deepstack_process") else None
+        self.closed = closed_by_sharing(self.language_model.config)
         self._refuse_decoder()
         self.positions = ("original",) if self._has_places() else Adapter.positions
 

@@ -3,7 +3,8 @@
 
 Aria and Idefics2 ask the patches of a picture by a few learned queries, whose answers stand for no places in
 it. GOT-OCR 2 and PP-Chart2Table read one square picture by windows, with biases of places, and put patches
-together by convolutions. MiniCPM-V 4.6 and MiniCPM-OCR merge patches in the middle of their tower.
+together by convolutions. MiniCPM-V 4.6 and MiniCPM-OCR merge patches in the middle of their tower, Molmo 2
+pools them by a table of its processor. The towers of Perception LM and Gemma 3n are of timm.
 """
 
 from __future__ import annotations
@@ -138,3 +139,77 @@ class MiniCpmOcrAdapter(MiniCpmVAdapter):
     """MiniCPMOcrForConditionalGeneration."""
 
     model_type = "minicpm_ocr"
+
+
+class PerceptionLmAdapter(UnreadAdapter):
+    """PerceptionLMForConditionalGeneration: the tiles of an image are pictures of their own.
+
+    Clips are encoded by the method for images, so that nobody could tell them apart: what is found in the
+    sequence is compared with what was encoded.
+    """
+
+    model_type = "perception_lm"
+    unread = "has a tower of timm, whose attention is fused"
+    checks_features = True
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        check_pixels(
+            modality.pixels, arguments.get(modality.pixels), 5, "(images, tiles, channels, height, width)"
+        )
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        side = round(features.shape[0] ** 0.5)
+        return ((side, side),)
+
+
+class Gemma3nAdapter(UnreadAdapter):
+    """Gemma3nForConditionalGeneration: layers read several states of each token, and something beside it."""
+
+    model_type = "gemma3n"
+    view = "stretch"
+    unread = "has a tower of convolutions"
+    aligned = ("per_layer_inputs",)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        why = "whose layers hold several states of every token"
+        self.closed = {"inside_lm": why, "attention": why, "decode": why}
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        side = round(features.shape[0] ** 0.5)
+        return ((side, side),)
+
+
+class Molmo2Adapter(UnreadAdapter):
+    """Molmo2ForConditionalGeneration: tokens of the whole image, then of its crops; all attend both ways."""
+
+    model_type = "molmo2"
+    modalities = (IMAGE, VIDEO)
+    view = "stretch"
+    unread = "pools its patches by a table that the processor makes"
+    text_type = 0  # tokens of pictures are 1
+    types = "mm_token_type_ids"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if len(set(self.language_model.rope_types)) > 1:
+            self.closed = {"inside_lm": "some of whose layers rotate by other angles than the rest"}
+
+    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
+        refuse_clips(self.model_type, "gives clips the placeholders of images", modality, arguments)
+        if arguments.get(modality.pixels) is not None and arguments.get("image_grids") is None:
+            raise CaptureError(
+                "image_grids is missing; pass it as the processor returns it: (rows, columns) of tokens of "
+                "every whole image and of its crops"
+            )
+
+    def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        # the model adds them to the embedding of the placeholder
+        token = torch.tensor(self.token_id(modality), device=self.model.device)
+        below = self.inner.get_input_embeddings()(token)
+        return [one + below.to(one.device, one.dtype) for one in feature_list(output)]
+
+    def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
+        rows, cols, crop_rows, crop_cols = torch.as_tensor(arguments["image_grids"])[number].tolist()
+        whole, crops = (rows, cols), (crop_rows, crop_cols)
+        return (whole, crops) if crop_rows * crop_cols else (whole,)

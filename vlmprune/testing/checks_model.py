@@ -115,7 +115,7 @@ def threads_do_not_meet(subject: Subject) -> None:
         )
     model, batches = subject.model, [subject.inputs((1,), seed=s) for s in range(4)]
     other_model = subject.fresh_model(seed=1)
-    with subject.prune(), prune(other_model, "uniform@4"):
+    with subject.prune(), prune(other_model, "random@4"):
         # one after the other
         jobs = [(model, batch) for batch in batches] + [(other_model, batches[0])]
         want = [generate(m, batch) for m, batch in jobs]

@@ -8,6 +8,7 @@ out. Greedy decoding recomputes the whole sequence for every token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -131,7 +132,12 @@ def beside_all(model: Any, kept: Kept) -> Tensor | None:
     text = kept.embeds[:, kept.beside.shape[1] :]
     if not text.shape[1]:
         return kept.beside
-    return torch.cat([kept.beside, language_model(model).get_per_layer_inputs(None, text)], dim=1)
+    make, lm = language_model(model).get_per_layer_inputs, language_model(model)
+    if "inputs_embeds" in inspect.signature(make).parameters:
+        return torch.cat([kept.beside, make(None, text)], dim=1)
+    table = lm.embed_tokens(torch.arange(lm.config.vocab_size))  # (V, D)
+    ids = (text[..., None, :] == table).all(-1).float().argmax(-1)
+    return torch.cat([kept.beside, make(ids)], dim=1)
 
 
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:

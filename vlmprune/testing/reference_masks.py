@@ -14,15 +14,15 @@ def attends_both_ways(config: Any) -> bool:
     """Whether some tokens of a model attend to later ones, by their types."""
     if config.model_type == "gemma4":
         return config.text_config.use_bidirectional_attention == "vision"
-    return config.model_type in ("paligemma", "gemma3", "shieldgemma2")
+    return config.model_type in ("paligemma", "gemma3", "shieldgemma2", "molmo2")
 
 
 def blocks_of(family: str, types: Tensor) -> Tensor:
-    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, each picture (a run
-    of other types) of Gemma 3 and 4.
+    """Token types (n,) as numbers of blocks, -1 for none: PaliGemma's prompt (0) is one, all pictures (1) of
+    Molmo 2 are one, each picture (a run of other types) of Gemma 3 and 4.
     """
-    if family == "paligemma":
-        return torch.where(types == 0, 0, -1)
+    if family in ("paligemma", "molmo2"):
+        return torch.where(types == (family == "molmo2"), 0, -1)
     number, found = -1, []
     for i, kind in enumerate(types.tolist()):
         # a block begins where the type before is 0, or at the start

@@ -12,6 +12,8 @@ from ..errors import UnsupportedError
 from ..models import too_old
 from .families import family_of
 
+_OF_TIMM = ("fast_vlm", "gemma3n")  # families whose tower is one of timm
+
 
 def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict[str, Any]) -> Any:
     """The config of a whole model."""
@@ -23,15 +25,16 @@ def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict
 
 def missing(family: str) -> str | None:
     """Why a family has no tiny model here: this transformers does not know it, or timm is not installed."""
-    if family_of(family).build is not None:
+    prefix = family_of(family).prefix
+    if not prefix:  # somebody else's
         return None
-    name = family_of(family).prefix + "ForConditionalGeneration"
+    name = prefix + "ForConditionalGeneration"
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}; install a newer one"
     if too_old(family, getattr(transformers, name)):
         return f"{family} needs a newer transformers than {transformers.__version__}; install the newest"
-    if family == "fast_vlm" and not is_timm_available():
-        return "fast_vlm needs timm and torchvision: pip install timm torchvision"
+    if family in _OF_TIMM and not is_timm_available():
+        return f"{family} needs timm and torchvision: pip install timm torchvision"
     return None
 
 

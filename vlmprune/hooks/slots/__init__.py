@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from ...core.budget import Budget
 from ...core.combine import by_slot
 from ...core.method import Method, Positions, SlotName
+from ...errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -101,4 +102,10 @@ def build_slots(
         "decode": DecodeSlot,
     }
     given = by_slot(plans)
+    for name, why in attachment.adapter.closed.items():
+        if name in given:
+            raise UnsupportedError(
+                f"{attachment.spec!r} acts inside the language model of {attachment.adapter.model_type!r}, "
+                f"{why}; prune before the language model, e.g. with 'divprune@64'"
+            )
     return {name: maker(attachment, *given[name]) for name, maker in makers.items() if name in given}

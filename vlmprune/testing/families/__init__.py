@@ -27,6 +27,7 @@ from . import (
     shuffled,
     smolvlm,
     unread,
+    unread_more,
     video_llava,
     vipllava,
 )
@@ -52,7 +53,7 @@ _MODULES = (
     gemma3,
 )
 # files with several families that share their structure
-_SHARED = (qwen3_5, glm_vl, pixtral, shuffled, ovis2, janus, packed, gemma4, unread)
+_SHARED = (qwen3_5, glm_vl, pixtral, shuffled, ovis2, janus, packed, gemma4, unread, unread_more)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 FAMILIES |= {family.name: family for module in _SHARED for family in module.FAMILIES}
 FAMILIES |= {family.name: family for family in (gemma3.SHIELD, internvl.QIANFAN)}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aria, Idefics2, GOT-OCR 2, PP-Chart2Table, MiniCPM: families of whose tower nothing is read."""
+"""Aria, Idefics2, GOT-OCR 2, PP-Chart2Table, MiniCPM: families of whose tower nothing is read.
+
+Others of them are in ``unread_more.py``.
+"""
 
 from __future__ import annotations
 
