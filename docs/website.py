@@ -33,6 +33,7 @@ OUTSIDE = {
     "vlmprune/assets/tiny/card.md": "tiny_card.md",
     "vlmprune/assets/natural/card.md": "natural_card.md",
     "notebooks/README.md": "notebooks/index.md",
+    "vlmprune/assets/video/card.md": "video_card.md",
 }
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 OUTSIDE |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in NOTEBOOKS}

@@ -37,9 +37,9 @@ def run(
         str | None, typer.Argument(help="Picture or clip (.mp4, .mkv, ...); without it, a drawn picture.")
     ] = None,
     question: Annotated[
-        str, typer.Argument(help="What to ask; without a picture, tiny and natural are asked what they can.")
+        str, typer.Argument(help="What to ask; without a picture, the models of the package know some.")
     ] = QUESTION,
-    model: Annotated[str, typer.Option(help="tiny, natural, a folder, or an HF id.")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny, natural, video, a folder, or an HF id.")] = "tiny",
     prune: Annotated[str, typer.Option(help="Spec, as in fastervlm@64 or divprune@0.25.")] = "fastervlm@0.25",
     draw: Annotated[
         Path | None,
@@ -94,11 +94,12 @@ def run(
 
 
 def _example(model: str) -> tuple[Any, str, str]:
-    """A picture, a question and the answer, of the benchmark that a model of the package was trained on."""
+    """A picture or clip, a question and the answer, of the benchmark that a model of the package knows."""
+    from ..evaluation.tasks.clips.example import example as clip
     from ..evaluation.tasks.scenes.example import example as scene
     from ..evaluation.tasks.shapes.example import example as shape
 
-    return scene() if model == "natural" else shape()
+    return {"natural": scene, "video": clip}.get(model, shape)()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import typer
 
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads of torch; else OMP_NUM_THREADS, and one for tiny and natural."),
+    typer.Option(min=1, help="Threads of torch; else OMP_NUM_THREADS, and one for models of the package."),
 ]
 
 

@@ -37,7 +37,7 @@ def load(
     """``(model, processor)``, the model in eval mode.
 
     Args:
-        name: ``"tiny"`` or ``"natural"``, the trained models of the package, a folder written by
+        name: ``"tiny"``, ``"natural"`` or ``"video"``, the trained models of the package, a folder written by
             ``save_pretrained``, or an HF id.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: one of ``DTYPES``; "auto" is what the checkpoint says.

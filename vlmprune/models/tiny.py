@@ -13,8 +13,8 @@ from ..errors import VlmPruneError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FOLDER = ASSETS / "tiny"
-# by the name that is asked for; the benchmark that each was trained on is "shapes", and "scenes"
-BUNDLED = {"tiny": FOLDER, "natural": ASSETS / "natural"}
+# by the name that is asked for; the benchmarks that they were trained on are "shapes", "scenes" and "clips"
+BUNDLED = {"tiny": FOLDER, "natural": ASSETS / "natural", "video": ASSETS / "video"}
 SUMS = "SHA256SUMS"
 
 

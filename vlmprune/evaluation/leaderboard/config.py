@@ -34,7 +34,7 @@ class Config:
     """A comparison of methods.
 
     Args:
-        models: ``"tiny"``, ``"natural"``, HF ids or folders.
+        models: ``"tiny"``, ``"natural"``, ``"video"``, HF ids or folders.
         specs: what to run on each model; all have the budget they need.
         tasks: what to answer.
         seeds: of ``random``, which is always compared with: at least three, since one draw proves nothing.
