@@ -3,6 +3,8 @@
 
 The JSON file holds the backbone that they were trained with, and the SHA-256 of the tensors. Weights of
 another backbone, changed files, missing or other tensors and wrong shapes are refused; no code is read.
+
+Where the name of a bundled model is given in place of a folder, its shipped weights are read.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch import Tensor
 from ..errors import SpecError, UnsupportedError
 
 FORMAT, VERSION = "vlmprune.weights", 1
+SHIPPED = Path(__file__).parents[1] / "assets" / "weights"  # folders named like the bundled models
+SHIPPED_FOR = ("tiny",)
 _OF_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
 
 Shapes = Mapping[str, tuple[str, ...]]  # name of a tensor -> letters of its axes; a number stands for itself
@@ -67,6 +71,13 @@ class Trained:
             )
 
 
+def trained_of(method: Any) -> Trained | None:
+    """The weights that a method chooses by, or that the method it wraps chooses by."""
+    found: Trained | None = getattr(method, "_trained", None)
+    inner = getattr(method, "inner", None)
+    return found if found is not None or inner is None else trained_of(inner)
+
+
 def command(method: str) -> str:
     """The command that trains a method."""
     return f"vlmprune train {method} --model MODEL --data DATA --out DIR"
@@ -78,6 +89,14 @@ def untrained(method: str, instead: str) -> UnsupportedError:
         f"{method} chooses by trained weights and has none; train them with '{command(method)}' and give the "
         f"folder, as in {method}(weights='DIR'), or use {instead}, which needs no training"
     )
+
+
+def folder_of(name: str) -> Path:
+    """The folder of weights: that of a bundled model, such as "tiny", or the one that is named.
+
+    A folder of your own with such a name is given as "./tiny".
+    """
+    return SHIPPED / name if name in SHIPPED_FOR else Path(name)
 
 
 def write_weights(
@@ -140,7 +159,7 @@ def checked_facts(folder: str, method: str) -> Facts:
 
 
 def _facts(folder: str, method: str) -> dict[str, Any]:
-    path = Path(folder) / f"{method}.json"
+    path = folder_of(folder) / f"{method}.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -163,7 +182,7 @@ def _tensors(folder: str, method: str, digest: str, prefix: str) -> dict[str, Te
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(folder) / f"{method}.safetensors"
+    path = folder_of(folder) / f"{method}.safetensors"
     try:
         packed = path.read_bytes()
         found = load(packed)

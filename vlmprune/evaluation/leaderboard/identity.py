@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
+from ...core.weights import trained_of
 from ...errors import EvaluationError
 from ...models.tiny import BUNDLED, verify
 from ...registry import get
@@ -192,11 +193,19 @@ def _adapted(folder: Path) -> str | None:
     return base if base and Path(base).expanduser().resolve() != folder.resolve() else None
 
 
+def trained(spec: str) -> dict[str, dict[str, str]]:
+    """Digests of the weights that methods of a spec choose by, under "trained"; empty where none do."""
+    found = [trained_of(plan.method) for plan in parse(spec).build()]
+    digests = {one.method: str(one.facts["sha256"]) for one in found if one is not None}
+    return {"trained": digests} if digests else {}
+
+
 def recipe(setting: Setting, spec: str) -> dict[str, Any]:
     """Everything that can change an answer of a cell; its hash names the cell."""
     parts = parse(spec).parts
     names = {part.name for part in parts}
     return {
+        **trained(spec),
         "model": setting.model,
         "weights": setting.weights,
         "spec": spec,

@@ -13,6 +13,7 @@ from ... import __version__
 from ...errors import EvaluationError, SpecError
 from ...spec import parse
 from .config import SEEDS
+from .identity import trained
 from .journal import cells_of, is_sound, locked, read_info, refuse_other_format, replace_file, replace_json
 from .rundir import FORMAT, Run, cell_id, decode_lines, encode_line, read_object
 
@@ -98,16 +99,17 @@ def _candidates(folder: Path, cell: str) -> Iterator[dict[str, Any]]:
         return
     spec = samples[0]["spec"]
     try:
-        parts = parse(spec).parts
-    except SpecError:  # of a plug-in that is not here
+        parts, weights = parse(spec).parts, trained(spec)
+    except SpecError:  # of a plug-in, or of weights, that are not here
         return
     seeds = [value for part in parts for key, value in part.args if key == "seed"]
     sound = [Run(folder).recipe(other) for other in cells_of(folder) if is_sound(folder, other)]
     plugins = {name: code for recipe in sound for name, code in (recipe.get("plugins") or {}).items()}
     mine = {name: code for name, code in plugins.items() if name in {part.name for part in parts}}
-    # recipes of one config differ in these three; the hash tells whether the guess is right
+    own = {"spec": spec, "seeds": seeds, "plugins": mine, **weights}
+    # recipes of one config differ in these; the hash tells whether the guess is right
     for recipe in sound:
-        yield recipe | {"spec": spec, "seeds": seeds, "plugins": mine}
+        yield {name: value for name, value in recipe.items() if name != "trained"} | own
 
 
 def _write_info(folder: Path, tell: Tell) -> None:

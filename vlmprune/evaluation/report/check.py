@@ -12,7 +12,7 @@ from ..leaderboard.rundir import Run, cell_id
 from ..stats.summary import BLIND, DENSE, Row
 from .load import AGAIN, Results, refuse, row_name
 
-FREE = ("spec", "seeds", "plugins")  # all that the recipes of comparable rows may differ in
+FREE = ("spec", "seeds", "plugins", "trained")  # all that the recipes of comparable rows may differ in
 
 
 class _Answered(NamedTuple):
