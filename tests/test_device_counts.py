@@ -128,7 +128,7 @@ def test_no_method_asks_more_than_the_table_says(cell: tuple[str, str, str]) -> 
 def test_the_table_has_every_method_and_one_prompt_never_waits_to_decode() -> None:
     rows = read(TABLE)
     names = {vlmprune.parse(row.spec).parts[0].name for row in rows if row.family == "llava"}
-    # a trained method ships no weights, and what is counted is a prompt with pictures
+    # no weights are shipped for the counted models, and what is counted is a prompt with pictures
     assert names == {n for n in method_names() if not get(n).clips} - {"dense", "visionselector", "rcp"}
     waiting = [row for row in rows if (row.batch, row.phase) == ("one", "decode") and row.waits > 0]
     assert not waiting

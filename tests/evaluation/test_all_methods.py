@@ -22,7 +22,6 @@ ALL = Path(__file__).parents[2] / "configs" / "all-methods.yaml"
 REFUSED = {
     "var": "give them and a lower tau, as in var",
     "downsample": "compare with 'pool@64'",
-    "visionselector": "train them with 'vlmprune train visionselector",
     "rcp": "train them with 'vlmprune train rcp",
     **{
         name: "use a family with clips"
