@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +51,21 @@ def test_the_variable_puts_ours_in_place_and_refuses_other_families_by_name(regi
         registry[OTHER].load_model_cls()
 
 
+@pytest.mark.parametrize(
+    "name", ["TransformersMultiModalForCausalLM", "TransformersMultiModalMoEForCausalLM"]
+)
+def test_with_the_variable_no_wrapper_of_transformers_serves_a_family_whole(registry, monkeypatch, name):
+    """What vLLM runs where it has no class of a family, or with --model-impl transformers."""
+    own = registry[name]
+    plugin.register()
+    assert registry[name] is own
+    monkeypatch.setenv("VLMPRUNE", "divprune@64")
+    plugin.register()
+    with pytest.raises(UnsupportedError, match=f"{name} cannot be pruned in vLLM yet"):
+        registry[name].load_model_cls()
+    assert registry["TransformersForCausalLM"].module_name != plugin.REFUSED  # text alone is none of ours
+
+
 def test_a_wrong_variable_ends_the_start(registry, monkeypatch):
     monkeypatch.setenv("VLMPRUNE", "fastervlmm@64")
     with pytest.raises(SpecError, match="fastervlm"):
@@ -71,3 +88,19 @@ def test_overrides_name_our_class_and_refuse_others():
     assert overrides("dense")(config).architectures == ["VlmPrune" + LLAVA]  # asked again, nothing changes
     with pytest.raises(UnsupportedError, match=OTHER):
         overrides("dense")(SimpleNamespace(architectures=[OTHER]))
+
+
+def test_the_load_client_of_vllm_takes_what_the_load_run_asks_for():
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from serving_load import Client, arguments
+
+    server = SimpleNamespace(address="http://here:1", model=lambda: ("tiny", "/models/tiny"))
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    line = Client(server, arguments(["--side", "144"])).line("divprune@9", 4, 7)
+    asked = parser.parse_args(line)
+    assert asked.extra_body == {"mm_processor_kwargs": {"vlmprune": "divprune@9"}}
+    assert asked.random_mm_bucket_config == {(144, 144, 1): 1.0}

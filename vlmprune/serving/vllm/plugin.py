@@ -53,10 +53,12 @@ def register() -> None:
 
 
 def multimodal_names() -> list[str]:
-    """Architectures of this vLLM that see pictures."""
-    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+    """Architectures of this vLLM that see pictures, its wrappers of models of transformers among them."""
+    from vllm.model_executor.models import registry
 
-    return sorted({*_MULTIMODAL_MODELS, *FAMILIES})
+    wrapped = {**registry._TRANSFORMERS_BACKEND_MODELS, **registry._TRANSFORMERS_SUPPORTED_MODELS}
+    wrappers = [name for name, (_, held) in wrapped.items() if "MultiModal" in held]
+    return sorted({*registry._MULTIMODAL_MODELS, *wrappers, *FAMILIES})
 
 
 def check_release() -> None:
