@@ -492,6 +492,8 @@ def test_the_folder_of_a_model_does_not_count(model):
         (lambda c: c | {"sigma": 0.5}, "was changed since it was written"),
         (lambda c: c | {"version": 2}, "is not a calibration file of version 1"),
         (lambda c: {k: v for k, v in c.items() if k != "base"}, "is not a calibration file"),
+        (lambda c: c | {"version": [1]}, "is not a calibration file of version 1"),
+        (lambda c: c | {"sigma": [1]}, "was changed since it was written"),
         (lambda c: [c], "is not a calibration file"),
     ],
 )

@@ -102,6 +102,8 @@ def test_everything_is_kept_where_that_is_asked_for():
 def test_budgets_that_no_schedule_meets_are_refused():
     with pytest.raises(SpecError, match="must stay above"):
         FitPrune().cuts(32, Budget(16), 576)
+    with pytest.raises(SpecError, match="deletes nothing that a later layer would read"):
+        FitPrune(schedule=(0, 0, 0, 5)).cuts(4, Budget(0.5), 16)
 
 
 def test_small_steps_wait():

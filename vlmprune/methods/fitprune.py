@@ -121,7 +121,12 @@ class FitPrune(Method):
         # what each table saves: in the end, or on average over the layers
         lost = [gone[-1] if self.final else sum(gone) / len(gone) for gone in tables]
         best = min(range(len(tables)), key=lambda number: abs(1 - lost[number] - keep))
-        factor = (1 - keep) / lost[best] if lost[best] else float("inf")
+        if not lost[best]:
+            raise SpecError(
+                f"schedule={self.schedule} deletes nothing that a later layer would read, so no budget can "
+                "stretch it; let tokens leave behind an earlier layer"
+            )
+        factor = (1 - keep) / lost[best]
         # stretched so far, the table would leave no token in the last layers
         if factor * tables[best][-1] >= 1:
             least = 1 - max(share / gone[-1] for share, gone in zip(lost, tables, strict=True) if gone[-1])

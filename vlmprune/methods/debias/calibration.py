@@ -88,7 +88,7 @@ class Calibration:
             not isinstance(content, dict)
             # other keys, or another format or version
             or content.keys() != {*FORMAT, *names, "sha256"}
-            or FORMAT.items() - content.items()
+            or any(content[name] != value for name, value in FORMAT.items())
         ):
             raise SpecError(f"{str(path)!r} is not a calibration file of version {FORMAT['version']}; {make}")
         # the hash is over all but itself: pop comes first
