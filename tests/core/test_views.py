@@ -74,7 +74,7 @@ def test_a_view_outlives_its_forward_without_its_tail():
     mask = bits(
         "111111" + "11" + "1"
     )  # six tokens stand behind the frozen slots, two came after them, one is new
-    again = frozen.resumed(mask, 6, 8, torch.tensor([[8]]), False, None)
+    again = frozen.resumed(mask, 6, 8, torch.tensor([[8]]), None)
     assert again.valid.int().tolist() == [[1, 0, 0, 1, 1, 1, 1]] and again.position_ids.tolist() == [[1]]
     assert view.hiding(bits("10")).held.int().tolist() == [[0, 0]]
 
@@ -84,7 +84,9 @@ def test_positions_of_later_steps_are_counted_ahead():
 
     def step(seen, new=1):
         columns = torch.arange(seen, seen + new)[None]
-        return frozen.resumed(mask[:, : seen + new], 6, seen, columns, new == 1, None, True).position_ids
+        if new == 1:
+            return frozen.stepped(6, seen, columns, True).position_ids
+        return frozen.resumed(mask[:, : seen + new], 6, seen, columns, None, True).position_ids
 
     one, other = step(10), step(11, 3)
     assert (one.tolist(), other.tolist()) == ([[8]], [[9, 10, 11]])
@@ -92,7 +94,7 @@ def test_positions_of_later_steps_are_counted_ahead():
     # beyond what was counted, after a crop, more than are counted at once
     for seen, new in ((265, 2), (266, 1), (8, 1), (400, 300), (9, 1)):
         assert step(seen, new).tolist() == [list(range(seen - 2, seen - 2 + new))]
-    given = frozen.resumed(mask[:, :11], 6, 10, torch.tensor([[77]]), True, None, False)
+    given = frozen.stepped(6, 10, torch.tensor([[77]]), False)
     assert given.position_ids.tolist() == [[75]]  # of the user's own counting
 
 

@@ -50,15 +50,9 @@ def all_new_valid(cut: Function) -> Function:
     return changed
 
 
-def at_the_places_seen(resumed: Function) -> Function:
+def at_the_places_seen(counted_on: Function) -> Function:
     """What was compacted away in earlier calls is not taken off the positions of this one."""
-
-    def changed(self: Any, *args: Any) -> Any:
-        view = resumed(self, *args)
-        lost = view.lost if isinstance(view.lost, int) else view.lost[:, None]
-        return replace(view, position_ids=view.position_ids + lost)
-
-    return changed
+    return lambda self, seen, position_ids, counted: (self.lost, position_ids)
 
 
 def one_place_behind(take: Function) -> Function:
@@ -168,7 +162,7 @@ def number_for_time(angles: Function) -> Function:
 SEQUENCE = (
     Mutant("positions not compacted", at.POSITIONS, always("original"), LLAVA),
     Mutant("positions always compacted", at.POSITIONS, always("compact"), LLAVA),
-    Mutant("decode positions forget the cut", at.VIEW_RESUMED, at_the_places_seen, LLAVA),
+    Mutant("decode positions forget the cut", at.COUNTED_ON, at_the_places_seen, LLAVA),
     Mutant("positions counted ahead one place behind", at.AHEAD, one_place_behind, LLAVA),
     Mutant("mask left in terms of what was seen", at.VIEW_RESUMED, mask_of_what_was_seen, LLAVA),
     Mutant(
@@ -305,6 +299,10 @@ def emptied_but_still_cut(state_of: Function) -> Function:
     return lambda cache: getattr(cache, "_vlmprune_state", None)
 
 
+def asked(known: Function) -> Function:
+    return lambda length: int(length)
+
+
 CACHE = (
     Mutant("cache tells held as seen", at.SEQ_LENGTH, held_for_seen, LLAVA),
     Mutant("detached cache goes on", at.SEQ_LENGTH, any_owner, LLAVA),
@@ -318,6 +316,12 @@ CACHE = (
         at.STATE_OF,
         emptied_but_still_cut,
         Pytest("tests/core/test_cache.py"),
+    ),
+    Mutant(
+        "a static cache is asked how full it is",
+        at.KNOWN,
+        asked,
+        Pytest("tests/core/test_static_steps.py"),
     ),
     Mutant(
         "deep copies of a cache share their views",

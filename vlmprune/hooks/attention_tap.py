@@ -147,15 +147,23 @@ def _tapped(
     return output, weights
 
 
+# per class of attention module, the names of its file
+_NAMES: dict[type[nn.Module], dict[str, Any]] = {}
+
+
 def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a module would use; eager ones stand beside the class."""
-    for cls in type(module).__mro__:
-        names = vars(sys.modules[cls.__module__])
-        if "ALL_ATTENTION_FUNCTIONS" in names:
-            if name == "eager":
-                return names["eager_attention_forward"]
-            return names["ALL_ATTENTION_FUNCTIONS"][name]
-    raise UnsupportedError(f"{type(module).__name__} has no table of attention functions")
+    kind = type(module)
+    if kind not in _NAMES:  # a graph cannot look for them
+        tables = (vars(sys.modules[cls.__module__]) for cls in kind.__mro__)
+        found = next((names for names in tables if "ALL_ATTENTION_FUNCTIONS" in names), None)
+        if found is None:
+            raise UnsupportedError(f"{kind.__name__} has no table of attention functions")
+        _NAMES[kind] = found
+    names = _NAMES[kind]
+    if name == "eager":
+        return names["eager_attention_forward"]
+    return names["ALL_ATTENTION_FUNCTIONS"][name]
 
 
 # --- rows of a layer that has not run yet ---------------------------------------------------------

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from .patches import pictures_of
-from .sequence.cache import CacheState, adopt, cache_in, counting_layer, held_length
-from .sequence.masks import TokenTypes
+from .sequence.cache import CacheState, adopt, cache_in, counting_layer, known, slots_held
+from .sequence.masks import ASKS_FOR_PLACES, TokenTypes
 from .sequence.placement import Columns, Placement, place
 from .sequence.text import told_apart
 from .sequence.views import SequenceView, Views
@@ -135,33 +135,50 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
     """One view per group of layers, all explicit: masks over held slots, and positions."""
     batch, new = state.embeds.shape[:2]
     device, cache_state = state.embeds.device, state.cache_state
-    held = held_length(state.cache)
-    state.seen = seen = held if cache_state is None else cache_state.seen_with(state.cache)
     typed = adapter.text_type is not None
     mask = state.given_mask if typed else kwargs.get("attention_mask")
     state.unpadded = mask is None and (cache_state is None or cache_state.all_valid)
     maskless = state.unpadded and (new == 1 if cache_state is not None else batch == 1)
-    if maskless and cache_state is not None:
-        mask = cache_state.views[0].held[:, :1].expand(batch, seen + new)  # all of them are tokens
-    mask = full_mask(mask, batch, seen, new, device)
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None:
-        position_ids = torch.arange(seen, seen + new, device=device)[None]
-    if position_ids.shape[-1] != new or position_ids.shape[-2:-1] not in ((1,), (batch,)):
-        raise InvariantError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, new)}, as fed"
-        )
+    before = slots_held(state.cache) if cache_state is None else cache_state.seen_with(state.cache)
+    position_ids = positions_of(kwargs, before, batch, new, device)
     counted = state.counted and state.unpadded and position_ids.ndim == 2
+    if maskless and cache_state is not None:
+        asks = state.reads_held or "cache_position" in kwargs or ASKS_FOR_PLACES
+        state.seen = int(before) if asks else known(before)
+        static = cache_state.seen
+        return Views([view.stepped(static, state.seen, position_ids, counted) for view in cache_state.views])
+    seen = known(before)
+    if seen is None:  # the width of a mask says it too
+        seen = mask.shape[1] - new if isinstance(mask, Tensor) and mask.ndim == 2 else int(before)
+    if cache_state is not None and seen < cache_state.seen:
+        raise InvariantError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected a column for each token of the "
+            f"conversation, of which {cache_state.seen} were read where pictures were cut"
+        )
+    state.seen, mask = seen, full_mask(mask, batch, seen, new, device)
     types = token_types(state, adapter, new) if typed and state.placements else None
     if cache_state is None:
-        maskless, padding = maskless and types is None, (mask[:, :held], mask[:, seen:])
+        maskless, padding = maskless and types is None, (mask[:, :seen], mask[:, seen:])
         return Views([SequenceView(0, *padding, position_ids, None, maskless, counted, types=types)])
     return Views(
         [
-            view.resumed(mask, cache_state.seen, seen, position_ids, maskless, types, counted)
+            view.resumed(mask, cache_state.seen, seen, position_ids, types, counted)
             for view in cache_state.views
         ]
     )
+
+
+def positions_of(
+    kwargs: Mapping[str, Any], before: int | Tensor, batch: int, new: int, device: torch.device
+) -> Tensor:
+    """Position ids (..., B or 1, n) as given, or counted on from the tokens ``before`` this call."""
+    given: Tensor | None = kwargs.get("position_ids")
+    if given is None:
+        numbers = torch.arange(new, device=device) + before if isinstance(before, Tensor) else None
+        return (torch.arange(before, before + new, device=device) if numbers is None else numbers)[None]
+    if given.shape[-1] != new or given.shape[-2:-1] not in ((1,), (batch,)):
+        raise InvariantError(f"position_ids has shape {tuple(given.shape)}; expected {(batch, new)}, as fed")
+    return given
 
 
 def full_mask(mask: Any, batch: int, seen: int, new: int, device: torch.device) -> Tensor:
@@ -264,7 +281,8 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
         )
     cache = cache_in(output)
     cache = state.cache if cache is None else cache
-    if cache is not None and held_length(cache) == views.at(counting_layer(cache)).width:
+    # a static cache on a device is not asked whether it was written
+    if cache is not None and known(slots_held(cache)) in (None, views.at(counting_layer(cache)).width):
         adopt(cache, remembered(state, owner))
     state.report.fire("exit")
 
@@ -297,5 +315,5 @@ def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
     else:  # nothing was filled up where all rows lost as many; else the device would have to be asked
         even = all(compaction.is_even for _, compaction in views.cuts)
         all_valid = state.unpadded and even and frozen[0].held.shape[1] > 0
-    seen = state.seen + views.columns - tail
+    seen = state.earlier + views.columns - tail
     return CacheState(seen, frozen, owner, all_valid, state.marks, state.notes)

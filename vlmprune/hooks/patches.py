@@ -187,6 +187,8 @@ class KeepMask2D(PatchedMethod):
     """Around what makes 4-D masks for static caches: they are made later, over held slots."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fed = kwargs.get("inputs_embeds")  # (B, n, 0)
+        self.session.prepared(0 if fed is None else fed.shape[1])
         return kwargs["attention_mask"] if "attention_mask" in kwargs else args[0]
 
 

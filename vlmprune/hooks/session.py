@@ -16,14 +16,13 @@ The state of a forward is thread-local and dies with it; after ``detach`` the mo
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.budget import Budget
 from ..core.combine import by_slot
@@ -34,29 +33,14 @@ from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
 from .entrance import leave, locate, open_views, refuse_maps, shortened, take_pictures
 from .patches import PatchedMethod, forget_graphs, patches_of
-from .sequence.cache import cache_in, is_paged, state_of
+from .sequence.cache import cache_in, goes_on, is_paged, state_of
 from .sequence.masks import uses_flash
-from .slots import Attachment, Handle, Slot, build_slots
-from .state import ForwardState
+from .slots import Attachment, Handle, Slot, build_slots, enter_slots
+from .state import ForwardState, OfThread
 from .vision.capture import VisionCapture
 from .vision.pictures import Picture
 
 Plans = Sequence[tuple[Method, Budget | None]]
-
-
-class _OfThread(threading.local):
-    """What a session knows in one thread."""
-
-    state: ForwardState | None = None  # the forward that runs
-    opened = False  # whether any forward ran
-    unplaced = 0  # how often pictures were encoded that no forward has placed yet
-    drafts = 0  # tokens of the next forward that are drafts
-    asked: tuple[Tensor | None, int] | None = None  # what it is given, and for how many logits
-    counts = False  # generate runs and makes the position ids
-    prompt: tuple[weakref.ref, Tensor] | None = None  # without a cache: what its pictures are of, and it
-
-    def __init__(self) -> None:
-        self.checks = DeferredChecks()
 
 
 class Session:
@@ -92,7 +76,7 @@ class Session:
         self.capture: VisionCapture = adapter.capture(self._needs())
         self._last: Report | None = None
         self._reference = weakref.ref(self)
-        self._local = _OfThread()
+        self._local = OfThread()
         self._installed: list[Handle] = []
 
     def _refuse(self, plans: Plans, positions: Positions | None) -> None:
@@ -130,6 +114,7 @@ class Session:
     def last(self) -> Report | None:
         """Report of the last forward that read a prompt."""
         self.settle()
+        self._count_prepared()
         return self._last
 
     @last.setter
@@ -285,15 +270,16 @@ class Session:
             kwargs.get("inputs_embeds"),
             Report(self.spec),
             self.checks,
-            continues=cache is not None and not is_paged(cache) and int(cache.get_seq_length()) > 0,
             generated=local.drafts,
-            step=0 if self._last is None else self._last.decode_steps,
+            step=0 if self._last is None or "decode" not in self.slots else self._last.decode_steps,
             active=self.enabled,
             reads_text=self.reads_text,
             counted=local.counts or kwargs.get("position_ids") is None,
         )
         if local.asked is not None and state.fed is not None and local.asked[0] is state.fed:
             state.logits = local.asked[1]  # of the call around this one
+        state.continues = goes_on(cache, state.new_tokens)
+        state.reads_held = not set(self.slots) <= {"encoder", "before_lm", "inside_lm"}
         local.state, local.opened, local.drafts, local.asked = state, True, 0, None
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
@@ -349,8 +335,8 @@ class Session:
         if state.pictures and self.enabled:
             mask = state.given_mask if self.adapter.text_type is not None else kwargs.get("attention_mask")
             locate(state, self.adapter, mask)
-        for slot in self.slots.values():
-            slot.enter(state)
+        if state.placements or state.cache_state is not None:
+            enter_slots(self.slots.values(), state)
         if state.cache_state is not None or state.viewed:
             refuse_maps(self.adapter, kwargs)
         if state.cache_state is None and not (state.viewed and state.views.cuts):
@@ -378,13 +364,26 @@ class Session:
                 "attach again"
             )
         if state.continues and not state.pictures and self._last is not None:
-            self._last.decode_steps += state.new_tokens == 1
+            if not torch.compiler.is_compiling():  # a graph would have the number of the step as an input
+                self._last.decode_steps += state.new_tokens == 1
+                self._local.prepared = 0
             return
+        self._count_prepared()
         if not state.pictures:
             state.report.note = "no images in this call" if self.enabled else "disabled"
         else:
             state.report.note = self.adapter.note
         self._last = state.report
+
+    def prepared(self, new: int) -> None:
+        """generate prepares a forward of ``new`` tokens on a static cache, which may run in a graph."""
+        self._local.prepared += new == 1
+
+    def _count_prepared(self) -> None:
+        """Count the decode steps that ran in graphs, which count nothing themselves."""
+        if self._last is not None:
+            self._last.decode_steps += self._local.prepared
+        self._local.prepared = 0
 
     def close(self) -> None:
         """Forget the forward of this thread; a cut cache speaks of tokens seen again."""

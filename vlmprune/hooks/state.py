@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,7 +45,7 @@ class ForwardState:
         entered: the language model was reached.
         cache, cache_state: the KV cache, and what is attached to it where it was cut.
         placements: where the pictures stand, one per modality that has any.
-        seen: tokens of the conversation before this forward.
+        seen: tokens of the conversation before this forward; None where a device would have to be asked.
         stacked: layers after which features were added to hidden states (DeepStack).
         inside: what cuts inside the language model know.
         entering: the layer that runs and the hidden states (B, n, D) it was given, for the attention slot.
@@ -62,6 +64,7 @@ class ForwardState:
             prompt.
         logits: columns at the end whose hidden states are read; 0: all.
         counted: position ids were made by counting tokens: without padding they follow each other.
+        reads_held: a slot reads in decode steps what the cache holds.
     """
 
     input_ids: Tensor | None
@@ -77,7 +80,7 @@ class ForwardState:
     cache: Any = None
     cache_state: CacheState | None = None
     placements: list[Placement] = field(default_factory=list)
-    seen: int = 0
+    seen: int | None = 0
     stacked: int = 0
     inside: InsideRecord | None = None
     entering: tuple[int, Tensor] | None = None
@@ -94,6 +97,7 @@ class ForwardState:
     reads_text: bool = False
     logits: int = 0
     counted: bool = False
+    reads_held: bool = False
     open_views: Callable[[], Views] | None = None
     _views: Views | None = None
     _embeds: Tensor | None = None
@@ -131,6 +135,11 @@ class ForwardState:
     def tracked(self) -> InsideRecord:
         """``inside``, for cuts that have begun."""
         return _known(self.inside, "record of cuts inside the language model")
+
+    @property
+    def earlier(self) -> int:
+        """``seen``, where it is known."""
+        return _known(self.seen, "number of earlier tokens")
 
     @property
     def new_tokens(self) -> int:
@@ -207,6 +216,22 @@ class ForwardState:
                 "this language model keep a running state that the filling of shorter rows would change in "
                 "a later turn; continue the conversations one by one"
             )
+
+
+class OfThread(threading.local):
+    """What a session knows in one thread."""
+
+    state: ForwardState | None = None  # the forward that runs
+    opened = False  # whether any forward ran
+    unplaced = 0  # how often pictures were encoded that no forward has placed yet
+    drafts = 0  # tokens of the next forward that are drafts
+    asked: tuple[Tensor | None, int] | None = None  # what it is given, and for how many logits
+    counts = False  # generate runs and makes the position ids
+    prepared = 0  # decode steps that generate prepared since the last forward that ran outside of a graph
+    prompt: tuple[weakref.ref, Tensor] | None = None  # without a cache: what its pictures are of, and it
+
+    def __init__(self) -> None:
+        self.checks = DeferredChecks()
 
 
 def _known(value: T | None, what: str) -> T:

@@ -309,7 +309,11 @@ def moved(model: nn.Module, device: PretendedDevice) -> nn.Module:
 
 
 def count(
-    make: Callable[[], nn.Module], inputs: Mapping[str, Any], spec: str | None, steps: int = 2
+    make: Callable[[], nn.Module],
+    inputs: Mapping[str, Any],
+    spec: str | None,
+    steps: int = 2,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[Phase, Counts]:
     """What ``generate`` asks of a device for a prompt and for one more token; spec None: without pruning.
 
@@ -317,6 +321,7 @@ def count(
         make: gives a model of its own, which is moved to the device.
         inputs: of one prompt, on the CPU.
         steps: decode steps; the last one is counted, since the first may read what the prefill left.
+        options: more keyword arguments of ``generate``.
     """
     from ..api import prune
 
@@ -325,7 +330,12 @@ def count(
     given = {
         name: device.away(value) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
-    words = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1, "do_sample": False}
+    words = {
+        "max_new_tokens": steps + 1,
+        "min_new_tokens": steps + 1,
+        "do_sample": False,
+        **(options or {}),
+    }
     attached: Any = contextlib.nullcontext() if spec is None else prune(model, spec)
     with pretending(device), attached:
         model.generate(**given, **words)  # what is made once is not counted

@@ -104,10 +104,10 @@ class CacheState:
     def view(self, layer: int) -> SequenceView:
         return next(view for view in reversed(self.views) if view.start <= layer)
 
-    def seen_with(self, cache: Any) -> int:
+    def seen_with(self, cache: Any) -> int | Tensor:
         """Tokens of the conversation so far: those of the static part, and all that came after it."""
         layer = counting_layer(cache)
-        return self.seen + held_length(cache, layer) - self.view(layer).held.shape[1]
+        return slots_held(cache, layer) + (self.seen - self.view(layer).held.shape[1])
 
     def select(self, rows: Tensor) -> None:
         """Go on with some rows of the batch, as beam search does."""
@@ -133,7 +133,7 @@ class CutCacheMixin(Cache):
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         held = super().get_seq_length(counting_layer(self) if layer_idx is None else layer_idx)
         state = self._vlmprune_state
-        if layer_idx is not None or state is None or state.inside or int(held) == 0:
+        if layer_idx is not None or state is None or state.inside or known(held) == 0:
             return held
         owner = state.owner()
         if owner is None or not owner.attached:
@@ -141,7 +141,8 @@ class CutCacheMixin(Cache):
                 "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
                 "keep the session attached for all turns, or start again with an empty cache"
             )
-        return state.seen_with(self)
+        seen: Any = state.seen_with(self)  # a tensor where the cache itself would say a tensor
+        return seen
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -198,7 +199,7 @@ def cache_in(values: Mapping[str, Any]) -> Any:
 def state_of(cache: Any) -> CacheState | None:
     """What is attached to a cut cache, None for any other; a static cache that was emptied is released."""
     state = getattr(cache, "_vlmprune_state", None)
-    if state is not None and held_length(cache) == 0:
+    if state is not None and known(slots_held(cache)) == 0:
         release(cache)
         return None
     return state
@@ -216,11 +217,37 @@ def has_running_states(cache: Any) -> bool:
     return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
 
 
-def held_length(cache: Any, layer: int | None = None) -> int:
-    """Slots that a layer really holds, by default the first that holds any."""
+def slots_held(cache: Any, layer: int | None = None) -> int | Tensor:
+    """Slots that a layer really holds, by default the first that holds any; a tensor of static caches."""
     if cache is None:
         return 0
-    return int(cache.get_seq_length(counting_layer(cache) if layer is None else layer))
+    return cache.get_seq_length(counting_layer(cache) if layer is None else layer)
+
+
+def known(length: int | Tensor) -> int | None:
+    """A number of slots or tokens; None where a device would have to be asked, or a graph is being traced."""
+    if isinstance(length, Tensor) and (length.device.type != "cpu" or torch.compiler.is_compiling()):
+        return None
+    return int(length)
+
+
+def held_length(cache: Any, layer: int | None = None) -> int:
+    """The same as a number; a static cache on a device is waited for."""
+    return int(slots_held(cache, layer))
+
+
+def goes_on(cache: Any, new: int) -> bool:
+    """Whether a call with ``new`` tokens goes on with a conversation that the cache holds.
+
+    A single token on a static cache always does: asking a device how full it is would wait in every step.
+    """
+    if cache is None or is_paged(cache):
+        return False
+    length = cache.get_seq_length()
+    held = known(length)
+    if held is None:
+        return new == 1 or state_of(cache) is not None or bool(length > 0)
+    return held > 0
 
 
 def is_paged(cache: Any) -> bool:

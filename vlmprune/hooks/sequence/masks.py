@@ -11,12 +11,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
 
 from ...errors import UnsupportedError
 from .cache import cache_name
@@ -55,7 +54,7 @@ class TokenTypes:
             position_ids=None,
             is_first_iteration=True,
             **{self.keyword: torch.cat([held, self.new], dim=1)},
-            **{cache_name(inspect.signature(self.make).parameters): cache},
+            **{cache_name(parameters_of(self.make)): cache},
         )
 
 
@@ -90,7 +89,7 @@ def causal_mask(
         held: P, slots held before this call.
     """
     make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
-    known = inspect.signature(make).parameters
+    known = parameters_of(make)
     arguments = {
         "config": config,
         "inputs_embeds" if "inputs_embeds" in known else "input_embeds": hidden,  # renamed in transformers 5
@@ -100,9 +99,26 @@ def causal_mask(
     }
     if valid is not None and hidden.device.type != "cpu" and "allow_is_causal_skip" in known:
         arguments["allow_is_causal_skip"] = False  # whether the mask can be left out is asked of the device
-    if "cache_position" in known and known["cache_position"].default is inspect.Parameter.empty:
+    if known.get("cache_position"):
         arguments["cache_position"] = torch.arange(held, held + hidden.shape[1], device=hidden.device)
     return make(**arguments)
+
+
+_PARAMETERS: dict[Callable[..., Any], dict[str, bool]] = {}
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, bool]:
+    """Names of its parameters, and whether they must be given; read once: it takes long, and no graph can."""
+    if function not in _PARAMETERS:
+        _PARAMETERS[function] = {
+            name: one.default is inspect.Parameter.empty
+            for name, one in inspect.signature(function).parameters.items()
+        }
+    return _PARAMETERS[function]
+
+
+# transformers before 5.5 makes masks from numbers of slots; read here, since a graph cannot read it
+ASKS_FOR_PLACES = parameters_of(create_causal_mask).get("cache_position", False)
 
 
 def layer_kind(config: Any, layer: int) -> str:
@@ -143,16 +159,11 @@ def uses_flash(config: Any) -> bool:
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma 3), else None."""
     rotary = getattr(language_model, "rotary_emb", None)  # some hybrids do not rotate at all
-    made_by: type = type(rotary)
-    if rotary is None or not _turns_by_kind(made_by):
+    made_by: type[nn.Module] = type(rotary)
+    if rotary is None or "layer_type" not in parameters_of(made_by.forward):
         return None
     config: Any = language_model.config
     return config.layer_types[layer]
-
-
-@lru_cache  # every layer asks at every decode step
-def _turns_by_kind(rotary: type[nn.Module]) -> bool:
-    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...errors import InvariantError, UnsupportedError
 from .compaction import Compaction, Positions
 from .masks import LayerView, TokenTypes, angle_kind, causal_mask, layer_kind
 
@@ -54,6 +54,8 @@ class SequenceView:
         counted: position ids (B or 1, n) follow each other in every row.
         gaps: positions were not re-counted after a cut of this call.
         types: what each token is, where the model lets some tokens attend both ways.
+        open_end: a static cache holds more slots than ``held`` lists, all of them tokens; how many was not
+            asked.
     """
 
     start: int
@@ -65,13 +67,15 @@ class SequenceView:
     counted: bool = False
     gaps: bool = False
     types: TokenTypes | None = None
+    open_end: bool = False
     _masks: dict[str, Any] = field(default_factory=dict)
     _angles: dict[str | None, Any] = field(default_factory=dict)
-    _ahead: Ahead = field(default_factory=Ahead)
+    _ahead: Ahead | None = None  # of views that a cache keeps
 
     @property
     def valid(self) -> Tensor:
         """(B, P + n) bool."""
+        self._refuse_open_end()
         if self.held.shape[1] == 0 or self.new.shape[1] == 0:
             return self.new if self.held.shape[1] == 0 else self.held
         return torch.cat([self.held, self.new], dim=1)
@@ -79,7 +83,15 @@ class SequenceView:
     @property
     def width(self) -> int:
         """P + n, slots held after this call."""
+        self._refuse_open_end()
         return self.held.shape[1] + self.new.shape[1]
+
+    def _refuse_open_end(self) -> None:
+        if self.open_end:
+            raise InvariantError(
+                "this decode step did not ask the device how many slots its static cache holds; expected "
+                "only slots that read none of them (reads_held)"
+            )
 
     def cut(self, compaction: Compaction, policy: Positions) -> SequenceView:
         """This view after a cut."""
@@ -112,7 +124,8 @@ class SequenceView:
     def frozen(self, tail: int) -> SequenceView:
         """What the next call must know: the slots without the last ``tail``, which all groups hold."""
         held = self.valid[:, : self.width - tail]
-        return SequenceView(self.start, held, held[:, :0], self.position_ids[..., :0], self.lost)
+        none = self.position_ids[..., :0]
+        return SequenceView(self.start, held, held[:, :0], none, self.lost, _ahead=Ahead())
 
     def resumed(
         self,
@@ -120,7 +133,6 @@ class SequenceView:
         static: int,
         seen: int,
         position_ids: Tensor,
-        maskless: bool,
         types: TokenTypes | None,
         counted: bool = False,
     ) -> SequenceView:
@@ -132,21 +144,35 @@ class SequenceView:
             seen: tokens of the conversation before this call.
             position_ids: of the new columns in the uncut sequence.
         """
-        held, lost = self.held.to(mask.device), self.lost
-        if maskless:  # all are tokens: nothing to join
-            held = held[:, :1].expand(-1, held.shape[1] + seen - static)
-        elif seen > static:
+        held = self.held.to(mask.device)
+        if seen > static:
             held = torch.cat([held, mask[:, static:seen]], dim=1)
+        lost, position_ids = self._counted_on(seen, position_ids, counted)
+        return SequenceView(self.start, held, mask[:, seen:], position_ids, lost, False, counted, types=types)
+
+    def stepped(self, static: int, seen: int | None, position_ids: Tensor, counted: bool) -> SequenceView:
+        """This view in a later call with one column, where all that is held are tokens: nothing is joined.
+
+        Without a number of tokens ``seen`` the slots behind the frozen ones are not listed.
+        """
+        lost, position_ids = self._counted_on(seen, position_ids, counted)
+        every = self.held[:, :1].to(position_ids.device)
+        held = every.expand(-1, self.held.shape[1] + (0 if seen is None else seen - static))
+        return SequenceView(self.start, held, every, position_ids, lost, True, counted, open_end=seen is None)
+
+    def _counted_on(
+        self, seen: int | None, position_ids: Tensor, counted: bool
+    ) -> tuple[Tensor | int | None, Tensor]:
+        """Tokens cut so far, and the position ids less these."""
+        lost = self.lost
         if isinstance(lost, Tensor):
             lost = lost.to(position_ids.device)
-            position_ids = position_ids - lost[:, None]
-        elif lost is not None and counted:
-            position_ids = self._ahead.take(seen, position_ids, lost)
-        elif lost is not None:
-            position_ids = position_ids - lost
-        return SequenceView(
-            self.start, held, mask[:, seen:], position_ids, lost, maskless, counted, types=types
-        )
+            return lost, position_ids - lost[:, None]
+        if lost is None:
+            return lost, position_ids
+        if counted and seen is not None and self._ahead is not None:
+            return lost, self._ahead.take(seen, position_ids, lost)
+        return lost, position_ids - lost
 
     def select(self, rows: Tensor) -> SequenceView:
         """The rows of a batch that beam search goes on with."""

@@ -58,7 +58,6 @@ class AttentionSlot:
             raise
         return found
 
-    @torch.compiler.disable
     def enter(self, state: ForwardState) -> None:
         if state.placements or state.held_marks:
             state.views  # noqa: B018 - opens them: rows that may be edited are told from padding by them

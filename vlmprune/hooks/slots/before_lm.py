@@ -45,7 +45,6 @@ class BeforeLM:
     def missed(self, state: ForwardState) -> set[int]:
         return set()
 
-    @torch.compiler.disable  # a prompt is read once: tracing this would cost more than it saves
     def enter(self, state: ForwardState) -> None:
         if not state.placements:
             return

@@ -280,7 +280,6 @@ class EncoderSlot:
 
     # --- before the language model ----------------------------------------------------------------
 
-    @torch.compiler.disable
     def enter(self, state: ForwardState) -> None:
         """Drop from the prompt what left the tower."""
         if not state.placements or self.budget is None:

@@ -55,7 +55,6 @@ class HeadScaleSlot:
     def missed(self, state: ForwardState) -> set[int]:
         return set(self.layers) - state.edited if state.placements else set()
 
-    @torch.compiler.disable
     def enter(self, state: ForwardState) -> None:
         """Read the text of a prompt with pictures alone; factors of an earlier turn stay as they are."""
         if state.placements and not state.held_marks:

@@ -114,7 +114,6 @@ class InsideLM:
     def missed(self, state: ForwardState) -> set[int]:
         return set() if state.inside is None else set(self.layers) - state.inside.done
 
-    @torch.compiler.disable
     def enter(self, state: ForwardState) -> None:
         """Find the tokens of every picture in the sequence that enters the first layer."""
         if not state.placements:
@@ -251,13 +250,15 @@ class InsideLM:
         queries = self._queries(state, index)
         return self._read(state, index, attended, queries, self._rows(state, index, attended, queries[0]))
 
+    def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
+        state = self.attachment.state()
+        if state is not None and state.inside is not None:
+            self._rank(state, index, attended, output)
+
     @torch.compiler.disable
     @torch.no_grad()
-    def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
+    def _rank(self, state: ForwardState, index: int, attended: AttentionCall, output: Tensor) -> None:
         """A layer that ranks has attended: its rows are checked, and kept for the cut at the next layer."""
-        state = self.attachment.state()
-        if state is None or state.inside is None:
-            return
         ranks_next = self.sources.get(index + 1) == index
         if ranks_next and not self._leaving(state, index + 1):
             return
@@ -271,7 +272,7 @@ class InsideLM:
             last_real, last = None if real is None else real[:, -1:], attention[:, :, -1:]
             attended.check(rows[:, -1:], last_real, last, output, state.checks, self._checked)
         if ranks_next:
-            state.inside.ranked = self._read(state, index, attended, (rows, real), attention)
+            state.tracked.ranked = self._read(state, index, attended, (rows, real), attention)
 
     def _rows(self, state: ForwardState, index: int, attended: AttentionCall, rows: Tensor) -> Tensor | None:
         """(B, H, R, S) attention of queries (B, R), where the method reads any."""

@@ -51,7 +51,6 @@ class RepairSlot(InsideLM):
             for index, source in self.repairs.items()
         ]
 
-    @torch.compiler.disable
     def enter(self, state: ForwardState) -> None:
         super().enter(state)
         if state.held_notes and not state.placements:
