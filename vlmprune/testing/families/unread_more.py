@@ -52,7 +52,9 @@ class Pooled(Layout):
     ) -> dict[str, Tensor]:
         if not sizes:
             return {}
-        tables, crops, counts = [], 0, []
+        tables: list[Tensor] = []
+        counts: list[int] = []
+        crops = 0
         for rows, cols in sizes:
             counts.append(1 + (rows > 0))
             tables.append(self.table(GRID, GRID, crops * self.patches))
