@@ -320,7 +320,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turns a page of the repository to one of the site."""
     if page.file.generated_by is None:
         source = f"docs/{page.file.src_uri}"
-        markdown = linked(filled(markdown), source, page.file.src_uri, config.repo_url or None)
+        # in this order: what fills a page has the links of the site already
+        markdown = filled(linked(markdown, source, page.file.src_uri, config.repo_url or None))
     return spaced(markdown)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,14 @@ def test_every_method_is_in_the_gallery_with_a_picture_or_the_reason_why_not():
         drawn = f"(gallery/{name}.png)" in page
         assert drawn == (name in WEBSITE.drawn())
     assert page.count("**Idea.**") == page.count("**Equation.**") == len(own)
+
+
+def test_the_gallery_keeps_its_pictures_and_links_on_the_site():
+    page = SimpleNamespace(file=SimpleNamespace(generated_by=None, src_uri="gallery.md"))
+    markdown = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    made = WEBSITE.on_page_markdown(markdown, page, SimpleNamespace(repo_url=None), None)
+    assert all(f"](gallery/{name}.png)" in made for name in WEBSITE.drawn())
+    assert "[The whole card](methods/fastervlm.md)" in made
 
 
 def test_each_panel_is_cut_out_of_the_picture_of_all_methods():
