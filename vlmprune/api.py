@@ -56,7 +56,7 @@ def prune(
             all of them together, ``/crop`` on each, and methods for clips may be used. For models whose clips
             are images to them, such as InternVL and SmolVLM.
 
-    Example:
+    Examples:
         >>> with vlmprune.prune(model, "fastervlm@64") as run:  # doctest: +SKIP
         ...     ids = model.generate(**inputs, max_new_tokens=32)
         >>> print(run.last)  # doctest: +SKIP
@@ -275,7 +275,7 @@ def select(
             ``tensors``.
         tensors: fields of VisualTokens, e.g. ``features=(B, N, D)``, ``cls_attention=(B, H, N)``.
 
-    Example:
+    Examples:
         >>> import torch, vlmprune
         >>> vlmprune.select("fastervlm", keep=2, cls_attention=torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
         tensor([[1, 3]])
@@ -316,7 +316,7 @@ def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
         grid: (rows, cols) of the tokens, or a tuple of several blocks.
         tensors: fields of VisualTokens; ``features=(B, N, D)`` is always needed.
 
-    Example:
+    Examples:
         >>> import torch, vlmprune
         >>> left = vlmprune.reduce("pool", keep=2, grid=(2, 2), features=torch.eye(4)[None])
         >>> left.rows.shape, left.keep_idx.shape

@@ -91,7 +91,7 @@ def refine(
         official_size: enlarge the crop until it covers the picture on both sides, whatever its area.
         max_new_tokens: of every answer.
 
-    Example:
+    Examples:
         >>> result = vlmprune.refine(model, processor, image, "What is written there?")  # doctest: +SKIP
         >>> print(result.answer, result.box)  # doctest: +SKIP
     """

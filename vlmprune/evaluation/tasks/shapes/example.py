@@ -30,7 +30,7 @@ def example(family: str = "text", number: int = 0) -> Example:
         family: kind of question, such as "text" (a sign to read), "attribute" or "count".
         number: which question of the family.
 
-    Example:
+    Examples:
         >>> vlmprune.example().question
         'what does the purple sign say ?'
     """
