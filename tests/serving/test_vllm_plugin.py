@@ -66,6 +66,29 @@ def test_with_the_variable_no_wrapper_of_transformers_serves_a_family_whole(regi
     assert registry["TransformersForCausalLM"].module_name != plugin.REFUSED  # text alone is none of ours
 
 
+def test_a_family_without_a_class_in_vllm_gets_ours(registry, monkeypatch):
+    monkeypatch.setenv("VLMPRUNE", "divprune@64")
+    plugin.register()
+    for name in ("VipLlavaForConditionalGeneration", "AyaVisionForConditionalGeneration"):
+        assert registry[name].module_name == "vlmprune.serving.vllm.wrapped"
+
+
+def test_each_picture_of_an_item_loses_its_own_placeholders():
+    from vllm.multimodal.processing import PromptUpdateDetails
+
+    from vlmprune.serving.vllm.processor import without
+
+    text = PromptUpdateDetails.select_token_id([1, 7, 9, 9, 9, 8, 9, 9, 9, 2], 9)
+    left = without(text, [(3, 2), (3, 1)])
+    assert list(left.full) == [1, 7, 9, 9, 8, 9, 2]
+    assert left.is_embed(list(left.full)).tolist() == [False, False, True, True, False, True, False]
+    # rows of one picture with newlines, which have placeholders of their own
+    assert without([9] * 8, [(6, 2)]) == [9] * 4
+    assert without(text, [(3, 3), (3, 3)]) is text
+    with pytest.raises(UnsupportedError, match="6 placeholders for 8 visual tokens"):
+        without(text, [(4, 2), (4, 2)])
+
+
 def test_a_wrong_variable_ends_the_start(registry, monkeypatch):
     monkeypatch.setenv("VLMPRUNE", "fastervlmm@64")
     with pytest.raises(SpecError, match="fastervlm"):

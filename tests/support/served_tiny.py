@@ -26,6 +26,8 @@ class Served:
     specs: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
+    picture: str = "<image>"  # stands for a picture in the text
+    wrapped: bool = False  # vLLM has no class for it
 
 
 FAMILIES = {
@@ -45,6 +47,8 @@ FAMILIES = {
             "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
         },
     ),
+    "aya_vision": Served(_FEATURES + _OF_QWEN[:2], HEADS | {"head_dim": 32}, picture="<video>", wrapped=True),
+    "vipllava": Served((*_FEATURES, "fastervlm@9", "vispruner@12"), HEADS | {"head_dim": 32}, wrapped=True),
 }
 
 
@@ -52,15 +56,11 @@ def save(family: str, folder: Path) -> None:
     """A model of a family, and its processor, as vLLM loads them."""
     from safetensors.torch import load_file, save_file
 
-    from vlmprune.testing.tiny import tiny_model, tiny_processor
+    from vlmprune.testing.tiny import tiny_model
 
     served = FAMILIES[family]
     tiny_model(family, **served.options).save_pretrained(folder)
-    processor = tiny_processor(family)
-    if family.startswith("qwen"):
-        processor.video_processor.size = processor.image_processor.size
-        processor.video_processor.patch_size = processor.image_processor.patch_size
-    processor.save_pretrained(folder)
+    processor_of(family).save_pretrained(folder)
     if served.nested_tower:
         (file,) = folder.glob("*.safetensors")
         plain, full = "vision_tower.", "vision_tower.vision_model."
@@ -68,6 +68,46 @@ def save(family: str, folder: Path) -> None:
             name if full in name else name.replace(plain, full): one for name, one in load_file(file).items()
         }
         save_file(weights, file, metadata={"format": "pt"})
+
+
+def processor_of(family: str) -> Any:
+    """A processor that fits the small model of a family."""
+    from vlmprune.testing.tiny import tiny_processor
+
+    if family == "aya_vision":
+        return aya_processor()
+    processor = tiny_processor(family)
+    if family.startswith("qwen"):
+        processor.video_processor.size = processor.image_processor.size
+        processor.video_processor.patch_size = processor.image_processor.patch_size
+    return processor
+
+
+def aya_processor() -> Any:
+    """Tiles with words in front of each, so that it matters which placeholders go."""
+    from transformers import AyaVisionProcessor
+
+    from vlmprune.testing.families.shared import (
+        IMAGE_SIZE,
+        MERGE,
+        PATCH_SIZE,
+        image_processor,
+        tiny_tokenizer,
+    )
+
+    side = IMAGE_SIZE * MERGE
+    size = {"height": side, "width": side}
+    return AyaVisionProcessor(
+        image_processor("GotOcr2", size=size, crop_to_patches=True, min_patches=1, max_patches=3),
+        tiny_tokenizer(),
+        patch_size=PATCH_SIZE,
+        img_size=side,
+        downsample_factor=MERGE,
+        image_token=FAMILIES["aya_vision"].picture,
+        img_patch_token="<image>",
+        start_of_img_token="[",
+        end_of_img_token="]",
+    )
 
 
 class TinyTwin:
@@ -80,6 +120,7 @@ class TinyTwin:
 
         self.model = tiny_model(family, **FAMILIES[family].options)
         self.processor = AutoProcessor.from_pretrained(folder)
+        self.picture = FAMILIES[family].picture
         self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}
 
     def prompt(self, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> tuple[dict[str, Any], dict]:
@@ -89,7 +130,7 @@ class TinyTwin:
 
         draw = np.random.default_rng(seed)
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-        text = " and ".join(["<image>"] * len(images)) + "\nwhat is it ? tell me"
+        text = " and ".join([self.picture] * len(images)) + "\nwhat is it ? tell me"
         inputs = self.processor(images=images, text=text, return_tensors="pt")
         return self.request(text, {"image": images}), dict(inputs)
 

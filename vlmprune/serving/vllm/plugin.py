@@ -29,6 +29,11 @@ FAMILIES = {
         ("Qwen3VL", "qwen_vl"),
     )
 }
+# without a class in vLLM, which runs them in its wrapper of transformers
+WRAPPER = "TransformersMultiModalForCausalLM"
+FAMILIES |= {
+    f"{name}ForConditionalGeneration": f"{_HERE}.wrapped:{WRAPPER}" for name in ("AyaVision", "VipLlava")
+}
 REFUSED = f"{_HERE}.refused"
 
 

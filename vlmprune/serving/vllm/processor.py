@@ -30,6 +30,7 @@ else:
 
 check_release()
 Grids = tuple[tuple[int, int], ...]
+Share = tuple[int, int]  # tokens of a picture before and after
 
 
 class PruningProcessor(Base):
@@ -155,23 +156,23 @@ class PruningProcessor(Base):
         if request.budget is None:
             return updates
 
-        def surplus(modality: str, index: int) -> int:
+        def shares(modality: str, index: int) -> list[Share]:
             found = self.processed(mm_items[modality], index, out_mm_kwargs, hf_processor_mm_kwargs)
             # again, since options of the processor may have made another shape of it
             self._rehearse(request, modality, found)
             dense = [sum(rows * cols for rows, cols in grids) for grids in found]
-            return sum(n - request.count(n) for n in dense)
+            return [(n, request.count(n)) for n in dense]
 
-        return [_pruned(update, surplus) if update.modality in self.counted else update for update in updates]
+        return [_pruned(update, shares) if update.modality in self.counted else update for update in updates]
 
 
-def _pruned(update: Any, surplus: Callable[[str, int], int]) -> Any:
+def _pruned(update: Any, shares: Callable[[str, int], list[Share]]) -> Any:
     """An update of the prompt that stands for fewer tokens."""
     dense = update.replacement
 
     def replacement(index: int) -> Any:
         given = dense(index) if callable(dense) else dense
-        return without(given, surplus(update.modality, index))
+        return without(given, shares(update.modality, index))
 
     return PromptReplacement(modality=update.modality, target=update.target, replacement=replacement)
 
@@ -181,22 +182,30 @@ def field_name(modality: str) -> str:
     return KEY if modality == "image" else f"{KEY}_{modality}"
 
 
-def without(given: Any, surplus: int) -> Any:
-    """The text that stands for a picture with ``surplus`` of its placeholders left out.
+def without(given: Any, shares: Sequence[Share]) -> Any:
+    """The text that stands for an item with placeholders left out, of every picture of it as many as are cut.
 
-    They are all alike, so that it does not matter which ones go; what stands between them stays.
+    Those of a picture are all alike, so that it does not matter which ones go; what stands between them
+    stays.
     """
-    if surplus == 0:
+    if all(dense == kept for dense, kept in shares):
         return given
     full = list(given.full) if isinstance(given, PromptUpdateDetails) else list(given)
     embed = max(set(full), key=full.count)
-    left = []
-    for token in reversed(full):
-        if token == embed and surplus:
-            surplus -= 1
-            continue
-        left.append(token)
-    left.reverse()
+    places = [at for at, token in enumerate(full) if token == embed]
+    if len(places) < sum(dense for dense, _ in shares):
+        raise UnsupportedError(
+            f"{len(places)} placeholders for {sum(dense for dense, _ in shares)} visual tokens: options of "
+            "the processor make a layout that is not known here; leave them out"
+        )
+    left_out: set[int] = set()
+    start = 0
+    for number, (dense, kept) in enumerate(shares):
+        # newlines have placeholders too, where an item is one picture
+        end = len(places) if number == len(shares) - 1 else start + dense
+        left_out.update(places[end - (dense - kept) : end])
+        start = end
+    left = [token for at, token in enumerate(full) if at not in left_out]
     return (
         PromptUpdateDetails.select_token_id(left, embed) if isinstance(given, PromptUpdateDetails) else left
     )
