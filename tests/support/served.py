@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for the trained small model, as an engine and as transformers are given them, and its answers."""
+"""Prompts for the trained small models, as engines and transformers are given them, and their answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NEW = 4  # tokens of an answer
 
 
 class Twin:
-    """The trained small model in transformers."""
+    """A trained small model in transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "tiny") -> None:
         import vlmprune
 
-        self.model, self.processor = vlmprune.load("tiny")
+        self.model, self.processor = vlmprune.load(name)
         self.image = self.model.config.image_token_id
 
     def prompts(self, each: int) -> list[Prompt]:

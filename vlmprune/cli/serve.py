@@ -19,7 +19,9 @@ SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name or folder for vLLM, or tiny.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name or folder for vLLM, or tiny, or natural.")
+    ],
     engine: Annotated[
         list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS...]", help="Options of vLLM's server.")
     ] = None,
@@ -35,14 +37,15 @@ def serve(
     show: Annotated[bool, typer.Option("--show", help="Print the command that would run, and end.")] = False,
 ) -> None:
     """Serve a model with an unmodified vLLM that prunes visual tokens."""
+    from ..models.tiny import BUNDLED
     from ..serving.request import read
 
     environment = {VARIABLE: read(spec).text}
     if untested:
         environment[UNTESTED_VARIABLE] = "1"
     command = [sys.executable, "-m", SERVER, "--model", _folder(model), *(engine or [])]
-    if model == "tiny" and "--served-model-name" not in command:
-        command += ["--served-model-name", "tiny"]
+    if model in BUNDLED and not any(option.startswith("--served-model-name") for option in engine or []):
+        command += ["--served-model-name", model]
     if per_request:
         command.append("--trust-request-mm-kwargs")
     line = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
@@ -60,9 +63,10 @@ def serve(
 
 
 def _folder(model: str) -> str:
-    """What vLLM is given for a model: the files of the package for the tiny one."""
-    if model != "tiny":
-        return model
-    from ..models.tiny import FOLDER
+    """What vLLM is given for a model: the files of the package for a bundled one, once they are checked."""
+    from ..models.tiny import BUNDLED, verify
 
-    return str(FOLDER)
+    if model not in BUNDLED:
+        return model
+    verify(BUNDLED[model])
+    return str(BUNDLED[model])
