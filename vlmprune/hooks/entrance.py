@@ -173,9 +173,10 @@ def positions_of(
 ) -> Tensor:
     """Position ids (..., B or 1, n) as given, or counted on from the tokens ``before`` this call."""
     given: Tensor | None = kwargs.get("position_ids")
+    if given is None and isinstance(before, Tensor):
+        return (torch.arange(new, device=device) + before)[None]
     if given is None:
-        numbers = torch.arange(new, device=device) + before if isinstance(before, Tensor) else None
-        return (torch.arange(before, before + new, device=device) if numbers is None else numbers)[None]
+        return torch.arange(int(before), int(before) + new, device=device)[None]
     if given.shape[-1] != new or given.shape[-2:-1] not in ((1,), (batch,)):
         raise InvariantError(f"position_ids has shape {tuple(given.shape)}; expected {(batch, new)}, as fed")
     return given

@@ -221,7 +221,8 @@ def slots_held(cache: Any, layer: int | None = None) -> int | Tensor:
     """Slots that a layer really holds, by default the first that holds any; a tensor of static caches."""
     if cache is None:
         return 0
-    return cache.get_seq_length(counting_layer(cache) if layer is None else layer)
+    length: int | Tensor = cache.get_seq_length(counting_layer(cache) if layer is None else layer)
+    return length
 
 
 def known(length: int | Tensor) -> int | None:
