@@ -28,17 +28,23 @@ class InTiles(Layout):
 class Pooled(Layout):
     """Molmo 2: patches of a picture and of its crop, a table of those behind each token, and grids of tokens.
 
-    Sizes are (rows, columns) of the tokens of the crop. A mark ends every row of tokens.
+    Sizes are those of the crop in pixels, 0 for none. A mark ends every row of tokens.
     """
 
-    sizes = ((0, 0), (4, 6), (6, 3))
+    sizes = ((0, 0), (112, 168), (168, 84))
 
     def __init__(self) -> None:
         super().__init__(MERGE)
 
+    def crop(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of the tokens of a crop, which is no larger than the whole."""
+        rows, cols = (min(side // (PATCH_SIZE * self.merge), GRID) for side in size)
+        return rows, cols
+
     def block(self, size: Size, alone: bool) -> list[int]:
-        rows = [GRID] * GRID + [size[1]] * size[0]
-        return [i for cols in rows for i in [*[IMAGE_ID] * cols, EOS_ID]]
+        rows, cols = self.crop(size)
+        widths = [GRID] * GRID + [cols] * rows
+        return [i for width in widths for i in [*[IMAGE_ID] * width, EOS_ID]]
 
     def table(self, rows: int, cols: int, first: int) -> Tensor:
         """(rows * cols, 4) patches behind each token of one crop, whose patches count from ``first``."""
@@ -55,7 +61,7 @@ class Pooled(Layout):
         tables: list[Tensor] = []
         counts: list[int] = []
         crops = 0
-        for rows, cols in sizes:
+        for rows, cols in map(self.crop, sizes):
             counts.append(1 + (rows > 0))
             tables.append(self.table(GRID, GRID, crops * self.patches))
             tables.append(self.table(rows, cols, (crops + 1) * self.patches))
@@ -63,7 +69,7 @@ class Pooled(Layout):
         return {
             "pixel_values": torch.randn(crops, self.patches, 3 * PATCH_SIZE**2, generator=random),
             "image_token_pooling": torch.cat(tables),
-            "image_grids": torch.tensor([(GRID, GRID, *size) for size in sizes]),
+            "image_grids": torch.tensor([(GRID, GRID, *self.crop(size)) for size in sizes]),
             "image_num_crops": torch.tensor(counts),
         }
 
