@@ -4,9 +4,9 @@
 # %% [markdown]
 # # Read a leaderboard honestly
 #
-# A leaderboard asks every question under every spec. This one is small on purpose, so that you see what 200
+# A leaderboard asks every question under every spec. This one is small on purpose, so that you see what 100
 # questions can say and what they cannot. On the command line: `vlmprune leaderboard --specs
-# 'fastervlm@16,divprune@16,fastv(layer=2)@16' --limit 200`.
+# 'fastervlm@16,divprune@16,fastv(layer=2)@16' --limit 100`.
 
 # %%
 import tempfile
@@ -20,7 +20,7 @@ from vlmprune.evaluation.report import write_report
 from vlmprune.viz.notebook import sheet
 
 SPECS = ["fastervlm", "divprune", "fastv(layer=2)"]
-config = Config.of({"models": ["tiny"], "specs": SPECS, "keep": [16], "limit": 200})
+config = Config.of({"models": ["tiny"], "specs": SPECS, "keep": [16], "limit": 100})
 folder = Path(tempfile.mkdtemp()) / "run"
 found = leaderboard(config, folder)
 print(len(found["rows"]), "rows over", found["rows"][0]["n"], "questions")
