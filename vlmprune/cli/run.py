@@ -99,7 +99,9 @@ def _example(model: str) -> tuple[Any, str, str]:
     from ..evaluation.tasks.scenes.example import example as scene
     from ..evaluation.tasks.shapes.example import example as shape
 
-    return {"natural": scene, "video": clip}.get(model, shape)()
+    if model == "video":
+        return clip()
+    return scene() if model == "natural" else shape()
 
 
 @dataclass(frozen=True)
