@@ -193,3 +193,16 @@ def test_requests_are_counted_for_prometheus(engine, twin):
     answers(engine, [prompt.request("divprune@13")] * 2)
     names = ("vlmprune_pictures_total", "vlmprune_dense_tokens_total", "vlmprune_kept_tokens_total")
     assert [REGISTRY.get_sample_value(name, label) for name in names] == [4, 4 * 144, 4 * 13]
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_family_in_the_wrapper_is_refused_on_several_ranks(name):
+    from types import SimpleNamespace
+
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.serving.vllm.wrapped import refuse_ranks
+
+    ranks = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    refuse_ranks(SimpleNamespace(**ranks))
+    with pytest.raises(UnsupportedError, match=f"{name}=2 was not measured"):
+        refuse_ranks(SimpleNamespace(**ranks | {name: 2}))
