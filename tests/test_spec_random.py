@@ -93,7 +93,7 @@ parts = (
 specs = st.builds(lambda head, last: Spec((*head, last)), st.lists(parts, max_size=3), sample)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(specs)
 def test_valid_specs_round_trip(spec: Spec) -> None:
     again = parse(str(spec))
@@ -111,7 +111,7 @@ def never_silently_wrong(text: str) -> None:
         assert parse(str(spec)) == spec
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(specs, st.data())
 def test_mutated_specs_raise_or_round_trip(spec: Spec, data: st.DataObject) -> None:
     text = str(spec)
@@ -125,7 +125,7 @@ def test_mutated_specs_raise_or_round_trip(spec: Spec, data: st.DataObject) -> N
     never_silently_wrong(text)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.text(max_size=30)
     | st.text("sample+@/()=,'\"\\.0123456789e- \n#", max_size=30).map("sample(free={})@64".format)

@@ -72,7 +72,8 @@ class Part(Printed):
         """The method with its options; ``inner`` is the wrapped method of a wrapper."""
         cls = get(self.name)
         known = {option.name: option for option in option_fields(cls)}
-        hints = option_types(cls)
+        # mypy takes the __hash__ of its objects for that of the class
+        hints = option_types(cls)  # type: ignore[arg-type]
         for key, value in self.args:
             if key not in known:
                 raise SpecError(_unknown_option(self.name, key, value, list(known)))

@@ -150,7 +150,7 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
     seen = known(before)
     if seen is None:  # the width of a mask says it too
         seen = mask.shape[1] - new if isinstance(mask, Tensor) and mask.ndim == 2 else int(before)
-    if cache_state is not None and seen < cache_state.seen:
+    if cache_state is not None and isinstance(mask, Tensor) and seen < cache_state.seen:
         raise InvariantError(
             f"attention_mask has shape {tuple(mask.shape)}; expected a column for each token of the "
             f"conversation, of which {cache_state.seen} were read where pictures were cut"

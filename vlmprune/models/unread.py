@@ -205,8 +205,8 @@ class Molmo2Adapter(UnreadAdapter):
 
     def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         # the model adds them to the embedding of the placeholder
-        token = torch.tensor(self.token_id(modality), device=self.model.device)
-        below = self.inner.get_input_embeddings()(token)
+        embed = self.inner.get_input_embeddings()
+        below = embed(torch.tensor(self.token_id(modality), device=embed.weight.device))
         return [one + below.to(one.device, one.dtype) for one in feature_list(output)]
 
     def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:

@@ -159,7 +159,7 @@ def uses_flash(config: Any) -> bool:
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma 3), else None."""
     rotary = getattr(language_model, "rotary_emb", None)  # some hybrids do not rotate at all
-    made_by: type[nn.Module] = type(rotary)
+    made_by: type[Any] = type(rotary)
     if rotary is None or "layer_type" not in parameters_of(made_by.forward):
         return None
     config: Any = language_model.config

@@ -129,7 +129,8 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
         finally:
             config.architectures = named
         self.most, self.side = most_tokens(vllm_config), SIDES[config.model_type](config)
-        self.adapter = adapter_class(config.model_type)(SimpleNamespace(model=self.model, config=config))
+        whole: Any = SimpleNamespace(model=self.model, config=config)  # all that an adapter reads of it
+        self.adapter = adapter_class(config.model_type)(whole)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         field = kwargs.pop(KEY, None)
