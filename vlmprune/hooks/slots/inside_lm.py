@@ -62,9 +62,8 @@ class InsideLM:
         self.sources = {point.layer: point.source for point in points}
         self.layers = list(self.sources)
         self.wanted = asked_for(method)
-        self.by_choice = (
-            getattr(method.raters, "__func__", None) is not Method.raters
-        )  # the method chooses its queries
+        # the method chooses its queries
+        self.by_choice = getattr(method.raters, "__func__", None) is not Method.raters
         self.by_question = asks_the_question(method)
         first = min(self.layers, default=attachment.depth)
         check_kinds(self.language_model.config, range(first, attachment.depth), method.name)
@@ -208,8 +207,7 @@ class InsideLM:
         view, config = state.views.at(index), self.language_model.config
         if view.start == 0:
             return kwargs
-        kwargs = dict(kwargs)
-        kwargs["attention_mask"] = view.mask(config, index, hidden, cache_in(kwargs))
+        kwargs = {**kwargs, "attention_mask": view.mask(config, index, hidden, cache_in(kwargs))}
         own = view.position_ids is state.views.at(0).position_ids  # the model made its angles of these
         if kwargs.get("position_embeddings") is not None and not own:
             kwargs["position_embeddings"] = state.views.angles(self.language_model, index, hidden)
