@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmprune.core.budget import Budget
-from vlmprune.core.method import Method
+from vlmprune.core.method import Method, SlotName
 from vlmprune.hooks.adapter import Modality
 from vlmprune.hooks.session import Session
 from vlmprune.hooks.vision.pictures import Picture
@@ -101,6 +101,7 @@ class _Adapter:
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     deepstack = text_type = None
     aligned: ClassVar[tuple[str, ...]] = ()
+    closed: ClassVar[dict[SlotName, str]] = {}
     checks_features, note = False, ""
 
     def __init__(self, model: GivenPictures) -> None:
