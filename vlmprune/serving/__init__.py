@@ -19,6 +19,7 @@ def overrides(spec: str = DENSE) -> Any:
     """
     from .request import read
 
+    # read here, so that a wrong spec fails before an engine starts; a function of the module can be pickled
     return partial(_override, read(spec).text)
 
 

@@ -63,15 +63,18 @@ def reduce_pictures(
     groups: dict[tuple, list[int]] = defaultdict(list)
     kept: dict[int, KeptRows] = {}
     for number, picture in enumerate(pictures):
+        # a picture that loses nothing is handed on as it is, finite or not
         if request.count(picture.count) >= picture.count:
             kept[number] = _whole(picture)
         elif broken[number]:
             kept[number] = _uniform(picture, request, "its tensors are not finite")
         else:
+            # pictures of one shape are stacked, and the method is called once for all of them
             groups[(picture.count, picture.grids, picture.cls_count)].append(number)
     for numbers in groups.values():
         some = [pictures[number] for number in numbers]
         kept |= zip(numbers, _reduce_alike(some, request, projector, in_place), strict=True)
+    # back in the order in which the pictures came
     return [kept[number] for number in range(len(pictures))]
 
 
@@ -87,6 +90,7 @@ def in_turns(
     tokens before pruning, unless one item alone has.
     """
     rows: list[Tensor] = []
+    # a turn gives one tensor per item, so that their number says where the next turn starts
     while (start := len(rows)) < len(specs):
         end, total = start + 1, sizes[start]
         while end < len(specs) and specs[end] == specs[start] and total + sizes[end] <= most:
@@ -105,6 +109,7 @@ def _reduce_alike(
     except VlmPruneError as error:
         if len(pictures) == 1:
             return [_uniform(pictures[0], request, str(error))]
+        # a picture that fails must not take its neighbours with it
         return [_reduce_alike([one], request, projector, in_place)[0] for one in pictures]
 
 
@@ -124,6 +129,7 @@ def _reduce_stacked(
             chosen = choose(request.method, tokens, k)
         for one, keep_idx in zip(pictures, _indices(chosen), strict=True):
             kept.append(_gathered(one, keep_idx))
+    # the prompt holds so many placeholders already; other numbers of rows would end the engine
     for left, picture in zip(kept, pictures, strict=True):
         if left.rows.shape[0] != promised(picture, request):
             raise InvariantError(
@@ -202,9 +208,11 @@ def random_picture(
         return torch.rand(*shape, generator=random) + 0.1
 
     def captured(need: Need) -> Tensor:
+        # (1, D) of a tower with [CLS], (0, D) of others
         if need == CLS_FEATURES:
             return draw(int(facts.cls), width)
         if need.what == "cls_attention":
+            # (N, heads), of the size of attention, whose rows add up to 1
             return draw(n, heads) / n
         if need.what in ("received_attention", "wide_attention"):
             return draw(n, 1) / n

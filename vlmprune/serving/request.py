@@ -57,6 +57,7 @@ class Request:
         return () if self.budget is None else needs_of(self.method)
 
 
+# hashable: a part of the key under which ``rehearse`` is cached
 @dataclass(frozen=True)
 class TowerFacts:
     """What is known of a served model without its weights.
@@ -88,12 +89,14 @@ def wanted(given: Mapping[str, object], server: Mapping[str, object] | None, con
     if value is None:
         value = getattr(config, KEY, None)
     if value is None:
+        # an empty variable is as good as none
         value = os.environ.get(VARIABLE) or DENSE
     if not isinstance(value, str):
         raise SpecError(f"{KEY}={value!r} is a {type(value).__name__}; expected a spec, {_NEAREST}")
     return read(value)
 
 
+# bounded, since clients choose the texts; what raises is not kept
 @lru_cache(maxsize=1024)
 def read(text: str) -> Request:
     """A spec as a request; raises for whatever no server can do."""
@@ -201,12 +204,14 @@ def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], f
     if request.budget is None:
         return
     check_tower(request, facts)
+    # here, since that module imports this one
     from .reduce import promised, random_picture, reduce_one
 
     picture, projector = random_picture(request.needs, facts, grids, frames)
     try:
         request.method.check_unit(picture.count)
         kept = reduce_one(picture, request, projector)
+    # says already what to do instead
     except VlmPruneError:
         raise
     except Exception as error:  # of a method of somebody else: the engine must not meet it

@@ -46,6 +46,7 @@ class Tally:
         """One picture of ``dense`` tokens of which ``kept`` stay."""
         spec = spec if spec in self.by_spec or len(self.by_spec) < _MOST_LABELS else OTHERS
         counts = self.by_spec.setdefault(spec, SpecCounts())
+        # 0 has a digit too, but the first picture is to be logged
         digits = len(str(counts.pictures)) if counts.pictures else 0
         counts.pictures += 1
         counts.dense += dense
@@ -61,6 +62,7 @@ class Tally:
             return
         Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         counts = {spec: one.fallbacks for spec, one in self.by_spec.items() if one.fallbacks}
+        # a file per process: nobody writes into that of another
         file = Path(folder, f"{os.getpid()}.json")
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(counts))
@@ -81,6 +83,7 @@ def published() -> dict[str, int]:
     """Fallbacks by spec of all processes of this server on this machine."""
     folder, sums = os.environ.get(FALLBACKS_VARIABLE), Sums[str]()
     for file in Path(folder).glob("*.json") if folder else ():
+        # adds up, where a dict would replace
         sums.update(json.loads(file.read_text()))
     return dict(sums)
 
@@ -99,6 +102,7 @@ class FallbackCollector:
         yield family
 
 
+# once per process: Prometheus refuses a name that it has already
 @cache
 def _counters() -> tuple[Any, Any, Any]:
     from prometheus_client import REGISTRY, Counter
@@ -113,6 +117,7 @@ def _counters() -> tuple[Any, Any, Any]:
     )
 
 
+# labels in use, ``OTHERS`` among them once there are too many specs
 _labels: set[str] = set()
 
 

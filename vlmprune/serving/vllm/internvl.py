@@ -55,6 +55,7 @@ class InternVLProcessor(PruningProcessor, base.InternS1MultiModalProcessor):
             loaded=depth,
             layer=-1,
             projector=False,
+            # 4 at a ratio of 0.5
             merges=round(1 / config.downsample_ratio) ** 2,
         )
 
@@ -63,6 +64,7 @@ class InternVLProcessor(PruningProcessor, base.InternS1MultiModalProcessor):
         tokens = self.info.get_num_image_tokens(
             image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=options
         )
+        # all tiles have equally many tokens
         return self._tiles(tokens // processor.image_seq_length)
 
     def processed(self, items: Any, index: int, out: Any, options: Mapping[str, Any]) -> Sequence[Grids]:
@@ -97,8 +99,10 @@ class InternVLForConditionalGeneration(base.InternS1ForConditionalGeneration):
         pixels = kwargs["pixel_values"]  # (tiles of all items, 3, height, width)
 
         def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
+            # pixels are laid out by tile, turns are counted by item
             first = sum(tiles[:start])
             pictures = self._encode(request, pixels[first : first + sum(tiles[start:end])])
+            # every tile was cut alone; those of an item are joined again
             kept = iter(cut(pictures, request, None))
             return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
 
@@ -119,6 +123,7 @@ class InternVLForConditionalGeneration(base.InternS1ForConditionalGeneration):
         if need.what == "encoder_features":
             return list(value)
         side = side_of(self.config)
+        # what stands in front of the patches is [CLS]
         of_patches = value[:, value.shape[1] - patches :]
         return [shuffled_mean(one, (side, side), self._shuffle) for one in of_patches]
 

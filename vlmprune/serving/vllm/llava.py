@@ -97,6 +97,7 @@ class PrunedLlava(Model):
         return loaded
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
+        # vLLM's class does not know the field. Without it, or for embeddings, there is nothing to cut
         field = kwargs.pop(KEY, None)
         if field is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
@@ -107,6 +108,7 @@ class PrunedLlava(Model):
             return [kept.rows for kept in cut(self.encode(request, **some), request, projector)]
 
         specs = from_field(field)
+        # an upper bound: every picture is taken for the largest
         return in_turns(specs, [self.side**2 * self.most_crops()] * len(specs), self.most, one_turn)
 
 
@@ -132,6 +134,7 @@ class LlavaForConditionalGeneration(PrunedLlava, base.LlavaForConditionalGenerat
                 one,
                 grids,
                 {
+                    # what stands in front of the n patches is [CLS]
                     need: value[number] if need == CLS_FEATURES else value[number, value.shape[1] - n :]
                     for need, value in found.items()
                 },

@@ -41,6 +41,7 @@ class OfTiles(OfLlava):
             num_patch_height=down,
             num_patch_width=across,
         )
+        # the overview, and all tiles as one block without their padding
         return [((self.side, self.side), (rows, patches // rows))]
 
 
@@ -54,6 +55,7 @@ class PrunedTiles(PrunedLlava):
 
     def most_crops(self) -> int:
         size = self.config.vision_config.image_size
+        # the overview, and the tiles of the largest canvas
         return 1 + max(
             (height // size) * (width // size) for height, width in self.config.image_grid_pinpoints
         )
@@ -72,6 +74,7 @@ class PrunedTiles(PrunedLlava):
     def _picture(self, tiles: Tensor, size: Tensor, found: dict[Any, Tensor]) -> Picture:
         n = self.side**2
         features = self._pack(size, tiles, self.image_newline)
+        # zeros go through the packing: what comes back as NaN is a newline
         special = self._marked(size, torch.zeros(tiles.shape[0], n, 1))[:, 0].isnan()
         patches = (~special).nonzero()[:, 0].to(features.device)
         captured = {
@@ -88,6 +91,7 @@ class PrunedTiles(PrunedLlava):
         return self._pack(size, crops, crops.new_full(crops.shape[-1:], torch.nan))
 
     def _pack(self, size: Tensor, crops: Tensor, newline: Tensor) -> Tensor:
+        # vLLM's method reads nothing else of its self, so that the newline can be another
         stand_in = SimpleNamespace(config=self.config, image_newline=newline)
         return self.packing._merge_image_patch_embeddings(stand_in, size, crops, strategy=STRATEGY)
 

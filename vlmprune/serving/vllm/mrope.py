@@ -26,6 +26,7 @@ Model: Any = nn.Module if TYPE_CHECKING else object  # the family's class comes 
 
 def with_places(rows: Tensor, places: Tensor) -> Tensor:
     """(k, D + 6): rows (k, D) with what they add to the position of their picture, (k, 3) integers."""
+    # (k, 6), the high digits of t, h and w in front
     digits = torch.cat([places // BASE, places % BASE], dim=1)
     return torch.cat([rows, digits.to(rows)], dim=1)
 
@@ -38,6 +39,7 @@ def split_places(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def grid_places(frames: int, rows: int, cols: int, factor: float = 1.0) -> Tensor:
     """(frames * rows * cols, 3) what every token adds: its moment, row and column."""
+    # (3, frames, rows, cols) -> (n, 3)
     places = torch.from_numpy(np.indices((frames, rows, cols)).reshape(3, -1).T.copy())
     if factor != 1.0:
         places[:, 0] = (places[:, 0] * factor).long()
@@ -86,12 +88,16 @@ class MRopePlaces(Model):
     ) -> tuple[Tensor, int]:
         """(3, L) where the picture of a placeholder starts, and text where it stands in the whole prompt."""
         positions = np.empty(len(input_tokens), dtype=np.int64)
+        # columns that have their position, and the position that comes next
         done = at = 0
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             for offset, count, extent in self.spans(feature, input_tokens):
+                # text in front of the picture
                 positions[done:offset] = np.arange(offset - done) + at
                 at += offset - done
+                # all tokens of a picture stand at its start; the forward adds their places
                 positions[offset : offset + count] = at
+                # text goes on behind the whole picture, however little of it stayed
                 at += extent
                 done = offset + count
         positions[done:] = np.arange(len(input_tokens) - done) + at
@@ -106,6 +112,7 @@ class MRopePlaces(Model):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
+        # those of the step before
         self.places[: self.placed] = 0
         self.placed = 0
         if multimodal_embeddings is None or not len(multimodal_embeddings) or is_multimodal is None:
@@ -124,4 +131,5 @@ class MRopePlaces(Model):
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._make_room(positions.shape[-1])
+        # (3, L); the places of text are zero
         return super().forward(input_ids, positions + self.places[: positions.shape[-1]].T, *args, **kwargs)

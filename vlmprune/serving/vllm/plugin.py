@@ -44,6 +44,7 @@ def register() -> None:
     # the first process names it, those that it starts inherit it; made when there is something to say
     os.environ.setdefault(FALLBACKS_VARIABLE, str(Path(tempfile.gettempdir(), f"vlmprune-{uuid4().hex}")))
     for name, path in FAMILIES.items():
+        # a path, not a class: vLLM imports it when the model is asked for
         ModelRegistry.register_model(PREFIX + name, path)
     default = os.environ.get(VARIABLE)
     if not default:
@@ -51,6 +52,7 @@ def register() -> None:
     from ..request import read
 
     check_release()
+    # raises for a wrong spec, rather now than at the first request
     read(default)
     for name in multimodal_names():
         # a family that cannot be pruned must not be served whole in silence
@@ -61,6 +63,7 @@ def multimodal_names() -> list[str]:
     """Architectures of this vLLM that see pictures, its wrappers of models of transformers among them."""
     from vllm.model_executor.models import registry
 
+    # name -> (module, class)
     wrapped = {**registry._TRANSFORMERS_BACKEND_MODELS, **registry._TRANSFORMERS_SUPPORTED_MODELS}
     wrappers = [name for name, (_, held) in wrapped.items() if "MultiModal" in held]
     return sorted({*registry._MULTIMODAL_MODELS, *wrappers, *FAMILIES})
@@ -70,6 +73,7 @@ def check_release() -> None:
     """Refuse a vLLM that was not tested: its processors change between releases."""
     import vllm
 
+    # 0.32.0+cpu -> 0.32.0
     release = vllm.__version__.split("+")[0]
     if release not in TESTED and not os.environ.get(UNTESTED_VARIABLE):
         raise UnsupportedError(

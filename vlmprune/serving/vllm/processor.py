@@ -74,6 +74,7 @@ class PruningProcessor(Base):
             result = super().apply(replace(inputs, hf_processor_mm_kwargs=named), timing_ctx)
         except VlmPruneError as error:  # the client's mistake: 400, not 500
             raise VLLMValidationError(str(error), parameter="mm_processor_kwargs") from error
+        # behind the processor, so that refused requests are not counted
         for found in filter(None, self._items(inputs)):
             dense = [sum(rows * cols for rows, cols in grids) for grids in found]
             count_requested(request.text, sum(dense), sum(map(request.count, dense)))
@@ -142,6 +143,7 @@ class PruningProcessor(Base):
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         ours = {
+            # a spec is read by the host, which would wait for a copy on the device
             field_name(modality): MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
             for modality in self.counted
         }
@@ -171,6 +173,7 @@ def _pruned(update: Any, shares: Callable[[str, int], list[Share]]) -> Any:
     dense = update.replacement
 
     def replacement(index: int) -> Any:
+        # vLLM takes the replacement itself, or a function of the item
         given = dense(index) if callable(dense) else dense
         return without(given, shares(update.modality, index))
 
@@ -191,6 +194,7 @@ def without(given: Any, shares: Sequence[Share]) -> Any:
     if all(dense == kept for dense, kept in shares):
         return given
     full = list(given.full) if isinstance(given, PromptUpdateDetails) else list(given)
+    # the placeholder is what occurs most often
     embed = max(set(full), key=full.count)
     places = [at for at, token in enumerate(full) if token == embed]
     if len(places) < sum(dense for dense, _ in shares):

@@ -96,6 +96,7 @@ class PrunedQwen(MRopePlaces):
         at, grid = feature.mm_position, feature.data[f"{feature.modality}_grid_thw"].data.tolist()
         seconds = feature.data.get("second_per_grid_ts")
         factor = self._factor(None if seconds is None else seconds.data.item())
+        # as many placeholders as stay, but the positions of the whole picture
         yield at.offset, at.length, grid_extent(*self._merged(grid), factor)
 
     def _merged(self, grid: Sequence[int]) -> tuple[int, int, int]:
@@ -130,10 +131,12 @@ class PrunedQwen(MRopePlaces):
     def _reduced(self, words: Keywords, kwargs: dict[str, Any], request: Request | None) -> list[Tensor]:
         """The rows that are left of items, with their places; None: of embeddings, which all stay."""
         grids = kwargs[words.grid].tolist()
+        # the tower attends inside a frame: each is a sequence of its own
         lengths = [height * width for frames, height, width in grids for _ in range(frames)]
         needs = () if request is None else request.needs
         whole, found = self.watched.run(needs, lambda: self._encoded(words, kwargs), lengths)
         seconds = kwargs.get("second_per_grid_ts")
+        # seconds between frames; images have none
         apart: list[float | None] = [None] * len(grids) if seconds is None else list(map(float, seconds))
         places = [self._places(grid, one) for grid, one in zip(grids, apart, strict=True)]
         if request is None:
@@ -151,6 +154,7 @@ class PrunedQwen(MRopePlaces):
         kept = cut(pictures, request, None, in_place=True)
         return [
             with_places(
+                # a merged row takes DeepStack's features of the token in whose place it stands
                 torch.cat([left.rows.to(one), one[left.slots, self.width :]], dim=1),
                 at.to(one.device)[left.slots],
             )
@@ -175,6 +179,7 @@ class PrunedQwen(MRopePlaces):
             packed = value.flatten(0, -2).split([frames * height * width for frames, height, width in grids])
             ordered = [self._in_order(one, grid) for one, grid in zip(packed, grids, strict=True)]
             if need.what != "encoder_features":
+                # mean of the patches that make up a token
                 ordered = [one.unflatten(0, (-1, self.merge**2)).mean(dim=1) for one in ordered]
             divided[need] = ordered
         return divided
@@ -188,6 +193,7 @@ def _items(kwargs: dict[str, Any], words: Keywords, start: int, end: int) -> dic
     """The arguments of some items; pixels of all items follow each other."""
     sizes = kwargs[words.grid].prod(-1).tolist()
     first = sum(sizes[:start])
+    # every field has one entry per item, except the pixels
     some = {name: value[start:end] for name, value in kwargs.items() if value is not None}
     some[words.pixels] = kwargs[words.pixels][first : first + sum(sizes[start:end])]
     return some
@@ -208,6 +214,7 @@ class Qwen2_5_VLForConditionalGeneration(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForCon
     """Qwen2.5-VL: the tower works window by window."""
 
     def _in_order(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
+        # tokens in the order of windows; argsort gives the way back
         windows = self.visual.get_window_index_thw(*grid)[0].to(patches.device)
         return patches.unflatten(0, (-1, self.merge**2))[windows.argsort()].flatten(0, 1)
 

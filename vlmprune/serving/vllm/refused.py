@@ -9,6 +9,7 @@ from .plugin import refusal
 
 
 def __getattr__(name: str) -> NoReturn:
+    # what Python itself asks of a module, such as __path__
     if name.startswith("__"):
         raise AttributeError(name)
     raise refusal(name)

@@ -32,6 +32,7 @@ class WatchedTower:
 
     def __init__(self, tower: nn.Module, projector: nn.Module, layer: int, depth: int) -> None:
         self.tower, self.projector, self.layer, self.depth = tower, projector, layer, depth
+        # all blocks are split over ranks alike, so that one is asked
         attention = attention_of(find_blocks(tower)[0])
         shared = getattr(attention, "tp_size", 1) > 1
         self.gather = (lambda heads: tensor_model_parallel_all_gather(heads, dim=1)) if shared else None
@@ -77,6 +78,7 @@ def cut(
     """What a request leaves of pictures, counted."""
     kept = reduce_pictures(pictures, request, projector, in_place=in_place)
     for picture, one in zip(pictures, kept, strict=True):
+        # newlines and the like always stay and are not counted
         specials = picture.length - picture.count
         TALLY.add(request.text, picture.count, one.rows.shape[0] - specials, one.fallback is not None)
     # every rank cuts the same pictures
@@ -92,6 +94,7 @@ def plain_projector(projector: Any) -> nn.Sequential:
     """
     first, second = projector.linear_1, projector.linear_2
     bias = first.bias
+    # the first layer is split by its outputs, the second by its inputs; its bias is whole
     return nn.Sequential(
         _linear(_whole(first.weight, first, 0), None if bias is None else _whole(bias, first, 0)),
         projector.act,
@@ -106,6 +109,7 @@ def _whole(weight: Tensor, layer: Any, dim: int) -> Tensor:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    # no weights are drawn here: vLLM's take their place
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -54,6 +54,7 @@ SIDES: dict[str, Callable[[Any], int]] = {
 def facts_of(config: Any) -> TowerFacts:
     """Of a config; transformers loads the whole tower."""
     vision, side = config.vision_config, SIDES[config.model_type](config)
+    # several layers in VipLLaVA; older transformers call the field by the plural
     layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
     return TowerFacts(
         cls=vision.model_type == "clip_vision_model",
@@ -140,8 +141,10 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
         pixels = kwargs["pixel_values"]  # (tiles of all items, 3, height, width)
 
         def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
+            # pixels are laid out by tile, turns are counted by item
             first = sum(tiles[:start])
             pictures = self._encode(request, pixels[first : first + sum(tiles[start:end])])
+            # every tile was cut alone; those of an item are joined again
             kept = iter(cut(pictures, request, None))
             return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
 
