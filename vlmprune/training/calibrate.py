@@ -51,7 +51,9 @@ def fitprune_schedule(
     config = prompts[0].adapter.language_model.config
     costs, depth = TokenCosts.of(config), config.num_hidden_layers
     with torch.no_grad():
+        # the dense model, of whose attention alpha is a share
         dense = [prompt.run(None, costs, math.inf) for prompt in prompts]
+        # bisection: the smallest alpha at which all prompts fit so far is ``high``
         low, high, best = 0.0, 1.0, None
         for _ in range(STEPS):
             alpha = (low + high) / 2
@@ -69,6 +71,7 @@ def fitprune_schedule(
             "lost; ask for less"
         )
     shares = torch.tensor([one.deleted for one in best]).double() / prompts[0].count  # (n, depth)
+    # 1e-6: a whole number must not fall to the next lower one by rounding
     schedule = tuple(int(PATCHES * share + 1e-6) for share in shares.mean(dim=0).tolist())
     if not any(schedule):
         raise SpecError(f"percent={percent:g} of the FLOPs is less than one token of {PATCHES}; ask for more")
@@ -84,10 +87,12 @@ def adaptinfer_layers(
     bends: list[int] = []
     with torch.no_grad():
         for prompt in prompts:
+            # no costs, no loss: the dense model, watched
             given = torch.stack(prompt.run(None, None, math.inf).given)  # (depth, N)
             best = given.sum(dim=0).topk(max(1, round(TOP * prompt.count))).indices
             bends += [bend_of(curve) for curve in given[:, best].T.tolist()]
     depth = prompts[0].adapter.depth
+    # behind the last layer there is nothing to save
     return peaks_of([bends.count(layer) for layer in range(depth - 1)], count)
 
 
@@ -103,11 +108,13 @@ def bend_of(curve: Sequence[float]) -> int:
         return float((part - part.mean()).square().sum())
 
     cuts = range(SHORTEST, len(total) - SHORTEST + 1)
+    # the cut with the least sum of squares; -1: from a length to the last layer of the part
     return min(cuts, key=lambda cut: apart(total[:cut]) + apart(total[cut:])) - 1
 
 
 def peaks_of(counts: Sequence[int], most: int) -> tuple[int, ...]:
     """At most so many places, ascending, that are higher than the one before and no lower than the next."""
+    # zeros on both sides, so that place i is ends[i + 1] and the ends can be peaks
     ends = [0, *counts, 0]
     peaks = [
         place
@@ -129,10 +136,13 @@ class TokenCosts:
     def of(cls, config: Any) -> TokenCosts:
         """Of queries, keys, values and output, of scores and sums, and of three matrices behind them."""
         wide, heads = config.hidden_size, config.num_attention_heads
+        # some configs have the field and leave it None
         width = getattr(config, "head_dim", None) or wide // heads
         keys = config.num_key_value_heads * width
         return cls(
+            # queries and output, keys and values, gate, up and down
             2 * wide * heads * width + 2 * wide * keys + 3 * wide * config.intermediate_size,
+            # scores, and sums of values
             2 * heads * width,
         )
 
@@ -196,12 +206,15 @@ class Prompt:
             A = self._masked(call, alive)
             self._note(made, A, alive, index, loss)
             left = int(alive.sum())
+            # the budget is met once the layers that follow can read all tokens that are left
             if costs is not None:
                 made.spent += costs.layer(left)
                 made.fits = made.fits or made.spent + (len(layers) - index - 1) * costs.layer(left) <= budget
             if loss is not None and not made.fits:
                 alive.logical_and_(self._staying(A, alive, made, loss, index))
+            # 0 where the budget is met already
             made.deleted.append(left - int(alive.sum()))
+            # the layer goes on with the attention that was changed, so that later ones see the loss
             return call.weigh(A).to(output.dtype)
 
         handles = [
@@ -218,6 +231,7 @@ class Prompt:
         """(1, H, L, L) attention without the tokens that left."""
         length = len(self.visual)
         A = call.attention(torch.arange(length, device=alive.device)[None]).float()
+        # (L,), 0 where a visual token has left
         columns = torch.ones(length, device=alive.device).masked_scatter(self.visual, alive.float())
         A = A * columns
         return A / A.sum(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -229,6 +243,7 @@ class Prompt:
         return M[self.text].mean(dim=0), own.sum(dim=0) / self.count
 
     def _note(self, made: Watched, A: Tensor, alive: Tensor, index: int, loss: Loss | None) -> None:
+        # only a dense pass is compared with
         if loss is None:
             cross, own = self._sides(A, alive)
             made.cross.append(float(cross.double().sum()))
@@ -241,6 +256,7 @@ class Prompt:
         share = 1 - loss.alpha
         gone = beginning(cross, alive, share * loss.dense.cross[index])
         gone &= beginning(own, alive, share * loss.dense.own[index])
+        # products are not negative, so that -1 never wins
         best = (cross * own).masked_fill(~alive, -1.0).argmax()
         gone[best] = False
         return ~gone
@@ -248,6 +264,7 @@ class Prompt:
 
 def beginning(values: Tensor, alive: Tensor, least: float) -> Tensor:
     """(N,) bool, the most tokens, the lowest first, without which the living still have ``least`` in all."""
+    # those that left sort last, behind the total
     held = values.double().masked_fill(~alive, torch.inf)
     order = held.argsort(stable=True)
     lost = held[order].cumsum(dim=0)
@@ -286,6 +303,8 @@ def spec_for(method: str, model: Any, processor: Any, asked: Sequence[Exercise],
     """The spec with the settings that were found; ``wanted`` is ``percent``, or ``count`` of the layers."""
     check_calibrated(method)
     if method == "fitprune":
+        # Python prints spaces in a tuple: (3, 1) -> (3,1)
         return f"fitprune(schedule={fitprune_schedule(model, processor, asked, wanted)})".replace(" ", "")
+    # 0.25 stands for any budget: the layers do not depend on it
     layers = adaptinfer_layers(model, processor, asked, int(wanted))
     return f"adaptinfer(layers={layers})@0.25".replace(" ", "")

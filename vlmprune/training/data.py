@@ -75,6 +75,7 @@ def read_data(source: str, count: int, dev: int) -> Data:
             "--samples or --dev"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    # the last ones are set apart, so that no question is in both, whatever count is
     return Data(source, digest, asked[: len(asked) - dev][:count], asked[len(asked) - dev :])
 
 
@@ -148,6 +149,7 @@ def batch_of(model: Any, processor: Any, asked: Sequence[Exercise]) -> tuple[dic
     rows, pixels = [], []
     for text, one in zip(texts, asked, strict=True):
         made = processor(images=one.picture(), text=text, return_tensors="pt")
+        # the end of a sequence is learned as a part of the answer
         answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         if other := sorted({*made} - _READ):
             raise UnsupportedError(
@@ -157,12 +159,14 @@ def batch_of(model: Any, processor: Any, asked: Sequence[Exercise]) -> tuple[dic
         rows.append((made["input_ids"][0], torch.tensor(answer)))
         pixels.append(made["pixel_values"])
     length = max(len(first) + len(answer) for first, answer in rows)
+    # its id does not matter, since the mask hides it
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((len(rows), length), filler)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_LOSS)
     for row, (first, answer) in enumerate(rows):
         end = len(first) + len(answer)
         ids[row, :end], mask[row, :end] = torch.cat([first, answer]), 1
+        # labels stand at their tokens; whoever reads them shifts by one
         labels[row, len(first) : end] = answer
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels)}
     device = model.device
@@ -194,12 +198,15 @@ def visual_of(adapter: Adapter, input_ids: Tensor, keep: int) -> tuple[Tensor, i
 
 def rows_that_answer(labels: Tensor) -> Tensor:
     """(B, L) bool, columns that predict a token of the answer, labels (B, L)."""
+    # one to the left of each label; the last column predicts nothing
     return F.pad(labels[:, 1:] != NO_LOSS, (0, 1))
 
 
 def question_columns(visual: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
     """(B, L) bool, text behind the picture and before the answer; ``valid`` (B, L): no padding."""
+    # counted from the right: no visual token is here or further on
     behind = visual.flip(1).cumsum(1).flip(1) == 0
+    # the answer and all behind it
     answer = (labels != NO_LOSS).cumsum(dim=1) > 0
     return behind & valid & ~answer
 

@@ -153,6 +153,7 @@ class ExitTraining:
 
         def read(module: Any, args: tuple, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
+            # row by row: questions have different lengths
             rows = [gate_features(hidden[row, question[row]][None])[0] for row in range(len(hidden))]
             features.append(rows)
 
@@ -168,9 +169,11 @@ class ExitTraining:
         for gate in self.gates:
             with prune(self.model, f"dyvte(exit={gate})"):
                 own, short = _answers(self.model(**inputs, use_cache=False).logits, labels)
+            # own and said are (B, L - 1), so the labels are shifted too
             alike = ((own == said) & (labels[:, 1:] != NO_LOSS)).sum(dim=1) / (labels != NO_LOSS).sum(dim=1)
             same.append(alike > AGREE)
             losses.append(short)
+        # (B, G, 2D); hooks ran in the order of the gates
         stacked = torch.stack([torch.stack(rows) for rows in features], dim=1)
         found = (stacked, torch.stack(same, dim=1), torch.stack(losses, dim=1), loss)
         return Looks(*(one.cpu() for one in found))
@@ -204,8 +207,10 @@ class ExitTraining:
         looks, places = self._known(asked)
         with torch.no_grad():
             z = self.logits(looks.features[places].to(self.module["gate/0/w1"].device)).cpu()
+        # how much "leave" is ahead of "stay", (n, G)
         ahead, same = z[..., 1] - z[..., 0], looks.same[places]
         table = [margin_row(ahead, same, self.gates, margin) for margin in MARGINS]
+        # margins ascend: the first good one reads the fewest layers
         good = [row for row in table if row["same"] >= SAME]
         best = good[0] if good else table[-1]
         shares = looks.leave[places].float().mean(dim=0).tolist()
@@ -219,6 +224,7 @@ class ExitTraining:
 
     def rivals(self, keep: int | None) -> dict[str, str]:
         """Fixed exits at about as many layers with visual tokens: the one below, and the one above."""
+        # an exit behind layer i means i + 1 layers
         below = min(max(int(self.layers) - 1, 0), self.gates[-1])
         exits = sorted({below, min(below + 1, self.gates[-1])})
         return {f"exit={layer}": f"dyvte(exit={layer})" for layer in exits}
@@ -227,8 +233,10 @@ class ExitTraining:
 def margin_row(ahead: Tensor, same: Tensor, gates: Sequence[int], margin: float) -> dict[str, float]:
     """Share of same answers, and mean layers that read visual tokens, at a margin; z_1 - z_0 is (n, G)."""
     leave = ahead > margin
+    # argmax of ones and zeros is the first one, or 0 where there is none
     any_, first = leave.any(dim=1), leave.int().argmax(dim=1)
     kept = torch.where(any_, same.gather(1, first[:, None])[:, 0], True)
+    # behind gate i, i + 1 layers have read them; without an exit all do, one more than gates
     layers = torch.where(any_, torch.tensor(gates)[first] + 1, gates[-1] + 2)
     return {
         "margin": margin,

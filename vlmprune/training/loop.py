@@ -25,7 +25,7 @@ from ..checks import check_int, check_number, check_positive
 from ..errors import SpecError, VlmPruneError
 from .data import Exercise
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # the state of AdamW for each parameter
 
 
 class TrainingError(VlmPruneError):
@@ -97,6 +97,7 @@ class Pace:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
+        # the + 1: without it the first step has a rate of 0
         rise = max(1, self.steps // 20)
         if step < rise:
             return self.lr * (step + 1) / rise
@@ -152,7 +153,9 @@ def order_of(seed: int, step: int, batch: int, count: int) -> list[int]:
     """Questions of a step: every pass over ``count`` has an order of its own, which the seed gives."""
     chosen = []
     for place in range(step * batch, (step + 1) * batch):
+        # a batch may reach over the end of one pass into the next
         epoch, within = divmod(place, count)
+        # from the seed and the pass alone, so that a later call draws the same
         draw = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         chosen.append(int(torch.randperm(count, generator=draw)[within]))
     return chosen
@@ -181,21 +184,25 @@ def train(
     optimiser = torch.optim.AdamW(
         training.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
+    # all that must be the same for another call to go on
     said = {**asdict(settings), **training.settings, **identity, "method": training.method}
     best, losses = LowestLoss(), []
     first = _resume(training, optimiser, best, folder, said)
     training.module.train()
     for step in range(first, settings.steps):
+        # asked first: a training that had ended when it was interrupted makes no further step
         if best.ended(settings, step):
             break
         for group in optimiser.param_groups:
             group["lr"] = settings.lr_at(step)
+        # what a step draws must not depend on the steps that this process made
         torch.manual_seed(settings.seed * 1_000_003 + step)
         asked = [data[i] for i in order_of(settings.seed, step, settings.batch_size, len(data))]
         losses.append(_step(training, optimiser, asked, step, settings))
         note(step, losses[-1])
         done = step + 1
         whole = done % settings.save_every == 0 or done == settings.steps
+        # before the checkpoint, which holds what this finds
         if whole and settings.patience:
             best.look(training, dev, settings, done)
         if whole or done == stop_after:
@@ -204,6 +211,7 @@ def train(
             break
     with torch.no_grad():
         for name, value in training.module.named_parameters():
+            # empty without patience: the last weights remain
             if name in best.weights:
                 value.copy_(best.weights[name])
     training.module.eval()
@@ -259,11 +267,13 @@ def _save(
     held |= {f"best.{name}": value for name, value in best.weights.items()}
     packed = save({name: value.cpu().contiguous() for name, value in held.items()})
     digest = hashlib.sha256(packed).hexdigest()
+    # weights first: state.json never names a file that is not there
     _replace(folder / f"step-{done}.safetensors", packed)
     state: dict[str, Any] = {"settings": said, "done": done, "sha256": digest}
     if best.weights:
         state["best"] = {"loss": best.loss, "step": best.step}
     _replace(folder / "state.json", json.dumps(state, indent=1).encode())
+    # the old ones last, when nothing names them any more
     for old in folder.glob("step-*.safetensors"):
         if old.name != f"step-{done}.safetensors":
             old.unlink()
@@ -296,6 +306,7 @@ def _resume(
             f"the training in {str(folder)!r} cannot be gone on with ({error}); delete the folder, or give "
             "another --out"
         ) from error
+    # through JSON, where tuples become lists, as in what was read
     wanted = json.loads(json.dumps(said))
     other = sorted(name for name in {*wanted, *settings} if wanted.get(name) != settings.get(name))
     if other or hashlib.sha256(packed).hexdigest() != state.get("sha256"):
@@ -307,6 +318,7 @@ def _resume(
         for name, value in training.module.named_parameters():
             value.copy_(held[f"weight.{name}"])
             optimiser.state[value] = {
+                # AdamW counts its steps on the CPU
                 moment: held[f"{moment}.{name}"].to("cpu" if moment == "step" else value.device)
                 for moment in _MOMENTS
             }

@@ -68,6 +68,7 @@ class RCPTraining:
                 f"rcp prunes at three layers and repairs behind each; a language model of {self.depth} "
                 f"layers has no room for them, at least {FEWEST_LAYERS} are needed"
             )
+        # published for 32 layers, scaled to this depth
         self.layers = [self.depth * layer // 32 for layer in CUT_AT]
         self.repairs = [
             [self.depth * layer // 32, cut] for layer, cut in zip(REPAIRED_AT, self.layers, strict=True)
@@ -76,6 +77,7 @@ class RCPTraining:
         self.heads = 4
         if d % self.heads:
             raise SpecError(f"width={d}; expected a multiple of {self.heads}, the heads of a pruner")
+        # letters of the shapes in ``SHAPES`` and its like; a small model gets small modules
         self.sizes = {"D": wide, "d": d, "q": 16 if d >= 256 else 8, "r": max(8, d // 2 if d < 512 else d)}
         self.sizes |= {"e": 64 if d >= 256 else 16, "N": self._patches()}
         torch.manual_seed(seed)
@@ -103,6 +105,7 @@ class RCPTraining:
     def _first(self, name: str, axes: tuple[str, ...]) -> Tensor:
         """A tensor as it starts: what scores and what repairs begin with no say."""
         shape = [int(axis) if axis.isdigit() else self.sizes[axis] for axis in axes]
+        # pruner.4.token_out.weight -> token_out, weight
         last = name.rsplit(".", 2)[-2:]
         if last[-1] == "keep_bias":
             return torch.full(shape, 2.0)  # begin by keeping
@@ -114,6 +117,7 @@ class RCPTraining:
             return torch.zeros(shape)
         if last[0].endswith("norm"):
             return torch.ones(shape)
+        # the term of single tokens, and what a context does to a repair
         if last[0] in ("token_out", "gamma", "beta"):
             return torch.zeros(shape)
         if last[0] == "aggregator":
@@ -163,6 +167,7 @@ class RCPTraining:
         )
         made = self._student(inputs, labels, heat)
         task = answer_loss(made.logits, labels)
+        # from all tokens to the goal, as half a cosine over the first RISE of the steps
         goal = self.keep / made.count
         target = goal + (1 - goal) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress / RISE)))
         sparsity = sparsity_loss(made.shares, self.layers, self.depth, target)
@@ -175,6 +180,7 @@ class RCPTraining:
         answering = rows_that_answer(labels)
 
         def keep_rows(index: int, module: Any, args: tuple, output: Any) -> None:
+            # older transformers return a tuple from a layer
             found[index] = (output[0] if isinstance(output, tuple) else output)[answering].float()
 
         handles = [
@@ -191,6 +197,7 @@ class RCPTraining:
     def _student(self, inputs: dict[str, Any], labels: Tensor, heat: _Heat | None) -> _Made:
         """A pass with pruners and repairs; ``heat`` None: hard choices."""
         visual, _ = visual_of(self.adapter, inputs["input_ids"], self.keep)
+        # every layer from the first cut on is watched: what left must stay away from all of them
         run = _Pass(self, visual, inputs["attention_mask"].bool(), labels, heat)
         handles: list[Any] = []
         try:
@@ -266,6 +273,7 @@ class _Pass:
 
     def _masked(self, A: Tensor) -> Tensor:
         """(B, H, L, L) attention without what left."""
+        # (B, L), 1 for text
         columns = torch.ones(A.shape[0], A.shape[3], device=A.device).masked_scatter(self.visual, self.c)
         A = A * columns[:, None, None]
         return A / (A.sum(dim=-1, keepdim=True) + 1e-8)
@@ -274,7 +282,9 @@ class _Pass:
         batch, hidden = len(self.visual), self.hidden
         states = hidden[self.visual].view(batch, self.count, -1).float()
         norm = self.training.language_model.layers[index].input_layernorm
+        # what attention reads, where ``states`` are what entered the layer
         V = norm(hidden)[self.visual].view(batch, self.count, -1).float()
+        # (B, 1, L, 1), rows of the question
         asking = self.question[:, None, :, None]
         mean = torch.where(asking, A, 0.0).sum(dim=2).mean(dim=1) / self.question.sum(dim=1, keepdim=True)
         a = mean[self.visual].view(batch, self.count)  # (B, N)
@@ -284,6 +294,7 @@ class _Pass:
         drop = DROP if self.heat is not None and self.training.module.training else 0.0
         Q = hidden.float()
         logits = pruner_scores(w, self.training.heads, V, a, alive, Q, self.question, drop).logits
+        # a product, so that a token that left never comes back
         self.c = self.c * self._kept(logits, alive)
         left = self.c.detach() > 0.5
         context = part_of(self.weights, "context.")
@@ -300,9 +311,11 @@ class _Pass:
         noise = torch.zeros_like(logits)
         if self.heat.noisy:
             u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            # logistic noise, the difference of two Gumbel variables
             noise = u.log() - (-u).log1p()
         y = torch.sigmoid((logits + noise) / self.heat.value)
         hard = (y > 0.5).float().scatter(1, best, 1.0)
+        # the value of hard, the gradient of y
         return hard + y - y.detach()
 
     def leaves(self, index: int, source: int, module: Any, args: tuple, output: Any) -> Any:

@@ -96,6 +96,7 @@ class ResamplerTraining:
         visual, count = visual_of(self.adapter, inputs["input_ids"], self.keep)  # (B, L)
         keep = self.keep
         if self.module.training:
+            # never empty: visual_of asks for more than keep tokens
             fitting = [one for one in self.keeps if one < count]
             keep = fitting[int(torch.randint(len(fitting), ()))]
         with torch.no_grad():
@@ -117,10 +118,13 @@ class ResamplerTraining:
             x = embeds[visual].view(batch, -1, width).float()
             kept = top_k(-largest_cosine(x, "later"), keep)  # (B, keep)
             own = x.gather(1, kept[..., None].expand(-1, -1, width))
+            # the rows that stay read all tokens, the dropped ones too
             rows = resampled(x, own, self.tensors(), self.heads).to(embeds.dtype)
             chosen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, kept, True)
+            # (B, L), text and the tokens that stay
             stays = (~visual).masked_scatter(visual, chosen)
             found.append(stays)
+            # (B, l, 1), where a visual token stands in the shorter sequence
             left = visual[stays].view(batch, -1, 1)
             embeds = embeds[stays].view(batch, -1, width).masked_scatter(left, rows)
             mask = kwargs["attention_mask"][stays].view(batch, -1)
@@ -133,12 +137,14 @@ class ResamplerTraining:
             logits = self.model(**inputs, use_cache=False).logits
         finally:
             hook.remove()
+        # labels lose the same columns
         return logits, labels[found[0]].view(len(labels), -1)
 
 
 def _first(name: str, axes: tuple[str, ...], sizes: dict[str, int]) -> Tensor:
     """A tensor as it starts."""
     shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes]
+    # the block adds nothing at first: see W_2 above
     if name == "mlp_out.weight" or name.endswith("bias"):
         return torch.zeros(shape)
     if name == "scale" or "norm" in name:

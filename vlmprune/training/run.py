@@ -70,6 +70,7 @@ def run(
     questions = read_data(data, samples, dev)
     with frozen(model):
         training: Training = made(model, processor, keep, width, settings.seed)
+        # copies: the loop changes the parameters in place
         first = {name: value.detach().clone() for name, value in training.tensors().items()}
         backbone = backbone_of(model.config)
         identity = {"data": questions.fingerprint, "samples": samples, "dev": dev, "backbone": backbone}
@@ -87,6 +88,7 @@ def run(
         }
         write_weights(folder, method, training.tensors(), facts)
         facts["dev"] = measured(model, processor, questions.dev, training, folder, keep)
+        # again: what was measured, with the file just written, belongs in it
         write_weights(folder, method, training.tensors(), facts)
     return facts
 
@@ -94,6 +96,7 @@ def run(
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """The model as it is used, not as it is trained; afterwards as it was."""
+    # those that could learn before get it back, no others
     learns, mode = [value for value in model.parameters() if value.requires_grad], model.training
     model.requires_grad_(False).eval()
     try:
@@ -134,9 +137,11 @@ def accuracy(model: Any, processor: Any, asked: Sequence[Exercise], spec: str) -
     with prune(model, spec):
         for one in asked:
             inputs = encode(model, processor, one.picture(), one.question)
+            # room for the end of the answer and one token more, so that a longer answer is not taken for it
             length = len(processor.tokenizer(one.answer, add_special_tokens=False)["input_ids"]) + 2
             with torch.no_grad():
                 ids = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+            # generate gives the prompt back in front
             new = ids[:, inputs["input_ids"].shape[1] :]
             said = processor.batch_decode(new, skip_special_tokens=True)[0]
             right += "".join(said.lower().split()) == "".join(one.answer.lower().split())

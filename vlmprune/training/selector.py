@@ -78,11 +78,13 @@ class SelectorTraining:
 
         def weighed(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             embeds = kwargs["inputs_embeds"]
+            # rows of the mask have ``count`` tokens each, so that the flat result can be folded
             x = embeds[visual].view(len(embeds), count, -1).float()  # (B, N, D)
             m = soft_top_k(importance(x, self.tensors()), self.keep, heat)
             bias = torch.zeros_like(visual, dtype=torch.float32).masked_scatter(
                 visual, m.clamp_min(_LEAST).log()
             )
+            # a 4-D mask is handed on as it is, where a 2-D one would be made anew
             mask = causal_with(bias, inputs["attention_mask"].bool()).to(embeds.dtype)
             return args, {**kwargs, "attention_mask": mask}
 
@@ -100,14 +102,17 @@ def soft_top_k(scores: Tensor, k: int, heat: float, steps: int = 50) -> Tensor:
     The offset is found by bisection, and has the gradient that keeps the sum.
     """
     spread = scores.detach().std(dim=1, keepdim=True).clamp_min(1e-12)
+    # mean and spread are constants to the gradient
     z = (scores - scores.detach().mean(dim=1, keepdim=True)) / (spread * heat)
     with torch.no_grad():
+        # at these ends every sigmoid is as good as 1, or 0
         low, high = z.amin(dim=1, keepdim=True) - 30, z.amax(dim=1, keepdim=True) + 30
         for _ in range(steps):
             middle = (low + high) / 2
             too_many = torch.sigmoid(z - middle).sum(dim=1, keepdim=True) > k
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
         offset = (low + high) / 2
+        # derivative of the sigmoid; written so, it keeps small values that 1 - m would lose
         slope = torch.sigmoid(z - offset) * torch.sigmoid(offset - z)
         share = slope / slope.sum(dim=1, keepdim=True).clamp_min(1e-30)
     # the derivative of the offset by z is its share; its value is what was found
