@@ -56,6 +56,7 @@ _MODULES = (
 _SHARED = (qwen3_5, glm_vl, pixtral, shuffled, ovis2, janus, packed, gemma4, unread, unread_more)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 FAMILIES |= {family.name: family for module in _SHARED for family in module.FAMILIES}
+# second families of files in the first list
 FAMILIES |= {family.name: family for family in (gemma3.SHIELD, internvl.QIANFAN)}
 
 

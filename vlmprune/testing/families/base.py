@@ -18,7 +18,9 @@ from .layouts import Layout
 from .shared import BOS_ID, IMAGE_SIZE, PAD_ID, PATCH_SIZE, VOCABULARY, known
 
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
+# windows and full attention take turns
 _KINDS = ["sliding_attention", "full_attention"]
+# layers with a running state before and behind those with attention
 _STATES = ["conv", "full_attention", "full_attention", "conv"]
 # the languages of families that attend both ways; their windows are wider than any test unless told otherwise
 GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +32,7 @@ GEMMA_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
 _GEMMA4: dict[str, Any] = {
     "head_dim": 16,
     "global_head_dim": 32,
-    "hidden_size_per_layer_input": 0,
+    "hidden_size_per_layer_input": 0,  # no embeddings per layer; gemma4_small has them
     "sliding_window": 64,
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -43,6 +45,7 @@ OWN_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm3": ("Lfm3", {"head_dim": 16, "sliding_window": None}),
     "aria": ("AriaText", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "gemma4": ("Gemma4Text", _GEMMA4 | {"use_bidirectional_attention": "vision"}),
+    # last layers share keys and values; embeddings per layer are there for all 261 ids
     "gemma4_small": (
         "Gemma4Text",
         _GEMMA4
@@ -50,7 +53,7 @@ OWN_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 TOWERS = ("clip", "siglip")
-OWN = ("own",)
+OWN = ("own",)  # where a family has a tower, or a language model, of its own
 
 # tower, text, decoder layers, fields of the text config
 ConfigOf = Callable[[str, str, int, dict[str, Any]], dict[str, Any]]
@@ -116,6 +119,7 @@ def vision_config(tower: str, merge: int = 1) -> Any:
     """A CLIP or SigLIP tower."""
     fields: dict[str, Any] = {**VISION, "image_size": IMAGE_SIZE * merge, "patch_size": PATCH_SIZE}
     if tower == "siglip":
+        # without the head that pools, which no language model reads
         return transformers.SiglipVisionConfig(**fields, vision_use_head=False)
     return transformers.CLIPVisionConfig(**fields)
 
@@ -128,11 +132,11 @@ def text_fields(layers: int) -> dict[str, Any]:
         "intermediate_size": 128,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 2,  # fewer than heads: two queries share a key
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
         "bos_token_id": BOS_ID,
-        "eos_token_id": None,
+        "eos_token_id": None,  # generation never ends early
         "pad_token_id": PAD_ID,
     }
 
@@ -141,7 +145,9 @@ def text_config(text: str, layers: int, overrides: dict[str, Any]) -> Any:
     """A language model by its name."""
     prefix, special = (TEXTS | GEMMA_TEXTS | OWN_TEXTS)[text]
     if prefix in ("Gemma2", "Gemma3Text", "Gemma4Text"):
+        # by default Gemma 3 attends fully in every sixth layer only, and there are four
         special = {**special, "layer_types": [_KINDS[i % 2] for i in range(layers)]}
     if prefix == "Lfm3":
         special = {**special, "layer_types": [_STATES[i % 4] for i in range(layers)]}
+    # later fields win: what a test asks for comes last
     return getattr(transformers, prefix + "Config")(**text_fields(layers) | special | overrides)

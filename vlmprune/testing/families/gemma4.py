@@ -59,6 +59,7 @@ class Placed(Layout):
 
     def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
         side = GRID * MERGE
+        # frames of all clips one after the other, (rows * frames, patches, channels)
         pixels, places = self._filled([(side, side)] * (rows * frames), random)
         counts = torch.full((rows,), frames)
         return {
@@ -69,6 +70,7 @@ class Placed(Layout):
 
     def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         counts = inputs["num_frames_per_video"].tolist()
+        # frames of this clip, behind those of the clips before
         own = slice(sum(counts[:i]), sum(counts[: i + 1]))
         names = ("pixel_values_videos", "video_position_ids")
         return {name: inputs[name][own] for name in names} | {
@@ -76,6 +78,7 @@ class Placed(Layout):
         }
 
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        # 0 text, 1 image, 2 clip
         return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
 
 
@@ -85,7 +88,7 @@ def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dic
     return {
         "vision_config": vision,
         "text_config": text_config(text, layers, overrides),
-        "audio_config": None,
+        "audio_config": None,  # no tower for sounds
         "image_token_id": IMAGE_ID,
         "video_token_id": VIDEO_ID,
         "tie_word_embeddings": False,

@@ -16,6 +16,7 @@ _TOWER: dict[str, Any] = OUT | {"image_size": IMAGE_SIZE * 2}
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     made = qwen(_TOWER, layers, overrides, {}, {"partial_rotary_factor": 1.0})
+    # GLM has other names for the marks
     starts = made.pop("vision_start_token_id"), made.pop("vision_end_token_id")
     return made | dict(zip(("image_start_token_id", "image_end_token_id"), starts, strict=True))
 

@@ -11,7 +11,7 @@ from .base import OWN, VISION, Family, text_config
 from .layouts import Layout
 from .shared import GRID, IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE, image_processor, tiny_tokenizer
 
-SIDE = IMAGE_SIZE * MERGE
+SIDE = IMAGE_SIZE * MERGE  # pixels: GRID x GRID tokens of MERGE x MERGE patches
 
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dic
         "vision_config": vision,
         "text_config": text_config(text, layers, overrides),
         "image_token_id": IMAGE_ID,
-        "downsample_ratio": 1 / MERGE,
+        "downsample_ratio": 1 / MERGE,  # of each side
     }
 
 

@@ -24,6 +24,7 @@ _DRAWING: dict[str, Any] = {  # the part that draws, which no test asks for
 
 def janus(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     vision = {name: value for name, value in VISION.items() if name != "intermediate_size"}
+    # Janus has mlp_ratio in place of intermediate_size
     vision |= {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "mlp_ratio": 2, "projection_dim": 64}
     return {
         "vision_config": vision,

@@ -27,7 +27,7 @@ class Layout:
     ) -> None:
         self.merge = merge
         self.video = video
-        self.pixels = GRID * patch_size * merge
+        self.pixels = GRID * patch_size * merge  # along a side of a crop
 
     @property
     def patches(self) -> int:
@@ -76,6 +76,7 @@ class Tiled(Layout):
         one: as OneVision: several pictures of a row are overviews only, and big ones are scaled down.
     """
 
+    # flat, tall, nearly square, very flat, and a single crop
     sizes = ((100, 190), (190, 100), (168, 160), (70, 250), (84, 84))
 
     def __init__(
@@ -87,7 +88,9 @@ class Tiled(Layout):
 
     def tiles(self, sizes: Sequence[Size], images: Sequence[int]) -> list[int]:
         """Crops that each picture is cut into, the overview included."""
+        # of every picture, whether it is the only one of its row
         alone = [count == 1 for count in images for _ in range(count)]
+        # tiles of the canvas that suits a picture best, and the overview
         whole = [
             math.prod(side // IMAGE_SIZE for side in select_best_resolution(tuple(s), self.points)) + 1
             for s in sizes
@@ -98,6 +101,7 @@ class Tiled(Layout):
         if self.one and not alone:
             return [IMAGE_ID] * (GRID**2 + 1)  # one newline
         height, width = size
+        # patches of the canvas
         rows, cols = (side // PATCH_SIZE for side in select_best_resolution(tuple(size), self.points))
         if (
             width * rows > cols * height
@@ -105,9 +109,11 @@ class Tiled(Layout):
             rows -= (rows - height * cols // width) // 2 * 2
         else:
             cols -= (cols - width * rows // height) // 2 * 2
+        # anyres_max_9: features of more than nine crops are scaled down; 1.1 is the bound of transformers
         ratio = math.sqrt(rows * cols / (9 * GRID**2))
         if self.one and ratio > 1.1:
             rows, cols = int(rows // ratio), int(cols // ratio)
+        # the overview, and rows that each end in a newline
         return [IMAGE_ID] * (GRID**2 + rows * (cols + 1))
 
     def images(
@@ -119,6 +125,7 @@ class Tiled(Layout):
         if not pixels:
             return {}
         found = {
+            # (pictures, most crops, 3, H, W)
             "pixel_values": nn.utils.rnn.pad_sequence(pixels, batch_first=True),
             "image_sizes": torch.tensor(sizes),
         }
@@ -132,6 +139,7 @@ class Tiled(Layout):
         if not count:
             return {}
         sizes, pixels = (inputs[key][first : first + count] for key in ("image_sizes", "pixel_values"))
+        # a row alone is filled up to its own largest picture
         found = {"image_sizes": sizes, "pixel_values": pixels[:, : max(self.tiles(sizes.tolist(), [count]))]}
         return found | ({"batch_num_images": torch.tensor([count])} if self.one else {})
 
@@ -147,7 +155,7 @@ class Packed(Layout):
         typed: whether it asks what kind of token each is.
     """
 
-    sizes = ((168, 168), (112, 280), (280, 112))
+    sizes = ((168, 168), (112, 280), (280, 112))  # 6 x 6, 4 x 10 and 10 x 4 tokens of 28 pixels a side
 
     def __init__(
         self,
@@ -175,6 +183,7 @@ class Packed(Layout):
     def _packed(
         self, grids: Sequence[Sequence[int]], random: torch.Generator, kind: str
     ) -> dict[str, Tensor]:
+        # (patches of all pictures, *patch)
         pixels = torch.randn(sum(map(math.prod, grids)), *self.patch, generator=random)
         name, of = ("pixel_values", "image") if kind == "image" else ("pixel_values_videos", "video")
         return {name: pixels, f"{of}_grid_thw": torch.tensor(grids)}
@@ -198,6 +207,7 @@ class Packed(Layout):
         start, end = self.marks
         if not self.clip_frames:
             return [*start, *[VIDEO_ID] * (GRID**2 * frames), *end]
+        # frame + 1 is the id of some byte, in place of the text of a time
         return [i for frame in range(frames) for i in [frame + 1, BOS_ID, *[VIDEO_ID] * GRID**2]]
 
     def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
@@ -209,6 +219,7 @@ class Packed(Layout):
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
         if not self.typed:
             return {}
+        # 0 text, 1 image, 2 clip
         return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
 
 
@@ -224,6 +235,7 @@ class Typed(Layout):
         self.whole = whole
 
     def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        # PaliGemma: 0 is the prefix, which holds all; Gemma 3: 1 is a token of an image
         return {"token_type_ids": torch.zeros_like(ids) if self.whole else (ids == IMAGE_ID).long()}
 
 
@@ -242,6 +254,7 @@ class Nested(Layout):
         return {"pixel_values": pixels} if sizes else {}
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        # numbers of the pictures that are more than filling, as they follow each other in the batch
         real = inputs["pixel_values"].flatten(2).any(dim=2).flatten().nonzero()[:, 0]
         return (
             {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]}
@@ -276,6 +289,7 @@ class Sized(Layout):
         if not count:
             return {}
         sizes = inputs["image_sizes"][first : first + count]
+        # a row alone is filled up to its own largest picture
         height, width = sizes.amax(dim=0).tolist()
         pixels = inputs["pixel_values"][first : first + count, :, :height, :width]
         return {"pixel_values": pixels, "image_sizes": sizes}
@@ -292,6 +306,7 @@ class Filled(Sized):
         shapes = torch.tensor(sizes) // PATCH_SIZE  # (pictures, 2)
         counts = shapes.prod(dim=1)
         width = int(counts.max())
+        # (pictures, most patches)
         mask = torch.arange(width)[None] < counts[:, None]
         pixels = torch.randn(len(sizes), width, 3 * PATCH_SIZE**2, generator=random) * mask[..., None]
         return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask.long()}
@@ -302,9 +317,11 @@ class Filled(Sized):
         names = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
         found = {name: inputs[name][first : first + count] for name in names}
         width = int(found["spatial_shapes"].prod(dim=1).max())
+        # the shapes have no axis of patches
         return {name: value if name == names[1] else value[:, :width] for name, value in found.items()}
 
 
 def words(count: int, random: torch.Generator) -> list[int]:
     """Random ids of bytes."""
+    # 0 is <pad>, and the other special ids begin at BOS_ID
     return torch.randint(1, BOS_ID, (count,), generator=random).tolist()

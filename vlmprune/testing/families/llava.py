@@ -14,7 +14,7 @@ def fields_of(tower: str) -> dict[str, Any]:
     """What the configs of LLaVA and its children say of features."""
     return {
         "image_token_index": IMAGE_ID,
-        "vision_feature_layer": -2,
+        "vision_feature_layer": -2,  # the last but one, as released
         "vision_feature_select_strategy": strategy_of(tower),
     }
 
@@ -38,7 +38,7 @@ def processed(images: Any, tower: str) -> dict[str, Any]:
     return {
         "image_processor": images,
         "patch_size": PATCH_SIZE,
-        "num_additional_image_tokens": int(tower == "clip"),
+        "num_additional_image_tokens": int(tower == "clip"),  # [CLS], counted here and dropped by "default"
         "vision_feature_select_strategy": strategy_of(tower),
     }
 

@@ -10,6 +10,7 @@ from .base import Family
 from .layouts import Tiled
 from .shared import EDGE, SQUARE, image_processor
 
+# (height, width) of 1 x 2, 2 x 1, 2 x 2, 3 x 1 and 1 x 3 crops
 PINPOINTS = [[84, 168], [168, 84], [168, 168], [252, 84], [84, 252]]
 
 

@@ -18,6 +18,7 @@ def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dic
 FAMILY = Family(
     "llava_next_video",
     "LlavaNextVideo",
+    # frames are pooled 2 x 2, without newlines
     Tiled(llava_next.PINPOINTS, video=((GRID // 2) ** 2, 0)),
     (("clip", "llama"),),
     config,

@@ -28,7 +28,7 @@ def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dic
 def processor(tower: str) -> dict[str, Any]:
     return {
         "image_processor": image_processor("LlavaOnevision", size=SQUARE, image_grid_pinpoints=PINPOINTS),
-        "num_image_tokens": GRID * GRID + (tower == "clip"),
+        "num_image_tokens": GRID * GRID + (tower == "clip"),  # with [CLS]
         "vision_aspect_ratio": ASPECT,
         "vision_feature_select_strategy": llava.strategy_of(tower),
     }
@@ -37,6 +37,7 @@ def processor(tower: str) -> dict[str, Any]:
 FAMILY = Family(
     "llava_onevision",
     "LlavaOnevision",
+    # frames are pooled 2 x 2, rounded up, and one newline ends the clip
     Tiled(PINPOINTS, video=(math.ceil(GRID / 2) ** 2, 1), one=True),
     (("siglip", "qwen2"), ("clip", "llama")),
     config,

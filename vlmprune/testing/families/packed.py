@@ -22,7 +22,7 @@ from .shared import BOS_ID, EOS_ID, IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE, VID
 
 _IDS: dict[str, Any] = {"image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID, "tie_word_embeddings": False}
 _FLAT, _SQUARE = (3 * PATCH_SIZE**2,), (3, PATCH_SIZE, PATCH_SIZE)  # pixels of a patch
-_SIDE = 2 * IMAGE_SIZE // PATCH_SIZE
+_SIDE = 2 * IMAGE_SIZE // PATCH_SIZE  # patches along a side of a square picture
 _SOUNDS: dict[str, Any] = {  # a tower for sounds, which no test gives
     "num_mel_bins": 8,
     "encoder_layers": 1,
@@ -40,6 +40,7 @@ _OMNI["audio_config"] = _SOUNDS
 
 def omni(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     made = qwen(OUT | WINDOWS, layers, overrides)
+    # this config has other names for both ids
     made |= {"image_token_index": made.pop("image_token_id"), "video_token_index": made.pop("video_token_id")}
     return made | _OMNI
 
@@ -65,6 +66,7 @@ def exaone(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dic
 
 
 def hyperclovax(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    # 48 is not the width of the language model: a projector stands between them
     made = qwen(OUT | WINDOWS | {"out_hidden_size": 48}, layers, overrides)
     vision = transformers.AutoConfig.for_model("qwen2_5_vl_vision", **made["vision_config"])
     return _IDS | {"vision_config": vision, "text_config": text_config(text, layers, overrides)}
@@ -97,7 +99,7 @@ def ernie(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict
     experts = {
         "moe_num_experts": 4,
         "moe_k": 2,
-        "moe_intermediate_size": [32, 16],
+        "moe_intermediate_size": [32, 16],  # of experts for text, and for pictures
         "moe_num_shared_experts": 1,
     }
     own = {"hidden_size": 32, "intermediate_size": 64}
@@ -122,6 +124,7 @@ class OfSides(Packed):
 
     def __init__(self) -> None:
         super().__init__(patch=_FLAT, typed=False)
+        # a patch of an image is a token; those of clips are merged, which ``videos`` says
         self.merge, self.pixels = 1, IMAGE_SIZE
 
     def block(self, size: Size, alone: bool) -> list[int]:

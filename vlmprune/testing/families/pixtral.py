@@ -15,6 +15,7 @@ from .shared import IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE
 def pixtral() -> Any:
     """The tower."""
     fields: dict[str, Any] = {**VISION, "head_dim": 8}
+    # larger than any picture here: the table of rotations ends with image_size
     return transformers.PixtralVisionConfig(**fields, image_size=IMAGE_SIZE * 4, patch_size=PATCH_SIZE)
 
 

@@ -10,6 +10,7 @@ from .layouts import Packed
 from .qwen2_vl import OUT, processor, qwen
 from .shared import PATCH_SIZE
 
+# window_size is in pixels: 2 x 2 tokens of 2 x 2 patches
 WINDOWS: dict[str, Any] = {"window_size": 4 * PATCH_SIZE, "fullatt_block_indexes": [1, 3]}
 
 

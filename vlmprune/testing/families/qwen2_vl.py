@@ -39,7 +39,9 @@ def qwen(
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
     }
+    # pairs of channels that turn by t, h and w: 2 + 3 + 3, all of a head of 16
     angles = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0} | (rope or {})
+    # rope_scaling is what older transformers call it
     key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
     return {
         "vision_config": vision | tower,
@@ -52,6 +54,7 @@ def qwen(
 
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    # here hidden_size is what comes out, and embed_dim the width of the tower
     return qwen({"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, layers, overrides)
 
 

@@ -11,6 +11,7 @@ from .layouts import Packed
 from .qwen2_vl import OUT, qwen
 from .qwen3_vl import STACKED
 
+# factor 1: the sections 2 + 3 + 3 are pairs of all 16 channels of a head
 _ROPE: dict[str, Any] = {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
 _TOWER: dict[str, Any] = OUT | {"num_position_embeddings": 144}
 

@@ -9,6 +9,7 @@ from .base import OWN, Family
 from .layouts import Packed
 from .qwen2_vl import OUT, processor, qwen
 
+# a table of 12 x 12 places, which is interpolated for other sizes
 STACKED: dict[str, Any] = {"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1, 2]}
 
 

@@ -29,6 +29,7 @@ def aya(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[s
 
 
 def lfm2(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    # num_patches is a table of 12 x 12 places, which is resized for other pictures
     vision = transformers.Siglip2VisionConfig(
         **VISION, patch_size=PATCH_SIZE, num_patches=144, vision_use_head=False
     )

@@ -28,11 +28,12 @@ def aria(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[
     return _IDS | {
         "vision_config": transformers.Idefics3VisionConfig(**_SQUARE),
         "text_config": text_config(text, layers, overrides),
-        "projector_patch_to_query_dict": {GRID**2: GRID**2},
+        "projector_patch_to_query_dict": {GRID**2: GRID**2},  # patches -> queries
     }
 
 
 def idefics2(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    # so many tokens, whatever the size of a picture
     queries: dict[str, Any] = {"hidden_size": 64, "resampler_n_latents": GRID**2, "resampler_depth": 1}
     queries |= {"resampler_n_heads": 4, "resampler_head_dim": 16, "num_key_value_heads": 2}
     return {
@@ -47,6 +48,7 @@ def idefics2(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> d
 def got(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     side = PATCH_SIZE * GRID * 4  # two convolutions put 16 patches together
     vision = {name: value for name, value in VISION.items() if name != "intermediate_size"}
+    # this config has mlp_dim in place of intermediate_size
     vision |= {"image_size": side, "patch_size": PATCH_SIZE, "output_channels": 16, "mlp_dim": 64}
     return _IDS | {
         "vision_config": vision | {"window_size": 7, "global_attn_indexes": [1, 3]},
@@ -68,7 +70,7 @@ class Strip(Layout):
     ) -> dict[str, Tensor]:
         if not sizes:
             return {}
-        grids = torch.tensor(sizes) * self.merge
+        grids = torch.tensor(sizes) * self.merge  # of patches
         width = int(grids.prod(dim=1).sum()) * PATCH_SIZE
         return {"pixel_values": torch.randn(1, 3, PATCH_SIZE, width, generator=random), "target_sizes": grids}
 
@@ -76,6 +78,7 @@ class Strip(Layout):
         if not count:
             return {}
         widths = (inputs["target_sizes"].prod(dim=1) * PATCH_SIZE).tolist()
+        # columns of pixels in the strip
         own = slice(sum(widths[:first]), sum(widths[: first + count]))
         return {
             "pixel_values": inputs["pixel_values"][..., own],
@@ -107,7 +110,9 @@ FAMILIES = (
     replace(_ARIA, texts=("aria", "llama")),
     Family("idefics2", "Idefics2", Nested(), (("own", "mistral"),), idefics2, towers=OWN, reads_tower=False),
     _GOT,
+    # 16x: 4 x 4 patches to a token; 4x: 2 x 2
     _minicpm("minicpmv4_6", "MiniCPMV4_6", "16x", 4),
     _minicpm("minicpm_ocr", "MiniCPMOcr", "4x", 2),
+    # the model of GOT-OCR 2 under a config of its own
     replace(_GOT, name="pp_chart2table", config_prefix="PPChart2Table"),
 )

@@ -43,6 +43,7 @@ class Pooled(Layout):
 
     def block(self, size: Size, alone: bool) -> list[int]:
         rows, cols = self.crop(size)
+        # rows of the whole picture, then those of its crop
         widths = [GRID] * GRID + [cols] * rows
         return [i for width in widths for i in [*[IMAGE_ID] * width, EOS_ID]]
 
@@ -50,6 +51,7 @@ class Pooled(Layout):
         """(rows * cols, 4) patches behind each token of one crop, whose patches count from ``first``."""
         side = GRID * self.merge
         patch = torch.arange(side**2).view(side, side)[: rows * self.merge, : cols * self.merge]
+        # (rows, merge, cols, merge)
         cells = patch.unflatten(0, (rows, self.merge)).unflatten(2, (cols, self.merge))
         return cells.transpose(1, 2).reshape(rows * cols, self.merge**2) + first
 
@@ -62,8 +64,10 @@ class Pooled(Layout):
         counts: list[int] = []
         crops = 0
         for rows, cols in map(self.crop, sizes):
+            # the whole, and its crop where there is one
             counts.append(1 + (rows > 0))
             tables.append(self.table(GRID, GRID, crops * self.patches))
+            # empty without a crop
             tables.append(self.table(rows, cols, (crops + 1) * self.patches))
             crops += counts[-1]
         return {
@@ -82,6 +86,7 @@ class Pooled(Layout):
         own = slice(sum(tokens[:first]), sum(tokens[: first + count]))
         return {
             "pixel_values": inputs["pixel_values"][before : before + crops],
+            # patches count from the first crop of the row
             "image_token_pooling": inputs["image_token_pooling"][own] - before * self.patches,
             "image_grids": grids[first : first + count],
             "image_num_crops": counts[first : first + count],
@@ -160,6 +165,6 @@ FAMILIES = (
         towers=OWN,
         reads_tower=False,
     ),
-    _own("gemma3n", "Gemma3n", Layout(patch_size=32), gemma3n),
+    _own("gemma3n", "Gemma3n", Layout(patch_size=32), gemma3n),  # 32 pixels to a token
     _own("molmo2", "Molmo2", Pooled(), molmo),
 )

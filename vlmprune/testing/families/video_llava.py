@@ -23,7 +23,7 @@ def processor(tower: str) -> dict[str, Any]:
 FAMILY = Family(
     "video_llava",
     "VideoLlava",
-    Layout(video=(GRID**2 + 1, 0)),
+    Layout(video=(GRID**2 + 1, 0)),  # a frame of a clip keeps its [CLS]
     (("clip", "llama"),),
     config,
     processor,
