@@ -25,11 +25,14 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Find out settings of a method for one model, and print the spec that uses them."""
+    # here, since they import torch, and a command line must start fast
     from ..models.loading import load
     from ..training.calibrate import check_calibrated, spec_for
     from ..training.data import read_data
 
+    # before the model is loaded, which takes long
     check_calibrated(method)
+    # no others are set apart: nothing is measured here
     asked = read_data(data, samples, 0).train
     loaded, processor = load(model, device)
     wanted: Any = percent if method == "fitprune" else layers

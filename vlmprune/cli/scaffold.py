@@ -18,6 +18,7 @@ from ..registry import GROUP, list_methods
 
 _IMPORTED = ("ClassVar", "Method", "Tensor", "VisualTokens")  # what the generated file imports
 
+# templates, not f-strings: braces of the code stand as they are
 _METHOD = Template('''\
 # SPDX-License-Identifier: Apache-2.0
 """$name: keep the tokens with the largest features. TODO: replace the formula, and say whose it is.
@@ -58,6 +59,7 @@ class $cls(Method):
         return length.pow(self.power)
 ''')
 _LAST_STEP = "fill in every TODO: the card says what the method does, the ledger how faithful it is"
+# a built-in method imports by relative paths, a plug-in what is public
 _IMPORTS_INSIDE = """
 from ..core.method import Method
 from ..core.tokens import VisualTokens
@@ -129,6 +131,7 @@ entries:
     tolerance: exact kept sets
     reproduce: pytest $test
 """)
+# of a plug-in: by it vlmprune finds the class once it is installed
 ENTRY_POINT = Template("""\
 [project.entry-points."$group"]
 $name = "$module:$cls"
@@ -151,6 +154,7 @@ py-modules = [$modules]
 
 
 REGISTRY = Path("vlmprune", "registry.py")
+# the head of the table and its indented lines; the closing brace is not a part of it
 _TABLE = re.compile(r"^_BUILTIN\b.*= \{\n(?:    .*\n)*", re.MULTILINE)
 
 
@@ -180,6 +184,7 @@ def scaffold(name: str, folder: Path) -> Scaffold:
     """
     cls = _class_name(name)
     require_folder(folder)
+    # a checkout is known by this folder
     inside = (folder / "vlmprune" / "methods").is_dir()
     return write(_inside(name, cls, folder) if inside else _outside(name, cls, folder), folder)
 
@@ -199,6 +204,7 @@ def write(plan: Draft, folder: Path) -> Scaffold:
             f"{present} exist already and are left as they are; choose another name or folder, or move them "
             "away"
         )
+    # new files first, so that the registry never names a module that is not there
     for path, text in {**plan.new, **plan.changed}.items():
         try:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +217,16 @@ def write(plan: Draft, folder: Path) -> Scaffold:
 
 
 def _class_name(name: str) -> str:
+    # the name becomes a module: my_method, but neither MyMethod nor my-method
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise SpecError(
             f"{name!r} is no name for a method; expected lower case letters, digits and _, as in 'my_method'"
         )
     if name in list_methods():
         raise SpecError(f"method {name!r} exists already; choose another name (`vlmprune list` shows all)")
+    # my_method -> MyMethod
     cls = "".join(word.capitalize() for word in name.split("_"))
+    # name: class, lambda; cls: none -> None; method -> Method, which is imported there
     if keyword.iskeyword(name) or keyword.iskeyword(cls) or cls in _IMPORTED:
         raise SpecError(
             f"{name!r} would make a class {cls!r}, which Python or the generated file uses; choose another "
@@ -258,6 +267,7 @@ def _listed(name: str, target: str, registry: Path) -> str:
     table = _TABLE.search(text)
     if table is None:
         raise SpecError(f"{str(registry)!r} has no table _BUILTIN = {{...}}; expected that of vlmprune")
+    # as the last line of the table, in front of its brace
     return f'{text[: table.end()]}    "{name}": "{target}",\n{text[table.end() :]}'
 
 
@@ -284,8 +294,10 @@ def offered(plan: Draft, name: str, modules: Sequence[str], entry_point: str, fo
     """With a pyproject.toml that offers the plug-in, or a step that says what to add to the one there is."""
     if (folder / "pyproject.toml").exists():
         named = f"module {modules[0]}" if len(modules) == 1 else f"modules {', '.join(modules)}"
+        # a file of somebody else is not changed
         step = f"add to pyproject.toml, which must also install the {named}:\n{entry_point}"
         return Draft(plan.new, plan.changed, (step, *plan.steps))
+    # my_method -> vlmprune-my-method, as packages are written
     project = f"vlmprune-{name.replace('_', '-')}"
     listed = ", ".join(f'"{module}"' for module in modules)
     text = _PROJECT.substitute(project=project, entry_point=entry_point, modules=listed)

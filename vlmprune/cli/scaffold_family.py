@@ -11,6 +11,7 @@ from ..errors import SpecError
 from ..models import GROUP, families
 from .scaffold import ENTRY_POINT, Draft, Scaffold, offered, require_folder, write
 
+# templates, not f-strings: braces of the code stand as they are
 _ADAPTER = Template('''\
 # SPDX-License-Identifier: Apache-2.0
 """Where the parts of $name are. TODO: replace the paths by those of your model."""
@@ -91,6 +92,7 @@ def test_conformance(spec):
 
 def scaffold_family(name: str, folder: Path) -> Scaffold:
     """Write a plug-in for models whose config has this model type."""
+    # the name becomes a part of modules and files
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise SpecError(
             f"{name!r} is no model type for a plug-in; expected lower case letters, digits and _, as in "
@@ -108,6 +110,7 @@ def scaffold_family(name: str, folder: Path) -> Scaffold:
             "your own, or see 'Add a model family' in CONTRIBUTING.md"
         )
     module, tiny, test = f"vlmprune_{name}", f"vlmprune_{name}_tiny", f"test_{name}.py"
+    # file -> text; side by side, so that the test imports both as they are
     texts = {
         f"{module}.py": _ADAPTER.substitute(name=name),
         f"{tiny}.py": _TINY.substitute(name=name),
@@ -120,6 +123,7 @@ def scaffold_family(name: str, folder: Path) -> Scaffold:
         f"pytest {test}",
         f"vlmprune verify fastervlm --adapter {module}:Adapter --tiny {tiny}:FAMILY",
     )
+    # vlmprune finds the adapter by this entry point once it is installed
     entry_point = ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls="Adapter")
     plan = Draft({Path(path): text for path, text in texts.items()}, {}, steps)
     return write(offered(plan, name, (module, tiny), entry_point, folder), folder)
