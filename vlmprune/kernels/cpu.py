@@ -25,6 +25,7 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     batch, n = scores.shape
     if k >= n:
         return torch.arange(n, dtype=torch.int32).expand(batch, n).contiguous()
+    # no values have no minimum
     if k == 0:
         return torch.empty(batch, 0, dtype=torch.int32)
     # the k-th largest value, found without sorting; NaN where the row holds one, which torch ranks highest

@@ -112,6 +112,7 @@ def _each(like: Tensor, k: int, walk: Callable[[int, int], Iterator[Pick]]) -> t
 
 def _best(value: Numbers, taken: Flags) -> int:
     """The token of the largest value that is not taken. Taken ones hold -inf, or NaN."""
+    # NumPy's argmax takes NaN for the largest, so that a look at the top shows whether there is any
     token = int(value.argmax())
     top = value[token]
     if top - top == 0:  # finite: all others are smaller, and none is NaN

@@ -153,6 +153,7 @@ def _prune_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], o
     idx, _ = output
     ctx.mark_non_differentiable(idx)
     ctx.save_for_backward(idx)
+    # selected indices ascend, so that Triton can scatter the gradient
     ctx.n, ctx.options = inputs[0].shape[1], {"ordered": True, **keyword_only_inputs}
 
 

@@ -35,8 +35,10 @@ class Steps:
     def __init__(self, source: Tensor) -> None:
         batch, n = source.shape[:2]
         self.size = batch, n
+        # of a program: enough that _PROGRAMS of them hold all tokens, within bounds
         self.rows = min(256, max(16, next_power_of_2(-(-n // _PROGRAMS))))
         self.programs = -(-n // self.rows)
+        # ROWS, WIDTH and PARTIALS of the kernels
         self.tiles = self.rows, _TILE // self.rows, max(16, next_power_of_2(self.programs))
         self.grid = batch * self.programs
         # keys and tokens, for two sets of programs that take turns

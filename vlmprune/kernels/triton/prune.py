@@ -122,6 +122,7 @@ def prune(scores: Tensor, k: int, xs: list[Tensor], form: Form = "auto") -> tupl
 
 def fused_rows(batch: int, n: int) -> int | None:
     """Source rows of a program of the fused kernel; None where it would take too many programs."""
+    # fewer rows are more programs, and each of them selects anew
     return next((rows for rows in (16, 32, 64) if batch * -(-n // rows) <= PROGRAMS), None)
 
 
