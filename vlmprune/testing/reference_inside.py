@@ -37,6 +37,14 @@ def last_norm(language_model: Any) -> Any:
     return getattr(language_model, "norm", None) or language_model.embedding_norm
 
 
+def held_keys(attention: Any, held: Any) -> Tensor:
+    """(1, n, Hk, d) keys that one layer of a cache holds."""
+    # DeepSeek V3 holds latents, of which its attention makes keys and values in every call
+    latent = hasattr(attention, "expand_kv")
+    keys: Tensor = attention.expand_kv(held.keys, held.values)[0] if latent else held.keys
+    return keys.transpose(1, 2)
+
+
 def shared_keys(layer: Any) -> dict[str, Any]:
     """Where a layer of Gemma 4 puts its keys for later layers, if any share them."""
     return {"shared_kv_states": {}} if "shared_kv_states" in signature(layer.forward).parameters else {}
@@ -219,7 +227,7 @@ class Twin:
             **shared_keys(layer),
         )[1]
         layers: Any = cache.layers  # of attention: those of other kinds hold no keys
-        said = Said(maps, layers[index].keys.transpose(1, 2) if options else None)
+        said = Said(maps, held_keys(layer.self_attn, layers[index]) if options else None)
         # the layer as a whole, which gives no maps
         out = layer(hidden, attention_mask=mask, position_embeddings=angles, **shared_keys(layer))
         return (out[0] if isinstance(out, tuple) else out), said

@@ -156,13 +156,28 @@ def video_llama(tower: str, text: str, layers: int, overrides: dict[str, Any]) -
     }
 
 
+class Timed(Packed):
+    """Qwen's thinkers: how many seconds the steps of each clip take, by which its frames have positions."""
+
+    def __init__(self) -> None:
+        super().__init__(typed=False, marks=_MARKS)
+
+    def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
+        return super().videos(rows, frames, random) | {"video_second_per_grid": torch.ones(rows)}
+
+    def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return super().video_row(inputs, i) | {
+            "video_second_per_grid": inputs["video_second_per_grid"][i : i + 1]
+        }
+
+
 def _own(name: str, prefix: str, layout: Packed, config: Any) -> Family:
     return Family(name, prefix, layout, (("own", "own"),), config, towers=OWN, texts=OWN)
 
 
 FAMILIES = (
-    _own("qwen2_5_omni_thinker", "Qwen2_5OmniThinker", Packed(typed=False, marks=_MARKS), omni),
-    _own("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinker", Packed(typed=False, marks=_MARKS), omni_moe),
+    _own("qwen2_5_omni_thinker", "Qwen2_5OmniThinker", Timed(), omni),
+    _own("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinker", Timed(), omni_moe),
     _own("cosmos3_omni", "Cosmos3Omni", Packed(True), qwen3_vl),
     _own("cohere_compass", "CohereCompass", Packed(True), compass),
     Family("exaone4_5", "Exaone4_5_", Packed(typed=False), (("own", "exaone4"),), exaone, towers=OWN),
