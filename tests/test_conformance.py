@@ -50,14 +50,14 @@ def by_default(method: str, family: str) -> bool:
     return family == "llava" or (family in LLAVA_FAMILIES and sampled(f"{method} on {family}", 8))
 
 
-# what every method is held to in each run; of the other checks a sixth, by name
+# what every method is held to in each run; of the other checks a tenth, by name
 ALWAYS = ("keep_all_is_dense", "cut_equals_hand_built", "batch_row_equals_alone", "order_and_report")
 
 
 def quick(subject: Subject, check: str) -> bool:
     if subject.clips:  # clips are longer than pictures
-        return check == "cut_equals_hand_built" or sampled(f"{subject.spec} on {subject.family} {check}", 6)
-    return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 6)
+        return check == "cut_equals_hand_built" or sampled(f"{subject.spec} on {subject.family} {check}", 10)
+    return check in ALWAYS or sampled(f"{subject.spec} on {subject.family} {check}", 10)
 
 
 CLIPS = [family for family in FAMILIES if layout_of(family).video is not None]
