@@ -49,6 +49,10 @@ NEEDS_5 = {
     "core/test_streaming.py": (("llava_next_video",), "this family needs a newer one"),
     "models/test_clip_inputs.py": (("internvl", "smolvlm"), "these families need a newer one"),
     "core/test_session.py": (("merged_by_hand",), "encoders return lists there"),
+    "core/test_static_steps.py": (
+        ("test_generate_compiles", "never_waited_for"),
+        "generate asks a static cache for its length there, and compiles its steps anew",
+    ),
     "core/test_compiled.py": (("wrapper_of_torch_compile",), "a compiled model cannot generate there"),
     "models/test_tower_attention.py": (
         ("eager_twin[llava]", "eager_twin[llava_next]", "eager_twin[vipllava]", "packed_pictures"),

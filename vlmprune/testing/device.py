@@ -288,8 +288,10 @@ def pretending(device: PretendedDevice) -> Iterator[None]:
     # torch has no autocast for this device
     autocast: Callable[..., Any] = torch.autocast
 
-    def cast(kind: str, *args: Any, **options: Any) -> Any:
-        return contextlib.nullcontext() if kind == AWAY.type else autocast(kind, *args, **options)
+    def cast(device_type: str, *args: Any, **options: Any) -> Any:
+        return (
+            contextlib.nullcontext() if device_type == AWAY.type else autocast(device_type, *args, **options)
+        )
 
     # shells look like meta tensors, which VisualTokens refuses
     checked = mock.patch.object(VisualTokens, "__post_init__", lambda self: None)

@@ -313,5 +313,6 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
         # original positions, less the first one, are columns
         columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
         return replace(dense.columns(columns), embeds=rows), columns.tolist()
-    columns = seen[0]["position_ids"][0, 0]  # generate puts the number of every token before its places
+    # generate puts the number of every token before its places; in Qwen3-Omni all of them are floats
+    columns = seen[0]["position_ids"][0, 0].long()
     return replace(dense.columns(columns), embeds=rows), columns.tolist()
