@@ -98,12 +98,16 @@ def _list_families(as_json: bool) -> None:
         print_json(rows)
         return
     shown = table("family", "methods", "video", "cannot", "not measured")
+    shown.columns[0].no_wrap = True  # a name that is broken cannot be searched for
     for family, row in rows.items():
         # capability -> "yes", "no: reason", or "not measured"
         methods, able = row["methods"], row["capabilities"]
         cannot, unknown = (
             [name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured")
         )
+        if len(unknown) == len(able):
+            shown.add_row(Text(family, style="bold"), "-", "-", "-", "all")
+            continue
         count = f"{sum(cells['runs'] == 'yes' for cells in methods.values())} of {len(methods)}"
         clips = "yes" if able["video"] == "yes" else "as images"
         others = ", ".join(name for name in cannot if name != "video")
