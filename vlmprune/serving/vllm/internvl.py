@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from vllm.model_executor.models import interns1 as base
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -20,7 +19,7 @@ from ..reduce import in_turns
 from ..request import Request, TowerFacts
 from .context import in_context
 from .processor import Grids, PruningProcessor, from_field
-from .towers import WatchedTower, cut, most_tokens, refuse_compiled
+from .towers import WatchedTower, most_tokens, refuse_compiled, tile_by_tile
 
 
 def side_of(config: Any) -> int:
@@ -96,16 +95,7 @@ class InternVLForConditionalGeneration(base.InternS1ForConditionalGeneration):
         if field is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         tiles = [int(count) for count in kwargs["image_num_patches"]]
-        pixels = kwargs["pixel_values"]  # (tiles of all items, 3, height, width)
-
-        def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
-            # pixels are laid out by tile, turns are counted by item
-            first = sum(tiles[:start])
-            pictures = self._encode(request, pixels[first : first + sum(tiles[start:end])])
-            # every tile was cut alone; those of an item are joined again
-            kept = iter(cut(pictures, request, None))
-            return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
-
+        one_turn = tile_by_tile(self._encode, kwargs["pixel_values"], tiles)
         each = self.grid[0] * self.grid[1]
         return in_turns(from_field(field), [count * each for count in tiles], self.most, one_turn)
 

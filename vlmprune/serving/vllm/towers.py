@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 
@@ -85,6 +86,27 @@ def cut(
     if any(one.fallback is not None for one in kept) and get_tensor_model_parallel_rank() == 0:
         TALLY.publish()
     return kept
+
+
+def tile_by_tile(
+    encode: Callable[[Request, Tensor], Sequence[Picture]], pixels: Tensor, tiles: Sequence[int]
+) -> Callable[[int, int, Request], list[Tensor]]:
+    """A turn over some items, each of so many ``tiles`` with a budget of their own.
+
+    Args:
+        encode: a picture for each tile of (T, 3, height, width) pixels.
+        pixels: those of the tiles of all items.
+    """
+
+    def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
+        # pixels are laid out by tile, turns are counted by item
+        first = sum(tiles[:start])
+        pictures = encode(request, pixels[first : first + sum(tiles[start:end])])
+        # every tile was cut alone; those of an item are joined again
+        kept = iter(cut(pictures, request, None))
+        return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
+
+    return one_turn
 
 
 def plain_projector(projector: Any) -> nn.Sequential:

@@ -34,7 +34,7 @@ from ..reduce import in_turns
 from ..request import Request, TowerFacts
 from .context import in_context
 from .processor import Grids, PruningProcessor, from_field
-from .towers import cut, most_tokens, refuse_compiled
+from .towers import most_tokens, refuse_compiled, tile_by_tile
 
 log = logging.getLogger(__name__)
 
@@ -138,16 +138,7 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
         if field is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         tiles = [int(count) for count in kwargs["num_image_patches"].flatten()]
-        pixels = kwargs["pixel_values"]  # (tiles of all items, 3, height, width)
-
-        def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
-            # pixels are laid out by tile, turns are counted by item
-            first = sum(tiles[:start])
-            pictures = self._encode(request, pixels[first : first + sum(tiles[start:end])])
-            # every tile was cut alone; those of an item are joined again
-            kept = iter(cut(pictures, request, None))
-            return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
-
+        one_turn = tile_by_tile(self._encode, kwargs["pixel_values"], tiles)
         return in_turns(from_field(field), [count * self.side**2 for count in tiles], self.most, one_turn)
 
     def _encode(self, request: Request, pixels: Tensor) -> list[Picture]:
