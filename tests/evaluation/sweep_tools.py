@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from vlmprune.evaluation.leaderboard import Settings, leaderboard
 from vlmprune.evaluation.leaderboard.config import Config
+from vlmprune.evaluation.leaderboard.run import Settings, leaderboard
 
 QUESTIONS, BATCH = 20, 8
 SPECS = ("fastervlm@9", "fastv(layer=2)@9")

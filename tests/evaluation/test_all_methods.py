@@ -13,8 +13,8 @@ import pytest
 import vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.evaluation.answer.evaluate import entrant
-from vlmprune.evaluation.leaderboard import leaderboard
 from vlmprune.evaluation.leaderboard.config import Config, load
+from vlmprune.evaluation.leaderboard.run import leaderboard
 from vlmprune.registry import get, list_methods
 
 ALL = Path(__file__).parents[2] / "configs" / "all-methods.yaml"

@@ -18,9 +18,9 @@ from sweep_tools import BATCH, QUESTIONS, ROWS, SPECS, comparable, config, journ
 
 import vlmprune
 from vlmprune.errors import EvaluationError, SpecError
-from vlmprune.evaluation.leaderboard import Settings, identity, journal, work
+from vlmprune.evaluation.leaderboard import identity, journal, work
 from vlmprune.evaluation.leaderboard.plan import default_config, shards, shrinks, with_baselines
-from vlmprune.evaluation.leaderboard.run import planned
+from vlmprune.evaluation.leaderboard.run import Settings, planned
 from vlmprune.evaluation.leaderboard.rundir import Run, cell_id
 from vlmprune.evaluation.report.check import check
 from vlmprune.evaluation.tasks import registry as tasks

@@ -11,8 +11,8 @@ import pytest
 from sweep_tools import config, sweep
 
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation.leaderboard import Settings, files, identity
-from vlmprune.evaluation.leaderboard.run import planned
+from vlmprune.evaluation.leaderboard import files, identity
+from vlmprune.evaluation.leaderboard.run import Settings, planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
 
 # --- models ---------------------------------------------------------------------------------------

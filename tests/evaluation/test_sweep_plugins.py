@@ -14,9 +14,9 @@ from sweep_tools import config, journals, sweep
 
 from vlmprune import lazytable, registry
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation.leaderboard import Settings, files, identity, work
+from vlmprune.evaluation.leaderboard import files, identity, work
 from vlmprune.evaluation.leaderboard.plan import Setting
-from vlmprune.evaluation.leaderboard.run import planned
+from vlmprune.evaluation.leaderboard.run import Settings, planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
 from vlmprune.evaluation.tasks import registry as tasks
 from vlmprune.evaluation.tasks.lmms.task import LmmsTask

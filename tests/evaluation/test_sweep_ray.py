@@ -11,9 +11,8 @@ import pytest
 from sweep_tools import comparable, journals, sweep
 
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation.leaderboard import Settings
 from vlmprune.evaluation.leaderboard.engines import Ray
-from vlmprune.evaluation.leaderboard.run import Silent, leaderboard
+from vlmprune.evaluation.leaderboard.run import Settings, Silent, leaderboard
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="needs the extra [cluster]")

@@ -10,11 +10,10 @@ import pytest
 from sweep_tools import ROWS, SPECS, comparable, config, journals, sweep
 
 from vlmprune.errors import EvaluationError
-from vlmprune.evaluation.leaderboard import Settings, leaderboard
 from vlmprune.evaluation.leaderboard.config import Config
 from vlmprune.evaluation.leaderboard.journal import cells_of
 from vlmprune.evaluation.leaderboard.repair import repair
-from vlmprune.evaluation.leaderboard.run import Silent
+from vlmprune.evaluation.leaderboard.run import Settings, Silent, leaderboard
 from vlmprune.evaluation.leaderboard.rundir import Run
 from vlmprune.evaluation.report import write_report
 from vlmprune.evaluation.report.load import Results

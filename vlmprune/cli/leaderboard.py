@@ -68,7 +68,7 @@ def leaderboard(
     if repair:
         _repair(config, out, as_json)
         return
-    from ..evaluation.leaderboard import Settings
+    from ..evaluation.leaderboard.run import Settings
 
     wanted = _config(config, specs, quick, {"limit": limit, "batch_size": batch_size, "positions": positions})
     settings = Settings(

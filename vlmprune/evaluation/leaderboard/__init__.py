@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps: models x specs x tasks, one journal per cell, killed and resumed at any moment."""
-
-from .run import Settings, leaderboard
-
-__all__ = ["Settings", "leaderboard"]
