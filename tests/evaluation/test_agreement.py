@@ -13,10 +13,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmprune.cli import app, board
+from vlmprune.errors import EvaluationError
 from vlmprune.evaluation.leaderboard.published import Published, shipped
 from vlmprune.evaluation.report import agreement as module
-from vlmprune.evaluation.report.agreement import agreements, designed_with, reference, tables_of
-from vlmprune.evaluation.report.agreement_text import sentences
+from vlmprune.evaluation.report.agreement import (
+    agreements,
+    as_seeds,
+    designed_with,
+    over_seeds,
+    reference,
+    tables_of,
+)
+from vlmprune.evaluation.report.agreement_text import HEAD, cells, method_cells, sentences, title, used_head
 from vlmprune.evaluation.stats.seeds import method_of
 from vlmprune.plain import plain
 
@@ -138,6 +146,60 @@ def test_the_halves_are_those_of_the_list(monkeypatch) -> None:
     assert found.whole.n == 4
 
 
+NAMES = ("holov", "divprune", "fastv", "visionzip", "dart")
+
+
+def seed_runs(*shares: tuple[float, ...]) -> dict[str, Any]:
+    """Runs of one model under several names, with what each method keeps in each of them."""
+    found = {}
+    for number, values in enumerate(shares):
+        model = "natural" if number == 0 else f"runs/seed{number}"
+        rows = [retained("dense", 100, 100.0, model=model)]
+        rows += [
+            retained(f"{name}@20" if name != "visionzip" else "visionzip@4/crop", value, model=model)
+            for name, value in zip(NAMES, values, strict=True)
+        ]
+        found[f"run{number}"] = results(*rows)
+    return found
+
+
+def test_several_runs_are_seeds_of_which_the_mean_is_ranked() -> None:
+    given = seed_runs((90, 80, 70, 85, 60), (80, 84, 60, 85, 70), (85, 88, 65, 70, 80))
+    rows = as_seeds(given)
+    each = {run: agreements(some, {"natural": table()}) for run, some in rows.items()}
+    (found,) = over_seeds(each)
+    ours = {one.method: (one.ours, one.by_seed) for one in found.standings}
+    assert ours["holov"] == (85, (90, 80, 85)) and ours["dart"] == (70, (60, 70, 80))
+    assert found.seeds == 3 and found.whole.n == 5 and found.model == "natural"
+    assert found.whole.by_seed == tuple(one[0].whole.spearman.value for one in each.values())
+    assert len(set(found.whole.by_seed)) == 3
+    # in print: holov, visionzip, divprune, dart, fastv; the mean has divprune above visionzip
+    assert found.whole.spearman.value == pytest.approx(1 - 6 * 2 / (5 * 24))
+    assert {one.method for one in found.standings if one.designed} == {"holov", "fastv"}
+    seen = [HEAD[i] for i in used_head([found])]
+    assert "of each seed" in seen and "of each seed" not in [HEAD[i] for i in used_head(each["run0"])]
+    assert cells(found)[HEAD.index("of each seed")].count(",") == 2
+    assert method_cells(found.standings[0])[2] == "85.0 (80.0 to 90.0)"
+    said = " ".join(sentences([found]))
+    assert "3 seeds" in title(found) and "over methods and seeds" in said
+    assert "held-out methods alone, of each seed" in said
+
+
+def test_seeds_that_do_not_compare_are_refused() -> None:
+    given = seed_runs((90, 80, 70, 85, 60), (80, 84, 60, 85, 70))
+    both = replace(given["run1"], rows=(*given["run1"].rows, retained("dense", 100, 100.0, model="third")))
+    with pytest.raises(EvaluationError, match=r"run1 has the models .*third"):
+        as_seeds(given | {"run1": both})
+    other = replace(given["run1"], rows=tuple(replace(one, task="b") for one in given["run1"].rows))
+    with pytest.raises(EvaluationError, match=r"run1 has the tasks \['b'\]"):
+        as_seeds(given | {"run1": other})
+    fewer = replace(given["run1"], rows=given["run1"].rows[:-1])
+    rows = as_seeds(given | {"run1": fewer})
+    each = {run: agreements(some, {"natural": table()}) for run, some in rows.items()}
+    with pytest.raises(EvaluationError, match=r"only one has \['dart@20'\]"):
+        over_seeds(each)
+
+
 def test_models_of_the_package_stand_for_a_published_one() -> None:
     assert reference("tiny").name == reference("natural").name == "llava-1.5-7b.yaml"
     assert reference("some/model") is None
@@ -191,6 +253,8 @@ def test_the_command_reads_a_run(run_folder) -> None:
     done = runner.invoke(app, ["agreement", str(run_folder), "--published", "llava-1.5-7b"])
     assert done.exit_code == 0, done.output
     assert "model-b beside the published averages" in done.output and "interpolated" in done.output
+    twice = runner.invoke(app, ["agreement", str(run_folder), str(run_folder), "--published", "llava-1.5-7b"])
+    assert twice.exit_code == 2 and "hold one twice" in " ".join(twice.output.split())
     unknown = runner.invoke(app, ["agreement", str(run_folder), "--published", "llava-1.5-7"])
     assert unknown.exit_code == 2 and "Did you mean 'llava-1.5-7b'" in " ".join(unknown.output.split())
     assert "llava-next-7b" in shipped()

@@ -78,6 +78,40 @@ def test_intervals_over_ten_methods_cover(rho: float, monkeypatch: pytest.Monkey
     assert min(_coverage(10, rho, 600, 0)) >= 0.92
 
 
+def _coverage_of_seeds(spread: float, runs: int) -> float:
+    """How often the interval of a mean over three seeds holds the Spearman of what all seeds share."""
+    rng, hits, rho = np.random.default_rng(3), 0, 0.7
+    truth = 6 / np.pi * np.arcsin(rho / 2)
+    for _ in range(runs):
+        x = rng.standard_normal(12)
+        y = rho * x + np.sqrt(1 - rho**2) * rng.standard_normal(12)
+        seeds = x + spread * rng.standard_normal((3, 12))
+        found = rank_agreement(seeds.mean(axis=0), y, seeds=seeds)
+        assert found is not None
+        hits += found.spearman.low <= truth <= found.spearman.high
+    return hits / runs
+
+
+@pytest.mark.parametrize("spread", [pytest.param(0.1, marks=pytest.mark.slow), 0.5])
+def test_intervals_of_a_mean_over_seeds_cover(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmprune.evaluation.stats.ranks.permutation_test", lambda x, y: 1.0)  # not looked at
+    assert _coverage_of_seeds(spread, 300) >= 0.93
+
+
+def test_seeds_that_differ_widen_the_interval_and_those_that_do_not_leave_it() -> None:
+    x, y = np.arange(12.0), np.array([1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10.0])
+    alone = rank_agreement(x, y)
+    same = rank_agreement(x, y, seeds=[x, x, x])
+    noise = np.random.default_rng(0).normal(0, 4, (2, 12))
+    differ = rank_agreement(x, y, seeds=[x + noise[0], x + noise[1], x - noise.sum(axis=0)])
+    assert alone is not None and same is not None and differ is not None
+    assert same.spearman == alone.spearman and same.by_seed == (alone.spearman.value,) * 3
+    assert differ.spearman.value == alone.spearman.value and differ.p == alone.p
+    assert differ.spearman.low < alone.spearman.low and differ.spearman.high > alone.spearman.high
+    assert differ.kendall.low < alone.kendall.low and alone.by_seed == ()
+    assert rank_agreement(x, y, seeds=[x, np.ones(12)]) is None  # one that has no order
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 16])
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.9])

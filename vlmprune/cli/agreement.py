@@ -14,12 +14,19 @@ from .screen import Json, plain, print_json, stdout, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..evaluation.leaderboard.published import Published
     from ..evaluation.report.agreement import Agreement
+    from ..evaluation.report.load import Results
 
 
 def agreement(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A folder that `vlmprune leaderboard --out` wrote.")
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="A folder that `vlmprune leaderboard --out` wrote. Several are seeds of one model, whose "
+            "mean is compared.",
+        ),
     ],
     published: Annotated[
         str | None,
@@ -30,17 +37,42 @@ def agreement(
     as_json: Json = False,
 ) -> None:
     """Say how far a run ranks methods as published tables do, at each budget, and which pairs it swaps."""
-    from ..errors import EvaluationError, SpecError
-    from ..evaluation.leaderboard.published import Published, shipped
+    from ..errors import EvaluationError
     from ..evaluation.leaderboard.rundir import Run
-    from ..evaluation.report.agreement import agreements, tables_of
+    from ..evaluation.report.agreement import agreements, as_seeds, over_seeds
     from ..evaluation.report.check import check
     from ..plain import plain as as_plain
 
-    opened = Run.open(run)
-    results = check(opened)
-    rows = results.rows
-    # model -> the table that it is compared with
+    results = {str(run): check(Run.open(run)) for run in runs}
+    if len(results) < len(runs):
+        raise EvaluationError(
+            f"the runs {[str(run) for run in runs]} hold one twice; expected different seeds"
+        )
+    first = results[str(runs[0])]
+    tables = _tables(first, published)
+    if len(runs) == 1:
+        found = agreements(first.rows, tables)
+    else:
+        seeds = as_seeds(results)
+        found = over_seeds({run: agreements(rows, tables) for run, rows in seeds.items()})
+    if not found:
+        raise EvaluationError(
+            f"{runs[0]} has no method at a budget that is published; run configs/agreement.yaml, which has"
+        )
+    if as_json:
+        print_json(as_plain(found))
+        return
+    screen = stdout()
+    for model in tables:
+        show([one for one in found if one.model == model], screen, methods=True)
+
+
+def _tables(results: Results, published: str | None) -> dict[str, Published]:
+    """By model: what it is compared with."""
+    from ..errors import EvaluationError, SpecError
+    from ..evaluation.leaderboard.published import Published, shipped
+    from ..evaluation.report.agreement import tables_of
+
     if published is None:
         tables = tables_of(results)
     else:
@@ -49,23 +81,13 @@ def agreement(
             raise SpecError(
                 f"{published}: says no 'tokens' of an unpruned picture, so its budgets are no shares; add it"
             )
-        tables = {row.model: given for row in rows}  # one for all models of the run
+        tables = {row.model: given for row in results.rows}  # one for all models of the run
     if not tables:
-        models = sorted({row.model for row in rows})
+        models = sorted({row.model for row in results.rows})
         raise EvaluationError(
             f"nothing is published of {models}; choose a table with --published, of {shipped()}"
         )
-    found = agreements(rows, tables)
-    if not found:
-        raise EvaluationError(
-            f"{run} has no method at a budget that is published; run configs/agreement.yaml, which has"
-        )
-    if as_json:
-        print_json(as_plain(found))
-        return
-    screen = stdout()
-    for model in tables:
-        show([one for one in found if one.model == model], screen, methods=True)
+    return tables
 
 
 def show(found: Sequence[Agreement], screen: Console, methods: bool = False) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path, PurePath
 from statistics import fmean
 
+from ...errors import EvaluationError
 from ...spec import parse
 from ..leaderboard.published import SAME, Published, Retained, shipped
 from ..stats.ranks import RankAgreement, rank_agreement
@@ -38,6 +39,7 @@ class Standing:
     Args:
         designed: whether the model was designed with it; None where no list says.
         ours: accuracy in % of the unpruned one. published: the same in print, of these sources.
+        by_seed: ours under each seed, where it is a mean over several.
     """
 
     spec: str
@@ -47,6 +49,7 @@ class Standing:
     ours: float
     published: float
     sources: Retained
+    by_seed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Swapped:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One model at one budget beside one table.
+    """One model at one budget beside one table; or the mean over seeds of a model.
 
     Args:
         share: of the tokens that stay. keep: as the run writes it.
@@ -74,6 +77,7 @@ class Agreement:
         pairs: of methods. swapped: those that stand the other way round, the clearest in print first.
         one_table: pairs that some table prints side by side: those the other way round here, and all of them.
         unpublished: specs of the run that no table has at this budget.
+        seeds: runs that it is the mean of.
     """
 
     model: str
@@ -88,6 +92,7 @@ class Agreement:
     swapped: tuple[Swapped, ...]
     one_table: tuple[int, int]
     unpublished: tuple[str, ...]
+    seeds: int = 1
 
 
 def reference(model: str, named: object = None) -> Published | None:
@@ -119,6 +124,60 @@ def agreements(rows: Sequence[Row], tables: Mapping[str, Published]) -> list[Agr
             _compare(model, table, share, lines) for share, lines in sorted(budgets.items(), reverse=True)
         ]
     return [one for one in found if one.standings]
+
+
+def as_seeds(runs: Mapping[str, Results]) -> dict[str, list[Row]]:
+    """Rows of runs that are seeds of one model, all under the name that it has in the first."""
+    names = {run: sorted({row.model for row in results.rows}) for run, results in runs.items()}
+    tasks = {run: sorted({row.task for row in results.rows}) for run, results in runs.items()}
+    first = next(iter(runs))
+    for run in runs:
+        if len(names[run]) != 1:
+            raise EvaluationError(
+                f"{run} has the models {names[run]}; expected one: several runs are seeds of one model"
+            )
+        if tasks[run] != tasks[first]:
+            raise EvaluationError(
+                f"{run} has the tasks {tasks[run]} and {first} has {tasks[first]}; expected the same"
+            )
+    return {run: [replace(row, model=names[first][0]) for row in runs[run].rows] for run in runs}
+
+
+def over_seeds(runs: Mapping[str, Sequence[Agreement]]) -> list[Agreement]:
+    """The mean over runs that are seeds of one model, by budget; they must have answered the same specs."""
+    first = next(iter(runs))
+    specs = {run: _compared(found) for run, found in runs.items()}
+    for run in runs:
+        unlike = sorted(specs[first] ^ specs[run])
+        if unlike:
+            raise EvaluationError(
+                f"of {first} and {run} only one has {unlike[:4]}; seeds are averaged over the same specs: "
+                "run both with one config"
+            )
+    means = []
+    for of_one_budget in zip(*runs.values(), strict=True):
+        known = [{one.spec: one for one in found.standings} for found in of_one_budget]
+        model = of_one_budget[0]
+        standings = []
+        for one in model.standings:
+            by_seed = tuple(of[one.spec].ours for of in known)
+            standings.append(replace(one, ours=fmean(by_seed), by_seed=by_seed))
+        means.append(
+            _ranked_at(
+                standings,
+                model.model,
+                model.table,
+                keep=model.keep,
+                share=model.share,
+                unpublished=model.unpublished,
+                seeds=len(runs),
+            )
+        )
+    return means
+
+
+def _compared(found: Sequence[Agreement]) -> set[str]:
+    return {one.spec for budget in found for one in budget.standings}
 
 
 def tables_of(results: Results) -> dict[str, Published]:
@@ -164,12 +223,29 @@ def _compare(model: str, table: Published, share: float, lines: Sequence[tuple[A
         aware = query_aware(line.spec)
         standings.append(Standing(line.spec, method, aware, designed, ours, sources.value, sources))
     standings.sort(key=lambda one: -one.published)
+    # of several spellings of one budget, such as 48 and 0.333, the shortest
+    keep = min((keep for _, keep in lines), key=len)
+    return _ranked_at(
+        standings, model, table.name.removesuffix(".yaml"), keep=keep, share=share, unpublished=unpublished
+    )
+
+
+def _ranked_at(
+    standings: Sequence[Standing],
+    model: str,
+    table: str,
+    *,
+    keep: str,
+    share: float,
+    unpublished: Sequence[str],
+    seeds: int = 1,
+) -> Agreement:
+    """``standings`` in the order of print."""
     pairs = list(combinations(standings, 2))
     return Agreement(
         model,
-        table.name.removesuffix(".yaml"),
-        # of several spellings of one budget, such as 48 and 0.333, the shortest
-        min((keep for _, keep in lines), key=len),
+        table,
+        keep,
         share,
         tuple(standings),
         _ranked(standings),
@@ -179,11 +255,15 @@ def _compare(model: str, table: Published, share: float, lines: Sequence[tuple[A
         tuple(_swapped(pairs)),
         _one_table(pairs),
         tuple(unpublished),
+        seeds,
     )
 
 
 def _ranked(standings: Sequence[Standing]) -> RankAgreement | None:
-    return rank_agreement([one.ours for one in standings], [one.published for one in standings])
+    # by seed, then by method; nothing where there is one seed
+    seeds = list(zip(*(one.by_seed for one in standings), strict=True))
+    ours, theirs = [one.ours for one in standings], [one.published for one in standings]
+    return rank_agreement(ours, theirs, seeds=seeds)
 
 
 def _swapped(pairs: Iterable[tuple[Standing, Standing]]) -> list[Swapped]:

@@ -15,6 +15,7 @@ HEAD = (
     "keep",
     "methods",
     "Spearman",
+    "of each seed",
     "p",
     "Kendall",
     "pairs swapped",
@@ -36,6 +37,7 @@ def cells(found: Agreement) -> list[str]:
         found.keep,
         str(len(found.standings)),
         _estimate(whole.spearman) if whole else NOTHING,
+        ", ".join(map(_correlation, whole.by_seed)) if whole else NOTHING,
         p_value(whole.p).removeprefix("= ") if whole else NOTHING,
         _estimate(whole.kendall) if whole else NOTHING,
         f"{apart} of {found.pairs}" if found.pairs else NOTHING,
@@ -53,10 +55,13 @@ def method_cells(one: Standing) -> list[str]:
     if high - low >= 0.05:
         printed += f" ({low:.1f} to {high:.1f})"
     count = len(one.sources.by_source)
+    ours = f"{one.ours:.1f}"
+    if one.by_seed:
+        ours += f" ({min(one.by_seed):.1f} to {max(one.by_seed):.1f})"
     return [
         one.method,
         "yes" if one.query_aware else "",
-        f"{one.ours:.1f}",
+        ours,
         printed,
         str(count),
         "" if one.sources.how == "table" else one.sources.how,
@@ -64,13 +69,19 @@ def method_cells(one: Standing) -> list[str]:
 
 
 def title(found: Agreement) -> str:
-    return f"{found.model} beside the published averages of {found.table}: order of methods"
+    seeds = f", mean of {found.seeds} seeds," if found.seeds > 1 else ""
+    return f"{found.model}{seeds} beside the published averages of {found.table}: order of methods"
 
 
 def used_head(found: Sequence[Agreement]) -> list[int]:
-    """Columns that say something: where no list says what a model was designed with, there are no halves."""
+    """Columns that say something: where no list says what a model was designed with, there are no halves; one
+    run has no seeds.
+    """
     halves = any(one.designed is not None for budget in found for one in budget.standings)
-    return [i for i, name in enumerate(HEAD) if halves or name not in ("designed with", "held out")]
+    seeds = any(one.seeds > 1 for one in found)
+    hidden = {"designed with", "held out"} if not halves else set()
+    hidden |= set() if seeds else {"of each seed"}
+    return [i for i, name in enumerate(HEAD) if name not in hidden]
 
 
 def sentences(found: Sequence[Agreement]) -> list[str]:
@@ -79,10 +90,15 @@ def sentences(found: Sequence[Agreement]) -> list[str]:
     known = [one.whole.spearman.value for one in found if one.whole]
     if len(known) > 1:
         said.append(f"Mean of Spearman over {len(known)} budgets: {fmean(known):.2f}.")
+    over = "methods and seeds" if any(one.seeds > 1 for one in found) else "methods"
     said.append(
-        "Both sides are % of the unpruned accuracy; correlations of ranks with 95 % intervals over methods, "
+        f"Both sides are % of the unpruned accuracy; correlations of ranks with 95 % intervals over {over}, "
         "p of no agreement. In one table: pairs of methods that one paper prints side by side."
     )
+    held_out = [(one.keep, one.held_out.by_seed) for one in found if one.held_out and one.held_out.by_seed]
+    if held_out:
+        each = "; ".join(f"{', '.join(map(_correlation, seeds))} at {keep}" for keep, seeds in held_out)
+        said.append(f"Spearman over held-out methods alone, of each seed: {each}.")
     clear = [(one.keep, pair) for one in found for pair in one.swapped if pair.published >= CLEAR]
     if clear:
         clear.sort(key=lambda item: -item[1].published)
@@ -104,7 +120,12 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _estimate(one: Estimate) -> str:
-    return f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]".replace("-", "\N{MINUS SIGN}")
+    low, high = _correlation(one.low), _correlation(one.high)
+    return f"{_correlation(one.value)} [{low}, {high}]"
+
+
+def _correlation(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _half(found: Agreement, agreed: RankAgreement | None, designed: bool) -> str:

@@ -83,7 +83,7 @@ def difference_interval(sums: np.ndarray, count: np.ndarray, level: float) -> tu
 
 
 @lru_cache(maxsize=256)
-def t_quantile(level: float, freedom: int) -> float:
+def t_quantile(level: float, freedom: float) -> float:
     """Half of the width of a two-sided interval, in standard errors: of Student's law."""
     # with x = sqrt(v) tan(a), cos(a) ** (v - 1) is the density of x: that of a beta law, see _angle
     return math.sqrt(freedom) * math.tan(_angle(level, 0.5, freedom / 2))
