@@ -27,7 +27,8 @@ SCHEMA = PAGE.with_name("config.schema.json")
 TYPES = {str: "text", int: "whole number, 1 or more", Spec: "spec", Published: "name, or path of a YAML file"}
 FORMS = {  # what the type does not say
     "seeds": f"list of whole numbers, at least {len(SEEDS)}, none negative",
-    "tasks": f"list of `shapes`, `scenes`, `clips`, names of plug-ins, `{LMMS}NAME` or `{LMMS}FILE.yaml`",
+    "tasks": "list of `shapes`, `scenes`, `scenes-sizes`, `clips`, names of plug-ins, "
+    f"`{LMMS}NAME` or `{LMMS}FILE.yaml`",
     "dtype": ", ".join(f"`{name}`" for name in DTYPES),
     "positions": ", ".join(f"`{name}`" for name in POSITIONS),
 }

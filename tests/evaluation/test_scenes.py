@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vlmprune.errors import SpecError
 from vlmprune.evaluation.tasks.registry import get_task
-from vlmprune.evaluation.tasks.scenes import scenes
+from vlmprune.evaluation.tasks.scenes import scenes, scenes_of_sizes
+from vlmprune.evaluation.tasks.scenes.dataset import SIZES
 from vlmprune.evaluation.tasks.scenes.paint import coverage
 from vlmprune.evaluation.tasks.scenes.questions import ANSWERS, FAMILIES
 from vlmprune.evaluation.tasks.scenes.scene import CANVAS
@@ -99,3 +101,33 @@ def test_every_word_is_known(samples):
 def test_other_splits_and_limits_are_refused(split, limit):
     with pytest.raises(SpecError, match="expected"):
         scenes().samples(split, limit)
+
+
+def test_pictures_of_several_shapes_show_the_same_world():
+    task = get_task("scenes-sizes")
+    assert task == scenes_of_sizes() and task.fingerprint != scenes().fingerprint
+    found = task.samples("dev", 12 * len(FAMILIES))
+    sizes = Counter(sample.load_images()[0].size for sample in found)
+    assert set(sizes) == {(width, height) for height, width in SIZES} and min(sizes.values()) >= 10
+    for sample in found:
+        height, width = sample.scene.size
+        (mask,) = sample.object_masks()
+        assert mask.shape == (height, width) and mask.any() == bool(sample.ask.asked)
+        for thing in sample.scene.things:
+            assert thing.radius < thing.x < width - thing.radius
+            assert thing.radius < thing.y < height - thing.radius
+
+
+def test_the_shape_of_a_picture_does_not_give_the_answer_away():
+    """Where both went by the number of a sample, each answer would always have one shape."""
+    samples = [scenes_of_sizes().sample("dev", "exist", index) for index in range(24)]
+    seen = {(sample.answers[0], sample.scene.size) for sample in samples}
+    assert len(seen) == 2 * len(SIZES)
+
+
+def test_sides_are_those_of_the_picture():
+    wide = (72, 120)
+    thing = next(t for s in scenes_of_sizes().samples("dev", 10) for t in s.scene.things)
+    spots = {"left": (20, 36), "right": (100, 36), "top": (60, 12), "bottom": (60, 60), None: (60, 36)}
+    for side, (x, y) in spots.items():
+        assert replace(thing, x=x, y=y).side(wide) == side

@@ -19,6 +19,7 @@ LMMS = "lmms:"
 _BUILTIN = {
     "shapes": "vlmprune.evaluation.tasks.shapes:shapes",
     "scenes": "vlmprune.evaluation.tasks.scenes:scenes",
+    "scenes-sizes": "vlmprune.evaluation.tasks.scenes:scenes_of_sizes",
     "clips": "vlmprune.evaluation.tasks.clips:clips",
 }
 _TABLE: LazyTable[Callable[[], Task]] = LazyTable("task", _BUILTIN, EvaluationError, group=GROUP)

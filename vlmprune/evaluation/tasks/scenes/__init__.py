@@ -3,6 +3,6 @@
 questions, no download. The model "natural" was trained on it.
 """
 
-from .dataset import ScenesSample, ScenesTask, scenes
+from .dataset import ScenesSample, ScenesTask, scenes, scenes_of_sizes
 
-__all__ = ["ScenesSample", "ScenesTask", "scenes"]
+__all__ = ["ScenesSample", "ScenesTask", "scenes", "scenes_of_sizes"]

@@ -16,11 +16,12 @@ from ....errors import SpecError
 from ..sample import Sample, exact, in_turns
 from .paint import coverage, paint
 from .questions import ANSWERS, FAMILIES, Question, questions_about
-from .scene import CANVAS, LARGE, SMALL, Scene, sample_scene
+from .scene import CANVAS, LARGE, SMALL, SQUARE, Scene, Size, sample_scene
 
 VERSION = 1  # of everything that decides what a sample is
 SEEDS = {"train": 1101, "dev": 1202, "test": 1303}  # of the generators
 PER_FAMILY = {"train": 2000, "dev": 200, "test": 600}
+SIZES: tuple[Size, ...] = (SQUARE, (72, 120), (120, 72))  # of pictures of several shapes; areas are alike
 _TRIES = 2000  # scenes drawn until one fits
 
 
@@ -37,18 +38,23 @@ class ScenesSample(Sample):
     def object_masks(self) -> list[np.ndarray]:
         if not self.scene or not self.ask:
             return []
-        mask = np.zeros((CANVAS, CANVAS), bool)
+        mask = np.zeros(self.scene.size, bool)
         for number in self.ask.asked:
-            mask |= coverage(self.scene.things[number]) >= 0.5
+            mask |= coverage(self.scene.things[number], self.scene.size) >= 0.5
         return [mask]
 
 
 @dataclass(frozen=True)
 class ScenesTask:
-    """Questions about patterned things before a place, painted on the fly. Build one with ``scenes()``."""
+    """Questions about patterned things before a place, painted on the fly. Build one with ``scenes()``.
+
+    Args:
+        sizes: of the pictures; each has one of them, drawn at random.
+    """
 
     name: str = "scenes"
     families: tuple[str, ...] = FAMILIES
+    sizes: tuple[Size, ...] = (SQUARE,)
 
     @property
     def groups(self) -> Mapping[str, str]:
@@ -65,6 +71,8 @@ class ScenesTask:
     def fingerprint(self) -> str:
         # VERSION stands for all that decides a sample and is not listed
         recipe = [self.name, VERSION, SEEDS, PER_FAMILY, CANVAS, LARGE, SMALL, self.families, ANSWERS]
+        if self.sizes != (SQUARE,):
+            recipe.append(self.sizes)
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
     def samples(self, split: str = "test", limit: int | None = None) -> list[ScenesSample]:
@@ -74,7 +82,7 @@ class ScenesTask:
 
     def sample(self, split: str, family: str, index: int) -> ScenesSample:
         """Sample ``index`` of a family: the same whatever else is drawn."""
-        scene, question = draw(SEEDS[split], family, index)
+        scene, question = draw(SEEDS[split], family, index, self.sizes)
         name = f"{self.name}-{split}-{family}-{index}"
         return ScenesSample(
             id=name,
@@ -98,12 +106,19 @@ def scenes() -> ScenesTask:
     return ScenesTask()
 
 
-def draw(seed: int, family: str, index: int) -> tuple[Scene, Question]:
+def scenes_of_sizes() -> ScenesTask:
+    """The same questions about pictures of three shapes, for models that read pictures of any size."""
+    return ScenesTask("scenes-sizes", sizes=SIZES)
+
+
+def draw(seed: int, family: str, index: int, sizes: tuple[Size, ...] = (SQUARE,)) -> tuple[Scene, Question]:
     """A scene and a question about it; the answers of a family take turns."""
     wanted = _answer(family, index)
     rng = np.random.default_rng([seed, FAMILIES.index(family), index])
+    # not by the index, which says the answer: one of one size takes nothing from the generator
+    size = sizes[int(rng.integers(len(sizes)))]
     for _ in range(_TRIES):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, size)
         # the scene is taken as it comes, and looked through for a question with the wanted answer
         fitting = [
             question

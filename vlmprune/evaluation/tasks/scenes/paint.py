@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
-from .scene import CANVAS, Scene, Thing
+from .scene import SQUARE, Scene, Size, Thing
 
-# (CANVAS, CANVAS) centres of pixels
-_Y, _X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) + 0.5
 PERIOD = 6.0  # pixels of a pattern: shorter than a patch, so that every patch of a thing shows it
 Waves = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -44,30 +43,39 @@ _PLACE: dict[str, tuple[tuple[int, int, int], float, Waves]] = {
 
 
 def paint(scene: Scene) -> np.ndarray:
-    """The (CANVAS, CANVAS, 3) uint8 picture of a scene."""
+    """The (height, width, 3) uint8 picture of a scene."""
+    y, x = _centres(scene.size)  # (height, width) each
     # the order of draws is part of what a picture is: a change of it needs another VERSION
     rng = np.random.default_rng(scene.seed)
     # ground: colour and wave of the place, and light from one side
     base, contrast, wave = _PLACE[scene.place]
     shift, angle, slope = rng.uniform(0, 50, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0, 22)
-    light = slope * ((_X / CANVAS - 0.5) * np.cos(angle) + (_Y / CANVAS - 0.5) * np.sin(angle))
+    height, width = scene.size
+    light = slope * ((x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle))
     tint = np.asarray(base, np.float32) + rng.uniform(-9, 9, 3).astype(np.float32)
-    brightness = contrast * wave(_X + shift[0], _Y + shift[1]) + light  # (CANVAS, CANVAS)
+    brightness = contrast * wave(x + shift[0], y + shift[1]) + light  # (height, width)
     pixels = tint + brightness[..., None].astype(np.float32)
     # things in order, each with its pattern on its own colour
     for thing in scene.things:
-        pattern = _PATTERN[thing.pattern](_X + thing.phase[0], _Y + thing.phase[1])
+        pattern = _PATTERN[thing.pattern](x + thing.phase[0], y + thing.phase[1])
         skin = np.asarray(thing.rgb, np.float32) * (0.8 + 0.3 * pattern[..., None])
-        share = coverage(thing)[..., None]
+        share = coverage(thing, scene.size)[..., None]
         pixels = (1 - share) * pixels + share * skin
     # grain over all
     noise = rng.normal(0, 1, pixels.shape).astype(np.float32) * rng.uniform(0, 8)
     return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
 
 
-def coverage(thing: Thing) -> np.ndarray:
-    """(CANVAS, CANVAS) float32 in [0, 1]: how much of each pixel the thing covers, edges softened."""
-    across, down = np.abs(_X - thing.x), np.abs(_Y - thing.y)
+def coverage(thing: Thing, size: Size = SQUARE) -> np.ndarray:
+    """(height, width) float32 in [0, 1]: how much of each pixel the thing covers, edges softened."""
+    y, x = _centres(size)
+    across, down = np.abs(x - thing.x), np.abs(y - thing.y)
     # a square of the same name has sides of 1.7 radii, so that areas are alike
     away = np.maximum(across, down) / 0.87 if thing.square else np.hypot(across, down)
     return np.clip(0.5 + thing.radius - away, 0, 1)
+
+
+@cache
+def _centres(size: Size) -> np.ndarray:
+    """(2, height, width) float32: down and across, of the middle of every pixel."""
+    return np.mgrid[0 : size[0], 0 : size[1]].astype(np.float32) + 0.5

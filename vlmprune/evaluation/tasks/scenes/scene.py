@@ -11,6 +11,8 @@ import numpy as np
 from .vocabulary import COLORS, PATTERNS, PLACES, SIDES
 
 CANVAS = 96  # pixels
+Size = tuple[int, int]  # height and width of a picture in pixels
+SQUARE: Size = (CANVAS, CANVAS)
 LARGE, SMALL = (10.0, 21.0), (5.0, 6.5)  # radius in pixels
 _TRIES = 40
 _CLEAR = 5.0  # pixels by which one side must be nearer than any side of the other axis
@@ -33,9 +35,9 @@ class Thing:
     def small(self) -> bool:
         return self.radius <= SMALL[1]
 
-    def side(self) -> str | None:
+    def side(self, size: Size = SQUARE) -> str | None:
         """The side of the picture that it stands at; None where two are about as near."""
-        across, down = self.x - CANVAS / 2, self.y - CANVAS / 2
+        across, down = self.x - size[1] / 2, self.y - size[0] / 2
         if abs(abs(across) - abs(down)) < _CLEAR:
             return None
         if abs(across) > abs(down):
@@ -50,9 +52,10 @@ class Scene:
     place: str
     things: tuple[Thing, ...]
     seed: int
+    size: Size = SQUARE
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, size: Size = SQUARE) -> Scene:
     """One to three large things and up to two small ones, of four colours and four patterns."""
     # few colours and patterns, so that things share them
     colors, patterns = rng.permutation(list(COLORS))[:4], rng.permutation(PATTERNS)[:4]
@@ -63,7 +66,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     radii = [*sorted(large, reverse=True), *rng.uniform(*SMALL, size=int(rng.integers(0, 3)))]
     things: list[Thing] = []
     for radius in radii:
-        spot = _free_spot(rng, float(radius), things)
+        spot = _free_spot(rng, float(radius), things, size)
         if spot is not None:
             color, pattern = str(rng.choice(colors)), str(rng.choice(patterns))
             rgb = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255).tolist()
@@ -72,13 +75,15 @@ def sample_scene(rng: np.random.Generator) -> Scene:
             things.append(
                 Thing(color, pattern, *spot, float(radius), square, phase, (rgb[0], rgb[1], rgb[2]))
             )
-    return Scene(str(rng.choice(PLACES)), tuple(things), int(rng.integers(2**31)))
+    return Scene(str(rng.choice(PLACES)), tuple(things), int(rng.integers(2**31)), size)
 
 
-def _free_spot(rng: np.random.Generator, radius: float, others: list[Thing]) -> tuple[float, float] | None:
+def _free_spot(
+    rng: np.random.Generator, radius: float, others: list[Thing], size: Size
+) -> tuple[float, float] | None:
     """A centre where a thing overlaps no other, or None after some tries."""
     for _ in range(_TRIES):
-        x, y = (float(v) for v in rng.uniform(radius + 1, CANVAS - radius - 1, 2))
+        x, y = (float(rng.uniform(radius + 1, edge - radius - 1)) for edge in reversed(size))
         if all(math.hypot(x - o.x, y - o.y) > 1.2 * (radius + o.radius) + 2 for o in others):
             return x, y
     return None
