@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,19 @@ import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.append(str(HERE.parent / "tiny"))  # its files.py: what transformers reads, and the hashes
+sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads; shipping.py: what a card says
 
-from files import seal, write  # noqa: E402
+from files import write  # noqa: E402
 from model import ROPE_THETA, Natural, processor  # noqa: E402
 from properties import properties  # noqa: E402
+from shipping import bullets, by_stage, finish, making, table, told  # noqa: E402
 
 from vlmprune.evaluation.leaderboard.config import Config  # noqa: E402
 from vlmprune.evaluation.leaderboard.run import Settings, leaderboard  # noqa: E402
+from vlmprune.evaluation.stats.ranks import spearman  # noqa: E402
 from vlmprune.evaluation.tasks.scenes import scenes  # noqa: E402
 
 HALVES = ROOT / "vlmprune" / "evaluation" / "tasks" / "scenes" / "designed_with.json"
-PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 def main() -> None:
@@ -44,38 +43,18 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = yaml.safe_load((options.folder / "recipe.yaml").read_text())
-    net = Natural(recipe["seed"])
+    made = making(options.folder)
+    net = Natural(made["recipe"]["seed"])
     net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
     write(net.llava, processor(), options.out, ROPE_THETA)
     found = {
-        "recipe": recipe,
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "notes": notes(options.folder),
-        "log": log(options.folder),
+        **made,
+        "log": by_stage(made["log"]),
         "properties": properties(options.out, options.inside),
         "keep": options.keep,
         **compared(options.out, options.folder / "board", options.limit, options.keep),
     }
-    (options.out / "provenance.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "card.md").write_text(card(found))
-    seal(options.out)
-
-
-def notes(folder: Path) -> list[str]:
-    """What a person wrote down about the run, a line each; "as the recipe says" where nothing was."""
-    path = folder / "notes.txt"
-    return path.read_text().splitlines() if path.exists() else ["all stages in one go, as the recipe says"]
-
-
-def log(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        stages.setdefault(row.pop("stage"), []).append(row)
-    return stages
+    finish(options.out, found, card(found))
 
 
 def compared(model: Path, board: Path, limit: int, keep: list[int]) -> dict[str, Any]:
@@ -100,11 +79,6 @@ def compared(model: Path, board: Path, limit: int, keep: list[int]) -> dict[str,
     }
 
 
-def spearman(a: list[float], b: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def card(found: dict[str, Any]) -> str:
     """Fill the template: every figure comes from the provenance."""
     published = yaml.safe_load((HERE / "published.yaml").read_text())["averages"]
@@ -113,7 +87,7 @@ def card(found: dict[str, Any]) -> str:
     for name, methods in {**halves, "all": [*halves["designed_with"], *halves["held_out"]]}.items():
         both = [m for m in methods if m in published]
         ours = [rows[f"{m}@16"]["accuracy"] for m in both]
-        agreement[name] = (len(both), spearman([published[m] for m in both], ours))
+        agreement[name] = (len(both), spearman(np.array([published[m] for m in both]), np.array(ours)))
     stages = {name: stage[-1] for name, stage in found["log"].items()}
     blocks, layers = found["properties"]["tower"], found["properties"]["decoder"]
     return (
@@ -125,9 +99,11 @@ def card(found: dict[str, Any]) -> str:
                 [(f, f"{found['blind'][f]:.3f}", f"{value:.3f}") for f, value in found["families"].items()],
             ),
             retention=retention(found, published),
-            agreement="\n".join(
-                f"- {name.replace('_', ' ')}: {rho:.2f} over {count} methods"
-                for name, (count, rho) in agreement.items()
+            agreement=bullets(
+                [
+                    f"{name.replace('_', ' ')}: {rho:.2f} over {count} methods"
+                    for name, (count, rho) in agreement.items()
+                ]
             ),
             tower=table(("of the tower", "mean"), [(name, f"{value:.3f}") for name, value in blocks.items()]),
             decoder=table(
@@ -153,9 +129,7 @@ def card(found: dict[str, Any]) -> str:
             massive=f"{max(layer['value max by median'] for layer in layers):.0f}",
             designed=", ".join(halves["designed_with"]),
             held_out=", ".join(halves["held_out"]),
-            notes="\n".join(f"- {note}" for note in found["notes"]),
-            seed=found["recipe"]["seed"],
-            versions=", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+            **told(found),
         )
     )
 
@@ -171,11 +145,6 @@ def retention(found: dict[str, Any], published: dict[str, float]) -> str:
         lines.append((name, half.replace("_", " "), *(f"{100 * share:.1f}" for share in shares), paper))
     lines.sort(key=lambda line: -float(line[2]))
     return table(("method", "half", *(f"@{keep}" for keep in budgets), "LLaVA-1.5-7B at 64 of 576"), lines)
-
-
-def table(head: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
-    rows = [head, ("---",) * len(head), *lines]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
 
 
 if __name__ == "__main__":

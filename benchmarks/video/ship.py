@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tiny"))  # its files.py: what transformers reads, and the hashes
+sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads; shipping.py: what a card says
 
-from files import seal, write  # noqa: E402
+from files import write  # noqa: E402
 from pool import WORD  # noqa: E402
+from shipping import finish, making, table, told  # noqa: E402
 from train import start  # noqa: E402
 
 import vlmprune  # noqa: E402
@@ -28,8 +25,6 @@ from vlmprune.evaluation.answer.evaluate import evaluate  # noqa: E402
 from vlmprune.evaluation.stats.estimates import Table, accuracy, by  # noqa: E402
 from vlmprune.evaluation.tasks.clips import clips  # noqa: E402
 from vlmprune.evaluation.tasks.shapes.model import ROPE_THETA, build_processor  # noqa: E402
-
-PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
 def main() -> None:
@@ -39,17 +34,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=140, help="Test questions.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = yaml.safe_load((options.folder / "recipe.yaml").read_text())
-    model = start(recipe["seed"])
+    made = making(options.folder)
+    model = start(made["recipe"]["seed"])
     model.load_state_dict(torch.load(options.folder / "decoder.pt", weights_only=True)["net"])
     write(model, build_processor(tuple(WORD)), options.out, ROPE_THETA)
     found = {
-        "recipe": recipe,
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "notes": notes(options.folder),
-        "log": [json.loads(line) for line in (options.folder / "log.jsonl").read_text().splitlines()],
+        **made,
         "fingerprint": clips().fingerprint,
         "questions": options.limit,
         "blind": dict(clips().blind),
@@ -58,15 +48,7 @@ def main() -> None:
             "video model": measured(str(options.out), options.limit),
         },
     }
-    (options.out / "provenance.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "card.md").write_text(card(found))
-    seal(options.out)
-
-
-def notes(folder: Path) -> list[str]:
-    """What a person wrote down about the run, a line each; "as the recipe says" where nothing was."""
-    path = folder / "notes.txt"
-    return path.read_text().splitlines() if path.exists() else ["all in one go, as the recipe says"]
+    finish(options.out, found, card(found))
 
 
 def measured(name: str, limit: int) -> dict[str, Any]:
@@ -104,22 +86,15 @@ def card(found: dict[str, Any]) -> str:
             low=f"{video['ci'][0]:.3f}",
             high=f"{video['ci'][1]:.3f}",
             fingerprint=found["fingerprint"],
-            seed=found["recipe"]["seed"],
             clips=found["recipe"]["data"]["clips"],
             steps=found["recipe"]["decoder"]["steps"],
             few=found["recipe"]["decoder"]["fewest"],
             most=found["recipe"]["decoder"]["most"],
             every=found["recipe"]["decoder"]["dense_every"],
-            notes="\n".join(f"- {note}" for note in found["notes"]),
             cpu=found["log"][-1]["cpu_seconds"],
-            versions=", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+            **told(found),
         )
     )
-
-
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    rows = [head, ("---",) * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

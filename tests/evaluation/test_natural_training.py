@@ -6,6 +6,7 @@ of transformers.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 
 from vlmprune.evaluation.tasks.scenes.questions import FAMILIES
 from vlmprune.evaluation.tasks.scenes.vocabulary import COLORS, PATTERNS, WORDS
+from vlmprune.models.tiny import BUNDLED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("model", "data", "decoder", "runs", "vision", "stages")
+NAMES = ("model", "data", "decoder", "runs", "vision", "stages", "ship")
 SHARED = {"bf16": False, "lr": 1e-3, "muon": 1e-3, "warmup": 1, "decay": 0.5, "report": 9, "save": 9}
 JOINT = SHARED | {"batch": 2, "steps": 1, "hints": 0.3, "fade": 0.6, "thin_every": 2, "fewest": 12}
 
@@ -26,14 +28,15 @@ JOINT = SHARED | {"batch": 2, "steps": 1, "hints": 0.3, "fade": 0.6, "thin_every
 def scripts():
     """The modules of the folder, which is no package; some share their names with those of the tiny model."""
     folders = [str(BENCHMARKS / "natural"), str(BENCHMARKS / "tiny")]
+    known, paths = set(sys.modules), list(sys.path)
     sys.path[:0] = folders
     try:
         yield type("Scripts", (), {name: importlib.import_module(name) for name in NAMES})
     finally:
-        for folder in folders:
-            sys.path.remove(folder)
-        for name in NAMES:
-            sys.modules.pop(name, None)
+        sys.path[:] = paths  # scripts add to it as well
+        for name in set(sys.modules) - known:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +126,20 @@ def test_joint_training_leaves_the_tower_and_the_early_layers_alone(scripts, poo
     assert any(f"layers.{scripts.model.EARLY}.self_attn" in name for name in moved)
     frozen = ("llava.model.vision_tower", "llava.model.language_model.embed_tokens", *early)
     assert not [name for name in moved if name.startswith(frozen)]
+
+
+def test_the_card_of_the_package_is_what_its_provenance_gives(scripts):
+    folder = BUNDLED["natural"]
+    found = json.loads((folder / "provenance.json").read_text())
+    assert scripts.ship.card(found) == (folder / "card.md").read_text()
+
+
+def test_a_run_tells_how_it_was_made(scripts, tmp_path):
+    rows = [{"stage": "text", "step": 7, "dev": {}}, {"stage": "joint", "step": 9, "dev": {}}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "recipe.yaml").write_text("seed: 4")
+    made = scripts.ship.making(tmp_path)
+    assert made["recipe"] == {"seed": 4} and made["notes"] == ["all in one go, as the recipe says"]
+    assert scripts.ship.by_stage(made["log"])["joint"] == [{"step": 9, "dev": {}}]
+    (tmp_path / "notes.txt").write_text("stopped once\nresumed")
+    assert scripts.ship.told(scripts.ship.making(tmp_path))["notes"] == "- stopped once\n- resumed"
