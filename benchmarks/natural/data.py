@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from model import GRID, PATCH, PATCHES, WORD
+from model import PATCH, PATCHES, WORD, Grid
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmprune.evaluation.tasks.scenes.paint import coverage, paint
 from vlmprune.evaluation.tasks.scenes.questions import FAMILIES, questions_about
-from vlmprune.evaluation.tasks.scenes.scene import Scene, sample_scene
+from vlmprune.evaluation.tasks.scenes.scene import SQUARE, Scene, Size, sample_scene
 from vlmprune.evaluation.tasks.scenes.vocabulary import COLORS, PATTERNS, PLACES, SIDES
 from vlmprune.evaluation.tasks.shapes.model import BOS, EOS, PAD
 
@@ -27,10 +30,13 @@ KERNEL = torch.tensor([[0.5, 1, 0.5], [1, 2, 1], [0.5, 1, 0.5]])[None, None] / 8
 
 @dataclass
 class Pool:
-    """``n`` scenes of at most MOST things. Attributes of a thing that is not there are -1."""
+    """``n`` scenes of one size and of at most MOST things. Attributes of a thing that is not there are -1.
+
+    A patch is what becomes one visual token; P of them make a picture.
+    """
 
     pictures: Tensor  # (n, H, W, 3) uint8
-    share: Tensor  # (n, MOST, PATCHES) how much of each patch a thing covers
+    share: Tensor  # (n, MOST, P) how much of each patch a thing covers
     thing: Tensor  # (n, MOST, 4) numbers of colour, pattern and side (-1: none), and whether it is small
     place: Tensor  # (n,)
     ids: Tensor  # (n, QUESTIONS, LENGTH)
@@ -44,18 +50,25 @@ class Pool:
     def pick(self, rows: np.ndarray) -> Pool:
         return Pool(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches, which are squares."""
+        height, width = self.pictures.shape[1:3]
+        side = math.isqrt(height * width // self.share.shape[-1])
+        return height // side, width // side
+
     def seen(self) -> Tensor:
-        """(n, MOST, PATCHES) how much a patch knows of each thing: it has seen its eight neighbours."""
-        share = self.share.float().flatten(0, 1).view(-1, 1, GRID, GRID)
-        near = F.conv2d(share, KERNEL, padding=1).view(len(self), MOST, PATCHES)
+        """(n, MOST, P) how much a patch knows of each thing: it has seen its eight neighbours."""
+        share = self.share.float().flatten(0, 1).view(-1, 1, *self.grid)
+        near = F.conv2d(share, KERNEL, padding=1).view(self.share.shape)
         known = (2 * near).clamp(max=1)
         return known / known.sum(1, keepdim=True).clamp(min=1)
 
 
-def make(seed: int, count: int, path: Path) -> Pool:
+def make(seed: int, count: int, path: Path, size: Size = SQUARE, patch: int = PATCH) -> Pool:
     """The pool of this seed, read from ``path`` where it was made before."""
     if not path.exists():
-        rows = [_row(seed, index) for index in range(count)]
+        rows = [_row(seed, index, size, patch) for index in range(count)]
         half = path.with_suffix(".part.npz")
         np.savez(half, **{field.name: np.stack([row[field.name] for row in rows]) for field in fields(Pool)})
         half.rename(path)
@@ -63,13 +76,29 @@ def make(seed: int, count: int, path: Path) -> Pool:
         return Pool(**{name: torch.from_numpy(stored[name]) for name in stored.files})
 
 
-def _row(seed: int, index: int) -> dict[str, np.ndarray]:
+def batches(pools: Sequence[Pool], size: int, rng: np.random.Generator) -> Iterator[Pool]:
+    """Parts of ``size`` pictures of one pool; pools take turns, and every picture comes once before any comes
+    twice.
+    """
+    turns = [_orders(len(pool), size, rng) for pool in pools]
+    while True:
+        yield from (pool.pick(next(order)) for pool, order in zip(pools, turns, strict=True))
+
+
+def _orders(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    while True:
+        order = rng.permutation(count)
+        yield from (order[at : at + size] for at in range(0, count - size + 1, size))
+
+
+def _row(seed: int, index: int, size: Size, patch: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, 7, index])
-    scene = sample_scene(rng)
-    share, thing = np.zeros((MOST, PATCHES), np.float16), np.full((MOST, 4), -1)
+    scene = sample_scene(rng, size)
+    rows, cols = (edge // patch for edge in size)
+    share, thing = np.zeros((MOST, rows * cols), np.float16), np.full((MOST, 4), -1)
     for i, one in enumerate(scene.things):
-        share[i] = coverage(one).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)).ravel()
-        side = one.side()
+        share[i] = coverage(one, size).reshape(rows, patch, cols, patch).mean((1, 3)).ravel()
+        side = one.side(size)
         numbers = (list(COLORS).index(one.color), PATTERNS.index(one.pattern))
         thing[i] = (*numbers, SIDES.index(side) if side else -1, int(one.small))
     return {
@@ -100,7 +129,7 @@ class Prompt:
     """A prefix of P columns, patches or a caption, and packed questions behind it: L columns in all."""
 
     mask: Tensor  # (B or 1, 1, L, L) bool
-    positions: Tensor  # (B, L)
+    positions: Tensor  # (B, L), or (3, B, L) where tokens have places in the picture
     goal: Tensor  # (B, QUESTIONS, P) bool: columns that the answer is about
     words: Tensor  # (B, P) ids of a caption; empty where patches are shown
 
@@ -115,14 +144,25 @@ def block_mask(width: int) -> Tensor:
 
 
 def positions(prefix: Tensor, start: Tensor) -> Tensor:
-    """Positions of a prefix (B, P), and of questions that all begin at ``start`` (B,)."""
-    return torch.cat([prefix, start[:, None] + torch.arange(LENGTH).repeat(QUESTIONS)], 1)
+    """Positions of a prefix (..., B, P), and of questions that all begin at ``start`` (B,)."""
+    rest = start[:, None] + torch.arange(LENGTH).repeat(QUESTIONS)
+    return torch.cat([prefix, rest.expand(*prefix.shape[:-1], -1)], -1)
 
 
-def of_patches(pool: Pool, shown: Tensor | None = None) -> Prompt:
+class Places(Protocol):
+    """Where the columns of a prompt stand for the decoder."""
+
+    def places(self, grid: Grid, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (..., B, 2 + n) of two words and of the patches ``shown`` (B, n); the next one, (B,)."""
+        ...
+
+
+def of_patches(pool: Pool, net: Places, shown: Tensor | None = None) -> Prompt:
     """``<s> user:`` and patches: all of them, or those of ``shown`` (B, n), ascending."""
-    width = 2 + (PATCHES if shown is None else shown.shape[1])
-    share = pool.share.float()  # (B, MOST, PATCHES)
+    share = pool.share.float()  # (B, MOST, P)
+    whole = torch.arange(share.shape[-1]).expand(len(pool), -1)
+    prefix, start = net.places(pool.grid, whole if shown is None else shown)
+    width = prefix.shape[-1]
     filled = share >= 0.5 * share.amax(-1, keepdim=True).clamp(min=1e-3)
     goal = torch.einsum("bqm,bmp->bqp", pool.asked.float(), filled.float()) > 0
     # the place is known to all patches, so none of them is better to look at
@@ -131,8 +171,6 @@ def of_patches(pool: Pool, shown: Tensor | None = None) -> Prompt:
         goal = goal.gather(2, shown[:, None].expand(-1, QUESTIONS, -1))
     goal = F.pad(goal, (2, 0))
     goal[..., 0] = ~goal.any(-1)  # where nothing is meant, the first token is looked at
-    prefix = torch.arange(width)[None].expand(len(pool), -1)
-    start = torch.full((len(pool),), width)
     return Prompt(block_mask(width), positions(prefix, start), goal, torch.empty(len(pool), 0))
 
 

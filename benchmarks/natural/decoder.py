@@ -36,7 +36,7 @@ def initialise(decoder: nn.Module, seed: int) -> None:
 
 
 def prefix_of_patches(decoder: Any, patches: Tensor) -> Tensor:
-    """(B, PATCHES, D) -> (B, 2 + PATCHES, D)."""
+    """(B, P, D) -> (B, 2 + P, D)."""
     words = decoder.embed_tokens(torch.tensor([BOS, WORD["user:"]]))
     return torch.cat([words[None].expand(len(patches), -1, -1).to(patches.dtype), patches], 1)
 

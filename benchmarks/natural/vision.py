@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision stage: [CLS] learns the caption of the whole picture, a patch what is in it and round it."""
+"""Vision stage: the tower learns the caption of the whole picture, a patch what is in it and round it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from data import Pool
-from model import CAPTION, DENSE, EXACT, FEATURES, GRID, PATCHES, Natural, auc, cls_rows
+from data import Pool, batches
+from model import CAPTION, DENSE, EXACT, Trained, auc
 from runs import Run, optimisers
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,44 +17,33 @@ from torch.nn import functional as F
 from vlmprune.evaluation.tasks.scenes.vocabulary import COLORS, PATTERNS
 
 
-def train(recipe: dict[str, Any], run: Run, net: Natural, pool: Pool, dev: Pool) -> None:
+def train(recipe: dict[str, Any], run: Run, net: Trained, pools: Sequence[Pool], dev: Sequence[Pool]) -> None:
     options = recipe["vision"]
     rng = run.generator("vision", recipe["seed"])
-    taught = [net.tower, net.dense, net.caption, net.early_caption]
     net.requires_grad_(False)
-    for part in taught:
+    for part in net.taught:
         part.requires_grad_(True)
-    source = rows(len(pool), options["batch"], rng)
+    source = batches(pools, options["batch"], rng)
+    weights = {"caption": 1.0, "early": options["early"]}
 
     def step(number: int) -> dict[str, float]:
-        batch = pool.pick(next(source))
+        batch = next(source)
         with torch.autocast("cpu", torch.bfloat16, enabled=options["bf16"]):
-            hidden = net.see(batch.pictures)
-            patch = dense_loss(net.dense(hidden[FEATURES][:, 1:]).float(), batch)
-            late = caption_loss(net.caption(net.tower.post_layernorm(hidden[-1][:, 0])), batch, rng)
-            early = caption_loss(net.early_caption(hidden[FEATURES][:, 0]), batch, rng)
-        loss = options["dense"] * patch + options["caption"] * (late + options["early"] * early)
-        loss.backward()
-        return {
-            "dense": float(patch.detach()),
-            "caption": float(late.detach()),
-            "early": float(early.detach()),
-        }
+            dense, captions = net.said(batch.pictures)
+            patch = dense_loss(dense.float(), batch)
+            whole = {name: caption_loss(logits, batch, rng) for name, logits in captions.items()}
+        caption = torch.stack([weights[name] * loss for name, loss in whole.items()]).sum()
+        (options["dense"] * patch + options["caption"] * caption).backward()
+        return {name: float(loss.detach()) for name, loss in {"dense": patch, **whole}.items()}
 
-    run.loop("vision", net, optimisers(net, options), step, options, lambda: measure(net, dev))
+    # of the first size alone: figures of several would be of other pictures, not of a better tower
+    run.loop("vision", net, optimisers(net, options), step, options, lambda: measure(net, dev[0]))
     net.requires_grad_(True)
 
 
-def rows(size: int, batch: int, rng: np.random.Generator) -> Any:
-    """Numbers of a batch, every one once before any comes twice."""
-    while True:
-        order = rng.permutation(size)
-        yield from (order[at : at + batch] for at in range(0, size - batch + 1, batch))
-
-
 def soft_labels(pool: Pool) -> dict[str, Tensor]:
-    """(n, PATCHES, classes) shares of what a patch shows or has beside it; class 0 is "no thing"."""
-    seen = pool.seen()  # (n, MOST, PATCHES)
+    """(n, P, classes) shares of what a patch shows or has beside it; class 0 is "no thing"."""
+    seen = pool.seen()  # (n, MOST, P)
     found = {}
     for column, (name, classes) in enumerate(DENSE.items()):
         number = pool.thing[..., column].clamp(min=-1) + 1  # a thing at no side counts as no thing
@@ -67,16 +57,16 @@ def soft_labels(pool: Pool) -> dict[str, Tensor]:
 def dense_loss(logits: Tensor, pool: Pool) -> Tensor:
     """Cross-entropy to what is in and round each patch; patches near things count more."""
     parts = dict(zip((*DENSE, *EXACT), logits.split([*DENSE.values(), *EXACT.values()], -1), strict=True))
-    weight = 0.25 + pool.seen().sum(1)  # (n, PATCHES)
+    weight = 0.25 + pool.seen().sum(1)  # (n, P)
     total = logits.new_zeros(())
     for name, label in soft_labels(pool).items():
         error = -(label * parts[name].log_softmax(-1)).sum(-1)
         total = total + (error * weight).sum() / weight.sum()
-    numbers = torch.arange(PATCHES).expand(len(pool), -1)
+    numbers = torch.arange(logits.shape[1]).expand(len(pool), -1)
     exact = {
-        "place": pool.place[:, None].expand(-1, PATCHES),
-        "row": numbers // GRID,
-        "column": numbers % GRID,
+        "place": pool.place[:, None].expand_as(numbers),
+        "row": numbers // pool.grid[1],
+        "column": numbers % pool.grid[1],
     }
     for name, label in exact.items():
         share = 0.3 if name == "place" else 0.1
@@ -98,12 +88,11 @@ def caption_loss(logits: Tensor, pool: Pool, rng: np.random.Generator) -> Tensor
 
 
 @torch.no_grad()
-def measure(net: Natural, dev: Pool, limit: int = 128) -> dict[str, float]:
+def measure(net: Trained, dev: Pool, limit: int = 128) -> dict[str, float]:
     """Accuracy of colour and pattern where a thing fills a patch; AUC of [CLS] against things, by block."""
     part = dev.pick(np.arange(min(limit, len(dev))))
-    hidden = net.see(part.pictures)
-    logits = net.dense(hidden[FEATURES][:, 1:]).split([*DENSE.values(), *EXACT.values()], -1)
-    filled = part.share.float() > 0.9  # (n, MOST, PATCHES)
+    logits = net.dense(net.features(part.pictures)).split([*DENSE.values(), *EXACT.values()], -1)
+    filled = part.share.float() > 0.9  # (n, MOST, P)
     found = {}
     for name, number, said in zip(("color", "pattern"), part.thing.unbind(-1), logits, strict=False):
         hit = said[..., 1:].argmax(-1)[:, None] == number[..., None]
@@ -113,8 +102,8 @@ def measure(net: Natural, dev: Pool, limit: int = 128) -> dict[str, float]:
     )
     pattern = logits[1][..., 1:].argmax(-1)[:, None] == part.thing[..., 1:2]
     found["small"] = float(pattern[small].float().mean())
-    things = part.share.float().sum(1) > 0.3  # (n, PATCHES)
-    for block, scores in enumerate(cls_rows(net.tower, hidden)):
+    things = part.share.float().sum(1) > 0.3  # (n, P)
+    for block, scores in enumerate(net.cls_rows(part.pictures)):
         found[f"auc{block}"] = float(
             np.mean([auc(s.numpy(), t.numpy()) for s, t in zip(scores, things, strict=True)])
         )

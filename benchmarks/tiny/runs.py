@@ -20,7 +20,8 @@ def optimisers(net: nn.Module, options: dict[str, Any]) -> list[torch.optim.Opti
     matrices, rest = [], []
     for name, weight in net.named_parameters():
         if weight.requires_grad:
-            inner = weight.ndim == 2 and ".layers." in name and "embed" not in name
+            stacked = ".layers." in name or ".blocks." in name
+            inner = weight.ndim == 2 and stacked and "embed" not in name
             (matrices if inner and options.get("muon") else rest).append(weight)
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=options["lr"], betas=(0.9, 0.98), weight_decay=0.01)
