@@ -21,6 +21,7 @@ from ..errors import InvariantError, SpecError, VlmPruneError
 from ..viz import VIEWS
 from .budget import Budget
 from .grid import boxes, union_area
+from .owned import owned, owned_scores
 from .replay import Replay
 from .select import top_k
 
@@ -185,7 +186,7 @@ class ScoreMap(_Map):
     image: Picture | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", _scores(self.scores))
+        object.__setattr__(self, "scores", owned_scores(self.scores))
         self._settle(len(self))
 
     def __len__(self) -> int:
@@ -232,8 +233,9 @@ class KeepMap(_Map):
         scores: (N,) where the method scores, else None.
         grids, method, view, index, frame, image: as in ``ScoreMap``.
         joins: (N,) where tokens were merged and the method says so: of each token the one in whose place the
-            row stands that it became part of, -1 where it is dropped. Of a frame these are numbers in the
-            whole clip, where a row may stand in another frame.
+            row stands that it became part of, -1 where it is dropped; -2, -3, ... are the first, second, ...
+            row without a place of its own. (N, J), filled up with -1, where a token may be part of several
+            rows. Of a frame these are numbers in the whole clip, where a row may stand in another frame.
     """
 
     keep_idx: Tensor
@@ -248,7 +250,7 @@ class KeepMap(_Map):
     joins: Tensor | None = None
 
     def __post_init__(self) -> None:
-        idx = _vector("keep_idx", self.keep_idx)
+        idx = owned("keep_idx", self.keep_idx)
         if len(idx) and idx.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise SpecError(
                 f"keep_idx is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])"
@@ -263,9 +265,9 @@ class KeepMap(_Map):
                 "first"
             )
         if self.scores is not None:
-            object.__setattr__(self, "scores", _scores(self.scores))
+            object.__setattr__(self, "scores", owned_scores(self.scores))
         if self.joins is not None:
-            object.__setattr__(self, "joins", _vector("joins", self.joins).to(torch.int64))
+            object.__setattr__(self, "joins", owned("joins", self.joins, (1, 2)).to(torch.int64))
         for name in ("scores", "joins"):
             held = getattr(self, name)
             if held is not None and len(held) != self.total:
@@ -284,15 +286,18 @@ class KeepMap(_Map):
     @property
     def merged(self) -> Tensor | None:
         """(N,) bool, true where a token is no kept one but part of a row; None where that is not said."""
-        return None if self.joins is None else (self.joins >= 0) & ~self.mask
+        return None if self.joins is None else _any(self.joins != -1) & ~self.mask
 
     def members(self, token: int) -> Tensor:
         """(M,) ascending tokens of this map that became part of the row in the place of ``token``, itself
-        included; of a frame, ``token`` is a number in the whole clip.
+        included; of a frame, ``token`` is a number in the whole clip. -2, -3, ... ask for the rows that have
+        no place of their own.
         """
         if self.joins is None:
             raise SpecError(f"{self} does not say what its rows are made of; members expects a map that does")
-        return (self.joins == token).nonzero()[:, 0]
+        if token == -1:
+            raise SpecError("members(-1): -1 stands for no row; rows without a place are -2, -3, ...")
+        return _any(self.joins == token).nonzero()[:, 0]
 
     @property
     def kept_boxes(self) -> Tensor:
@@ -379,21 +384,6 @@ def _suffix(path: PathName) -> str:
     return suffix
 
 
-def _vector(name: str, value: Any) -> Tensor:
-    """A copy of our own on the CPU: a view would keep the caller's batch alive and change with it."""
-    try:
-        vector = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"{name} cannot be made a tensor ({error}); expected a vector of numbers") from error
-    if vector.ndim != 1:
-        raise SpecError(f"{name} has shape {tuple(vector.shape)}; expected one axis: take one row of a batch")
-    return vector
-
-
-def _scores(value: Any) -> Tensor:
-    scores = _vector("scores", value)
-    if scores.is_complex() or not scores.to(torch.float32).isfinite().all():
-        raise InvariantError(
-            f"scores of {len(scores)} tokens are not all finite in float32; fix the method that made them"
-        )
-    return scores.to(torch.float32)
+def _any(marks: Tensor) -> Tensor:
+    """(N,) bool of marks (N,), or of (N, J) whether any of a token is set."""
+    return marks if marks.ndim == 1 else marks.any(dim=1)

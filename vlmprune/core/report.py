@@ -35,8 +35,8 @@ class Report:
             has to be known of the model.
         kept: (k,) patches of every image that stay, None for all; -1 for rows that stand for no single patch.
         grids: blocks that ``kept`` counts in, per image.
-        joins: by the number of an image, of merging methods that say it: gives (N,) int64, for each patch the
-            one in whose place the row stands that it became part of, -1 where it is dropped.
+        joins: by the number of an image, of merging methods that say it: gives (N,) or (N, J) int64, for each
+            patch the rows that it became part of, as in ``KeepMap.joins``.
         frames: whether the blocks of an image are frames of a clip.
         views: how boxes lie on the original picture, per image.
     """

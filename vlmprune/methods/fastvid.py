@@ -28,14 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..checks import check_int, check_number, one_of
-from ..core.method import Merged, Method, Positions, What
+from ..core.merged import Merged
+from ..core.method import Method, Positions, What
 from ..core.select import ranked
 from ..core.tokens import VisualTokens
 from ..registry import register
@@ -74,6 +75,29 @@ def anchors(frames: Sequence[int], step: int) -> list[int]:
 def spread(total: int, places: int) -> list[int]:
     """``total`` over so many places, the first ones get one more."""
     return [total // places + (i < total % places) for i in range(places)]
+
+
+class Joined(NamedTuple):
+    """What the rows of an anchor are made of, beside their own context tokens."""
+
+    first: int  # token of the segment, in the clip
+    pool: Tensor  # (P,) tokens that may join, counted from it
+    anchor: int  # first token of the anchor, in the clip
+    context: Tensor  # (C,) its context tokens, counted from that
+    nearest: Tensor  # (P,) which of these each token joins, C for none
+
+
+def members_of(slots: Tensor, joined: Sequence[Joined], count: int) -> Tensor:
+    """(count, J) the rows with ascending slots (k,) that each token of a clip is part of."""
+    found = torch.full((count, 1 + len(joined)), -1, device=slots.device)
+    found[slots, 0] = torch.arange(len(slots), device=slots.device)
+    for number, one in enumerate(joined, start=1):
+        part = one.nearest < len(one.context)
+        place = one.anchor + one.context[one.nearest[part]]
+        found[one.first + one.pool[part], number] = torch.searchsorted(slots, place)
+    # a segment has few of the anchors of a clip, so that few columns are enough
+    wide = int((found >= 0).sum(dim=1).max())
+    return found.sort(dim=1, descending=True).values[:, :wide]
 
 
 @dataclass
@@ -179,12 +203,15 @@ class FastVID(Method):
             salient[t, order[t, :count]] = True
         # context tokens of the anchors of each segment, and the rows that take their places
         kept, places, merged = salient.clone(), [], []
+        joined: list[Joined] = []
         for part in parts:
             chosen = self.context(x, salient, part, counts.context)
             for t, index in chosen.items():
                 kept[t, index] = True
                 places.append(t * n + index)
-            merged += self.folded(x, salient, part, chosen)
+            rows_of, joins = self.folded(x, salient, part, chosen)
+            merged += rows_of
+            joined += joins
         # all rows in reading order: attended tokens as they are, merged rows in place of context tokens
         slots = kept.flatten().nonzero()[:, 0]
         rows = x.flatten(0, 1)[slots]
@@ -192,7 +219,7 @@ class FastVID(Method):
             # slots ascend, so this finds the row of each context token
             at = torch.searchsorted(slots, torch.cat(places))
             rows = rows.index_copy(0, at, torch.cat(merged).to(x.dtype))
-        return Merged(rows[None], slots[None])
+        return Merged(rows[None], slots[None], joins=lambda: members_of(slots, joined, frames * n)[None])
 
     def counts_of(self, parts: Sequence[range], s: Tensor, n: int, k: int | None) -> PerFrame:
         """What every frame of n tokens keeps."""
@@ -240,23 +267,27 @@ class FastVID(Method):
                 found[t] = others[peaks.centres[0]].sort().values
         return found
 
-    def folded(self, x: Tensor, salient: Tensor, part: range, chosen: dict[int, Tensor]) -> list[Tensor]:
-        """(C, D) float32 rows of every anchor of a segment."""
+    def folded(
+        self, x: Tensor, salient: Tensor, part: range, chosen: dict[int, Tensor]
+    ) -> tuple[list[Tensor], list[Joined]]:
+        """(C, D) float32 rows of every anchor of a segment, and what they are made of."""
         if not chosen:
-            return []
+            return [], []
+        n = x.shape[1]
         # the pool: all tokens of the segment that are not kept for their attention, by number in it
         pool_at = (~salient[part.start : part.stop]).flatten().nonzero()[:, 0]
         pool = x[part.start : part.stop].flatten(0, 1)[pool_at].float()  # (P, D)
-        unit, rows = normalize(pool, dim=-1, eps=1e-8), []
+        unit, rows, joins = normalize(pool, dim=-1, eps=1e-8), [], []
         for t, index in chosen.items():
             own = x[t, index].float()  # (C, D)
             nearest = (normalize(own, dim=-1, eps=1e-8) @ unit.T).argmax(dim=0)  # (P,)
             if self.variant == "exact" or self.rule != "onevision":
                 # an anchor's own context tokens join none: one more cluster takes them, and is dropped
-                nearest[torch.searchsorted(pool_at, (t - part.start) * x.shape[1] + index)] = len(index)
+                nearest[torch.searchsorted(pool_at, (t - part.start) * n + index)] = len(index)
             sums, members = (one[: len(index)] for one in cluster_sums(pool, nearest, len(index) + 1))
             # row = w x + (1 - w) mean; a context token that nothing joins stays as it is
             w = (1 / (members + 1)).clamp_min(self.beta)
             mean = sums / members.clamp_min(1)
             rows.append(torch.where(members > 0, w * own + (1 - w) * mean, own))
-        return rows
+            joins.append(Joined(part.start * n, pool_at, t * n, index, nearest))
+        return rows, joins

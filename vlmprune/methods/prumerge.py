@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..checks import check_int, check_number, one_of
-from ..core.method import Counts, Merged, Method, Need
+from ..core.merged import Merged
+from ..core.method import Counts, Method, Need
 from ..core.select import ranked, rest_of, rows_at, top_k
 from ..core.tokens import VisualTokens
 from ..errors import UnsupportedError
@@ -82,6 +83,21 @@ def folded(x: Tensor, a: Tensor, centres: Tensor, near: Tensor) -> Tensor:
         weights.scatter_(2, some, a[:, None].expand_as(weights).gather(2, some))
         rows.append(rows_at(x, centre) + weights @ x)
     return torch.cat(rows, dim=1)
+
+
+def members_of(centres: Tensor, near: Tensor, left: bool, n: int) -> Tensor:
+    """(B, n, J) the rows that each patch is part of: of centres (B, k) with their neighbours (B, k, c), and,
+    where there is one, the row of all others.
+    """
+    batch, k = centres.shape
+    within = torch.zeros(batch, k + left, n, dtype=torch.bool, device=centres.device)
+    within[:, :k].scatter_(2, torch.cat([centres[..., None], near], dim=2), True)
+    if left:
+        within[:, k] = torch.ones_like(within[:, k]).scatter(1, centres, False)
+    # the rows of a patch first, in their order, and as many columns as the patch in most rows needs
+    wide = int(within.sum(dim=1).max())
+    order = (~within).to(torch.int8).argsort(dim=1, stable=True)[:, :wide]  # (B, J, n)
+    return torch.where(within.gather(1, order), order, -1).transpose(1, 2)
 
 
 def left_over(x: Tensor, a: Tensor, centres: Tensor, rule: str) -> Tensor:
@@ -206,11 +222,14 @@ class PruMerge(Method):
         if self.order == "raster":
             centres = centres.sort(dim=1).values
         # y_i: every centre with the patches whose keys are most like its own
-        rows = folded(encoded, a, centres, nearest(keys, centres, self.neighbours))
+        near = nearest(keys, centres, self.neighbours)  # (B, k, c)
+        rows = folded(encoded, a, centres, near)
         slots = centres
         if self.extra != "none" and centres.shape[1] < tokens.count:  # else there are no others
             rows = torch.cat([rows, left_over(encoded, a, centres, self.extra)], dim=1)
             # -1: the row of all others has no place of its own
             slots = torch.cat([slots, slots.new_full((slots.shape[0], 1), -1)], dim=1)
         made = tokens.need("projector")(rows.to(encoded.dtype))  # works token by token
-        return Merged(made.to(tokens.need("features").dtype), slots)
+        left, n = slots.shape[1] > centres.shape[1], tokens.count
+        features = made.to(tokens.need("features").dtype)
+        return Merged(features, slots, joins=lambda: members_of(centres, near, left, n))

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..core.budget import Budget
-from ..core.method import CutPoint, Merged, Method, Need, Positions, SlotName, What
+from ..core.merged import Merged, joins_of, numbers
+from ..core.method import CutPoint, Method, Need, Positions, SlotName, What
 from ..core.select import rest_of, rows_at, top_k, top_k_in_groups
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -99,9 +100,12 @@ class VScan(Method):
         members = windows(tokens.need("grids"), self.window)
         kept = scan(a, A, members.to(A.device), per_window(k, members, self.local), k)
         x = tokens.need("features")
+        n = tokens.count
         if self.merging == "none":
-            return Merged(rows_at(x, kept), kept)
-        return Merged(merged_means(x, kept).to(x.dtype), kept)
+            return Merged(rows_at(x, kept), kept, joins=lambda: joins_of([(kept, numbers(kept))], n))
+        others = joining(x, kept)
+        rows = merged_means(x, kept, others).to(x.dtype)
+        return Merged(rows, kept, joins=lambda: joins_of([(kept, numbers(kept)), others], n))
 
     def attention(self, tokens: VisualTokens, layer: int | None) -> Tensor:
         """(B, N) attention at a layer of the tower, None for the deep one."""
@@ -200,9 +204,11 @@ def joining(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return rest, cosine.argmax(dim=-1)
 
 
-def merged_means(x: Tensor, kept: Tensor) -> Tensor:
-    """(B, k, D) float32 means of the kept tokens of x (B, N, D), each with those that join it."""
-    rest, target = joining(x, kept)
+def merged_means(x: Tensor, kept: Tensor, others: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, k, D) float32 means of the kept tokens (B, k) of x (B, N, D), each with those that join it, which
+    ``joining`` found.
+    """
+    rest, target = others
     total = rows_at(x, kept).float()
     # a kept token is a member of its own mean
     count = total.new_ones(*kept.shape, 1).scatter_add(1, target[..., None], total.new_ones(*rest.shape, 1))

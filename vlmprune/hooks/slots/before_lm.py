@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...core.budget import Budget
 from ...core.deferred import NOW, Checks
-from ...core.method import Merged, Method, needs_of
+from ...core.merged import Merged, names_of, through
+from ...core.method import Method, needs_of
 from ...core.select import choose, choose_own, top_k
 from ...errors import InvariantError, UnsupportedError
 from ..sequence.text import with_text
@@ -135,8 +136,8 @@ class Choice:
         index: (k,) tokens among them that stay, ascending; -1 for rows of a merging method without a place.
             None: all.
         rows: (k, D) of merging methods.
-        joins: of merging methods that say it: gives (N,) int64, for each token of the unit the one in whose
-            place the row stands that it became part of, -1 where it is dropped.
+        joins: of merging methods that say it: gives (N,) or (N, J) int64, for each token of the unit the rows
+            that it became part of, by the names of ``core.merged.names_of``, -1 for none.
     """
 
     own: Tensor | None
@@ -207,14 +208,7 @@ def _rows_of(result: Tensor | Merged) -> list[Tensor | Merged]:
 def places_of(rows: Merged) -> Callable[[], Tensor] | None:
     """``Choice.joins`` of one unit, from rows numbered in the order of the method."""
     ask, slots = rows.joins, rows.slots
-    if ask is None:
-        return None
-
-    def places() -> Tensor:
-        row = ask().to(slots.device)  # (N,)
-        return torch.where(row < 0, -1, slots[row.clamp_min(0)])
-
-    return places
+    return None if ask is None else lambda: through(ask(), names_of(slots))
 
 
 def part_of(joins: Callable[[], Tensor] | None, start: int, end: int) -> Callable[[], Tensor] | None:
@@ -259,10 +253,10 @@ def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) 
         return None
     device = picture.features.device
     kept = [part.patches(picture.count) for part in parts]
-    keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept]).sort().values
-    if all(part.rows is None for part in parts):
-        return Cut.of(picture, keep_idx)
-    return _to_rows(picture, parts, keep_idx, in_place)
+    keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept])
+    if any(part.rows is not None for part in parts):
+        return _to_rows(picture, parts, keep_idx, in_place)
+    return Cut.of(picture, keep_idx if len(kept) == 1 else keep_idx.sort().values)
 
 
 def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_place: bool) -> Cut:
@@ -282,13 +276,48 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_pla
         else:
             slots.append(hosts_of(picture.slots_of(own.to(part.index.device)), part.index))  # (k,)
         rows.append(part.rows)
-    # where a budget is of a part of a picture, tokens of the part are counted and not those of the picture
-    joins = parts[0].joins if len(parts) == 1 and parts[0].own is None else None
     device = rows[0].device
     every = joined([one.to(device) for one in slots])
     merged = joined([one.to(device, rows[0].dtype) for one in rows])
     kept = every if picture.special is None else torch.cat([every, picture.specials.to(device)])
+    joins = whole_joins(picture.count, parts)
     return Cut(kept, keep_idx, picture.grids, picture.length, every, merged, joins)
+
+
+def whole_joins(count: int, parts: Sequence[Choice]) -> Callable[[], Tensor] | None:
+    """``Cut.joins`` of a picture of ``count`` patches, from those of its parts, each of which counts its own
+    tokens, and its rows without a place; None where one of them does not say it.
+    """
+    asked = [part.joins for part in parts]
+    if len(parts) == 1 and parts[0].own is None:
+        return asked[0]
+    if any(ask is None and part.rows is not None for ask, part in zip(asked, parts, strict=True)):
+        return None
+
+    def joins() -> Tensor:
+        found = [_joins_in(count, part) for part in parts]
+        whole = torch.full((count, max(one.shape[1] for _, one, _ in found)), -1)
+        placeless = 0
+        for own, one, placeless_here in found:
+            whole[own, : one.shape[1]] = torch.where(one < -1, one - placeless, one)
+            placeless += placeless_here
+        return whole[:, 0] if whole.shape[1] == 1 else whole
+
+    return joins
+
+
+def _joins_in(count: int, part: Choice) -> tuple[Tensor, Tensor, int]:
+    """Of a part of a picture, on the CPU: its patches (n,), the rows (n, J) that each is part of, and the
+    number of its rows without a place.
+    """
+    own = torch.arange(count) if part.own is None else part.own.cpu()
+    if part.joins is not None and part.index is not None:
+        names = part.joins().cpu()
+        rows = torch.where(names < 0, names, own[names.clamp_min(0)])
+        return own, rows if rows.ndim > 1 else rows[:, None], int((part.index < 0).sum())
+    # nothing was merged: what stays is a row of its own
+    left = own if part.index is None else own[part.index.cpu()]
+    return own, torch.where(torch.isin(own, left), own, -1)[:, None], 0
 
 
 def hosts_of(slots: Tensor, index: Tensor) -> Tensor:

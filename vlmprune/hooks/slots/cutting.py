@@ -25,12 +25,13 @@ class Cut:
 
     Args:
         kept_slots: (K,) placeholder slots that stay, newline and [CLS] slots included, in any order.
-        keep_idx: (k,) patches that stay; ascending where nothing is merged, -1 for rows without a place.
+        keep_idx: (k,) patches that stay; ascending where nothing is merged, otherwise in the order of the
+            rows, -1 for rows without a place.
         grids: blocks that ``keep_idx`` counts in: those of the picture, or of its tiles before unpadding.
         length: slots that the picture had.
         row_slots, rows: (M,) slots and the (M, D) embeddings that take their place, for merging methods.
-        joins: gives (N,) int64, for each patch the one in whose place the row stands that it became part of,
-            -1 where it is dropped; None where that is not said.
+        joins: gives (N,) or (N, J) int64, for each patch the rows that it became part of, by the names of
+            ``core.merged.names_of``, -1 for none; None where that is not said.
     """
 
     kept_slots: Tensor

@@ -136,6 +136,7 @@ class InsideLM:
                 if compaction is not None:
                     columns = compaction.moved(row, columns)
                 spans.append(Span(row, columns, ids, number + p, p not in shown, ordinals[row], picture))
+                spans[-1].take(state.cuts[number + p] if state.cuts else None)
                 shown.add(p)
                 ordinals[row] += 1
             number += len(placement.pictures)
@@ -392,9 +393,6 @@ class InsideLM:
         report = state.report
         for span in state.tracked.spans:
             if span.shown:
-                left = report.realised_tokens[span.number] = span.count
-                layers = report.layer_tokens[span.number]
-                layers[index:] = [left] * (len(layers) - index)
-                report.kept[span.number] = span.ids
+                span.tell(report, index)
         report.sequence = (state.new_tokens, state.views.at(index).new.shape[1])
         report.fire("stage")

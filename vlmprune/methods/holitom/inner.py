@@ -23,7 +23,8 @@ from torch.nn.functional import normalize
 
 from ...checks import check_int, one_of
 from ...core.budget import Budget
-from ...core.method import CutPoint, Merged, Method, Positions, SlotName, What
+from ...core.merged import Merged, joins_of, numbers
+from ...core.method import CutPoint, Method, Positions, SlotName, What
 from ...core.select import rest_of, rows_at, top_k
 from ...core.tokens import VisualTokens
 from ...errors import SpecError
@@ -50,10 +51,9 @@ def from_the_last(joins: Tensor) -> Tensor:
     return torch.empty_like(later).scatter(0, order, later)
 
 
-def folded(kept: Tensor, gone: Tensor, combine: str) -> Tensor:
-    """(k, D) float32 rows kept (k, D) with those of gone (M, D) folded in."""
+def folded(kept: Tensor, gone: Tensor, joins: Tensor, combine: str) -> Tensor:
+    """(k, D) float32 rows kept (k, D) with those of gone (M, D) folded in, as each joins one (M,)."""
     kept, gone = kept.float(), gone.float()
-    joins = most_alike(kept, gone)
     if combine == "mean":
         sums, members = cluster_sums(gone, joins, len(kept))
         return (kept + sums) / (members + 1)
@@ -105,7 +105,12 @@ class HoliTomInner(Method):
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         features = tokens.need("features")
         keep = top_k(self.score(tokens), k)
-        gone = rows_at(features, rest_of(keep, tokens.count))
-        pairs = zip(rows_at(features, keep), gone, strict=True)
-        rows = torch.stack([folded(one, some, self.combine) for one, some in pairs])
-        return Merged(rows.to(features.dtype), keep)
+        rest = rest_of(keep, tokens.count)
+        own, gone = rows_at(features, keep), rows_at(features, rest)
+        joins = torch.stack([most_alike(*pair) for pair in zip(own.float(), gone.float(), strict=True)])
+        units = zip(own, gone, joins, strict=True)
+        rows = torch.stack([folded(*unit, self.combine) for unit in units])
+        n = tokens.count
+        return Merged(
+            rows.to(features.dtype), keep, joins=lambda: joins_of([(keep, numbers(keep)), (rest, joins)], n)
+        )

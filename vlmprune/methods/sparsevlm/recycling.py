@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.method import Merged
+from ...core.merged import Merged, joins_of, numbers
 from ...core.select import best_first, rows_at, top_k
 from ...errors import SpecError
 from ..clustering import cluster_means, density_peaks
@@ -41,8 +41,8 @@ def kept_of(n: int, rows: int) -> int:
 
 def pick(features: Tensor, ranking: Tensor, kept: int) -> Merged:
     """The ``kept`` leaders of a ranking (B, N) of features (B, N, D), in their order."""
-    keep = top_k(ranking, kept)
-    return Merged(rows_at(features, keep), keep)
+    keep, n = top_k(ranking, kept), features.shape[1]
+    return Merged(rows_at(features, keep), keep, joins=lambda: joins_of([(keep, numbers(keep))], n))
 
 
 def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None = None) -> Merged:
@@ -54,7 +54,10 @@ def recycle(features: Tensor, scores: Tensor, kept: int, ranking: Tensor | None 
     of_cut = scores.scatter(1, picked.slots, -torch.inf)
     best = best_first(of_cut, candidate_count(cut))
     x = rows_at(features, best).float()  # (B, n1, D)
-    merged = cluster_means(x, density_peaks(x, c).assignment, c).to(features.dtype)
+    joined = density_peaks(x, c).assignment  # (B, n1)
+    merged = cluster_means(x, joined, c).to(features.dtype)
     # -1: a cluster has no place of its own
     no_place = picked.slots.new_full((len(x), c), -1)
-    return Merged(torch.cat([picked.features, merged], dim=1), torch.cat([picked.slots, no_place], dim=1))
+    rows, slots = torch.cat([picked.features, merged], dim=1), torch.cat([picked.slots, no_place], dim=1)
+    keep, n = picked.slots, features.shape[1]
+    return Merged(rows, slots, joins=lambda: joins_of([(keep, numbers(keep)), (best, kept + joined)], n))
