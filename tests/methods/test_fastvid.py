@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
+import vlmprune
+from vlmprune.core.method import Merged
 from vlmprune.core.select import choose, choose_own
 from vlmprune.core.tokens import VisualTokens
-from vlmprune.errors import SpecError
+from vlmprune.errors import CaptureError, SpecError, UnsupportedError
 from vlmprune.methods.fastvid import FastVID, anchors, cuts, segments_of
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 
 def clip_of(frames: int, n: int, seed: int, width: int = 8, scenes: int = 2) -> VisualTokens:
@@ -109,10 +117,91 @@ def test_frame_vectors_decide_where_a_segment_ends() -> None:
     assert torch.bincount(own).tolist() == [2, 2, 2, 6] and torch.bincount(told).tolist() == [2, 4, 2, 4]
 
 
-@pytest.mark.parametrize("text", ["rule=image", "d=1.5", "p=0", "tau=2", "variant=paper"])
+def with_head() -> Any:
+    """A tiny LLaVA-OneVision whose tower has its pooling head, as its config allows."""
+    model = tiny_model("llava_onevision")
+    tower = next(one for one in model.model.vision_tower.modules() if hasattr(one, "use_head"))
+    torch.manual_seed(3)
+    tower.use_head, tower.head = True, SiglipMultiheadAttentionPoolingHead(tower.config)
+    tower.head.attention.in_proj_weight.data.normal_(0, 0.5)
+    return model.eval()
+
+
+def test_vectors_and_attention_are_those_of_the_head_of_the_tower() -> None:
+    model = with_head()
+    inputs = tiny_inputs("llava_onevision", images=(0,), video=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+    head = next(one for one in model.model.vision_tower.modules() if hasattr(one, "head")).head
+
+    def read(module: Any, args: tuple[Tensor], output: Tensor) -> None:
+        hidden = args[0]  # (T, n, C)
+        probe = head.probe.expand(len(hidden), -1, -1)
+        weights = torch.nn.functional.multi_head_attention_forward(
+            *(x.transpose(0, 1) for x in (probe, hidden, hidden)),
+            hidden.shape[2],
+            head.attention.num_heads,
+            head.attention.in_proj_weight,
+            head.attention.in_proj_bias,
+            None,
+            None,
+            False,
+            0.0,
+            head.attention.out_proj.weight,
+            head.attention.out_proj.bias,
+            average_attn_weights=False,
+        )[1]
+        seen.append((weights[:, :, 0].mean(dim=1), output))
+
+    found: list[VisualTokens] = []
+
+    class Spy(FastVID):
+        def merge(self, tokens: VisualTokens, k: int) -> Merged:
+            found.append(tokens)
+            return super().merge(tokens, k)
+
+    handle = head.register_forward_hook(read)
+    method = Spy(by="head")
+    with torch.no_grad(), vlmprune.prune(model, method, keep=0.25) as run:
+        model(**inputs)
+        assert run.last is not None and run.last.pruned
+    handle.remove()
+    (tokens,), (weights, vectors) = found, seen[-1]
+    frames, side = len(tokens.grids), int(weights.shape[1] ** 0.5)
+    packed = model.model.apply_pooling(weights.view(frames, side * side, 1)).flatten()
+    torch.testing.assert_close(tokens.need("pooling_attention")[0], packed)
+    torch.testing.assert_close(tokens.need("frame_vectors")[0], vectors)
+    # both decide: other vectors cut the clip elsewhere, other attention keeps other tokens
+    assert vectors.std(dim=0).max() > 0 and weights.std() > 0
+
+
+def test_a_tower_without_a_head_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"no pooling head.*vision_use_head=False.*without by=head"):
+        vlmprune.attach(tiny_model("llava_onevision"), "fastvid(by=head)@0.25")
+
+
+def test_attention_and_vectors_of_a_head_decide() -> None:
+    tokens = clip_of(4, 12, seed=2, scenes=1)
+    vectors = torch.eye(4)[None, [0, 0, 1, 1]]
+    other = 1 - tokens.need("received_attention")
+    given = VisualTokens(
+        features=tokens.features,
+        received_attention=other,
+        pooling_attention=tokens.received_attention,
+        frame_vectors=vectors,
+        grids=tokens.grids,
+        frames=True,
+    )
+    plain = replace(given, received_attention=tokens.received_attention)
+    one, two = FastVID(segments=1, by="head"), FastVID(segments=1)
+    assert torch.equal(choose(one, given, 12).slots, choose(two, plain, 12).slots)
+    assert not torch.equal(choose(one, given, 12).slots, choose(two, given, 12).slots)
+    with pytest.raises(CaptureError, match="frame_vectors"):
+        choose(one, replace(given, frame_vectors=None), 12)
+
+
+@pytest.mark.parametrize("text", ["rule=image", "by=both", "d=1.5", "p=0", "tau=2", "variant=paper"])
 def test_bad_options_are_refused(text: str) -> None:
     name, value = text.split("=")
+    number = (float if "." in value else int)(value) if value[0].isdigit() else value
     with pytest.raises(SpecError, match=name):
-        FastVID(
-            **{name: value if name in ("rule", "variant") else float(value) if "." in value else int(value)}
-        )
+        FastVID(**{name: number})

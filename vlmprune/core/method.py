@@ -62,6 +62,8 @@ What = Literal[
     "keys",  # (B, N, d) attention keys, mean over heads
     "wide_keys",  # (B, N, C) attention keys of all heads side by side
     "wide_attention",  # (B, N) attention of [CLS], all heads read as one of their full width
+    "pooling_attention",  # (B, N) attention of the pooling head of a tower that has one, mean over heads
+    "frame_vectors",  # (B, T, C) what that head makes of each frame
     "cls_features",  # (B, T, C) [CLS] rows of the crops
     "projector",  # the projector as a function
     "tile_features",  # (T, n, D) projected rows of the raw crops of a tiled picture
@@ -85,6 +87,7 @@ OF_TOWER: tuple[What, ...] = (
     "wide_keys",
     "wide_attention",
 )  # read from one block of the tower
+OF_HEAD: tuple[What, ...] = ("pooling_attention", "frame_vectors")  # read from its pooling head
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ _TensorField = Literal[
     "keys",
     "wide_keys",
     "wide_attention",
+    "pooling_attention",
+    "frame_vectors",
     "cls_features",
     "text_embeds",
     "text_attention",
@@ -66,6 +68,7 @@ _RANKS = {
     "keys": (3,),
     "wide_keys": (3,),
     "wide_attention": (2,),
+    "pooling_attention": (2,),
     "cls_features": (3,),
     "text_embeds": (3,),
     "text_attention": (4,),
@@ -74,7 +77,7 @@ _RANKS = {
     "lm_states": (3,),
     "frame_vectors": (3,),
 }
-_ONE_A_PATCH = ("received_attention", "wide_attention")
+_ONE_A_PATCH = ("received_attention", "wide_attention", "pooling_attention")
 _APART = ("cls_features", "text_embeds", "frame_vectors")  # hold no row per token
 
 
@@ -93,6 +96,8 @@ class VisualTokens:
         wide_keys: (B, N, C) attention keys of all heads side by side, unscaled.
         wide_attention: (B, N) softmaxed attention of [CLS] with all heads read as one of their full width C,
             [CLS] entry removed, not renormalised.
+        pooling_attention: (B, N) softmaxed attention of the probe of a pooling head to the patches, mean over
+            heads.
         cls_features: (B, T, C) [CLS] rows of the T crops of a unit as the projector would take them (T = 0
             without [CLS]).
         projector: maps (..., C) to (..., D).
@@ -115,8 +120,8 @@ class VisualTokens:
         grids: the rectangular blocks (rows, cols) that the N tokens form one after the other, in raster
             order.
         frames: whether these blocks are all frames of one clip.
-        frame_vectors: (B, T, C) one vector for each of the T frames of a clip, such as the output of a tower
-            with a pooling head, where the caller has them.
+        frame_vectors: (B, T, C) one vector for each of the T frames of a clip: the output of the pooling head
+            of a tower, or what else the caller has.
         ordinal: (B,) index of the unit inside its sample, so that seeded methods differ between images; on
             the CPU.
         size: (B, N), for methods that need no tensor at all.
@@ -132,6 +137,7 @@ class VisualTokens:
     keys: Tensor | None = None
     wide_keys: Tensor | None = None
     wide_attention: Tensor | None = None
+    pooling_attention: Tensor | None = None
     cls_features: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     grids: tuple[tuple[int, int], ...] = ()

@@ -17,9 +17,9 @@ Deviations: exactly k tokens, the authors' LLaVA-Video rule with what division l
 frames; what an anchor has no room for goes to attended tokens; short clips have fewer cuts, where the code
 crashes; no noise in the densities: the lower index counts as denser, and wins ties; float32. g is the mean of
 the tokens of a frame and a the attention that a patch receives in the tower, as in the authors' Qwen file,
-because released checkpoints have no pooling head; whoever has its output passes it as ``frame_vectors`` and
-``received_attention``. ``variant="official"`` takes no budget and keeps what the file of a family does,
-``rule``.
+because released checkpoints have no pooling head; ``by="head"`` takes g and a of the head of a tower that has
+one, as their other two files do. ``variant="official"`` takes no budget and keeps what the file of a family
+does, ``rule``.
 Provenance: arXiv:2503.11187; written from a description of the official code (commit a40a109, MIT), whose
 three files differ; no code copied.
 """
@@ -145,6 +145,8 @@ class FastVID(Method):
         beta: the least weight of a context token in its row.
         neighbours: tokens that make the density of one.
         iota: of the Qwen file: a frame that is as like the next one is left out.
+        by: "tower": means of tokens, and the attention of a block; "head": vectors and attention of the
+            pooling head of a tower that has one, as SigLIP.
     """
 
     variant: str = "exact"
@@ -157,8 +159,8 @@ class FastVID(Method):
     beta: float = 0.6
     neighbours: int = 4
     iota: float = 0.95
+    by: str = "tower"
 
-    needs: ClassVar[tuple[What, ...]] = ("features", "received_attention")
     nested: ClassVar[bool] = False
     positions: ClassVar[Positions] = "original"
     clips: ClassVar[bool] = True
@@ -168,6 +170,7 @@ class FastVID(Method):
     def __post_init__(self) -> None:
         one_of("variant", self.variant, ("exact", "official"))
         one_of("rule", self.rule, RULES)
+        one_of("by", self.by, ("tower", "head"))
         for name in ("r", "d", "beta"):
             check_number(name, getattr(self, name), 0, 1)
         for name in ("tau", "iota"):
@@ -177,6 +180,11 @@ class FastVID(Method):
         if self.variant == "official":
             counts_by_itself(self)
 
+    @property
+    def needs(self) -> tuple[What, ...]:  # type: ignore[override]
+        of_head: tuple[What, ...] = ("pooling_attention", "frame_vectors")
+        return ("features", *of_head) if self.by == "head" else ("features", "received_attention")
+
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         return Merged.batch(self._rows(tokens, k))
 
@@ -185,9 +193,10 @@ class FastVID(Method):
 
     def _rows(self, tokens: VisualTokens, k: int | None) -> list[Merged]:
         x = clip_features(self, tokens)  # (B, T, n, D)
-        a = tokens.need("received_attention").view(x.shape[:3])
-        # vectors of a pooling head where the caller has them, else means of tokens
-        given = tokens.frame_vectors
+        of_head = self.by == "head"
+        a = tokens.need("pooling_attention" if of_head else "received_attention").view(x.shape[:3])
+        # vectors that the caller has count for both, else means of tokens
+        given = tokens.need("frame_vectors") if of_head else tokens.frame_vectors
         g = x.float().mean(dim=2) if given is None else given  # (B, T, C)
         return [self.clip(x[b], a[b], transitions(g[b]), k) for b in range(x.shape[0])]
 

@@ -29,6 +29,7 @@ IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id"
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
 Part = Any  # a module of transformers: which attributes it has is known to the adapter of its family alone
 CLS_FEATURES, TILE_FEATURES, FEATURES = Need("cls_features"), Need("tile_features"), Need("features")
+FRAME_VECTORS = Need("frame_vectors")
 
 
 class Adapter:
@@ -228,6 +229,7 @@ class Adapter:
         n = grid[0] * grid[1]
         pack = partial(self._pack_one, modality, number, count, arguments, features.shape[0])
         cls_features, tile_features = found.pop(CLS_FEATURES, None), found.pop(TILE_FEATURES, None)
+        frame_vectors = found.pop(FRAME_VECTORS, None)
         captured: dict[Need, Tensor] = {}
         if self.projects_tokens(modality):
             captured = {
@@ -252,8 +254,9 @@ class Adapter:
             if cls_features is not None:
                 whole[CLS_FEATURES] = cls_features
             tiles = Tiles(whole, grid, self.layout(number, arguments))
-        if cls_features is not None:
-            captured[CLS_FEATURES] = cls_features[:, 0]
+        for need, value in ((CLS_FEATURES, cls_features), (FRAME_VECTORS, frame_vectors)):
+            if value is not None:
+                captured[need] = value[:, 0]
         marks = torch.zeros(features.shape[0], dtype=torch.bool) if special is None else special
         return Picture(
             features,

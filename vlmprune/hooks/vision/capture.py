@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.deferred import NOW, Checks
-from ...core.method import OF_TOWER, Need, What, as_needs
+from ...core.method import OF_HEAD, OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
 from ..attention_call import AttentionCall
 from .tower import (
@@ -27,6 +27,7 @@ from .tower import (
     Reader,
     attention_in,
     find_blocks,
+    find_head,
     has_cls,
     prefix_length,
     reader_of,
@@ -35,7 +36,7 @@ from .tower import (
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
 OF_CLS = ("cls_attention", "wide_attention")
 OF_PROJECTOR = ("encoder_features", "tile_features")
-CLS_FEATURES = Need("cls_features")
+CLS_FEATURES, FRAME_VECTORS, POOLING = Need("cls_features"), Need("frame_vectors"), Need("pooling_attention")
 
 
 def block_index(layer: int | float, count: int, full: Sequence[int] | None = None) -> int:
@@ -109,6 +110,8 @@ class VisionCapture:
                 f"{missing} are of a block that was not loaded: this tower has the first {loaded} of its "
                 f"{count} blocks; leave layer=... out, or choose an earlier one"
             )
+        # of several towers none has such a head
+        self.head = find_head(self.towers[0]) if any(need.what in OF_HEAD for need in self.needs) else None
         self.readers: list[tuple[int, Reader]] = [
             (index, reader_of(attention_in(blocks[index]), gather))
             for index in sorted(set(self.blocks_of.values()))
@@ -130,6 +133,11 @@ class VisionCapture:
             for blocks in self.blocks:
                 for index in sorted(set(self.layers)):
                     self._handles.append(blocks[index].register_forward_hook(self._on_block(index)))
+        if self.head is not None and POOLING in self.needs:
+            attention = self.head.get_submodule("attention")
+            self._handles.append(attention.register_forward_hook(self._on_head_attention))
+        if self.head is not None and FRAME_VECTORS in self.needs:
+            self._handles.append(self.head.register_forward_hook(self._on_head))
         if any(need.what in OF_PROJECTOR for need in self.needs) and self.projector is not None:
             self._handles.append(self.projector.register_forward_hook(self._on_projector))
 
@@ -184,6 +192,14 @@ class VisionCapture:
             given = {"encoder_features": args[0], "tile_features": output}
             record.found |= {need: given[need.what] for need in self.needs if need.what in given}
 
+    def _on_head_attention(self, module: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
+        if (record := self.record) is not None:
+            record.found[POOLING] = output[1][:, 0].detach().float()  # (T, 1, n), mean over heads
+
+    def _on_head(self, module: nn.Module, args: object, output: Tensor) -> None:
+        if (record := self.record) is not None:
+            record.found[FRAME_VECTORS] = output[:, None].detach()  # (T, 1, C)
+
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             if (record := self.record) is not None:
@@ -237,7 +253,7 @@ class Record:
             found[CLS_FEATURES] = torch.cat(
                 [self.rows[index] for index in capture.layers], dim=-1
             )  # (T, 1, C)
-        expected = [need for need in capture.needs if need.what in (*OF_TOWER, *OF_PROJECTOR)]
+        expected = [need for need in capture.needs if need.what in (*OF_TOWER, *OF_PROJECTOR, *OF_HEAD)]
         if CLS_FEATURES in capture.needs and capture.cls:
             expected.append(CLS_FEATURES)
         if missing := [str(need) for need in expected if need not in found]:

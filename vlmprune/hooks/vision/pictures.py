@@ -22,7 +22,7 @@ from ...errors import InvariantError, UnsupportedError
 from .tiles import Tiles
 
 Grids = tuple[tuple[int, int], ...]
-CLS_FEATURES = Need("cls_features")
+CLS_FEATURES, FRAME_VECTORS = Need("cls_features"), Need("frame_vectors")
 
 
 @dataclass(eq=False)
@@ -32,7 +32,8 @@ class Picture:
     Args:
         features: (length, D) what the language model is given in the slots.
         grids: rectangular blocks (rows, cols) that the patches form, in order; one per frame for a clip.
-        captured: per need, patches before channels: (N, channels); cls_features (T, C); text_embeds (R, D).
+        captured: per need, patches before channels: (N, channels); cls_features and frame_vectors (T, C);
+            text_embeds (R, D).
         special: (length,) bool on the CPU, slots that are no patches; None where all are.
         crops: gives (N,) the crop (tile, frame) of every patch; called only for budgets per crop.
         tiles: the raw crops of a tiled picture, where a method asked for them.
@@ -230,7 +231,7 @@ def _slice(picture: Picture, need: Need, index: Tensor | None, crop: int | None)
     value = picture.captured[need]
     if need.what == "text_embeds":
         return value
-    if need.what == "cls_features":
+    if need in (CLS_FEATURES, FRAME_VECTORS):
         return value if crop is None else value[crop : crop + 1]
     if index is None or index.shape[0] == picture.count:
         return value

@@ -68,6 +68,20 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
     return max(lists, key=len)
 
 
+def find_head(tower: nn.Module) -> nn.Module:
+    """The pooling head of a tower, where a trained probe attends to all patches, as SigLIP has one."""
+    for module in tower.modules():
+        attention = getattr(module, "attention", None)
+        if isinstance(attention, nn.MultiheadAttention) and isinstance(
+            getattr(module, "probe", None), nn.Parameter
+        ):
+            return module
+    raise UnsupportedError(
+        f"{type(tower).__name__} has no pooling head, or its checkpoint none (vision_use_head=False); read "
+        "the attention of its blocks instead, as fastvid does without by=head"
+    )
+
+
 def prefix_length(tower: nn.Module) -> int:
     """How many tokens stand in front of the patches: [CLS], and registers where there are some."""
     counted: int | None = getattr(tower, "num_prefix_tokens", None)
