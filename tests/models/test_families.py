@@ -72,7 +72,8 @@ def blind(family: str) -> Any:
     model = tiny_model(family)
     blocks = find_blocks(adapter_for(model).vision_tower)
     for name, module in blocks.named_modules():
-        first = name.startswith("0.") and name.removesuffix(".linear").endswith(("q_proj", "k_proj", "qkv"))
+        asks = ("q_proj", "k_proj", "qkv", ".q", ".k")
+        first = name.startswith("0.") and name.removesuffix(".linear").endswith(asks)
         if isinstance(module, nn.Linear) and not first:
             module.weight.zero_()
             if module.bias is not None:

@@ -100,8 +100,8 @@ def always_tiled(crops: Function) -> Function:
     return changed
 
 
-def norm_left_out(forward: Function) -> Function:
-    return lambda self, tokens: tokens @ self.connector.mm_input_projection_weight
+def norm_left_out(after_pooling: Function) -> Function:
+    return lambda connector, tokens: tokens @ connector.mm_input_projection_weight
 
 
 MUTANTS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,7 @@ class Adapter:
     model_type: str = ""
     modalities: tuple[Modality, ...] = (IMAGE,)
     view: ClassVar[str] = "center"  # how the usual processor maps the picture to the model's view
-    # attributes of the inner model
+    # attributes of the inner model; the last may be a path
     text: ClassVar[str] = "language_model"
     tower: ClassVar[str] = "vision_tower"
     connector: ClassVar[str] = "multi_modal_projector"
@@ -82,7 +83,7 @@ class Adapter:
         self.cls = has_cls(self.vision_tower)
 
     def _projector(self) -> nn.Module:
-        return getattr(self.inner, self.connector)
+        return attrgetter(self.connector)(self.inner)
 
     @property
     def config(self) -> Any:
@@ -334,6 +335,14 @@ def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
         raise CaptureError(
             f"{name} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
         )
+
+
+def check_beside(name: str, value: Any, shape: tuple[int, ...], what: str) -> None:
+    """Refuse what stands beside pixels where it is missing or of another shape."""
+    given = None if value is None else tuple(torch.as_tensor(value).shape)
+    if given != shape:
+        said = "is missing" if given is None else f"has shape {given}"
+        raise CaptureError(f"{name} {said}; pass it as the processor returns it: {what}")
 
 
 def _crop_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: int, n: int) -> Tensor:

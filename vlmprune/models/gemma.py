@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, Modality, Part
+from .base import Adapter, Modality
+from .merging import OfCells
 
 
 class PaliGemmaAdapter(Adapter):
@@ -25,15 +26,9 @@ class PaliGemmaAdapter(Adapter):
     text_type = 1  # the answer; pictures and question are 0
 
 
-class AfterPooling(nn.Module):
+def after_pooling(connector: Any, tokens: Tensor) -> Tensor:
     """What Gemma 3's projector does after it has averaged patches: each token (..., C) to (..., D)."""
-
-    def __init__(self, connector: nn.Module) -> None:
-        super().__init__()
-        self.connector: Part = connector
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.connector.mm_soft_emb_norm(tokens) @ self.connector.mm_input_projection_weight
+    return connector.mm_soft_emb_norm(tokens) @ connector.mm_input_projection_weight
 
 
 class Gemma3Adapter(Adapter):
@@ -52,7 +47,7 @@ class Gemma3Adapter(Adapter):
         return self.projector.connector.mm_soft_emb_norm  # the projector as a whole reads patches
 
     def _projector(self) -> nn.Module:
-        return AfterPooling(self.inner.multi_modal_projector)
+        return OfCells(self.inner.multi_modal_projector, after_pooling)
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         rows, cols = self.grid(modality, number, arguments)

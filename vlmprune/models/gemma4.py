@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, closed_by_sharing
+from .base import IMAGE, VIDEO, Modality, check_beside, check_pixels, closed_by_sharing
+from .merging import MergingAdapter, per_picture
 
 PLACES = {"image": "image_position_ids", "video": "video_position_ids"}
 
 
-class Gemma4Adapter(Adapter):
+class Gemma4Adapter(MergingAdapter):
     """Gemma4ForConditionalGeneration: images and clips; sounds stay as they are."""
 
     model_type = "gemma4"
@@ -44,7 +45,6 @@ class Gemma4Adapter(Adapter):
 
     @property
     def merge(self) -> int:
-        """Patches along each side of a token."""
         return self.config.vision_config.pooling_kernel_size
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
@@ -52,13 +52,9 @@ class Gemma4Adapter(Adapter):
         check_pixels(modality.pixels, pixels, 3, "(images, patches, values)")
         if pixels is None:
             return
-        places = arguments.get(name)
-        if not isinstance(places, Tensor) or places.shape != (*pixels.shape[:2], 2):
-            given = "is missing" if places is None else f"has shape {tuple(torch.as_tensor(places).shape)}"
-            raise CaptureError(
-                f"{name} {given}; pass it as the processor returns it: (column, row) of each of the "
-                f"{pixels.shape[1]} patches of {pixels.shape[0]} images"
-            )
+        images, patches = pixels.shape[:2]
+        what = f"(column, row) of each of the {patches} patches of {images} images"
+        check_beside(name, arguments.get(name), (images, patches, 2), what)
         if modality.name == "video" and arguments.get("num_frames_per_video") is None:
             raise CaptureError("num_frames_per_video is missing; pass it as the processor returns it")
 
@@ -100,26 +96,8 @@ class Gemma4Adapter(Adapter):
                 frames * rows * cols // self.merge**2
                 for frames, (rows, cols) in zip(counts, grids, strict=True)
             ]
-            packed = value.flatten(0, -2)
-            return [
-                part.unflatten(0, (frames, -1))
-                for part, frames in zip(packed.split(lengths), counts, strict=True)
-            ]
+            return per_picture(value.flatten(0, -2), lengths, counts)
         return [
             part[:, : rows * cols]
             for part, (rows, cols) in zip(value.split(list(counts)), grids, strict=True)
         ]
-
-    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        # (frames, channels, rows, cols)
-        cells = crops.transpose(1, 2).unflatten(2, self.grid(modality, number, arguments))
-        return nn.functional.avg_pool2d(cells, self.merge).flatten(2).transpose(1, 2).flatten(0, 1)
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
-
-    def grids(
-        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], ...]:
-        rows, cols = (n // self.merge for n in grid)
-        return ((rows, cols),) * crops

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..core.method import Need, What
 from ..errors import UnsupportedError
 from ..hooks.vision.capture import VisionCapture
-from .base import Adapter, Modality, check_pixels, feature_list
-from .internvl import shuffled_mean
+from .base import Modality, check_pixels, feature_list
+from .internvl import ShufflingAdapter
 
 
-class Idefics3Adapter(Adapter):
+class Idefics3Adapter(ShufflingAdapter):
     """Idefics3ForConditionalGeneration.
 
     The tiles of an image and its overview are pictures of their own: the model itself knows no more of them.
@@ -25,11 +25,13 @@ class Idefics3Adapter(Adapter):
     model_type = "idefics3"
     towers = ("idefics3_vision", "smolvlm_vision")
     of_frames: ClassVar[Mapping[str, object]] = {"do_image_splitting": False}
-    text, tower, connector = "text_model", "vision_model", "connector"
+    text, tower = "text_model", "vision_model"
+    connector = "connector.modality_projection"  # what comes after the shuffle
     view = "stretch"
 
-    def _projector(self) -> torch.nn.Module:
-        return self.inner.connector.modality_projection  # what comes after the shuffle
+    @property
+    def merge(self) -> int:
+        return self.config.scale_factor
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         check_pixels(
@@ -58,20 +60,8 @@ class Idefics3Adapter(Adapter):
         """One entry per picture; the model has one per row of the batch."""
         return list(torch.cat(feature_list(output)).split(self.inner.image_seq_len))
 
-    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
-
     def _shuffle(self, channels: Tensor) -> Tensor:
         return self.inner.connector.pixel_shuffle(channels.flatten(1, 2), self.config.scale_factor)
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
-
-    def grids(
-        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], ...]:
-        rows, cols = (n // self.config.scale_factor for n in grid)
-        return ((rows, cols),)
 
 
 class SmolVLMAdapter(Idefics3Adapter):

@@ -11,10 +11,22 @@ from torch import Tensor
 from ..core.method import Need, What, as_needs
 from ..errors import UnsupportedError
 from ..hooks.vision.capture import VisionCapture
-from .base import Adapter, Modality
+from .base import Modality
+from .merging import MergingAdapter
 
 
-class InternVLAdapter(Adapter):
+class ShufflingAdapter(MergingAdapter):
+    """Base of families that shuffle the patches of a token side by side, by a function of their own."""
+
+    def _shuffle(self, channels: Tensor) -> Tensor:
+        """(crops, rows, cols, C) of patches -> (crops, tokens, merge**2 * C)."""
+        raise NotImplementedError
+
+    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
+        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
+
+
+class InternVLAdapter(ShufflingAdapter):
     """InternVLForConditionalGeneration.
 
     Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of
@@ -39,23 +51,12 @@ class InternVLAdapter(Adapter):
             )
         return super().capture(needs)
 
-    def _shrunk(self, grid: tuple[int, int]) -> tuple[int, int]:
-        rows, cols = (round(n * self.config.downsample_ratio) for n in grid)
-        return rows, cols
-
-    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
+    @property
+    def merge(self) -> int:
+        return round(1 / self.config.downsample_ratio)
 
     def _shuffle(self, channels: Tensor) -> Tensor:
         return self.inner.pixel_shuffle(channels, scale_factor=self.config.downsample_ratio).flatten(1, 2)
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
-
-    def grids(
-        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], ...]:
-        return (self._shrunk(grid),)
 
 
 class QianfanOcrAdapter(InternVLAdapter):

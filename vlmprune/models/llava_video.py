@@ -14,6 +14,7 @@ from ..core.method import Need, What
 from ..hooks.vision.capture import VisionCapture
 from .base import IMAGE, VIDEO, Adapter, Modality, feature_list
 from .llava_next import LlavaNextAdapter
+from .merging import averaged
 
 
 class LlavaNextVideoAdapter(LlavaNextAdapter):
@@ -36,8 +37,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             return super().pack(modality, crops, number, arguments)
         # scores are averaged over the cell that a token is made of, also where the model takes its maximum or
         # learned to pool
-        cells = crops.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return nn.functional.avg_pool2d(cells, self._stride()).flatten(2).transpose(1, 2).flatten(0, 1)
+        return averaged(crops, (self.side, self.side), self._stride())
 
     def projects_tokens(self, modality: Modality) -> bool:
         return modality.name == "video"

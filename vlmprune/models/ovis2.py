@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..core.method import Need, What, as_needs
 from ..errors import UnsupportedError
 from ..hooks.vision.capture import VisionCapture
-from .base import Adapter, Modality, Part
+from .base import Modality, Part
+from .merging import MergingAdapter, averaged
 
 
 class SoftVocabulary(nn.Module):
@@ -28,7 +29,7 @@ class SoftVocabulary(nn.Module):
         return shares @ self.table.weight[: shares.shape[-1]]
 
 
-class Ovis2Adapter(Adapter):
+class Ovis2Adapter(MergingAdapter):
     """Ovis2ForConditionalGeneration: square tiles, each of which is a picture of its own.
 
     Tokens that mark the beginning and the end of pictures are no part of them, so they stay.
@@ -55,21 +56,15 @@ class Ovis2Adapter(Adapter):
         return super().capture(needs)
 
     @property
-    def stride(self) -> int:
-        """Patches along each side of a token."""
+    def merge(self) -> int:
         return self.config.vision_config.hidden_stride
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        cells = crops[0].T.unflatten(1, self.grid(modality, number, arguments))  # (channels, rows, cols)
         # a side that does not divide was filled up with zeros, which are no patches
-        pooled = nn.functional.avg_pool2d(cells, self.stride, ceil_mode=True)
-        return pooled.flatten(1).T
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
+        return averaged(crops, self.grid(modality, number, arguments), self.merge, filled=True)
 
     def grids(
         self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
     ) -> tuple[tuple[int, int], ...]:
-        rows, cols = (-(-n // self.stride) for n in grid)
+        rows, cols = (-(-n // self.merge) for n in grid)
         return ((rows, cols),)

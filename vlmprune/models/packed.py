@@ -7,7 +7,7 @@ or row by row (PaddleOCR-VL, Kimi).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..errors import UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import Modality, Part, refuse_clips
+from .base import Modality, refuse_clips
+from .merging import OfCells, averaged, normed_patches, two_layers
 from .qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
 
 _BOTH: Any = ("compact", "original")  # positions that count tokens, where Qwen-VL's are places in pictures
@@ -38,16 +39,13 @@ class HyperClovaXVisionAdapter(Qwen2_5VLAdapter):
     positions = _BOTH
     merges_first = True
 
-    def _projector(self) -> nn.Module:
-        return self.inner.projector
-
 
 class Lfm3VlAdapter(Qwen2VLAdapter):
     """Lfm3VlForConditionalGeneration: blocks with convolutions between those with attention."""
 
     model_type = "lfm3_vl"
     towers = ("lfm3_vl_vision",)
-    tower = "vision_tower"
+    tower, connector = "vision_tower", "multi_modal_projector"
     positions = _BOTH
 
     @property
@@ -56,37 +54,20 @@ class Lfm3VlAdapter(Qwen2VLAdapter):
         kinds = self.config.vision_config.layer_types
         return [max(number for number, kind in enumerate(kinds) if kind != "conv") - len(kinds)]
 
-    def _projector(self) -> nn.Module:
-        return self.inner.multi_modal_projector
-
 
 class Cosmos3EdgeAdapter(Qwen2VLAdapter):
     """Cosmos3EdgeForConditionalGeneration."""
 
     model_type = "cosmos3_edge"
     towers = ("cosmos3_edge_vision",)
-
-    def _projector(self) -> nn.Module:
-        return self.inner.projector
-
-
-class OfCells(nn.Module):
-    """A projector as a function of the patches of a token: rows (..., merge**2 * C) to (..., D)."""
-
-    def __init__(self, connector: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.connector: Part = connector
-        self.call = call
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.call(self.connector, rows)
+    connector = "projector"
 
 
 class StillAdapter(Qwen2VLAdapter):
     """Base of families whose projector reads the patches of a token at once; clips are refused."""
 
-    connector: ClassVar[str]
     by_rows: ClassVar[bool] = False  # whether the tower reads patches row by row, not token by token
+    gives_cells: ClassVar[bool] = False  # whether it puts those of a token side by side when it ends
     clips: ClassVar[str] = "reads no clips"  # what happens to them, for the refusal
 
     @staticmethod
@@ -95,7 +76,7 @@ class StillAdapter(Qwen2VLAdapter):
         raise NotImplementedError
 
     def _projector(self) -> nn.Module:
-        return OfCells(getattr(self.inner, self.connector), self.project)
+        return OfCells(super()._projector(), self.project)
 
     @property
     def read_by(self) -> nn.Module:
@@ -126,7 +107,7 @@ class StillAdapter(Qwen2VLAdapter):
         self, patches: Tensor, modality: Modality, number: int, arguments: Mapping[str, Any]
     ) -> Tensor:
         """(frames, n, C) patches to (frames, N, merge**2 * C), those of a token side by side."""
-        if not self.by_rows:
+        if self.gives_cells or not self.by_rows:
             return patches.unflatten(1, (-1, self.merge**2)).flatten(2)
         rows, cols = (n // self.merge for n in self.grid(modality, number, arguments))
         apart = patches.unflatten(1, (rows, self.merge, cols, self.merge)).transpose(2, 3)
@@ -136,8 +117,7 @@ class StillAdapter(Qwen2VLAdapter):
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         if not self.by_rows:
             return super().pack(modality, crops, number, arguments)
-        cells = crops.transpose(1, 2).unflatten(2, self.grid(modality, number, arguments))
-        return nn.functional.avg_pool2d(cells, self.merge).flatten(2).transpose(1, 2).flatten(0, 1)
+        return averaged(crops, self.grid(modality, number, arguments), self.merge)
 
 
 class PaddleOcrVlAdapter(StillAdapter):
@@ -151,9 +131,7 @@ class PaddleOcrVlAdapter(StillAdapter):
 
     @staticmethod
     def project(connector: Any, rows: Tensor) -> Tensor:
-        width = connector.pre_norm.normalized_shape[0]
-        normed = connector.pre_norm(rows.unflatten(-1, (-1, width))).flatten(-2)
-        return connector.linear_2(connector.act(connector.linear_1(normed)))
+        return two_layers(connector, normed_patches(connector.pre_norm, rows))
 
 
 class Ernie4_5VlMoeAdapter(StillAdapter):
@@ -181,32 +159,17 @@ class KimiK25Adapter(StillAdapter):
     towers = ("kimi_k25_vision",)
     tower, connector = "vision_tower", "mm_projector"
     positions = _BOTH
-    by_rows = True
+    by_rows = gives_cells = True
     clips = "averages the frames of a clip"
 
     @staticmethod
     def project(connector: Any, rows: Tensor) -> Tensor:
-        width = connector.pre_norm.normalized_shape[0]
-        lead = rows.shape[:-1]
-        return connector(rows.reshape(-1, rows.shape[-1] // width, width)).reshape(*lead, -1)
+        normed = normed_patches(connector.pre_norm, rows)
+        return connector.out_proj(connector.act(connector.in_proj(normed)))
 
     @property
     def merge(self) -> int:
         return self.config.vision_config.merge_kernel_size[0]
-
-    def divide(
-        self,
-        modality: Modality,
-        need: Need,
-        value: Tensor,
-        counts: Sequence[int],
-        arguments: Mapping[str, Any],
-    ) -> Sequence[Tensor]:
-        if need.what not in OF_PROJECTOR:
-            return super().divide(modality, need, value, counts, arguments)
-        # the tower has put the patches of a token together: (tokens of all pictures, merge**2, C)
-        lengths = [rows * cols // self.merge**2 for _, rows, cols in self._thw(modality, arguments)]
-        return [part[None] for part in value.flatten(1).split(lengths)]
 
 
 class VideoLlama3Adapter(Qwen2VLAdapter):
@@ -217,13 +180,10 @@ class VideoLlama3Adapter(Qwen2VLAdapter):
 
     model_type = "video_llama_3"
     towers = ("video_llama_3_vision",)
-    tower = "vision_model"
+    tower, connector = "vision_model", "projector"
     drops = frozenset({"video_compression_mask"})
     positions = _BOTH
     merges_first = True
-
-    def _projector(self) -> nn.Module:
-        return self.inner.projector
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         super().check(arguments, modality)
@@ -233,31 +193,8 @@ class VideoLlama3Adapter(Qwen2VLAdapter):
                 "forms no rows; leave it out (use_token_compression=False of the processor) and prune more"
             )
 
-    def _side(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> int:
-        """Patches along each side of a token of a picture."""
-        return int(arguments[f"{modality.name}_merge_sizes"][number])
-
-    def divide(
-        self,
-        modality: Modality,
-        need: Need,
-        value: Tensor,
-        counts: Sequence[int],
-        arguments: Mapping[str, Any],
-    ) -> Sequence[Tensor]:
-        lengths = []
-        for number, (frames, rows, cols) in enumerate(self._thw(modality, arguments)):
-            cell = self._side(modality, number, arguments) ** 2 if need.what in OF_PROJECTOR else 1
-            lengths.append(frames * rows * cols // cell)
-        packed = value.flatten(0, -2)  # (S, channels)
-        return [
-            part.unflatten(0, (frames, -1))
-            for part, frames in zip(packed.split(lengths), counts, strict=True)
-        ]
-
-    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        side = self._side(modality, number, arguments)
-        return crops.unflatten(1, (-1, side**2)).mean(dim=2).flatten(0, 1)
+    def cell(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> int:
+        return int(arguments[f"{modality.name}_merge_sizes"][number]) ** 2
 
     def grids(
         self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]

@@ -11,41 +11,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.deferred import Checks
 from ..core.method import Need, What, as_needs
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Picture
-from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels
+from .base import IMAGE, VIDEO, Modality, check_pixels
+from .merging import MergingAdapter, per_picture
 from .shrink import Resolution
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
-class Qwen2VLAdapter(Adapter):
+class Qwen2VLAdapter(MergingAdapter):
     """Qwen2VLForConditionalGeneration: images and clips; a frame of the grid is two frames of the clip."""
 
     model_type = "qwen2_vl"
     modalities: tuple[Modality, ...] = (IMAGE, VIDEO)
     towers: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_vl_vision")
-    tower = "visual"
+    tower, connector = "visual", "visual.merger"
     positions = ("original",)
     view = "stretch"
     merges_first: ClassVar[bool] = False  # patches become tokens before the merger reads them
 
     @property
     def merge(self) -> int:
-        """Patches along each side of a token."""
         return self.vision_tower.spatial_merge_size
+
+    def cell(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> int:
+        """Patches that make a token of a picture."""
+        return self.merge**2
 
     def capture(self, needs: Sequence[Need | What]) -> VisionCapture:
         # it has no tiles
         return super().capture([need for need in as_needs(needs) if need.what != "tile_features"])
-
-    def _projector(self) -> nn.Module:
-        return self.vision_tower.merger
 
     def _thw(self, modality: Modality, arguments: Mapping[str, Any]) -> list[list[int]]:
         """(frames, rows, cols) of patches of every picture."""
@@ -95,19 +96,15 @@ class Qwen2VLAdapter(Adapter):
         counts: Sequence[int],
         arguments: Mapping[str, Any],
     ) -> Sequence[Tensor]:
-        grids = self._thw(modality, arguments)
-        packed = value.flatten(
-            0, -2
-        )  # (S, channels), or (S / merge**2, channels) of a merger that comes late
-        of_tokens = need.what in OF_PROJECTOR and self.merges_first
-        if not of_tokens:
+        packed = value.flatten(0, -2)  # (S, channels) of patches, or of tokens where they are made first
+        lengths = [frames * rows * cols for frames, rows, cols in self._thw(modality, arguments)]
+        if need.what in OF_PROJECTOR and self.merges_first:
+            lengths = [
+                length // self.cell(modality, number, arguments) for number, length in enumerate(lengths)
+            ]
+        else:
             packed = self.in_order(packed, modality, arguments)
-        share = self.merge**2 if of_tokens else 1
-        lengths = [frames * rows * cols // share for frames, rows, cols in grids]
-        return [
-            part.unflatten(0, (frames, -1))
-            for part, (frames, _, _) in zip(packed.split(lengths), grids, strict=True)
-        ]
+        return per_picture(packed, lengths, counts)
 
     def in_order(self, packed: Tensor, modality: Modality, arguments: Mapping[str, Any]) -> Tensor:
         """(S, channels) of all patches in the order of the pixels, where the tower works in another."""
@@ -115,16 +112,8 @@ class Qwen2VLAdapter(Adapter):
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
         # the patches of a token follow each other, which is how the merger finds them
-        return crops.unflatten(1, (-1, self.merge**2)).mean(dim=2).flatten(0, 1)
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
-
-    def grids(
-        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], ...]:
-        rows, cols = (n // self.merge for n in grid)
-        return ((rows, cols),) * crops
+        cell = self.cell(modality, number, arguments)
+        return crops.unflatten(1, (-1, cell)).mean(dim=2).flatten(0, 1)
 
     def resolution(self, processor: Any) -> Resolution:
         images = processor.image_processor

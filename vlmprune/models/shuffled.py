@@ -10,51 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Need
-from ..errors import CaptureError
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import Adapter, Modality, Part, check_pixels
-from .internvl import shuffled_mean
+from .base import Modality, check_beside, check_pixels
+from .internvl import ShufflingAdapter
+from .merging import OfCells, gated_layers, two_layers
 
 
-class AfterShuffle(nn.Module):
-    """What a projector does with the shuffled patches of a token: rows (..., factor**2 * C) to (..., D)."""
-
-    def __init__(self, connector: nn.Module, norm: str | None, gated: bool) -> None:
-        super().__init__()
-        self.connector: Part = connector
-        self.norm, self.gated = norm, gated
-
-    @property
-    def first(self) -> nn.Module:
-        """What reads these rows."""
-        return self.connector.linear_1 if self.norm is None else getattr(self.connector, self.norm)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        connector = self.connector
-        hidden = connector.linear_1(rows if self.norm is None else self.first(rows))
-        if not self.gated:
-            return connector.linear_2(connector.act(hidden))
-        value, gate = hidden.chunk(2, dim=-1)
-        return connector.linear_2(connector.act(gate) * value)
-
-
-class Cohere2VisionAdapter(Adapter):
+class Cohere2VisionAdapter(ShufflingAdapter):
     """Cohere2VisionForConditionalGeneration: square tiles, each of which is a picture of its own."""
 
     model_type = "cohere2_vision"
     towers = ("siglip_vision_model",)
     view = "stretch"
 
+    @property
+    def norm(self) -> str | None:
+        """The norm in front of the layers of the projector."""
+        return None
+
+    @staticmethod
+    def layers_of(connector: Any, rows: Tensor) -> Tensor:
+        """Rows (..., merge**2 * C) through the layers of the projector."""
+        return gated_layers(connector, rows)
+
     def _projector(self) -> nn.Module:
-        return AfterShuffle(super()._projector(), None, gated=True)
+        return OfCells(super()._projector(), self._after_shuffle)
+
+    def _after_shuffle(self, connector: Any, rows: Tensor) -> Tensor:
+        return self.layers_of(connector, rows if self.norm is None else getattr(connector, self.norm)(rows))
 
     @property
     def read_by(self) -> nn.Module:
-        return self.projector.first
+        return getattr(self.projector.connector, self.norm or "linear_1")
 
     @property
-    def factor(self) -> int:
-        """Patches along each side of a token."""
+    def merge(self) -> int:
         return self.config.downsample_factor
 
     def _shuffle(self, channels: Tensor) -> Tensor:
@@ -72,26 +62,12 @@ class Cohere2VisionAdapter(Adapter):
         value = value.flatten(1, -2) if need.what in OF_PROJECTOR else value
         return super().divide(modality, need, value, counts, arguments)
 
-    def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
-
-    def projects_tokens(self, modality: Modality) -> bool:
-        return True
-
-    def grids(
-        self, modality: Modality, special: Tensor, crops: int, grid: tuple[int, int]
-    ) -> tuple[tuple[int, int], ...]:
-        rows, cols = (n // self.factor for n in grid)
-        return ((rows, cols),)
-
 
 class AyaVisionAdapter(Cohere2VisionAdapter):
     """AyaVisionForConditionalGeneration: the same with a norm in front."""
 
     model_type = "aya_vision"
-
-    def _projector(self) -> nn.Module:
-        return AfterShuffle(self.inner.multi_modal_projector, "layernorm", gated=True)
+    norm = "layernorm"
 
 
 class Lfm2VlAdapter(Cohere2VisionAdapter):
@@ -100,9 +76,11 @@ class Lfm2VlAdapter(Cohere2VisionAdapter):
     model_type = "lfm2_vl"
     towers = ("siglip2_vision_model",)
 
-    def _projector(self) -> nn.Module:
-        norm = "layer_norm" if self.inner.multi_modal_projector.use_layer_norm else None
-        return AfterShuffle(self.inner.multi_modal_projector, norm, gated=False)
+    layers_of = staticmethod(two_layers)
+
+    @property
+    def norm(self) -> str | None:
+        return "layer_norm" if self.inner.multi_modal_projector.use_layer_norm else None
 
     def _shuffle(self, channels: Tensor) -> Tensor:
         return self.projector.connector.pixel_unshuffle(channels).flatten(1, 2)
@@ -112,12 +90,9 @@ class Lfm2VlAdapter(Cohere2VisionAdapter):
         check_pixels(modality.pixels, pixels, 3, "(images, patches, values)")
         if pixels is None:
             return
-        if shapes is None or torch.as_tensor(shapes).shape != (pixels.shape[0], 2):
-            given = "is missing" if shapes is None else f"has shape {tuple(torch.as_tensor(shapes).shape)}"
-            raise CaptureError(
-                f"spatial_shapes {given}; pass it as the processor returns it: (rows, columns) of patches of "
-                f"each of the {pixels.shape[0]} images"
-            )
+        count = pixels.shape[0]
+        what = f"(rows, columns) of patches of each of the {count} images"
+        check_beside("spatial_shapes", shapes, (count, 2), what)
 
     def grid(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         rows, cols = torch.as_tensor(arguments["spatial_shapes"])[number].tolist()
@@ -131,7 +106,7 @@ class Lfm2VlAdapter(Cohere2VisionAdapter):
         counts: Sequence[int],
         arguments: Mapping[str, Any],
     ) -> Sequence[Tensor]:
-        cell = self.factor if need.what in OF_PROJECTOR else 1
+        cell = self.merge if need.what in OF_PROJECTOR else 1
         grids = [self.grid(modality, number, arguments) for number in range(len(counts))]
         padded = value.reshape(len(counts), -1, value.shape[-1])  # the projector reads all pictures as one
         return [
