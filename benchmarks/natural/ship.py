@@ -41,12 +41,15 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=int, nargs="+", default=[16, 32, 48], help="Budgets of the comparison."
     )
+    parser.add_argument("--bare", action="store_true", help="Write the model alone: nothing is measured.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     made = making(options.folder)
     net = Natural(made["recipe"]["seed"])
     net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
     write(net.llava, processor(), options.out, ROPE_THETA)
+    if options.bare:
+        return
     found = {
         **made,
         "log": by_stage(made["log"]),
