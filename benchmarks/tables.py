@@ -5,6 +5,7 @@
     python benchmarks/tables.py                 # write the page again
 
 Rows are kept in benchmarks/results/NAME.json. In the page only what stands between two marks is replaced.
+A table of seeds is made of the rows of several names.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from vlmprune.evaluation.leaderboard.rundir import Run
-from vlmprune.evaluation.report.agreement import agreements, tables_of
+from vlmprune.evaluation.report.agreement import Agreement, agreements, as_seeds, over_seeds, tables_of
 from vlmprune.evaluation.report.agreement_text import HEAD as AGREED
 from vlmprune.evaluation.report.agreement_text import cells, sentences, used_head
 from vlmprune.evaluation.report.judge import merged, ordered, side
@@ -94,14 +96,29 @@ def name_of(row: Row) -> str:
     return f"`{row.spec.partition('@')[0]}`{seeds}"
 
 
-def natural(results: Results) -> Lines:
-    """Methods by what they keep at the smallest budget, and below how far papers agree."""
-    rows = merged(ordered(results.rows))
-    budgets = sorted({int(str(row.keep).partition("/")[0]) for row in rows if row.keep}, reverse=True)
-    by_method: dict[str, dict[int, Row]] = {}
+def budget_of(row: Row) -> float:
+    """Tokens, or the share of them; 16 of each crop is 16 where a picture is one crop."""
+    return float(str(row.keep).partition("/")[0])
+
+
+def by_budget(rows: Sequence[Row]) -> tuple[list[float], dict[str, dict[float, Row]]]:
+    """Budgets from many tokens to few, and the rows of each method that has all of them."""
+    found: dict[str, dict[float, Row]] = {}
     for row in rows:
         if row.keep:
-            by_method.setdefault(name_of(row), {})[int(str(row.keep).partition("/")[0])] = row
+            found.setdefault(name_of(row), {})[budget_of(row)] = row
+    budgets = sorted({budget for some in found.values() for budget in some}, reverse=True)
+    return budgets, {name: some for name, some in found.items() if set(some) >= set(budgets)}
+
+
+def head_of(budget: float) -> str:
+    return f"{budget:g} tokens" if budget >= 1 else f"{100 * budget:.0f} % of the tokens"
+
+
+def natural(results: Results) -> Lines:
+    """Methods by what they keep at the smallest budget."""
+    rows = merged(ordered(results.rows))
+    budgets, whole = by_budget(rows)
     dense = next(row for row in rows if row.spec == DENSE)
     blind = next(row for row in rows if row.spec == BLIND)
     families, least = list(dense.families), budgets[-1]
@@ -110,19 +127,21 @@ def natural(results: Results) -> Lines:
         kinds = [f"{100 * last.families[family]:.0f}" for family in families]
         return "| " + " | ".join([name, "yes" if aware else "", *cells_, mark, layers, *kinds]) + " |"
 
-    head = [f"{budget} tokens" for budget in budgets]
+    head, last_head = [head_of(budget) for budget in budgets], f"{least:g}"
+    of_all = f"{dense.realised_tokens:.0f}"
+    if least >= 1:
+        head[-1] += f" of {of_all}"
     found = [
         "| accuracy, % | reads the question | "
-        + " | ".join([*head[:-1], head[-1] + " of 144"])
-        + f" | beside `random` | tokens per layer at {least} | "
-        + " | ".join(f"{least}: {family}" for family in families)
+        + " | ".join(head)
+        + f" | beside `random` | tokens per layer at {last_head} | "
+        + " | ".join(f"{last_head}: {family}" for family in families)
         + " |",
         "|---" * (len(budgets) + 4 + len(families)) + "|",
         line(
-            "dense, all tokens", False, [with_interval(dense)] + [""] * (len(budgets) - 1), dense, "144", ""
+            "dense, all tokens", False, [with_interval(dense)] + [""] * (len(budgets) - 1), dense, of_all, ""
         ),
     ]
-    whole = {name: some for name, some in by_method.items() if set(some) >= set(budgets)}
     for name, some in sorted(whole.items(), key=lambda item: -item[1][least].accuracy):
         values = [share(some[budget].accuracy) for budget in budgets[:-1]] + [with_interval(some[least])]
         last = some[least]
@@ -130,12 +149,49 @@ def natural(results: Results) -> Lines:
             line(name, last.query_aware, values, last, f"{last.layer_tokens or 0:.0f}", against(last))
         )
     found.append(line("no picture", False, [share(blind.accuracy)] * len(budgets), blind, "0", ""))
-    agreed = agreements(results.rows, tables_of(results))
+    return [*found, *agreement(agreements(results.rows, tables_of(results)))]
+
+
+def agreement(agreed: Sequence[Agreement]) -> Lines:
+    """How far papers agree."""
     used = used_head(agreed)
-    found += ["", "Order of the methods here and in the tables of LLaVA-1.5-7B:", ""]
+    found = ["", "Order of the methods here and in the tables of LLaVA-1.5-7B:", ""]
     found += ["| " + " | ".join(AGREED[i] for i in used) + " |", "|---" * len(used) + "|"]
     found += ["| " + " | ".join(cells(one)[i] for i in used) + " |" for one in agreed]
     return [*found, "", *sentences(agreed)]
+
+
+def seeds(*runs: Results) -> Lines:
+    """What methods keep of the dense accuracy: means over seeds of a model, lowest and highest."""
+    rows = [merged(ordered(run.rows)) for run in runs]
+    budgets = by_budget(rows[0])[0]
+    by_seed = [by_budget(some)[1] for some in rows]
+    names = [name for name in by_seed[0] if all(name in some for some in by_seed)]
+    tables = tables_of(runs[0])
+    numbered = as_seeds({f"seed {number}": run for number, run in enumerate(runs)})
+    agreed = over_seeds({name: agreements(some, tables) for name, some in numbered.items()})
+    printed = {one.method: one.published for one in agreed[-1].standings}
+
+    def kept(name: str, budget: float) -> list[float]:
+        return [some[name][budget].retained or 0.0 for some in by_seed]
+
+    found = [
+        "| % of the dense accuracy, mean of three seeds (lowest to highest) | "
+        + " | ".join(f"{budget:g} tokens" for budget in budgets)
+        + f" | in print at {budgets[-1]:g} |",
+        "|---" * (len(budgets) + 2) + "|",
+    ]
+    for name in sorted(names, key=lambda name: -fmean(kept(name, budgets[-1]))):
+        values = [spread(kept(name, budget)) for budget in budgets]
+        print_ = printed.get(name.strip("`").partition("`")[0])
+        found.append("| " + " | ".join([name, *values, f"{print_:.1f}" if print_ else ""]) + " |")
+    dense = [next(row.accuracy for row in some if row.spec == DENSE) for some in rows]
+    found += ["", f"Dense accuracy of the seeds, in %: {', '.join(map(share, dense))}."]
+    return [*found, *agreement(agreed)]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{share(fmean(values))} ({share(min(values))} to {share(max(values))})"
 
 
 def video(results: Results) -> Lines:
@@ -155,7 +211,19 @@ def video(results: Results) -> Lines:
     return found
 
 
-TABLES: Mapping[str, Callable[[Results], Lines]] = {"natural": natural, "video": video}
+class Made(NamedTuple):
+    """A table, and the names of the rows that it is made of."""
+
+    write: Callable[..., Lines]
+    rows: tuple[str, ...]
+
+
+TABLES: Mapping[str, Made] = {
+    "natural": Made(natural, ("natural",)),
+    "seeds": Made(seeds, ("natural", "natural_1", "natural_2")),
+    "qwen": Made(natural, ("natural_qwen",)),
+    "video": Made(video, ("video",)),
+}
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -168,10 +236,11 @@ def written(page: str) -> str:
         begin, end = marks(name)
         if begin not in page:
             continue
-        results = read(name)
+        results = [read(rows) for rows in table.rows]
         before, rest = page.split(begin)
         after = rest.split(end)[1]
-        lines = [begin, "", *table(results), "", f"*{conditions(results)}*", "", end]
+        told = "; ".join(conditions(run).removesuffix(".") for run in results)
+        lines = [begin, "", *table.write(*results), "", f"*{told}.*", "", end]
         page = before + "\n".join(lines) + after
     return page
 
@@ -179,7 +248,8 @@ def written(page: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?", help="Folder that vlmprune leaderboard --out wrote.")
-    parser.add_argument("name", choices=list(TABLES), nargs="?")
+    names = sorted({rows for table in TABLES.values() for rows in table.rows})
+    parser.add_argument("name", choices=names, nargs="?")
     options = parser.parse_args()
     if (options.run is None) != (options.name is None):
         parser.error("give a run folder and the name of its table, or neither")

@@ -34,8 +34,9 @@ def test_a_changed_row_changes_the_page(
 ) -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
     shown = [name for name in tables.TABLES if tables.marks(name)[0] in page]
-    for changed in shown:
-        for name in shown:
+    kept = {rows for name in shown for rows in tables.TABLES[name].rows}
+    for changed in sorted(kept):
+        for name in kept:
             values = json.loads((tables.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
             if name == changed:
                 next(row for row in values["rows"] if row["spec"] == "dense")["accuracy"] = 0.1234
