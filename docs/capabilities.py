@@ -32,6 +32,7 @@ from vlmprune.testing.capabilities import (
     CAPABILITIES,
     OF_FEATURES,
     OF_METHODS,
+    OPTIONS,
     SLOW,
     SPEC,
     measure,
@@ -159,7 +160,8 @@ def method_mark(name: str, row: dict, notes: list[str]) -> str:
     if found["runs"] != "yes":
         return mark(found["runs"], notes)
     option = found["spec"].rpartition("@")[0]
-    numbers = [noted(f"as {option}", notes)] if "cls=mean" in option or "estimator=zo" in option else []
+    named = any(one in option for one in OPTIONS.values())
+    numbers = [noted(f"as {option}", notes)] if named else []
     less = {
         one: found[one]
         for one in OF_METHODS

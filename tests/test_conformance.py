@@ -155,6 +155,7 @@ REFUSALS = {
         *LATER,
     },
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
+    "norm='l2'": {"hyperclovax_vision_v2"},  # its padding has positions, too
     "takes no budget": set(FAMILIES),
     "vlmprune train": set(FAMILIES),  # trained methods ship no weights
     "keeps nothing": set(FAMILIES),

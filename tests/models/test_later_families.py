@@ -19,7 +19,7 @@ from vlmprune.models import adapter_for
 from vlmprune.models.unread import Molmo2Adapter
 from vlmprune.testing.checks_generation import second_turn
 from vlmprune.testing.checks_model import training_works
-from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built
+from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built, numbered
 from vlmprune.testing.conformance import Subject, generate, shared_model
 from vlmprune.testing.families import FAMILIES, Family
 from vlmprune.testing.reference import dense_rows, logits_of
@@ -121,6 +121,24 @@ def test_places_that_do_not_fit_gemma4s_patches_are_refused() -> None:
     mixed[0, [0, 1]] = mixed[0, [1, 0]]
     with pytest.raises(UnsupportedError, match="do not stand row by row"):
         vlmprune.score(model, inputs | {"image_position_ids": mixed}, "fastervlm(cls=mean)")
+
+
+def test_dart_is_refused_where_padding_has_numbers_and_runs_where_it_has_none() -> None:
+    """Its norm of rotated keys depends on their positions, which this family shifts by the padding."""
+    family = "hyperclovax_vision_v2"
+    model, ragged = available(family), tiny_inputs(family, images=(1, 2, 0))
+    both = "norm='l2', variant='exact'"
+    for spec, instead in (("dart@9", "norm='l2'"), ("dart(variant=official)@9", both)):
+        why = f"numbers padding too.*use {instead}, or give one prompt"
+        with pytest.raises(UnsupportedError, match=why), vlmprune.prune(model, spec):
+            generate(model, ragged)
+    with vlmprune.prune(model, "dart@9") as run:
+        generate(model, tiny_inputs(family))
+        assert run.last.realised_tokens == [9]
+        with torch.no_grad():  # positions that leave padding out
+            model(**ragged, position_ids=numbered(ragged))
+        assert run.last.realised_tokens == [9, 9, 9]
+    batch_row_equals_alone(Subject("dart(norm=l2)@9", family))
 
 
 def last_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

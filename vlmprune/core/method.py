@@ -174,6 +174,8 @@ class Method:
     skips: ClassVar[tuple[int, ...]] = ()  # ids of tokens whose rows do not rank, where all text does
     gated: ClassVar[bool] = False  # is asked by ``leaves`` where ``cuts`` names a layer
     repairs: ClassVar[bool] = False  # is asked by ``repair`` behind its cuts
+    # options under which numbers of positions do not matter, where they do: only differences are sure
+    sliding: ClassVar[str] = ""
     mark_values: ClassVar[int] = 1  # the largest mark of ``mark_tokens``
     wraps: ClassVar[bool] = False  # takes another method as its field `inner`
     clips: ClassVar[bool] = False  # reads the frames of one clip; images and parts of clips are refused

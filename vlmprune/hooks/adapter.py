@@ -48,6 +48,7 @@ class Adapter(Protocol):
         drops: keywords of the model by which it drops tokens itself: calls with one are checked first of all.
         checks_features: check in every call that the sequence holds the features in the order in which they
             were encoded, where nobody declared that it does.
+        numbers_padding: whether ``generate`` of this family counts padding as positions.
         note: what every report says of it.
         closed: slots inside the language model where no method can act, and why.
         deepstack: method of the language model that adds features to hidden states after a layer.
@@ -71,6 +72,7 @@ class Adapter(Protocol):
     aligned: tuple[str, ...]
     drops: frozenset[str]
     checks_features: bool
+    numbers_padding: ClassVar[bool]
     note: str
     closed: Mapping[SlotName, str]
     deepstack: str | None

@@ -78,6 +78,11 @@ class DART(Method):
             if type(value) is not int or value < least:
                 raise SpecError(f"{name}={value!r} of dart; expected a whole number from {least} on")
 
+    @property
+    def sliding(self) -> str:  # type: ignore[override]
+        others = {"norm='l2'": self.norm != "l2", "variant='exact'": self.variant == "official"}
+        return ", ".join(option for option, needed in others.items() if needed)
+
     def cuts(self, depth: int, budget: Any, count: int) -> tuple[CutPoint, ...]:
         if budget is None:
             raise SpecError("dart needs a budget: dart@128 (tokens that go on) or dart@0.25 (fraction)")

@@ -56,6 +56,7 @@ class Adapter:
     checks_features: bool = False
     # keywords by which the model itself drops tokens
     drops: frozenset[str] = frozenset()
+    numbers_padding: ClassVar[bool] = False  # generate counts padding as positions
     # what reports say of it
     note: str = ""
     # slots where no method can act, and why, as the end of "the language model, ..."

@@ -34,6 +34,7 @@ class HyperClovaXVisionAdapter(Qwen2_5VLAdapter):
     """HyperCLOVAXVisionV2ForConditionalGeneration: one more linear layer behind the tower of Qwen2.5-VL."""
 
     model_type = "hyperclovax_vision_v2"
+    numbers_padding = True
     towers = ("qwen2_5_vl_vision",)
     tower, connector = "vision_model", "projector"
     positions = _BOTH

@@ -205,6 +205,7 @@ OPTIONS = {
     "cls='mean'": "cls=mean",
     "estimator='zo'": "estimator=zo",
     "place='after'": "place=after",
+    "norm='l2'": "norm=l2",
 }  # what a refusal says, and the option in a spec
 
 

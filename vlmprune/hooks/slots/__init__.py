@@ -63,15 +63,31 @@ class Attachment:
         allowed = self.adapter.positions
         return self.override or (method.positions if method.positions in allowed else allowed[0])
 
+    def check_numbers(self, method: Method, state: ForwardState) -> None:
+        """Refuse a method that reads the numbers of positions where the model numbers padding, too."""
+        if not method.sliding or not self.adapter.numbers_padding:
+            return
+        view = state.views.at(0)
+        numbers = view.position_ids.expand(view.new.shape)  # (B, n)
+        first = view.new.int().argmax(dim=1, keepdim=True)  # (B, 1) columns of the first tokens
+        if bool(((first > 0) & (numbers.gather(1, first) - numbers[:, :1] == first)).any()):
+            raise UnsupportedError(
+                f"{method.name} reads what depends on the numbers of positions, and "
+                f"{self.adapter.model_type} numbers padding too, so that a row of a padded batch would keep "
+                f"other tokens than alone; use {method.sliding}, or give one prompt at a time"
+            )
+
 
 class Slot(Protocol):
     """A method attached in one place of one model.
 
     Attributes:
+        attachment: the session that it belongs to.
         method, budget: what acts.
         in_tower: whether it changes what the vision tower computes, so that no other session can use it.
     """
 
+    attachment: Attachment
     method: Method
     budget: Budget | None
     in_tower: ClassVar[bool]
@@ -98,6 +114,7 @@ def enter_slots(slots: Iterable[Slot], state: ForwardState) -> None:
 @torch.compiler.disable  # a prompt is read once: tracing this would cost more than it saves
 def _enter_with_pictures(slots: Iterable[Slot], state: ForwardState) -> None:
     for slot in slots:
+        slot.attachment.check_numbers(slot.method, state)
         slot.enter(state)
 
 
