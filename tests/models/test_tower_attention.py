@@ -18,6 +18,7 @@ from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
 from vlmprune.hooks.vision.encode import run_encoder
 from vlmprune.hooks.vision.tower import (
+    FusedReader,
     InnerReader,
     TapReader,
     attention_of,
@@ -93,6 +94,24 @@ def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: p
     torch.testing.assert_close(found["received_attention"], received, atol=2e-6, rtol=1e-4)
     if "cls_attention" in needs:
         torch.testing.assert_close(found["cls_attention"], maps[0][:, :, 0, first:], atol=2e-6, rtol=1e-4)
+
+
+def test_captured_attention_of_a_tower_of_timm_is_its_own_without_fusion() -> None:
+    if missing("fast_vlm"):
+        pytest.skip(missing("fast_vlm"))
+    inputs = tiny_inputs("fast_vlm", images=(1, 2))
+    found, capture = encoded(tiny_model("fast_vlm"), inputs, NEEDS[1:])
+    assert all(isinstance(reader, FusedReader) for _, reader in capture.readers)
+    twin, maps = tiny_model("fast_vlm"), []
+    adapter = adapter_for(twin)
+    attention = attention_of(find_blocks(adapter.capture(()).towers[0])[capture.readers[0][0]])
+    attention.fused_attn = False  # then a map goes through the dropout of weights
+    attention.attn_drop.register_forward_pre_hook(lambda module, args: maps.append(args[0]))
+    with torch.no_grad():
+        run_encoder(adapter, adapter.modalities[0], inputs, [])
+    (one,) = maps  # (crops, H, S, S)
+    torch.testing.assert_close(found["received_attention"], one.mean(dim=(1, 2)), atol=2e-6, rtol=1e-4)
+    assert found["received_attention"].std(dim=1).min() > 1e-4, "every patch receives the same"
 
 
 class Rotated(torch.nn.Module):
