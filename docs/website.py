@@ -23,21 +23,29 @@ ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "methods"
 # files of the repository that are pages of the site too; the home page says what the README says
 OUTSIDE = {
+    "AGENTS.md": "agents.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks/time.md",
     "benchmarks/accuracy.md": "benchmarks/accuracy.md",
+    "benchmarks/tiny/README.md": "benchmarks/tiny.md",
     "kernels/README.md": "kernels.md",
     "kernels/compile_gate.md": "compile_gate.md",
     "vlmprune/assets/tiny/card.md": "tiny_card.md",
     "vlmprune/assets/natural/card.md": "natural_card.md",
-    "notebooks/README.md": "notebooks/index.md",
     "vlmprune/assets/video/card.md": "video_card.md",
+    "vlmprune/assets/weights/tiny/card.md": "weights_card.md",
+    "notebooks/README.md": "notebooks/index.md",
 }
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 OUTSIDE |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
-INSTEAD = {"README.md": "index.md", "README.md#methods": "gallery.md", "methods": "gallery.md"}
+INSTEAD = {
+    "README.md": "index.md",
+    "README.md#methods": "gallery.md",
+    "methods": "gallery.md",
+    "configs": "configs.md",
+}
 FENCE = re.compile(r"^(?: {0,3})(```|~~~)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:)([^)\s]+)\)")
 ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
@@ -232,6 +240,18 @@ def models_line(family: str, row: dict[str, Any]) -> str:
     return f"| `{family}` | {count} | {clips} | {'; '.join(gaps) or '-'} |"
 
 
+def configs_page() -> str:
+    """Every config of the repository: what its first comment says, and the keys, to be copied."""
+    made = []
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        # without the path to the schema, which holds in the repository alone
+        _, about, keys = re.split(r"\A(.*\$schema=.*\n(?:#.*\n)+)", path.read_text(encoding="utf-8"))
+        said = [line.removeprefix("# ") for line in about.splitlines()[1:]]
+        told = "\n".join(f"\n    {line.strip()}\n" if line.startswith(" ") else line for line in said)
+        made.append(f"## {path.name}\n\n{told}\n\n```yaml\n{keys.strip()}\n```")
+    return "\n\n".join(made)
+
+
 def commands_page() -> str:
     """Every command with its arguments and options."""
     import typer
@@ -275,6 +295,7 @@ def notebook_pages() -> dict[str, Any]:
 MADE: dict[str, Callable[[], str]] = {
     "gallery": gallery_page,
     "models": models_table,
+    "configs": configs_page,
     "commands": commands_page,
     "names": names_page,
 }

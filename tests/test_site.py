@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,12 +142,11 @@ def test_links_to_files_beside_docs_become_pages_or_words():
     )
     assert turn("[a](docs/families.md)", "CONTRIBUTING.md", "contributing.md") == "[a](families.md)"
     assert turn("[a](accuracy.md)", "benchmarks/README.md", "benchmarks/time.md") == "[a](accuracy.md)"
-    assert turn("[a](../configs)", "docs/x.md", "x.md") == "a"
-    assert (
-        turn("[a](../configs)", "docs/x.md", "x.md", "https://host/code") == "[a](https://host/code/configs)"
-    )
+    assert turn("[a](../configs)", "docs/x.md", "x.md") == "[a](configs.md)"
+    assert turn("[a](../tests)", "docs/x.md", "x.md") == "a"
+    assert turn("[a](../tests)", "docs/x.md", "x.md", "https://host/code") == "[a](https://host/code/tests)"
     assert turn("[a](https://host/b) [c](#here)", "docs/x.md", "x.md") == "[a](https://host/b) [c](#here)"
-    assert turn("```\n[a](../configs)\n```", "docs/x.md", "x.md") == "```\n[a](../configs)\n```"
+    assert turn("```\n[a](../tests)\n```", "docs/x.md", "x.md") == "```\n[a](../tests)\n```"
 
 
 def test_lists_get_the_empty_line_that_they_need():
@@ -244,3 +244,28 @@ def test_every_page_is_in_the_navigation():
     assert pages - set(named) == set()
     assert set(named) - pages <= set(WEBSITE.OUTSIDE.values())
     assert all((ROOT / source).is_file() for source in WEBSITE.OUTSIDE)
+
+
+def test_no_page_that_is_linked_is_missing_on_the_site():
+    sources = [
+        path.relative_to(ROOT).as_posix() for path in (*DOCS.rglob("*.md"), *WEBSITE.CARDS.glob("*.md"))
+    ]
+    sources += [source for source in WEBSITE.OUTSIDE if source.endswith(".md")]
+    lost = []
+    for source in sources:
+        for line, code in WEBSITE.lines_of((ROOT / source).read_text(encoding="utf-8")):
+            for found in [] if code else WEBSITE.LINK.finditer(line):
+                path = (ROOT / source).parent / found[3].partition("#")[0]
+                file = Path(os.path.normpath(path)).relative_to(ROOT).as_posix()
+                if file.endswith(".md") and file not in WEBSITE.places():
+                    lost.append(f"{source}: {file}")
+    assert len(sources) > 80 and lost == [], "name these in OUTSIDE of docs/website.py"
+
+
+def test_every_config_is_shown_whole_and_says_what_it_is():
+    page = WEBSITE.configs_page()
+    for path in (ROOT / "configs").glob("*.yaml"):
+        part = page.partition(f"## {path.name}\n\n")[2].partition("\n## ")[0]
+        said, keys = part.split("```yaml\n")
+        assert len(said.split()) > 5 and "$schema" not in part
+        assert yaml.safe_load(keys.removesuffix("```")) == yaml.safe_load(path.read_text(encoding="utf-8"))
