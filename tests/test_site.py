@@ -269,3 +269,12 @@ def test_every_config_is_shown_whole_and_says_what_it_is():
         said, keys = part.split("```yaml\n")
         assert len(said.split()) > 5 and "$schema" not in part
         assert yaml.safe_load(keys.removesuffix("```")) == yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_each_part_of_a_card_is_a_paragraph_of_its_own():
+    joined = [
+        f"{card.name}: {found[0]}"
+        for card in WEBSITE.CARDS.glob("*.md")
+        for found in re.finditer(r"(?<=\S\n)\*\*[A-Z][^*]+\*\*", card.read_text(encoding="utf-8"))
+    ]
+    assert joined == [], "put an empty line in front, or they run into the paragraph above"
