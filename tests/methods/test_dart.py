@@ -18,6 +18,7 @@ from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, SpecError
 from vlmprune.methods.dart import DART, official_keep
 from vlmprune.testing.checks_inside import cut_equals_twin
+from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built
 from vlmprune.testing.conformance import Subject
 
 N, R, FIRST = 40, 9, 5
@@ -177,3 +178,57 @@ def test_what_is_missing_is_named():
 )
 def test_a_ragged_batch_equals_the_slow_twin(spec):
     cut_equals_twin(Subject(spec, "llava"))
+
+
+def embedded(seed=0, batch=2, words=R):
+    rng = np.random.default_rng(seed)
+    x, t = (rng.normal(size=(batch, n, 16)).astype(np.float32) for n in (N, words))
+    x, t = torch.from_numpy(x), torch.from_numpy(t)
+    # the same tensors as a layer would give them: keys of one head, and states
+    of_layer = VisualTokens(
+        lm_keys=x[:, :, None], lm_states=x, text_keys=t[:, :, None], text_states=t, grids=((5, 8),)
+    )
+    return VisualTokens(features=x, text_embeds=t, grids=((5, 8),)), of_layer
+
+
+@pytest.mark.parametrize("words", [0, 2, 9])
+@pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"variant": "union"}, {"text_pivots": 0}], ids=str)
+def test_before_the_language_model_the_rule_reads_embeddings(options, words):
+    given, of_layer = embedded(words=words)
+    for k in (2, 4, 11, 25, 39):
+        found = choose(DART(at="input", **options), given, k)
+        assert found.shape == (2, k)
+        if words:
+            assert torch.equal(found, choose(DART(**options), of_layer, k))
+        if words == R and not options:
+            assert found.tolist() == [by_hand(of_layer, row, k) for row in range(2)]
+        # each row by itself
+        one = choose(DART(at="input", **options), embedded_row(given, 1), k)
+        assert torch.equal(one[0], found[1])
+
+
+def embedded_row(given, row):
+    return replace(
+        given, features=given.features[row : row + 1], text_embeds=given.text_embeds[row : row + 1]
+    )
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_at_the_input_it_is_a_cut_like_any_other(family):
+    subject = Subject("dart(at=input)@0.25", family)
+    cut_equals_hand_built(subject)
+    batch_row_equals_alone(subject)
+
+
+def test_at_the_input_it_combines_with_cuts_further_on():
+    model, inputs = vlmprune.testing.tiny.tiny_model(), vlmprune.testing.tiny.tiny_inputs(images=(1, 2))
+    with torch.no_grad(), vlmprune.prune(model, "dart(at=input)@12+fastv(layer=2)@6") as run:
+        model(**inputs)
+        assert run.last.realised_tokens == [6, 6, 6]
+        assert run.last.tokens_per_layer == [12, 12, 6, 6]
+    with pytest.raises(SpecError, match="orders pivots as the authors do"):
+        DART(at="input", variant="official")
+    with pytest.raises(SpecError, match="layer=3 of dart with at='input'"):
+        DART(at="input", layer=3)
+    with pytest.raises(SpecError, match="at='middle'"):
+        DART(at="middle")

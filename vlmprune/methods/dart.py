@@ -15,7 +15,8 @@ set of positions; norms and cosines in float32; ties go to the lower index; each
 fewer than p_t tokens of text are all pivots, where the official code fails. ``variant="official"`` has the
 official order and count; ``variant="union"`` is the formula of the paper, in which no pivot minds what
 another one keeps: with r_p(i) the number of tokens that are less like pivot p than token i, those with the
-smallest min over p of r_p(i) stay, the earlier pivot first.
+smallest min over p of r_p(i) stay, the earlier pivot first. ``at="input"`` applies the rule before the
+language model, to embeddings in place of keys and states, as serving engines do; it is not the paper's.
 Provenance: written from a description of paper and official code (commit 38d7b9c, Apache-2.0); no code
 copied.
 """
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..core.method import CutPoint, Method, Need, Positions, SlotName
+from ..core.method import CutPoint, Method, Need, Positions, SlotName, What
 from ..core.select import best_first, highest, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -49,6 +50,8 @@ class DART(Method):
         variant: "exact", or "official": the pivots in the order of a Python set of their positions, and
             p_v + (p_v + p_t) * floor(keep / (p_v + p_t)) tokens, so that 128 keeps 132; or "union": each
             pivot keeps a set of its own, and the sets grow until together they hold ``keep`` tokens.
+        at: "layer", or "input": before the language model, where n_i and h_i are of the embeddings that it
+            reads, and the text is the words of the question.
     """
 
     layer: int = 2
@@ -56,17 +59,12 @@ class DART(Method):
     text_pivots: int = 4
     norm: str = "l1"
     variant: str = "exact"
+    at: str = "layer"
 
     slot: ClassVar[SlotName] = "inside_lm"
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False
     positions: ClassVar[Positions] = "original"
-    needs: ClassVar[tuple[Need, ...]] = (
-        Need("lm_keys"),
-        Need("lm_states"),
-        Need("text_keys", text="question"),
-        Need("text_states", text="question"),
-    )
     paper: ClassVar[str] = "arXiv:2502.11494"
     licence: ClassVar[str] = "Apache-2.0"
 
@@ -77,6 +75,28 @@ class DART(Method):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise SpecError(f"{name}={value!r} of dart; expected a whole number from {least} on")
+        one_of("at", self.at, ("layer", "input"))
+        if self.at == "input":
+            self._check_input()
+            # on this instance alone
+            object.__setattr__(self, "slot", "before_lm")
+
+    def _check_input(self) -> None:
+        """Refuse options that say nothing before the language model."""
+        if self.variant == "official":
+            raise SpecError(
+                "variant='official' of dart orders pivots as the authors do inside the language model, and "
+                "at='input' is before it; drop one of the two, e.g. dart(at=input)@128"
+            )
+        if self.layer != type(self).layer:
+            raise SpecError(f"layer={self.layer} of dart with at='input', where no layer is cut; drop one")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        if self.at == "input":
+            return Need("features"), Need("text_embeds", text="question")
+        text: tuple[What, ...] = ("text_keys", "text_states")
+        return Need("lm_keys"), Need("lm_states"), *(Need(what, text="question") for what in text)
 
     @property
     def sliding(self) -> str:  # type: ignore[override]
@@ -97,9 +117,10 @@ class DART(Method):
         return (CutPoint(self.layer, keep, source=self.layer - 1),)
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
+        of_layer = self.at == "layer"
         # n_i of the visual tokens, and of the text behind the picture
-        n = self.norms(tokens.need("lm_keys"))  # (B, N)
-        n_text = self.norms(tokens.need("text_keys"))  # (B, R)
+        n = self.norms(tokens.need("lm_keys" if of_layer else "features"))  # (B, N)
+        n_text = self.norms(tokens.need("text_keys" if of_layer else "text_embeds"))  # (B, R)
         if tokens.query_mask is not None:
             # padding is no pivot
             n_text = n_text.masked_fill(~tokens.query_mask, -torch.inf)
@@ -108,7 +129,8 @@ class DART(Method):
             return top_k(n, k)
         # P_v and P_t, by falling norm
         P_v, P_t = best_first(n, self.visual_pivots), best_first(n_text, self.text_pivots)
-        states = torch.cat([tokens.need("lm_states"), tokens.need("text_states")], dim=1)  # (B, N + R, D)
+        h = tokens.need("lm_states" if of_layer else "features")  # (B, N, D)
+        states = torch.cat([h, tokens.need("text_states" if of_layer else "text_embeds")], dim=1)
         pivots = torch.cat([P_v, P_t + n.shape[1]], dim=1)  # (B, P) rows of the states
         # where there are fewer words than text pivots, the rest are padding at -inf
         real = torch.cat([n, n_text], dim=1).gather(1, pivots).isfinite()
@@ -122,7 +144,7 @@ class DART(Method):
         return least_similar(states, pivots, kept, quotas(real, k - self.visual_pivots), k)
 
     def norms(self, keys: Tensor) -> Tensor:
-        """(B, N) norm of keys (B, N, Hk, d) over all heads."""
+        """(B, N) norm of keys (B, N, Hk, d) over all heads, or of embeddings (B, N, D)."""
         flat = keys.float().flatten(2)
         # the root is left out of "l2": the order is the same
         return flat.abs().sum(dim=-1) if self.norm == "l1" else flat.square().sum(dim=-1)
