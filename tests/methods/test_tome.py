@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.core.encoder import EncoderBlock
+from vlmprune.hooks.slots.encoder import Shortening
 from vlmprune.methods.tome import ToMe
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
@@ -61,6 +64,68 @@ def test_equal_rows_merge_into_the_lower_index_and_no_crop_looks_at_another() ->
     both = ToMe().shorten(block_of(keys, 2), 6)
     alone = ToMe().shorten(block_of(keys[1:], 2), 6)
     assert torch.equal(both.keep[1], alone.keep[0]) and torch.equal(both.into[1], alone.into[0])
+
+
+def averaged(model: Any, inputs: dict[str, Tensor], spec: str) -> tuple[list[Any], list[Tensor]]:
+    """Keep maps of a forward, and which patches (crops, n, n) each patch in the last block is a mean of."""
+    with torch.no_grad(), vlmprune.prune(model, spec) as run:
+        slot, shares = run.slots["encoder"], []
+        own = Shortening.shorten
+
+        def follow(self: Shortening, patches: Tensor, answer: Any) -> Tensor:
+            # unit vectors go the way of the patches
+            if not shares or shares[-1][0] is not self:
+                crops = len(patches)
+                shares.append([self, torch.eye(self.total).expand(crops, -1, -1)])
+            shares[-1][1] = own(replace(self, steps=[]), shares[-1][1], answer)
+            return own(self, patches, answer)
+
+        Shortening.shorten = follow  # type: ignore[method-assign]
+        try:
+            model(**inputs)
+        finally:
+            Shortening.shorten = own  # type: ignore[method-assign]
+        assert slot.blocks and run.last is not None
+        found = []
+        for step, rows in shares:
+            full = torch.zeros(len(rows), step.total, step.total)
+            full.scatter_(1, step.index[..., None].expand_as(rows), rows)
+            found.append(full > 0)
+        return run.last.keep, found
+
+
+def test_maps_name_the_patches_of_every_mean() -> None:
+    model, inputs = tiny_model(), tiny_inputs(images=(1, 1))
+    maps, (parts,) = averaged(model, inputs, "tome@9")
+    assert len(maps) == 2
+    for kept, of_patch in zip(maps, parts, strict=True):
+        assert len(kept) == 9 and kept.joins is not None and int(kept.merged.sum()) == 27
+        for token in range(36):
+            assert kept.members(token).tolist() == of_patch[token].nonzero()[:, 0].tolist()
+
+
+def test_of_tiles_a_patch_goes_where_its_mean_is() -> None:
+    model, inputs = tiny_model("llava_next"), tiny_inputs("llava_next")
+    (kept,), (parts,) = averaged(model, inputs, "tome@9/crop")
+    assert kept.joins is not None
+    # the base crop stands first
+    for token in range(36):
+        assert kept.members(token).tolist() == parts[0, token].nonzero()[:, 0].tolist()
+    assert set(kept.joins.unique().tolist()) - {-1} == {*kept.keep_idx.tolist()}
+    # no mean reaches over the border of a crop
+    assert bool((kept.joins[36:] >= 36).logical_or(kept.joins[36:] < 0).all())
+
+
+def test_further_cuts_take_the_means_along() -> None:
+    model, inputs = tiny_model(), tiny_inputs()
+    (first,), _ = averaged(model, inputs, "tome@9")
+    (later,), _ = averaged(model, inputs, "tome@9+fastv(layer=2)@4")
+    assert len(later) == 4
+    for token in later.keep_idx.tolist():
+        assert torch.equal(later.members(token), first.members(token))
+    assert int((later.joins >= 0).sum()) == sum(
+        len(later.members(token)) for token in later.keep_idx.tolist()
+    )
 
 
 def test_sizes_add_up_to_the_picture() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import InvariantError, UnsupportedError
-from .vision.pictures import Picture
+from .vision.pictures import Picture, with_joins
 
 if TYPE_CHECKING:
     from .adapter import Modality
@@ -174,6 +174,9 @@ class Encode(PatchedMethod):
             record.modality = self.modality.name
             output = self.original(*args, **kwargs)
         pictures = session.adapter.pictures(self.modality, output, arguments, record.take(), checks)
+        if record.hosts is not None:
+            counts = session.adapter.crops(self.modality, arguments, len(pictures))
+            pictures = with_joins(pictures, counts, record.hosts)
         return self._hand_over(output, pictures)
 
     def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:

@@ -93,7 +93,7 @@ def members_of(slots: Tensor, joined: Sequence[Joined], count: int) -> Tensor:
     found[slots, 0] = torch.arange(len(slots), device=slots.device)
     for number, one in enumerate(joined, start=1):
         part = one.nearest < len(one.context)
-        place = one.anchor + one.context[one.nearest[part]]
+        place = one.anchor + one.context[one.nearest[part].long()]
         found[one.first + one.pool[part], number] = torch.searchsorted(slots, place)
     # a segment has few of the anchors of a clip, so that few columns are enough
     wide = int((found >= 0).sum(dim=1).max())
@@ -298,5 +298,7 @@ class FastVID(Method):
             w = (1 / (members + 1)).clamp_min(self.beta)
             mean = sums / members.clamp_min(1)
             rows.append(torch.where(members > 0, w * own + (1 - w) * mean, own))
-            joins.append(Joined(part.start * n, pool_at, t * n, index, nearest))
+            # each anchor has one number for every token of the segment: small ones
+            short = nearest.to(torch.int16 if n < 2**15 else torch.int32)
+            joins.append(Joined(part.start * n, pool_at, t * n, index, short))
         return rows, joins

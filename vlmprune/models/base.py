@@ -266,6 +266,7 @@ class Adapter:
             captured,
             special,
             crops=partial(_crop_of, pack, special, count, n),
+            sources=partial(_sources_of, pack, special, count, n),
             tiles=tiles,
             frames=modality.name == "video",
             view=self.view,
@@ -350,6 +351,12 @@ def _crop_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: in
     """(N,) crop of every patch: one channel per crop, since down-scaling mixes neighbouring crops."""
     packed = pack(torch.eye(count)[:, None].expand(count, n, count))
     return (packed if special is None else packed[~special]).argmax(dim=-1)
+
+
+def _sources_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: int, n: int) -> Tensor:
+    """(N,) the number of every patch among the count * n of its crops, where packing averages none."""
+    packed = pack(torch.arange(count * n, dtype=torch.float64).view(count, n, 1))
+    return (packed if special is None else packed[~special])[:, 0].round().long()
 
 
 def tile_grids(special: Tensor, side: int) -> Grids:

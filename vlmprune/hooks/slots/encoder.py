@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,8 @@ from . import Attachment, Handle
 from .cutting import Cut, cut_sequence, listed
 
 PRESENT = Need("present")
+# the row that each row (T, n) is averaged into, the rows (T, m) that stay in order, and which (T, n) are left
+Step = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 @dataclass(eq=False)
@@ -49,6 +51,7 @@ class Shortening:
         notes: (T, n) of the method.
         biased: whether later blocks need a bias on their logits.
         seconds: spent on choosing.
+        steps: what became of the rows behind every block that was asked.
     """
 
     record: Record
@@ -58,6 +61,7 @@ class Shortening:
     notes: Tensor | None = None
     biased: bool = False
     seconds: float = 0.0
+    steps: list[Step] = field(default_factory=list)
 
     @classmethod
     def begin(cls, record: Record, hidden: Tensor) -> Shortening:
@@ -90,9 +94,11 @@ class Shortening:
         lengths = keep.sum(dim=1).tolist() if answer.count is None else [answer.count]
         width = max(lengths)
         if width == keep.shape[1]:
+            self.steps.append((answer.into, None, keep))
             return patches
         # those that stay, in order
         order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+        self.steps.append((answer.into, order, keep))
         self.index, self.sizes = self.index.gather(1, order), self.sizes.gather(1, order)
         if min(lengths) < width:
             filling = torch.arange(width, device=order.device) >= keep.sum(dim=1, keepdim=True)
@@ -110,6 +116,21 @@ class Shortening:
         summed.scatter_add_(1, into[..., None].expand_as(patches), patches.float() * weights)
         self.sizes = torch.zeros_like(self.sizes).scatter_add(1, into, self.sizes)
         return (summed / self.sizes[..., None].clamp_min(1)).to(patches.dtype)
+
+    def hosts(self, start: int, stop: int) -> Tensor:
+        """(crops, N) the patch in whose place each patch of some crops is left, -1 where it was dropped."""
+        some = slice(start, stop)
+        part = torch.arange(self.total, device=self.index.device).expand(self.index[some].shape[0], -1)
+        for into, order, keep in self.steps:
+            if into is not None:
+                part = _numbers_at(into[some], part)
+            left = torch.arange(keep.shape[1], device=keep.device).expand(keep[some].shape)
+            part = _numbers_at(left.masked_fill(~keep[some], -1), part)
+            if order is not None:
+                place = torch.full(keep[some].shape, -1, device=keep.device)
+                numbers = torch.arange(order.shape[1], device=keep.device).expand(len(place), -1)
+                part = _numbers_at(place.scatter(1, order[some], numbers), part)
+        return _numbers_at(self.index[some], part)
 
     def restore(self, rows: Tensor) -> Tensor:
         """Rows (T, n, D) at their places among all N patches, zeros elsewhere."""
@@ -274,6 +295,8 @@ class EncoderSlot:
             ),
         )
         run.record.found[PRESENT] = present
+        if any(into is not None for into, _, _ in run.steps):
+            run.record.hosts = run.hosts
         self._local.run = None
         self._local.seconds = getattr(self._local, "seconds", 0.0) + run.seconds
         return torch.cat([output[:, :front], run.restore(output[:, front:])], dim=1)
@@ -313,4 +336,11 @@ class EncoderSlot:
             keep_idx = top_k(present[None], self._target(picture.count))[0]
         else:
             keep_idx = present.nonzero()[:, 0]
-        return None if keep_idx.shape[0] == picture.count else Cut.of(picture, keep_idx)
+        if keep_idx.shape[0] == picture.count:
+            return None
+        return replace(Cut.of(picture, keep_idx), joins=picture.joins)
+
+
+def _numbers_at(values: Tensor, at: Tensor) -> Tensor:
+    """(crops, N) ``values`` (crops, n) at the rows ``at`` (crops, N), -1 where these are -1."""
+    return values.gather(1, at.clamp_min(0)).masked_fill(at < 0, -1)

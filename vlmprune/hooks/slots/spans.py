@@ -75,13 +75,16 @@ class Span:
 
     def take(self, cut: Cut | None) -> None:
         """Note what was merged before the language model."""
-        if cut is None or cut.rows is None or cut.row_slots is None:
+        if cut is None:
             return
-        self.untold = cut.joins is None
-        if cut.joins is not None:
+        self.untold = cut.joins is None and cut.rows is not None
+        if cut.joins is None:
+            return
+        if cut.row_slots is not None:
             # columns ascend, rows are listed in the order of their method
             self.tokens = cut.keep_idx[cut.row_slots.argsort()]
-            self.parts = partial(_rows_named, cut.joins, cut.keep_idx, cut.row_slots)
+        slots = cut.keep_idx if cut.row_slots is None else cut.row_slots
+        self.parts = partial(_rows_named, cut.joins, cut.keep_idx, slots)
 
     def follow(self, step: Callable[[], Tensor] | None) -> None:
         """Take ``parts`` through a cut, of which ``step`` gives (n,) or (n, J): the rows behind it that each

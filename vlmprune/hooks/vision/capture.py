@@ -223,6 +223,8 @@ class Record:
         self.grad = torch.is_grad_enabled()
         self.rows: dict[int, Tensor] = {}
         self.found: dict[Need, Tensor] = {}
+        # where patches were averaged in the tower: of crops start..stop, the patch that each is part of
+        self.hosts: Callable[[int, int], Tensor] | None = None
         # one entry per run of the block, or per segment of a packed sequence
         self._parts: dict[Need, list[Tensor]] = {}
 

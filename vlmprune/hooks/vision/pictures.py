@@ -9,8 +9,8 @@ budget is spent on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Picture:
         tiles: the raw crops of a tiled picture, where a method asked for them.
         frames: whether the blocks are frames of a clip.
         view: how boxes lie on the original picture, "stretch" or "center".
+        sources: gives (N,) the number of every patch among those of its crops as the tower has them.
+        joins: gives (N,) what patches became part of inside the tower, where some were averaged there.
     """
 
     features: Tensor
@@ -49,6 +51,8 @@ class Picture:
     tiles: Tiles | None = None
     frames: bool = False
     view: str = "stretch"
+    sources: Callable[[], Tensor] | None = None
+    joins: Callable[[], Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -100,6 +104,31 @@ class Picture:
 
     def __deepcopy__(self, memo: dict) -> Picture:
         return self  # never written to; assisted decoding copies the output that holds it, and the model
+
+
+def with_joins(
+    pictures: Sequence[Picture], counts: Sequence[int], hosts: Callable[[int, int], Tensor]
+) -> list[Picture]:
+    """Pictures of so many crops each, whose patches were averaged inside the tower, see ``Record.hosts``."""
+    found, start = [], 0
+    for picture, count in zip(pictures, counts, strict=True):
+        sources = picture.sources
+        ask = None if sources is None else partial(_joins_of, sources, partial(hosts, start, start + count))
+        found.append(replace(picture, joins=ask))
+        start += count
+    return found
+
+
+def _joins_of(sources: Callable[[], Tensor], hosts: Callable[[], Tensor]) -> Tensor:
+    """(N,) ``KeepMap.joins`` of a picture, on the CPU."""
+    raw, into = sources(), hosts().cpu()  # (N,), (crops, n)
+    crops, n = into.shape
+    first = n * torch.arange(crops)[:, None]
+    flat = torch.where(into < 0, -1, into + first).flatten()
+    # a patch that was cut off with the padding of a tile takes what is part of it along
+    place = torch.full((crops * n + 1,), -1)
+    place[raw] = torch.arange(len(raw))
+    return place[flat[raw]]
 
 
 @dataclass(eq=False)

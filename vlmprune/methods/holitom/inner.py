@@ -107,10 +107,12 @@ class HoliTomInner(Method):
         keep = top_k(self.score(tokens), k)
         rest = rest_of(keep, tokens.count)
         own, gone = rows_at(features, keep), rows_at(features, rest)
-        joins = torch.stack([most_alike(*pair) for pair in zip(own.float(), gone.float(), strict=True)])
+        joins = [most_alike(*pair) for pair in zip(own.float(), gone.float(), strict=True)]
         units = zip(own, gone, joins, strict=True)
         rows = torch.stack([folded(*unit, self.combine) for unit in units])
         n = tokens.count
         return Merged(
-            rows.to(features.dtype), keep, joins=lambda: joins_of([(keep, numbers(keep)), (rest, joins)], n)
+            rows.to(features.dtype),
+            keep,
+            joins=lambda: joins_of([(keep, numbers(keep)), (rest, torch.stack(joins))], n),
         )
