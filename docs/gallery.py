@@ -32,6 +32,7 @@ METHODS = ("random", "divprune", "fastervlm", "fastv")
 SIZE = 432  # three pixels for each one of the benchmark, so that patches stay sharp
 GAP = 14
 HEAD, FOOT = 58, 56  # pixels of text above and below a panel
+TEXT = 34  # size of its letters
 COLUMNS = 6  # of a gallery of all methods
 LOOKED_AT = 500  # questions; beyond them the rule finds nothing
 
@@ -57,17 +58,23 @@ def choose(bundle: tuple[Any, Any], specs: Sequence[str]) -> tuple[Any, list[Rec
     )
 
 
+def titled(text: str) -> Image.Image:
+    """A panel with nothing but what stands above the picture."""
+    sheet = Image.new("RGB", (SIZE, HEAD + SIZE + FOOT), "white")
+    ImageDraw.Draw(sheet).text((2, 8), text, fill="black", font=ImageFont.load_default(TEXT))
+    return sheet
+
+
 def panel(image: Image.Image, record: Record) -> Image.Image:
     """The picture with its kept patches, the spec above and the answer below."""
-    sheet = Image.new("RGB", (SIZE, HEAD + SIZE + FOOT), "white")
     large = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     kept, total = record.realised_tokens, record.dense_tokens
+    sheet = titled(record.spec if kept < total else f"all {total} tokens")
     sheet.paste(record.keep[0].draw(large) if kept < total else large, (0, HEAD))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(34)
-    pen.text((2, 8), record.spec if kept < total else f"all {total} tokens", fill="black", font=font)
     right = record.score == 1
     text = f"{record.answer or 'no answer'} ({'right' if right else 'wrong'})"
-    pen.text((2, HEAD + SIZE + 6), text, fill="#007050" if right else "#B03000", font=font)
+    pen, colour = ImageDraw.Draw(sheet), "#007050" if right else "#B03000"
+    pen.text((2, HEAD + SIZE + 6), text, fill=colour, font=ImageFont.load_default(TEXT))
     return sheet
 
 

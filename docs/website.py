@@ -146,7 +146,8 @@ def drawn() -> dict[str, tuple[str, int]]:
     from vlmprune.spec import parse
 
     specs = script("gallery").every_spec(KEEP, TOKENS, DEPTH)
-    return {parse(spec).parts[0].name: (spec, number) for number, spec in enumerate(specs)}
+    # the panel with number 0 is that of all tokens
+    return {parse(spec).parts[0].name: (spec, number) for number, spec in enumerate(specs, start=1)}
 
 
 @cache

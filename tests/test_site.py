@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from page_blocks import blocks_of, kept, promised, run_block, stand_in
+from PIL import Image
 
 import vlmprune
 from vlmprune.models import _REGISTERED
@@ -178,6 +181,21 @@ def test_each_panel_is_cut_out_of_the_picture_of_all_methods():
     assert all(content.startswith(b"\x89PNG") for content in panels.values())
 
 
+def test_the_panel_of_a_method_is_its_own():
+    gallery = script("gallery")
+
+    def head(picture):  # what stands above it, as numbers
+        return np.asarray(picture.convert("L").crop((0, 0, gallery.SIZE, gallery.HEAD)), dtype=float)
+
+    titles = {name: head(gallery.titled(spec)) for name, (spec, _) in WEBSITE.drawn().items()}
+    for name, content in WEBSITE.panels().items():
+        own = head(Image.open(io.BytesIO(content)))
+        far = {other: np.abs(own - title).mean() for other, title in titles.items()}
+        assert min(far, key=far.get) == name, (
+            "draw docs/gallery_all.png again, or number its panels otherwise"
+        )
+
+
 def test_tables_of_models_commands_and_names_have_everything():
     from vlmprune.capabilities import table
     from vlmprune.cli import app
@@ -268,7 +286,7 @@ def test_every_config_is_shown_whole_and_says_what_it_is():
         part = page.partition(f"## {path.name}\n\n")[2].partition("\n## ")[0]
         said, keys = part.split("```yaml\n")
         assert len(said.split()) > 5 and "$schema" not in part
-        assert yaml.safe_load(keys.removesuffix("```")) == yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert yaml.safe_load(keys.partition("\n```")[0]) == yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def test_each_part_of_a_card_is_a_paragraph_of_its_own():
