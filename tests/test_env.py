@@ -97,6 +97,11 @@ def test_flash_attention_needs_its_package_and_a_device(monkeypatch):
     assert attention()["flash_attention_2"] == "yes"
 
 
+def test_a_load_is_said_to_two_digits(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (5.662109375, 0.0, 0.0), raising=False)
+    assert system_load() == 5.66
+
+
 def test_a_system_that_counts_no_load_is_said_to(monkeypatch):
     monkeypatch.delattr(os, "getloadavg", raising=False)
     assert system_load() is None

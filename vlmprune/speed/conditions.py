@@ -35,7 +35,7 @@ def conditions() -> dict[str, Any]:
 
 def system_load() -> float | None:
     """Processes that ran or waited in the last minute; None where the system counts none, as on Windows."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def processors() -> list[str]:
