@@ -153,11 +153,11 @@ def listed(group: Group, known: list[Group]) -> str:
     """The messages of a group as Markdown, in a box that is closed until it is wanted."""
     own = [one for one in messages() if group_of(one.file, known) == group]
     lines = sorted({f"{one.text} ({one.error})" for one in own}, key=str.lower)
-    rows = "\n".join(f"    - {_escaped(line)}" for line in lines)
+    rows = "\n".join(f"    - {escaped(line)}" for line in lines)
     return f'??? note "The {len(lines)} messages of this group"\n\n{rows}\n'
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Plain text for Markdown: no character of it makes a link, an emphasis or a tag."""
     return re.sub(r"([\\`*_\[\]<>|&])", lambda found: f"&#{ord(found[1])};", text)
 

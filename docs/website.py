@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "methods"
 # files of the repository that are pages of the site too; the home page says what the README says
@@ -51,6 +53,15 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:)([^)
 ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
 KEEP, TOKENS, DEPTH = 18, 144, 8  # of docs/gallery_all.png
 UNKNOWN = "not measured"  # how such a cell of the table of capabilities begins
+PAPER, ARXIV = re.compile(r"(?<![\[/\w`])arXiv:(\d{4}\.\d{4,5})"), r"[\g<0>](https://arxiv.org/abs/\1)"
+# key of an entry of a ledger -> how the page says it
+CLAIM = {
+    "paper": "paper",
+    "official": "official code",
+    "ours": "here",
+    "tolerance": "how close",
+    "reproduce": "again",
+}
 PARTS = ("Idea", "Equation", "When it fails")  # of a card, in the gallery
 
 
@@ -128,6 +139,30 @@ def spaced(text: str) -> str:
             listing = True
         made.append(line)
     return "\n".join(made)
+
+
+# --- cards of methods -----------------------------------------------------------------------------
+
+
+def card_page(name: str, repository: str | None = None) -> str:
+    """A card with links to its papers; behind it the ledger, of which it speaks."""
+    place = f"methods/{name}.md"
+    text = linked((CARDS / f"{name}.md").read_text(encoding="utf-8"), place, place, repository)
+    lines = [line if code else PAPER.sub(ARXIV, line) for line, code in lines_of(text)]
+    # a card has one heading, and its equations need the room of a table of contents
+    return "---\nhide: [toc]\n---\n\n" + "\n".join([*lines, "", *ledger(name)]) + "\n"
+
+
+def ledger(name: str) -> list[str]:
+    """The claims of methods/NAME.yaml, in a box that is closed until it is wanted."""
+    plain = script("messages").escaped
+    made = ['??? note "The ledger: what was compared with what, and how to do it again"']
+    for entry in yaml.safe_load((CARDS / f"{name}.yaml").read_text(encoding="utf-8"))["entries"] or []:
+        said = {title: entry[key] for key, title in CLAIM.items() if entry[key] is not None}
+        said.setdefault("here", "not measured")
+        made += ["", f"    **{plain(entry['what'])}**", ""]
+        made += [f"    - {title}: {plain(str(value))}" for title, value in said.items()]
+    return made
 
 
 # --- what is made from the package ----------------------------------------------------------------
@@ -319,9 +354,10 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the pages and pictures that are not in docs/."""
     from mkdocs.structure.files import File
 
-    for source, home in OUTSIDE.items() | {
-        (f"methods/{c.name}", f"methods/{c.name}") for c in CARDS.glob("*.md")
-    }:
+    for card in CARDS.glob("*.md"):
+        made = card_page(card.stem, config.repo_url or None)
+        files.append(File.generated(config, f"methods/{card.name}", content=made))
+    for source, home in OUTSIDE.items():
         text = (
             notebook_pages()[source].text
             if source in notebook_pages()

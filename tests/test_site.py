@@ -296,3 +296,15 @@ def test_each_part_of_a_card_is_a_paragraph_of_its_own():
         for found in re.finditer(r"(?<=\S\n)\*\*[A-Z][^*]+\*\*", card.read_text(encoding="utf-8"))
     ]
     assert joined == [], "put an empty line in front, or they run into the paragraph above"
+
+
+def test_a_card_leads_to_its_papers_and_has_its_ledger_behind():
+    assert "[arXiv:2403.06764](https://arxiv.org/abs/2403.06764) (ECCV" in WEBSITE.card_page("fastv")
+    names = {path.stem for path in WEBSITE.CARDS.glob("*.md")}
+    assert len(names) > 40
+    for name in names:
+        claims = (WEBSITE.CARDS / f"{name}.yaml").read_text(encoding="utf-8")
+        entries = yaml.safe_load(claims)["entries"] or []
+        box = WEBSITE.card_page(name).partition("\n??? note")[2]
+        assert box.count("\n    **") == box.count("    - here: ") == len(entries)
+        assert box.count("    - here: not measured") == sum(entry["ours"] is None for entry in entries)
