@@ -283,29 +283,15 @@ def configs_page() -> str:
         # without the path to the schema, which holds in the repository alone
         _, about, keys = re.split(r"\A(.*\$schema=.*\n(?:#.*\n)+)", path.read_text(encoding="utf-8"))
         said = [line.removeprefix("# ") for line in about.splitlines()[1:]]
-        told = "\n".join(f"\n    {line.strip()}\n" if line.startswith(" ") else line for line in said)
+        # a command, of which the page has said already what it needs
+        commands = (line.strip().partition("   ")[0] if line.startswith(" ") else "" for line in said)
+        told = "\n".join(f"\n    {run}\n" if run else line for run, line in zip(commands, said, strict=True))
         made.append(f"## {path.name}\n\n{told}\n\n```yaml\n{keys.strip()}\n```")
     return "\n\n".join(made)
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options."""
-    import typer
-
-    from vlmprune.cli import app
-
-    root = typer.main.get_command(app)
-    made = []
-    for name, command in sorted(root.commands.items()):
-        rows = ["| argument or option | meaning |", "|---|---|"]
-        for one in command.params:
-            names = ", ".join(f"`{word}`" for word in (*one.opts, *one.secondary_opts))
-            if one.param_type_name == "argument":
-                names = f"`{one.metavar or one.name.upper()}`"
-            rows.append(f"| {names} | {' '.join((one.help or '').split()).replace('|', chr(92) + '|')} |")
-        about = " ".join((command.help or "").split())
-        made.append(f"## `vlmprune {name}`\n\n{about}\n\n" + "\n".join(rows))
-    return "\n\n".join(made)
+    return str(script("commands").page())
 
 
 def names_page() -> str:
