@@ -16,14 +16,14 @@ import numpy as np
 Interval = tuple[float, float]  # low, high
 _POINTS = 40_000  # steps of the angle
 _HALF = 0.5  # of an answer: less of one is none
-# two clusters more, with questions as alike as this: few large ones seldom show the bad one among them
-_PRIOR, _ALIKE = 2, 0.2
+# six clusters more, with questions as alike as this: few large ones seldom show the bad one among them
+_PRIOR, _ALIKE = 6, 0.2
 
 
 def variance_of_means(sums: np.ndarray, count: np.ndarray, spread: np.ndarray) -> np.ndarray:
     """(S,) variances of mean scores, over clusters.
 
-    Beside what C clusters show, C - 1 degrees of freedom, stands what is usual, with two: questions of a
+    Beside what C clusters show, C - 1 degrees of freedom, stands what is usual, with six: questions of a
     cluster whose scores have a correlation of 0.2. It matters where clusters are few and large alone.
 
     Args:
@@ -44,7 +44,7 @@ def share_interval(value: float, variance: float, clusters: int, level: float) -
     (Korn and Graubard, 1998).
 
     Args:
-        variance: of the mean, over clusters.
+        variance: of the mean, over clusters, as ``variance_of_means`` gives it.
     """
     tail = (1 - level) / 2
     if clusters < 2 and 0 < value < 1:
@@ -54,7 +54,9 @@ def share_interval(value: float, variance: float, clusters: int, level: float) -
     else:
         # so many independent answers have this variance
         answers = value * (1 - value) / variance
-        answers *= (NormalDist().inv_cdf(1 - tail) / t_quantile(level, clusters - 1)) ** 2
+        # what is usual is known as well as that many clusters would tell
+        freedom = clusters - 1 + _PRIOR
+        answers *= (NormalDist().inv_cdf(1 - tail) / t_quantile(level, freedom)) ** 2
     right, wrong = value * answers, (1 - value) * answers
     low = beta_quantile(tail, right, wrong + 1) if right >= _HALF else 0.0
     high = beta_quantile(1 - tail, right + 1, wrong) if wrong >= _HALF else 1.0
