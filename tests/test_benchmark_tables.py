@@ -34,7 +34,8 @@ def test_a_changed_row_changes_the_page(
 ) -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
     shown = [name for name in tables.TABLES if tables.marks(name)[0] in page]
-    kept = {rows for name in shown for rows in tables.TABLES[name].rows}
+    made = {rows for name in shown for rows in tables.TABLES[name].rows}
+    kept = {rows for rows in made if (tables.RESULTS / f"{rows}.json").exists()}
     for changed in sorted(kept):
         for name in kept:
             values = json.loads((tables.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
