@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -44,18 +45,20 @@ FIELDS = (
     *("pictures", "firings", "empty", "n", "clusters", "accuracy", "ci", "families", "retained", "vs_random"),
     *("vs_random_equal", "band"),
 )
+TOLD = ("versions", "commit", "hardware", "date", "model", "published")
 Lines = list[str]
 
 
 def take(folder: Path) -> dict[str, Any]:
-    """What the page needs of a run."""
+    """What the page needs of a run. A model in a folder has the name of the folder, wherever that is."""
     results = Results.of(Run.open(folder))
+    told = {name: results.provenance.get(name) for name in TOLD}
+    told["model"] = {Path(model).name: about for model, about in told["model"].items()}
+    rows = [replace(row, model=Path(row.model).name) for row in results.rows]
     return {
-        "provenance": {
-            name: results.provenance.get(name) for name in ("versions", "commit", "hardware", "date", "model")
-        },
-        "headline": plain(results.headline),
-        "rows": [{name: plain(getattr(row, name)) for name in FIELDS} for row in results.rows],
+        "provenance": told,
+        "headline": [plain(replace(one, model=Path(one.model).name)) for one in results.headline],
+        "rows": [{name: plain(getattr(row, name)) for name in FIELDS} for row in rows],
     }
 
 
