@@ -171,7 +171,9 @@ def test_new_refuses_bad_names(name, message, tmp_path):
 
 
 def test_new_needs_a_folder(tmp_path):
-    assert "no folder at" in cli("new", "fresh", "--dir", tmp_path / "none", code=2).stderr
+    assert "no folder at" in cli("new", "fresh", "--dir", tmp_path / "none" / "in it", code=2).stderr
+    (tmp_path / "text").write_text("")
+    assert "is a file" in cli("new", "fresh", "--dir", tmp_path / "text", code=2).stderr
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_new_needs_a_folder(tmp_path):
 def test_a_new_family_passes_its_test_and_verify_also_where_it_is_installed(tmp_path):
     text = cli("new", "fresh_vlm", "--family", "--dir", tmp_path, columns=200).stdout
     steps = [line.partition(". ")[2] for line in text.splitlines() if re.match(r"\d\. ", line)]
-    assert steps[0] == f"pip install -e {tmp_path}" and steps[3] == "pytest test_fresh_vlm.py"
+    assert steps[0] == f"pip install -e {tmp_path}" and steps[3] == f"pytest {tmp_path / 'test_fresh_vlm.py'}"
     installed(tmp_path, "fresh_vlm", "vlmprune.models")
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "test_fresh_vlm.py"]
@@ -228,3 +230,12 @@ def test_new_files_of_a_family_keep_the_rules_of_style(tmp_path):
     command = [ruff, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["--family"]])
+def test_a_folder_that_is_not_there_is_made(words, tmp_path):
+    folder = tmp_path / "my plugin"
+    said = cli("new", "fresh", *words, "--dir", folder).stdout
+    assert (folder / "pyproject.toml").is_file()
+    # as they can be typed where the command was
+    assert f"pip install -e '{folder}'" in said and f"pytest '{folder / 'test_fresh.py'}'" in said

@@ -16,7 +16,7 @@ def new(
         str, typer.Argument(help="Name of the new method, in lower case; with --family its model type.")
     ],
     folder: Annotated[
-        Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own.")
+        Path, typer.Option("--dir", help="A checkout of vlmprune, or a folder of your own; it is made.")
     ] = Path(),  # the folder that one is in
     family: Annotated[
         bool, typer.Option("--family", help="Write an adapter for a family of models instead.")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from string import Template
 
 from ..errors import SpecError
@@ -190,9 +191,15 @@ def scaffold(name: str, folder: Path) -> Scaffold:
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse a folder that is not there."""
-    if not folder.is_dir():
-        raise SpecError(f"no folder at {str(folder)!r}; expected an existing one: make it first")
+    """Refuse a folder that is not there and could be a slip; a new one is made in a folder that is there."""
+    if folder.is_dir() or (folder.parent.is_dir() and not folder.exists()):
+        return
+    if folder.exists():
+        raise SpecError(f"{str(folder)!r} is a file; expected a folder, or a new name for one")
+    raise SpecError(
+        f"no folder at {str(folder.parent)!r}, in which to make {folder.name!r}; expected an existing one: "
+        "make it first"
+    )
 
 
 def write(plan: Draft, folder: Path) -> Scaffold:
@@ -281,9 +288,9 @@ def _outside(name: str, cls: str, folder: Path) -> Draft:
         Path(f"{name}.yaml"): _LEDGER.substitute(name=name, test=test),
     }
     steps = [
-        f"pip install -e {folder}",
-        f"write the formula in {module}.py and its transcription in {test}",
-        f"pytest {test} && vlmprune verify {name}",
+        f"pip install -e {quote(str(folder))}",
+        f"write the formula in {folder / module}.py and its transcription in {folder / test}",
+        f"pytest {quote(str(folder / test))} && vlmprune verify {name}",
         _LAST_STEP,
     ]
     entry_point = ENTRY_POINT.substitute(group=GROUP, name=name, module=module, cls=cls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 from string import Template
 
 from ..errors import SpecError
@@ -117,10 +118,10 @@ def scaffold_family(name: str, folder: Path) -> Scaffold:
         test: _TEST.substitute(name=name, module=module, tiny=tiny),
     }
     steps = (
-        f"pip install -e {folder}",
-        f"say in {module}.py where the parts of your model are",
-        f"build a small one of it in {tiny}.py, with random weights",
-        f"pytest {test}",
+        f"pip install -e {quote(str(folder))}",
+        f"say in {folder / module}.py where the parts of your model are",
+        f"build a small one of it in {folder / tiny}.py, with random weights",
+        f"pytest {quote(str(folder / test))}",
         f"vlmprune verify fastervlm --adapter {module}:Adapter --tiny {tiny}:FAMILY",
     )
     # vlmprune finds the adapter by this entry point once it is installed
