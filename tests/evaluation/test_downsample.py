@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,8 +23,9 @@ from vlmprune.evaluation.answer.batch import Batch
 from vlmprune.evaluation.answer.evaluate import entrant, evaluate
 from vlmprune.evaluation.tasks.sample import Sample
 from vlmprune.methods.baselines import Downsample
-from vlmprune.models import loading
-from vlmprune.testing.tiny import tiny_bundle
+from vlmprune.models import adapter_for, loading, reads_any_size
+from vlmprune.models.shrink import shrink_for
+from vlmprune.testing.tiny import tiny_bundle, tiny_model
 
 FAMILIES = ["qwen2_vl", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen2_5_vl", "qwen3_vl"))]
 TOKEN = 28  # pixels along each side of a token of the tiny models
@@ -172,7 +175,116 @@ def test_it_is_refused_with_what_to_write_instead(call, error, reason):
         call(*tiny_bundle("qwen2_vl"))
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
+def dense_of(family: str, picture: Image.Image) -> int:
+    """Tokens that the model reads of a picture, newlines not counted."""
+    model, processor = tiny_bundle(family)
+    with torch.no_grad(), vlmprune.prune(model, "dense") as run:
+        model(**vlmprune.encode(model, processor, picture, "what?"))
+        return sum(run.last.dense_tokens)
+
+
+TILED = ["llava_next", "llava_onevision", pytest.param("llava_next_video", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("family", TILED)
+def test_of_tiles_as_many_are_left_as_the_budget_allows(family):
+    model, processor = tiny_bundle(family)
+    picture = noise(0, 260, 410)
+    adapter, read = adapter_for(model), {}
+    whole, least = dense_of(family, picture), 10**9
+    for keep in range(1, whole + 2):
+        try:
+            shrunk = shrink_for(adapter, processor, f"downsample@{keep}")([picture])
+        except SpecError as error:
+            # nothing is within the budget
+            assert f"{keep} tokens are asked of a picture of 410 x 260" in str(error)
+            assert keep < least
+            continue
+        least = min(least, keep)
+        assert shrunk.dense == (whole,) and shrunk.tokens[0] <= keep
+        read[shrunk.tokens[0]] = shrunk.images[0]
+    assert len(read) > 1 and max(read) == whole and min(read) == least
+    for tokens, small in read.items():
+        assert dense_of(family, small) == tokens
+        # the shape of the picture stays, but for rounding
+        assert abs(small.width * 260 - small.height * 410) <= 410
+    assert read[whole].size == picture.size
+    with pytest.raises(SpecError, match=f"{least} at least, in tiles of one size.*pool"):
+        shrink_for(adapter, processor, "downsample@1")([picture])
+
+
+@pytest.mark.parametrize("family", TILED)
+def test_smaller_tiles_answer_as_a_picture_made_smaller_by_hand(family):
+    model, processor = tiny_bundle(family)
+    samples = [sample(0, "3"), sample(1), sample(2, "4")]
+    share = 0.9
+    records = {r.id: r for r in evaluate(model, processor, samples, [f"downsample@{share}"], Easy())}
+    picture = noise(3, 200)
+    made = entrant(model, processor, f"downsample@{share}").shrink([picture])
+    assert records["s0"].dense_tokens == dense_of(family, picture) == made.dense[0]
+    assert records["s0"].realised_tokens == made.tokens[0] == dense_of(family, made.images[0])
+    assert made.tokens[0] <= share * made.dense[0] and records["s1"].realised_tokens == 0
+    # of several images LLaVA-OneVision makes one crop each
+    (both,) = evaluate(model, processor, [sample(0, "3", "0")], ["downsample@1.0"], Easy())
+    assert both.realised_tokens == both.dense_tokens > 0
+    if family == "llava_onevision":
+        assert both.dense_tokens == 2 * adapter_for(model).side ** 2
+        with pytest.raises(SpecError, match="36 at least"):
+            list(evaluate(model, processor, [sample(0, "3", "0")], ["downsample@0.9"], Easy()))
+
+
+@pytest.mark.parametrize("family", ["mistral3", "gemma4"])
+def test_other_families_of_any_size_make_exactly_so_many_tokens(family):
+    model, processor = tiny_model(family), of_any_size(family)
+    adapter = adapter_for(model)
+    side = adapter.resolution(processor).side
+    picture = noise(1, 11 * side, 14 * side)
+    for keep in ("7", "20", "0.5", "1.0"):
+        made = shrink_for(adapter, processor, f"downsample@{keep}")([picture])
+        (whole,), (tokens,) = made.dense, made.tokens
+        assert tokens <= Budget.of(keep).count(whole)
+        # as the processor says it
+        sides = {"patch_size": side} if family == "mistral3" else {}
+        options = {**sides, **made.options.get("images_kwargs", {})}
+        images = processor.image_processor(images=made.images, return_tensors="pt", **options)
+        if family == "gemma4":
+            assert int(images["num_soft_tokens_per_image"][0]) == tokens
+        else:
+            height, width = map(int, images["image_sizes"][0])
+            assert height // side * (width // side) == tokens
+        # and the model reads it
+        with torch.no_grad():
+            encoded = adapter.inner.get_image_features(
+                **{name: images[name] for name in images if name in ENCODED[family]}
+            )
+        found = encoded.pooler_output if hasattr(encoded, "pooler_output") else encoded
+        assert sum(len(one) for one in ([found] if torch.is_tensor(found) else found)) == tokens
+
+
+ENCODED = {"mistral3": ("pixel_values", "image_sizes"), "gemma4": ("pixel_values", "image_position_ids")}
+
+
+def of_any_size(family: str) -> Any:
+    """What of a processor says how it makes tokens."""
+    vision = tiny_model(family).config.vision_config
+    if family == "gemma4":
+        images = transformers.Gemma4ImageProcessor(
+            patch_size=vision.patch_size, pooling_kernel_size=vision.pooling_kernel_size, max_soft_tokens=70
+        )
+        return SimpleNamespace(image_processor=images)
+    patch, merge = vision.patch_size, tiny_model(family).config.spatial_merge_size
+    images = transformers.PixtralImageProcessor(
+        patch_size={"height": patch, "width": patch}, size={"longest_edge": 10 * patch * merge}
+    )
+    return SimpleNamespace(image_processor=images, patch_size=patch, spatial_merge_size=merge)
+
+
+def test_only_families_of_any_size_are_compared_with_it_unasked():
+    answers = {name: reads_any_size(name) for name in ("llava_next", "qwen2_vl", "gemma4", "mistral3")}
+    assert answers == {"llava_next": False, "qwen2_vl": True, "gemma4": True, "mistral3": True}
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_a_family_of_one_size_is_refused_by_name_before_the_first_question(family):
     with pytest.raises(
         UnsupportedError, match=f"{family} reads pictures, or tiles of them, at one size.*pool"

@@ -111,26 +111,32 @@ class Prepared:
     Args:
         inputs: of generate.
         smaller: the same of a spec that shrinks the picture.
+        whole: visual tokens that the picture has at its own size, of such a spec.
         clip: what the question is about, where that is a clip.
         frames: the frames of the clip are images to the model.
     """
 
     inputs: Any
     smaller: Any = None
+    whole: int = 0
     clip: Clip | None = None
     frames: bool = False
 
 
 def _asked(model: Any, processor: Any, picture: Any, question: str, spec: Spec) -> Prepared:
+    from ..models import adapter_for
     from ..models.loading import encode, encode_clip
-    from ..models.shrink import shrinks
+    from ..models.shrink import shrink_for, shrinks
     from ..videofile import Clip
 
     if isinstance(picture, Clip):
         inputs, apart = encode_clip(model, processor, picture.frames, question, picture.times)
         return Prepared(inputs, clip=picture, frames=apart)
     inputs = encode(model, processor, picture, question)
-    return Prepared(inputs, encode(model, processor, picture, question, spec) if shrinks(spec) else None)
+    if not shrinks(spec):
+        return Prepared(inputs)
+    (whole,) = shrink_for(adapter_for(model), processor, spec)([picture]).dense
+    return Prepared(inputs, encode(model, processor, picture, question, spec), whole)
 
 
 def _answers(
@@ -152,7 +158,7 @@ def _answers(
             f"there is no report of {str(spec)!r}, so nothing shows what was pruned; expected one"
         )
     if smaller is not None:
-        report = _of_smaller(report, spec, inputs["input_ids"].shape[1])
+        report = _of_smaller(report, spec, inputs["input_ids"].shape[1], asked.whole)
     if not dense:
         return pruned, None, report
     if warm:
@@ -160,13 +166,13 @@ def _answers(
     return pruned, ask(model, processor, inputs, max_new_tokens), report
 
 
-def _of_smaller(report: Report, spec: Spec, length: int) -> Report:
-    """The report of one smaller picture, beside a dense prompt of ``length`` tokens."""
+def _of_smaller(report: Report, spec: Spec, length: int, whole: int) -> Report:
+    """The report of one smaller picture, beside a dense prompt of ``length`` tokens, ``whole`` of them visual
+    and no newlines.
+    """
     # sequence is (dense, pruned); all of a smaller picture is read, so both are its length
     read, _ = report.sequence
-    # the text is the same: two prompts differ in their visual tokens alone
-    dense = [sum(report.dense_tokens) + length - read]
-    return replace(report, method=str(spec), dense_tokens=dense, sequence=(length, read))
+    return replace(report, method=str(spec), dense_tokens=[whole], sequence=(length, read))
 
 
 def _counts(report: Report, pruned: Answer, whole: Answer | None) -> dict[str, Any]:

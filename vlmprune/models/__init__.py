@@ -276,8 +276,9 @@ def adapter_class(model_type: str) -> type[Adapter]:
 
 
 def reads_any_size(model_type: str) -> bool:
-    """Whether a family makes fewer tokens of smaller pictures, so that ``downsample`` can act."""
-    return adapter_class(model_type).resolution is not Adapter.resolution
+    """Whether ``downsample`` can make any number of tokens of a picture, as smaller tiles cannot."""
+    family = adapter_class(model_type)
+    return family.resolution is not Adapter.resolution and not family.tiled
 
 
 def _given(model: nn.Module, adapter: type[Adapter] | Adapter) -> Adapter:

@@ -24,7 +24,7 @@ from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
 from ..hooks.vision.tiles import Tiles
 from ..hooks.vision.tower import has_cls
-from .shrink import Resolution
+from .shrink import Resolution, Steps
 
 IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
@@ -64,6 +64,8 @@ class Adapter:
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
     pools: ClassVar[tuple[ModalityName, ...]] = ()
+    # whether smaller pictures have fewer tiles, each of which has as many tokens as ever
+    tiled: ClassVar[bool] = False
     # options of its processor under which a picture is one block of tokens, as the frame of a clip must be
     of_frames: ClassVar[Mapping[str, object]] = {}
     # method of the language model that adds features to hidden states after a layer
@@ -165,8 +167,8 @@ class Adapter:
         """Blocks (rows, cols); ``special`` (length,) marks what is no patch, ``grid`` is that of a crop."""
         return tile_grids(special, self.side)
 
-    def resolution(self, processor: Any) -> Resolution:
-        """How its processor makes tokens of pictures of any size; refused where its tower reads one size."""
+    def resolution(self, processor: Any) -> Resolution | Steps:
+        """How its processor makes fewer tokens of smaller pictures; refused where it makes as many of all."""
         raise UnsupportedError(
             f"{self.model_type} reads pictures, or tiles of them, at one size, so that they cannot be shrunk "
             "to a number of tokens; compare with 'pool@64', or take a model that reads any size, like Qwen-VL"

@@ -18,6 +18,7 @@ from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR
 from .base import IMAGE, VIDEO, Modality, check_beside, check_pixels, closed_by_sharing
 from .merging import MergingAdapter, per_picture
+from .shrink import Resolution
 
 PLACES = {"image": "image_position_ids", "video": "video_position_ids"}
 
@@ -81,6 +82,18 @@ class Gemma4Adapter(MergingAdapter):
                 "row; pass them as the processor returns them"
             )
         return rows, cols
+
+    def resolution(self, processor: Any) -> Resolution:
+        images = processor.image_processor
+
+        def grid(picture: Any) -> tuple[int, int]:
+            made = images(images=[picture], return_tensors="pt")
+            cols, rows = (made[PLACES["image"]][0].amax(dim=0) + 1).tolist()
+            return rows // self.merge, cols // self.merge
+
+        # it would make a picture as large as its own budget allows, so it is told to leave sizes alone
+        options = {"images_kwargs": {"do_resize": False}}
+        return Resolution(images.patch_size * self.merge, grid, images.resample, lambda pixels: options)
 
     def divide(
         self,

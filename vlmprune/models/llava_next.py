@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError
-from .base import Adapter, Modality
+from .base import IMAGE, Adapter, Modality
+from .shrink import Resolution, Steps
 
 
 class LlavaNextAdapter(Adapter):
@@ -19,6 +20,7 @@ class LlavaNextAdapter(Adapter):
 
     model_type = "llava_next"
     shortens = True
+    tiled = True
     view = "stretch"
 
     def _geometry(self, name: str) -> Any:
@@ -64,6 +66,27 @@ class LlavaNextAdapter(Adapter):
             arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
         )
         return {"vision_feature_select_strategy": strategy}
+
+    def resolution(self, processor: Any) -> Resolution | Steps:
+        points = [(int(rows), int(cols)) for rows, cols in self.config.image_grid_pinpoints]
+
+        def sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+            """A picture as large as fits into each of the resolutions that it may be cut from."""
+            scales = [min(rows / size[0], cols / size[1]) for rows, cols in points]
+            return [
+                (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+                for scale in scales
+                if scale < 1
+            ]
+
+        def count(size: tuple[int, int], several: bool) -> int:
+            shown = 2 if several else 1
+            arguments = {"image_sizes": torch.tensor([size] * shown), "batch_num_images": [shown]}
+            crops = self.crops(IMAGE, arguments, shown)[0]
+            packed = self.pack(IMAGE, torch.zeros(crops, self.side**2, 1), 0, arguments)
+            return int((~packed.isnan()).sum())
+
+        return Steps(sizes, count, processor.image_processor.resample)
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = self._geometry("get_anyres_image_grid_shape")

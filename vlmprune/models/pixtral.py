@@ -13,6 +13,7 @@ from ..core.method import Need
 from ..hooks.vision.capture import OF_PROJECTOR
 from .base import Modality, check_beside, check_pixels
 from .merging import MergingAdapter, OfCells, per_picture, two_layers
+from .shrink import Resolution
 
 
 def merged(connector: Any, rows: Tensor) -> Tensor:
@@ -51,6 +52,17 @@ class Mistral3Adapter(MergingAdapter):
         height, width = torch.as_tensor(arguments["image_sizes"][number]).tolist()
         patch = self.config.vision_config.patch_size
         return height // patch, width // patch
+
+    def resolution(self, processor: Any) -> Resolution:
+        side = processor.patch_size * processor.spatial_merge_size
+
+        def grid(picture: Any) -> tuple[int, int]:
+            made = processor.image_processor(images=[picture], patch_size=side, return_tensors="pt")
+            height, width = torch.as_tensor(made["image_sizes"][0]).tolist()
+            return height // side, width // side
+
+        # a picture that has whole tokens, and no more than it had, is not changed again
+        return Resolution(side, grid, processor.image_processor.resample, lambda pixels: {})
 
     def divide(
         self,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smaller pictures for a processor: specs of the picture slot, such as ``downsample@64``.
 
-Only for families that read pictures of any size and make one token of every square of some pixels. There the
-processor is given a picture that has the wanted tokens already, and is told not to enlarge it again.
+Families that read pictures of any size make one token of every square of some pixels. There the processor is
+given a picture that has the wanted tokens already, and is told not to enlarge it again. Families that cut
+pictures into tiles make fewer tiles of smaller pictures: of the sizes that change their number the largest is
+taken whose tokens are within the budget.
 """
 
 from __future__ import annotations
@@ -38,6 +40,31 @@ class Resolution:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How a processor that cuts pictures into tiles makes fewer tokens of smaller ones.
+
+    Args:
+        sizes: the (height, width) to which a picture of such a size may be shrunk.
+        count: tokens of a picture of (height, width), and of one of several pictures of a prompt where that
+            is true.
+        resample: the filter of Pillow with which it changes sizes.
+    """
+
+    sizes: Callable[[tuple[int, int]], Sequence[tuple[int, int]]]
+    count: Callable[[tuple[int, int], bool], int]
+    resample: int
+
+    def largest(self, size: tuple[int, int], several: bool, k: int) -> tuple[int, int] | None:
+        """The (height, width) with most tokens, at most k; of several the most pixels; None where none is."""
+        found = [(self.count(one, several), one[0] * one[1], one) for one in (size, *self.sizes(size))]
+        return max((one for one in found if one[0] <= k), default=(0, 0, None))[2]
+
+    def least(self, size: tuple[int, int], several: bool) -> int:
+        """The fewest tokens of a picture of this size."""
+        return min(self.count(one, several) for one in (size, *self.sizes(size)))
+
+
+@dataclass(frozen=True)
 class Shrunk:
     """Pictures for the processor.
 
@@ -61,28 +88,57 @@ class Shrink:
     spec: str
     method: Method
     budget: Budget
-    resolution: Resolution
+    resolution: Resolution | Steps
     strict: bool = False
 
-    def __call__(self, images: Sequence[Any]) -> Shrunk:
-        """PIL pictures in order, each as large as its budget allows."""
+    def __call__(self, images: Sequence[Any], several: Sequence[bool] = ()) -> Shrunk:
+        """PIL pictures in order, each as large as its budget allows.
+
+        Args:
+            several: of every picture, whether its prompt has others; none has by default.
+        """
+        if not images:
+            return Shrunk([])
+        if isinstance(self.resolution, Steps):
+            return self._by_steps(self.resolution, images, several or [False] * len(images))
         side, found, dense, tokens = self.resolution.side, [], [], []
         for image in images:
             whole = self.resolution.grid(image)
             count = whole[0] * whole[1]
-            if self.strict and isinstance(self.budget.keep, int) and self.budget.keep > count:
-                raise SpecError(
-                    f"strict: keep={self.budget.keep} tokens but a picture gives {count}; lower keep or drop "
-                    "strict"
-                )
-            rows, cols = self.method.shrink(whole, self.budget.count(count))
+            rows, cols = self.method.shrink(whole, self._keep(count))
             dense.append(count)
             tokens.append(rows * cols)
             found.append(image.convert("RGB").resize((cols * side, rows * side), self.resolution.resample))
-        if not found:
-            return Shrunk([])
         options = self.resolution.unchanged(min(tokens) * side * side)
         return Shrunk(found, options, tuple(dense), tuple(tokens))
+
+    def _keep(self, count: int) -> int:
+        """What the budget allows of a picture of so many tokens."""
+        if self.strict and isinstance(self.budget.keep, int) and self.budget.keep > count:
+            raise SpecError(
+                f"strict: keep={self.budget.keep} tokens but a picture gives {count}; lower keep or drop "
+                "strict"
+            )
+        return self.budget.count(count)
+
+    def _by_steps(self, steps: Steps, images: Sequence[Any], several: Sequence[bool]) -> Shrunk:
+        found, dense, tokens = [], [], []
+        for image, others in zip(images, several, strict=True):
+            whole = (image.height, image.width)
+            count = steps.count(whole, others)
+            keep = self._keep(count)
+            size = steps.largest(whole, others, keep)
+            if size is None:
+                raise SpecError(
+                    f"{self.spec!r}: {keep} tokens are asked of a picture of {image.width} x {image.height}, "
+                    f"of which this model makes {steps.least(whole, others)} at least, in tiles of one size; "
+                    "ask for so many, or compare with 'pool@64'"
+                )
+            dense.append(count)
+            tokens.append(steps.count(size, others))
+            small = image.convert("RGB")
+            found.append(small if size == whole else small.resize(size[::-1], steps.resample))
+        return Shrunk(found, {}, tuple(dense), tuple(tokens))
 
 
 def shrinks(spec: str | Spec) -> bool:

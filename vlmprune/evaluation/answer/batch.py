@@ -55,7 +55,8 @@ class Batch:
 
     def shrunk(self, shrink: Shrink, processor: Any, model: Any) -> Batch:
         """The same questions about smaller images."""
-        made = shrink([image for row in self.images for image in row])
+        several = [len(row) > 1 for row in self.images for _ in row]
+        made = shrink([image for row in self.images for image in row], several)
         # back to a list for each sample
         images = [[made.images[number] for number in shown] for shown in self.pictures]
         inputs = model_inputs(processor, model, self.texts, images, options=made.options)
