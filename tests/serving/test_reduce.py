@@ -18,7 +18,7 @@ from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.models import adapter_for
 from vlmprune.registry import unregister
 from vlmprune.serving.names import FALLBACKS_VARIABLE
-from vlmprune.serving.reduce import in_turns, promised, reduce_pictures
+from vlmprune.serving.reduce import KeptRows, in_turns, promised, reduce_pictures, with_breaks
 from vlmprune.serving.request import read
 from vlmprune.serving.tally import OTHERS, SpecCounts, Tally, published
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -111,6 +111,16 @@ def test_merged_rows_stand_where_their_tokens_stood_if_asked():
     left = vlmprune.reduce("pool@3", grid=(3, 4), features=one.features[None])
     slots, order = left.keep_idx[0].sort()
     assert kept.slots.equal(slots) and kept.rows.equal(left.rows[0][order])
+
+
+@pytest.mark.parametrize("slots", [list(range(12)), [1, 2, 9], [], [0, 3, 4, 11]])
+def test_breaks_between_lines_stay_where_they_stood(slots):
+    """Against the whole picture with its breaks, from which the other tokens are taken out."""
+    one, row = picture(), torch.full((1, 4), 7.0)
+    lines = [part for line in one.features.split(4) for part in (line, row)][:-1]
+    stay = [part for at in range(12) for part in ([at in slots] + [True] * (at in (3, 7)))]
+    kept = KeptRows(one.features[slots], torch.tensor(slots, dtype=torch.int64))
+    assert with_breaks(kept, one.grids, row).equal(torch.cat(lines)[torch.tensor(stay)])
 
 
 def test_pictures_of_different_shape_are_reduced_together():

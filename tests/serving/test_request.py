@@ -79,7 +79,7 @@ def test_what_no_server_can_do_is_refused_with_what_works(text, why):
     [
         ("fastervlm(layer=-1)@64", CLIP, "first 23 of 24 blocks"),
         ("fastervlm@64", TowerFacts(cls=False, depth=27, loaded=26, layer=-2), "cls=mean"),
-        ("fastervlm@64", TowerFacts(True, 24, 23, -2, attention=False), "divprune@64"),
+        ("fastervlm@64", TowerFacts(True, 24, 23, -2, tower=False), "divprune@64"),
         ("zooprune@64", TowerFacts(True, 24, 23, -2, projector=False), "projector"),
         ("visionzip@64", TowerFacts(True, 24, 24, -1, merges=4), "use cls=mean"),
         ("fastervlm(cls=mean, layer=1)@64", WINDOWED, r"layer=\[-25, -17, -9, -1\]"),

@@ -69,7 +69,9 @@ def test_with_the_variable_no_wrapper_of_transformers_serves_a_family_whole(regi
 def test_a_family_without_a_class_in_vllm_gets_ours(registry, monkeypatch):
     monkeypatch.setenv("VLMPRUNE", "divprune@64")
     plugin.register()
-    for name in ("VipLlavaForConditionalGeneration", "AyaVisionForConditionalGeneration"):
+    # vLLM has a class of its own for the last
+    for name in ("VipLlava", "AyaVision", "Mistral3"):
+        name += "ForConditionalGeneration"
         assert registry[name].module_name == "vlmprune.serving.vllm.wrapped"
 
 
@@ -85,6 +87,12 @@ def test_each_picture_of_an_item_loses_its_own_placeholders():
     # rows of one picture with newlines, which have placeholders of their own
     assert without([9] * 8, [(6, 2)]) == [9] * 4
     assert without(text, [(3, 3), (3, 3)]) is text
+    # words between lines of tokens ride as rows, also where all tokens stay
+    lines = PromptUpdateDetails.select_token_id([1, 9, 9, 9, 8, 9, 9, 9, 2], 9)
+    for kept in (6, 4, 1):
+        left = without(lines, [(6, kept)], breaks=True)
+        assert list(left.full) == [1] + [9] * (kept + 1) + [2]
+        assert left.is_embed(list(left.full)).tolist() == [False] + [True] * (kept + 1) + [False]
     with pytest.raises(UnsupportedError, match="6 placeholders for 8 visual tokens"):
         without(text, [(4, 2), (4, 2)])
 

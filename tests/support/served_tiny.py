@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from served_processors import PROCESSORS
+
 NEW = 6  # tokens of an answer
 # heads of the language model are as wide as vLLM's backend for CPUs wants them
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+_WIDE = HEADS | {"head_dim": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
@@ -27,7 +30,8 @@ class Served:
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
     picture: str = "<image>"  # stands for a picture in the text
-    wrapped: bool = False  # vLLM has no class for it
+    wrapped: bool = False  # runs in vLLM's wrapper of transformers
+    asked: dict[str, Any] = field(default_factory=dict)  # options of its processor
 
 
 FAMILIES = {
@@ -47,8 +51,22 @@ FAMILIES = {
             "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
         },
     ),
-    "aya_vision": Served(_FEATURES + _OF_QWEN[:2], HEADS | {"head_dim": 32}, picture="<video>", wrapped=True),
-    "vipllava": Served((*_FEATURES, "fastervlm@9", "vispruner@12"), HEADS | {"head_dim": 32}, wrapped=True),
+    "aya_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, picture="<video>", wrapped=True),
+    "cohere2_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "deepseek_vl": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "got_ocr2": Served(
+        (*_FEATURES, "divprune@9"),
+        HEADS,
+        picture="<imgpad>",
+        wrapped=True,
+        asked={"num_image_tokens": 36, "crop_to_patches": True, "max_patches": 3},
+    ),
+    # its processor makes tokens of its own behind the vocabulary of bytes
+    "idefics3": Served(_FEATURES + _OF_QWEN[:2], _WIDE | {"vocab_size": 264}, wrapped=True),
+    "janus": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "lighton_ocr": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "mistral3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "vipllava": Served((*_FEATURES, "fastervlm@9", "vispruner@12"), _WIDE, wrapped=True),
 }
 
 
@@ -74,40 +92,13 @@ def processor_of(family: str) -> Any:
     """A processor that fits the small model of a family."""
     from vlmprune.testing.tiny import tiny_processor
 
-    if family == "aya_vision":
-        return aya_processor()
+    if family in PROCESSORS:
+        return PROCESSORS[family]()
     processor = tiny_processor(family)
     if family.startswith("qwen"):
         processor.video_processor.size = processor.image_processor.size
         processor.video_processor.patch_size = processor.image_processor.patch_size
     return processor
-
-
-def aya_processor() -> Any:
-    """Tiles with words in front of each, so that it matters which placeholders go."""
-    from transformers import AyaVisionProcessor
-
-    from vlmprune.testing.families.shared import (
-        IMAGE_SIZE,
-        MERGE,
-        PATCH_SIZE,
-        image_processor,
-        tiny_tokenizer,
-    )
-
-    side = IMAGE_SIZE * MERGE
-    size = {"height": side, "width": side}
-    return AyaVisionProcessor(
-        image_processor("GotOcr2", size=size, crop_to_patches=True, min_patches=1, max_patches=3),
-        tiny_tokenizer(),
-        patch_size=PATCH_SIZE,
-        img_size=side,
-        downsample_factor=MERGE,
-        image_token=FAMILIES["aya_vision"].picture,
-        img_patch_token="<image>",
-        start_of_img_token="[",
-        end_of_img_token="]",
-    )
 
 
 class TinyTwin:
@@ -120,7 +111,7 @@ class TinyTwin:
 
         self.model = tiny_model(family, **FAMILIES[family].options)
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.picture = FAMILIES[family].picture
+        self.picture, self.asked = FAMILIES[family].picture, FAMILIES[family].asked
         self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}
 
     def prompt(self, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> tuple[dict[str, Any], dict]:
@@ -131,7 +122,7 @@ class TinyTwin:
         draw = np.random.default_rng(seed)
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         text = " and ".join([self.picture] * len(images)) + "\nwhat is it ? tell me"
-        inputs = self.processor(images=images, text=text, return_tensors="pt")
+        inputs = self.processor(images=images, text=text, return_tensors="pt", **self.asked)
         return self.request(text, {"image": images}), dict(inputs)
 
     def clip(self, frames: int, side: tuple[int, int]) -> tuple[dict[str, Any], dict]:

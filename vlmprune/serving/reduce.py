@@ -21,7 +21,7 @@ from ..core.select import choose
 from ..core.tokens import VisualTokens
 from ..errors import InvariantError, VlmPruneError
 from ..hooks.slots.before_lm import hosts_of
-from ..hooks.vision.pictures import CLS_FEATURES, Picture, Unit, stack_units
+from ..hooks.vision.pictures import CLS_FEATURES, Grids, Picture, Unit, stack_units
 from .request import Request, TowerFacts, read
 
 Projector = Callable[[Tensor], Tensor] | None
@@ -98,6 +98,16 @@ def in_turns(
             end += 1
         rows += one_turn(start, end, read(specs[start]))
     return rows
+
+
+def with_breaks(kept: KeptRows, grids: Grids, row: Tensor) -> Tensor:
+    """The rows of a picture with ``row`` (1, D) behind each of its lines of tokens but the last."""
+    ((lines, cols),) = grids
+    # places (k,) in the whole picture where each line is one longer
+    places = kept.slots + kept.slots // cols
+    ends = torch.arange(1, lines, device=places.device) * (cols + 1) - 1
+    order = torch.cat([places, ends]).argsort()
+    return torch.cat([kept.rows, row.to(kept.rows).expand(len(ends), -1)])[order]
 
 
 def _reduce_alike(

@@ -66,7 +66,7 @@ class TowerFacts:
         cls: whether its tower has [CLS].
         depth: blocks of the tower. loaded: how many of them the engine loads.
         layer: index into the hidden states that features are taken from.
-        attention: whether attention can be read. projector: whether methods can be given the projector.
+        tower: whether anything inside it can be read. projector: whether methods can be given the projector.
         merges: patches of the tower behind every visual token.
         full: blocks that attend to the whole picture, where others attend inside windows; None where all do.
     """
@@ -75,7 +75,7 @@ class TowerFacts:
     depth: int
     loaded: int
     layer: int
-    attention: bool = True
+    tower: bool = True
     projector: bool = True
     merges: int = 1
     full: tuple[int, ...] | None = None
@@ -151,10 +151,10 @@ def check_tower(request: Request, facts: TowerFacts) -> None:
     """Refuse what this model cannot give."""
     whats = {need.what for need in request.needs}
     text = request.text
-    of_attention = whats & {"cls_attention", "received_attention", "keys", "wide_keys", "wide_attention"}
-    if of_attention and not facts.attention:
+    inside = whats - {"features", "projector"}
+    if inside and not facts.tower:
         raise UnsupportedError(
-            f"{text!r} reads {sorted(of_attention)}, which cannot be read of this vision tower here; use a "
+            f"{text!r} reads {sorted(inside)}, which cannot be read of this vision tower here; use a "
             "method that reads features only, e.g. 'divprune@64'"
         )
     if whats & {"cls_attention", "wide_attention"} and not facts.cls:

@@ -95,7 +95,8 @@ class InternVLForConditionalGeneration(base.InternS1ForConditionalGeneration):
         if field is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         tiles = [int(count) for count in kwargs["image_num_patches"]]
-        one_turn = tile_by_tile(self._encode, kwargs["pixel_values"], tiles)
+        pixels = kwargs["pixel_values"]
+        one_turn = tile_by_tile(lambda request, some: self._encode(request, pixels[some]), tiles)
         each = self.grid[0] * self.grid[1]
         return in_turns(from_field(field), [count * each for count in tiles], self.most, one_turn)
 

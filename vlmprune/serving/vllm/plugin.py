@@ -29,11 +29,20 @@ FAMILIES = {
         ("Qwen3VL", "qwen_vl"),
     )
 }
-# without a class in vLLM, which runs them in its wrapper of transformers
+# vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
 WRAPPER = "TransformersMultiModalForCausalLM"
-FAMILIES |= {
-    f"{name}ForConditionalGeneration": f"{_HERE}.wrapped:{WRAPPER}" for name in ("AyaVision", "VipLlava")
-}
+WRAPPED = (
+    "AyaVision",
+    "Cohere2Vision",
+    "DeepseekVL",
+    "GotOcr2",
+    "Idefics3",
+    "Janus",
+    "LightOnOcr",
+    "Mistral3",
+    "VipLlava",
+)
+FAMILIES |= {f"{name}ForConditionalGeneration": f"{_HERE}.wrapped:{WRAPPER}" for name in WRAPPED}
 REFUSED = f"{_HERE}.refused"
 
 
@@ -82,9 +91,30 @@ def check_release() -> None:
         )
 
 
+# where it is known why a family is not served; the page docs/serve.md says the same
+_LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
+_PLACES = "its tokens have rows and columns (M-RoPE), which are handed on in vLLM's classes for Qwen only"
+_TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
+_STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
+REASONS = {
+    "Emu3": "its tokens are words of a codebook, for which vlmprune has no adapter",
+    "Gemma3": _LATER,
+    "Gemma3n": _TIMM,
+    "Glm4v": _PLACES,
+    "Glm4vMoe": _PLACES,
+    "Glm46V": _PLACES,
+    "Lfm2Vl": _STATES,
+    "Ovis2": "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
+    "PaliGemma": _LATER,
+    "PerceptionLM": _TIMM,
+    "SmolVLM": "its processor needs the package num2words, with which nothing was measured in vLLM",
+}
+
+
 def refusal(name: str) -> UnsupportedError:
     """Why a family is not served."""
+    why = REASONS.get(name.removesuffix("ForConditionalGeneration"))
     return UnsupportedError(
-        f"{name} cannot be pruned in vLLM yet; served are {', '.join(FAMILIES)}. Unset {VARIABLE} to serve "
-        "it whole, or use vlmprune.prune with transformers"
+        f"{name} cannot be pruned in vLLM yet{f': {why}' if why else ''}; served are {', '.join(FAMILIES)}. "
+        f"Unset {VARIABLE} to serve it whole, or use vlmprune.prune with transformers"
     )

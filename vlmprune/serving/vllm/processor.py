@@ -21,6 +21,7 @@ from ...errors import UnsupportedError, VlmPruneError
 from ..names import DENSE, KEY, VERSION_KEY
 from ..request import Request, TowerFacts, read, rehearse, wanted
 from ..tally import count_requested
+from .layouts import Grids, tokens_of
 from .plugin import check_release
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ else:
     Base = object  # the family's processor comes behind the mixin
 
 check_release()
-Grids = tuple[tuple[int, int], ...]
 Share = tuple[int, int]  # tokens of a picture before and after
 
 
@@ -64,6 +64,14 @@ class PruningProcessor(Base):
         """The same, said by what was made of the items where that says it better."""
         return self.pictures(items, index, options)
 
+    @property
+    def breaks(self) -> bool:
+        """Whether tokens among those of a picture ride as rows of it.
+
+        How many tokens of the picture stay in front of each is known only when it was encoded.
+        """
+        return False
+
     # --- what is the same for all -----------------------------------------------------------------
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
@@ -76,7 +84,7 @@ class PruningProcessor(Base):
             raise VLLMValidationError(str(error), parameter="mm_processor_kwargs") from error
         # behind the processor, so that refused requests are not counted
         for found in filter(None, self._items(inputs)):
-            dense = [sum(rows * cols for rows, cols in grids) for grids in found]
+            dense = [tokens_of(grids) for grids in found]
             count_requested(request.text, sum(dense), sum(map(request.count, dense)))
         return result
 
@@ -162,20 +170,23 @@ class PruningProcessor(Base):
             found = self.processed(mm_items[modality], index, out_mm_kwargs, hf_processor_mm_kwargs)
             # again, since options of the processor may have made another shape of it
             self._rehearse(request, modality, found)
-            dense = [sum(rows * cols for rows, cols in grids) for grids in found]
+            dense = [tokens_of(grids) for grids in found]
             return [(n, request.count(n)) for n in dense]
 
-        return [_pruned(update, shares) if update.modality in self.counted else update for update in updates]
+        return [
+            _pruned(update, shares, self.breaks) if update.modality in self.counted else update
+            for update in updates
+        ]
 
 
-def _pruned(update: Any, shares: Callable[[str, int], list[Share]]) -> Any:
+def _pruned(update: Any, shares: Callable[[str, int], list[Share]], breaks: bool) -> Any:
     """An update of the prompt that stands for fewer tokens."""
     dense = update.replacement
 
     def replacement(index: int) -> Any:
         # vLLM takes the replacement itself, or a function of the item
         given = dense(index) if callable(dense) else dense
-        return without(given, shares(update.modality, index))
+        return without(given, shares(update.modality, index), breaks)
 
     return PromptReplacement(modality=update.modality, target=update.target, replacement=replacement)
 
@@ -185,18 +196,24 @@ def field_name(modality: str) -> str:
     return KEY if modality == "image" else f"{KEY}_{modality}"
 
 
-def without(given: Any, shares: Sequence[Share]) -> Any:
+def without(given: Any, shares: Sequence[Share], breaks: bool = False) -> Any:
     """The text that stands for an item with placeholders left out, of every picture of it as many as are cut.
 
     Those of a picture are all alike, so that it does not matter which ones go; what stands between them
     stays.
+
+    Args:
+        breaks: what stands between those of a picture rides as a row of it, and gets a placeholder too.
     """
-    if all(dense == kept for dense, kept in shares):
+    if not breaks and all(dense == kept for dense, kept in shares):
         return given
     full = list(given.full) if isinstance(given, PromptUpdateDetails) else list(given)
     # the placeholder is what occurs most often
     embed = max(set(full), key=full.count)
     places = [at for at, token in enumerate(full) if token == embed]
+    if breaks:
+        places = list(range(places[0], places[-1] + 1))
+        full[places[0] : places[-1] + 1] = [embed] * len(places)
     if len(places) < sum(dense for dense, _ in shares):
         raise UnsupportedError(
             f"{len(places)} placeholders for {sum(dense for dense, _ in shares)} visual tokens: options of "

@@ -88,23 +88,31 @@ def cut(
     return kept
 
 
+def _plain(request: Request, picture: Picture, kept: KeptRows) -> Tensor:
+    return kept.rows
+
+
 def tile_by_tile(
-    encode: Callable[[Request, Tensor], Sequence[Picture]], pixels: Tensor, tiles: Sequence[int]
+    encode: Callable[[Request, slice], Sequence[Picture]],
+    tiles: Sequence[int],
+    rows_of: Callable[[Request, Picture, KeptRows], Tensor] = _plain,
 ) -> Callable[[int, int, Request], list[Tensor]]:
     """A turn over some items, each of so many ``tiles`` with a budget of their own.
 
     Args:
-        encode: a picture for each tile of (T, 3, height, width) pixels.
-        pixels: those of the tiles of all items.
+        encode: a picture for each of the tiles in a slice of those of all items.
+        rows_of: what the language model is given for a tile.
     """
 
     def one_turn(start: int, end: int, request: Request) -> list[Tensor]:
         # pixels are laid out by tile, turns are counted by item
         first = sum(tiles[:start])
-        pictures = encode(request, pixels[first : first + sum(tiles[start:end])])
+        pictures = encode(request, slice(first, first + sum(tiles[start:end])))
         # every tile was cut alone; those of an item are joined again
-        kept = iter(cut(pictures, request, None))
-        return [torch.cat([next(kept).rows for _ in range(count)]) for count in tiles[start:end]]
+        kept = zip(pictures, cut(pictures, request, None), strict=True)
+        return [
+            torch.cat([rows_of(request, *next(kept)) for _ in range(count)]) for count in tiles[start:end]
+        ]
 
     return one_turn
 

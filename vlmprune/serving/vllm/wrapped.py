@@ -9,7 +9,7 @@ the functions of transformers, where it is watched. Only the projector cannot be
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -30,39 +30,39 @@ from ...hooks.vision.pictures import Picture
 from ...models import adapter_class
 from ...models.base import IMAGE
 from ..names import KEY, PREFIX
-from ..reduce import in_turns
+from ..reduce import KeptRows, in_turns, with_breaks
 from ..request import Request, TowerFacts
 from .context import in_context
-from .processor import Grids, PruningProcessor, from_field
+from .layouts import LAYOUTS, Grids, Size, TokenLayout, tokens_of
+from .processor import PruningProcessor, from_field
 from .towers import most_tokens, refuse_compiled, tile_by_tile
 
 log = logging.getLogger(__name__)
+PIXELS = IMAGE.pixels
 
 
-def _patches(config: Any) -> int:
-    return config.vision_config.image_size // config.vision_config.patch_size
-
-
-# model type -> visual tokens along a side of a tile, from the config. In all of them a tile is a picture with
-# a budget of its own, whose placeholders stand together
-SIDES: dict[str, Callable[[Any], int]] = {
-    "aya_vision": lambda config: _patches(config) // config.downsample_factor,
-    "vipllava": _patches,
-}
+def layout_of(config: Any) -> TokenLayout:
+    """The layout of the family of a config."""
+    return LAYOUTS[config.model_type]
 
 
 def facts_of(config: Any) -> TowerFacts:
     """Of a config; transformers loads the whole tower."""
-    vision, side = config.vision_config, SIDES[config.model_type](config)
+    vision, layout = config.vision_config, layout_of(config)
     # several layers in VipLLaVA; older transformers call the field by the plural
-    layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
+    plural, single = (
+        getattr(config, "vision_feature_layers", None),
+        getattr(config, "vision_feature_layer", -1),
+    )
+    layers: Any = plural or single
     return TowerFacts(
         cls=vision.model_type == "clip_vision_model",
         depth=vision.num_hidden_layers,
         loaded=vision.num_hidden_layers,
         layer=layers if isinstance(layers, int) else layers[0],
+        tower=layout.reads,
         projector=False,
-        merges=(_patches(config) // side) ** 2,
+        merges=layout.merges(config),
     )
 
 
@@ -81,12 +81,23 @@ class Failures(Checks):
 
 
 class WrappedInfo(MultiModalProcessingInfo):
-    """Asks the processor of transformers for numbers of tokens without our words."""
+    """Numbers of tokens without our words, of processors too that cannot count them."""
+
+    def pictures(self, size: Size) -> Sequence[Grids]:
+        """Blocks of every picture of an item, from its size."""
+        config, options = self.ctx.model_config.hf_config, self.ctx.get_merged_mm_kwargs({})
+        return layout_of(config).before(config, self.get_hf_processor(), size, options)
 
     def _get_num_mm_tokens(self, **sizes: Sequence[Sequence[int]]) -> Any:
-        # vLLM's own gives it the options of the server as they are
-        options = self.ctx.get_merged_mm_kwargs({})
-        return self.get_hf_processor()._get_num_multimodal_tokens(**sizes, **options)
+        processor = self.get_hf_processor()
+        if hasattr(processor, "_get_num_multimodal_tokens"):
+            # vLLM's own gives it the options of the server as they are
+            return processor._get_num_multimodal_tokens(**sizes, **self.ctx.get_merged_mm_kwargs({}))
+        found = [self.pictures((height, width)) for height, width in sizes.get("image_sizes", ())]
+        return {
+            "num_image_tokens": [sum(map(tokens_of, item)) for item in found],
+            "num_image_patches": [len(item) for item in found],
+        }
 
 
 class WrappedProcessor(PruningProcessor, MultiModalProcessor):
@@ -94,21 +105,51 @@ class WrappedProcessor(PruningProcessor, MultiModalProcessor):
 
     counted: ClassVar[dict[str, str]] = {"image": "num_image_patches"}  # says how many tiles an item has
 
+    @property
+    def config(self) -> Any:
+        return self.info.ctx.model_config.hf_config
+
+    @property
+    def breaks(self) -> bool:
+        return layout_of(self.config).breaks is not None
+
     def facts(self) -> TowerFacts:
-        return facts_of(self.info.ctx.model_config.hf_config)
+        return facts_of(self.config)
 
     def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
         size = items.get_image_size(index)
-        found = self.info._get_num_mm_tokens(image_sizes=([size.height, size.width],))
-        return self._tiles(found["num_image_patches"][0])
+        return self.info.pictures((size.height, size.width))
 
     def processed(self, items: Any, index: int, out: Any, options: Mapping[str, Any]) -> Sequence[Grids]:
-        return self._tiles(int(out["image"][index]["num_image_patches"].data))
+        layout = layout_of(self.config)
+        return layout.made(self.config, out["image"][index][layout.field].data)
 
-    def _tiles(self, count: int) -> Sequence[Grids]:
-        config = self.info.ctx.model_config.hf_config
-        side = SIDES[config.model_type](config)
-        return [((side, side),)] * count
+    def _get_num_patches_per_image(self, mm_data: Mapping[str, Any]) -> list[int] | None:
+        # vLLM's own asks the processor of transformers, which cannot count in every family
+        sizes = [(image.height, image.width) for image in mm_data.get("images") or ()]
+        return [len(self.info.pictures(size)) for size in sizes] or None
+
+    def _postprocess_hf_mm_data(
+        self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any
+    ) -> Any:
+        processed = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+        if processed.get("image_replacement_ids") is not None:
+            self._check_placeholders(processed)
+        return processed
+
+    def _check_placeholders(self, processed: Any) -> None:
+        """Refuse placeholders that the model will not fill, which an option of a request can ask for."""
+        layout = layout_of(self.config)
+        texts = processed["image_replacement_ids"].split(processed["image_replacement_sizes"].tolist())
+        for text, value in zip(texts, processed[layout.field], strict=True):
+            made = sum(map(tokens_of, layout.made(self.config, value)))
+            # the placeholder is what occurs most often
+            given = int((text == text.mode().values).sum())
+            if given != made:
+                raise UnsupportedError(
+                    f"{given} placeholders for {made} visual tokens: options of the processor make a layout "
+                    "that is not known here; leave them out"
+                )
 
 
 # vLLM asks for its wrapper by this name
@@ -129,32 +170,69 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         finally:
             config.architectures = named
-        self.most, self.side = most_tokens(vllm_config), SIDES[config.model_type](config)
+        self.most, self.layout = most_tokens(vllm_config), layout_of(config)
         whole: Any = SimpleNamespace(model=self.model, config=config)  # all that an adapter reads of it
         self.adapter = adapter_class(config.model_type)(whole)
+        self.breaks = self._break_token(vllm_config)
+
+    def _break_token(self, vllm_config: Any) -> int | None:
+        if self.layout.breaks is None:
+            return None
+        info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
+        return getattr(info.get_hf_processor(), self.layout.breaks)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         field = kwargs.pop(KEY, None)
-        if field is None or kwargs.get("pixel_values") is None:
+        if field is None or kwargs.get(PIXELS) is None:
             return super().embed_multimodal(**kwargs)
-        tiles = [int(count) for count in kwargs["num_image_patches"].flatten()]
-        one_turn = tile_by_tile(self._encode, kwargs["pixel_values"], tiles)
-        return in_turns(from_field(field), [count * self.side**2 for count in tiles], self.most, one_turn)
+        items = [self.layout.made(self.config, value) for value in kwargs[self.layout.field]]
+        # for vLLM's own way only
+        del kwargs["num_image_patches"]
+        given = {name: value for name, value in kwargs.items() if value is not None}
 
-    def _encode(self, request: Request, pixels: Tensor) -> list[Picture]:
+        def encode(request: Request, some: slice) -> list[Picture]:
+            return self._encode(request, {name: self._some(value, some) for name, value in given.items()})
+
+        one_turn = tile_by_tile(encode, [len(item) for item in items], self._rows)
+        return in_turns(from_field(field), [sum(map(tokens_of, item)) for item in items], self.most, one_turn)
+
+    def _some(self, value: Any, some: slice) -> Any:
+        return value[:, some] if self.layout.axis else value[some]
+
+    def _encode(self, request: Request, given: dict[str, Any]) -> list[Picture]:
+        if isinstance(given[PIXELS], Tensor):
+            return self._read(request, given)
+        # pictures of different sizes come as a list; each is encoded alone, so that none is filled up
+        alone = [{name: value[at][None] for name, value in given.items()} for at in range(len(given[PIXELS]))]
+        return [picture for one in alone for picture in self._read(request, one)]
+
+    def _read(self, request: Request, given: dict[str, Any]) -> list[Picture]:
         capture, failures = self.adapter.capture(request.needs), Failures()
         capture.install()
         try:
             with capture.recording(failures) as record:
-                output = self._get_features("image", pixels)
+                beside = {name: value for name, value in given.items() if name != PIXELS}
+                output = self._get_features("image", given[PIXELS], **beside)
         finally:
             capture.remove()
+        try:
+            self.adapter.check(given, IMAGE)
+        # it speaks of what was read, and a server goes on
+        except VlmPruneError as error:
+            failures.found.append(error)
         found = record.take()
         if failures.found:
             log.error("vlmprune: %s: %s", request.text, failures.found[0])
             # what was read cannot be trusted: as if it were not finite, so that these pictures fall back
             found = {need: torch.full_like(value, torch.nan) for need, value in found.items()}
-        return self.adapter.pictures(IMAGE, output, {IMAGE.pixels: pixels}, found, failures)
+        return self.adapter.pictures(IMAGE, output, given, found, failures)
+
+    def _rows(self, request: Request, picture: Picture, kept: KeptRows) -> Tensor:
+        if self.breaks is None or request.budget is None:
+            return kept.rows
+        table = self.model.get_input_embeddings()
+        token = torch.tensor([self.breaks], device=table.weight.device)
+        return with_breaks(kept, picture.grids, table(token))
 
 
 def refuse_ranks(config: Any) -> None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processors that fit small random models of families without a tiny processor in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlmprune.testing.families.shared import (
+    GRID,
+    IMAGE_SIZE,
+    MERGE,
+    PATCH_SIZE,
+    SQUARE,
+    image_processor,
+    tiny_tokenizer,
+)
+
+TOKEN = PATCH_SIZE * MERGE  # pixels along the side of a token, where a token is MERGE x MERGE patches
+SIDE = IMAGE_SIZE * MERGE  # pixels along the side of a tile of GRID x GRID such tokens
+# marks around and between pictures are single bytes
+MARKS = {"boi_token": "[", "eoi_token": "]"}
+
+
+def tiles(side: int) -> dict[str, Any]:
+    """One to three square tiles."""
+    return {
+        "size": {"height": side, "width": side},
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 3,
+    }
+
+
+def aya() -> Any:
+    """Tiles with words in front of each, so that it matters which placeholders go."""
+    from transformers import AyaVisionProcessor
+
+    return AyaVisionProcessor(
+        image_processor("GotOcr2", **tiles(SIDE)),
+        tiny_tokenizer(),
+        patch_size=PATCH_SIZE,
+        img_size=SIDE,
+        downsample_factor=MERGE,
+        image_token="<video>",
+        img_patch_token="<image>",
+        start_of_img_token="[",
+        end_of_img_token="]",
+    )
+
+
+def cohere2() -> Any:
+    from transformers import Cohere2VisionProcessor
+
+    # here patch_size is the number of tokens along the side of a tile
+    images = image_processor("Cohere2Vision", **tiles(SIDE), patch_size=GRID)
+    return Cohere2VisionProcessor(
+        images, tiny_tokenizer(image_token="<image>", img_line_break_token="|", **MARKS)
+    )
+
+
+def deepseek() -> Any:
+    from transformers import DeepseekVLProcessor
+
+    images = image_processor("DeepseekVL", size=SQUARE, min_size=1)
+    return DeepseekVLProcessor(images, tiny_tokenizer(image_token="<image>"), num_image_tokens=GRID**2)
+
+
+def got() -> Any:
+    import transformers
+    from tokenizers import Tokenizer
+
+    # it knows its placeholder by this name only
+    words = tiny_tokenizer().backend_tokenizer.to_str().replace("<image>", "<imgpad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    return transformers.GotOcr2Processor(image_processor("GotOcr2", **tiles(2 * SIDE)), tokenizer)
+
+
+def idefics3() -> Any:
+    from transformers import Idefics3Processor
+
+    # up to 2 x 2 tiles, and the whole picture
+    images = image_processor(
+        "Idefics3", size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE}
+    )
+    return Idefics3Processor(images, tiny_tokenizer(), image_seq_len=GRID**2)
+
+
+def janus() -> Any:
+    from transformers import JanusProcessor
+
+    images = image_processor("Janus", size=SQUARE, min_size=1)
+    tokenizer = tiny_tokenizer(image_token="<image>", **MARKS)
+    return JanusProcessor(images, tokenizer, num_image_tokens=GRID**2)
+
+
+def lighton() -> Any:
+    from transformers import LightOnOcrProcessor
+
+    tokenizer = tiny_tokenizer(image_token="<image>", image_break_token="|", image_end_token="]")
+    images = image_processor("Pixtral", size={"longest_edge": SIDE}, patch_size=TOKEN)
+    return LightOnOcrProcessor(images, tokenizer, patch_size=PATCH_SIZE, spatial_merge_size=MERGE)
+
+
+def mistral3() -> Any:
+    from transformers import PixtralProcessor
+
+    images = image_processor("Pixtral", size={"longest_edge": SIDE}, patch_size=PATCH_SIZE)
+    return PixtralProcessor(
+        images,
+        tiny_tokenizer(),
+        patch_size=PATCH_SIZE,
+        spatial_merge_size=MERGE,
+        image_token="<image>",
+        image_break_token="|",
+        image_end_token="]",
+    )
+
+
+# family -> processor
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "aya_vision": aya,
+    "cohere2_vision": cohere2,
+    "deepseek_vl": deepseek,
+    "got_ocr2": got,
+    "idefics3": idefics3,
+    "janus": janus,
+    "lighton_ocr": lighton,
+    "mistral3": mistral3,
+}

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families in vLLM's wrapper of transformers: what is known of the tokens of a picture before it is encoded.
+
+Imports no vLLM. Processors and configs are those of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ...hooks.vision.pictures import Grids
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def tokens_of(grids: Grids) -> int:
+    """Visual tokens of a picture."""
+    return sum(rows * cols for rows, cols in grids)
+
+
+class TokenLayout(Protocol):
+    """How a family makes tokens of a picture."""
+
+    @property
+    def field(self) -> str:
+        """Of what its processor returns, the field that says it; one entry per item."""
+
+    @property
+    def axis(self) -> int:
+        """Of the pixels, along which tiles or pictures follow each other."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything of its tower can be read."""
+
+    @property
+    def breaks(self) -> str | None:
+        """Attribute of its processor: the token between the rows of a picture; None where there is none."""
+
+    def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
+        """Blocks of every picture of an item, from its size."""
+
+    def made(self, config: Any, value: Tensor) -> Sequence[Grids]:
+        """The same from the field of the item."""
+
+    def merges(self, config: Any) -> int:
+        """Patches of the tower behind every visual token."""
+
+
+@dataclass(frozen=True)
+class SquareTiles:
+    """Square tiles with equally many tokens; each is a picture with a budget of its own.
+
+    Args:
+        side: visual tokens along a side of a tile, from the config.
+        count: (processor, size, options) to the number of tiles, where the processor does not say it itself.
+    """
+
+    side: Callable[[Any], int]
+    count: Callable[[Any, Size, Mapping[str, Any]], int] | None = None
+    axis: int = 0
+    reads: bool = True
+    field = "num_image_patches"
+    breaks = None
+
+    def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
+        if self.count is not None:
+            return self._tiles(config, self.count(processor, size, options))
+        found = processor._get_num_multimodal_tokens(image_sizes=[list(size)], **options)
+        return self._tiles(config, found["num_image_patches"][0])
+
+    def made(self, config: Any, value: Tensor) -> Sequence[Grids]:
+        return self._tiles(config, int(value))
+
+    def merges(self, config: Any) -> int:
+        return (_patches(config) // self.side(config)) ** 2
+
+    def _tiles(self, config: Any, count: int) -> Sequence[Grids]:
+        side = self.side(config)
+        return [((side, side),)] * count
+
+
+@dataclass(frozen=True)
+class AnySize:
+    """Pictures of any size up to an edge, each of one block.
+
+    Args:
+        step: (processor) to the pixels that the sides of a resized picture are multiples of.
+    """
+
+    step: Callable[[Any], int]
+    breaks: str | None = None
+    field = "image_sizes"
+    axis = 0
+    reads = True
+
+    def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
+        from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+
+        edge = (options.get("size") or processor.image_processor.size)["longest_edge"]
+        # of this size without its pixels
+        blank = np.broadcast_to(np.zeros(1, np.uint8), (*size, 3))
+        made = get_resize_output_image_size(blank, (edge, edge), (self.step(processor),) * 2)
+        return [self._grid(config, made)]
+
+    def made(self, config: Any, value: Tensor) -> Sequence[Grids]:
+        height, width = value.flatten().tolist()
+        return [self._grid(config, (height, width))]
+
+    def merges(self, config: Any) -> int:
+        return config.spatial_merge_size**2
+
+    def _grid(self, config: Any, size: Size) -> Grids:
+        token = config.vision_config.patch_size * config.spatial_merge_size  # pixels along its side
+        return ((size[0] // token, size[1] // token),)
+
+
+def _patches(config: Any) -> int:
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def _shuffled(config: Any) -> int:
+    return _patches(config) // config.downsample_factor
+
+
+def _scaled(config: Any) -> int:
+    return _patches(config) // config.scale_factor
+
+
+def _one(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
+    return 1
+
+
+def _crops(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
+    # the defaults of the processor go before the settings of its image processor
+    defaults = processor.valid_processor_kwargs._defaults.get("images_kwargs", {})
+    return processor.image_processor.get_number_of_image_patches(*size, {**defaults, **options})
+
+
+def _edge(value: Any) -> int:
+    """A side in pixels, from a number or a size."""
+    return value if isinstance(value, int) else value["height"]
+
+
+# model type -> layout
+LAYOUTS: dict[str, TokenLayout] = {
+    "aya_vision": SquareTiles(_shuffled),
+    "cohere2_vision": SquareTiles(_shuffled),
+    "vipllava": SquareTiles(_patches),
+    "deepseek_vl": SquareTiles(_patches, _one),
+    "janus": SquareTiles(_patches, _one),
+    # tiles of all pictures of a prompt stand in one row of a batch
+    "idefics3": SquareTiles(_scaled, axis=1),
+    # two convolutions halve the sides
+    "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
+    "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
+    "mistral3": AnySize(
+        lambda processor: processor.patch_size * processor.spatial_merge_size, "image_break_token_id"
+    ),
+}
