@@ -232,6 +232,8 @@ def refused_plugins() -> list[str]:
 
 def get(name: str) -> type[Method]:
     """The class of a method; imports its module on first use."""
+    if isinstance(name, str) and name in _METHODS:
+        return _METHODS[name]
     known = list_methods()
     if name not in known:
         # known is a list, so a name that cannot be hashed comes as far as this
@@ -241,8 +243,7 @@ def get(name: str) -> type[Method]:
         raise SpecError(
             f"method {name!r} is unknown.{near} Known are {', '.join(known)}; see vlmprune.list_methods()"
         )
-    if name not in _METHODS:
-        _load(name)
+    _load(name)
     return _METHODS[name]
 
 

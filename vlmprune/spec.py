@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -226,6 +227,7 @@ def split(text: str, at: str = "+") -> list[str]:
     return pieces
 
 
+@lru_cache(maxsize=256)  # a part is immutable, and the same few texts are read at every attachment
 def _parse_part(text: str) -> Part:
     match = _PART.fullmatch(text)
     if not match:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.metadata import version
 from inspect import signature
 from typing import Any, TypeVar
@@ -251,7 +252,7 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
             f"with an adapter: {families()}"
         )
     known = check_family(model_type)
-    found = adapter_class(known)
+    found = _class_of(known)
     if known in _ADAPTERS and (
         not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), found.text)
     ):
@@ -259,7 +260,8 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "
             "...ForConditionalGeneration"
         )
-    if known in _ADAPTERS and too_old(known, type(model)):
+    # mypy takes the __hash__ of its objects for that of the class
+    if known in _ADAPTERS and too_old(known, type(model)):  # type: ignore[arg-type]
         here = version("transformers")
         raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
     return found(model)
@@ -267,12 +269,18 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
 
 def adapter_class(model_type: str) -> type[Adapter]:
     """The adapter of a family that may be pruned, before any model of it is loaded."""
-    known = check_family(model_type)
-    if known in structural_types():
-        from .structural import StructuralAdapter
+    return _class_of(check_family(model_type))
 
-        return StructuralAdapter
-    return _REGISTERED.get(known) or check_adapter(_TABLE.load(known))
+
+def _class_of(known: str) -> type[Adapter]:
+    """The adapter of a family that was checked."""
+    if known in _REGISTERED:
+        return _REGISTERED[known]
+    if known in _ADAPTERS or known in _TABLE:
+        return check_adapter(_TABLE.load(known))
+    from .structural import StructuralAdapter
+
+    return StructuralAdapter
 
 
 def reads_any_size(model_type: str) -> bool:
@@ -293,6 +301,7 @@ def _given(model: nn.Module, adapter: type[Adapter] | Adapter) -> Adapter:
     return adapter
 
 
+@lru_cache  # reading a signature takes as long as all else that is looked up here
 def too_old(model_type: str, model_class: type[nn.Module]) -> bool:
     """Whether the class of a model is of a transformers version that its family was not tried with."""
     known = signature(model_class.forward).parameters
