@@ -275,7 +275,9 @@ def test_hooks_use_the_tools_that_the_test_extra_installs():
     assert [repository["repo"] for repository in hooks["repos"]] == ["local"]  # nothing is downloaded
     tools = [hook["entry"].split()[0] for hook in hooks["repos"][0]["hooks"]]
     extra = re.search(r"^test = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert {"ruff", "mypy", "check-jsonschema"} == set(tools) and set(tools) <= set(ast.literal_eval(extra[1]))
+    assert {"ruff", "mypy", "check-jsonschema"} == set(tools) and set(tools) <= set(
+        ast.literal_eval(extra[1])
+    )
 
 
 @pytest.mark.parametrize("name", ["bug", "method"])

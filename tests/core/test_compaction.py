@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.hooks.sequence.compaction import Compaction
+from vlmprune.hooks.sequence.compaction import Compaction, EvenCompaction
 
 
 def random_cut(seed: int, rows: int = 4, columns: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_an_even_cut_is_the_same_in_one_launch(cut: tuple[torch.Tensor, torch.Te
     if shared and bool(valid.all()):
         numbers = numbers[:1]  # one row of positions for all
     slow, whole = Compaction(keep, valid, width), bool(valid.all())
-    fast = Compaction.even(keep.float(), width, valid, numbers, [rows], whole=whole)
+    fast = EvenCompaction(keep.float(), width, valid, numbers, [rows], whole=whole)
     assert torch.equal(fast.sequence(rows), slow.sequence(rows))
     assert torch.equal(fast.sequence(rows + 1), slow.sequence(rows + 1))  # not among those cut along
     assert torch.equal(fast.valid, slow.valid) and torch.equal(fast.kept, slow.kept)
@@ -153,7 +153,7 @@ def test_axes_of_positions_are_cut_along() -> None:
     numbers = torch.randint(9, (3, 2, 5))  # M-RoPE
     keep = torch.tensor([[True, False, True, True, False], [True, True, False, False, True]])
     everything = torch.ones_like(keep)
-    fast = Compaction.even(keep.float(), 3, everything, numbers, [], whole=True)
+    fast = EvenCompaction(keep.float(), 3, everything, numbers, [], whole=True)
     want = Compaction(keep, everything, 3).positions(numbers, "original")
     assert torch.equal(fast.positions(numbers, "original"), want)
     assert torch.equal(fast.positions(numbers, "original"), want)  # asked again, when it is not held any more
@@ -166,7 +166,7 @@ def test_positions_that_follow_each_other_are_the_first_ones(
 ) -> None:
     keep, everything = cut[0], torch.ones_like(cut[0])
     width, numbers = int(keep[0].sum()), torch.arange(first, first + keep.shape[1])[None]
-    fast = Compaction.even(keep.float(), width, everything, None, [], whole=True)
+    fast = EvenCompaction(keep.float(), width, everything, None, [], whole=True)
     slow = Compaction(keep, everything, width)
     for policy in ("compact", "original"):
         found = fast.positions(numbers, policy).expand(len(keep), -1)

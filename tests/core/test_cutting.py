@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune.core.method import Merged, Method
+from vlmprune.core.method import Merged, Method, needs_of
 from vlmprune.core.report import Report
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import InvariantError, UnsupportedError
@@ -71,7 +71,9 @@ def cut(
     method: Method | None = None,
     **options: bool,
 ) -> list[Cut | None]:
-    return cut_pictures(pictures, samples, method or First(), Budget(keep, scope), lambda x: x, **options)
+    method = method or First()
+    budget, needs = Budget(keep, scope), needs_of(method)
+    return cut_pictures(pictures, samples, method, budget, lambda x: x, needs=needs, **options)
 
 
 def kept(cuts: list[Cut | None]) -> list[list[int] | None]:
@@ -138,7 +140,7 @@ def test_pictures_that_stay_whole_are_none() -> None:
     pictures = [image([1, 2]), image([3, 4, 5, 6])]
     assert kept(cut(pictures, [[0, 1]], 3)) == [None, [1, 2, 3]]
     assert kept(cut(pictures, [[0, 1]], 1.0)) == [None, None]
-    assert cut_pictures(pictures, [[0, 1]], First(), None, lambda x: x) == [None, None]
+    assert cut_pictures(pictures, [[0, 1]], First(), None, lambda x: x, needs=()) == [None, None]
     with pytest.raises(InvariantError, match=r"strict: keep=3 tokens but unit 0 holds 2"):
         cut(pictures, [[0, 1]], 3, strict=True)
 

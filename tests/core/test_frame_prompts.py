@@ -10,7 +10,7 @@ import torch
 
 import vlmprune
 from vlmprune.core.budget import Budget
-from vlmprune.core.method import Merged, Method
+from vlmprune.core.method import Merged, Method, needs_of
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.evaluation.tasks.clips import clips
 from vlmprune.hooks.slots.before_lm import cut_pictures
@@ -33,7 +33,8 @@ def image(values: list[float], special: list[int] | None = None, **more: Any) ->
 def cut(pictures: list[Picture], keep: int, method: Method, scope: str = "image") -> list[Any]:
     """What is cut of pictures that are the frames of one clip."""
     sample = list(range(len(pictures)))
-    return cut_pictures(pictures, [sample], method, Budget(keep, scope), lambda x: x, frames=True)
+    budget, needs = Budget(keep, scope), needs_of(method)
+    return cut_pictures(pictures, [sample], method, budget, lambda x: x, needs=needs, frames=True)
 
 
 def kept(cuts: list[Any]) -> list[list[int]]:
@@ -81,9 +82,15 @@ def clip_inputs(family: str, images: tuple[int, ...]) -> dict[str, Any]:
 def projected(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """(N, D) what the language model would read of all images, in order."""
     with vlmprune.prune(model, "dense") as run, torch.no_grad():
-        seen = []
-        encoded = run.encoded
-        run.encoded = lambda modality, pictures: (seen.extend(pictures), encoded(modality, pictures))[1]
+        seen: list[Picture] = []
+        pictures = run.adapter.pictures
+
+        def watched(*args: Any) -> list[Picture]:
+            made = pictures(*args)
+            seen.extend(made)
+            return made
+
+        run.adapter.pictures = watched
         model(**inputs)
     return torch.cat([picture.features for picture in seen])
 
@@ -143,7 +150,8 @@ def test_a_method_that_counts_by_itself_keeps_newlines_of_empty_frames() -> None
             return tokens.need("features")[..., 0] > 2
 
     pictures = [image([3, 1], [2]), image([0, 1], [2])]
-    found = cut_pictures(pictures, [[0, 1]], Chosen(), None, lambda x: x, frames=True)
+    needs = needs_of(Chosen())
+    found = cut_pictures(pictures, [[0, 1]], Chosen(), None, lambda x: x, needs=needs, frames=True)
     assert [one.kept_slots.tolist() for one in found] == [[0, 2], [2]]
 
 

@@ -6,6 +6,7 @@ read.
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,18 +14,11 @@ import torch
 from later_families import param
 from torch import Tensor
 
-from vlmprune.core.deferred import NOW
 from vlmprune.hooks.attention_call import AttentionCall
 from vlmprune.hooks.attention_tap import AttentionTap, reads_interface
+from vlmprune.hooks.vision.capture import TapReader, reader_of
 from vlmprune.hooks.vision.encode import run_encoder
-from vlmprune.hooks.vision.tower import (
-    FusedReader,
-    InnerReader,
-    TapReader,
-    attention_of,
-    find_blocks,
-    reader_of,
-)
+from vlmprune.hooks.vision.tower import FusedReader, InnerReader, attention_of, find_blocks
 from vlmprune.models import adapter_for
 from vlmprune.testing.families import FAMILIES as FACTS
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
@@ -189,10 +183,10 @@ def test_what_vllm_hands_to_its_inner_module_is_read(ranks: int, named: bool) ->
         (part,) = (number for number in range(3) if mine.equal(apart[0][number]))  # this rank is the first
         return torch.cat([share[part] for share in apart], dim=1)
 
-    attention = Split(named)
+    attention, recorder = Split(named), SimpleNamespace(attend=lambda block, call: seen.append(call))
     reader = reader_of(attention, gather if ranks > 1 else None)
     assert isinstance(reader, InnerReader)
-    handles = list(reader.install(lambda: NOW, seen.append))
+    handles = list(reader.install(lambda: recorder, 0))
     attention(list(shares[0]))
     for handle in handles:
         handle.remove()
@@ -207,8 +201,9 @@ def test_sequences_that_vllm_packs_attend_to_themselves() -> None:
     torch.manual_seed(0)
     states, seen = torch.randn(3, 1, 7, 4, 6), []
     reader = reader_of(attention := Split(True))
+    recorder = SimpleNamespace(attend=lambda block, call: seen.append(call))
     reader.lengths = [4, 3]
-    (handle,) = reader.install(lambda: NOW, seen.append)
+    (handle,) = reader.install(lambda: recorder, 0)
     attention(list(states))
     handle.remove()
     assert [call.queries.shape[2] for call in seen] == [4, 3]

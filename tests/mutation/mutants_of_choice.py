@@ -60,9 +60,9 @@ def reversed_rows(assign: Function) -> Function:
 def not_placed(cut_sequence: Function) -> Function:
     """The tokens whose places merged rows should take stay as they were."""
 
-    def changed(state: Any, attachment: Any, method: Any, cuts: Any) -> None:
+    def changed(state: Any, cuts: Any, *rest: Any) -> None:
         bare = [None if cut is None else replace(cut, row_slots=None, rows=None) for cut in cuts]
-        cut_sequence(state, attachment, method, bare)
+        cut_sequence(state, bare, *rest)
 
     return changed
 
@@ -78,15 +78,15 @@ def one_budget_per_image(make_units: Function) -> Function:
 
 
 def budgets_never_strict(choose_units: Function) -> Function:
-    return lambda *args, strict, checks: choose_units(*args, strict=False, checks=checks)
+    return lambda *args, strict, **options: choose_units(*args, strict=False, **options)
 
 
 def cuts_of_the_first_modality(cut_sequence: Function) -> Function:
     """Clips beside images are given the cuts of the images."""
 
-    def changed(state: Any, attachment: Any, method: Any, cuts: Any) -> None:
+    def changed(state: Any, cuts: Any, *rest: Any) -> None:
         first = [cut for placement in state.placements for cut in cuts[: len(placement.pictures)]]
-        cut_sequence(state, attachment, method, first)
+        cut_sequence(state, first, *rest)
 
     return changed
 

@@ -22,7 +22,7 @@ def record_kept(close: Function) -> Function:
     def changed(self: Any) -> None:
         state = self.state
         close(self)
-        self._local.state = state
+        self.local.state = state
 
     return changed
 
@@ -55,7 +55,7 @@ def nothing(original: Function) -> Function:
 def one_record_for_all(init: Function) -> Function:
     def changed(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        self._local = SimpleNamespace()
+        self.local = SimpleNamespace()
 
     return changed
 

@@ -81,7 +81,8 @@ class GivenPictures(nn.Module):
 class _Nothing:
     """A capture for a model without a vision tower."""
 
-    is_recording = False
+    def running(self) -> None:
+        pass
 
     def install(self) -> None:
         pass

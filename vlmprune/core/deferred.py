@@ -54,16 +54,19 @@ class DeferredChecks(Checks):
         self._waiting: list[_Waiting] = []
 
     def require(self, ok: Tensor, explain: Explain) -> None:
-        if ok.device.type == "cpu":
-            super().require(ok, explain)
-        else:
+        if ok.device.type != "cpu":
             self._waiting.append(_Waiting(ok.detach().reshape(()), explain))
+        elif not bool(ok):
+            raise explain()
 
     def finite(self, values: Tensor, explain: Explain) -> None:
-        if values.device.type == "cpu":
-            super().finite(values, explain)
-        elif values.numel():
-            self._waiting.append(_Waiting(magnitude(values), explain))
+        if not values.numel():
+            return
+        largest = magnitude(values)
+        if values.device.type != "cpu":
+            self._waiting.append(_Waiting(largest, explain))
+        elif not bool(largest < torch.inf):  # NaN is less than nothing
+            raise explain()
 
     def __bool__(self) -> bool:
         """Whether checks wait for their answer."""

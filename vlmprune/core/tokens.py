@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .deferred import NOW, Checks, Explain
 
 if TYPE_CHECKING:
     from .method import Need
+
+T = TypeVar("T", bound="VisualTokens")
 
 _TensorField = Literal[
     "features",
@@ -264,7 +266,7 @@ class VisualTokens:
         return self.like.device if self.like is not None else self._any()[1].device
 
     @classmethod
-    def of(cls, captured: Mapping[Need, Tensor], ordinals: Sequence[int], **others: Any) -> VisualTokens:
+    def of(cls: type[T], captured: Mapping[Need, Tensor], ordinals: Sequence[int], **others: Any) -> T:
         """Tokens from what was captured, patches first; the caller made these tensors, so that nothing is
         checked again.
 

@@ -78,6 +78,7 @@ class Adapter(Protocol):
     deepstack: str | None
     shortens: ClassVar[bool]
     pools: ClassVar[tuple[ModalityName, ...]]
+    # modules of transformers, whose attributes are known to the adapter of their family alone
     model: Any
     inner: Any
     vision_tower: Any

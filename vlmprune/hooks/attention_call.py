@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_HALF = 5e-2
 _SLOTS_AT_ONCE = 128  # keys or values cast to float32 at a time
 Form = tuple[Any, ...]  # of a call: one rule of attention, whatever the values
+_Forms = WeakKeyDictionary[nn.Module, set[Form]]
+_COMPARED: _Forms = WeakKeyDictionary()
+_WAITING: WeakKeyDictionary[Checks, _Forms] = WeakKeyDictionary()
+
+
+def compared_forms(call: AttentionCall, checks: Checks) -> set[Form]:
+    """Forms of calls of a module whose rows were compared with its own output.
+
+    They outlive a session, since the rule of a module does not change when hooks are put on it again. On a
+    device the answer is read later, or never where an error comes first: then they live with the checks.
+    """
+    on_cpu = call.keys.device.type == "cpu"
+    forms = _COMPARED if on_cpu else _WAITING.setdefault(checks, WeakKeyDictionary())
+    return forms.setdefault(call.module, set())
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +68,7 @@ class AttentionCall:
 
     @property
     def form(self) -> Form:
-        """All that decides by which rule this call attends, but for values."""
+        """All that decides by which rule its module attends in this call, but for values."""
         mask, window = self.mask, self.options.get("sliding_window")
         per_head = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1
         masked = (mask.dtype, mask.ndim, per_head) if isinstance(mask, Tensor) else type(mask)
@@ -61,7 +76,9 @@ class AttentionCall:
         options = (self.options.get("softcap"), self.options.get("is_causal"), window)
         sizes = (fed == 1, fed == held, window is not None and held > window)
         function = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
-        return (self.module, function, self.queries.dtype, self.flash, masked, options, sizes)
+        # a forward of the instance by its number: it would keep the module alive in the memory of its forms
+        forward = (getattr(type(self.module), "forward", None), id(vars(self.module).get("forward")))
+        return (*forward, function, self.queries.dtype, self.flash, masked, options, sizes)
 
     @property
     def scaling(self) -> float:
@@ -76,9 +93,13 @@ class AttentionCall:
         groups = self.queries.shape[1] // self.keys.shape[1]  # query heads that share a key head
         asked = self.queries if self.queries.shape[2] == rows.shape[1] == 1 else self.queries.gather(2, at)
         queries = asked.float().unflatten(1, (-1, groups)).flatten(2, 3)  # (B, Hk, groups * R, d)
-        folded = [_scaled(queries, keys.float(), self.scaling) for keys in _in_parts(self.keys)]
-        whole = folded[0] if len(folded) == 1 else torch.cat(folded, dim=-1)
-        logits = whole.unflatten(2, (groups, -1)).flatten(1, 2)
+        each, folded = queries.flatten(0, 1), []
+        for keys in _in_parts(self.keys):
+            turned = keys.float().flatten(0, 1).transpose(1, 2)  # (B * Hk, d, s)
+            # a plain matmul with a factor is several operations on a device
+            folded.append(torch.baddbmm(each[..., :1], each, turned, beta=0, alpha=self.scaling))
+        whole = folded[0] if len(folded) == 1 else torch.cat(folded, dim=-1)  # (B * Hk, groups * R, S)
+        logits = whole.unflatten(1, (groups, -1)).unflatten(0, queries.shape[:2]).flatten(1, 2)
         softcap = self.options.get("softcap")
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
@@ -149,8 +170,11 @@ class AttentionCall:
         weights_of = weights.unflatten(1, (self.values.shape[1], -1)).flatten(2, 3)  # (B, Hk, groups * R, S)
         shares = weights_of.split([part.shape[2] for part in parts], dim=-1)
         # (B, Hk, groups * R, d)
-        pairs = zip(shares, parts, strict=True)
-        folded = reduce(torch.add, [_product(share, part.float()) for share, part in pairs])
+        made = [
+            torch.bmm(share.flatten(0, 1), part.float().flatten(0, 1))  # a plain matmul is two operations
+            for share, part in zip(shares, parts, strict=True)
+        ]
+        folded = reduce(torch.add, made).unflatten(0, self.values.shape[:2])
         return folded.unflatten(2, (-1, weights.shape[2])).flatten(1, 2).transpose(1, 2)
 
     def received(self, rows: int = 16) -> Tensor:
@@ -251,18 +275,22 @@ class AttentionCall:
         output: Tensor,
         checks: Checks = NOW,
         known: set[Form] | None = None,
+        whole: Form | None = None,
     ) -> None:
         """Require that ``attention`` (B, H, R, S) of ``rows`` (B, R) gives what the model itself computed.
 
         Args:
             real: (B, R) bool, rows to compare, the others are filling; None: all.
             output: (B, n, H, d), what the attention function returned.
-            known: forms that were checked before; that of this call joins them until its check fails.
+            known: forms of this module that were checked before; that of this call joins them until its check
+                fails.
+            whole: form of the packed call that this is a segment of; every segment is compared.
         """
-        known = set() if known is None else known
-        if self.options.get("dropout") or self.form in known:
+        known, form = set() if known is None else known, self.form if whole is None else whole
+        if self.options.get("dropout"):
             return  # a model that drops weights at random gives the output of another attention
-        form = self.form
+        if whole is None and form in known:
+            return
         known.add(form)
         at = rows[..., None, None].expand(-1, -1, *output.shape[2:])
         given, made = output.detach().gather(1, at).float(), self.weigh(attention)
@@ -283,18 +311,6 @@ class AttentionCall:
             )
 
         checks.require((wrong <= bound * largest) | overflow, explain)
-
-
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """(B, H, n, d) x (B, H, d, m) -> (B, H, n, m); a plain matmul is two operations on a device."""
-    return torch.bmm(one.flatten(0, 1), other.flatten(0, 1)).unflatten(0, one.shape[:2])
-
-
-def _scaled(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """(B, H, n, d) x (B, H, m, d) -> (B, H, n, m) inner products times ``scale``."""
-    each = queries.flatten(0, 1)
-    made = torch.baddbmm(each[..., :1], each, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
-    return made.unflatten(0, queries.shape[:2])
 
 
 def _in_parts(states: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -43,9 +43,18 @@ def _looks_up(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def walk(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [part for part in reversed(module._modules.values()) if part is not None]
+
+
 def find_attention(layer: nn.Module) -> nn.Module | None:
     """The attention module of a layer; None where there is none whose queries and keys can be taken."""
-    return next((module for module in layer.modules() if reads_interface(module)), None)
+    return next((module for module in walk(layer) if reads_interface(module)), None)
 
 
 class TappedConfig:
@@ -63,7 +72,13 @@ class TappedConfig:
     @property
     def _attn_implementation(self) -> str:
         base = self._config._attn_implementation or "eager"
-        return base if getattr(self._local, "inside", False) else register_name(base)
+        if getattr(self._local, "inside", False):
+            return base
+        # holds "flash" where the model's own does: vision towers choose their packing by that
+        name = _PREFIX + base
+        if name not in AttentionInterface._global_mapping:
+            AttentionInterface.register(name, _tapped)
+        return name
 
     def __deepcopy__(self, memo: dict) -> None:
         raise UnsupportedError("a model cannot be copied while pruning is attached; detach first")
@@ -79,6 +94,7 @@ class AttentionTap:
         self.module, self.listener, self.bias = module, listener, bias
 
     def install(self) -> None:
+        # a module asks its config in every call, so that no method of it has to be replaced
         config: Any = self.module.config
         if not isinstance(config, TappedConfig):
             config = TappedConfig(config)
@@ -110,15 +126,6 @@ def tap(layer: nn.Module, index: int, method: str, listener: Listener) -> Attent
     made = AttentionTap(module, listener)
     made.install()
     return made
-
-
-def register_name(base: str) -> str:
-    """The name of our attention function around the model's own, which transformers looks up by this name."""
-    # holds "flash" where the model's own does: vision towers choose their packing by that
-    name = _PREFIX + base
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, _tapped)
-    return name
 
 
 def _tapped(

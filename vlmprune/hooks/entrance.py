@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
-from .patches import pictures_of
+from .patches import ATTACHED
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, known, slots_held
 from .sequence.masks import ASKS_FOR_PLACES, TokenTypes
 from .sequence.placement import Columns, Placement, place
@@ -48,7 +48,7 @@ def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapp
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
         if encoded is None or not state.active:
             continue
-        held = pictures_of(encoded)
+        held = getattr(encoded, ATTACHED, None)
         if held is None:
             raise CaptureError(
                 f"the {modality.name} features of this call were not encoded while {spec!r} was attached (or "
@@ -59,15 +59,6 @@ def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapp
         state.pictures[modality.name] = held.pictures
         state.report.fire("encode")
     return source
-
-
-def refuse_maps(adapter: Adapter, kwargs: Mapping[str, Any]) -> None:
-    """Refuse to return attention maps of a sequence that was cut."""
-    if kwargs.get("output_attentions") or getattr(adapter.language_model.config, "output_attentions", False):
-        raise UnsupportedError(
-            "output_attentions: the maps would speak of the sequence after the cut, and edited rows would be "
-            "missing; read what was kept from run.last.keep, or ask for attention maps without pruning"
-        )
 
 
 def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
@@ -96,6 +87,7 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
     report.grids = [picture.grids for picture in pictures]
     report.frames = [picture.frames for picture in pictures]
     report.views = [picture.view for picture in pictures]
+    # whole in every layer, until a slot says otherwise
     report.kept = [None] * len(pictures)
     report.dense_tokens = [picture.count for picture in pictures]
     report.realised_tokens = list(report.dense_tokens)
@@ -105,7 +97,7 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
 def require_features(state: ForwardState, adapter: Adapter, placement: Placement) -> None:
     """Require that the placeholders of pictures hold their features, in order."""
     embeds = state.embeds.detach()
-    encoded = [placement.pictures[p].features.detach() for _, p, _ in placement.spans()]
+    encoded = [placement.pictures[p].features.detach() for _, p, _ in placement.spans]
     here = embeds.flatten(0, 1)[placement.flat.to(embeds.device)]  # (S, D)
     expected = torch.cat(encoded).to(here.device, here.dtype)
     same = torch.zeros((), dtype=torch.bool)
@@ -133,6 +125,11 @@ def placeholders(state: ForwardState, adapter: Adapter, modality: Modality) -> T
 
 def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> Views:
     """One view per group of layers, all explicit: masks over held slots, and positions."""
+    if kwargs.get("output_attentions") or getattr(adapter.language_model.config, "output_attentions", False):
+        raise UnsupportedError(
+            "output_attentions: the maps would speak of the sequence after the cut, and edited rows would be "
+            "missing; read what was kept from run.last.keep, or ask for attention maps without pruning"
+        )
     batch, new = state.embeds.shape[:2]
     device, cache_state = state.embeds.device, state.cache_state
     typed = adapter.text_type is not None
@@ -273,6 +270,7 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
     # most often the last column alone is read, which is that of the last kept one
     as_it_is = not all_layers and (state.logits == 1 or 0 < state.logits <= views.tail)
     hidden = short if as_it_is else at_full_length(views, short)
+    # NaN where a check failed that nobody has read yet: no wrong answer looks right
     output.last_hidden_state = state.checks.poison(hidden)
     if all_layers:
         last = len(output.hidden_states) - 1
@@ -282,9 +280,13 @@ def leave(state: ForwardState, output: Any, owner: weakref.ref) -> None:
         )
     cache = cache_in(output)
     cache = state.cache if cache is None else cache
-    # a static cache on a device is not asked whether it was written
-    if cache is not None and known(slots_held(cache)) in (None, views.at(counting_layer(cache)).width):
-        adopt(cache, remembered(state, owner))
+    if cache is not None:
+        first = views.at(counting_layer(cache))
+        # a static cache on a device is not asked whether it was written
+        if known(slots_held(cache)) in (None, first.held.shape[1] + first.new.shape[1]):
+            # text at the end may be cropped away; a device is not asked how much there is
+            tail = views.tail if state.embeds.device.type == "cpu" else state.generated
+            adopt(cache, remembered(state, tail, owner))
     state.report.fire("exit")
 
 
@@ -304,17 +306,19 @@ def at_full_length(views: Views, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def remembered(state: ForwardState, owner: weakref.ref) -> CacheState:
-    """What later calls must know of the slots that this one leaves in the cache."""
+def remembered(state: ForwardState, tail: int, owner: weakref.ref) -> CacheState:
+    """What later calls must know of the slots that this one leaves in the cache, the last ``tail`` apart."""
     views = state.views
-    tail = (
-        views.tail if state.embeds.device.type == "cpu" else state.generated
-    )  # text at the end may be cropped away
     frozen = [view.frozen(tail) for view in views.all]
     if state.embeds.device.type == "cpu":
         all_valid = all(view.held.shape[1] > 0 and bool(view.held.all()) for view in frozen)
     else:  # nothing was filled up where all rows lost as many; else the device would have to be asked
         even = all(compaction.is_even for _, compaction in views.cuts)
         all_valid = state.unpadded and even and frozen[0].held.shape[1] > 0
-    seen = state.earlier + views.columns - tail
+    if state.seen is None:
+        raise InvariantError(
+            "this forward has no number of earlier tokens yet; expected it to be read where the merged "
+            "sequence enters the language model, or later"
+        )
+    seen = state.seen + views.columns - tail
     return CacheState(seen, frozen, owner, all_valid, state.marks, state.notes)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..errors import InvariantError, UnsupportedError
+from .attention_tap import walk
 from .vision.pictures import Picture, with_joins
 
 if TYPE_CHECKING:
@@ -24,27 +26,14 @@ MASK_MAKERS = ("create_masks_for_generate", "_prepare_4d_causal_attention_mask_w
 ATTACHED = "_vlmprune_pictures"  # attribute and item of an encoder's output that holds its pictures
 
 
+@dataclass(eq=False, repr=False)
 class PictureHolder:
     """The pictures of an encoder's output; no list or tensor, which generate would repeat for beams."""
 
-    def __init__(self, pictures: list[Picture]) -> None:
-        self.pictures = pictures
+    pictures: list[Picture]
 
     def __deepcopy__(self, memo: dict) -> PictureHolder:
         return self
-
-
-def attach_pictures(output: Any, pictures: list[Picture]) -> None:
-    """Let pictures travel with an encoder's output, also where accelerate rebuilds it item by item."""
-    if isinstance(output, MutableMapping):
-        output[ATTACHED] = PictureHolder(pictures)
-    else:
-        setattr(output, ATTACHED, PictureHolder(pictures))
-
-
-def pictures_of(output: Any) -> PictureHolder | None:
-    """What holds the pictures that travel with an encoder's output, None where there are none."""
-    return getattr(output, ATTACHED, None)
 
 
 class PatchedMethod:
@@ -124,8 +113,12 @@ class Generate(PatchedMethod):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.session.generating(kwargs.get("position_ids") is None):
+        local = self.session.local
+        outer, local.counts = local.counts, kwargs.get("position_ids") is None
+        try:
             answer = self.original(*args, **kwargs)
+        finally:
+            local.counts = outer
         self.session.settle()
         return answer
 
@@ -158,7 +151,7 @@ class Encode(PatchedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         # Qwen3-VL encodes a clip by way of the patched method for images: that call is the clip's
-        if not session.enabled or session.capture.is_recording:
+        if not session.enabled or session.capture.running() is not None:
             return self.original(*args, **kwargs)
         if session.serve is not None:
             return self._hand_over(*session.serve(self.modality))
@@ -169,7 +162,7 @@ class Encode(PatchedMethod):
             arguments.setdefault(self.modality.pixels, next(iter(arguments.values())))
         arguments = on_host(arguments)
         session.adapter.check(arguments, self.modality)
-        checks = session.checks
+        checks = session.local.checks
         with session.capture.recording(checks) as record:
             record.modality = self.modality.name
             output = self.original(*args, **kwargs)
@@ -181,8 +174,17 @@ class Encode(PatchedMethod):
 
     def _hand_over(self, output: Any, pictures: list[Picture]) -> Any:
         if hasattr(output, "pooler_output"):
-            attach_pictures(output, pictures)
-        self.session.encoded(self.modality, pictures)
+            holder = PictureHolder(pictures)
+            if isinstance(output, MutableMapping):  # accelerate rebuilds outputs item by item
+                output[ATTACHED] = holder
+            else:
+                setattr(output, ATTACHED, holder)
+        state = self.session.state
+        if state is None:  # as generate does: the next forward must place them
+            self.session.local.unplaced += 1
+        else:
+            state.pictures[self.modality.name] = pictures
+            state.report.fire("encode")
         return output
 
 
@@ -231,9 +233,9 @@ def patches_of(session: Session) -> list[PatchedMethod]:
 
 def forget_graphs(model: nn.Module) -> None:
     """Have torch.compile trace a compiled model anew: its graphs ignore hooks that came later."""
-    for module in model.modules():
-        held = module.__dict__  # asking the module itself for what it has not takes ten times as long
-        compiled = held.get("_compiled_call_impl") or held.get("_compiled_call")
-        if compiled is not None or hasattr(held.get("forward"), "_torchdynamo_orig_callable"):
+    for module in walk(model):
+        held = vars(module)  # asking the module itself for what it has not takes ten times as long
+        compiled = held.get("_compiled_call_impl") is not None or held.get("_compiled_call") is not None
+        if compiled or ("forward" in held and hasattr(held["forward"], "_torchdynamo_orig_callable")):
             torch.compiler.reset()
             return

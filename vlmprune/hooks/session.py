@@ -17,8 +17,7 @@ The state of a forward is thread-local and dies with it; after ``detach`` the mo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +25,15 @@ from torch import nn
 
 from ..core.budget import Budget
 from ..core.combine import by_slot
-from ..core.deferred import DeferredChecks
 from ..core.method import Method, Need, Positions, SlotName, needs, needs_of
 from ..core.report import Report
 from ..errors import InvariantError, UnsupportedError
 from .adapter import Adapter, Modality
-from .entrance import leave, locate, open_views, refuse_maps, shortened, take_pictures
+from .entrance import leave, locate, open_views, shortened, take_pictures
 from .patches import PatchedMethod, forget_graphs, patches_of
 from .sequence.cache import cache_in, goes_on, is_paged, state_of
 from .sequence.masks import uses_flash
-from .slots import Attachment, Handle, Slot, build_slots, enter_slots
+from .slots import Attachment, Handle, Slot, build_slots
 from .state import ForwardState, OfThread
 from .vision.capture import VisionCapture
 from .vision.pictures import Picture
@@ -64,8 +62,9 @@ class Session:
         frames: bool = False,
     ) -> None:
         self.adapter, self.spec = adapter, spec
+        # asked each time: the capture is made below, and every forward has a state of its own
         self.attachment = Attachment(
-            adapter, spec, strict, positions, lambda: self.state, lambda: self.capture.record, frames
+            adapter, spec, strict, positions, lambda: self.state, lambda: self.capture.running(), frames
         )
         self._refuse(plans, positions)
         self.enabled = True
@@ -75,8 +74,9 @@ class Session:
         self.reads_text = any(needs(slot.method, "text_embeds") for slot in self.slots.values())
         self.capture: VisionCapture = adapter.capture(self._needs())
         self._last: Report | None = None
+        # for caches that it cut: they outlive it, and must not keep it and its model alive
         self._reference = weakref.ref(self)
-        self._local = OfThread()
+        self.local = OfThread()
         self._installed: list[Handle] = []
 
     def _refuse(self, plans: Plans, positions: Positions | None) -> None:
@@ -154,7 +154,7 @@ class Session:
     @property
     def state(self) -> ForwardState | None:
         """The forward that runs in this thread; none while another prompt runs aside of it."""
-        state = self._local.state
+        state = self.local.state
         return None if state is None or state.aside else state
 
     def __repr__(self) -> str:
@@ -173,6 +173,7 @@ class Session:
                     f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first"
                 )
         try:
+            # one by one, so that detach finds all that was put on when the next one fails
             for patch in patches_of(self):
                 patch.install()
                 self._installed.append(patch)
@@ -203,6 +204,7 @@ class Session:
         if self.attached:
             forget_graphs(self.adapter.model)
         self.attached = False
+        # last one first: what was put around something else comes off before it
         while self._installed:
             self._installed.pop().remove()
 
@@ -210,7 +212,8 @@ class Session:
         return self if self.attached else self.attach()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        lost = self._local.unplaced and not self._local.opened
+        # read before detach; raised below only where the block raised nothing itself
+        lost = self.local.unplaced and not self.local.opened
         self.detach()
         if kind is None:
             self.settle()
@@ -219,32 +222,10 @@ class Session:
 
     # --- one forward ------------------------------------------------------------------------------
 
-    @property
-    def checks(self) -> DeferredChecks:
-        """Where checks of this thread are gathered until the host waits for the device anyway."""
-        return self._local.checks
-
-    @contextmanager
-    def generating(self, counts: bool) -> Iterator[None]:
-        """While generate runs; ``counts`` says whether it makes the position ids itself."""
-        outer, self._local.counts = self._local.counts, counts
-        try:
-            yield
-        finally:
-            self._local.counts = outer
-
     def settle(self) -> None:
         """Read the checks that were left for later, and raise the first that failed."""
-        if self.checks:
-            self.checks.settle()
-
-    def encoded(self, modality: Modality, pictures: list[Picture]) -> None:
-        """Pictures were encoded; outside of a forward, as generate does, the next one must place them."""
-        if self.state is None:
-            self._local.unplaced += 1
-        else:
-            self.state.pictures[modality.name] = pictures
-            self.state.report.fire("encode")
+        if self.local.checks:
+            self.local.checks.settle()
 
     def _never_placed(self) -> InvariantError:
         return InvariantError(
@@ -258,28 +239,33 @@ class Session:
         wanted = wanted if isinstance(wanted, int) else 0
         # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
         # them
-        self._local.drafts = max(wanted - 1, 0)
+        self.local.drafts = max(wanted - 1, 0)
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        self._local.asked = None if kwargs.get("labels") is not None else (given, wanted)
+        # a loss reads the logits of all columns
+        self.local.asked = None if kwargs.get("labels") is not None else (given, wanted)
 
     def begin(self, kwargs: dict[str, Any]) -> ForwardState:
         """Open the state of one forward of the multimodal model."""
-        cache, local = cache_in(kwargs), self._local
+        cache, local = cache_in(kwargs), self.local
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         state = ForwardState(
-            kwargs.get("input_ids"),
-            kwargs.get("inputs_embeds"),
+            ids,
+            embeds,
             Report(self.spec),
-            self.checks,
+            local.checks,
             generated=local.drafts,
             step=0 if self._last is None or "decode" not in self.slots else self._last.decode_steps,
             active=self.enabled,
             reads_text=self.reads_text,
             counted=local.counts or kwargs.get("position_ids") is None,
         )
-        if local.asked is not None and state.fed is not None and local.asked[0] is state.fed:
+        given = embeds if ids is None else ids
+        if local.asked is not None and given is not None and local.asked[0] is given:
             state.logits = local.asked[1]  # of the call around this one
         state.continues = goes_on(cache, state.new_tokens)
+        # all other slots read in decode steps what the cache holds
         state.reads_held = not set(self.slots) <= {"encoder", "before_lm", "inside_lm"}
+        # a draft or a question for logits is of this forward alone, also where it fails
         local.state, local.opened, local.drafts, local.asked = state, True, 0, None
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
@@ -305,8 +291,8 @@ class Session:
         What was chosen for the prompt has to be chosen again, so they are no part of it. The same picture
         object tells such a step from another prompt that begins alike.
         """
-        given = state.fed
-        earlier, self._local.prompt = self._local.prompt, None
+        given = state.inputs_embeds if state.input_ids is None else state.input_ids
+        earlier, self.local.prompt = self.local.prompt, None
         if source is None or given is None or cache is not None or use_cache is not False:
             return 0
         new = 0
@@ -314,7 +300,7 @@ class Session:
             prompt = earlier[1].to(given.device)
             if given.shape[0] == prompt.shape[0] and torch.equal(given[:, : prompt.shape[1]], prompt):
                 new = given.shape[1] - prompt.shape[1]
-        self._local.prompt = earlier if new else (weakref.ref(source), given)
+        self.local.prompt = earlier if new else (weakref.ref(source), given)
         return new
 
     def _before_lm(
@@ -322,26 +308,36 @@ class Session:
     ) -> tuple[tuple, dict[str, Any]] | None:
         state = self.state
         if state is None:
-            if self.enabled and self._local.unplaced:
+            if self.enabled and self.local.unplaced:
                 raise self._never_placed()
             return None
         state.entered = True
         state.embeds = kwargs["inputs_embeds"]
         state.report.sequence = (state.embeds.shape[1], state.embeds.shape[1])
-        state.cache, state.cache_state = cache_in(kwargs), state_of(cache_in(kwargs))
+        state.cache = cache_in(kwargs)
+        state.cache_state = state_of(state.cache)
         if state.cache_state is not None:
+            # from here to close the model builds masks, for which the cache must tell the slots that it holds
             state.cache_state.inside = True
+        # made only if asked for: a call without pictures and without a cut cache is left alone
         state.open_views = lambda: open_views(state, self.adapter, kwargs)
         if state.pictures and self.enabled:
             mask = state.given_mask if self.adapter.text_type is not None else kwargs.get("attention_mask")
             locate(state, self.adapter, mask)
-        if state.placements or state.cache_state is not None:
-            enter_slots(self.slots.values(), state)
-        if state.cache_state is not None or state.viewed:
-            refuse_maps(self.adapter, kwargs)
+        if state.placements:
+            self._enter_with_pictures(state)
+        elif state.cache_state is not None:
+            for slot in self.slots.values():
+                slot.enter(state)
         if state.cache_state is None and not (state.viewed and state.views.cuts):
             return None  # nothing was cut yet: the call is left alone
         return args, shortened(state, self.adapter, kwargs)
+
+    @torch.compiler.disable  # a prompt is read once: tracing this would cost more than it saves
+    def _enter_with_pictures(self, state: ForwardState) -> None:
+        for slot in self.slots.values():
+            slot.attachment.check_numbers(slot.method, state)
+            slot.enter(state)
 
     def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state = self.state
@@ -356,19 +352,22 @@ class Session:
                 f"images were encoded but the language model of {type(self.adapter.model).__name__} was not "
                 "entered: nothing was pruned"
             )
-        missed = set().union(*(slot.missed(state) for slot in self.slots.values()))
+        # a hook that did not run raises nothing: a graph, or another forward, may have gone around it
+        missed = set().union(*[slot.missed(state) for slot in self.slots.values()])
         if missed:
             raise InvariantError(
                 f"{self.spec!r} acts at decoder layers {sorted(missed)}, but these ran without its hooks; "
                 "was a part of the model compiled, or its forward replaced, after attaching? Detach, and "
                 "attach again"
             )
+        # a decode step, or a turn of text only, belongs to the report of the prompt
         if state.continues and not state.pictures and self._last is not None:
             if not torch.compiler.is_compiling():  # a graph would have the number of the step as an input
                 self._last.decode_steps += state.new_tokens == 1
-                self._local.prepared = 0
+                self.local.prepared = 0
             return
-        self._count_prepared()
+        if self.local.prepared:
+            self._count_prepared()
         if not state.pictures:
             state.report.note = "no images in this call" if self.enabled else "disabled"
         else:
@@ -377,20 +376,19 @@ class Session:
 
     def prepared(self, new: int) -> None:
         """generate prepares a forward of ``new`` tokens on a static cache, which may run in a graph."""
-        self._local.prepared += new == 1
+        self.local.prepared += new == 1
 
     def _count_prepared(self) -> None:
         """Count the decode steps that ran in graphs, which count nothing themselves."""
         if self._last is not None:
-            self._last.decode_steps += self._local.prepared
-        self._local.prepared = 0
+            self._last.decode_steps += self.local.prepared
+        self.local.prepared = 0
 
     def close(self) -> None:
         """Forget the forward of this thread; a cut cache speaks of tokens seen again."""
-        state, self._local.state = self.state, None
-        cache_state = None if state is None else state_of(state.cache)
-        if cache_state is not None:
-            cache_state.inside = False
+        state, self.local.state = self.local.state, None
+        if state is not None and state.cache_state is not None:
+            state.cache_state.inside = False
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -7,9 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from ..core.deferred import DeferredChecks
@@ -25,7 +24,15 @@ if TYPE_CHECKING:
     from .slots.cutting import Cut
     from .slots.spans import InsideRecord
 
-T = TypeVar("T")
+# fields that have no value before the merged sequence is about to enter the language model
+_LATER = {
+    "given": "input",
+    "embeds": "merged sequence",
+    "columns": "columns of pictures",
+    "tracked": "record of cuts inside the language model",
+    "visual_marks": "marks from the vision tower",
+    "open_views": "way to open views",
+}
 
 
 @dataclass(eq=False)
@@ -35,6 +42,10 @@ class ForwardState:
     Args:
         input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model, one of them.
         report: what users will read about it.
+        given: the one of them that was given.
+        new_tokens: n, columns of this forward.
+        embeds: (B, n, D) merged embeddings that enter the language model, shorter after a cut before it.
+        columns: which columns of the sequence are pictures, in forwards that have any.
         checks: what has to be true of values that are on a device.
         continues: the cache holds earlier tokens of the conversation.
         generated: columns at the end that are no part of the prompt: drafts, or tokens generated without a
@@ -47,7 +58,8 @@ class ForwardState:
         placements: where the pictures stand, one per modality that has any.
         seen: tokens of the conversation before this forward; None where a device would have to be asked.
         stacked: layers after which features were added to hidden states (DeepStack).
-        inside: what cuts inside the language model know.
+        inside: what cuts inside the language model know; ``tracked`` is the same for cuts that have begun.
+        viewed: the layers of this forward have views, which ``open_views`` made.
         entering: the layer that runs and the hidden states (B, n, D) it was given, for the attention slot.
         edited: layers that the attention slot acted on.
         marks: per layer, what is to be attached to the cache; ``held_marks`` are those of earlier forwards.
@@ -86,7 +98,6 @@ class ForwardState:
     entering: tuple[int, Tensor] | None = None
     edited: set[int] = field(default_factory=set)
     marks: dict[int, Marks] = field(default_factory=dict)
-    visual_marks: Tensor | None = None
     notes: dict[int, Note] = field(default_factory=dict)
     text_heads: dict[int, Tensor] = field(default_factory=dict)
     aside: bool = False
@@ -98,65 +109,39 @@ class ForwardState:
     logits: int = 0
     counted: bool = False
     reads_held: bool = False
-    open_views: Callable[[], Views] | None = None
+    viewed: bool = False
+    new_tokens: int = field(init=False)
+    given: Tensor = field(init=False, repr=False)
+    embeds: Tensor = field(init=False, repr=False)
+    columns: Columns = field(init=False, repr=False)
+    tracked: InsideRecord = field(init=False, repr=False)
+    visual_marks: Tensor = field(init=False, repr=False)
+    open_views: Callable[[], Views] = field(init=False, repr=False)
     _views: Views | None = None
-    _embeds: Tensor | None = None
-    _columns: Columns | None = None
 
-    @property
-    def fed(self) -> Tensor | None:
-        """Ids (B, n), or embeddings (B, n, D) where they were given in their place; None without either."""
-        return self.inputs_embeds if self.input_ids is None else self.input_ids
+    def __post_init__(self) -> None:
+        given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        self.new_tokens = 0 if given is None else given.shape[1]
+        if given is not None:
+            self.given = given
 
-    @property
-    def given(self) -> Tensor:
-        """The same, for forwards that were given one of them."""
-        return _known(self.fed, "input")
+    if not TYPE_CHECKING:  # or a type checker would let every name pass
 
-    @property
-    def embeds(self) -> Tensor:
-        """(B, n, D) merged embeddings that enter the language model, shorter after a cut before it."""
-        return _known(self._embeds, "merged sequence")
-
-    @embeds.setter
-    def embeds(self, embeds: Tensor) -> None:
-        self._embeds = embeds
-
-    @property
-    def columns(self) -> Columns:
-        """Which columns of the sequence are pictures; known of forwards that have any."""
-        return _known(self._columns, "columns of pictures")
-
-    @columns.setter
-    def columns(self, columns: Columns) -> None:
-        self._columns = columns
-
-    @property
-    def tracked(self) -> InsideRecord:
-        """``inside``, for cuts that have begun."""
-        return _known(self.inside, "record of cuts inside the language model")
-
-    @property
-    def earlier(self) -> int:
-        """``seen``, where it is known."""
-        return _known(self.seen, "number of earlier tokens")
-
-    @property
-    def new_tokens(self) -> int:
-        """n, columns of this forward."""
-        return 0 if self.fed is None else self.fed.shape[1]
+        def __getattr__(self, name: str) -> NoReturn:
+            """Of what the instance has not: fields that are read too early are named."""
+            if name not in _LATER:
+                raise AttributeError(name)
+            raise InvariantError(
+                f"this forward has no {_LATER[name]} yet; expected it to be read where the merged sequence "
+                "enters the language model, or later"
+            )
 
     @property
     def views(self) -> Views:
         """The sequence as the decoder layers see it, made when first asked for."""
         if self._views is None:
-            self._views = _known(self.open_views, "way to open views")()
+            self._views, self.viewed = self.open_views(), True
         return self._views
-
-    @property
-    def viewed(self) -> bool:
-        """Whether the layers of this forward have views."""
-        return self._views is not None
 
     @property
     def held_marks(self) -> dict[int, Marks]:
@@ -183,24 +168,9 @@ class ForwardState:
         number_of = (~picture.special).cumsum(dim=0) - 1
         return number_of.to(slots.device)[slots]
 
-    @property
-    def visual_columns(self) -> Tensor:
-        """(B, L) bool, placeholder columns of all modalities."""
-        return torch.stack(self.columns.visual).any(dim=0)
-
-    @property
-    def with_pictures(self) -> Tensor:
-        """(B, 1) bool, rows that have a picture."""
-        return self.visual_columns.any(dim=1, keepdim=True)
-
-    @property
-    def marked_in_tower(self) -> Tensor:
-        """``visual_marks``, for methods that make them."""
-        return _known(self.visual_marks, "marks from the vision tower")
-
     def text_after_pictures(self) -> Tensor:
         """(B, L) bool, columns after the last picture of each row that has one."""
-        return self.columns.after_pictures() & self.with_pictures
+        return self.columns.after_pictures() & self.columns.with_pictures
 
     def refuse_dead_slots(self, compaction: Compaction, spec: str) -> None:
         """Raise where a cut would fill up shorter rows in the middle of a conversation and some layers keep a
@@ -221,6 +191,7 @@ class ForwardState:
 class OfThread(threading.local):
     """What a session knows in one thread."""
 
+    # class attributes: what a thread finds that has not run a forward
     state: ForwardState | None = None  # the forward that runs
     opened = False  # whether any forward ran
     unplaced = 0  # how often pictures were encoded that no forward has placed yet
@@ -232,13 +203,3 @@ class OfThread(threading.local):
 
     def __init__(self) -> None:
         self.checks = DeferredChecks()
-
-
-def _known(value: T | None, what: str) -> T:
-    """The value, which is there once the merged sequence is about to enter the language model."""
-    if value is None:
-        raise InvariantError(
-            f"this forward has no {what} yet; expected it to be read where the merged sequence enters the "
-            "language model, or later"
-        )
-    return value

@@ -198,10 +198,9 @@ class Adapter:
     ) -> list[Picture]:
         """Describe every picture of one encoder call; ``found`` holds (T, n, channels) of its T crops."""
         captured = {need: patches_first(need.what, value) for need, value in found.items()}
-        if captured:
-            for need, value in captured.items():
-                # noted and read later: looking at the answer here would make the host wait for the tower
-                checks.finite(value, partial(_not_finite, modality, need))
+        for need, value in captured.items():
+            # noted and read later: looking at the answer here would make the host wait for the tower
+            checks.finite(value, partial(_not_finite, modality, need))
         features = self.features(modality, output, arguments)
         counts = self.crops(modality, arguments, len(features))
         parts = {
@@ -241,7 +240,9 @@ class Adapter:
             }
         # [CLS] rows may stand in front
         raw = {need: value[:, value.shape[1] - n :] for need, value in found.items()}
-        special = self.special(pack(torch.zeros(count, n, 1)))  # the CPU knows where the newlines are
+        # (length,): the CPU knows where the newlines are
+        marks = pack(torch.zeros(count, n, 1))[:, 0].isnan()
+        special = marks if bool(marks.any()) else None
         if raw:
             # all quantities go through the model's packing as channels of one tensor, in float32, since it
             # may scale down
@@ -261,7 +262,6 @@ class Adapter:
         for need, value in ((CLS_FEATURES, cls_features), (FRAME_VECTORS, frame_vectors)):
             if value is not None:
                 captured[need] = value[:, 0]
-        marks = torch.zeros(features.shape[0], dtype=torch.bool) if special is None else special
         return Picture(
             features,
             self.grids(modality, marks, count, grid),
@@ -273,12 +273,6 @@ class Adapter:
             frames=modality.name == "video",
             view=self.view,
         )
-
-    @staticmethod
-    def special(packed: Tensor) -> Tensor | None:
-        """(length,) bool, what is no patch, from packed channels (length, 1); None where all are patches."""
-        marks = packed[:, 0].isnan()
-        return marks if bool(marks.any()) else None
 
     def _pack_one(
         self,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..api import prune
 from ..errors import InvariantError, UnsupportedError
-from ..hooks.patches import pictures_of
+from ..hooks.patches import ATTACHED
 from ..models import adapter_for
 from .checks_inside import no_map_of_the_sequence
 from .conformance import RAGGED, Subject, close, expect, generate, report_of
@@ -207,7 +207,8 @@ def no_attention_map(subject: Subject) -> None:
             with _Shapes() as seen, torch.no_grad():
                 output = getattr(model.model, read.encode)(**{name: inputs[name] for name in names})
             if run is not None:
-                held = pictures_of(output)  # transformers before 5 returns lists, which nothing can ride on
+                # transformers before 5 returns lists, which nothing can ride on
+                held = getattr(output, ATTACHED, None)
                 captured = {} if held is None else held.pictures[0].captured
                 channels = sum(value.shape[-1] for value in captured.values())
         finally:

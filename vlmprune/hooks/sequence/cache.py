@@ -106,6 +106,7 @@ class CacheState:
 
     def seen_with(self, cache: Any) -> int | Tensor:
         """Tokens of the conversation so far: those of the static part, and all that came after it."""
+        # what came after the static part is held by every layer, so that any layer may count it
         layer = counting_layer(cache)
         return slots_held(cache, layer) + (self.seen - self.view(layer).held.shape[1])
 
@@ -117,6 +118,7 @@ class CacheState:
         self.look = None if self.look is None else self.look.select(rows)
 
     def __deepcopy__(self, memo: dict) -> CacheState:
+        # selecting makes new tensors: the copy must not change with the original
         every = torch.arange(self.views[0].held.shape[0])
         copy = CacheState(
             self.seen, self.views, self.owner, self.all_valid, self.marks, self.notes, self.look
@@ -135,6 +137,7 @@ class CutCacheMixin(Cache):
         state = self._vlmprune_state
         if layer_idx is not None or state is None or state.inside or known(held) == 0:
             return held
+        # without the hooks of its session the next call would make masks for tokens that are not held
         owner = state.owner()
         if owner is None or not owner.attached:
             raise InvariantError(
@@ -167,6 +170,7 @@ class CutCacheMixin(Cache):
             return super().crop(size)
         seen = int(self.get_seq_length())
         remove = -size if size <= 0 else max(seen - size, 0)
+        # which rows lost what inside the static part cannot be told any more
         if seen - remove < state.seen:
             raise InvariantError(
                 f"cannot crop a pruned cache to {seen - remove} tokens: its first {state.seen} tokens were "
@@ -180,6 +184,7 @@ class CutCacheMixin(Cache):
 
     def reset(self) -> None:
         super().reset()
+        # an emptied cache is that of a new conversation
         self._vlmprune_state = None
 
 
@@ -214,6 +219,7 @@ def counting_layer(cache: Any) -> int:
 def has_running_states(cache: Any) -> bool:
     """Whether some layers keep a state that every token changes, masked or not (Mamba and the like)."""
     layers = getattr(cache, "layers", ())
+    # by their attributes: each hybrid has a class of its own for such a layer
     return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
 
 
@@ -242,8 +248,9 @@ def goes_on(cache: Any, new: int) -> bool:
 
     A single token on a static cache always does: asking a device how full it is would wait in every step.
     """
-    if cache is None or is_paged(cache):
+    if not hasattr(cache, "get_seq_length"):  # none, or pages of many requests
         return False
+    # the answer of the cache itself: seen tokens where it was cut
     length = cache.get_seq_length()
     held = known(length)
     if held is None:
@@ -258,6 +265,7 @@ def is_paged(cache: Any) -> bool:
 
 def adopt(cache: Any, state: CacheState) -> None:
     """Let a cache carry ``state``, turning its class into one that answers by it."""
+    # the class is changed and not the object: who holds the cache goes on with it, and copies stay cut
     cls = type(cache)
     if not issubclass(cls, CutCacheMixin):
         cache.__class__ = type(f"Cut{cls.__name__}", (CutCacheMixin, cls), {"__module__": cls.__module__})
@@ -267,5 +275,6 @@ def adopt(cache: Any, state: CacheState) -> None:
 def release(cache: Any) -> None:
     """Give a cache its own class back."""
     if isinstance(cache, CutCacheMixin):
+        # the generated class, the mixin, and then the one that was there
         cache.__class__ = type(cache).__mro__[2]
         del cache._vlmprune_state

@@ -2,7 +2,7 @@
 """Compaction: from a sequence of L columns to the shorter one of the N columns that are kept.
 
 There are two ways to make one. Where every row loses the same number of tokens, the usual case, one fused
-kernel selects the columns and copies all that goes with them (``Compaction.even``). Otherwise rows that keep
+kernel selects the columns and copies all that goes with them (``EvenCompaction``). Otherwise rows that keep
 fewer columns than the longest are filled on the left with *dead slots*: they repeat a real, dropped token, so
 that nothing is ever NaN, and they are masked.
 
@@ -48,28 +48,6 @@ class Compaction:
         self.valid = (keep & valid).gather(1, self.index)  # (B, N)
         self._tokens = valid
 
-    @staticmethod
-    def even(
-        stays: Tensor,
-        width: int,
-        valid: Tensor,
-        position_ids: Tensor | None,
-        along: Sequence[Tensor],
-        *,
-        whole: bool,
-    ) -> Compaction:
-        """A cut after which every row keeps ``width`` columns: those where ``stays`` (B, L) is 1 and not 0.
-
-        Args:
-            stays: float32.
-            valid: (B, L) bool, columns that are tokens; all that go are.
-            position_ids: (..., B or 1, L); None where they follow each other and are counted anew: then the
-                first ones do.
-            along: (B or 1, L, *), what ``sequence`` will be asked for once.
-            whole: all columns are tokens.
-        """
-        return _Even(stays, width, valid, position_ids, along, whole)
-
     @cached_property
     def kept(self) -> Tensor:
         """(B, L) bool, columns that stay."""
@@ -78,7 +56,7 @@ class Compaction:
     @property
     def tail(self) -> int:
         """Columns at the end that every row keeps: a bound for what may be cropped of a cache."""
-        if self.kept.device.type != "cpu":
+        if self.index.device.type != "cpu":
             return 0  # not worth asking the device for
         return int(self.kept.all(dim=0).flip(0).cumprod(0).sum())
 
@@ -97,7 +75,7 @@ class Compaction:
         """(B, L) tokens dropped up to each column."""
         return self.dropped.cumsum(dim=1)
 
-    @property
+    @cached_property
     def lost(self) -> Tensor | int:
         """(B,) tokens dropped from each row, or one number for all rows."""
         return self.lost_before[:, -1]
@@ -128,16 +106,12 @@ class Compaction:
 
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         """(..., B or 1, L) -> (..., B, N)."""
-        kept = self._positions_of(position_ids)
-        return self._counted_again(kept) if policy == "compact" else kept
-
-    def _positions_of(self, position_ids: Tensor) -> Tensor:
         index = self.index.to(position_ids.device).long()
         full = position_ids.expand(*position_ids.shape[:-2], *index.shape[:1], position_ids.shape[-1])
-        return full.gather(-1, index.expand(*full.shape[:-1], index.shape[-1]))
-
-    def _counted_again(self, kept: Tensor) -> Tensor:
-        """Positions (B, N) less the tokens lost before each; those of dead slots must not go below 0."""
+        kept = full.gather(-1, index.expand(*full.shape[:-1], index.shape[-1]))
+        if policy == "original":
+            return kept
+        # less the tokens lost before each; positions of dead slots must not go below 0
         return (kept - self.lost_before.gather(1, self.index).to(kept.device)).clamp_min(0)
 
     def expand(self, rows: Tensor) -> Tensor:
@@ -146,8 +120,20 @@ class Compaction:
         return unchecked.gather_rows([rows], source)[0]
 
 
-class _Even(Compaction):
-    """See ``Compaction.even``: what follows from equal lengths, in few launches; ``index`` is int32."""
+class EvenCompaction(Compaction):
+    """A cut after which every row keeps ``width`` columns: what follows from that, in few launches.
+
+    Args:
+        stays: (B, L) float32, 1 for columns that stay and 0 for those that go.
+        valid: (B, L) bool, columns that are tokens; all that go are.
+        position_ids: (..., B or 1, L); None where they follow each other and are counted anew: then the first
+            ones do.
+        along: (B or 1, L, *), what ``sequence`` will be asked for once.
+        whole: all columns are tokens.
+
+    Attributes:
+        index: (B, N) int32.
+    """
 
     is_even = True
 
@@ -158,12 +144,16 @@ class _Even(Compaction):
         valid: Tensor,
         position_ids: Tensor | None,
         along: Sequence[Tensor],
+        *,
         whole: bool,
     ) -> None:
         self.length, self.width, self._tokens, self._whole = stays.shape[1], width, valid, whole
         batch, device = stays.shape[0], stays.device
-        self.slides = position_ids is None
-        places = [] if position_ids is None else [_last_axis(position_ids)]
+        self.slides, self.lost = position_ids is None, self.length - self.width
+        places = []
+        if position_ids is not None:
+            # (B or 1, L, 1 or 3): the axes of M-RoPE stand behind the columns, since rows are copied
+            places = [position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)]
         xs = [x.to(device).expand(batch, *x.shape[1:]) for x in (*places, *along)]
         self.index, cut = unchecked.prune(stays, width, xs if whole else [*xs, valid])  # (B, N)
         self.valid = valid[:, :width] if whole else cut.pop()
@@ -176,12 +166,8 @@ class _Even(Compaction):
     def kept(self) -> Tensor:
         return torch.zeros_like(self._tokens).scatter(1, self.index.long(), True)
 
-    @property
-    def lost(self) -> int:
-        return self.length - self.width
-
     def lengths(self, before: list[int]) -> list[int]:
-        return [length - self.lost for length in before]
+        return [length - self.length + self.width for length in before]
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -199,20 +185,17 @@ class _Even(Compaction):
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         if policy == "compact" and self.slides:
             return position_ids[..., : self.width]
-        return super().positions(position_ids, policy)
+        cut = self._taken(position_ids)
+        kept = super().positions(position_ids, "original") if cut is None else cut.to(position_ids.device)
+        if policy == "original":
+            return kept
+        # a kept column has moved to the left by the tokens that went before it
+        numbers = kept - (self.index - self._columns[: self.width]).to(kept.device)
+        return numbers if self._whole else numbers.clamp_min(0)  # padding has any position
 
     def sequence(self, rows: Tensor) -> Tensor:
         cut = self._taken(rows)
         return super().sequence(rows) if cut is None else cut
-
-    def _positions_of(self, position_ids: Tensor) -> Tensor:
-        cut = self._taken(position_ids)
-        return super()._positions_of(position_ids) if cut is None else cut.to(position_ids.device)
-
-    def _counted_again(self, kept: Tensor) -> Tensor:
-        # a kept column has moved to the left by the tokens that went before it
-        numbers = kept - (self.index - self._columns[: self.width]).to(kept.device)
-        return numbers if self._whole else numbers.clamp_min(0)  # padding has any position
 
     @cached_property
     def new_columns(self) -> Tensor:
@@ -229,8 +212,3 @@ class _Even(Compaction):
         columns = self._columns.expand(self.index.shape[0], -1).contiguous()
         behind = self.index[:, 1:].contiguous()  # all kept ones but the first
         return torch.searchsorted(behind, columns, right=True, out_int32=True)
-
-
-def _last_axis(position_ids: Tensor) -> Tensor:
-    """(B or 1, L, 1 or 3) of positions: the axes of M-RoPE behind the columns, as the kernel copies rows."""
-    return position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)

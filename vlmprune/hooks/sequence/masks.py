@@ -46,6 +46,7 @@ class TokenTypes:
 
     def masks(self, hidden: Tensor, valid: Tensor, cache: Any) -> Any:
         """A mask, or one per kind of layer, for the new tokens over all (B, P + n) slots."""
+        # what was held before is read as text: its own masks were used when it was read
         held = self.new.new_full((valid.shape[0], valid.shape[1] - self.new.shape[1]), self.text)
         return self.make(
             config=self.config,
@@ -58,11 +59,12 @@ class TokenTypes:
         )
 
 
+@dataclass(eq=False, repr=False)
 class LayerView:
     """A cache that answers for one layer: mask builders always ask about the first one."""
 
-    def __init__(self, cache: Any, layer: int) -> None:
-        self._cache, self._layer = cache, layer
+    _cache: Any
+    _layer: int
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self._cache.get_seq_length(self._layer)
@@ -88,6 +90,7 @@ def causal_mask(
             slots.
         held: P, slots held before this call.
     """
+    # what transformers itself would call, so that every attention implementation gets its own form
     make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
     known = parameters_of(make)
     arguments = {
@@ -169,5 +172,6 @@ def angle_kind(language_model: nn.Module, layer: int) -> str | None:
 def rotary_frequencies(language_model: nn.Module, layer: int) -> Tensor | None:
     """(d / 2,) frequencies of the rotary angles of a layer, None where none are found."""
     kind = angle_kind(language_model, layer)
+    # read anew each time: rotary modules for long texts replace their frequencies
     rotary = getattr(language_model, "rotary_emb", None)
     return getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq", None)

@@ -9,7 +9,7 @@ device once, for its ids: which row has which pictures cannot be told from shape
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,6 +29,10 @@ class Placement:
         rows: numbers of the pictures of every row, in reading order.
         visual: (B, L) bool, their placeholder columns.
         host: the same on the CPU; None where the device was not asked.
+
+    Attributes:
+        spans: (row, picture, first slot) of every picture in every row that shows it, in reading order.
+        total: S, slots of all pictures in all rows.
     """
 
     pictures: Sequence[Picture]
@@ -36,10 +40,15 @@ class Placement:
     visual: Tensor
     host: Tensor | None
 
-    @property
-    def total(self) -> int:
-        """S, slots of all pictures in all rows."""
-        return sum(self.pictures[p].length for row in self.rows for p in row)
+    spans: list[tuple[int, int, int]] = field(init=False)
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spans, self.total = [], 0
+        for row, mine in enumerate(self.rows):
+            for p in mine:
+                self.spans.append((row, p, self.total))
+                self.total += self.pictures[p].length
 
     @cached_property
     def flat(self) -> Tensor:
@@ -48,15 +57,6 @@ class Placement:
             return self.host.flatten().nonzero()[:, 0].to(self.visual.device)
         # placeholders first, each kind in ascending order
         return (~self.visual.flatten()).to(torch.int8).argsort(stable=True)[: self.total]
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(row, picture, first slot) of every picture in every row that shows it, in reading order."""
-        found, start = [], 0
-        for row, mine in enumerate(self.rows):
-            for p in mine:
-                found.append((row, p, start))
-                start += self.pictures[p].length
-        return found
 
     def columns(self, row: int, start: int, slots: Tensor | int) -> Tensor:
         """(n,) columns in ``row`` of some slots (n,) of the picture whose first slot is ``start``.
@@ -79,33 +79,42 @@ class Columns:
         valid: (B, L) bool, columns that are tokens and not padding; None: all.
         host: the same on the CPU, visual ones first; None for a single prompt on another device, which is not
             asked.
+        lengths: tokens of every row, None where the device was not asked.
+        masked_pictures: some placeholders are masked as padding, as far as the device was asked.
     """
 
     visual: list[Tensor]
     valid: Tensor | None
     host: Tensor | None = None
 
+    lengths: list[int] | None = None
+    masked_pictures: bool = False
+
     @classmethod
     def of(cls, visual: list[Tensor], valid: Tensor | None) -> Columns:
         """Look at the columns; a batch on a device waits for this once, a single prompt never."""
         batch, device = visual[0].shape[0], visual[0].device
-        if device.type == "cpu" or batch > 1:
-            every = torch.ones_like(visual[0]) if valid is None else valid.to(device)
-            return cls(visual, valid, torch.stack([*visual, every]).cpu())
-        return cls(visual, valid)
+        if device.type != "cpu" and batch == 1:
+            return cls(visual, valid)
+        # one copy for all that the host has to know of a batch
+        every = torch.ones_like(visual[0]) if valid is None else valid.to(device)
+        host = torch.stack([*visual, every]).cpu()
+        pictures, tokens = host[:-1].any(dim=0), host[-1].bool()
+        return cls(visual, valid, host, tokens.sum(dim=1).tolist(), bool((pictures & ~tokens).any()))
 
-    @property
-    def lengths(self) -> list[int] | None:
-        """Tokens of every row, None where the device was not asked."""
-        return None if self.host is None else self.host[-1].sum(dim=1).tolist()
+    @cached_property
+    def pictures(self) -> Tensor:
+        """(B, L) bool, placeholder columns of all modalities."""
+        return torch.stack(self.visual).any(dim=0)
 
-    @property
-    def masked_pictures(self) -> bool:
-        """Whether some placeholders are masked as padding, as far as the device was asked."""
-        return self.host is not None and bool((self.host[:-1].any(dim=0) & ~self.host[-1].bool()).any())
+    @cached_property
+    def with_pictures(self) -> Tensor:
+        """(B, 1) bool, rows that have a picture."""
+        return self.pictures.any(dim=1, keepdim=True)
 
     def after_pictures(self) -> Tensor:
         """(B, L) bool, columns after the last placeholder of each row; all columns of a row without any."""
+        # on the CPU where that is known already: a device is not asked
         columns = torch.arange(self.visual[0].shape[1])
         if self.host is not None:
             last = (self.host[:-1].any(dim=0) * (columns + 1)).amax(
@@ -113,7 +122,7 @@ class Columns:
             )  # (B, 1), 0 where there is none
             return (columns >= last).to(self.visual[0].device)
         columns = columns.to(self.visual[0].device)
-        last = torch.stack(self.visual).any(dim=0).mul(columns + 1).amax(dim=1, keepdim=True)
+        last = self.pictures.mul(columns + 1).amax(dim=1, keepdim=True)
         return columns >= last
 
 
@@ -140,6 +149,7 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     With beams or several returned sequences each prompt is repeated ``E`` times in a row while its pictures
     are encoded once.
     """
+    # every prompt is repeated alike, so that the whole says how often
     total, slots = sum(lengths), sum(counts)
     if total == 0 or slots == 0 or slots % total:
         raise InvariantError(
@@ -149,12 +159,14 @@ def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     expand = slots // total
     rows: list[list[int]] = []
     picture = 0
+    # one row of each prompt: the others have the same pictures
     for start in range(0, len(counts), expand):
         need, mine = counts[start], []
         while need > 0 and picture < len(lengths):
             mine.append(picture)
             need -= lengths[picture]
             picture += 1
+        # a prompt that ends inside a picture, or repeated rows that differ
         if need or any(count != counts[start] for count in counts[start : start + expand]):
             raise InvariantError(
                 f"placeholders per row {list(counts)} do not line up with pictures of {list(lengths)} tokens"

@@ -62,7 +62,8 @@ def with_text(
         words = word_columns(state, adapter, need.text or "question").cpu()
         first = 0
         for placement in state.placements:
-            for p, row in {p: row for row, p, _ in placement.spans()}.items():
+            # rows that share a picture ask the same about it, see told_apart: any of them will do
+            for p, row in {p: row for row, p, _ in placement.spans}.items():
                 columns, picture = words[row].nonzero()[:, 0], found[first + p]
                 text = state.embeds[row, columns.to(state.embeds.device)].detach()
                 found[first + p] = replace(picture, captured={**picture.captured, need: text})
@@ -78,7 +79,7 @@ def word_columns(state: ForwardState, adapter: Adapter, text: Text) -> Tensor:
     """
     columns, given = state.columns, state.given
     device = columns.visual[0].device
-    words = ~torch.stack(columns.visual).any(dim=0)
+    words = ~columns.pictures
     if text == "question":
         words &= columns.after_pictures()
     if columns.valid is not None:
@@ -88,6 +89,7 @@ def word_columns(state: ForwardState, adapter: Adapter, text: Text) -> Tensor:
         words &= ~torch.isin(given.to(device), ids)
     else:
         embedding = adapter.inner.get_input_embeddings()
+        # some families name placeholders that have no embedding
         ids = ids[ids < embedding.num_embeddings].to(given.device)
         for row in embedding(ids):
             words &= ~(given == row).all(dim=-1).to(device)
@@ -119,5 +121,6 @@ def without_skipped(state: ForwardState, text: Tensor, method: Method) -> Tensor
         )
     ids = state.input_ids.to(text.device)
     skipped = torch.isin(ids, torch.tensor(method.skips, device=ids.device))
+    # a question of stop words alone is still a question
     left = text & ~state.views.follow(skipped, 0)
     return torch.where(left.any(dim=1, keepdim=True), left, text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,20 @@ from .compaction import Compaction, Positions
 from .masks import LayerView, TokenTypes, angle_kind, causal_mask, layer_kind
 
 
+@dataclass(eq=False)
 class Ahead:
     """Positions of the tokens behind a cut, counted for many steps at once: a decode step only looks."""
 
-    STEPS = 256
-
-    def __init__(self) -> None:
-        self._seen = 0  # tokens of the conversation before the first of them
-        self._numbers: Tensor | None = None  # (1, STEPS)
+    STEPS: ClassVar[int] = 256
+    _seen: int = 0  # tokens of the conversation before the first of them
+    _numbers: Tensor | None = None  # (1, STEPS)
 
     def take(self, seen: int, position_ids: Tensor, lost: int) -> Tensor:
         """Position ids (B or 1, n) less ``lost``, after ``seen`` tokens; all rows of them are alike."""
         new, at = position_ids.shape[1], seen - self._seen
         if new > self.STEPS:
             return position_ids - lost
+        # a new conversation, or one that ran out of the numbers that were made
         if self._numbers is None or not 0 <= at <= self.STEPS - new:
             steps = torch.arange(-lost, self.STEPS - lost, device=position_ids.device)
             self._seen, at, self._numbers = seen, 0, position_ids[:1, :1] + steps
@@ -75,7 +75,8 @@ class SequenceView:
     @property
     def valid(self) -> Tensor:
         """(B, P + n) bool."""
-        self._refuse_open_end()
+        if self.open_end:
+            self._refuse()
         if self.held.shape[1] == 0 or self.new.shape[1] == 0:
             return self.new if self.held.shape[1] == 0 else self.held
         return torch.cat([self.held, self.new], dim=1)
@@ -83,15 +84,15 @@ class SequenceView:
     @property
     def width(self) -> int:
         """P + n, slots held after this call."""
-        self._refuse_open_end()
+        if self.open_end:
+            self._refuse()
         return self.held.shape[1] + self.new.shape[1]
 
-    def _refuse_open_end(self) -> None:
-        if self.open_end:
-            raise InvariantError(
-                "this decode step did not ask the device how many slots its static cache holds; expected "
-                "only slots that read none of them (reads_held)"
-            )
+    def _refuse(self) -> NoReturn:
+        raise InvariantError(
+            "this decode step did not ask the device how many slots its static cache holds; expected only "
+            "slots that read none of them (reads_held)"
+        )
 
     def cut(self, compaction: Compaction, policy: Positions) -> SequenceView:
         """This view after a cut."""
@@ -107,6 +108,7 @@ class SequenceView:
         positions = compaction.positions(self.position_ids, policy)
         maskless = self.maskless and compaction.valid.shape[0] == 1  # more rows may be filled up
         counted, gaps = self.counted and compaction.slides, self.gaps or policy == "original"
+        # without the masks and angles that were made: they are of the uncut sequence
         return SequenceView(
             self.start, self.held, compaction.valid, positions, lost, maskless, counted, gaps, types=types
         )
@@ -123,7 +125,8 @@ class SequenceView:
 
     def frozen(self, tail: int) -> SequenceView:
         """What the next call must know: the slots without the last ``tail``, which all groups hold."""
-        held = self.valid[:, : self.width - tail]
+        every = self.valid
+        held = every[:, : every.shape[1] - tail]
         none = self.position_ids[..., :0]
         return SequenceView(self.start, held, held[:, :0], none, self.lost, _ahead=Ahead())
 
@@ -144,6 +147,7 @@ class SequenceView:
             seen: tokens of the conversation before this call.
             position_ids: of the new columns in the uncut sequence.
         """
+        # what the static part holds is fixed; behind it stands what the user says of later tokens
         held = self.held.to(mask.device)
         if seen > static:
             held = torch.cat([held, mask[:, static:seen]], dim=1)
@@ -156,6 +160,7 @@ class SequenceView:
         Without a number of tokens ``seen`` the slots behind the frozen ones are not listed.
         """
         lost, position_ids = self._counted_on(seen, position_ids, counted)
+        # a row of one True, expanded: nothing is written that grows with the conversation
         every = self.held[:, :1].to(position_ids.device)
         held = every.expand(-1, self.held.shape[1] + (0 if seen is None else seen - static))
         return SequenceView(self.start, held, every, position_ids, lost, True, counted, open_end=seen is None)
@@ -220,6 +225,7 @@ class SequenceView:
 
     def mask(self, config: Any, layer: int, hidden: Tensor, cache: Any) -> Any:
         """What the model itself would hand to this layer as attention mask, made once per kind of layer."""
+        # layers of a kind read the same mask, and a mask of n x S is not made twice
         kind = layer_kind(config, layer)
         if kind not in self._masks:
             if self.types is None:
@@ -269,6 +275,7 @@ class Views:
 
     def cut(self, layer: int, compaction: Compaction, policy: Positions) -> None:
         """Record a cut at the input of ``layer``: it opens a view there and shortens all later ones."""
+        # views ascend by first layer, which `at` relies on
         if not any(view.start == layer for view in self.all):
             later = [number for number, view in enumerate(self.all) if view.start > layer]
             self.all.insert(later[0] if later else len(self.all), self.at(layer).opened_at(layer))
@@ -303,6 +310,7 @@ class Views:
 
     def expand(self, hidden: Tensor, layer: int | None = None) -> Tensor:
         """(B, n, D) back to the full length; ``layer`` is the one whose output this is (None: the last)."""
+        # the last cut is undone first: each speaks of the sequence that the one before it left
         for start, compaction in reversed(self.cuts):
             if layer is None or start <= max(layer, 0):
                 hidden = compaction.expand(hidden)

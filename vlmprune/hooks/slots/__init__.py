@@ -8,11 +8,9 @@ tokens from later steps. A session attaches one slot per method and knows none o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
-
-import torch
 
 from ...core.budget import Budget
 from ...core.combine import by_slot
@@ -102,26 +100,11 @@ class Slot(Protocol):
         """Decoder layers that ran in this forward without the slot having acted, though it should have."""
 
 
-def enter_slots(slots: Iterable[Slot], state: ForwardState) -> None:
-    """Let the slots act where the merged sequence is about to enter the language model."""
-    if state.placements:
-        _enter_with_pictures(slots, state)
-    else:
-        for slot in slots:
-            slot.enter(state)
-
-
-@torch.compiler.disable  # a prompt is read once: tracing this would cost more than it saves
-def _enter_with_pictures(slots: Iterable[Slot], state: ForwardState) -> None:
-    for slot in slots:
-        slot.attachment.check_numbers(slot.method, state)
-        slot.enter(state)
-
-
 def build_slots(
     attachment: Attachment, plans: Sequence[tuple[Method, Budget | None]]
 ) -> dict[SlotName, Slot]:
     """One slot per method, in the order in which a forward reaches them."""
+    # imported here: the slots import this module for what they are attached with
     from .attention import attention_slot
     from .before_lm import BeforeLM
     from .decode import DecodeSlot

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core.budget import Budget
 from ...core.method import Method
-from ..attention_call import AttentionCall, Form, over_keys
+from ..attention_call import AttentionCall, compared_forms, over_keys
 from ..attention_tap import tap
 from ..sequence.cache import Marks
 from ..state import ForwardState
@@ -37,7 +37,6 @@ class AttentionSlot:
         self.method = method.prepare(self.language_model)
         self.layers = list(self.method.acts_on(attachment.depth))
         self.edits_logits = self.method.kind() == "relogit"
-        self._checked: set[Form] = set()  # calls whose rows were compared with the layer's own output
 
     @property
     def marking(self) -> Marking:
@@ -117,7 +116,8 @@ class AttentionSlot:
         attention = attended.weights(logits)
         if state.placements:
             last = attention[:, :, -1:]
-            attended.check(rows[:, -1:], real[:, -1:], last, output, state.checks, self._checked)
+            known = compared_forms(attended, state.checks)
+            attended.check(rows[:, -1:], real[:, -1:], last, output, state.checks, known)
         held = attention.shape[-1]
         there = valid if marks.marked.ndim == 2 else valid[:, None]
         marked = over_keys(marks.marked * there, held)
@@ -142,7 +142,7 @@ class AttentionSlot:
             marked = self.marking.find(self.attachment, state, index, attended, hidden)  # (B, [H,] n)
         if state.generated:
             marked[..., new - state.generated :] = 0  # the prompt ends before them
-        visual = state.views.follow(state.visual_columns, index).to(hidden.device)
+        visual = state.views.follow(state.columns.pictures, index).to(hidden.device)
         past = width - new
         if past == 0:
             marks = Marks(marked, visual)
@@ -181,7 +181,7 @@ class AttentionSlot:
             wanted = new.clone()
             wanted[:, :prompt] &= after == 1
         if state.placements:
-            wanted = wanted & state.with_pictures.to(new.device)
+            wanted = wanted & state.columns.with_pictures.to(new.device)
         return wanted
 
 

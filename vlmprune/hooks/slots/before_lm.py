@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core.budget import Budget
 from ...core.deferred import NOW, Checks
 from ...core.merged import Merged, names_of, through
-from ...core.method import Method, needs_of
+from ...core.method import Method, Need, needs_of
 from ...core.select import choose, choose_own, top_k
 from ...errors import InvariantError, UnsupportedError
 from ..sequence.text import with_text
@@ -39,6 +39,8 @@ class BeforeLM:
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
         self.attachment, self.method, self.budget = attachment, method, budget
+        # asked once: both are properties of some methods, and a forward asks many times
+        self.needs, self.policy = needs_of(method), attachment.policy(method)
 
     def hooks(self) -> list[Handle]:
         return []
@@ -52,20 +54,21 @@ class BeforeLM:
         started = time.perf_counter()
         pictures, samples = listed(state)
         if state.reads_text:
-            pictures = with_text(state, self.attachment.adapter, pictures, needs_of(self.method))
+            pictures = with_text(state, self.attachment.adapter, pictures, self.needs)
         cuts = cut_pictures(
             pictures,
             samples,
             self.method,
             self.budget,
             self.attachment.adapter.projector,
+            needs=self.needs,
             strict=self.attachment.strict,
             checks=state.checks,
-            in_place=self.attachment.policy(self.method) == "original",
+            in_place=self.policy == "original",
             frames=self.attachment.frames,
         )
-        cut_sequence(state, self.attachment, self.method, cuts)
-        if any(cut is not None for cut in cuts):
+        cut_sequence(state, cuts, self.policy, self.attachment.spec)
+        if any([cut is not None for cut in cuts]):
             state.report.seconds += time.perf_counter() - started
 
 
@@ -76,6 +79,7 @@ def cut_pictures(
     budget: Budget | None,
     projector: Projector | None,
     *,
+    needs: Sequence[Need],
     strict: bool = False,
     checks: Checks = NOW,
     in_place: bool = False,
@@ -91,6 +95,7 @@ def cut_pictures(
     """
     if budget is None and method.counts == "budget":
         return [None] * len(pictures)
+    # tiles that are laid out anew spend their own budget, and take no part in units
     spatial = {
         p: picture.tiles
         for p, picture in enumerate(pictures)
@@ -98,27 +103,25 @@ def cut_pictures(
     }
     cuts: list[Cut | None] = [None] * len(pictures)
     for p, tiles in spatial.items():
-        if budget is None:
-            raise UnsupportedError(
-                f"anyres='spatial' lays out tiles of equal counts, but {method.name} counts by itself; give "
-                f"a budget per tile, as in '{method.name}(anyres=spatial)@64/crop'"
-            )
         cuts[p] = _cut_tiles(pictures[p], tiles, method, budget, projector, checks)
     scope: str = "image" if budget is None else budget.scope
     if frames:
         scope = "image" if scope == "crop" else "clip"
     units = make_units(pictures, [[p for p in sample if p not in spatial] for sample in samples], scope)
-    chosen = choose_units(units, pictures, method, budget, projector, strict=strict, checks=checks)
+    chosen = choose_units(
+        units, pictures, method, budget, projector, needs=needs, strict=strict, checks=checks
+    )
     by_picture: dict[int, list[Choice]] = defaultdict(list)
     for unit, choice in zip(units, chosen, strict=True):
-        for p, part in split_by_picture(unit, choice, pictures, method):
-            by_picture[p].append(part)
+        if len(unit.members) > 1:
+            for p, part in split_by_picture(unit, choice, pictures, method):
+                by_picture[p].append(part)
+            continue
+        p, choice.own = unit.members[0]
+        by_picture[p].append(choice)
     for p, parts in by_picture.items():
-        if (
-            budget is None
-            and not frames
-            and all(part.index is not None and not len(part.index) for part in parts)
-        ):
+        nothing = all([part.index is not None and not len(part.index) for part in parts])
+        if nothing and budget is None and not frames:
             # newline and [CLS] slots go as well: they tell of the picture, and part nothing any more
             none = torch.empty(0, dtype=torch.int64, device=pictures[p].features.device)
             cuts[p] = Cut(none, none, pictures[p].grids, pictures[p].length)
@@ -145,15 +148,6 @@ class Choice:
     rows: Tensor | None = None
     joins: Callable[[], Tensor] | None = None
 
-    def patches(self, count: int) -> Tensor:
-        """(k,) patches that stay of a picture that has ``count``, -1 for rows without a place."""
-        if self.index is None:
-            return torch.arange(count) if self.own is None else self.own
-        if self.own is None:
-            return self.index
-        own = self.own.to(self.index.device)
-        return torch.where(self.index < 0, -1, own[self.index.clamp_min(0)])
-
 
 def choose_units(
     units: Sequence[Unit],
@@ -162,6 +156,7 @@ def choose_units(
     budget: Budget | None,
     projector: Projector | None,
     *,
+    needs: Sequence[Need],
     strict: bool,
     checks: Checks,
 ) -> list[Choice]:
@@ -181,28 +176,25 @@ def choose_units(
         # texts of different length are not filled up: a row is chosen for in a batch as it is alone
         words = pictures[unit.members[0][0]].word_counts
         groups[(unit.count, unit.grids, crops, words)].append(number)
+    # what no method is asked for stays whole
     chosen = [Choice(None, None) for _ in units]
     for (count, *_), numbers in groups.items():
         if budget is not None and budget.count(count) >= count:
             continue  # keep = all is dense for every method, merging ones included
-        tokens = stack_units([units[n] for n in numbers], pictures, needs_of(method), projector, checks)
+        tokens = stack_units([units[n] for n in numbers], pictures, needs, projector, checks)
+        rows: Sequence[Tensor | Merged]
         if budget is None:
             rows = choose_own(method, tokens, checks)
         else:
-            rows = _rows_of(choose(method, tokens, budget.count(count), checks))
+            answer = choose(method, tokens, budget.count(count), checks)
+            every = range(len(numbers))
+            rows = list(answer) if isinstance(answer, Tensor) else [answer.unit(one) for one in every]
         for number, one in zip(numbers, rows, strict=True):
             if isinstance(one, Merged):
                 chosen[number] = Choice(None, one.slots, one.features, places_of(one))
             else:
                 chosen[number] = Choice(None, one)
     return chosen
-
-
-def _rows_of(result: Tensor | Merged) -> list[Tensor | Merged]:
-    """An answer for B units, one by one."""
-    if not isinstance(result, Merged):
-        return list(result)
-    return [result.unit(number) for number in range(len(result.slots))]
 
 
 def places_of(rows: Merged) -> Callable[[], Tensor] | None:
@@ -219,10 +211,7 @@ def part_of(joins: Callable[[], Tensor] | None, start: int, end: int) -> Callabl
 def split_by_picture(
     unit: Unit, choice: Choice, pictures: Sequence[Picture], method: Method
 ) -> list[tuple[int, Choice]]:
-    """The choice of a unit, told apart by picture."""
-    if len(unit.members) == 1:
-        p, own = unit.members[0]
-        return [(p, Choice(own, choice.index, choice.rows, choice.joins))]
+    """The choice of a unit of several pictures, told apart by picture."""
     if choice.rows is not None and not unit.frames:
         raise UnsupportedError(
             f"{method.name} merges tokens and cannot spread one budget over several images: use scope image "
@@ -249,12 +238,20 @@ def split_by_picture(
 
 def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) -> Cut | None:
     """Turn the choices inside one picture into slots."""
-    if all(part.index is None for part in parts):
+    if all([part.index is None for part in parts]):
         return None
+    kept: list[Tensor] = []  # patches that stay, -1 for rows without a place
+    for part in parts:
+        if part.index is None:
+            kept.append(torch.arange(picture.count) if part.own is None else part.own)
+        elif part.own is None:
+            kept.append(part.index)
+        else:
+            own = part.own.to(part.index.device)
+            kept.append(torch.where(part.index < 0, -1, own[part.index.clamp_min(0)]))
     device = picture.features.device
-    kept = [part.patches(picture.count) for part in parts]
     keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept])
-    if any(part.rows is not None for part in parts):
+    if any([part.rows is not None for part in parts]):
         return _to_rows(picture, parts, keep_idx, in_place)
     return Cut.of(picture, keep_idx if len(kept) == 1 else keep_idx.sort().values)
 
@@ -349,10 +346,15 @@ def _cut_tiles(
     picture: Picture,
     tiles: Tiles,
     method: Method,
-    budget: Budget,
+    budget: Budget | None,
     projector: Projector | None,
     checks: Checks,
 ) -> Cut | None:
+    if budget is None:
+        raise UnsupportedError(
+            f"anyres='spatial' lays out tiles of equal counts, but {method.name} counts by itself; give a "
+            f"budget per tile, as in '{method.name}(anyres=spatial)@64/crop'"
+        )
     found = choose_in_tiles(tiles, picture.length, method, budget, projector, checks)
     if found is None:
         return None

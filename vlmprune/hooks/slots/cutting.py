@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...core.method import Method, Positions
+from ...core.method import Positions
 from ...errors import InvariantError
-from ..sequence.compaction import Compaction
+from ..sequence.compaction import Compaction, EvenCompaction
 from ..sequence.placement import Placement
 from ..sequence.views import SequenceView
 from ..state import ForwardState
 from ..vision.pictures import Grids, Picture
-from . import Attachment
 
 
 @dataclass(eq=False)
@@ -45,9 +44,9 @@ class Cut:
     @classmethod
     def of(cls, picture: Picture, keep_idx: Tensor) -> Cut:
         """Patches ``keep_idx`` (k,) of a picture that stay as they are, and all slots that are none."""
-        slots = picture.slots_of(keep_idx)
+        slots = keep_idx
         if picture.special is not None:
-            slots = torch.cat([slots, picture.specials.to(slots.device)])
+            slots = torch.cat([picture.slots_of(slots), picture.specials.to(slots.device)])
         return cls(slots, keep_idx, picture.grids, picture.length)
 
     @property
@@ -56,60 +55,68 @@ class Cut:
         return self.keep_idx.shape[0] if self.rows is None else self.rows.shape[0]
 
 
-def cut_sequence(
-    state: ForwardState, attachment: Attachment, method: Method, cuts: Sequence[Cut | None]
-) -> None:
-    """Drop from the sequence what the cuts drop, write the rows of merging methods, and report it."""
+def cut_sequence(state: ForwardState, cuts: Sequence[Cut | None], policy: Positions, spec: str) -> None:
+    """Drop from the sequence what the cuts drop, write the rows of merging methods, and report it.
+
+    Args:
+        policy: of position ids.
+        spec: what was attached, for messages.
+    """
     state.cuts, report = cuts, state.report
-    if all(cut is None for cut in cuts):
+    if all([cut is None for cut in cuts]):
         return
     for number, cut in enumerate(cuts):
         if cut is not None:
             report.realised_tokens[number] = cut.realised
-            report.layer_tokens[number] = [cut.realised] * attachment.depth
+            report.layer_tokens[number] = [cut.realised] * len(report.layer_tokens[number])
             report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
             if cut.joins is not None:
                 report.joins[number] = cut.joins
-    embeds = with_rows(state, cuts)  # (B, L, D)
-    policy = attachment.policy(method)
-    view, lengths = state.views.at(0), state.columns.lengths
-    length, dropped = embeds.shape[1], dropped_tokens(state, cuts)
-    is_padded = lengths is not None and (max(lengths) < length or state.columns.masked_pictures)
+    embeds, view, lengths = state.embeds, state.views.at(0), state.columns.lengths
+    dropped = [0] * embeds.shape[0]
+    found = numbered(state, cuts)
+    for _, row, _, cut in found:
+        dropped[row] += cut.length - cut.kept_slots.shape[0]
+    if any([cut.rows is not None for _, _, _, cut in found]):
+        embeds = with_rows(embeds, found)  # (B, L, D)
+    length, masked = embeds.shape[1], state.columns.masked_pictures
+    is_padded = lengths is not None and (max(lengths) < length or masked)
+    # even rows are cut in one launch; of a batch with padding columns of padding go as well
     if lengths is None or (len(set(dropped)) == 1 and not is_padded):  # one row loses what it loses
         compaction = even(view, stays(state, cuts), dropped[0], [embeds], policy)
     else:
         width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
         # of masked pictures not every slot that goes was a token
-        known = None if state.columns.masked_pictures else width
-        compaction = uneven(view, flat_columns(state, cuts), known)
+        compaction = uneven(view, flat_columns(found), None if masked else width)
+    # only a mask can do this: text is never cut
     if compaction.width == 0:
         raise InvariantError(
             f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
         )
-    state.refuse_dead_slots(compaction, attachment.spec)
+    if not compaction.is_even:
+        state.refuse_dead_slots(compaction, spec)
     state.views.cut(0, compaction, policy)
     report.sequence = (length, compaction.width)
     report.fire("enter")
+    # last: until here an error leaves the sequence as it was
     state.embeds = compaction.sequence(embeds)
 
 
-def numbered(state: ForwardState, cuts: Sequence[Cut | None]) -> Iterator[tuple[Placement, int, int, Cut]]:
-    """(placement, row, first slot, cut) of every picture in every row that loses tokens, in reading order."""
+# placement, row, first slot and cut of a picture in a row
+Numbered = tuple[Placement, int, int, Cut]
+
+
+def numbered(state: ForwardState, cuts: Sequence[Cut | None]) -> list[Numbered]:
+    """Every picture in every row that loses tokens, in reading order."""
+    found: list[Numbered] = []
     first = 0
     for placement in state.placements:
-        for row, p, start in placement.spans():
+        for row, p, start in placement.spans:
             cut = cuts[first + p]
             if cut is not None:
-                yield placement, row, start, cut
+                found.append((placement, row, start, cut))
         first += len(placement.pictures)
-
-
-def dropped_tokens(state: ForwardState, cuts: Sequence[Cut | None]) -> list[int]:
-    """Tokens that every row of the batch loses."""
-    dropped = [0] * state.embeds.shape[0]
-    for _, row, _, cut in numbered(state, cuts):
-        dropped[row] += cut.length - cut.kept_slots.shape[0]
-    return dropped
+    return found
 
 
 def stays(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
@@ -118,7 +125,7 @@ def stays(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
     found = torch.ones(state.embeds.shape[:2], device=device)
     for placement in state.placements:
         marks, kept = torch.zeros(placement.total, device=device), []
-        for _, p, start in placement.spans():
+        for _, p, start in placement.spans:
             cut, length = cuts[first + p], placement.pictures[p].length
             if cut is None:
                 marks[start : start + length].fill_(1.0)
@@ -132,23 +139,21 @@ def stays(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
     return found
 
 
-def with_rows(state: ForwardState, cuts: Sequence[Cut | None]) -> Tensor:
+def with_rows(embeds: Tensor, found: Sequence[Numbered]) -> Tensor:
     """(B, L, D) the sequence with the rows of merging methods in their slots."""
-    embeds, at, rows = state.embeds, [], []
-    for placement, _, start, cut in numbered(state, cuts):
+    at, rows = [], []
+    for placement, _, start, cut in found:
         if cut.rows is not None and cut.row_slots is not None:
             slots = placement.flat[start : start + cut.length]
             at.append(slots[cut.row_slots.to(slots.device)])
             rows.append(cut.rows.to(embeds.device, embeds.dtype))
-    if not rows:
-        return embeds
     return embeds.flatten(0, 1).index_copy(0, joined(at), joined(rows)).view_as(embeds)
 
 
-def flat_columns(state: ForwardState, cuts: Sequence[Cut | None]) -> tuple[list[Tensor], list[Tensor]]:
+def flat_columns(found: Sequence[Numbered]) -> tuple[list[Tensor], list[Tensor]]:
     """Flat columns (row * L + column) of the pictures that are cut, and those of them that stay."""
     gone, kept = [], []
-    for placement, _, start, cut in numbered(state, cuts):
+    for placement, _, start, cut in found:
         slots = placement.flat[start : start + cut.length]
         gone.append(slots)
         kept.append(slots[cut.kept_slots.to(slots.device)])
@@ -184,7 +189,7 @@ def even(
     slides = view.counted and policy == "compact"
     position_ids = None if slides else view.position_ids
     width = found.shape[1] - dropped
-    return Compaction.even(found, width, view.new, position_ids, along, whole=view.maskless)
+    return EvenCompaction(found, width, view.new, position_ids, along, whole=view.maskless)
 
 
 def uneven(
@@ -196,6 +201,7 @@ def uneven(
 
 def mark(found: Tensor, gone: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
     """``found`` (B, L) with 0 at the flat columns ``gone``, and with 1 at those of them that are ``kept``."""
+    # what stays is written over what goes: no difference of two sets has to be made
     flat = found.flatten().index_fill_(0, joined(gone), 0)
     return (flat.index_fill_(0, joined(kept), 1) if kept else flat).view_as(found)
 

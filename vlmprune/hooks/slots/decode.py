@@ -82,6 +82,7 @@ class DecodeSlot:
                 continue
             visual = marks.fit(view.held.shape[1]).visual & view.held
             seen = self.method.visible(visual, state.step)
+            # hidden from this step by its mask: the cache goes on holding them
             state.views.all[number] = view.hiding(visual & ~seen)
 
     # --- methods that look ------------------------------------------------------------------------
@@ -114,6 +115,7 @@ class DecodeSlot:
         with torch.no_grad():
             attention = call.attention(rows)  # (B, H, 1, S)
             before = state.cache_state.look
+            # at the first step behind a prompt: later ones have the same form
             if before is None:
                 call.check(rows, None, attention, output, state.checks)
             mean = over_slots(attention[:, :, 0].mean(dim=1), visual.shape[1]).masked_fill(~visual, 0.0)
@@ -143,11 +145,11 @@ class DecodeSlot:
 
 def _patches(state: ForwardState) -> Tensor:
     """(B, L) bool, columns of patches: newline and [CLS] embeddings are always seen."""
-    columns = torch.stack(state.columns.visual).any(dim=0)
+    columns = state.columns.pictures
     special = [
         placement.flat[start + picture.specials.to(placement.flat.device)]
         for placement in state.placements
-        for _, p, start in placement.spans()
+        for _, p, start in placement.spans
         if (picture := placement.pictures[p]).special is not None
     ]
     if not special:

@@ -25,12 +25,12 @@ from ...core.encoder import EncoderBlock, Shortened
 from ...core.method import Method, Need, needs
 from ...core.select import top_k
 from ...errors import CaptureError, InvariantError, UnsupportedError
-from ..attention_call import AttentionCall, Form
+from ..attention_call import AttentionCall, compared_forms
 from ..attention_tap import AttentionTap, reads_interface
 from ..state import ForwardState
 from ..vision.capture import Record, block_index, first_row
 from ..vision.pictures import Picture
-from ..vision.tower import attention_in, attention_of, find_blocks, prefix_length
+from ..vision.tower import attention_in, attention_of, find_blocks, has_cls, prefix_length
 from . import Attachment, Handle
 from .cutting import Cut, cut_sequence, listed
 
@@ -111,6 +111,7 @@ class Shortening:
         return patches.gather(1, order[..., None].expand(-1, -1, patches.shape[2]))
 
     def _averaged(self, patches: Tensor, into: Tensor) -> Tensor:
+        # a row that stands for several patches counts as often
         weights = self.sizes[..., None]
         summed = torch.zeros_like(patches, dtype=torch.float32)
         summed.scatter_add_(1, into[..., None].expand_as(patches), patches.float() * weights)
@@ -152,10 +153,9 @@ class EncoderSlot:
         adapter = attachment.adapter
         blocks = list(find_blocks(adapter.vision_tower))
         self.blocks = blocks[: block_index(adapter.layers[0], len(blocks)) + 1]  # later ones feed nothing
-        self.prefix = prefix_length(adapter.vision_tower)
+        self.prefix = prefix_length(adapter.vision_tower, has_cls(adapter.vision_tower))
         self.asked = frozenset(method.shortens_at(len(self.blocks)))
         self.reads_attention = needs(method, "cls_attention") or needs(method, "received_attention")
-        self._checked: set[Form] = set()  # calls whose rows were compared with the tower's own output
         if needs(method, "cls_attention") and not self.prefix:
             raise UnsupportedError(
                 f"{type(adapter.vision_tower).__name__} has no [CLS] token, whose attention "
@@ -184,6 +184,7 @@ class EncoderSlot:
         if self.budget is None:
             return []
         handles: list[Handle] = []
+        # every block, asked or not: its logits need the bias of what was averaged or filled up before it
         for number, block in enumerate(self.blocks):
             tap = AttentionTap(attention_in(block), self._listen, self._bias)
             tap.install()
@@ -208,9 +209,10 @@ class EncoderSlot:
         if record is None:
             return
         self._local.call = call
-        if self.reads_attention and call.form not in self._checked:
+        known = compared_forms(call, record.checks)
+        if self.reads_attention and call.form not in known:
             first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
-            call.check(first, None, call.attention(first), output, record.checks, self._checked)
+            call.check(first, None, call.attention(first), output, record.checks, known)
 
     def _bias(self, call: AttentionCall) -> Tensor | None:
         run = self._run()
@@ -231,6 +233,7 @@ class EncoderSlot:
             if record is None:
                 return None
             hidden = output[0] if isinstance(output, tuple) else output  # (T, p + n, C)
+            # a new call of the encoder: what an earlier one left in this thread is of other pictures
             if number == 0:
                 self._refuse_pooled(record)
                 self._local.run = Shortening.begin(record, hidden[:, self.prefix :])
@@ -245,6 +248,7 @@ class EncoderSlot:
             self._check(answer, run)
             shorter = run.shorten(patches, answer)
             run.seconds += time.perf_counter() - started
+            # no patch left here: the output of the block goes on as it is
             if shorter is patches:
                 return None
             hidden = torch.cat([hidden[:, : self.prefix], shorter], dim=1)
@@ -297,6 +301,7 @@ class EncoderSlot:
         run.record.found[PRESENT] = present
         if any(into is not None for into, _, _ in run.steps):
             run.record.hosts = run.hosts
+        # the last that is done in the tower: a later call must not find this run
         self._local.run = None
         self._local.seconds = getattr(self._local, "seconds", 0.0) + run.seconds
         return torch.cat([output[:, :front], run.restore(output[:, front:])], dim=1)
@@ -310,7 +315,8 @@ class EncoderSlot:
         state.report.seconds += self._local.__dict__.pop("seconds", 0.0)
         pictures, _ = listed(state)
         cuts = [self._cut(picture, self.budget, state.checks) for picture in pictures]
-        cut_sequence(state, self.attachment, self.method, cuts)
+        policy = self.attachment.policy(self.method)
+        cut_sequence(state, cuts, policy, self.attachment.spec)
 
     def _cut(self, picture: Picture, budget: Budget, checks: Checks) -> Cut | None:
         if PRESENT not in picture.captured:

@@ -38,6 +38,7 @@ class ExitSlot(InsideLM):
     @torch.no_grad()
     def _asked(self, state: ForwardState, index: int, hidden: Tensor) -> set[int]:
         """Rows whose tokens leave at the input (B, n, D) of a layer."""
+        # a prompt leaves as a whole, with all its pictures
         rows = sorted({span.row for span in state.tracked.spans if span.count})
         if not rows:
             return set()

@@ -69,7 +69,7 @@ class HeadScaleSlot:
                 f"{self.method.name} reads the conversation a second time without its pictures, and its "
                 f"first {view.held.shape[1]} tokens are in the KV cache only; give all turns in one call"
             )
-        text = view.new & ~state.views.follow(state.visual_columns, 0)  # (B, n)
+        text = view.new & ~state.views.follow(state.columns.pictures, 0)  # (B, n)
         text[:, text.shape[1] - state.generated :] = False
         counts = text.sum(dim=1).tolist()  # the one wait
         if min(counts) < 1:
@@ -134,6 +134,6 @@ class HeadScaleSlot:
         every = torch.arange(output.shape[0], device=output.device)
         with_image, without = output[every, last].float(), state.text_heads[index].to(output.device)
         factors = self.method.head_scales(with_image, without, index)  # (B, H)
-        factors = torch.where(state.with_pictures.to(output.device), factors, 1.0)
+        factors = torch.where(state.columns.with_pictures.to(output.device), factors, 1.0)
         none = torch.zeros(output.shape[0], 0, dtype=torch.bool, device=output.device)
         return Marks(none, none, factors)

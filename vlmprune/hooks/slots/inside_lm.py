@@ -22,16 +22,16 @@ from ...core.method import CutPoint, Merged, Method
 from ...core.select import choose
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, UnsupportedError
-from ..attention_call import AttentionCall, Form
+from ..attention_call import AttentionCall, compared_forms
 from ..attention_tap import probe, tap
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
-from ..sequence.masks import check_aligned, check_kinds, rotary_frequencies, uses_flash
+from ..sequence.masks import check_aligned, check_kinds, uses_flash
 from ..sequence.text import without_skipped
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import drop_columns
-from .ranking import LayerTokens, Ranked, asked_for, asks_the_question, attention_of, read, tokens_of
+from .ranking import ATTENTION, LayerTokens, Ranked, asked_for, asks_the_question, read, tokens_of
 from .spans import InsideRecord, Span, settle
 
 
@@ -52,26 +52,27 @@ class InsideLM:
                 "frames that are images to the model (frames=True) are no clip there; use a method before "
                 "the language model, such as 'evs@0.25'"
             )
-        self.language_model = attachment.adapter.language_model
+        self.language_model, self.depth = attachment.adapter.language_model, attachment.depth
         check_aligned(attachment.adapter.aligned, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
-        self._checked: set[Form] = set()  # calls whose rows were compared with the layer's own output
         keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
         points = self._points(keep if isinstance(keep, int) else 576)
         self.sources = {point.layer: point.source for point in points}
         self.layers = list(self.sources)
         self.wanted = asked_for(method)
+        self.reads_attention = any(what in self.wanted for what in ATTENTION)
+        self.policy = attachment.policy(method)
         # the method chooses its queries
         self.by_choice = getattr(method.raters, "__func__", None) is not Method.raters
         self.by_question = asks_the_question(method)
-        first = min(self.layers, default=attachment.depth)
-        check_kinds(self.language_model.config, range(first, attachment.depth), method.name)
+        later = range(min(self.layers, default=self.depth), self.depth)
+        check_kinds(self.language_model.config, later, method.name)
         self._refuse_checkpointing()
 
     def _points(self, count: int) -> tuple[CutPoint, ...]:
         if count not in self._known:
-            self._known[count] = self.method.cuts(self.attachment.depth, self.budget, count)
+            self._known[count] = self.method.cuts(self.depth, self.budget, count)
         return self._known[count]
 
     def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
@@ -118,14 +119,20 @@ class InsideLM:
         if not state.placements:
             return
         self._refuse_checkpointing()  # it may have been enabled since
+        keep = None if self.budget is None else self.budget.keep
         spans, number = [], 0
         compaction = state.views.cuts[0][1] if state.views.cuts else None
         for placement in state.placements:
             for picture in placement.pictures:
-                self._check(picture.count)
+                if self.attachment.strict and isinstance(keep, int) and keep > picture.count:
+                    raise InvariantError(
+                        f"strict: keep={keep} tokens but a picture holds {picture.count}; lower keep or drop "
+                        "strict"
+                    )
+                self.method.check_unit(picture.count)
             shown: set[int] = set()
             ordinals: dict[int, int] = defaultdict(int)
-            for row, p, start in placement.spans():
+            for row, p, start in placement.spans:
                 picture = placement.pictures[p]
                 ids = state.kept_patches(number + p, picture)
                 if ids is None and picture.special is None:
@@ -143,24 +150,15 @@ class InsideLM:
         lengths = state.columns.lengths
         if lengths is not None and compaction is not None:
             lengths = compaction.lengths(lengths)
-        raters, queries = self._raters(state, spans)
-        state.inside = InsideRecord(spans, raters, lengths, max(1, queries))
+        state.inside = state.tracked = InsideRecord(spans, None, lengths)
+        if self.by_choice or self.by_question:
+            raters, queries = self._raters(state, spans)
+            state.tracked.raters, state.tracked.queries = raters, max(1, queries)
 
-    def _check(self, count: int) -> None:
-        """Refuse a picture of ``count`` tokens that the method or a strict budget cannot take."""
-        keep = None if self.budget is None else self.budget.keep
-        if self.attachment.strict and isinstance(keep, int) and keep > count:
-            raise InvariantError(
-                f"strict: keep={keep} tokens but a picture holds {count}; lower keep or drop strict"
-            )
-        self.method.check_unit(count)
-
-    def _raters(self, state: ForwardState, spans: Sequence[Span]) -> tuple[Tensor | None, int]:
+    def _raters(self, state: ForwardState, spans: Sequence[Span]) -> tuple[Tensor, int]:
         """(B, n) bool, columns that the method ranks by, and the most that a row has, or a number that is not
-        smaller; None: the last token of the prompt.
+        smaller.
         """
-        if not (self.by_choice or self.by_question):
-            return None, 1
         embeds, valid = state.embeds, state.views.at(0).new
         text = state.views.follow(state.text_after_pictures(), 0) & valid
         text &= torch.arange(text.shape[1], device=text.device) < text.shape[1] - state.generated
@@ -188,6 +186,7 @@ class InsideLM:
         state = self.attachment.state()
         if state is None or not state.viewed:
             return None
+        # in decode steps nothing is tracked, but layers behind a cut still need their view
         cuts = state.inside is not None and index in self.sources
         if not cuts and state.views.at(index).start == 0:
             return None
@@ -247,7 +246,8 @@ class InsideLM:
         keyword = cache_name(kwargs) if cache_in(kwargs) is not None else None
         attended = probe(module, hidden, kwargs, keyword, view.held.shape[1])
         queries = self._queries(state, index)
-        return self._read(state, index, attended, queries, self._rows(state, index, attended, queries[0]))
+        attention = self._rows(state, index, attended, queries[0])
+        return read(attended, queries, attention, self.wanted, state.tracked.spans, view.width)
 
     def _attended(self, index: int, attended: AttentionCall, output: Tensor) -> None:
         state = self.attachment.state()
@@ -261,7 +261,8 @@ class InsideLM:
         ranks_next = self.sources.get(index + 1) == index
         if ranks_next and not self._leaving(state, index + 1):
             return
-        if not ranks_next and attended.form in self._checked:
+        known = compared_forms(attended, state.checks)
+        if not ranks_next and attended.form in known:
             return
         rows, real = self._queries(state, index)
         if not ranks_next:
@@ -269,26 +270,18 @@ class InsideLM:
         attention = self._rows(state, index, attended, rows)
         if attention is not None:
             last_real, last = None if real is None else real[:, -1:], attention[:, :, -1:]
-            attended.check(rows[:, -1:], last_real, last, output, state.checks, self._checked)
+            attended.check(rows[:, -1:], last_real, last, output, state.checks, known)
         if ranks_next:
-            state.tracked.ranked = self._read(state, index, attended, (rows, real), attention)
+            slots, spans = state.views.at(index).width, state.tracked.spans
+            state.tracked.ranked = read(attended, (rows, real), attention, self.wanted, spans, slots)
 
     def _rows(self, state: ForwardState, index: int, attended: AttentionCall, rows: Tensor) -> Tensor | None:
         """(B, H, R, S) attention of queries (B, R), where the method reads any."""
+        if not self.reads_attention:
+            return None
         # known without asking a device: the last column alone asks, and every column is a token
         last = state.tracked.raters is None and state.views.at(index).maskless and not state.generated
-        return attention_of(attended.of_last() if last else attended, rows, self.wanted)
-
-    def _read(
-        self,
-        state: ForwardState,
-        index: int,
-        attended: AttentionCall,
-        queries: tuple[Tensor, Tensor | None],
-        attention: Tensor | None,
-    ) -> Ranked:
-        slots = state.views.at(index).width
-        return read(attended, queries, attention, self.wanted, state.tracked.spans, slots)
+        return (attended.of_last() if last else attended).attention(rows)
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
@@ -309,6 +302,7 @@ class InsideLM:
     def _cut(self, state: ForwardState, index: int, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
         """Cut the sequence (B, n, D) that enters layer ``index``, and its rotary angles along with it."""
         started, inside = time.perf_counter(), state.tracked
+        # it holds attention of the uncut sequence: nobody must read it after this cut
         ranked, inside.ranked = inside.ranked, None
         groups: dict[tuple, list[Span]] = defaultdict(list)
         for span, keep in self._leaving(state, index):
@@ -343,13 +337,14 @@ class InsideLM:
                 f"{self.method.name} keeps no visual token behind layer {index}, and a prompt of this call "
                 "holds nothing else: there is nothing left to read; ask something about the picture"
             )
-        policy, view = self.attachment.policy(self.method), state.views.at(index)
+        policy, view = self.policy, state.views.at(index)
         # positions that are counted again turn otherwise
         turned = angles if policy == "original" else ()
         compaction = drop_columns(view, inside.lengths, (gone, kept), dropped, [hidden, *turned], policy)
         if inside.lengths is not None:
             inside.lengths = [have - drop for have, drop in zip(inside.lengths, dropped, strict=True)]
-        state.refuse_dead_slots(compaction, self.attachment.spec)
+        if not compaction.is_even:
+            state.refuse_dead_slots(compaction, self.attachment.spec)
         state.views.cut(index, compaction, policy)
         if turned and compaction.is_even:
             turned = tuple(compaction.sequence(one) for one in turned)
@@ -373,11 +368,16 @@ class InsideLM:
     ) -> LayerTokens:
         source = self.sources[index]
         source = index if source is None else source
-        numbers = state.views.at(source).position_ids
-        tokens = tokens_of(self.language_model, self.wanted, ranked, spans, hidden, numbers)
-        angles = None if numbers.ndim > 2 else rotary_frequencies(self.language_model, source)
-        return tokens.with_fields(
-            rotary_frequencies=angles, cut=self.layers.index(index), checks=state.checks
+        return tokens_of(
+            self.language_model,
+            self.wanted,
+            ranked,
+            spans,
+            hidden,
+            state.views.at(source).position_ids,
+            source=source,
+            cut=self.layers.index(index),
+            checks=state.checks,
         )
 
     def _follow(self, state: ForwardState, index: int, compaction: Compaction) -> None:

@@ -68,9 +68,9 @@ class ByColumns:
         total, seen = call.given(queries)  # (B, H, S) and (B, S) over keys
         total, seen = over_slots(total, view.width), over_slots(seen, view.width)
         visual = torch.zeros_like(seen, dtype=torch.bool)
-        visual[:, view.width - new :] = state.views.follow(state.visual_columns, layer).to(hidden.device)
+        visual[:, view.width - new :] = state.views.follow(state.columns.pictures, layer).to(hidden.device)
         marked = self.method.mark_columns(total / seen.clamp_min(1)[:, None], seen, visual, layer)
-        marked = marked & state.with_pictures.to(hidden.device)[..., None]
+        marked = marked & state.columns.with_pictures.to(hidden.device)[..., None]
         return marked[..., view.width - new :]
 
 
@@ -95,11 +95,12 @@ class ByTokens:
             for number, found in zip(numbers, self.method.mark_tokens(tokens), strict=True):
                 ((p, index),) = units[number].members
                 own = torch.arange(pictures[p].count) if index is None else index
+                # by slots, since newline and [CLS] embeddings stand between the patches
                 marks[p][pictures[p].slots_of(own).to(device)] = found.to(device, torch.int8)
         flat = torch.zeros(state.columns.visual[0].numel(), dtype=torch.int8, device=device)
         first = 0
         for placement in state.placements:
-            for _, p, start in placement.spans():
+            for _, p, start in placement.spans:
                 slots = placement.flat[start : start + placement.pictures[p].length]
                 flat[slots.to(device)] = marks[first + p]
             first += len(placement.pictures)
@@ -108,7 +109,7 @@ class ByTokens:
     def find(
         self, attachment: Attachment, state: ForwardState, layer: int, call: AttentionCall, hidden: Tensor
     ) -> Tensor:
-        uncut = state.marked_in_tower
+        uncut = state.visual_marks
         marked = torch.zeros(hidden.shape[:2], dtype=torch.int8, device=hidden.device)
         for value in range(1, self.method.mark_values + 1):
             there = state.views.follow(uncut == value, layer).to(hidden.device)

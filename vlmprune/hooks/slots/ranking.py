@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.deferred import Checks
 from ...core.method import Method, What, needs_of
 from ...core.select import rows_at
 from ...core.tokens import LayerFields, VisualTokens
 from ...errors import UnsupportedError
 from ..attention_call import AttentionCall, over_slots
+from ..sequence.masks import rotary_frequencies
 from .spans import Span
 
-_ATTENTION = ("text_attention", "text_to_text", "lm_received")
+ATTENTION = ("text_attention", "text_to_text", "lm_received")
 _KEYS = ("lm_keys", "text_keys")
 _STATES = ("lm_states", "text_states")
 _ROWS_AT_ONCE = 16  # queries whose attention is held together
@@ -58,11 +60,6 @@ def asks_the_question(method: Method) -> bool:
     return any(need.text == "question" for need in needs_of(method))
 
 
-def attention_of(call: AttentionCall, rows: Tensor, wanted: Collection[What]) -> Tensor | None:
-    """(B, H, R, S) of the queries, where a method reads any attention."""
-    return call.attention(rows) if any(what in wanted for what in _ATTENTION) else None
-
-
 def read(
     call: AttentionCall,
     queries: tuple[Tensor, Tensor | None],
@@ -94,6 +91,7 @@ def received_by_pictures(call: AttentionCall, spans: Sequence[Span], slots: int)
 
     Some rows at a time: no n x S map is held.
     """
+    # once for all rows, where `attention` would do it for every part of them
     call = call if call.keys.dtype == torch.float32 else replace(call, keys=call.keys.float())
     batch, count = call.queries.shape[0], call.queries.shape[2]
     picture = torch.zeros(batch, count, dtype=torch.long, device=call.queries.device)  # 0: of no picture
@@ -136,23 +134,15 @@ class Units:
 class LayerTokens(VisualTokens):
     """Tokens at a cut: what few methods read is gathered when it is first asked for."""
 
-    _gathered: Mapping[str, Callable[[], Tensor]]
+    _gathered: Mapping[str, Callable[[], Tensor | None]]
 
-    @classmethod
-    def of_layer(
-        cls,
-        tokens: VisualTokens,
-        features: Callable[[], Tensor],
-        positions: Callable[[], Tensor] | None = None,
-        query_positions: Callable[[], Tensor] | None = None,
-    ) -> LayerTokens:
-        """``tokens`` with these fields, each given by what gathers it."""
-        made = object.__new__(cls)
-        later = {"features": features, "positions": positions, "query_positions": query_positions}
-        gathered = {name: one for name, one in later.items() if one is not None}
-        held = {name: value for name, value in vars(tokens).items() if name not in gathered}
-        vars(made).update(held, _gathered=gathered)
-        return made
+    def gathering(self, later: Mapping[str, Callable[[], Tensor | None]]) -> LayerTokens:
+        """These tokens with fields that are given by what gathers them; for who has just made the tokens."""
+        held = vars(self)
+        for name in later:
+            del held[name]
+        held["_gathered"] = later
+        return self
 
     def with_fields(self, **fields: Any) -> LayerTokens:
         """The same with some fields set."""
@@ -173,6 +163,10 @@ class LayerTokens(VisualTokens):
     @cached_property
     def query_positions(self) -> Tensor:
         return self._gathered["query_positions"]()
+
+    @cached_property
+    def rotary_frequencies(self) -> Tensor | None:
+        return self._gathered["rotary_frequencies"]()
 
 
 def fields_of(ranked: Ranked, wanted: Collection[What], units: Units, length: int) -> LayerFields:
@@ -207,20 +201,18 @@ def _columns_of(attention: Tensor, at: Tensor) -> Tensor:
 
 def states_of(
     language_model: nn.Module,
-    wanted: Collection[What],
     hidden: Tensor,
     ranked: Ranked,
     units: Units,
 ) -> LayerFields:
     """Normalised hidden states (B, n, D) of the same units, and of the text that queries them."""
-    if not any(what in wanted for what in _STATES):
-        return {}
     norm = getattr(language_model, "norm", None)
     if norm is None:
         raise UnsupportedError(
             f"{type(language_model).__name__} has no final norm by the name 'norm', which this method reads "
             "hidden states through; use a method that ranks by attention, e.g. 'fastv@64'"
         )
+    # tokens and text go through the norm together: one launch
     places = torch.cat([units.at, units.of_row(ranked.rows)], dim=1)
     states = norm(Units(units.rows, places).take(hidden))
     count = units.at.shape[1]
@@ -234,28 +226,40 @@ def tokens_of(
     spans: Sequence[Span],
     hidden: Tensor,
     position_ids: Tensor,
+    *,
+    source: int,
+    cut: int,
+    checks: Checks,
 ) -> LayerTokens:
-    """The tokens of spans of equal length, a unit each, in a sequence (B, n, D) with its positions."""
+    """The tokens of spans of equal length, a unit each, in a sequence (B, n, D) with its positions.
+
+    Args:
+        source: the layer that ranks.
+        cut: number of the cut.
+    """
     rows, columns = [span.row for span in spans], [span.columns for span in spans]
     at = columns[0][None] if len(columns) == 1 else torch.stack(columns)  # (U, N)
+    # one picture in every row, the usual case: nothing has to be gathered by row
     in_order = rows == list(range(hidden.shape[0]))
     units = Units(None if in_order else torch.tensor(rows, device=hidden.device), at)
     found = fields_of(ranked, wanted, units, hidden.shape[1])
-    found.update(states_of(language_model, wanted, hidden, ranked, units))
-    tokens = VisualTokens(
+    if any([what in wanted for what in _STATES]):
+        found.update(states_of(language_model, hidden, ranked, units))
+    tokens = LayerTokens.of(
+        {},
+        [span.ordinal for span in spans],
         **found,
         query_mask=None if ranked.real is None else units.of_row(ranked.real),
         grids=spans[0].grids,
-        ordinal=torch.tensor([span.ordinal for span in spans]),
         size=(at.shape[0], at.shape[1]),
         like=hidden,
+        cut=cut,
+        checks=checks,
     )
-    if position_ids.ndim > 2:  # M-RoPE knows no single position
-        return LayerTokens.of_layer(tokens, lambda: units.take(hidden))
-    plain = position_ids.expand(hidden.shape[0], -1)
-    return LayerTokens.of_layer(
-        tokens,
-        lambda: units.take(hidden),
-        lambda: units.of_row(plain).gather(1, at),
-        lambda: units.of_row(plain.gather(1, ranked.rows)),
-    )
+    later: dict[str, Callable[[], Tensor | None]] = {"features": lambda: units.take(hidden)}
+    if position_ids.ndim == 2:  # M-RoPE knows no single position
+        plain = position_ids.expand(hidden.shape[0], -1)
+        later["positions"] = lambda: units.of_row(plain).gather(1, at)
+        later["query_positions"] = lambda: units.of_row(plain.gather(1, ranked.rows))
+        later["rotary_frequencies"] = lambda: rotary_frequencies(language_model, source)
+    return tokens.gathering(later)

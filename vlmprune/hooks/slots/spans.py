@@ -145,6 +145,7 @@ class InsideRecord:
 
 def settle(spans: Sequence[Span], result: Tensor | Merged | Sequence[Tensor], hidden: Tensor) -> Tensor:
     """Let every span know what stays of it; ``hidden`` (B, n, D) with the rows of merging methods."""
+    # rows of merging methods stand at places of tokens: positions and masks need no rule of their own
     for number, span in enumerate(spans):
         if not isinstance(result, Merged):
             span.keep(result[number])
@@ -154,6 +155,7 @@ def settle(spans: Sequence[Span], result: Tensor | Merged | Sequence[Tensor], hi
         span.columns = span.columns[last_hosts(index, span.count)]
         rows = result.features[number].to(hidden.dtype)
         hidden = hidden.index_put((torch.full_like(span.columns, span.row), span.columns), rows)
+        # an earlier cut numbered the tokens anew: reports count in patches of the picture
         span.ids = _at(ids, index)
         if span.tokens is not None:
             span.tokens = _at(span.tokens, index)
@@ -194,6 +196,7 @@ def last_hosts(index: Tensor, count: int) -> Tensor:
     so that kept rows before them keep theirs.
     """
     placeless = (index < 0).sum()
+    # the last place takes the rows that have no token
     taken = torch.zeros(count + 1, dtype=torch.bool, device=index.device)
     taken[torch.where(index < 0, count, index)] = True
     taken = taken[:-1]

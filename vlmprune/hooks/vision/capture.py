@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read what a method needs from a vision tower that keeps its own fast attention.
 
-One query row of one block is enough for [CLS] attention, so that the block's queries and keys are watched
-(see :mod:`.tower`) and the row is computed: no eager attention, no attention map, nothing changed on the
+Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms,
+masks and windows are the tower's own; for other towers see :mod:`.tower`. One query row of one block is
+enough for [CLS] attention, and it is computed: no eager attention, no attention map, nothing changed on the
 tower. Hooks are installed once and write to a thread-local record, so that concurrent calls do not see each
 other.
 """
@@ -10,10 +11,11 @@ other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,19 @@ from torch import Tensor, nn
 from ...core.deferred import NOW, Checks
 from ...core.method import OF_HEAD, OF_TOWER, Need, What, as_needs
 from ...errors import CaptureError, UnsupportedError
-from ..attention_call import AttentionCall
+from ..attention_call import AttentionCall, compared_forms
+from ..attention_tap import AttentionTap, reads_interface
 from .tower import (
+    FusedReader,
     Gather,
-    Reader,
+    InnerReader,
+    Running,
     attention_in,
     find_blocks,
     find_head,
     has_cls,
+    inner_of,
     prefix_length,
-    reader_of,
 )
 
 _ROWS_AT_ONCE = 128  # key rows cast to float32 at a time: bounds the extra memory in half precision
@@ -55,6 +60,48 @@ def block_index(layer: int | float, count: int, full: Sequence[int] | None = Non
             f"1..{count}"
         )
     return index
+
+
+class TapReader:
+    """Reads an attention module of transformers: queries and keys as its attention function gets them."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def install(self, running: Running, block: int) -> Iterable[Any]:
+        """A tap on the attention of a block of this number, which gives the record every segment of a call,
+        where the model packs several pictures.
+        """
+
+        @torch.no_grad()
+        def listen(call: AttentionCall, output: Tensor) -> None:
+            record = running()
+            if record is None:
+                return
+            parts, form, known = call.segments(), call.form, compared_forms(call, record.checks)
+            if form not in known:  # once is enough: the rule does not change from call to call
+                first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
+                lengths = [part.queries.shape[2] for part in parts]
+                outputs = [output] if len(parts) == 1 else output.split(lengths, dim=1)  # (B, n, H, d) each
+                for part, own in zip(parts, outputs, strict=True):
+                    part.check(first, None, part.attention(first), own, record.checks, known, form)
+            for part in parts:
+                record.attend(block, part)
+
+        made = AttentionTap(self.attention, listen)
+        made.install()
+        yield made
+
+
+Reader = TapReader | FusedReader | InnerReader
+
+
+def reader_of(attention: nn.Module, gather: Gather | None = None) -> Reader:
+    """What reads an attention module that ``attention_of`` found."""
+    if reads_interface(attention):
+        return TapReader(attention)
+    inner = inner_of(attention)
+    return FusedReader(attention) if inner is None else InnerReader(inner, gather)
 
 
 class VisionCapture:
@@ -85,8 +132,9 @@ class VisionCapture:
         self.needs = as_needs(needs)
         self.projector = projector
         self.towers = [tower] if isinstance(tower, nn.Module) else list(tower)
-        self.cls, self.prefix = has_cls(self.towers[0]), prefix_length(self.towers[0])
-        self._local = threading.local()
+        self.cls = has_cls(self.towers[0])
+        self.prefix = prefix_length(self.towers[0], self.cls)
+        self._local = _OfThread()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         of_tower = [need for need in self.needs if need.what in OF_TOWER]
         # towers without blocks that can be read still serve methods that need nothing of them
@@ -99,6 +147,7 @@ class VisionCapture:
             )
         full = getattr(self.towers[0], "fullatt_block_indexes", None)  # Qwen2.5-VL: the others have windows
         loaded = len(self.blocks[0]) if self.blocks else 0
+        # a host may have loaded the first blocks only, and layers are counted from the end of all of them
         count = depth or loaded
         self.layers = [block_index(index, count) for index in layers] if self.blocks else []
         self.blocks_of: dict[Need, int] = {
@@ -128,7 +177,7 @@ class VisionCapture:
         if self._handles:
             raise CaptureError("this capture is installed already")
         for index, reader in self.readers:
-            self._handles += reader.install(self._checks, partial(self._on_attention, index))
+            self._handles += reader.install(self.running, index)
         if CLS_FEATURES in self.needs and self.cls:
             for blocks in self.blocks:
                 for index in sorted(set(self.layers)):
@@ -150,10 +199,10 @@ class VisionCapture:
     @contextmanager
     def recording(self, checks: Checks = NOW) -> Iterator[Record]:
         """Record what the tower computes in this thread inside the block."""
-        outer = getattr(self._local, "record", None)
-        self._local.record = Record(self, checks)
+        outer, record = self._local.record, Record(self, checks)
+        self._local.record = record
         try:
-            yield self._local.record
+            yield record
         finally:
             self._local.record = outer
 
@@ -168,27 +217,13 @@ class VisionCapture:
         self.remove()
         self._scope.__exit__(kind, error, trace)
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether this thread is inside a ``recording`` block."""
-        return self.record is not None
-
-    @property
-    def record(self) -> Record | None:
+    def running(self) -> Record | None:
         """The record of this thread, None outside of a ``recording`` block."""
-        return getattr(self._local, "record", None)
-
-    def _checks(self) -> Checks | None:
-        """Where the checks of a running record go, None outside of one."""
-        record = self.record
-        return None if record is None else record.checks
-
-    def _on_attention(self, index: int, call: AttentionCall) -> None:
-        if (record := self.record) is not None:
-            record.attend(index, call)
+        return self._local.record
 
     def _on_projector(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if (record := self.record) is not None:
+        if (record := self.running()) is not None:
+            # what goes in and what comes out, by one hook
             given = {"encoder_features": args[0], "tile_features": output}
             record.found |= {need: given[need.what] for need in self.needs if need.what in given}
 
@@ -202,31 +237,37 @@ class VisionCapture:
 
     def _on_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            if (record := self.record) is not None:
+            if (record := self.running()) is not None:
                 if record.grad and not torch.is_grad_enabled() and next(module.parameters()).requires_grad:
                     raise UnsupportedError(
                         "reentrant gradient checkpointing of the vision tower hides the gradient of its "
                         "[CLS] rows; use gradient_checkpointing_enable({'use_reentrant': False})"
                     )
                 hidden = output[0] if isinstance(output, tuple) else output
+                # by block: a model may take its features from several
                 record.rows[index] = hidden[:, :1]
 
         return hook
 
 
+class _OfThread(threading.local):
+    record: Record | None = None
+
+
+@dataclass(eq=False)
 class Record:
     """What one run of the tower gave, for T crops of S tokens: N patches and what is before them."""
 
-    def __init__(self, capture: VisionCapture, checks: Checks) -> None:
-        self.capture, self.checks = capture, checks
-        self.modality = "image"
-        self.grad = torch.is_grad_enabled()
-        self.rows: dict[int, Tensor] = {}
-        self.found: dict[Need, Tensor] = {}
-        # where patches were averaged in the tower: of crops start..stop, the patch that each is part of
-        self.hosts: Callable[[int, int], Tensor] | None = None
-        # one entry per run of the block, or per segment of a packed sequence
-        self._parts: dict[Need, list[Tensor]] = {}
+    capture: VisionCapture
+    checks: Checks
+    modality: str = "image"
+    grad: bool = field(default_factory=torch.is_grad_enabled)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    found: dict[Need, Tensor] = field(default_factory=dict)
+    # where patches were averaged in the tower: of crops start..stop, the patch that each is part of
+    hosts: Callable[[int, int], Tensor] | None = None
+    # one entry per run of the block, or per segment of a packed sequence
+    _parts: dict[Need, list[Tensor]] = field(default_factory=dict)
 
     def attend(self, index: int, call: AttentionCall) -> None:
         """Take what is needed of an attention call of block ``index`` over all S tokens of T crops."""

@@ -47,8 +47,10 @@ def run_encoder(
     arguments = {name: given[name] for name in names if given[name] is not None}
     adapter.check(arguments, modality)
     with torch.no_grad(), ExitStack() as stack:
+        # all captures watch the same run
         records = [stack.enter_context(capture) for capture in captures]
         output = encode(**arguments)
+    # under the name by which adapters look for them
     arguments[modality.pixels] = inputs[modality.pixels]
     return output, [adapter.pictures(modality, output, arguments, record.take(), NOW) for record in records]
 
@@ -73,6 +75,7 @@ class EncodedImages:
     def encode(self, inputs: Mapping[str, Any]) -> list[EncodedImage]:
         """Run tower and projector on the images of ``inputs``; no session may be attached."""
         output, seen = run_encoder(self.adapter, self.modality, inputs, list(self._captures.values()))
+        # what else the language model reads, such as DeepStack features, is not kept with a picture
         spare = set(output.keys()) - _SPARE if isinstance(output, Mapping) else set()
         if spare:
             raise UnsupportedError(

@@ -41,6 +41,12 @@ class Picture:
         view: how boxes lie on the original picture, "stretch" or "center".
         sources: gives (N,) the number of every patch among those of its crops as the tower has them.
         joins: gives (N,) what patches became part of inside the tower, where some were averaged there.
+
+    Attributes:
+        length: placeholder slots in the prompt.
+        count: N, patches among them.
+        cls_count: crops with a [CLS] row of their own, where a method asked for these rows; else 1.
+        word_counts: R of every text that it is asked about, where a method reads text.
     """
 
     features: Tensor
@@ -54,27 +60,19 @@ class Picture:
     sources: Callable[[], Tensor] | None = None
     joins: Callable[[], Tensor] | None = None
 
-    @property
-    def length(self) -> int:
-        """Placeholder slots in the prompt."""
-        return self.features.shape[0]
+    length: int = field(init=False)
+    count: int = field(init=False)
+    cls_count: int = field(init=False)
+    word_counts: tuple[int, ...] = field(init=False)
 
-    @cached_property
-    def count(self) -> int:
-        """N, patches among the slots."""
-        return self.length if self.special is None else self.length - int(self.special.sum())
-
-    @property
-    def cls_count(self) -> int:
-        """Crops with a [CLS] row of their own, where a method asked for these rows; else 1."""
+    def __post_init__(self) -> None:
+        self.length = self.features.shape[0]
+        self.count = self.length if self.special is None else self.length - int(self.special.sum())
         rows = self.captured.get(CLS_FEATURES)
-        return 1 if rows is None else rows.shape[0]
-
-    @property
-    def word_counts(self) -> tuple[int, ...]:
-        """R of every text that it is asked about, where a method reads text."""
-        texts = (value for need, value in self.captured.items() if need.what == "text_embeds")
-        return tuple(value.shape[0] for value in texts)
+        self.cls_count = 1 if rows is None else rows.shape[0]
+        self.word_counts = tuple(
+            [text.shape[0] for need, text in self.captured.items() if need.what == "text_embeds"]
+        )
 
     @cached_property
     def patches(self) -> Tensor:
@@ -162,12 +160,16 @@ def make_units(pictures: Sequence[Picture], samples: Sequence[Sequence[int]], sc
         if scope in ("total", "clip"):
             if scope == "clip":
                 _check_frames([pictures[p] for p in sample])
+            # of a prompt without pictures there is nothing to spend a budget on
             if sample:
                 grids = tuple(grid for p in sample for grid in pictures[p].grids)
                 count = sum(pictures[p].count for p in sample)
                 units.append(Unit([(p, None) for p in sample], grids, count, frames=scope == "clip"))
             continue
-        own = [unit for p in sample for unit in _units_of(p, pictures[p], scope)]
+        if scope == "crop":
+            own = [unit for p in sample for unit in _crops_of(p, pictures[p])]
+        else:
+            own = [Unit([(p, None)], pictures[p].grids, pictures[p].count) for p in sample]
         for ordinal, unit in enumerate(own):
             unit.ordinal = ordinal
         units += own
@@ -190,20 +192,20 @@ def _check_frames(sample: Sequence[Picture]) -> None:
             )
 
 
-def _units_of(number: int, picture: Picture, scope: str) -> list[Unit]:
-    if scope != "crop":
-        return [Unit([(number, None)], picture.grids, picture.count)]
+def _crops_of(number: int, picture: Picture) -> list[Unit]:
     if picture.crops is None:
         raise InvariantError(
             f"picture {number} does not say which crop its patches belong to, which a budget per crop needs; "
             "give Picture(crops=...), or a budget without '/crop'"
         )
+    # on the CPU, since a unit lists the indices of its tokens
     crops = picture.crops().cpu()
     places = coordinates(picture.grids)
     units = []
     for crop in crops.unique().tolist():
         index = (crops == crop).nonzero()[:, 0]
         rows, cols = (places[index, axis].unique().shape[0] for axis in (0, 1))
+        # methods read the rows and columns of a crop, so that its tokens must form some
         if rows * cols != index.shape[0]:
             raise InvariantError(
                 f"crop {crop} of picture {number} is not a rectangle: {index.shape[0]} tokens in {rows} rows "
@@ -231,6 +233,7 @@ def stack_units(
     found: dict[Need, Tensor] = {}
     for need in needs:
         if need.what != "features" and need not in first.captured:
+            # what was not captured is left out: a method that asks for it is told what is missing
             continue
         # pictures of one unit are asked about by the same text
         last = 1 if need.what == "text_embeds" else None
@@ -264,6 +267,7 @@ def _slice(picture: Picture, need: Need, index: Tensor | None, crop: int | None)
         return value if crop is None else value[crop : crop + 1]
     if index is None or index.shape[0] == picture.count:
         return value
+    # nothing else has another number of rows than the picture has patches
     if value.shape[0] != picture.count:  # r encoder patches behind every token
         return value.unflatten(0, (picture.count, -1))[index.to(value.device)].flatten(0, 1)
     return value[index.to(value.device)]

@@ -101,6 +101,7 @@ def choose_in_tiles(
         slots, context = result.cpu(), None
         (rows,) = unchecked.gather_rows([features], result, ordered=True)
     order = pack_tiles(slots, tiles.layout, side[0], context)
+    # the prompt has the places of the checkpoint's own layout, and none can be added here
     if order.shape[0] > length:
         raise UnsupportedError(
             f"anyres='spatial' makes {order.shape[0]} tokens but the prompt has {length} places; lower keep"
@@ -135,6 +136,7 @@ def pack_tiles(
         raise InvariantError(
             f"{tiles} tiles do not form a base tile and a {wide} x {high} grid; expected {1 + wide * high}"
         )
+    # a row without a token has no place in the big image
     in_place = slots >= 0  # (T, K)
     if interleave is not None:
         in_place = in_place & interleave.to(slots.device)

@@ -1,27 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a vision tower keeps its attention, and the queries and keys of one block as that attention uses
-them.
+"""Where a vision tower keeps its attention, and how it is read in towers that are not of transformers.
 
-Towers of transformers hand queries and keys to an attention function, where they are taken: rotation, norms,
-masks and windows are the tower's own. Towers of timm attend by themselves; there the fused projection is
-read. Towers of vLLM hand queries and keys to a module of its own, which holds the heads of one rank.
+Towers of timm attend by themselves; there the fused projection is read. Towers of vLLM hand queries and keys
+to a module of its own, which holds the heads of one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...core.deferred import Checks
 from ...errors import UnsupportedError
-from ..attention_call import AttentionCall, Form
-from ..attention_tap import AttentionTap, reads_interface
+from ..attention_call import AttentionCall
+from ..attention_tap import reads_interface, walk
 
-Give = Callable[[AttentionCall], None]
 Gather = Callable[[Tensor], Tensor]  # (T, H of this rank, S, d) -> (T, H of all ranks, S, d)
+
+
+class CallRecord(Protocol):
+    """What is told of every call of a block."""
+
+    checks: Checks
+
+    def attend(self, index: int, call: AttentionCall) -> None: ...
+
+
+Running = Callable[[], CallRecord | None]  # what records in this thread
 _FUSED = "qkv"  # name of the fused projection
 _NAMES = ("self_attn", "attention", "attn", "token_mixer")
 
@@ -57,7 +65,7 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
     """The transformer blocks of a tower, found by structure: attribute paths differ between versions."""
     lists = [
         m
-        for m in tower.modules()
+        for m in walk(tower)
         if isinstance(m, nn.ModuleList | nn.Sequential) and any(attention_of(block) for block in m)
     ]
     if not lists:
@@ -65,6 +73,7 @@ def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
             f"no attention blocks found in vision tower {type(tower).__name__}, so attention cannot be read; "
             "choose a method that needs none, e.g. 'divprune@64'"
         )
+    # a tower may have other blocks that attend, such as a pooling head: the longest list is the trunk
     return max(lists, key=len)
 
 
@@ -82,54 +91,22 @@ def find_head(tower: nn.Module) -> nn.Module:
     )
 
 
-def prefix_length(tower: nn.Module) -> int:
-    """How many tokens stand in front of the patches: [CLS], and registers where there are some."""
+def prefix_length(tower: nn.Module, cls: bool) -> int:
+    """How many tokens stand in front of the patches: [CLS], where there is one, and registers."""
+    # timm says it, registers included
     counted: int | None = getattr(tower, "num_prefix_tokens", None)
-    return int(has_cls(tower)) if counted is None else counted
+    return int(cls) if counted is None else counted
 
 
 def has_cls(tower: nn.Module) -> bool:
     """Whether the tower puts a [CLS] token in front of its patches."""
-    names = ("class_embedding", "cls_token")
-    return any(getattr(module, name, None) is not None for module in tower.modules() for name in names)
-
-
-class TapReader:
-    """Reads an attention module of transformers: queries and keys as its attention function gets them."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
-
-    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
-        """A tap that calls ``give`` while something records, once per segment where the model packs several
-        pictures.
-
-        ``checks()`` says where checks go, None while nothing records.
-        """
-        known: set[Form] = set()
-
-        @torch.no_grad()
-        def listen(call: AttentionCall, output: Tensor) -> None:
-            gather = checks()
-            if gather is None:
-                return
-            if call.form not in known:  # once is enough: the rule does not change from call to call
-                first = torch.zeros(call.queries.shape[0], 1, dtype=torch.int64, device=call.queries.device)
-                for part, own in zip(call.segments(), _split_output(call, output), strict=True):
-                    part.check(first, None, part.attention(first), own, gather)
-                known.add(call.form)
-            for part in call.segments():
-                give(part)
-
-        made = AttentionTap(self.attention, listen)
-        made.install()
-        yield made
-
-
-def _split_output(call: AttentionCall, output: Tensor) -> Sequence[Tensor]:
-    """The output (B, n, H, d) of a call, one part per segment."""
-    parts = call.segments()
-    return [output] if len(parts) == 1 else output.split([part.queries.shape[2] for part in parts], dim=1)
+    # asking modules for what they have not takes most of the time of attaching: the tables are read instead
+    for module in walk(tower):
+        held = vars(module)
+        for table in (held["_parameters"], held["_buffers"], held["_modules"], held):
+            if table.get("class_embedding") is not None or table.get("cls_token") is not None:
+                return True
+    return False
 
 
 class FusedReader:
@@ -144,16 +121,18 @@ class FusedReader:
         self.attention: Any = attention  # which modules it has is known to timm alone
         self.heads: int = heads
 
-    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
-        """A hook that calls ``give`` while something records."""
+    def install(self, running: Running, block: int) -> Iterable[Any]:
+        """A hook that gives the record every call."""
 
         @torch.no_grad()
         def fused(module: nn.Module, args: object, output: Tensor) -> None:
-            if checks() is not None:
+            record = running()
+            if record is not None:
                 queries, keys, values = (self._heads(part) for part in output.detach().chunk(3, dim=-1))
                 queries, keys = self._normed("q", queries), self._normed("k", keys)
                 options = {"scaling": getattr(self.attention, "scale", None), "is_causal": False}
-                give(AttentionCall(self.attention, queries, keys, values, None, options))
+                call = AttentionCall(self.attention, queries, keys, values, None, options)
+                record.attend(block, call)
 
         yield getattr(self.attention, _FUSED).register_forward_hook(fused)
 
@@ -182,19 +161,20 @@ class InnerReader:
         self.gather = gather
         self.lengths: list[int] | None = None
 
-    def install(self, checks: Callable[[], Checks | None], give: Give) -> Iterable[Any]:
-        """A hook that calls ``give`` while something records, once per sequence."""
+    def install(self, running: Running, block: int) -> Iterable[Any]:
+        """A hook that gives the record every sequence of a call."""
 
         @torch.no_grad()
         def given(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            if checks() is None:
+            record = running()
+            if record is None:
                 return
             names = ("query", "key", "value")
             states = [kwargs[name] if name in kwargs else args[at] for at, name in enumerate(names)]
             parts = [self._heads(one.detach()).split(self.lengths or one.shape[1], dim=2) for one in states]
             options = {"scaling": self.inner.scale, "is_causal": False}
             for queries, keys, values in zip(*parts, strict=True):
-                give(AttentionCall(self.inner, queries, keys, values, None, options))
+                record.attend(block, AttentionCall(self.inner, queries, keys, values, None, options))
 
         yield self.inner.register_forward_pre_hook(given, with_kwargs=True)
 
@@ -203,14 +183,3 @@ class InnerReader:
         apart = states if states.ndim == 4 else states.unflatten(-1, (-1, self.inner.head_size))
         apart = apart.transpose(1, 2)
         return apart if self.gather is None else self.gather(apart.contiguous())
-
-
-Reader = TapReader | FusedReader | InnerReader
-
-
-def reader_of(attention: nn.Module, gather: Gather | None = None) -> Reader:
-    """What reads an attention module that ``attention_of`` found."""
-    if reads_interface(attention):
-        return TapReader(attention)
-    inner = inner_of(attention)
-    return FusedReader(attention) if inner is None else InnerReader(inner, gather)
