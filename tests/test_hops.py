@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/hops.py: how many functions and files one forward goes through; the path must not grow."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+from vlmprune.testing.tiny import tiny_model
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import hops
+
+ROOT = Path(__file__).parents[1]
+takes_encoded = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+pytestmark = pytest.mark.skipif(not takes_encoded, reason="generate of this transformers takes another path")
+
+# functions and files of a prefill, encoding included: lower them when the path gets shorter
+FASTERVLM, FASTV, VAR = hops.METHODS
+MOST = {FASTERVLM: (129, 27), FASTV: (164, 29), VAR: (104, 18)}
+
+
+@cache
+def counted(spec: str) -> dict[str, hops.Part]:
+    return hops.count(spec, tiny_model("llava"))
+
+
+@pytest.mark.parametrize("spec", hops.METHODS)
+def test_the_path_of_a_prefill_does_not_grow(spec: str) -> None:
+    prefill, (functions, files) = counted(spec)["prefill"], MOST[spec]
+    assert len(prefill.functions) <= functions, [hops.name_of(code) for code in prefill.functions]
+    assert len(prefill.files) <= files, prefill.files
+
+
+def test_parts_are_told_apart_and_calls_are_counted() -> None:
+    names = {
+        part: {code.co_name: calls for code, calls in found.calls.items()}
+        for part, found in counted(FASTERVLM).items()
+    }
+    assert names["prefill"]["score"] == 1 and "score" not in names["decode"]
+    assert names["attach"]["prune"] == names["detach"]["detach"] == 1
+    assert "<listcomp>" not in {code.co_name for code in counted(FASTERVLM)["prefill"].functions}
+
+
+def test_the_files_of_a_forward_are_those_of_the_architecture_page() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("### The files that it goes through") : text.index("## One forward of `fastv(")]
+    told = re.findall(r"`((?:core|hooks|kernels|methods|models)/[\w/]+\.py)`", table)
+    assert sorted(told) == sorted(counted(FASTERVLM)["prefill"].files)
+
+
+def test_numbers_and_names_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hops.main([FASTERVLM]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^fastervlm@9 prefill: \d+ functions in \d+ files", out, re.MULTILINE)
+    assert re.search(r"^ +1  methods/fastervlm\.py:\d+  .*score$", out, re.MULTILINE)
