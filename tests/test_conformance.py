@@ -143,7 +143,8 @@ REFUSALS = {
     "become": MERGERS,
     "eager attention only": {"paligemma"},
     # layers are given token types, or hold several states of a token
-    "prune before the language model": {"ernie4_5_vl_moe", "gemma3n"},
+    "prune before the language model": {"ernie4_5_vl_moe", "gemma3n", "granite4_vision", "nemotron_h_omni"},
+    "method that keeps tokens": {"granite4_vision"},  # layers add features to tokens, made rows have none
     "inside the vision tower": {
         "vipllava",
         "fast_vlm",
@@ -160,7 +161,8 @@ REFUSALS = {
     "vlmprune train": set(FAMILIES),  # trained methods ship no weights
     "keeps nothing": set(FAMILIES),
     "generate with a cache": set(FAMILIES),
-    "without pruning too": {"qwen2_5_vl"},  # a loop over a clip without masks
+    # a loop over a clip without masks; one without a cache, which this model does not make by itself
+    "without pruning too": {"qwen2_5_vl", "qwen2_5_omni_thinker", "granite4_vision"},
 }
 
 

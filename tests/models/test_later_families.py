@@ -200,6 +200,104 @@ def test_a_clip_whose_tokens_the_model_drops_by_itself_is_refused() -> None:
         model(**inputs, video_compression_mask=kept)
 
 
+def read_by(model: Any, inputs: dict[str, Tensor], spec: str) -> tuple[dict[str, Any], Any]:
+    """What the language model is given while a method is attached, and the report."""
+    seen: list[dict[str, Any]] = []
+    with vlmprune.prune(model, spec) as run, torch.no_grad():
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+    return seen[0], run.last
+
+
+def test_what_granites_layers_add_follows_the_cut() -> None:
+    """The mask of columns and the features of each layer, newlines included, also in a ragged batch."""
+    model, inputs = available("granite4_vision"), tiny_inputs("granite4_vision", images=(1, 2, 0))
+    dense, _ = read_by(model, inputs, "divprune@1.0")
+    given, report = read_by(model, inputs, "divprune@9")
+    assert set(given["deepstack_features"]) == {0, 1, 2, 3} and report.realised_tokens == [9, 9, 9]
+    newline = model.model.image_newline
+    for layer, rows in given["deepstack_features"].items():
+        kept, start = [], 0
+        for one in report.keep:
+            own = dense["deepstack_features"][layer][start:]
+            special = (own == newline).all(-1)
+            patches = (~special).nonzero()[: one.total, 0]
+            length = int(patches[-1]) + 2  # a newline ends every picture
+            stays = special[:length].clone()
+            stays[patches[one.keep_idx]] = True
+            kept.append(own[:length][stays])
+            start += length
+        assert torch.equal(rows, torch.cat(kept))
+    assert int(given["vision_mask"].sum()) == len(rows)
+    with pytest.raises(UnsupportedError, match="a method that keeps tokens"):
+        vlmprune.attach(model, "pool@9")
+    with pytest.raises(UnsupportedError, match="add features to tokens of the uncut sequence"):
+        vlmprune.attach(model, "fastv@9")
+
+
+def test_the_mark_behind_deepseeks_pictures_stays_and_is_not_counted() -> None:
+    model, inputs = available("deepseek_ocr2"), tiny_inputs("deepseek_ocr2", images=(1, 2))
+    given, report = read_by(model, inputs, "random@5")
+    # the whole picture alone, then with two crops and with one
+    assert report.dense_tokens == [36, 108, 72] and report.realised_tokens == [5, 5, 5]
+    marks = (given["inputs_embeds"] == model.model.view_separator).all(-1)
+    assert marks.sum(dim=1).tolist() == [1, 2]
+
+
+def test_nemotron_is_cut_below_its_causal_language_model() -> None:
+    model, inputs = available("nemotron_h_omni"), tiny_inputs("nemotron_h_omni", images=(1, 2))
+    adapter = adapter_for(model)
+    assert adapter.inner is model and adapter.language_model is model.language_model.model
+    with vlmprune.prune(model, "uniform@9") as run:
+        generate(model, inputs)
+    assert run.last.realised_tokens == [9, 9, 9] and run.last.grids == [((6, 6),), ((4, 10),), ((10, 4),)]
+    for spec in ("fastv@9", "var"):
+        with pytest.raises(UnsupportedError, match="few of whose layers attend"):
+            vlmprune.attach(model, spec)
+    with (
+        pytest.raises(UnsupportedError, match="give the frames as images"),
+        vlmprune.prune(model, "random@9"),
+    ):
+        model.get_video_features(torch.zeros(1, 2, 6, 84, 84))
+    with (
+        pytest.raises(CaptureError, match="image_grid_hw is missing"),
+        vlmprune.prune(model, "random@9"),
+    ):
+        model.get_image_features(inputs["pixel_values"], None)
+    with pytest.raises(UnsupportedError, match="is a part of a nemotron_h_omni model"):
+        adapter_for(PartOf(model.config))
+
+
+class PartOf(torch.nn.Module):
+    """Something with the config of a whole model and no decoder."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def generate(self) -> None:
+        raise NotImplementedError
+
+
+def test_llama4_is_refused_since_transformers_cannot_run_it() -> None:
+    """When this fails it can be run, and the refusal has to go."""
+    import transformers
+
+    text = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size_mlp": 64}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "num_local_experts": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 84, "patch_size": 14, "projector_output_dim": 64, "vision_output_dim": 64}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    model = transformers.Llama4ForConditionalGeneration(config)
+    with pytest.raises(AttributeError, match="image_outputs"), torch.no_grad():
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(UnsupportedError, match=r"transformers 5.24 cannot run it"):
+        adapter_for(model)
+
+
 UNREAD = [name for name, family in FAMILIES.items() if not family.reads_tower]
 
 

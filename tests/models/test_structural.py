@@ -29,7 +29,6 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 # their default config builds no model, or asks for a package that is not there
 UNBUILT = {
     "chameleon",
-    "deepseek_ocr2",
     "emu3",
     "hunyuan_vl",
     "inkling_mm_model",

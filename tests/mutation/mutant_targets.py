@@ -112,6 +112,7 @@ ADAPTER_CHECK = "vlmprune.models.base:Adapter.check"
 IDEFICS_CHECK = "vlmprune.models.idefics3:Idefics3Adapter.check"
 CLIP_PACK = "vlmprune.models.llava_video:LlavaNextVideoAdapter.pack"
 ONEVISION_CROPS = "vlmprune.models.llava_onevision:LlavaOnevisionAdapter.crops"
+FOLLOWED_FEATURES = "vlmprune.hooks.entrance:followed_features"
 CHECK_NUMBERS = "vlmprune.hooks.slots:Attachment.check_numbers"
 GEMMA_PROJECTOR = "vlmprune.models.gemma:after_pooling"
 

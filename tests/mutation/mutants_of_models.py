@@ -105,6 +105,17 @@ def norm_left_out(after_pooling: Function) -> Function:
     return lambda connector, tokens: tokens @ connector.mm_input_projection_weight
 
 
+def of_other_tokens(followed_features: Function) -> Function:
+    """Each layer adds to a token what belongs to another one."""
+
+    def changed(cuts: Any, names: tuple[str, str], kwargs: Any) -> Any:
+        found = followed_features(cuts, names, kwargs)
+        turned = {layer: rows.flip(0) for layer, rows in found[names[1]].items()}
+        return found | {names[1]: turned}
+
+    return changed
+
+
 MUTANTS = (
     Mutant("windows of the tower not undone", at.QWEN_WINDOWS, windows_not_undone, FAMILIES),
     Mutant("the first patch stands for its token", at.QWEN_PACK, first_patch_of_each_token, FAMILIES),
@@ -121,5 +132,6 @@ MUTANTS = (
     Mutant("the highest of a cell for its mean", at.CLIP_PACK, highest_of_the_cell, PICTURES),
     Mutant("several images tiled as one is", at.ONEVISION_CROPS, always_tiled, ADAPTERS),
     Mutant("the norm after pooling left out", at.GEMMA_PROJECTOR, norm_left_out, PICTURES),
+    Mutant("features of other tokens added in layers", at.FOLLOWED_FEATURES, of_other_tokens, LATER),
     Mutant("numbered padding not looked at", at.CHECK_NUMBERS, lambda check: lambda *given: None, LATER),
 )

@@ -52,6 +52,8 @@ class Adapter(Protocol):
         note: what every report says of it.
         closed: slots inside the language model where no method can act, and why.
         deepstack: method of the language model that adds features to hidden states after a layer.
+        added: keywords of the language model where its layers add features by themselves: the columns of
+            pictures (B, L, 1), and for every such layer what it adds there (V, D).
         shortens: whether patches can leave inside the tower: a tower of plain blocks over (crops, patches,
             width), and a projector of single patches.
         pools: what has its patches averaged in front of the projector.
@@ -76,6 +78,7 @@ class Adapter(Protocol):
     note: str
     closed: Mapping[SlotName, str]
     deepstack: str | None
+    added: tuple[str, str] | None
     shortens: ClassVar[bool]
     pools: ClassVar[tuple[ModalityName, ...]]
     # modules of transformers, whose attributes are known to the adapter of their family alone

@@ -10,7 +10,7 @@ implementation.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from .patches import ATTACHED
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, known, slots_held
+from .sequence.compaction import Compaction
 from .sequence.masks import ASKS_FOR_PLACES, TokenTypes
 from .sequence.placement import Columns, Placement, place
 from .sequence.text import told_apart
@@ -232,14 +233,14 @@ def shortened(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) 
 _KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "visual_pos_masks")
 
 
-def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments (B or 1, L, ...) that the adapter names, after the cut; others of this form are
     refused.
     """
     cuts = [compaction for layer, compaction in state.views.cuts if layer == 0]
-    known = _KNOWN if adapter.deepstack is not None else _KNOWN[:-1]
+    known = (*(_KNOWN if adapter.deepstack is not None else _KNOWN[:-1]), *(adapter.added or ()))
     batch, length = state.embeds.shape[0], state.views.columns
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     for name, value in kwargs.items():
         along = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length
         if not cuts or name in known or not along or value.shape[0] not in (1, batch):
@@ -255,7 +256,22 @@ def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -
             index = index.reshape(*index.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
             value = value.expand(batch, *value.shape[1:]).gather(1, index)
         found[name] = value
+    if cuts and adapter.added is not None and kwargs.get(adapter.added[0]) is not None:
+        found |= followed_features(cuts, adapter.added, kwargs)
     return found
+
+
+def followed_features(
+    cuts: Sequence[Compaction], names: tuple[str, str], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Columns of pictures (B, L, 1), and per layer the features (V, D) that are added there, after cuts."""
+    columns: Tensor = kwargs[names[0]][..., 0]
+    features: Mapping[int, Tensor] = kwargs[names[1]]
+    for compaction in cuts:
+        stays = compaction.kept[columns]  # (V,)
+        features = {layer: rows[stays.to(rows.device)] for layer, rows in features.items()}
+        columns = compaction.follow(columns)
+    return {names[0]: columns[..., None], names[1]: features}
 
 
 @torch.compiler.disable  # where something was cut, which is once per prompt

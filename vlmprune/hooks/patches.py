@@ -124,7 +124,14 @@ class Generate(PatchedMethod):
 
 
 # sizes of pictures and grids, which adapters read as numbers
-_SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw", "batch_num_images", "spatial_shapes")
+_SIZES = (
+    "image_sizes",
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_grid_hw",
+    "batch_num_images",
+    "spatial_shapes",
+)
 
 
 def on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from inspect import signature
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import nn
@@ -73,6 +74,9 @@ _ADAPTERS = {
     "perception_lm": ".unread:PerceptionLmAdapter",
     "gemma3n": ".unread:Gemma3nAdapter",
     "molmo2": ".unread:Molmo2Adapter",
+    "deepseek_ocr2": ".unread:DeepseekOcr2Adapter",
+    "granite4_vision": ".granite:Granite4VisionAdapter",
+    "nemotron_h_omni": ".nemotron:NemotronHOmniAdapter",
 }
 GROUP = "vlmprune.models"
 _TABLE: LazyTable[type[Adapter]] = LazyTable(
@@ -104,9 +108,8 @@ _REFUSED = {
     "diffusion_gemma": "it writes blocks of text by diffusion, and reads its prompt anew in every step",
     "pi0": "it makes actions and no text",
     "mistral4": "it is a language model without a vision tower",
-    "llama4": "its multimodal model has no place where features are merged that could be watched",
-    "granite4_vision": "its decoder adds features before many layers, by a mask that would not follow a cut",
-    "nemotron_h_omni": "its multimodal model has no place where features are merged that could be watched",
+    "llama4": "transformers 5.24 cannot run it: its forward ends by reading a field that the output of its "
+    "decoder has not",
 }
 # types of checkpoints that only their authors' code reads, each with one that was converted
 _CONVERTED = {
@@ -253,9 +256,7 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
         )
     known = check_family(model_type)
     found = _class_of(known)
-    if known in _ADAPTERS and (
-        not hasattr(model, "generate") or not hasattr(getattr(model, "model", None), found.text)
-    ):
+    if known in _ADAPTERS and not (hasattr(model, "generate") and _has_decoder(model, found)):
         raise UnsupportedError(
             f"{type(model).__name__} is a part of a {model_type} model; attach to the whole "
             "...ForConditionalGeneration"
@@ -265,6 +266,15 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
         here = version("transformers")
         raise UnsupportedError(f"{model_type} needs a newer transformers than {here}; install the newest")
     return found(model)
+
+
+def _has_decoder(model: nn.Module, adapter: type[Adapter]) -> bool:
+    """Whether the decoder stands where it does in the whole model of a family."""
+    try:
+        attrgetter(f"{adapter.within}.{adapter.text}".lstrip("."))(model)
+    except AttributeError:
+        return False
+    return True
 
 
 def adapter_class(model_type: str) -> type[Adapter]:

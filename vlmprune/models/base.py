@@ -39,7 +39,8 @@ class Adapter:
     model_type: str = ""
     modalities: tuple[Modality, ...] = (IMAGE,)
     view: ClassVar[str] = "center"  # how the usual processor maps the picture to the model's view
-    # attributes of the inner model; the last may be a path
+    within: ClassVar[str] = "model"  # path of the multimodal model below the whole one; "" is the whole one
+    # attributes of the inner model; the first and the last may be paths
     text: ClassVar[str] = "language_model"
     tower: ClassVar[str] = "vision_tower"
     connector: ClassVar[str] = "multi_modal_projector"
@@ -70,12 +71,11 @@ class Adapter:
     of_frames: ClassVar[Mapping[str, object]] = {}
     # method of the language model that adds features to hidden states after a layer
     deepstack: str | None = None
+    # keywords of the language model with columns of pictures, and what its layers add there
+    added: tuple[str, str] | None = None
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.inner: Part = model.model
-        self.language_model: Part = getattr(self.inner, self.text)
-        self.vision_tower: Part = getattr(self.inner, self.tower)
+        self._find_parts(model)
         self.projector: Part = self._projector()
         vision = self.config.vision_config
         if vision.model_type not in self.towers:
@@ -84,6 +84,12 @@ class Adapter:
                 f"{list(self.towers)}"
             )
         self.cls = has_cls(self.vision_tower)
+
+    def _find_parts(self, model: nn.Module) -> None:
+        self.model = model
+        self.inner: Part = attrgetter(self.within)(model) if self.within else model
+        self.language_model: Part = attrgetter(self.text)(self.inner)
+        self.vision_tower: Part = getattr(self.inner, self.tower)
 
     def _projector(self) -> nn.Module:
         return attrgetter(self.connector)(self.inner)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -15,8 +15,6 @@ from .base import Adapter, Modality
 
 class DeclaredAdapter(Adapter):
     """What :func:`declare_family` makes children of: parts are where their paths say."""
-
-    within: ClassVar[str]  # path of the multimodal model
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of whose vision tower nothing is read: methods see the features that the language model is given.
 
-Aria and Idefics2 ask the patches of a picture by a few learned queries, whose answers stand for no places in
-it. GOT-OCR 2 and PP-Chart2Table read one square picture by windows, with biases of places, and put patches
-together by convolutions. MiniCPM-V 4.6 and MiniCPM-OCR merge patches in the middle of their tower, Molmo 2
-pools them by a table of its processor. The towers of Perception LM and Gemma 3n are of timm.
+Aria, Idefics2 and DeepSeek-OCR 2 ask the patches of a picture by learned queries, whose answers stand for no
+places in it. GOT-OCR 2 and PP-Chart2Table read one square picture by windows, with biases of places, and put
+patches together by convolutions. MiniCPM-V 4.6 and MiniCPM-OCR merge patches in the middle of their tower,
+Molmo 2 pools them by a table of its processor. The towers of Perception LM and Gemma 3n are of timm.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ class UnreadAdapter(Adapter):
     unread: ClassVar[str]  # why its tower cannot be read
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.inner = model.model
-        self.language_model = getattr(self.inner, self.text)
-        self.vision_tower = getattr(self.inner, self.tower)
+        self._find_parts(model)
         self.projector = None
         self.cls = False
 
@@ -52,6 +49,10 @@ class UnreadAdapter(Adapter):
         """Rows and columns that the tokens (N, D) of a picture form; () where they stand for no places."""
         return ()
 
+    def marks(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+        """(N,) bool on the CPU, what the model put between tokens of a picture; None for nothing."""
+        return None
+
     def pictures(
         self,
         modality: Modality,
@@ -62,7 +63,12 @@ class UnreadAdapter(Adapter):
     ) -> list[Picture]:
         features = self.features(modality, output, arguments)
         return [
-            Picture(one, self.token_grids(number, one, arguments), view=self.view)
+            Picture(
+                one,
+                self.token_grids(number, one, arguments),
+                special=self.marks(number, one, arguments),
+                view=self.view,
+            )
             for number, one in enumerate(features)
         ]
 
@@ -91,6 +97,16 @@ class Idefics2Adapter(UnreadAdapter):
     def features(self, modality: Modality, output: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         # the model has one entry per row of the batch
         return list(torch.cat(feature_list(output)).split(self.inner.image_seq_len))
+
+
+class DeepseekOcr2Adapter(UnreadAdapter):
+    """DeepseekOcr2ForConditionalGeneration: tokens of crops of an image, of the whole image, and a mark."""
+
+    model_type = "deepseek_ocr2"
+    unread = "makes its tokens of a picture by learned queries"
+
+    def marks(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        return torch.arange(features.shape[0]) == features.shape[0] - 1
 
 
 class GotOcr2Adapter(UnreadAdapter):

@@ -139,6 +139,8 @@ def device_map(subject: Subject) -> None:
         raise UnsupportedError("accelerate is not here: pip install accelerate") from error
     inputs, model = subject.inputs((1,)), subject.fresh_model()
     adapter = adapter_for(model)
+    if adapter.within != "model":
+        raise LookupError("not measured: the decoder of this family stands below a causal language model")
     # all but the decoder layers stays on the CPU
     parts = [name for name, _ in model.model.named_children() if name != adapter.text]
     parts += [name for name, _ in model.model.named_parameters(recurse=False)]  # such as an image newline

@@ -183,8 +183,8 @@ def hand_written_loop(subject: Subject) -> None:
     # without pruning too, and so no fault of a cut
     if got != want and generate(subject.model, inputs)[0].tolist() != by_loop(subject.model, inputs):
         raise UnsupportedError(
-            f"transformers numbers the tokens of {subject.family} otherwise in a loop without masks, without "
-            "pruning too; use generate"
+            f"transformers answers with {subject.family} otherwise in a loop without masks, without pruning "
+            "too; use generate"
         )
     expect(got == want, f"loop gave {got}, generate {want}")
 

@@ -198,14 +198,15 @@ def no_attention_map(subject: Subject) -> None:
     model = subject.model
     # images, or the clips of methods that read clips
     read = next(one for one in adapter_for(model).modalities if inputs.get(one.pixels) is not None)
-    encode = getattr(model.model, read.encode)
+    encode = getattr(adapter_for(model).inner, read.encode)
     names, n = set(inspect.signature(encode).parameters) & set(inputs), layout_of(subject.family).patches
     shapes, channels = {}, 0
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
         try:
             with _Shapes() as seen, torch.no_grad():
-                output = getattr(model.model, read.encode)(**{name: inputs[name] for name in names})
+                # looked up anew: a session puts its own in its place
+                output = getattr(adapter_for(model).inner, read.encode)(**{n: inputs[n] for n in names})
             if run is not None:
                 # transformers before 5 returns lists, which nothing can ride on
                 held = getattr(output, ATTACHED, None)

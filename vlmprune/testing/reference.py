@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.keepmap import KeepMap
 from ..models import adapter_for
 from .reference_masks import attends_both_ways, blocks_of, mask_by_hand
+from .tiny import head_of
 
 
 @dataclass
@@ -90,19 +91,36 @@ def language_model_call(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]
 
 def merged_embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """(B, L, D) what the language model is given in a dense run."""
-    return language_model_call(model, inputs)["inputs_embeds"].detach().clone()
+    return first_rows(language_model_call(model, inputs))
+
+
+def first_rows(call: dict[str, Any]) -> Tensor:
+    """(B, L, D) what the first layer is given: embeddings, and features that are added in front of it."""
+    embeds: Tensor = call["inputs_embeds"].detach().clone()
+    features = (call.get("deepstack_features") or {}).get(0)
+    if features is not None:  # Granite Vision, whose embeddings are 0 there
+        embeds[call["vision_mask"][..., 0]] = features.detach()
+    return embeds
+
+
+def added_rows(call: dict[str, Any]) -> list[Tensor]:
+    """(B, L, D) for each layer what is added behind it, 0 where there is no picture (DeepStack)."""
+    visual = call.get("visual_pos_masks")
+    behind = dict(enumerate(call.get("deepstack_visual_embeds") or []))
+    if call.get("deepstack_features"):  # Granite Vision adds in front of layers
+        visual = call["vision_mask"][..., 0]
+        behind = {layer - 1: features for layer, features in call["deepstack_features"].items() if layer}
+    found = [torch.zeros_like(call["inputs_embeds"]) for _ in range(max(behind, default=-1) + 1)]
+    for layer, features in behind.items():
+        found[layer][visual] = features.detach()
+    return found
 
 
 def dense_rows(model: Any, inputs: dict[str, Tensor]) -> list[Kept]:
     """Every row of a batch, whole and without its padding, at the positions that generate gives it."""
     call = language_model_call(model, inputs)
-    embeds, places = call["inputs_embeds"].detach().clone(), call.get("position_ids")
-    # DeepStack: (B, L, D) for each layer, 0 where there is no picture
-    stacked = []
-    for features in call.get("deepstack_visual_embeds") or []:
-        full = torch.zeros_like(embeds)
-        full[call["visual_pos_masks"]] = features.detach()
-        stacked.append(full)
+    embeds, places = first_rows(call), call.get("position_ids")
+    stacked = added_rows(call)
     rows, beside = [], call.get("per_layer_inputs")
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         numbers = torch.arange(int(mask.sum()))[None] + (
@@ -146,13 +164,15 @@ def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[l
     tokens = [config.image_token_id] + (
         [config.video_token_id] if getattr(config, "video_token_id", None) is not None else []
     )
-    newline = getattr(model.model, "image_newline", None)
+    inner = adapter_for(model).inner
+    marks = [getattr(inner, name, None) for name in ("image_newline", "view_separator")]
     rows = []
     for ids, row in zip(input_ids, embeds, strict=True):
         columns = [c for c in range(len(ids)) if int(ids[c]) in tokens]
-        # newlines have the id of a placeholder, and are told by their values
-        if newline is not None:
-            columns = [c for c in columns if not torch.equal(row[c], newline.detach().to(row.dtype))]
+        # newlines and their like have the id of a placeholder, and are told by their values
+        for mark in marks:
+            if mark is not None:
+                columns = [c for c in columns if not torch.equal(row[c], mark.detach().to(row.dtype))]
         if config.model_type == "video_llava":  # a [CLS] in front of every frame
             frames = [c for c in columns if int(ids[c]) == config.video_token_id]
             first = set(
@@ -227,10 +247,13 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
         extra["attention_mask"] = masks if kinds else masks["all"]
     if kept.beside is not None:
         extra["per_layer_inputs"] = beside_all(model, kept)
-    if kept.stacked:
-        # every column: ``stacked`` is 0 where nothing is added
-        extra["visual_pos_masks"] = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
-        extra["deepstack_visual_embeds"] = kept.stacked
+    # every column: ``stacked`` is 0 where nothing is added
+    columns = torch.ones(kept.embeds.shape[:2], dtype=torch.bool)
+    if kept.stacked and adapter_for(model).added is not None:
+        features = dict(enumerate(kept.stacked, 1))
+        extra |= {"vision_mask": columns[..., None], "deepstack_features": features}
+    elif kept.stacked:
+        extra |= {"visual_pos_masks": columns, "deepstack_visual_embeds": kept.stacked}
     with torch.no_grad():
         output = language_model(model)(
             inputs_embeds=kept.embeds,
@@ -238,7 +261,7 @@ def logits_of(model: Any, kept: Kept) -> Tensor:
             use_cache=False,
             **extra,
         )
-        return model.lm_head(output.last_hidden_state)[0]
+        return head_of(model)(output.last_hidden_state)[0]
 
 
 def greedy(model: Any, kept: Kept, new_tokens: int) -> list[int]:
@@ -286,7 +309,7 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
 
 def legible(dense: Kept) -> str | None:
     """The policy of a session whose columns ``read_rows`` can tell; None where the family has only one."""
-    if dense.blocks is not None or dense.beside is not None:
+    if dense.blocks is not None or dense.beside is not None or (dense.stacked and dense.positions.ndim == 2):
         return "original"
     return "compact" if dense.positions.ndim == 2 else None
 
@@ -306,7 +329,7 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
     finally:
         handle.remove()
-    rows = seen[0]["inputs_embeds"].detach().clone()
+    rows = first_rows(seen[0])
     if legible(dense) == "compact":
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
     if dense.positions.ndim == 2:

@@ -161,6 +161,11 @@ def tiny_row(inputs: dict[str, Tensor], family: str, i: int, images: Sequence[in
     return row | (layout.video_row(inputs, i) if "pixel_values_videos" in inputs else {})
 
 
+def head_of(model: Any) -> Any:
+    """What makes logits of hidden states; below a causal language model where that holds the decoder."""
+    return model.lm_head if hasattr(model, "lm_head") else model.language_model.lm_head
+
+
 @torch.no_grad()
 def _enliven(model: Any, seed: int) -> None:
     """Draw weights under which every token matters: the usual std of 0.02 leaves argmax blind to what a cut
@@ -200,4 +205,4 @@ def _enliven(model: Any, seed: int) -> None:
     # a placeholder among the new tokens would ask for an image that is not there. suppress_tokens keeps
     # generate() from it; loops written by hand take the argmax, and a row of zeros gives logit 0, which is
     # below the largest of 256 zero-mean logits
-    model.lm_head.weight[list(SPECIAL_IDS)] = 0
+    head_of(model).weight[list(SPECIAL_IDS)] = 0

@@ -25,10 +25,9 @@ def tiny_config(family: str, tower: str, text: str, layers: int, overrides: dict
 
 def missing(family: str) -> str | None:
     """Why a family has no tiny model here: this transformers does not know it, or timm is not installed."""
-    prefix = family_of(family).prefix
-    if not prefix:  # somebody else's
+    if not family_of(family).prefix:  # somebody else's
         return None
-    name = prefix + "ForConditionalGeneration"
+    name = class_name(family)
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}; install a newer one"
     if too_old(family, getattr(transformers, name)):
@@ -43,4 +42,10 @@ def model_class(family: str) -> Any:
     reason = missing(family)
     if reason is not None:
         raise UnsupportedError(reason)
-    return getattr(transformers, family_of(family).prefix + "ForConditionalGeneration")
+    return getattr(transformers, class_name(family))
+
+
+def class_name(family: str) -> str:
+    """The class of a family in transformers."""
+    facts = family_of(family)
+    return facts.model or facts.prefix + "ForConditionalGeneration"

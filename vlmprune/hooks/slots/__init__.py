@@ -125,4 +125,11 @@ def build_slots(
                 f"{attachment.spec!r} acts inside the language model of {attachment.adapter.model_type!r}, "
                 f"{why}; prune before the language model, e.g. with 'divprune@64'"
             )
+    for method, _ in given.values():
+        if attachment.adapter.added is not None and method.kind() == "merge":
+            raise UnsupportedError(
+                f"{method.name} puts rows of its own in place of tokens, and layers of "
+                f"{attachment.adapter.model_type!r} add features to tokens, which such rows have none of; "
+                "use a method that keeps tokens, e.g. 'divprune@64'"
+            )
     return {name: maker(attachment, *given[name]) for name, maker in makers.items() if name in given}

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from ...errors import SpecError
 from . import (
+    deepseek_ocr2,
     fast_vlm,
     gemma3,
     gemma4,
     glm_vl,
+    granite,
     idefics3,
     internvl,
     janus,
@@ -16,6 +18,7 @@ from . import (
     llava_next,
     llava_next_video,
     llava_onevision,
+    nemotron,
     ovis2,
     packed,
     paligemma,
@@ -53,7 +56,21 @@ _MODULES = (
     gemma3,
 )
 # files with several families that share their structure
-_SHARED = (qwen3_5, glm_vl, pixtral, shuffled, ovis2, janus, packed, gemma4, unread, unread_more)
+_SHARED = (
+    qwen3_5,
+    glm_vl,
+    pixtral,
+    shuffled,
+    ovis2,
+    janus,
+    packed,
+    gemma4,
+    unread,
+    unread_more,
+    deepseek_ocr2,
+    granite,
+    nemotron,
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 FAMILIES |= {family.name: family for module in _SHARED for family in module.FAMILIES}
 # second families of files in the first list

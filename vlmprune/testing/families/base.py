@@ -67,6 +67,7 @@ class Family:
     Args:
         name: its model type.
         prefix: of the class names in transformers.
+        model: the class of the model, where it is not the prefix with ...ForConditionalGeneration.
         build: makes the model from the same arguments, where its class is none of transformers.
         config_prefix: of the class of its config, where that has another one.
         layout: what it makes of pictures.
@@ -88,6 +89,7 @@ class Family:
     processor: Callable[[str], dict[str, Any]] | None = None
     processor_prefix: str = ""
     config_prefix: str = ""
+    model: str = ""
     build: Build | None = None
     towers: tuple[str, ...] = TOWERS
     texts: tuple[str, ...] = tuple(TEXTS)
