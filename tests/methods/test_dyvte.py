@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import random_weights
 import torch
 
 import vlmprune
@@ -92,12 +93,8 @@ def test_a_gate_reads_the_mean_of_the_text_and_its_last_token():
 
 def with_gates(folder, model, seed=0, gates=(0, 1, 2), bias=0.0):
     """A spec with random gates; ``bias`` moves all of them towards an exit."""
-    draw = torch.Generator().manual_seed(seed)
     backbone = backbone_of(model.config)
-    width, tensors = 2 * backbone["hidden_size"], {}
-    for gate in gates:
-        tensors[f"gate.{gate}.w1"] = torch.randn(16, width, generator=draw) / width**0.5
-        tensors[f"gate.{gate}.w2"] = torch.randn(2, 16, generator=draw)
+    tensors = random_weights.gates(backbone["hidden_size"], gates, seed)
     write_weights(folder, "dyvte", tensors, {"backbone": backbone, "gates": list(gates)})
     return f"dyvte(weights={str(folder)!r},margin={-bias})", tensors
 

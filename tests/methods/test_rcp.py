@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from random_weights import RCP as FACTS
+from random_weights import drawn
 
 import vlmprune
 from vlmprune.core.weights import backbone_of, write_weights
@@ -21,27 +23,13 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
 from vlmprune.training.data import NO_LOSS, batch_of, read_data
 from vlmprune.training.rcp import RCPTraining
 
-FACTS = {"layers": [1, 2], "repairs": [[2, 1], [3, 2]], "heads": 2, "shares": [0.5, 0.25]}
-SIZES = {
-    "D": 0,
-    "d": 8,
-    "q": 3,
-    "r": 6,
-    "e": 4,
-    "N": 30,
-}  # N is not the number of tokens: places are drawn out
-
 
 def written(folder, model, seed=0, scale=1.0, **fixed):
     """Random weights for a model; ``fixed`` gives all tensors whose names end so a value."""
-    sizes = SIZES | {"D": model.config.get_text_config().hidden_size}
-    draw = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, axes in shapes_of(FACTS).items():
-        shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes]
-        value = scale * torch.randn(shape, generator=draw)
+    tensors = drawn(shapes_of(FACTS), model.config.get_text_config().hidden_size, seed)
+    for name, value in tensors.items():
         end = name.rsplit(".", 1)[-1]
-        tensors[name] = torch.full(shape, float(fixed[end])) if end in fixed else value
+        value.copy_(torch.full_like(value, fixed[end]) if end in fixed else scale * value)
     write_weights(folder, "rcp", tensors, {"backbone": backbone_of(model.config), **FACTS})
     return f"rcp(weights={str(folder)!r})"
 

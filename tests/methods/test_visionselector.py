@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_weights import drawn
 
 import vlmprune
 from vlmprune.core.tokens import VisualTokens
@@ -20,20 +21,10 @@ from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_
 from vlmprune.testing.conformance import Subject
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
-WIDTHS = {"h": 16, "m": 24, "a": 16, "2a": 32, "i": 20, "1": 1}
-
-
-def tensors(shapes, width, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    sizes = {**WIDTHS, "D": width}
-    return {
-        name: torch.randn([sizes[axis] for axis in axes], generator=draw) for name, axes in shapes.items()
-    }
-
 
 def written(folder: Path, model, method="visionselector", shapes=SHAPES, **facts) -> str:
     backbone = backbone_of(model.config)
-    found = tensors(shapes, backbone["hidden_size"])
+    found = drawn(shapes, backbone["hidden_size"])
     write_weights(folder, method, found, {"backbone": backbone, **facts})
     return str(folder)
 
@@ -41,7 +32,7 @@ def written(folder: Path, model, method="visionselector", shapes=SHAPES, **facts
 def test_a_score_is_the_mean_of_products_with_all_tokens(tmp_path: Path) -> None:
     model = tiny_model()
     method = VisionSelector(written(tmp_path, model))
-    w = tensors(SHAPES, 64)
+    w = drawn(SHAPES, 64)
     x = torch.randn(2, 9, 64)
     q, k = (x @ w[f"{name}_proj.weight"].T + w[f"{name}_proj.bias"] for name in "qk")
     wanted = (q @ k.transpose(1, 2) / 16**0.5).mean(dim=2)
@@ -73,7 +64,7 @@ def test_the_block_of_textmonkey_makes_rows_of_the_tokens_that_its_filter_keeps(
 
 
 def test_an_untrained_block_is_the_filter(tmp_path: Path) -> None:
-    found = tensors(BLOCK, 64)
+    found = drawn(BLOCK, 64)
     found["mlp_out.weight"].zero_()
     write_weights(tmp_path, "textmonkey", found, {"backbone": backbone_of(tiny_model().config), "heads": 2})
     x = torch.randn(1, 36, 64)
@@ -95,7 +86,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
 
 def spoil(folder: Path, what: str) -> None:
     facts = json.loads((folder / "visionselector.json").read_text())
-    found = tensors(SHAPES, 64)
+    found = drawn(SHAPES, 64)
     if what == "no json":
         (folder / "visionselector.json").unlink()
     elif what == "no tensors":
@@ -114,7 +105,7 @@ def spoil(folder: Path, what: str) -> None:
         if what == "shape":
             found["k_proj.bias"] = torch.zeros(17)
         if what == "width":
-            found = tensors(SHAPES, 32)
+            found = drawn(SHAPES, 32)
         if what == "nan":
             found["q_proj.bias"][0] = torch.nan
         write_weights(folder, "visionselector", found, {"backbone": facts["backbone"]})
@@ -150,7 +141,7 @@ def test_heads_of_a_block_divide_its_width(tmp_path: Path) -> None:
 
 
 def test_names_of_the_official_files_are_understood(tmp_path: Path) -> None:
-    found = {f"visual.importance_scorer.{name}": value for name, value in tensors(SHAPES, 64).items()}
+    found = {f"visual.importance_scorer.{name}": value for name, value in drawn(SHAPES, 64).items()}
     write_weights(tmp_path, "visionselector", found, {"backbone": backbone_of(tiny_model().config)})
     with vlmprune.prune(tiny_model(), f"visionselector(weights={str(tmp_path)!r})@9") as run, torch.no_grad():
         run.adapter.model(**tiny_inputs())
