@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from ..api import prune
 from ..errors import SpecError
 from ..methods.dyvte import gate_features, gate_logits
-from ..models import adapter_for
-from .data import NO_LOSS, Exercise, batch_of, check_masks, question_columns, visual_of
+from .data import NO_LOSS, Exercise, batch_of, question_columns, visual_of
+from .frozen import OfFrozen
 
 RATIO = 1.03  # of the losses, as published
 SLACK = 0.02  # nats, ours: a share of next to nothing is nothing
@@ -59,7 +59,7 @@ class Looks:
         return self.same & (self.loss < RATIO * self.dense[:, None] + SLACK)
 
 
-class ExitTraining:
+class ExitTraining(OfFrozen):
     """What the loop trains for DyVTE.
 
     Args:
@@ -77,23 +77,14 @@ class ExitTraining:
             raise SpecError(
                 f"keep={keep}; dyvte takes no budget, since all its tokens leave at once; leave it out"
             )
-        adapter = adapter_for(model)
-        check_masks(adapter, self.method)
-        self.model, self.processor, self.adapter = model, processor, adapter
-        wide = adapter.language_model.config.hidden_size
-        self.gates = list(range(adapter.depth - 1))  # behind the last layer there is nothing to save
-        self.width = min(2048, wide // 2) if width is None else width
-        torch.manual_seed(seed)
-        shapes = {"w1": (self.width, 2 * wide), "w2": (2, self.width)}
-        self.module = nn.ParameterDict(
-            {
-                # parameters may have no dots in their names
-                f"gate/{gate}/{name}": nn.Parameter(
-                    nn.init.xavier_uniform_(torch.empty(shape)).to(model.device)
-                )
-                for gate in self.gates
-                for name, shape in shapes.items()
-            }
+        super().__init__(model, processor, seed)
+        self.gates = list(range(self.adapter.depth - 1))  # behind the last layer there is nothing to save
+        self.width = min(2048, self.wide // 2) if width is None else width
+        shapes = {"w1": (self.width, 2 * self.wide), "w2": (2, self.width)}
+        self.module = self.parameters(
+            (f"gate.{gate}.{name}", nn.init.xavier_uniform_(torch.empty(shape)))
+            for gate in self.gates
+            for name, shape in shapes.items()
         )
         self.places: dict[Exercise, int] = {}
         self.looks: Looks | None = None
@@ -103,10 +94,6 @@ class ExitTraining:
     def settings(self) -> dict[str, Any]:
         """What the file says of the training beside the settings of the loop."""
         return {"width": self.width, "ratio": RATIO, "slack": SLACK, "agree": AGREE, "same": SAME}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return {name.replace("/", "."): one for name, one in self.module.items()}
 
     def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
         """Look at all questions, or read what was found out about them."""
@@ -157,7 +144,7 @@ class ExitTraining:
             rows = [gate_features(hidden[row, question[row]][None])[0] for row in range(len(hidden))]
             features.append(rows)
 
-        layers = self.adapter.language_model.layers
+        layers = self.language_model.layers
         handles = [layers[gate].register_forward_hook(read) for gate in self.gates]
         try:
             dense = self.model(**inputs, use_cache=False).logits
@@ -181,7 +168,7 @@ class ExitTraining:
     def loss(self, asked: list[Exercise], progress: float) -> Tensor:
         """Cross entropy of what all gates say of questions that were looked at."""
         looks, places = self._known(asked)
-        device = self.module["gate/0/w1"].device
+        device = self.model.device
         wanted = looks.leave[places].long().to(device)  # (B, G)
         return F.cross_entropy(self.logits(looks.features[places].to(device)).flatten(0, 1), wanted.flatten())
 
@@ -206,7 +193,7 @@ class ExitTraining:
             return said
         looks, places = self._known(asked)
         with torch.no_grad():
-            z = self.logits(looks.features[places].to(self.module["gate/0/w1"].device)).cpu()
+            z = self.logits(looks.features[places].to(self.model.device)).cpu()
         # how much "leave" is ahead of "stay", (n, G)
         ahead, same = z[..., 1] - z[..., 0], looks.same[places]
         table = [margin_row(ahead, same, self.gates, margin) for margin in MARGINS]

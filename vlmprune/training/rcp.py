@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +31,8 @@ from ..methods.rcp import part_of
 from ..methods.rcp.losses import repair_loss, sparsity_loss
 from ..methods.rcp.pruner import SHAPES, pruner_scores
 from ..methods.rcp.repair import CONTEXT_SHAPES, REPAIR_SHAPES, dropped_embedding, mask_embedding, repaired
-from ..models import adapter_for
-from .data import Exercise, answer_loss, batch_of, check_masks, question_columns, rows_that_answer, visual_of
+from .data import Exercise, answer_loss, batch_of, question_columns, rows_that_answer, visual_of
+from .frozen import OfFrozen
 
 TASK, REPAIR, SPARSITY = 1.5, 0.1, 20.0  # weights of the terms
 FIRST_HEAT, LAST_HEAT = 1.5, 0.5
@@ -43,7 +42,7 @@ CUT_AT, REPAIRED_AT = (4, 14, 24), (13, 22, 29)  # of 32 layers, as published
 FEWEST_LAYERS = 8
 
 
-class RCPTraining:
+class RCPTraining(OfFrozen):
     """What the loop trains for RCP.
 
     Args:
@@ -54,15 +53,10 @@ class RCPTraining:
     """
 
     method = "rcp"
-    budgeted = True
 
     def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
-        adapter = adapter_for(model)
-        check_masks(adapter, self.method)
-        self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
-        self.language_model: Any = adapter.language_model
-        config = self.language_model.config
-        self.depth, wide = config.num_hidden_layers, config.hidden_size
+        super().__init__(model, processor, seed)
+        self.keep, self.depth = keep, self.adapter.depth
         if self.depth < FEWEST_LAYERS:
             raise UnsupportedError(
                 f"rcp prunes at three layers and repairs behind each; a language model of {self.depth} "
@@ -73,20 +67,19 @@ class RCPTraining:
         self.repairs = [
             [self.depth * layer // 32, cut] for layer, cut in zip(REPAIRED_AT, self.layers, strict=True)
         ]
-        d = min(512, wide // 2) if width is None else width
+        d = min(512, self.wide // 2) if width is None else width
         self.heads = 4
         if d % self.heads:
             raise SpecError(f"width={d}; expected a multiple of {self.heads}, the heads of a pruner")
         # letters of the shapes in ``SHAPES`` and its like; a small model gets small modules
-        self.sizes = {"D": wide, "d": d, "q": 16 if d >= 256 else 8, "r": max(8, d // 2 if d < 512 else d)}
+        self.sizes = {
+            "D": self.wide,
+            "d": d,
+            "q": 16 if d >= 256 else 8,
+            "r": max(8, d // 2 if d < 512 else d),
+        }
         self.sizes |= {"e": 64 if d >= 256 else 16, "N": self._patches()}
-        torch.manual_seed(seed)
-        self.module = nn.ParameterDict(
-            {
-                _key(name): nn.Parameter(self._first(name, axes).to(model.device))
-                for name, axes in self._shapes()
-            }
-        )
+        self.module = self.parameters((name, self._first(name, axes)) for name, axes in self._shapes())
 
     def _patches(self) -> int:
         """N, tokens of a picture, for the table of places; others are drawn out or together."""
@@ -134,13 +127,6 @@ class RCPTraining:
             "drop": DROP,
             **self.sizes,
         }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return {name.replace("/", "."): one for name, one in self.module.items()}
-
-    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
-        """Nothing: every step reads the model itself."""
 
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """What the method reads beside the weights; shares are measured on questions, 1 without any."""
@@ -327,7 +313,3 @@ class _Pass:
         self.rows.append(fixed[answering])
         hidden = torch.where(answering[..., None], fixed.to(hidden.dtype), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # parameters may have no dots in their names

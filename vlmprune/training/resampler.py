@@ -13,7 +13,6 @@ file serves several. W_2 starts at zero: before the first step the block is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ from torch.nn import functional as F
 from ..core.select import top_k
 from ..errors import SpecError
 from ..methods.textmonkey import SHAPES, largest_cosine, resampled
-from ..models import adapter_for
-from .data import Exercise, answer_loss, batch_of, check_masks, rows_that_answer, visual_of
+from .data import Exercise, answer_loss, batch_of, rows_that_answer, visual_of
+from .frozen import OfFrozen
 
 TEACHER = 0.5  # weight of the divergence from the dense model
 
 
-class ResamplerTraining:
+class ResamplerTraining(OfFrozen):
     """What the loop trains for TextMonkey.
 
     Args:
@@ -40,29 +39,17 @@ class ResamplerTraining:
     """
 
     method = "textmonkey"
-    budgeted = True
 
     def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
-        adapter = adapter_for(model)
-        check_masks(adapter, self.method)
-        self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
-        self.language_model: Any = adapter.language_model
-        wide = self.language_model.config.hidden_size
-        self.width = min(1024, wide // 2) if width is None else width
+        super().__init__(model, processor, seed)
+        self.keep, self.width = keep, min(1024, self.wide // 2) if width is None else width
         self.heads = 8 if self.width >= 512 else 4
         if self.width % self.heads:
             raise SpecError(
                 f"width={self.width}; expected a multiple of {self.heads}, the heads of the block"
             )
-        sizes = {"D": wide, "m": self.width, "a": self.width, "2a": 2 * self.width, "i": self.width}
-        torch.manual_seed(seed)
-        self.module = nn.ParameterDict(
-            {
-                # parameters may have no dots in their names
-                name.replace(".", "/"): nn.Parameter(_first(name, axes, sizes).to(model.device))
-                for name, axes in SHAPES.items()
-            }
-        )
+        sizes = {"D": self.wide, "m": self.width, "a": self.width, "2a": 2 * self.width, "i": self.width}
+        self.module = self.parameters((name, _first(name, axes, sizes)) for name, axes in SHAPES.items())
 
     @property
     def keeps(self) -> list[int]:
@@ -73,13 +60,6 @@ class ResamplerTraining:
     def settings(self) -> dict[str, Any]:
         """What the file says of the training beside the settings of the loop."""
         return {"keep": self.keep, "keeps": self.keeps, "width": self.width, "teacher": TEACHER}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return {name.replace("/", "."): one for name, one in self.module.items()}
-
-    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
-        """Nothing: every step reads the model itself."""
 
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """What the method reads beside the weights."""

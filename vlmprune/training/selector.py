@@ -10,21 +10,20 @@ geometrically over the steps, in units of the spread of s, so that the soft choi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.visionselector import importance
-from ..models import adapter_for
-from .data import Exercise, answer_loss, batch_of, check_masks, visual_of
+from .data import Exercise, answer_loss, batch_of, visual_of
+from .frozen import OfFrozen
 
 FIRST_HEAT, LAST_HEAT = 1.0, 0.05  # of the spread of the scores
 _LEAST = 1e-6  # of m, whose logarithm must stay finite
 
 
-class SelectorTraining:
+class SelectorTraining(OfFrozen):
     """What the loop trains for VisionSelector.
 
     Args:
@@ -35,17 +34,12 @@ class SelectorTraining:
     """
 
     method = "visionselector"
-    budgeted = True
 
     def __init__(self, model: Any, processor: Any, keep: int, width: int | None, seed: int) -> None:
-        adapter = adapter_for(model)
-        check_masks(adapter, self.method)
-        self.model, self.processor, self.adapter, self.keep = model, processor, adapter, keep
-        wide = adapter.language_model.config.hidden_size
-        self.width = wide // 2 if width is None else width
-        torch.manual_seed(seed)
+        super().__init__(model, processor, seed)
+        self.keep, self.width = keep, self.wide // 2 if width is None else width
         self.module = nn.ModuleDict(
-            {name: nn.Linear(wide, self.width, device=model.device) for name in ("q_proj", "k_proj")}
+            {name: nn.Linear(self.wide, self.width, device=model.device) for name in ("q_proj", "k_proj")}
         )
         for weight in self.module.parameters():
             nn.init.normal_(weight, std=1e-4)
@@ -54,13 +48,6 @@ class SelectorTraining:
     def settings(self) -> dict[str, Any]:
         """What the file says of the training beside the settings of the loop."""
         return {"keep": self.keep, "width": self.width, "heat": [FIRST_HEAT, LAST_HEAT]}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return dict(self.module.named_parameters())
-
-    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
-        """Nothing: every step reads the model itself."""
 
     def facts(self, asked: Sequence[Exercise] | None) -> dict[str, Any]:
         """Nothing: the weights say it all."""
@@ -88,7 +75,7 @@ class SelectorTraining:
             mask = causal_with(bias, inputs["attention_mask"].bool()).to(embeds.dtype)
             return args, {**kwargs, "attention_mask": mask}
 
-        hook = self.adapter.language_model.register_forward_pre_hook(weighed, with_kwargs=True)
+        hook = self.language_model.register_forward_pre_hook(weighed, with_kwargs=True)
         try:
             logits = self.model(**inputs, use_cache=False).logits
         finally:

@@ -27,12 +27,7 @@ from vlmprune.training.calibrate import (
 )
 from vlmprune.training.data import read_data
 
-GOLDEN = Path(__file__).parent / "golden" / "data" / "adaptinfer" / "index.json"
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return vlmprune.load("tiny")
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "adaptinfer" / "index.json"
 
 
 @pytest.fixture(scope="module")

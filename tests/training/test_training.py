@@ -20,20 +20,10 @@ from vlmprune.testing.processors import tiny_processor
 from vlmprune.testing.tiny import tiny_model
 from vlmprune.training.data import NO_LOSS, batch_of, read_data
 from vlmprune.training.loop import Pace, TrainingError, order_of, train
-from vlmprune.training.run import run
+from vlmprune.training.run import frozen, run
 from vlmprune.training.selector import SelectorTraining, causal_with, soft_top_k
 
 SMALL = Pace(steps=4, batch_size=2, save_every=1)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return vlmprune.load("tiny")
-
-
-@pytest.fixture(scope="module")
-def questions():
-    return read_data("shapes", 6, 2)
 
 
 # --- the soft choice ------------------------------------------------------------------------------
@@ -111,6 +101,24 @@ def test_an_interrupted_training_ends_with_the_same_weights(loaded, questions, t
     assert not any(path.suffix in (".pt", ".pkl", ".part") for path in tmp_path.rglob("*"))
     again = weights_after(loaded, questions, tmp_path / "a")  # nothing is left to do
     assert all(torch.equal(again[name], value) for name, value in through.items())
+
+
+def test_a_backbone_that_accelerate_places_gives_the_same_weights(loaded, questions, tmp_path: Path) -> None:
+    """As ``device_map`` does: every second layer is on disk, and loaded when it runs."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = weights_after(loaded, questions, tmp_path / "plain")
+    model, processor = vlmprune.load("tiny")
+    places = {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "language_model"}
+    for name, part in model.model.language_model.named_children():
+        layers = [f"layers.{i}" for i in range(len(part))] if name == "layers" else [name]
+        for i, one in enumerate(layers):
+            places[f"model.language_model.{one}"] = "disk" if name == "layers" and i % 2 else "cpu"
+    placed = accelerate.dispatch_model(
+        model, places | {"lm_head": "cpu"}, "cpu", offload_dir=str(tmp_path / "disk"), force_hooks=True
+    )
+    with frozen(placed):
+        found = weights_after((placed, processor), questions, tmp_path / "placed")
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
 def test_a_training_with_other_settings_or_a_changed_checkpoint_is_not_gone_on_with(

@@ -16,23 +16,13 @@ from vlmprune.methods.dyvte import gate_features, read_gates
 from vlmprune.methods.textmonkey import SHAPES
 from vlmprune.testing.tiny import tiny_model
 from vlmprune.training import exits
-from vlmprune.training.data import NO_LOSS, batch_of, read_data, rows_that_answer, visual_of
+from vlmprune.training.data import NO_LOSS, batch_of, rows_that_answer, visual_of
 from vlmprune.training.exits import SLACK, ExitTraining, Looks, margin_row
 from vlmprune.training.loop import Pace, TrainingError, train
 from vlmprune.training.resampler import ResamplerTraining
 from vlmprune.training.run import run
 
 SMALL = Pace(steps=3, batch_size=2, save_every=1)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return vlmprune.load("tiny")
-
-
-@pytest.fixture(scope="module")
-def questions():
-    return read_data("shapes", 4, 2)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all trainings share: a model that stays as it is, and weights beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..models import adapter_for
+from .data import Exercise, check_masks
+
+
+class OfFrozen:
+    """Base of the trainings.
+
+    Args:
+        model, processor: the model, which stays frozen.
+        seed: of the first weights, which are made next.
+    """
+
+    method: ClassVar[str]
+    budgeted: ClassVar[bool] = True
+    module: nn.Module
+
+    def __init__(self, model: Any, processor: Any, seed: int) -> None:
+        self.model, self.processor, self.adapter = model, processor, adapter_for(model)
+        check_masks(self.adapter, self.method)
+        self.language_model: Any = self.adapter.language_model
+        self.wide: int = self.language_model.config.hidden_size
+        torch.manual_seed(seed)
+
+    def parameters(self, first: Iterable[tuple[str, Tensor]]) -> nn.ParameterDict:
+        """Parameters on the device of the model, by the names that ``tensors`` gives."""
+        # in a ParameterDict names have no dots
+        return nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(value.to(self.model.device)) for name, value in first}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name."""
+        return {name.replace("/", "."): one for name, one in self.module.named_parameters()}
+
+    def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
+        """Nothing, where every step reads the model itself."""
