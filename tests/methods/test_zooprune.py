@@ -17,6 +17,7 @@ from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
 from vlmprune.methods.zooprune import ZOOPrune, hybrid_greedy, scaled, sensitivity
 from vlmprune.testing.conformance import shared_model
+from vlmprune.testing.device import PretendedDevice, moved, pretending
 from vlmprune.testing.tiny import tiny_inputs
 
 ESTIMATORS = ("exact", "zo", "jvp")
@@ -184,6 +185,24 @@ def test_the_mode_of_the_caller_does_not_matter(estimator):
         assert torch.equal(
             method.sensitivity(VisualTokens(features=born(x), encoder_features=x, projector=born)), plain
         )
+
+
+def test_weights_on_a_device_are_compared_once_by_every_method_object():
+    """By value, which waits; afterwards a look at their versions is enough."""
+    device = PretendedDevice()
+    projector, x = moved(mlp(), device), device.away(torch.randn(1, 9, 12))
+    first, second = ZOOPrune(), ZOOPrune()
+    waits, launches = [], []
+    with pretending(device):
+        tokens = VisualTokens(features=projector(x), encoder_features=x, projector=projector)
+        for method in (first, first, second, second, copy.deepcopy(second)):
+            device.take()
+            method.sensitivity(tokens)
+            waits.append(device.counts.waits > 0)
+            launches.append(device.counts.launches)
+    assert waits == [True, False, True, False, True]
+    assert launches[1] == launches[3] < 15
+    assert first == second and hash(first) == hash(second)
 
 
 # --- other projectors -----------------------------------------------------------------------------

@@ -93,6 +93,10 @@ def gain_ignored(kernel: Function) -> Function:
     return lambda layers: kernel(replace(layers, gain=None))
 
 
+def never_known(knows: Function) -> Function:
+    return lambda self, projector, stamp: False
+
+
 def text_sinks_keep_theirs(reweight: Function) -> Function:
     return lambda self, attention, sinks, visual: reweight(self, attention, sinks & visual, visual)
 
@@ -151,6 +155,7 @@ MUTANTS = (
     Mutant("what is left over to the lightest crop", at.HAND_OUT, to_the_lightest, of("holov")),
     Mutant("a constant row worth nothing", at.ZOO_SCALED, constant_rows_zero, of("zooprune")),
     Mutant("the gain of the norm ignored", at.ZOO_KERNEL, gain_ignored, of("sensitivity")),
+    Mutant("weights compared at every prompt", at.ZOO_COMPARED, never_known, of("zooprune")),
     Mutant("text sinks keep their attention", at.VAR_REWEIGHT, text_sinks_keep_theirs, of("var")),
     Mutant("the last layer edited", at.VAR_LAYERS, last_layer_too, of("var")),
     Mutant("debiased at every cut", at.DEBIAS_SCORE, at_every_cut, of("debias")),

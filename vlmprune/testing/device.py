@@ -27,17 +27,14 @@ from ..core.tokens import VisualTokens
 
 Phase = Literal["prefill", "decode"]
 AWAY = torch.device("meta")
-# operations whose result has a size, or is a number, that only the device knows
+# operations whose result has a size that only the device knows
 _WAITS = frozenset(
     {
-        "_local_scalar_dense",
         "nonzero",
         "masked_select",
         "_unique2",
         "unique_dim",
         "unique_consecutive",
-        "equal",
-        "is_nonzero",
         "bincount",
     }
 )
@@ -95,6 +92,11 @@ class Pretended(Tensor):
         made = torch.Tensor._make_subclass(cls, shell, False)
         made.here, made.device_of = here, device
         return made
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        """No: it has values, as a tensor on a device has."""
+        return False
 
     def tolist(self) -> Any:
         self.device_of.wait("tolist")
@@ -191,7 +193,8 @@ class PretendedDevice(TorchDispatchMode):
         kwargs = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
         by_mask = name in _INDEXING and any(one.dtype == torch.bool for one in _indices(args))
         # repeat_interleave of counts alone makes as many rows as they sum up to
-        if name in _WAITS or by_mask or (name == "repeat_interleave" and len(args) == 1):
+        by_value = torch.Tag.data_dependent_output in op.tags  # a number or a truth value: equal, allclose
+        if name in _WAITS or by_value or by_mask or (name == "repeat_interleave" and len(args) == 1):
             self.wait(name)
         result = op(*tree_map(_here, args), **tree_map(_here, dict(kwargs)))
         is_view = any(one.alias_info is not None for one in op._schema.returns) and not op._schema.is_mutable

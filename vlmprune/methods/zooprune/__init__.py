@@ -21,7 +21,7 @@ headers); no code copied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,7 @@ from ...core.tokens import VisualTokens
 from ...errors import InvariantError
 from ...kernels import dispatch
 from ...registry import register
+from .cache import Compared
 from .sensitivity import closed_form, directional, finite_difference, unit_directions
 
 ESTIMATORS = ("zo", "jvp", "exact", "norm")
@@ -93,6 +94,7 @@ class ZOOPrune(Method):
     h: float = 0.01
     rank: int | None = None
     seed: int = 0
+    compared: Compared = field(init=False, repr=False, compare=False, default_factory=Compared)
 
     paper: ClassVar[str] = "arXiv:2509.24837"
     licence: ClassVar[str] = "no licence file; Apache-2.0 headers"
@@ -115,11 +117,11 @@ class ZOOPrune(Method):
             return tokens.need("features").float().norm(dim=-1)
         x, M = tokens.need("encoder_features"), tokens.need("projector")  # x: (B, N, C)
         if self.estimator == "exact":
-            return closed_form(M, x, self.rank)
+            return closed_form(M, x, self.rank, self.compared)
         u = unit_directions(self.m, x.shape[-1], self.seed)  # (m, C)
         if self.estimator == "jvp":
-            return directional(M, x, u, self.rank)
-        return finite_difference(M, x, u, self.h, self.rank)
+            return directional(M, x, u, self.rank, self.compared)
+        return finite_difference(M, x, u, self.h, self.rank, self.compared)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(B, N) scaled sensitivities; the choice weighs them with diversity."""

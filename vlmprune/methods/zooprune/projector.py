@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .cache import remember
+from .cache import Compared, remember
 
 Map = Callable[[Tensor], Tensor]
 
@@ -29,12 +29,16 @@ class Layer(NamedTuple):
     bias: Tensor | None
 
     def linear(self, x: Tensor) -> Tensor:
-        for factor in self.factors:
-            x = x @ factor.T
-        return x
+        return self._product(x, None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(x) if self.bias is None else self.linear(x) + self.bias
+        return self._product(x, self.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        *inner, last = self.factors
+        for factor in inner:
+            x = nn.functional.linear(x, factor)
+        return nn.functional.linear(x, last, bias)  # one launch with the bias
 
     @property
     def matrix(self) -> Tensor:
@@ -63,9 +67,9 @@ class TwoLayers:
     def slope(self, x: Tensor) -> Tensor:
         """(..., H) derivative of the activation at x (..., C)."""
         pre = self._pre(x)
-        # the derivative of the sum is that of every entry, since the activation acts on each alone
+        # the activation acts on every entry alone, so that ones give the derivative of each
         with torch.enable_grad():
-            return torch.autograd.grad(self.act(pre.requires_grad_()).sum(), pre)[0]
+            return torch.autograd.grad(self.act(pre.requires_grad_()), pre, torch.ones_like(pre))[0]
 
     def standardised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised x (..., C) before gain and shift, and the (...) variances that it was divided by."""
@@ -95,13 +99,19 @@ def _layer(linear: nn.Linear, dtype: torch.dtype) -> Layer:
     return Layer((linear.weight.detach().to(dtype),), bias)
 
 
-def two_layers(projector: Any, dtype: torch.dtype = torch.float32, rank: int | None = None) -> TwoLayers:
+def two_layers(
+    projector: Any,
+    dtype: torch.dtype = torch.float32,
+    rank: int | None = None,
+    compared: Compared | None = None,
+) -> TwoLayers:
     """The projector as [LayerNorm] Linear act Linear, or UnsupportedError.
 
     Args:
         projector: a module.
         dtype: of the weights.
         rank: both matrices are cut to their best approximation of this rank; None: the full ones.
+        compared: of the method that asks.
     """
     if not isinstance(projector, nn.Module):
         raise UnsupportedError(
@@ -110,7 +120,7 @@ def two_layers(projector: Any, dtype: torch.dtype = torch.float32, rank: int | N
     parts = _find_parts(projector)
     # the check runs the projector, once for each state of its weights
     if parts is None or not remember(
-        projector, "same map", lambda: _same_map(projector, parts.read(torch.float32))
+        projector, "same map", lambda: _same_map(projector, parts.read(torch.float32)), compared
     ):
         raise UnsupportedError(
             f"the projector {type(projector).__name__} is not of the form [LayerNorm] Linear act Linear; "
@@ -121,7 +131,9 @@ def two_layers(projector: Any, dtype: torch.dtype = torch.float32, rank: int | N
         return full
 
     def cut(name: str, layer: Layer, rank: int) -> Layer:
-        factors = remember(projector, (name, rank, dtype), lambda: _low_rank(layer.factors[0], rank))
+        factors = remember(
+            projector, (name, rank, dtype), lambda: _low_rank(layer.factors[0], rank), compared
+        )
         return Layer(factors, layer.bias)
 
     return replace(full, first=cut("first", full.first, rank), second=cut("second", full.second, rank))
@@ -178,14 +190,14 @@ def _low_rank(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
     return right[:rank], left[:, :rank] * scale[:rank]
 
 
-def as_map(projector: Any, dtype: torch.dtype, rank: int | None) -> Map:
+def as_map(projector: Any, dtype: torch.dtype, rank: int | None, compared: Compared | None = None) -> Map:
     """The projector, computing in ``dtype``."""
     if rank is not None:
-        return two_layers(projector, dtype, rank)
+        return two_layers(projector, dtype, rank, compared)
     if not isinstance(projector, nn.Module):
         return projector
     try:
-        return two_layers(projector, dtype)
+        return two_layers(projector, dtype, compared=compared)
     except UnsupportedError:  # any other module runs as it is
         state = dict(chain(projector.named_parameters(), projector.named_buffers()))
     packed = [

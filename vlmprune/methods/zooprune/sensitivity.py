@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import dispatch
-from .cache import remember
+from .cache import Compared, remember
 from .projector import Map, TwoLayers, as_map, two_layers
 
 _VALUES = 2**24  # numbers per intermediate tensor held at a time
@@ -37,19 +37,31 @@ def unit(directions: Tensor) -> Tensor:
     return directions / (directions.norm(dim=-1, keepdim=True) + 1e-12)
 
 
-def finite_difference(projector: Any, x: Tensor, u: Tensor, h: float, rank: int | None = None) -> Tensor:
+def finite_difference(
+    projector: Any, x: Tensor, u: Tensor, h: float, rank: int | None = None, compared: Compared | None = None
+) -> Tensor:
     """(B, N) mean |M(x + h u) - M(x - h u)| / 2h for x (B, P, C) and unit directions u (m, C)."""
     with _exactly(x) as x:
-        M = as_map(projector, x.dtype, rank)
+        M = as_map(projector, x.dtype, rank, compared)
         weights = projector.parameters() if isinstance(projector, nn.Module) else ()
         width = max((max(weight.shape) for weight in weights), default=1)
-        return _mean_length(lambda u: (M(x + h * u) - M(x - h * u)) / (2 * h), u.to(x), x, width)
+        step = h * u.to(x.dtype)
+        ways = torch.stack([step, -step], dim=1).to(x.device)  # (m, 2, C)
+
+        def change(ways: Tensor) -> Tensor:  # (m', 2, 1, 1, C)
+            made = M(x + ways)  # (m', 2, B, N, D), or with axes flattened, as some mergers do
+            ahead, behind = made.reshape(len(ways), 2, -1, made.shape[-1]).unbind(1)
+            return ahead - behind
+
+        return _mean_length(change, ways, x, 2 * max(x.shape[-1], width)) / (2 * h)
 
 
-def directional(projector: Any, x: Tensor, u: Tensor, rank: int | None = None) -> Tensor:
+def directional(
+    projector: Any, x: Tensor, u: Tensor, rank: int | None = None, compared: Compared | None = None
+) -> Tensor:
     """(B, N) mean |J u| for x (B, N, C) and unit directions u (m, C)."""
     with _exactly(x) as x:
-        layers = two_layers(projector, x.dtype, rank)
+        layers = two_layers(projector, x.dtype, rank, compared)
         g = layers.slope(x)  # (B, N, H)
         z, power = layers.standardised(x)
 
@@ -60,20 +72,26 @@ def directional(projector: Any, x: Tensor, u: Tensor, rank: int | None = None) -
                 u = u * layers.gain / power[..., None].sqrt()
             return layers.second.linear(g * layers.first.linear(u))
 
-        return _mean_length(change, u.to(x), x, g.shape[-1])
+        return _mean_length(change, u.to(x), x, max(x.shape[-1], g.shape[-1]))
 
 
 def _mean_length(change: Map, directions: Tensor, x: Tensor, width: int) -> Tensor:
-    """(B, N) mean length of ``change`` over directions (m, C), which it gets some at a time."""
-    total = x.new_zeros(())
-    for chunk in directions.split(max(1, _VALUES // (x.shape[0] * x.shape[1] * max(x.shape[2], width)))):
-        # (m', 1, 1, C) -> (m', B, N, D), or with axes flattened, as some mergers do
-        delta = change(chunk[:, None, None])
-        total = total + delta.reshape(len(chunk), len(x), -1, delta.shape[-1]).norm(dim=-1).sum(0)
-    return total / len(directions)
+    """(B, N) mean length of ``change`` over directions (m, ..., C), which it gets some at a time.
+
+    Args:
+        width: numbers that one direction of one token takes.
+    """
+    total: list[Tensor] = []
+    for chunk in directions.split(max(1, _VALUES // (x.shape[0] * x.shape[1] * width))):
+        delta = change(chunk[..., None, None, :])
+        length = delta.reshape(len(chunk), len(x), -1, delta.shape[-1]).norm(dim=-1)  # (m', B, N)
+        total.append(length.sum(0))
+    return sum(total[1:], total[0]) / len(directions)
 
 
-def closed_form(projector: Any, x: Tensor, rank: int | None = None) -> Tensor:
+def closed_form(
+    projector: Any, x: Tensor, rank: int | None = None, compared: Compared | None = None
+) -> Tensor:
     """(B, N) |J|_F / sqrt(C) for x (B, N, C).
 
     A LayerNorm with gain G and normalised token z = (x - mean) / s has the Jacobian
@@ -84,10 +102,11 @@ def closed_form(projector: Any, x: Tensor, rank: int | None = None) -> Tensor:
     (2 - |z|^2 / C) / C |W2 (g * W1 G z)|^2 from g^T K g. The result is divided by s^2.
     """
     with _exactly(x) as x:
-        layers = two_layers(projector, x.dtype, rank)
-        K = remember(projector, ("kernel", rank, x.dtype), lambda: _kernel(layers))  # (H, H)
-        rows = x.flatten(0, 1).split(max(1, _VALUES // K.shape[0]))
-        return torch.cat([_frobenius(layers, K, part) for part in rows]).view(x.shape[:2])
+        layers = two_layers(projector, x.dtype, rank, compared)
+        K = remember(projector, ("kernel", rank, x.dtype), lambda: _kernel(layers), compared)  # (H, H)
+        parts = x.flatten(0, 1).split(max(1, _VALUES // K.shape[0]))
+        found = [_frobenius(layers, K, part) for part in parts]
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(x.shape[:2])
 
 
 def _kernel(layers: TwoLayers) -> Tensor:
