@@ -47,6 +47,33 @@ def maxmin_steps(n: int, width: int) -> Callable:
     return lambda: ops.greedy_maxmin_features(empty(1, n, width), 1, None, "argmax")
 
 
+def half_rows(n: int, width: int) -> torch.Tensor:
+    return empty(1, n, width, dtype=half)
+
+
+def contextual_groups(n: int, k: int, width: int) -> Callable:
+    kept = empty(1, k, dtype=torch.int64)
+    return lambda: ops.contextual_groups(half_rows(n, width), kept, 1, max(1, k // 5))
+
+
+def contextual_rows(dtype: torch.dtype) -> Callable:
+    slots, row = empty(1, 64, dtype=torch.int64), empty(1, 576, dtype=torch.int64)
+    return lambda: ops.contextual_rows(empty(1, 576, 1024, dtype=dtype), slots, row, 54, "add")
+
+
+def crops(count: int, size: int) -> torch.Tensor:
+    return empty(count, size, dtype=torch.int64)
+
+
+def crop_scores(varied: bool) -> Callable:
+    variance = empty(1, 16, 36) if varied else None
+    return lambda: ops.crop_scores(empty(1, 576), variance, crops(16, 36), 1.0)
+
+
+def share_out(count: int, rule: str) -> Callable:
+    return lambda: ops.share_out(empty(1, count), crops(count, 36), 64, 1.0, rule)
+
+
 CASES = [
     *(
         Case(f"select N={n}", lambda n=n: ops.topk_select(empty(1, n), 64), n in (576, 2880))
@@ -117,5 +144,45 @@ CASES = [
         "sensitivity H=4096",
         lambda: ops.zoo_sensitivity(empty(1, 64, 4096, dtype=half), empty(4096, 4096, dtype=half)),
         True,
+    ),
+    Case("ordered indices K=640", lambda: ops.ordered_indices(crops(1, 640), 0, 2880), True),
+    Case("host slots K=64 N=576", lambda: ops.host_slots(crops(1, 64), 576), True),
+    Case("stretch N=2880", lambda: ops.stretch(empty(1, 2880), 1e-4), True),
+    Case("detrend N=2880", lambda: ops.detrend(empty(1, 2880)), True),
+    Case("detrend N=576, padded", lambda: ops.detrend(empty(1, 576), empty(576, dtype=torch.bool))),
+    *(
+        Case(f"contextual groups N={n} k={k}", contextual_groups(n, k, 64), n == 576)
+        for n, k in ((576, 54), (2880, 270))
+    ),
+    *(
+        Case(f"contextual rows {dtype}", contextual_rows(dtype), dtype == half)
+        for dtype in (half, torch.float32)
+    ),
+    *(
+        Case(
+            f"crop variance M={m} D={d}",
+            lambda c=c, m=m, d=d: ops.crop_variance(half_rows(c * m, d), crops(c, m)),
+            m == 36,
+        )
+        for c, m, d in ((16, 36, 4096), (1, 576, 4096), (5, 576, 3584))
+    ),
+    *(
+        Case(f"crop scores{' and variance' * varied}", crop_scores(varied), varied)
+        for varied in (False, True)
+    ),
+    *(
+        Case(f"share out C={c}, {rule}", share_out(c, rule), (c, rule) == (16, "paper"))
+        for c in (16, 576, 4096)
+        for rule in ("paper", "official")
+    ),
+    *(
+        Case(
+            f"best of crops M={m}",
+            lambda c=c, m=m: ops.top_k_in_groups(
+                empty(1, c, m), crops(c, m), empty(1, c, dtype=torch.int64), 64
+            ),
+            m == 36,
+        )
+        for c, m in ((16, 36), (1, 2880))
     ),
 ]

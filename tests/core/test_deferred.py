@@ -40,13 +40,13 @@ def test_values_on_the_cpu_are_looked_at_at_once(values: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("answers", [[], [True], [True, True]])
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
 def test_where_all_is_well_nothing_changes_and_one_wait_reads_it(
     device: PretendedDevice, answers: list[bool], count: int
 ) -> None:
     checks, hidden = DeferredChecks(), torch.randn(2, 3)
-    for _ in range(count):
-        checks.finite(device.away(FINE), error)
+    for number in range(count):
+        checks.finite(device.away(FINE.bfloat16() if number % 2 else FINE), error)
     for one in answers:
         checks.require(device.away(torch.tensor([one])), error)
     assert torch.equal(checks.poison(device.away(hidden)).here, hidden) and device.counts.waits == 0
@@ -54,8 +54,17 @@ def test_where_all_is_well_nothing_changes_and_one_wait_reads_it(
     assert device.counts.waits == min(1, count + len(answers)) and not checks
 
 
+def test_many_magnitudes_take_two_launches_more_and_not_one_each(device: PretendedDevice) -> None:
+    checks = DeferredChecks()
+    for _ in range(6):
+        checks.finite(device.away(FINE), error)
+    device.take()
+    checks.poison(device.away(torch.randn(2, 3)))
+    assert device.counts.launches == 4  # joined, the largest, nothing or NaN, added
+
+
 @pytest.mark.parametrize("bad", [*BAD, False])
-@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("before", [0, 1, 5])
 def test_a_failed_check_spoils_everything_until_its_error_is_raised(
     device: PretendedDevice, bad: torch.Tensor | bool, before: int
 ) -> None:

@@ -51,6 +51,20 @@ META = torch.zeros(2, 5, 3, device="meta")
         (lambda: dispatch.greedy_dpp_features(X, S.to("meta"), 2), "relevance is on meta"),
         (lambda: dispatch.zoo_sensitivity(X, torch.zeros(4, 4)), r"kernel is .*\(3, 3\)"),
         (lambda: dispatch.zoo_sensitivity(X, torch.zeros(3, 3).double()), "expected the same"),
+        (lambda: dispatch.ordered_indices(S, 0, 5), "idx is torch.float32.*int32 or int64"),
+        (lambda: dispatch.host_slots(IDX, 2), "3 entries a row; expected at most the 2 slots"),
+        (lambda: dispatch.host_slots(IDX - 2, 5), r"reaches from -2.*-1\.\.4"),
+        (lambda: dispatch.stretch(S.long(), 1e-4), "scores is torch.int64.*floating"),
+        (lambda: dispatch.detrend(S, torch.ones(4).bool()), r"real is .*\(5\)"),
+        (lambda: dispatch.contextual_groups(X, IDX + 5, 0, 1), r"reaches from 5 to 5.*0\.\.4"),
+        (lambda: dispatch.contextual_groups(X, IDX, 0, 3), "contextual=3; expected at most the 2 patches"),
+        (lambda: dispatch.contextual_rows(X, IDX, IDX, 1, "add"), r"row is .*\(2, 5\)"),
+        (lambda: dispatch.contextual_rows(X, IDX - 1, torch.zeros(2, 5).long(), 1, "add"), "from -1"),
+        (lambda: dispatch.crop_variance(X, IDX + 5), r"reaches from 5 to 5.*-1\.\.4"),
+        (lambda: dispatch.crop_variance(X, IDX - 2), r"reaches from -2.*-1\.\.4"),
+        (lambda: dispatch.crop_scores(S, torch.zeros(2, 3, 3), IDX, 1.0), r"variance is .*\(2, 2, 3\)"),
+        (lambda: dispatch.share_out(S, IDX, 3, 1.0, "paper"), r"members is .*\(5, \*\)"),
+        (lambda: dispatch.top_k_in_groups(X, IDX, IDX, 2), r"members is .*\(5, 3\)"),
     ],
 )
 def test_it_is_refused_by_name(call, message):
@@ -64,6 +78,7 @@ def test_it_is_refused_by_name(call, message):
         (lambda: dispatch.topk_select(S, 1, backend="tritn"), "'tritn'.*Did you mean 'triton'"),
         (lambda: dispatch.use("cuda").__enter__(), "backend='cuda'.*reference, torch, triton"),
         (lambda: dispatch.greedy_maxmin(SIM, 2, first="n"), "first='n'.*nn, argmax"),
+        (lambda: dispatch.share_out(S[:, :2], IDX, 3, 1.0, "papr"), "rule='papr'.*Did you mean 'paper'"),
     ],
 )
 def test_words_without_a_meaning_are_refused(call, message):

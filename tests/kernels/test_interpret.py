@@ -78,6 +78,16 @@ DOORS = {
     "greedy_dpp": "21-7",
     "greedy_dpp_features": "21-7",
     "zoo_sensitivity": "13-40",
+    "ordered_indices": "40-5-wrong",
+    "host_slots": "40-5-int32",
+    "stretch": "special-13",
+    "detrend": "33-torch.bfloat16",
+    "contextual_groups": "few-ties",
+    "contextual_rows": "few-mean-5",
+    "crop_variance": "ragged-40",
+    "crop_scores": "ragged-0.3",
+    "share_out": "ragged-paper-1.0-0.3",
+    "top_k_in_groups": "ragged-ties-7",
 }
 
 

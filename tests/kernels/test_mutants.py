@@ -62,7 +62,8 @@ def mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Breaker
         package = tmp_path / "mutated"
         (package / "kernels").mkdir(parents=True)
         shutil.copytree(KERNELS / "triton", package / "kernels" / "triton")
-        shutil.copy(KERNELS / "reference.py", package / "kernels")
+        for name in ("reference.py", "crops.py"):
+            shutil.copy(KERNELS / name, package / "kernels")
         shutil.copy(KERNELS.parent / "errors.py", package)
         (package / "__init__.py").touch()
         (package / "kernels" / "__init__.py").touch()

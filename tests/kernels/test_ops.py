@@ -22,6 +22,13 @@ SCORES = torch.tensor([[3.0, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2
 UNORDERED = torch.tensor([[3, 1, 1], [0, 2, 5]], dtype=torch.int32)
 ASCENDING = torch.tensor([[0, 3, 8], [1, 2, 5]], dtype=torch.int32)
 
+CROPS = torch.tensor([[0, 1, 4, 5], [2, 3, 6, -1], [7, 8, -1, -1]])
+# one row in front, three kept patches, two targets: 1 and 5 in the first row, 0 and 6 in the second
+GROUPS = (
+    torch.tensor([[-1, 0, 3, 8, 1, 5], [-1, 1, 2, 5, 0, 6]]),
+    torch.tensor([[1, 4, 4, 2, 5, 5, 4, 4, 3], [4, 1, 2, 5, 4, 3, 5, 5, 4]]),
+)
+
 
 def drawn(*shape, dtype=torch.float32, grad=False, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
@@ -40,6 +47,16 @@ def cases():
         "greedy_dpp": (sim, w, 4),
         "greedy_dpp_features": (x, w, 4),
         "zoo_sensitivity": (drawn(2, 5, 6), drawn(6, 6)),
+        "ordered_indices": (UNORDERED, 0, 7),
+        "host_slots": (ASCENDING - 1, 9),
+        "stretch": (SCORES, 1e-4),
+        "detrend": (SCORES, torch.arange(9) > 1),
+        "contextual_groups": (drawn(2, 9, 4), ASCENDING, 1, 2),
+        "contextual_rows": (drawn(2, 9, 4, grad=True), *GROUPS, 4, "add"),
+        "crop_variance": (x, CROPS),
+        "crop_scores": (w, drawn(2, 3, 4).abs(), CROPS, 0.5),
+        "share_out": (drawn(2, 3).abs(), CROPS, 5, 1.0, "paper"),
+        "top_k_in_groups": (drawn(2, 3, 4), CROPS, torch.tensor([[1, 0, 2], [2, 2, 1]]), 5),
     }
 
 
@@ -92,8 +109,10 @@ def test_importing_the_package_registers_nothing():
         lambda x: dispatch.unprune(x[:, :3], ASCENDING, 9, ordered=True),
         lambda x: dispatch.prune(SCORES, 4, [x, x.square()])[1],
         lambda x: dispatch.prune(SCORES, 99, [x])[1],
+        lambda x: dispatch.contextual_rows(x, *GROUPS, 4, "add"),
+        lambda x: dispatch.contextual_rows(x, *GROUPS, 4, "mean"),
     ],
-    ids=["gather", "gather ordered", "unprune", "unprune ordered", "prune", "prune all"],
+    ids=["gather", "gather ordered", "unprune", "unprune ordered", "prune", "prune all", "add", "mean"],
 )
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_rows_have_first_and_second_derivatives(f, backend):

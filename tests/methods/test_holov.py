@@ -14,10 +14,11 @@ from vlmprune.core.method import Need
 from vlmprune.core.select import choose, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import CaptureError, InvariantError, SpecError
-from vlmprune.methods.holov import HoloV, official_scores, similarity
-from vlmprune.methods.holov.crops import bands, in_crops, sizes_of, windows
-from vlmprune.methods.holov.quotas import capped, official_quota, paper_quota
-from vlmprune.methods.holov.similarity import variance
+from vlmprune.kernels import crops as kernels
+from vlmprune.kernels.crops import capped, in_crops, official_quota, paper_quota, sizes_of
+from vlmprune.kernels.dispatch import crop_variance
+from vlmprune.methods.holov import HoloV, official_scores
+from vlmprune.methods.holov.crops import bands, windows
 
 
 def picture(grids=((12, 12),), batch=1, seed=0, peak=2.0, width=8):
@@ -106,7 +107,7 @@ def test_the_official_rule_is_followed_up_to_its_zero_rows(n, crops, peak):
     inside = in_crops(held, members)
     for k in (1, 9, 25, n - 1):
         quota, positions = official_transcription(x[0], a[0], crops, k)
-        ours = official_quota(official_scores(inside, sizes_of(members)), k)
+        ours = official_quota(official_scores(inside.sum(-1) / sizes_of(members), members), k)
         assert ours[0].tolist() == quota
         assert top_k_in_groups(inside, members, ours, k)[0].tolist() == positions
         keep = choose(HoloV(variant="official", crops=crops), tokens(None, a, ()), k)[0].tolist()
@@ -158,7 +159,7 @@ def test_the_number_of_crops_is_that_of_the_appendix(n, k, count):
 
 def test_attention_and_variance_both_raise_a_token():
     x, a = picture(((1, 8),), peak=0.0)  # equal attention: variance decides
-    varied = variance(torch.from_numpy(x).float(), windows(((1, 8),), 1))[0, 0]
+    varied = crop_variance(torch.from_numpy(x).float(), windows(((1, 8),), 1))[0, 0]
     assert choose(HoloV(crops=1), tokens(x, a, ((1, 8),)), 1).item() == varied.argmax()
     a[0, int(varied.argmin())] = 1.0
     assert choose(HoloV(crops=1), tokens(x, a, ((1, 8),)), 1).item() == varied.argmin()
@@ -166,15 +167,15 @@ def test_attention_and_variance_both_raise_a_token():
 
 def test_similarity_matrices_may_be_cut_into_chunks(monkeypatch):
     x, members = torch.from_numpy(picture()[0]).float(), windows(((12, 12),), 5)
-    whole = variance(x, members)
+    whole = crop_variance(x, members)
     for row, real in zip(members, whole[0], strict=True):
         inside = row[row >= 0]
         np.testing.assert_allclose(
             real[: len(inside)], token_variance(x[0, inside].double().numpy()), rtol=1e-4
         )
         assert (real[len(inside) :] == 0).all()
-    monkeypatch.setattr(similarity, "_CHUNK", 7)
-    torch.testing.assert_close(variance(x, members), whole)
+    monkeypatch.setattr(kernels, "_CHUNK", 7)
+    torch.testing.assert_close(crop_variance(x, members), whole)
 
 
 def test_surplus_goes_where_weight_and_room_are():

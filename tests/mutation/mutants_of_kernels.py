@@ -147,7 +147,16 @@ def nan_first(best: Function) -> Function:
     return changed
 
 
+def wrong_indices_pass(ordered: Function) -> Function:
+    def changed(idx: Any, least: int, n: int, **options: Any) -> Any:
+        ascending, trouble = ordered(idx, least, n, **options)
+        return ascending, torch.zeros_like(trouble)
+
+    return changed
+
+
 CHOICES = (
+    Mutant("wrong indices pass", at.ORDERED, wrong_indices_pass, Pytest("tests/core/test_select.py")),
     Mutant("a token picked twice", at.BEST, may_be_picked_again, GREEDY),
     Mutant("nearest to itself", at.NEAREST, nearest_to_itself, GREEDY),
     Mutant("blocks of pairs compared one way", at.NEAREST_OF_MANY, compared_one_way, GREEDY),

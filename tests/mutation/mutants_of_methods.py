@@ -49,10 +49,13 @@ def lengths_count(greedy: Function) -> Function:
 def targets_at_the_front(group: Function) -> Function:
     """Contextual targets are the first of the rest, not spread over it."""
 
-    def changed(scores: Any, keys: Any, dominant: int, contextual: int) -> Any:
-        found = group(scores, keys, dominant, contextual)
-        rest = torch.cat([found.targets, found.members], dim=1).sort(dim=1).values
-        return found._replace(targets=rest[:, :contextual], members=rest[:, contextual:])
+    def changed(scores: Any, keys: Any, dominant: int, contextual: int, first: int = 0) -> Any:
+        found = group(scores, keys, dominant, contextual, first)
+        rest = torch.ones_like(found.row).scatter(1, found.dominant, 0)
+        targets = rest.sort(dim=1, descending=True, stable=True).indices[:, :contextual]
+        number = torch.arange(found.start, found.start + contextual).expand_as(targets)
+        slots = torch.cat([found.slots[:, : found.start], targets], dim=1)
+        return found._replace(slots=slots, row=found.row.scatter(1, targets, number))
 
     return changed
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes in the Triton kernels, whose source is compiled: changes of its syntax tree.
 
-How lines are wrapped and what comments say does not matter. They are tried in the interpreter, by
-``tests/kernels/test_mutants.py``.
+Line breaks and comments do not matter. ``tests/kernels/test_mutants.py`` tries them in the interpreter.
 """
 
 from __future__ import annotations
@@ -257,8 +256,113 @@ SCORES = [
         "tl.load(y + start[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)",
         "zoo_sensitivity",
     ),
+    SourceMutant(
+        "a row that is not finite stretched",
+        "scores.stretch_kernel",
+        "tl.where(finite, tl.where(level, 1.0, value), float('nan'))",
+        "tl.where(level, 1.0, value)",
+        "stretch",
+        "special-13",
+    ),
+    SourceMutant(
+        "padding has a say in the fit",
+        "scores.fitted",
+        "used = used & (tl.load(real + at, mask=valid, other=0) != 0)",
+        "",
+        "detrend",
+        "33-torch.bfloat16",
+    ),
 ]
-MUTANTS = [*SELECT, *ROWS, *GREEDY, *SCORES]
+
+MERGING = [
+    SourceMutant(
+        "the higher of equal targets",
+        "contextual.nearest_target",
+        "cosine > best",
+        "cosine >= best",
+        "contextual_groups",
+        "ties",
+        slow=False,
+    ),
+    SourceMutant(
+        "the length of a target forgotten",
+        "contextual.nearest_target",
+        "tl.sum(dot, 1) / length",
+        "tl.sum(dot, 1)",
+        "contextual_groups",
+        "normal",
+    ),
+    SourceMutant(
+        "targets not spread",
+        "contextual.nearest_target",
+        "rest_at(kept, d, j * step, KEPT)",
+        "rest_at(kept, d, j, KEPT)",
+        "contextual_groups",
+        "normal",
+    ),
+    SourceMutant(
+        "a target is its own member",
+        "contextual.rows_kernel",
+        "joins = joins & (patch != target)",
+        "",
+        "contextual_rows",
+        "few-add",
+    ),
+]
+
+CROPS = [
+    SourceMutant(
+        "a token compared with itself",
+        "crops.cosines",
+        "tl.where(own[:, None] == other[None, :], 0.0, dots / lengths)",
+        "dots / lengths",
+        "crop_variance",
+        "ragged",
+    ),
+    SourceMutant(
+        "negative attention ranked",
+        "crops.scores_kernel",
+        "tl.where(a < 0, float('nan'), value)",
+        "value",
+        "crop_scores",
+        "ragged",
+    ),
+    SourceMutant(
+        "the later of equal crops served first",
+        "crops.handed_out",
+        "other < lane",
+        "other > lane",
+        "share_out",
+        "ragged",
+        slow=False,
+    ),
+    SourceMutant(
+        "what exceeds a crop is lost",
+        "crops.share_kernel",
+        "found = tl.minimum(found, size)",
+        "",
+        "share_out",
+        "ragged",
+    ),
+    SourceMutant(
+        "the later of equals",
+        "crops.best_kernel",
+        "beside[None, :] < at[:, None]",
+        "beside[None, :] > at[:, None]",
+        "top_k_in_groups",
+        "ragged-ties",
+        slow=False,
+    ),
+    SourceMutant(
+        "a whole group ranked",
+        "crops.best_kernel",
+        "rank = tl.where(asked >= size, at, rank)",
+        "",
+        "top_k_in_groups",
+        "ragged-normal",
+    ),
+]
+MUTANTS = [*SELECT, *ROWS, *GREEDY, *SCORES, *MERGING, *CROPS]
 
 
 class _Swap(ast.NodeTransformer):

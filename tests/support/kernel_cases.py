@@ -17,6 +17,8 @@ import torch
 from kernel_check import KernelCase
 from torch import Tensor
 
+from vlmprune.kernels import reference
+
 KINDS = ("normal", "ties", "equal", "special", "bf16")
 
 
@@ -218,6 +220,163 @@ def score_cases() -> Iterator[KernelCase]:
         )
 
 
+def stretched_cases() -> Iterator[KernelCase]:
+    for n, slow in ((1, False), (13, False), (1500, True)):
+        for kind in KINDS:
+
+            def make(n=n, kind=kind):
+                # the second row differs by rounding only
+                rows = scores(kind, 2, n).float().abs()
+                return torch.stack([rows[0], 1 + 1e-6 * rows[1].nan_to_num(posinf=1).clamp_max(9)]), 1e-4
+
+            yield KernelCase("stretch", f"{kind}-{n}", make, tolerance=1e-6, slow=slow or kind == "normal")
+
+
+def trended_cases() -> Iterator[KernelCase]:
+    for n, slow in ((1, False), (2, False), (33, False), (1500, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def make(n=n, dtype=dtype):
+                a = torch.rand(3, n) * torch.exp(2 * torch.arange(n) / n)
+                a[:, n // 3] = 0  # has no say
+                a[2, n // 2] = -1  # becomes NaN
+                return a.to(dtype), None if dtype == torch.float32 else torch.arange(n) % 4 > 0
+
+            yield KernelCase("detrend", f"{n}-{dtype}", make, tolerance=1e-5, slow=slow)
+
+
+# --- indices --------------------------------------------------------------------------------------
+
+
+def index_cases() -> Iterator[KernelCase]:
+    for n, k, slow in ((1, 1, False), (9, 9, False), (40, 5, False), (300, 140, True)):
+        for wrong in (False, True):
+
+            def order(n=n, k=k, wrong=wrong):
+                idx = torch.rand(2, n).argsort(-1)[:, :k] - 1  # -1 among them
+                if wrong:
+                    idx[0, 0], idx[1, k // 2], idx[1, -1] = n, idx[1, 0], -3
+                return idx, -1, n
+
+            yield KernelCase("ordered_indices", f"{n}-{k}{'-wrong' * wrong}", order, slow=slow)
+
+            def hosts(n=n, k=k, wrong=wrong):
+                idx = torch.rand(2, n).argsort(-1)[:, :k]
+                idx[:, : k // 3] = -1
+                return (idx.int() if wrong else idx), n
+
+            yield KernelCase("host_slots", f"{n}-{k}{'-int32' * wrong}", hosts, slow=slow)
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+# name: batch, N, kept, rows in front, contextual, width of a key
+MERGED = {
+    "few": (2, 21, 5, 1, 3, 4),
+    "nothing kept": (2, 9, 0, 0, 4, 8),
+    "no targets": (2, 12, 3, 2, 0, 4),
+    "all but targets kept": (1, 20, 12, 1, 8, 4),
+    "many kept": (2, 150, 70, 3, 11, 70),
+}
+
+
+def groups_of(name: str, kind: str) -> tuple[Tensor, Tensor, int, int]:
+    batch, n, kept, first, contextual, width = MERGED[name]
+    keys = torch.randn(batch, n + 1, width)[:, 1:]  # a view with an offset
+    if kind == "ties":  # lengths are powers of two, so that cosines are exact and many are equal
+        keys = torch.eye(width)[torch.randint(width, (batch, n))] * 2.0 ** torch.randint(-3, 4, (batch, n, 1))
+        keys[:, n // 2] = 0
+    if kind == "bf16":
+        keys = keys.bfloat16()
+    idx = torch.rand(batch, n).argsort(-1)[:, :kept].sort(-1).values
+    return keys, idx, first, contextual
+
+
+def merged_cases() -> Iterator[KernelCase]:
+    for name in MERGED:
+        slow = name == "many kept"
+        for kind in ("normal", "ties", "bf16"):
+            yield KernelCase(
+                "contextual_groups",
+                f"{name}-{kind}",
+                lambda a=(name, kind): groups_of(*a),
+                slow=slow or kind == "bf16",
+            )
+        for combine in ("add", "mean"):
+            for dtype, width in ((torch.float32, 5), (torch.bfloat16, 200)):
+
+                def make(name=name, combine=combine, dtype=dtype, width=width):
+                    keys, kept, first, contextual = groups_of(name, "normal")
+                    slots, row = reference.contextual_groups(keys, kept, first, contextual)
+                    x = torch.randint(-8, 9, (len(keys), keys.shape[1] + 2, width)).to(dtype)[:, 2:]
+                    return x, slots, row, first + kept.shape[1], combine
+
+                near = 1e-5 if dtype == torch.float32 else 1e-2
+                title = f"{name}-{combine}-{width}"
+                rare = slow or (combine == "mean") != (width == 5)
+                if MERGED[name][4]:
+                    yield KernelCase("contextual_rows", title, make, tolerance=near, slow=rare)
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def members_of(sizes: list[int]) -> Tensor:
+    """(C, M) tokens of crops of these sizes, in an order that is not theirs."""
+    mixed, rows = torch.randperm(sum(sizes)), []
+    for own in mixed.split(sizes):
+        rows.append(torch.cat([own, torch.full((max(sizes) - len(own),), -1)]))
+    return torch.stack(rows)
+
+
+SIZES = {"one": [7], "ragged": [4, 1, 6, 3], "long": [70, 33, 20], "many": [3, 1, 2] * 15}
+
+
+def crop_cases() -> Iterator[KernelCase]:
+    for name, sizes in SIZES.items():
+        slow = name in ("long", "many")
+        for width, dtype in ((5, torch.float32), (40, torch.bfloat16)):
+
+            def features(sizes=sizes, width=width, dtype=dtype):
+                return torch.randn(2, sum(sizes) + 1, width).to(dtype)[:, 1:], members_of(sizes)
+
+            title = f"{name}-{width}"
+            yield KernelCase("crop_variance", title, features, tolerance=2e-4, slow=slow)
+        for alpha in (1.0, 0.3, None):
+
+            def attention(sizes=sizes, alpha=alpha):
+                a, members = torch.rand(2, sum(sizes)), members_of(sizes)
+                a[1, 0] = -0.1  # becomes NaN
+                varied = None if alpha is None else torch.rand(2, *members.shape) * (members >= 0)
+                return a, varied, members, alpha or 0.0
+
+            yield KernelCase("crop_scores", f"{name}-{alpha}", attention, tolerance=1e-5, slow=slow)
+        for rule in ("paper", "official"):
+            for tau in (1.0, 0.0, 3.0):
+                for share in (0.02, 0.3, 0.9, 1.0):
+
+                    def mass(sizes=sizes, rule=rule, tau=tau, share=share):
+                        given = torch.rand(4, len(sizes))
+                        given[1] = torch.eye(len(sizes))[len(sizes) // 2]  # one has all, and more than room
+                        given[2], given[3, 0] = 0, torch.nan
+                        return given, members_of(sizes), max(1, int(share * sum(sizes))), tau, rule
+
+                    rare = slow or (tau, share) not in ((1.0, 0.3), (1.0, 0.9), (0.0, 0.9))
+                    yield KernelCase("share_out", f"{name}-{rule}-{tau}-{share}", mass, slow=rare)
+        for kind in ("normal", "ties", "special"):
+            for k in (1, sum(sizes) // 2, sum(sizes)):
+
+                def ranked(sizes=sizes, kind=kind, k=k):
+                    members = members_of(sizes)
+                    rank = scores(kind, 2 * len(sizes), members.shape[1]).view(2, *members.shape)
+                    quota = torch.randint(0, members.shape[1] + 2, (2, len(sizes)))
+                    return rank.nan_to_num(0.5), members, quota, k
+
+                yield KernelCase(
+                    "top_k_in_groups", f"{name}-{kind}-{k}", ranked, slow=slow or k != sum(sizes) // 2
+                )
+
+
 CASES = [
     *selections(),
     *pruned_cases(),
@@ -225,4 +384,9 @@ CASES = [
     *maxmin_cases(),
     *dpp_cases(),
     *score_cases(),
+    *stretched_cases(),
+    *trended_cases(),
+    *index_cases(),
+    *merged_cases(),
+    *crop_cases(),
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvariantError, SpecError
-from ..kernels import unchecked
+from ..kernels import dispatch, unchecked
 from .deferred import NOW, Checks
 from .method import Merged, Method
 from .tokens import VisualTokens
@@ -80,15 +80,7 @@ def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> T
         quota: (B, G). A group that is taken whole keeps its own order.
         k: length of the rows. What the groups give beyond k is cut off; -1 fills up what they give less.
     """
-    batch, real = scores.shape[0], members >= 0
-    taken = (
-        torch.arange(members.shape[1], device=members.device) < quota.clamp_max(real.sum(1))[..., None]
-    )  # (B, G, M)
-    scores = torch.where((quota >= real.sum(1))[..., None], 0.0, scores).masked_fill(~real, -torch.inf)
-    order = torch.sort(0.0 - scores, dim=-1, stable=True).indices
-    tokens = members.expand(batch, -1, -1).gather(2, order).masked_fill(~taken, -1).flatten(1)
-    front = torch.sort((~taken).flatten(1).to(torch.int8), dim=-1, stable=True).indices[:, :k]
-    return tokens.gather(1, front)
+    return dispatch.top_k_in_groups(scores, members, quota, k)
 
 
 def choose(method: Method, tokens: VisualTokens, k: int, checks: Checks = NOW) -> Tensor | Merged:
@@ -170,9 +162,9 @@ def _checked_indices(method: Method, keep: Tensor, batch: int, n: int, k: int, c
         raise InvariantError(
             f"{method.name}: select returned {_describe(keep)}; expected int64 indices of shape {(batch, k)}"
         )
-    keep = keep.sort(dim=-1).values
-    checks.require(
-        _distinct(keep, 0, n),
+    keep, trouble = dispatch.ordered_indices(keep, 0, n)
+    checks.finite(
+        trouble,
         lambda: InvariantError(
             f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices "
             f"in 0..{n - 1} per row"
@@ -196,30 +188,19 @@ def _checked_rows(
         raise InvariantError(
             f"{method.name}: merge returned slots {_describe(slots)}; expected int64 of shape {(batch, k)}"
         )
-    ordered = slots.sort(dim=-1).values
+    ordered, trouble = dispatch.ordered_indices(slots, -1, n)
     checks.finite(
         rows,
         lambda: InvariantError(f"{method.name}: merge returned rows that are not finite. {_LOOK}"),
     )
-    checks.require(
-        _distinct(ordered, -1, n),
+    checks.finite(
+        trouble,
         lambda: InvariantError(
             f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct "
             f"indices in 0..{n - 1} per row"
         ),
     )
     return merged
-
-
-def _distinct(ordered: Tensor, lowest: int, n: int) -> Tensor:
-    """() bool: ascending indices (B, K) are in range and differ (-1 may repeat); few launches on a device."""
-    if ordered.shape[1] == 0:
-        return torch.ones((), dtype=torch.bool, device=ordered.device)
-    steps = ordered.diff(dim=1)
-    if lowest < 0:
-        steps = steps + (ordered[:, :-1] < 0)
-    ends = ordered[:, :1] - (lowest - 1), n - ordered[:, -1:]
-    return (torch.cat([ends[0], steps, ends[1]], dim=1) > 0).all()
 
 
 def _misplaced(ordered: Tensor, lowest: int, n: int) -> Tensor:

@@ -97,13 +97,13 @@ def _unseen(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in PLAIN
 
 
-def inside(idx: Tensor, n: int) -> None:
-    """Indices lie in 0 .. n-1; those of a GPU are trusted, since looking at them would wait for it."""
+def inside(idx: Tensor, n: int, least: int = 0) -> None:
+    """Indices lie in ``least`` .. n-1; those of a GPU are trusted: looking at them would wait for it."""
     if _unseen(idx) or idx.numel() == 0:
         return
     low, high = (int(edge) for edge in idx.aminmax())
-    if low < 0 or high >= n:
-        raise InvariantError(f"idx reaches from {low} to {high}; expected rows in 0..{n - 1}")
+    if low < least or high >= n:
+        raise InvariantError(f"idx reaches from {low} to {high}; expected rows in {least}..{n - 1}")
 
 
 def not_negative(name: str, value: Tensor) -> None:

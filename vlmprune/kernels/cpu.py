@@ -17,6 +17,18 @@ from torch import Tensor
 from . import reference
 from .cpu_greedy import greedy_cover, greedy_dpp, greedy_dpp_features, greedy_maxmin, greedy_maxmin_features
 from .eager import gather_rows, unprune, zoo_sensitivity
+from .reference import (
+    contextual_groups,
+    contextual_rows,
+    crop_scores,
+    crop_variance,
+    detrend,
+    host_slots,
+    ordered_indices,
+    share_out,
+    stretch,
+    top_k_in_groups,
+)
 
 
 def topk_select(scores: Tensor, k: int) -> Tensor:

@@ -19,6 +19,8 @@ from .unchecked import run
 
 FIRST = ("nn", "argmax")
 COMBINE = ("product", "sum")
+AVERAGE = ("add", "mean")
+RULES = ("paper", "official")
 
 
 def topk_select(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
@@ -177,7 +179,184 @@ def zoo_sensitivity(slope: Tensor, kernel: Tensor, *, backend: str | None = None
     return forms
 
 
+def ordered_indices(idx: Tensor, least: int, n: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """idx (B, K) ascending, int64, and (B, K) float32: infinite where one is wrong, else 0.
+
+    Wrong is what is not in ``least`` .. n-1, and what repeats the one before; but -1 may repeat.
+    """
+    checks.integers("idx", idx, 2, "(B, K)", idx)
+    ascending, trouble = run("ordered_indices", (idx, least, n), (idx,), backend)
+    return ascending, trouble
+
+
+def host_slots(idx: Tensor, n: int, *, backend: str | None = None) -> Tensor:
+    """(B, K) int64 ascending: the slots in idx (B, K), and for each -1 in it the lowest free one of n."""
+    checks.integers("idx", idx, 2, "(B, K)", idx)
+    checks.count("n", n)
+    checks.inside(idx, n, least=-1)
+    if idx.shape[1] > n:
+        raise InvariantError(
+            f"idx has {idx.shape[1]} entries a row; expected at most the {n} slots there are"
+        )
+    slots: Tensor = run("host_slots", (idx, n), (idx,), backend)
+    return slots
+
+
+def stretch(scores: Tensor, constant: float, *, backend: str | None = None) -> Tensor:
+    """(B, N) scores (B, N) stretched to [0, 1] in every row; all ones where the spread is rounding only.
+
+    That is a spread of at most ``constant`` of the highest score. A row that is not finite becomes NaN.
+    """
+    checks.tensor("scores", scores, (2,), "(B, N)")
+    checks.floating("scores", scores)
+    scores = _single(scores)
+    found: Tensor = run("stretch", (scores, float(constant)), (scores,), backend)
+    return found
+
+
+def detrend(scores: Tensor, real: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """(B, N) float32 scores (B, N) without the exponential trend over their places, fitted on each row.
+
+    Only scores above zero have a say in the fit, and where given only places of ``real`` (N,) bool. Scores
+    below zero become NaN.
+    """
+    checks.tensor("scores", scores, (2,), "(B, N)")
+    checks.floating("scores", scores)
+    if real is not None:
+        checks.tensor("real", real, (1,), "(N,)", scores)
+        checks.shape("real", real, (scores.shape[1],))
+        real = real.bool()
+    found: Tensor = run("detrend", (scores, real), (scores, real), backend)
+    return found
+
+
+def contextual_groups(
+    keys: Tensor, kept: Tensor, first: int, contextual: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the patches that are not kept, evenly spaced ones are targets; each other one joins one by its key.
+
+    Args:
+        keys: (B, N, C).
+        kept: (B, d) ascending patches.
+        first: rows that stand before those of the kept patches.
+        contextual: how many targets.
+
+    Returns:
+        slots (B, first + d + contextual) int64, the patch of every row, -1 for the first ones, and row (B, N)
+        int64 of every patch, -1 where there are no targets to join.
+    """
+    checks.tensor("keys", keys, (3,), "(B, N, C)")
+    checks.floating("keys", keys)
+    checks.integers("kept", kept, 2, "(B, d)", keys)
+    checks.shape("kept", kept, (keys.shape[0],))
+    checks.inside(kept, keys.shape[1])
+    checks.count("first", first)
+    checks.count("contextual", contextual)
+    left = keys.shape[1] - kept.shape[1]
+    if contextual > left:
+        raise InvariantError(
+            f"contextual={contextual}; expected at most the {left} patches that are not kept"
+        )
+    slots, row = run("contextual_groups", (keys, kept, first, contextual), (keys, kept), backend)
+    return slots, row
+
+
+def contextual_rows(
+    features: Tensor, slots: Tensor, row: Tensor, start: int, combine: str, *, backend: str | None = None
+) -> Tensor:
+    """(B, c, D) rows that targets make with their members, summed in at least float32; gradients flow.
+
+    Args:
+        features: (B, N, D).
+        slots, row: of ``contextual_groups``; targets stand from row ``start`` on.
+        combine: "add", a target plus the mean of its members, or "mean" of both.
+    """
+    checks.tensor("features", features, (3,), "(B, N, D)")
+    checks.floating("features", features)
+    checks.integers("slots", slots, 2, "(B, K)", features)
+    checks.integers("row", row, 2, "(B, N)", features)
+    checks.shape("row", row, tuple(features.shape[:2]))
+    checks.shape("slots", slots, (features.shape[0],))
+    checks.count("start", start)
+    checks.inside(slots[:, start:], features.shape[1])
+    checks.choice("combine", combine, AVERAGE)
+    args = features, slots, row, start, combine
+    found: Tensor = run("contextual_rows", args, (features, slots, row), backend, (features,))
+    return found
+
+
+def crop_variance(features: Tensor, members: Tensor, *, backend: str | None = None) -> Tensor:
+    """(B, C, M) how much the cosines of each token with the others of its crop vary, from features (B, N, D).
+
+    members (C, M) has the tokens of every crop, and -1 behind the last one.
+    """
+    checks.tensor("features", features, (3,), "(B, N, D)")
+    checks.floating("features", features)
+    _check_members(members, features)
+    found: Tensor = run("crop_variance", (features, members), (features, members), backend)
+    return found
+
+
+def crop_scores(
+    attention: Tensor, variance: Tensor | None, members: Tensor, alpha: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, N) by crop, plus the variance (B, C, M) scaled to it and weighed by ``alpha``.
+
+    Returns:
+        scores (B, C, M), zero behind the last token of a crop, NaN where attention is negative, and the mean
+        attention of every crop (B, C).
+    """
+    checks.tensor("attention", attention, (2,), "(B, N)")
+    checks.floating("attention", attention)
+    _check_members(members, attention)
+    attention = _single(attention)
+    if variance is not None:
+        checks.tensor("variance", variance, (3,), "(B, C, M)", attention)
+        checks.shape("variance", variance, (attention.shape[0], *members.shape))
+        variance = variance.to(attention.dtype)
+    args = attention, variance, members, float(alpha)
+    rank, mean = run("crop_scores", args, (attention, variance, members), backend)
+    return rank, mean
+
+
+def share_out(
+    mass: Tensor, members: Tensor, k: int, tau: float, rule: str, *, backend: str | None = None
+) -> Tensor:
+    """(B, C) int64 tokens that each crop keeps by its mass (B, C), k in all; see ``crops``."""
+    checks.tensor("mass", mass, (2,), "(B, C)")
+    checks.floating("mass", mass)
+    checks.integers("members", members, 2, "(C, M)", mass)
+    checks.shape("members", members, (mass.shape[1],))
+    checks.count("k", k)
+    checks.choice("rule", rule, RULES)
+    mass = _single(mass)
+    quota: Tensor = run("share_out", (mass, members, k, float(tau), rule), (mass, members), backend)
+    return quota
+
+
+def top_k_in_groups(
+    scores: Tensor, members: Tensor, quota: Tensor, k: int, *, backend: str | None = None
+) -> Tensor:
+    """(B, k) int64 tokens: of every group the ``quota`` (B, G) highest scores (B, G, M); see ``crops``."""
+    checks.tensor("scores", scores, (3,), "(B, G, M)")
+    checks.floating("scores", scores)
+    checks.integers("members", members, 2, "(G, M)", scores)
+    checks.shape("members", members, tuple(scores.shape[1:]))
+    checks.integers("quota", quota, 2, "(B, G)", scores)
+    checks.shape("quota", quota, tuple(scores.shape[:2]))
+    checks.count("k", k)
+    args = _single(scores), members, quota, min(k, members.numel())
+    tokens: Tensor = run("top_k_in_groups", args, (scores, members, quota), backend)
+    return tokens
+
+
 # --- input ----------------------------------------------------------------------------------------
+
+
+def _check_members(members: Tensor, like: Tensor) -> None:
+    checks.integers("members", members, 2, "(C, M)", like)
+    # -1 stands for no token
+    checks.inside(members, like.shape[1], least=-1)
 
 
 def _check_scores(scores: Tensor, k: int) -> None:

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import greedy_cover, greedy_dpp, greedy_maxmin, topk_select
+from .reference import (
+    contextual_groups,
+    contextual_rows,
+    crop_scores,
+    crop_variance,
+    detrend,
+    greedy_cover,
+    greedy_dpp,
+    greedy_maxmin,
+    host_slots,
+    ordered_indices,
+    share_out,
+    stretch,
+    top_k_in_groups,
+    topk_select,
+)
 
 _CHUNK = 512  # rows of similarities held at a time
 

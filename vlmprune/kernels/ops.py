@@ -33,6 +33,19 @@ SCHEMAS = {
     "greedy_dpp_features": "(Tensor features, Tensor relevance, SymInt k, *, str backend='') -> "
     "(Tensor, Tensor)",
     "zoo_sensitivity": "(Tensor slope, Tensor kernel, *, str backend='') -> Tensor",
+    "ordered_indices": "(Tensor idx, SymInt least, SymInt n, *, str backend='') -> (Tensor, Tensor)",
+    "host_slots": "(Tensor idx, SymInt n, *, str backend='') -> Tensor",
+    "stretch": "(Tensor scores, float constant, *, str backend='') -> Tensor",
+    "detrend": "(Tensor scores, Tensor? real, *, str backend='') -> Tensor",
+    "contextual_groups": "(Tensor keys, Tensor kept, SymInt first, SymInt contextual, *, str "
+    "backend='') -> (Tensor, Tensor)",
+    "contextual_rows": "(Tensor features, Tensor slots, Tensor row, SymInt start, str combine, *, str "
+    "backend='') -> Tensor",
+    "crop_variance": "(Tensor features, Tensor members, *, str backend='') -> Tensor",
+    "crop_scores": "(Tensor attention, Tensor? variance, Tensor members, float alpha, *, str "
+    "backend='') -> (Tensor, Tensor)",
+    "share_out": "(Tensor mass, Tensor members, SymInt k, float tau, str rule, *, str backend='') -> Tensor",
+    "top_k_in_groups": "(Tensor scores, Tensor members, Tensor quota, SymInt k, *, str backend='') -> Tensor",
 }
 
 # held by the module: ops vanish when this object does
@@ -104,6 +117,51 @@ def _zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
     return slope.new_empty(slope.shape[:2])
 
 
+def _ordered_indices(idx: Tensor, least: Any, n: Any) -> tuple[Tensor, Tensor]:
+    return idx.new_empty(idx.shape, dtype=torch.int64), idx.new_empty(idx.shape, dtype=torch.float32)
+
+
+def _host_slots(idx: Tensor, n: Any) -> Tensor:
+    return idx.new_empty(idx.shape[0], _kept(idx.shape[1], n), dtype=torch.int64)
+
+
+def _stretch(scores: Tensor, constant: float) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _detrend(scores: Tensor, real: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+def _contextual_groups(keys: Tensor, kept: Tensor, first: Any, contextual: Any) -> tuple[Tensor, Tensor]:
+    batch, n = keys.shape[:2]
+    rows = first + kept.shape[1] + contextual
+    return keys.new_empty(batch, rows, dtype=torch.int64), keys.new_empty(batch, n, dtype=torch.int64)
+
+
+def _contextual_rows(features: Tensor, slots: Tensor, row: Tensor, start: Any, combine: str) -> Tensor:
+    return features.new_empty(features.shape[0], slots.shape[1] - start, features.shape[2])
+
+
+def _crop_variance(features: Tensor, members: Tensor) -> Tensor:
+    return features.new_empty(features.shape[0], *members.shape, dtype=torch.float32)
+
+
+def _crop_scores(
+    attention: Tensor, variance: Tensor | None, members: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    size = attention.shape[0], members.shape[0]
+    return attention.new_empty(*size, members.shape[1]), attention.new_empty(size)
+
+
+def _share_out(mass: Tensor, members: Tensor, k: Any, tau: float, rule: str) -> Tensor:
+    return mass.new_empty(mass.shape, dtype=torch.int64)
+
+
+def _top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: Any) -> Tensor:
+    return scores.new_empty(scores.shape[0], _kept(k, members.numel()), dtype=torch.int64)
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "topk_select": _topk_select,
     "prune": _prune,
@@ -115,6 +173,16 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "greedy_dpp": _dpp,
     "greedy_dpp_features": _dpp,
     "zoo_sensitivity": _zoo_sensitivity,
+    "ordered_indices": _ordered_indices,
+    "host_slots": _host_slots,
+    "stretch": _stretch,
+    "detrend": _detrend,
+    "contextual_groups": _contextual_groups,
+    "contextual_rows": _contextual_rows,
+    "crop_variance": _crop_variance,
+    "crop_scores": _crop_scores,
+    "share_out": _share_out,
+    "top_k_in_groups": _top_k_in_groups,
 }
 
 
@@ -162,6 +230,27 @@ def _prune_backward(ctx: Any, _: Tensor, grads: list[Tensor | None]) -> tuple:
     return None, None, [_scatter(g, idx, ctx.n, ctx.options) for g in grads]
 
 
+def _contextual_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    _, slots, row, ctx.start, ctx.combine = inputs
+    ctx.save_for_backward(slots, row)
+
+
+def _contextual_backward(ctx: Any, grad: Tensor) -> tuple:
+    slots, row = ctx.saved_tensors
+    number = row - ctx.start  # (B, N) of the contextual row, below 0 for none
+    at = number.clamp_min(0)
+    # (B, c) patches of every row, its target among them
+    count = (number[..., None] == torch.arange(grad.shape[1], device=row.device)).sum(1)
+    count = count.to(torch.promote_types(grad.dtype, torch.float32))
+    if ctx.combine == "mean":
+        share = (1 / count).gather(1, at)
+    else:  # a target is whole in its row, its members are averaged
+        share = (1 / (count - 1).clamp_min(1)).gather(1, at).scatter(1, slots[:, ctx.start :], 1.0)
+    share = torch.where(number < 0, 0.0, share).to(grad.dtype)[..., None]
+    back = grad.gather(1, at[..., None].expand(-1, -1, grad.shape[2])) * share
+    return back, None, None, None, None
+
+
 def _plain_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Any) -> None:
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
     ctx.inputs = len(inputs)
@@ -175,6 +264,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "gather_rows": (_gather_setup, _gather_backward),
     "unprune": (_unprune_setup, _unprune_backward),
     "prune": (_prune_setup, _prune_backward),
+    "contextual_rows": (_contextual_setup, _contextual_backward),
 }
 
 

@@ -14,6 +14,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .crops import crop_scores, crop_variance, share_out, top_k_in_groups
+
+__all__ = [
+    "contextual_groups",
+    "contextual_rows",
+    "crop_scores",
+    "crop_variance",
+    "detrend",
+    "gather_rows",
+    "greedy_cover",
+    "greedy_dpp",
+    "greedy_dpp_features",
+    "greedy_maxmin",
+    "greedy_maxmin_features",
+    "host_slots",
+    "ordered_indices",
+    "prune",
+    "share_out",
+    "stretch",
+    "top_k_in_groups",
+    "topk_select",
+    "unprune",
+    "zoo_sensitivity",
+]
 RESIDUAL = 1e-5  # of its start, where the residual of a token is rounding noise: it counts as 0
 
 
@@ -48,6 +72,28 @@ def unprune(g: Tensor, idx: Tensor, n: int) -> Tensor:
     full = g.new_zeros(g.shape[0], n, *g.shape[2:])
     batch = torch.arange(idx.shape[0], device=idx.device)[:, None].expand_as(idx)
     return full.index_put((batch, idx.long()), g, accumulate=True)
+
+
+# --- indices --------------------------------------------------------------------------------------
+
+
+def ordered_indices(idx: Tensor, least: int, n: int) -> tuple[Tensor, Tensor]:
+    """idx (B, K) ascending, int64, and (B, K) what is wrong with each: 0, or infinite.
+
+    Wrong is what is not in ``least`` .. n-1, and what repeats the one before; but -1 may repeat.
+    """
+    ascending = idx.long().sort(dim=-1).values
+    before = torch.nn.functional.pad(ascending[:, :-1], (1, 0), value=-1)
+    wrong = (ascending < least) | (ascending >= n) | ((ascending == before) & (ascending >= 0))
+    return ascending, torch.where(wrong, torch.inf, 0.0)
+
+
+def host_slots(idx: Tensor, n: int) -> Tensor:
+    """(B, K) int64 ascending: the slots in idx (B, K), and for each -1 in it the lowest free one of n."""
+    taken = torch.zeros(idx.shape[0], n + 1, device=idx.device)
+    # -1 is the last place, which is cut off; of equals the first are taken, so free places come in order
+    taken.scatter_(1, idx.long() % (n + 1), 1.0)
+    return topk_select(taken[:, :n], idx.shape[1]).long()
 
 
 # --- greedy choice --------------------------------------------------------------------------------
@@ -212,3 +258,96 @@ def gain_worth(gain: Tensor, weight: Tensor | None, combine: str) -> Tensor:
 def zoo_sensitivity(slope: Tensor, kernel: Tensor) -> Tensor:
     """(B, N) g^T K g of slopes g (B, N, H) and a matrix K (H, H)."""
     return ((slope @ kernel) * slope).sum(-1)
+
+
+def stretch(scores: Tensor, constant: float) -> Tensor:
+    """(B, N) scores (B, N) stretched to [0, 1] in every row.
+
+    All ones where the spread of a row is at most ``constant`` of its highest score; NaN where it is not
+    finite.
+    """
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    spread = high - low
+    level = (spread <= constant * high) & (high < torch.inf)
+    return ((scores - low) / (spread + 1e-8)).masked_fill(level, 1.0)
+
+
+def detrend(scores: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B, N) float32 scores a_i (B, N) without their exponential trend: a_i exp(-sigma x_i), x_i = i / N.
+
+    sigma is the slope of the least-squares line of log a over x, where a > 0 and, if given, ``real`` (N,) is
+    true. A single place has no slope. Scores below zero become NaN.
+    """
+    a = scores.double()
+    x = torch.arange(a.shape[1], dtype=a.dtype, device=a.device)[None] / a.shape[1]
+    used = a > 0 if real is None else (a > 0) & real
+    count = used.sum(dim=1, keepdim=True).clamp_min(1)
+    # 0 at places that are not used: they add nothing to the sums, and xlogy(0, 0) is 0
+    dx = (x - (x * used).sum(dim=1, keepdim=True) / count) * used
+    # the floor makes the slope of a single place 0 in place of NaN
+    sigma = torch.xlogy(dx, a).sum(dim=1, keepdim=True) / dx.square().sum(dim=1, keepdim=True).clamp_min(
+        1e-12
+    )
+    return torch.where(a < 0, torch.nan, a * torch.exp(-sigma * x)).float()
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def contextual_groups(keys: Tensor, kept: Tensor, first: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """Which row each patch becomes part of, if those that are not kept merge into a few of them.
+
+    rest = the patches that are not kept, R of them; target_j = rest[j max(1, floor(R / c))], j = 0 .. c-1;
+    any other one of the rest joins argmax_j cos(key, key of target_j).
+
+    Args:
+        keys: (B, N, C).
+        kept: (B, d) ascending patches.
+        first: rows that stand before those of the kept patches.
+        contextual: c, at most R.
+
+    Returns:
+        slots (B, first + d + c) int64, the patch of every row, -1 for the first ones, targets last; and row
+        (B, N) int64 of every patch, -1 for those that join none, as c is 0.
+    """
+    batch, n = keys.shape[:2]
+    kept = kept.long()
+    left = torch.ones(batch, n, dtype=torch.int8, device=keys.device).scatter_(1, kept, 0)
+    rest = torch.sort(left, dim=1, descending=True, stable=True).indices[:, : n - kept.shape[1]]
+    step = max(1, rest.shape[1] // max(1, contextual))
+    spaced = rest[:, : contextual * step].unflatten(1, (contextual, step))  # a target, then members
+    targets = spaced[..., 0]
+    slots = torch.nn.functional.pad(torch.cat([kept, targets], dim=1), (first, 0), value=-1)
+    number = torch.arange(first, slots.shape[1], device=keys.device)
+    row = torch.full((batch, n), -1, device=keys.device).scatter_(
+        1, slots[:, first:], number.expand(batch, -1)
+    )
+    if not contextual:
+        return slots, row
+    members = torch.cat([spaced[..., 1:].flatten(1), rest[:, contextual * step :]], dim=1)
+    K = torch.nn.functional.normalize(keys.float(), dim=-1)
+    of_members, of_targets = gather_rows([K], members)[0], gather_rows([K], targets)[0]
+    join = (of_members @ of_targets.transpose(1, 2)).argmax(-1)  # (B, R-c, c) -> (B, R-c)
+    return slots, row.scatter_(1, members, first + kept.shape[1] + join)
+
+
+def contextual_rows(features: Tensor, slots: Tensor, row: Tensor, start: int, combine: str) -> Tensor:
+    """(B, c, D) contextual rows: what the features of a target and those of its members make.
+
+    Args:
+        features: (B, N, D).
+        slots: (B, start + c) the patch of every row; targets from ``start`` on.
+        row: (B, N) of every patch.
+        combine: "add", target + mean of its members, or "mean" of target and members.
+    """
+    targets = slots[:, start:]
+    number = torch.arange(start, slots.shape[1], device=slots.device)
+    wide = torch.promote_types(features.dtype, torch.float32)  # a sum in half precision would stop growing
+    # (B, N, c); one_hot would wait for the GPU. A target is no member of itself
+    joins = (row[..., None] == number).scatter_(1, targets[:, None], False).to(wide)
+    own = gather_rows([features], targets)[0].to(wide)  # (B, c, D)
+    total, count = joins.transpose(1, 2) @ features.to(wide), joins.sum(1)[..., None]
+    if combine == "mean":
+        return ((own + total) / (1 + count)).to(features.dtype)
+    # a target that nothing joins stays as it is
+    return (own + total / count.clamp_min(1)).to(features.dtype)

@@ -10,7 +10,8 @@ become targets, and every other patch is averaged into the target with the most 
     context_j = H_target_j + mean of H_i over join_i = j
     rows      = projector([CLS, H_dominant, context])
 
-with A, K and H the attention, the keys (mean over heads) and the output of the layer the projector reads.
+with A, K and H the attention, the keys (mean over heads) and the output of the layer the projector reads. The
+steps from rest to join are ``contextual_groups`` in ``kernels/reference.py``, context is ``contextual_rows``.
 
 ``place="after"`` is for projectors that merge patches to tokens: there a token stands for its patches, with
 the mean of their A and K, and H is the token as the language model gets it. Averages are made behind the
@@ -36,58 +37,38 @@ from torch import Tensor
 
 from ..checks import check_int, one_of
 from ..core.method import Merged, Method, Need
-from ..core.select import rest_of, rows_at, top_k
+from ..core.select import rows_at
 from ..core.tokens import VisualTokens
 from ..errors import SpecError, UnsupportedError
+from ..kernels import dispatch
 from ..registry import register
 from .tower import attention_need, check_tower_options, patch_attention
 
 
 class Groups(NamedTuple):
-    """Patch indices, ascending in every row."""
+    """Where patches of a unit go: dominant ones are in slots ``first`` to ``start``, targets behind them."""
 
-    dominant: Tensor  # (B, d)
-    targets: Tensor  # (B, c)
-    members: Tensor  # (B, R-c)
-    join: Tensor  # (B, R-c) number of the target that a member joins
+    slots: Tensor  # (B, K) patch of every row, -1 for those in front
+    row: Tensor  # (B, N) of every patch, -1 where it is dropped
+    first: int
+    start: int
 
+    @property
+    def dominant(self) -> Tensor:
+        """(B, d) patches, ascending."""
+        return self.slots[:, self.first : self.start]
 
-def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int) -> Groups:
-    """Dominant patches, targets and members by scores (B, N) and keys (B, N, d)."""
-    batch, n = scores.shape
-    kept = top_k(scores, dominant) if dominant else scores.new_empty(batch, 0, dtype=torch.int64)
-    rest = rest_of(kept, n)  # (B, R) raster order
-    if not contextual:
-        return Groups(kept, rest[:, :0], rest[:, :0], rest[:, :0])
-    step = max(1, rest.shape[1] // contextual)
-    spaced = rest[:, : contextual * step].unflatten(1, (contextual, step))  # a target, then members
-    targets = spaced[..., 0]
-    members = torch.cat([spaced[..., 1:].flatten(1), rest[:, contextual * step :]], dim=1)
-    K = torch.nn.functional.normalize(keys.float(), dim=-1)
-    cosine = rows_at(K, members) @ rows_at(K, targets).transpose(1, 2)  # (B, R-c, c)
-    return Groups(kept, targets, members, join=cosine.argmax(-1))
+    @property
+    def targets(self) -> Tensor:
+        """(B, c) patches, ascending."""
+        return self.slots[:, self.start :]
 
 
-def contextual_rows(H: Tensor, groups: Groups, combine: str) -> Tensor:
-    """(B, c, C) float32 contextual rows from the rows H (B, N, C) of the patches or tokens."""
-    H_target, H_member = rows_at(H, groups.targets).float(), rows_at(H, groups.members).float()
-    number = torch.arange(H_target.shape[1], device=H.device)
-    joins = (groups.join[..., None] == number).float()  # (B, R-c, c); one_hot would wait for the GPU
-    total, count = joins.transpose(1, 2) @ H_member, joins.sum(1)[..., None]
-    if combine == "mean":
-        return (H_target + total) / (1 + count)
-    # a target that nothing joins stays as it is
-    return H_target + total / count.clamp_min(1)
-
-
-def joins_of(groups: Groups, first: int, n: int) -> Tensor:
-    """(B, n) the row of every patch, where ``first`` rows stand before the dominant ones; -1 for none."""
-    dominant, contextual = groups.dominant.shape[1], groups.targets.shape[1]
-    found = torch.full((len(groups.dominant), n), -1, device=groups.dominant.device)
-    number = torch.arange(first, first + dominant + contextual, device=found.device)
-    own = torch.cat([groups.dominant, groups.targets], dim=1)
-    found.scatter_(1, own, number.expand_as(own))
-    return found.scatter_(1, groups.members, first + dominant + groups.join)
+def group(scores: Tensor, keys: Tensor, dominant: int, contextual: int, first: int = 0) -> Groups:
+    """Groups by scores (B, N) and keys (B, N, d); ``first`` rows stand in front."""
+    kept = dispatch.topk_select(scores, dominant)
+    slots, row = dispatch.contextual_groups(keys, kept, first, contextual)
+    return Groups(slots, row, first, first + dominant)
 
 
 @register("visionzip")
@@ -160,20 +141,17 @@ class VisionZip(Method):
         cls = tokens.need("cls_features") if self.cls == "token" else H[:, :0]  # (B, T, C)
         crops = cls.shape[1]
         _, dominant, contextual = self.split(k, crops)
-        groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual)
-        context = contextual_rows(H, groups, self.combine).to(H.dtype)
+        groups = group(self.score(tokens), tokens.need("keys"), dominant, contextual, first=crops)
+        context = dispatch.contextual_rows(H, groups.slots, groups.row, groups.start, self.combine)
         # [CLS] rows and averages go through the projector together; dominant patches are there as features
         if self.place == "before":
             made = tokens.need("projector")(torch.cat([cls, context], dim=1))  # works token by token
             first, last = made[:, :crops], made[:, crops:]
         else:
             first, last = tokens.need("projector")(cls) if crops else cls, context
-        rows = [first, rows_at(features, groups.dominant), last]
+        rows = torch.cat([first, rows_at(features, groups.dominant), last], dim=1)
         # [CLS] has no place among the patches
-        no_place = groups.targets.new_full(cls.shape[:2], -1)
-        slots = torch.cat([no_place, groups.dominant, groups.targets], dim=1)
-        context_rows, count = torch.arange(k) >= k - contextual, features.shape[1]
-        return Merged(torch.cat(rows, dim=1), slots, context_rows, lambda: joins_of(groups, crops, count))
+        return Merged(rows, groups.slots, torch.arange(k) >= k - contextual, lambda: groups.row)
 
     def _averaged(self, tokens: VisualTokens) -> Tensor:
         """(B, N, channels) what contextual rows are averages of."""

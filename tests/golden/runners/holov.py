@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from vlmprune.core.select import choose, top_k_in_groups
 from vlmprune.core.tokens import VisualTokens
+from vlmprune.kernels.crops import EPS, in_crops, official_quota, sizes_of
 from vlmprune.methods.holov import ATTENTION_SCALE, HoloV, official_scores
-from vlmprune.methods.holov.crops import bands, in_crops, sizes_of
-from vlmprune.methods.holov.quotas import EPS, official_quota
+from vlmprune.methods.holov.crops import bands
 
 
 def selection(case):
@@ -16,7 +16,7 @@ def selection(case):
     assert (hyper["attention_scale"], hyper["eps"]) == (ATTENTION_SCALE, EPS)
     members = bands(n, crops)
     held, sizes = in_crops(attention, members), sizes_of(members)
-    scores = official_scores(held, sizes, hyper["alpha"])
+    scores = official_scores(held.sum(-1) / sizes, members, hyper["alpha"])
     quota = official_quota(scores ** hyper["tau"], k)
     positions = top_k_in_groups(held, members, quota, k)
     ascending = positions.where(positions >= 0, n).sort(1).values

@@ -55,10 +55,11 @@ def check_rows(case, hidden, attention, keys, cls_features):
     groups = group(method.score(tokens), keys, case.hyper["dominant"] - 1, contextual)
     case.check("dominant_indices", groups.dominant)
     case.check("context_target_indices", groups.targets)
-    case.check("merge_assignment", groups.join)
+    members, join = members_of(groups, case.hyper["dominant"] - 1)
+    case.check("merge_assignment", join)
     optional = {
-        "merged_indices": groups.members,
-        "merge_counts": torch.nn.functional.one_hot(groups.join, contextual).sum(1),
+        "merged_indices": members,
+        "merge_counts": torch.nn.functional.one_hot(join, contextual).sum(1),
         "kept_indices": torch.cat([groups.dominant, groups.targets], 1).sort(1).values,
     }
     for name in optional.keys() & case.arrays.keys():
@@ -68,6 +69,19 @@ def check_rows(case, hidden, attention, keys, cls_features):
     torch.testing.assert_close(
         merged.slots, torch.cat([torch.full((len(hidden), 1), -1), groups.dominant, groups.targets], 1)
     )
+
+
+def members_of(groups, dominant):
+    """(B, R-c) patches that join a target, in the order of the official code, and its number for each."""
+    count, contextual = groups.row.shape[1], groups.targets.shape[1]
+    step = max(1, (count - dominant) // contextual)
+    found = []
+    for row, slots in zip(groups.row.tolist(), groups.slots.tolist(), strict=True):
+        rest = [i for i in range(count) if i not in slots[:dominant]]
+        spaced = [i for at, i in enumerate(rest) if at < contextual * step and at % step]
+        members = spaced + rest[contextual * step :]
+        found.append([members, [row[i] - dominant for i in members]])
+    return torch.tensor(found).unbind(1)
 
 
 def anyres_packing(case):

@@ -56,7 +56,7 @@ class Placement:
         if self.host is not None:
             return self.host.flatten().nonzero()[:, 0].to(self.visual.device)
         # placeholders first, each kind in ascending order
-        return (~self.visual.flatten()).to(torch.int8).argsort(stable=True)[: self.total]
+        return self.visual.flatten().to(torch.int8).argsort(descending=True, stable=True)[: self.total]
 
     def columns(self, row: int, start: int, slots: Tensor | int) -> Tensor:
         """(n,) columns in ``row`` of some slots (n,) of the picture whose first slot is ``start``.

@@ -20,8 +20,9 @@ from ...core.budget import Budget
 from ...core.deferred import NOW, Checks
 from ...core.merged import Merged, names_of, through
 from ...core.method import Method, Need, needs_of
-from ...core.select import choose, choose_own, top_k
+from ...core.select import choose, choose_own
 from ...errors import InvariantError, UnsupportedError
+from ...kernels import dispatch
 from ..sequence.text import with_text
 from ..state import ForwardState
 from ..vision.pictures import Picture, Unit, make_units, stack_units
@@ -337,9 +338,7 @@ def all_hosts(count: int, index: Tensor) -> Tensor:
     """(k,) the same slots, ascending, where all ``count`` tokens of a picture are one unit."""
     if not index.shape[0]:
         return index  # of a frame that no row stands for
-    # -1 is the last place, which is cut off; of equals the first are taken, so free places come in order
-    taken = torch.zeros(count + 1, device=index.device).index_fill_(0, index, 1.0)
-    return top_k(taken[None, :-1], index.shape[0])[0]
+    return dispatch.host_slots(index[None], count)[0]
 
 
 def _cut_tiles(

@@ -293,9 +293,8 @@ class Record:
         for need, parts in self._parts.items():  # segments of one packed sequence follow each other
             found[need] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if CLS_FEATURES in capture.needs and capture.cls and len(self.rows) == len(set(capture.layers)):
-            found[CLS_FEATURES] = torch.cat(
-                [self.rows[index] for index in capture.layers], dim=-1
-            )  # (T, 1, C)
+            rows = [self.rows[index] for index in capture.layers]
+            found[CLS_FEATURES] = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)  # (T, 1, C)
         expected = [need for need in capture.needs if need.what in (*OF_TOWER, *OF_PROJECTOR, *OF_HEAD)]
         if CLS_FEATURES in capture.needs and capture.cls:
             expected.append(CLS_FEATURES)

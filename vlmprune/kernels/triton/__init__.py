@@ -6,20 +6,34 @@ Their input was validated by ``dispatch``. Answers are contiguous; indices are i
 
 from __future__ import annotations
 
+from .contextual import contextual_groups, contextual_rows
+from .crops import crop_scores, crop_variance, share_out, top_k_in_groups
 from .dpp import greedy_dpp, greedy_dpp_features
 from .gather import gather_rows, unprune
+from .indices import host_slots, ordered_indices
 from .maxmin import greedy_maxmin, greedy_maxmin_features
 from .prune import prune
+from .scores import detrend, stretch
 from .select import topk_select
 from .sensitivity import zoo_sensitivity
 
 __all__ = [
+    "contextual_groups",
+    "contextual_rows",
+    "crop_scores",
+    "crop_variance",
+    "detrend",
     "gather_rows",
     "greedy_dpp",
     "greedy_dpp_features",
     "greedy_maxmin",
     "greedy_maxmin_features",
+    "host_slots",
+    "ordered_indices",
     "prune",
+    "share_out",
+    "stretch",
+    "top_k_in_groups",
     "topk_select",
     "unprune",
     "zoo_sensitivity",

@@ -25,14 +25,13 @@ from torch import Tensor
 
 from ...checks import one_of
 from ...core.combine import act_as
-from ...core.deferred import Require, all_finite
 from ...core.method import Merged, Method, Verb
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError, SpecError, UnsupportedError
 from ...registry import register
 from .calibration import Calibration, calibrate, check_ranks_by_attention, text_of
 from .padding import RULES, real_patches
-from .trend import Curve, check_sigma, named_curve, weights
+from .trend import Curve, check_sigma, divided, named_curve
 
 __all__ = ["Debias", "calibrate"]
 
@@ -119,7 +118,7 @@ class Debias(Method):
     def score(self, tokens: VisualTokens) -> Tensor:
         a = self.inner.score(tokens)  # (B, N)
         # behind the first cut, the number of a token says no more where it stood in the picture
-        return a if tokens.cut else self.corrected(a.float(), self.real(tokens), tokens.require)
+        return a if tokens.cut else self.corrected(a.float(), tokens)
 
     def merge(self, tokens: VisualTokens, k: int) -> Merged:
         if tokens.cut:
@@ -127,12 +126,12 @@ class Debias(Method):
         # the inner method says how it merges, the corrected scores only which tokens it keeps
         return self.inner.merge_ranked(tokens, k, ranking=self.score(tokens))
 
-    def corrected(self, a: Tensor, m: Tensor | None, require: Require) -> Tensor:
-        """(B, N) scores a (B, N) without their trend; where m (N,) is false they rank last."""
-        w = weights(self.curve, a, m)
-        found = (a * w).float()
-        require(
-            (a >= 0).all() & all_finite(found),
+    def corrected(self, a: Tensor, tokens: VisualTokens) -> Tensor:
+        """(B, N) scores a (B, N) without their trend; padding ranks last."""
+        m = self.real(tokens)  # (N,)
+        found = divided(self.curve, a, m)
+        tokens.require_finite(
+            found,
             lambda: InvariantError(
                 f"{self.inner.name} gave scores below zero or not finite, which attention cannot be; check "
                 "them"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check_number, one_of
-from ...errors import SpecError
+from ...errors import InvariantError, SpecError
+from ...kernels import dispatch
 
 Curve = Literal["none", "self", "cubic"] | float  # a number is sigma
 
@@ -45,25 +46,26 @@ def named_curve(trend: str, base: str) -> Curve:
     return "self" if trend == "self" else known.get(base, "self")
 
 
-def weights(curve: Curve, a: Tensor, real: Tensor | None = None) -> Tensor:
-    """(1 or B, N) weights w for raw scores a (B, N); padding, where ``real`` (N,) is false, takes no part."""
+def weights(curve: Curve, n: int, device: torch.device | None = None) -> Tensor:
+    """(1, N) weights w of n places, where the curve does not depend on scores."""
     # x = i / N, (1, N)
-    x = torch.arange(a.shape[1], dtype=torch.float64, device=a.device)[None] / a.shape[1]
+    x = torch.arange(n, dtype=torch.float64, device=device)[None] / n
     if curve == "none":
         return torch.ones_like(x)
     if curve == "cubic":
         (c1, c2, c3), s = CUBIC, 576 * x
         return 1 / (1 + s * (c1 + s * (c2 + s * c3)))
-    sigma = own_sigma(a, x, real) if curve == "self" else curve
-    return torch.exp(-sigma * x)
+    if curve == "self":
+        raise InvariantError("the curve 'self' is fitted on scores; expected a number, 'cubic' or 'none'")
+    return torch.exp(-curve * x)
 
 
-def own_sigma(a: Tensor, x: Tensor, real: Tensor | None = None) -> Tensor:
-    """(B, 1) slope of the least-squares line of log a (B, N) over x (1, N), where real and above zero."""
-    used = a > 0 if real is None else (a > 0) & real
-    count = used.sum(dim=1, keepdim=True).clamp_min(1)
-    # 0 at places that are not used: they add nothing to the sums, and xlogy(0, 0) is 0
-    dx = (x - (x * used).sum(dim=1, keepdim=True) / count) * used
-    # a single place has no slope; the floor makes that 0 in place of NaN
-    slope = torch.xlogy(dx, a).sum(dim=1, keepdim=True)
-    return slope / dx.square().sum(dim=1, keepdim=True).clamp_min(1e-12)
+def divided(curve: Curve, a: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B, N) float32 scores a (B, N) times w, NaN where a is below zero.
+
+    For "self", log f is the least-squares line of log a over x, where a is above zero; padding, where
+    ``real`` (N,) is false, takes no part.
+    """
+    if curve == "self":
+        return dispatch.detrend(a, real)
+    return torch.where(a < 0, torch.nan, (a * weights(curve, a.shape[1], a.device)).float())

@@ -10,7 +10,8 @@ makes the kept set cover the picture.
     kept = the q_c largest H of every crop
 
 with A the attention of [CLS], mean over heads, z the tokens at unit length, and means over a crop c of M
-tokens. The paper weighs crops by mean(H), which is (1 + alpha) mean(A): the variance cancels out of w.
+tokens. The paper weighs crops by mean(H), which is (1 + alpha) mean(A): the variance cancels out of w. V, H
+and q are ``crop_variance``, ``crop_scores`` and ``share_out`` in ``kernels/crops.py``.
 
 The official code (``variant="official"``) takes bands for crops, ranks by A alone, weighs crops by
 
@@ -28,33 +29,22 @@ Apache-2.0); no code copied.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...checks import check_int, check_number, one_of
-from ...core.deferred import all_finite
 from ...core.method import Method, Need
 from ...core.select import top_k_in_groups
 from ...core.tokens import VisualTokens
 from ...errors import InvariantError
+from ...kernels import dispatch
 from ...registry import register
 from ..tower import attention_need, check_tower_options, patch_attention
-from .crops import bands, in_crops, sizes_of, windows
-from .quotas import EPS, capped, official_quota, paper_quota, sharpened
-from .similarity import variance
+from .crops import bands, windows
 
 ATTENTION_SCALE = 1000.0  # of the official code
-
-
-class Shares(NamedTuple):
-    """What a rule says of C crops of at most M tokens."""
-
-    members: Tensor  # (C, M) tokens of every crop, -1 after the last
-    rank: Tensor  # (B, C, M) higher is kept first
-    weight: Tensor  # (B, C)
-    quota: Tensor  # (B, C) sums to k; may exceed a crop
 
 
 @register("holov")
@@ -98,41 +88,31 @@ class HoloV(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
         A = patch_attention(tokens, self.cls).mean(dim=1)  # (B, H, N) -> (B, N)
-        rule = self.paper_rule if self.variant == "paper" else self.official_rule
-        members, rank, w, q = rule(A, tokens, k)
-        tokens.require(
-            all_finite(rank) & (A >= 0).all(),
+        n, rule = tokens.count, self.paper_rule if self.variant == "paper" else self.official_rule
+        crops = min(n, self.crops or max(1, 1024 * n // (576 * k)))
+        cut = windows(tokens.need("grids"), crops) if self.variant == "paper" else bands(n, crops)
+        members = cut.to(A.device)  # (C, M)
+        rank, mass = rule(A, tokens, members)
+        tokens.require_finite(
+            rank,
             lambda: InvariantError(
                 "holov: attention is negative or not finite, or features are not finite. Check for overflow"
             ),
         )
-        return top_k_in_groups(rank, members, capped(q, w, sizes_of(members), k), k)
+        quota = dispatch.share_out(mass, members, k, self.tau, self.variant)  # (B, C), q
+        return top_k_in_groups(rank, members, quota, k)
 
-    def paper_rule(self, A: Tensor, tokens: VisualTokens, k: int) -> Shares:
-        """Windows, ranked by attention A (B, N) and variance."""
-        alpha = 1.0 if self.alpha is None else self.alpha
-        members = windows(tokens.need("grids"), self.crops_for(tokens.count, k)).to(A.device)
-        M = sizes_of(members)  # (C,)
-        A, V = in_crops(A, members), variance(tokens.need("features"), members)  # (B, C, M)
-        mean_A, mean_V = A.sum(-1) / M, V.sum(-1) / M  # (B, C)
-        g = mean_A / (mean_V + EPS)
-        H = A + alpha * V * g[..., None]
-        w = sharpened(mean_A, self.tau)
-        return Shares(members, H, w, paper_quota(w, k))
+    def paper_rule(self, A: Tensor, tokens: VisualTokens, members: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, M) H and the (B, C) mean attention, of attention A (B, N) and windows (C, M)."""
+        V = dispatch.crop_variance(tokens.need("features"), members)  # (B, C, M)
+        return dispatch.crop_scores(A, V, members, 1.0 if self.alpha is None else self.alpha)
 
-    def official_rule(self, A: Tensor, tokens: VisualTokens, k: int) -> Shares:
-        """Bands, ranked by attention A (B, N) alone."""
-        alpha = 0.09 if self.alpha is None else self.alpha
-        members = bands(tokens.count, self.crops_for(tokens.count, k)).to(A.device)
-        A = in_crops(A, members)  # (B, C, M)
-        w = sharpened(official_scores(A, sizes_of(members), alpha), self.tau)
-        return Shares(members, A, w, official_quota(w, k))
-
-    def crops_for(self, n: int, k: int) -> int:
-        """C, the number of crops of n tokens."""
-        return min(n, self.crops or max(1, 1024 * n // (576 * k)))
+    def official_rule(self, A: Tensor, tokens: VisualTokens, members: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, M) A by bands (C, M), which ranks alone, and s (B, C)."""
+        by_band, mean = dispatch.crop_scores(A, None, members, alpha=0.0)
+        return by_band, official_scores(mean, members, 0.09 if self.alpha is None else self.alpha)
 
 
-def official_scores(A: Tensor, M: Tensor, alpha: float = 0.09) -> Tensor:
-    """(B, C) crop scores s of the official code from attention A (B, C, M) in crops of M (C,) tokens."""
-    return A.sum(-1) / M * torch.where(M > 1, ATTENTION_SCALE * (1 + alpha), 1.0)
+def official_scores(mean: Tensor, members: Tensor, alpha: float = 0.09) -> Tensor:
+    """(B, C) crop scores s of the official code from the mean attention (B, C) of crops (C, M)."""
+    return mean * torch.where((members >= 0).sum(1) > 1, ATTENTION_SCALE * (1 + alpha), 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...core.grid import Grids, cells
 
@@ -29,14 +28,3 @@ def _members(crop: Tensor) -> Tensor:
     real = torch.arange(int(sizes.max())) < sizes[:, None]
     # stable: crop after crop, and each of them in raster order
     return torch.full(real.shape, -1).masked_scatter(real, crop.argsort(stable=True))
-
-
-def sizes_of(members: Tensor) -> Tensor:
-    """(C,) tokens of every crop."""
-    return (members >= 0).sum(1)
-
-
-def in_crops(values: Tensor, members: Tensor) -> Tensor:
-    """(B, C, M) values (B, N) by crop, or (B, C, M, D) of (B, N, D); zero after the last token of a crop."""
-    end = (0, 1) if values.ndim == 2 else (0, 0, 0, 1)
-    return pad(values, end)[:, members]  # -1 finds the zero at the end

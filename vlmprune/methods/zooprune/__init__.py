@@ -42,9 +42,7 @@ _CONSTANT = 1e-4  # relative spread below which sensitivities differ by rounding
 
 def scaled(S: Tensor) -> Tensor:
     """(B, N) s, sensitivities S (B, N) stretched to [0, 1] in every row; all ones where a row is constant."""
-    low, high = S.amin(-1, keepdim=True), S.amax(-1, keepdim=True)
-    spread = high - low
-    return ((S - low) / (spread + 1e-8)).masked_fill(spread <= _CONSTANT * high, 1.0)
+    return dispatch.stretch(S, _CONSTANT)
 
 
 @torch.no_grad()
@@ -128,10 +126,11 @@ class ZOOPrune(Method):
         return scaled(self.sensitivity(tokens))
 
     def select(self, tokens: VisualTokens, k: int) -> Tensor:
-        S, z = self.sensitivity(tokens), tokens.need("features")  # (B, N), (B, N, D)
-        order, worth = hybrid_greedy(scaled(S), z, k)
-        # a token without a number ranks last: the picks alone would not show it
-        for values in (S, z, worth):
+        z = tokens.need("features")  # (B, N, D)
+        order, worth = hybrid_greedy(self.score(tokens), z, k)
+        # a sensitivity that is not finite spoils its row, but a token without a direction ranks last: the
+        # picks alone would not show it
+        for values in (z, worth):
             tokens.require_finite(values, self._not_finite)
         return order
 
