@@ -7,15 +7,15 @@ put away before the next one.
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
+import served_engine
+from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
-M_ROPE = ("qwen2_5_vl", "qwen3_vl")
-CLIPS = ("qwen2_5_vl", "qwen3_vl")  # what takes clips here
+M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # the others share all code with one of these
 SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 PARAMS = [
@@ -44,46 +44,20 @@ def twin(family, folder) -> TinyTwin:
 
 @pytest.fixture(scope="module")
 def engine(family, folder):
-    import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from vlmprune.serving import overrides
-
-    made = vllm.LLM(
-        str(folder),
-        hf_overrides=overrides("divprune@9"),
-        dtype="float32",
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        max_model_len=1024,
-        max_num_batched_tokens=512,
-        long_prefill_token_threshold=24,
-        max_num_seqs=8,
-        block_size=32,
-        limit_mm_per_prompt={"image": 2} | ({"video": 1} if family in CLIPS else {}),
-        enable_prefix_caching=True,
-    )
-    yield made
-    made.llm_engine.engine_core.shutdown()
-    del made
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    limits = {"image": 2} | ({"video": 1} if family in M_ROPE else {})
+    steps = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
+    with served_engine.engine(
+        folder, "divprune@9", limit_mm_per_prompt=limits, enable_prefix_caching=True, **steps
+    ) as made:
+        yield made
 
 
 def outputs_of(engine, twin: TinyTwin, requests: list[dict]) -> list[Any]:
-    import vllm
-
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logit_bias=twin.never)
-    return engine.generate(requests, greedy, use_tqdm=False)
+    return served_engine.outputs_of(engine, requests, NEW, twin.never)
 
 
-def wrong(engine, twin: TinyTwin, jobs: list[tuple[dict, list[int]]]) -> list[tuple]:
-    outputs = outputs_of(engine, twin, [request for request, _ in jobs])
-    return [
-        (request["mm_processor_kwargs"], given, wanted)
-        for (request, wanted), output in zip(jobs, outputs, strict=True)
-        if (given := list(output.outputs[0].token_ids)) != wanted
-    ]
+def wrong(engine, twin: TinyTwin, jobs: list[Job]) -> list[tuple]:
+    return served_engine.wrong(engine, jobs, NEW, twin.never)
 
 
 def test_answers_are_those_of_transformers(family, engine, twin):
@@ -92,7 +66,7 @@ def test_answers_are_those_of_transformers(family, engine, twin):
     assert wrong(engine, twin, jobs) == []
     again = outputs_of(engine, twin, [request for request, _ in jobs])
     assert max(output.num_cached_tokens for output in again) >= 32
-    assert [list(output.outputs[0].token_ids) for output in again] == [wanted for _, wanted in jobs]
+    assert ids_of(again) == [wanted for _, wanted in jobs]
 
 
 @pytest.mark.slow
@@ -120,18 +94,18 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engin
 
 
 def test_clips_are_pruned_where_that_works_and_refused_elsewhere(family, engine, twin):
-    if family not in CLIPS:
-        pytest.skip("clips of this family are refused, as of qwen3_vl")
+    if family not in M_ROPE:
+        pytest.skip("clips of this family are served under dense only, or not at all")
     from vllm.exceptions import VLLMValidationError
 
     jobs = []
     for frames, side in ((4, (168, 168)), (8, (100, 200))):
         request, inputs = twin.clip(frames, side)
-        for spec in ("dense", "evs@0.5", "fastervlm(cls=mean)@30", "uniform@17"):
+        for spec in ("dense", "evs@0.5", "fastervlm(cls=mean)@30", "uniform@17", "pool@9"):
             options = {"mm_processor_kwargs": {"vlmprune": spec}}
-            wanted = twin.answer(inputs, spec) if family == "qwen2_5_vl" else []
+            wanted = [] if family == "qwen3_vl" else twin.answer(inputs, spec)
             jobs.append(({**request, **options}, wanted))
-    if family == "qwen2_5_vl":
+    if family != "qwen3_vl":
         assert wrong(engine, twin, jobs) == []
         return
     for request, _ in jobs:

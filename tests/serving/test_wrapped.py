@@ -55,7 +55,7 @@ def prepare(family: str, folder: Path) -> Prepared:
     twin = TinyTwin(family, folder)
     jobs = twin.jobs(FAMILIES[family].specs, len(SHAPES))
     after, fault = twin.jobs(("divprune@11",), 1, seed=3), twin.jobs(("uniform@13",), 1, seed=5)
-    return Prepared(folder, twin.asked, twin.never, jobs, after, fault)
+    return Prepared(folder, twin.served.asked, twin.never, jobs, after, fault)
 
 
 @pytest.fixture(scope="module")

@@ -66,16 +66,28 @@ def deepseek() -> Any:
     return DeepseekVLProcessor(images, tiny_tokenizer(image_token="<image>"), num_image_tokens=GRID**2)
 
 
-def got() -> Any:
+def renamed(names: dict[str, str], **special: str) -> Any:
+    """The tokenizer of bytes with other names of its special tokens."""
     import transformers
     from tokenizers import Tokenizer
 
-    # it knows its placeholder by this name only
-    words = tiny_tokenizer().backend_tokenizer.to_str().replace("<image>", "<imgpad>")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(words), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    words = tiny_tokenizer().backend_tokenizer.to_str()
+    for old, new in names.items():
+        words = words.replace(old, new)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words),
+        pad_token="<pad>",
+        bos_token=names.get("<s>", "<s>"),
+        eos_token=names.get("</s>", "</s>"),
+        **({"extra_special_tokens": special} if special else {}),
     )
-    return transformers.GotOcr2Processor(image_processor("GotOcr2", **tiles(2 * SIDE)), tokenizer)
+
+
+def got() -> Any:
+    from transformers import GotOcr2Processor
+
+    # it knows its placeholder by this name only
+    return GotOcr2Processor(image_processor("GotOcr2", **tiles(2 * SIDE)), renamed({"<image>": "<imgpad>"}))
 
 
 def idefics3() -> Any:

@@ -30,6 +30,7 @@ class Served:
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
     picture: str = "<image>"  # stands for a picture in the text
+    clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
     asked: dict[str, Any] = field(default_factory=dict)  # options of its processor
 
@@ -39,6 +40,9 @@ FAMILIES = {
     "llava_onevision": Served((*_FEATURES, "fastervlm(cls=mean)@9", "zooprune@9"), HEADS, nested_tower=True),
     "internvl": Served(
         (*_FEATURES, "fastervlm@9", "fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12"), HEADS
+    ),
+    "qwen2_vl": Served(
+        _FEATURES + _OF_QWEN, HEADS | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}}
     ),
     "qwen2_5_vl": Served(
         _FEATURES + _OF_QWEN, HEADS | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}}
@@ -92,9 +96,7 @@ def processor_of(family: str) -> Any:
     """A processor that fits the small model of a family."""
     from vlmprune.testing.tiny import tiny_processor
 
-    if family in PROCESSORS:
-        return PROCESSORS[family]()
-    processor = tiny_processor(family)
+    processor = PROCESSORS[family]() if family in PROCESSORS else tiny_processor(family)
     if family.startswith("qwen"):
         processor.video_processor.size = processor.image_processor.size
         processor.video_processor.patch_size = processor.image_processor.patch_size
@@ -111,7 +113,7 @@ class TinyTwin:
 
         self.model = tiny_model(family, **FAMILIES[family].options)
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.picture, self.asked = FAMILIES[family].picture, FAMILIES[family].asked
+        self.served = FAMILIES[family]
         self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}
 
     def prompt(self, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> tuple[dict[str, Any], dict]:
@@ -121,8 +123,8 @@ class TinyTwin:
 
         draw = np.random.default_rng(seed)
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-        text = " and ".join([self.picture] * len(images)) + "\nwhat is it ? tell me"
-        inputs = self.processor(images=images, text=text, return_tensors="pt", **self.asked)
+        text = " and ".join([self.served.picture] * len(images)) + "\nwhat is it ? tell me"
+        inputs = self.processor(images=images, text=text, return_tensors="pt", **self.served.asked)
         return self.request(text, {"image": images}), dict(inputs)
 
     def clip(self, frames: int, side: tuple[int, int]) -> tuple[dict[str, Any], dict]:
@@ -133,7 +135,7 @@ class TinyTwin:
         array = np.random.default_rng(frames).integers(0, 256, (frames, *side, 3), dtype=np.uint8)
         told = {"total_num_frames": frames, "fps": 24.0, "duration": frames / 24}
         told |= {"frames_indices": list(range(frames)), "video_backend": "opencv"}
-        text = "look <video> what is it ? tell me"
+        text = f"look {self.served.clip} what is it ? tell me"
         inputs = self.processor(
             videos=[array],
             video_metadata=[VideoMetadata(**told)],

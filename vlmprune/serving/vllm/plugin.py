@@ -25,6 +25,7 @@ FAMILIES = {
         ("LlavaNext", "llava_next"),
         ("LlavaOnevision", "llava_next"),
         ("InternVL", "internvl"),
+        ("Qwen2VL", "qwen_vl"),
         ("Qwen2_5_VL", "qwen_vl"),
         ("Qwen3VL", "qwen_vl"),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL and Qwen3-VL in vLLM: pictures of any size, tokens with places in them."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in vLLM: pictures of any size, tokens with places in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...core.method import Need
@@ -45,7 +45,7 @@ KEYWORDS = (
 class OfQwen(PruningProcessor):
     """What processors of the family say alike."""
 
-    counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw"}
+    counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
     def facts(self) -> TowerFacts:
         vision = self.info.ctx.model_config.hf_config.vision_config
@@ -199,10 +199,21 @@ def _items(kwargs: dict[str, Any], words: Keywords, start: int, end: int) -> dic
     return some
 
 
+class Qwen2VLProcessor(OfQwen, qwen2_vl.Qwen2VLMultiModalProcessor):
+    """The processor of Qwen2-VL that promises fewer placeholders for images and clips."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2VLProcessor,
+    info=in_context(qwen2_vl.Qwen2VLProcessingInfo),
+    dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder,
+)
+class Qwen2VLForConditionalGeneration(PrunedQwen, qwen2_vl.Qwen2VLForConditionalGeneration):
+    """Qwen2-VL: the tower attends to the whole picture."""
+
+
 class Qwen25VLProcessor(OfQwen, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     """The processor of Qwen2.5-VL that promises fewer placeholders for images and clips."""
-
-    counted = OfQwen.counted | {"video": "video_grid_thw"}
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -222,6 +233,7 @@ class Qwen2_5_VLForConditionalGeneration(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForCon
 class Qwen3VLProcessor(OfQwen, qwen3_vl.Qwen3VLMultiModalProcessor):
     """The processor of Qwen3-VL that promises fewer placeholders for images."""
 
+    counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw"}
     refused = ("video",)
 
 
