@@ -3,81 +3,28 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from served_http import body, post, read, server
 
 import vlmprune
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SPECS = ("divprune@36", "fastervlm@36", "visionzip@36", None)  # None: what the server was started with
 DEFAULT = "uniform@36"
-START = 400  # seconds
-COMMAND = "from vlmprune.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    given = ["serve", "tiny", "--prune", DEFAULT, "--per-request"]
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
-    options += ["--max-model-len", "1024", "--max-num-seqs", "8"]
-    command = [sys.executable, "-c", COMMAND, "serve", "tiny", "--prune", DEFAULT, "--per-request", "--"]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as out:
-        server = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
-        try:
-            until = time.monotonic() + START
-            while not alive(f"http://127.0.0.1:{port}"):
-                if server.poll() is not None or time.monotonic() > until:
-                    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(120)
-
-
-def alive(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
-    except OSError:  # URLError, a refused connection, a timeout
-        return False
-
-
-def body(family: str, number: int, spec: str | None, **more: object) -> bytes:
-    picture, question, _ = vlmprune.example(family, number)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
-    chat = {"model": "tiny", "temperature": 0, "max_tokens": 4, **more}
-    if spec is not None:
-        chat["mm_processor_kwargs"] = {"vlmprune": spec}
-    return json.dumps({**chat, "messages": [{"role": "user", "content": content}]}).encode()
-
-
-def post(address: str, data: bytes) -> tuple[int, str]:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    engine = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8"]
+    with server(given, log, *engine) as made:
+        yield made
 
 
 def expected(family: str, number: int, spec: str) -> str:
@@ -138,7 +85,6 @@ def test_a_client_that_leaves_does_not_end_the_server(address):
 
 def test_metrics_count_by_spec(address):
     post(address, body("text", 3, "holov@36"))
-    with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = read(address, "/metrics").splitlines()
     assert 'vlmprune_pictures_total{spec="holov@36"} 1.0' in lines
     assert 'vlmprune_kept_tokens_total{spec="holov@36"} 36.0' in lines

@@ -35,8 +35,8 @@ def config(family):
 
 @pytest.fixture(scope="module")
 def processor(family):
-    if family == "cohere2_vision" and not is_torchvision_available():
-        pytest.skip("its image processor needs torchvision")
+    if family in ("cohere2_vision", "mistral3") and not is_torchvision_available():
+        pytest.skip("its processor needs torchvision")
     return PROCESSORS[family]() if family in PROCESSORS else tiny_processor(family)
 
 

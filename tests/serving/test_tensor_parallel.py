@@ -10,7 +10,9 @@ import random
 import sys
 
 import pytest
+import served_engine
 from served import NEW
+from served_engine import Job, wrong
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 # read of attention heads, which are shared out; of the projector, whose weights are; of features alone
@@ -28,35 +30,16 @@ SPECS = (
 
 @pytest.fixture(scope="module")
 def engine():
-    import vllm
-
     from vlmprune.models.tiny import FOLDER
-    from vlmprune.serving import overrides
 
-    made = vllm.LLM(
-        str(FOLDER),
-        hf_overrides=overrides("dense"),
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_batched_tokens=512,
-        long_prefill_token_threshold=64,
-        max_num_seqs=8,
-        block_size=32,
-        limit_mm_per_prompt={"image": 2},
-    )
-    yield made
-    made.llm_engine.engine_core.shutdown()
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    steps = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 64}
+    with served_engine.engine(FOLDER, "dense", **ranks, **steps) as made:
+        yield made
 
 
-def given(engine, jobs) -> list[list[int]]:
-    import vllm
-
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW)
-    requests = [prompt.request(spec) for prompt, spec in jobs]
-    return [list(one.outputs[0].token_ids) for one in engine.generate(requests, greedy, use_tqdm=False)]
+def jobs_of(twin, pairs) -> list[Job]:
+    return [(prompt.request(spec), twin.answer(prompt, spec)) for prompt, spec in pairs]
 
 
 def share_of_heads(worker) -> tuple[int, int, bool]:
@@ -90,20 +73,14 @@ def test_answers_on_two_ranks_are_those_of_transformers(engine, twin):
     assert on_all_ranks(engine, share_of_heads) == [(2, 4, True)] * 2
     prompts = twin.prompts(1)
     assert [len(prompt.images) for prompt in prompts] == [1] * 8 + [2] * 2
-    jobs = [(prompt, spec) for prompt in prompts for spec in SPECS]
-    random.Random(0).shuffle(jobs)
-    wanted = [twin.answer(prompt, spec) for prompt, spec in jobs]
-    wrong = [
-        f"{spec}: {mine} for {theirs}"
-        for (_, spec), mine, theirs in zip(jobs, given(engine, jobs), wanted, strict=True)
-        if mine != theirs
-    ]
-    assert wrong == []
+    pairs = [(prompt, spec) for prompt in prompts for spec in SPECS]
+    random.Random(0).shuffle(pairs)
+    assert wrong(engine, jobs_of(twin, pairs), NEW) == []
 
 
 # last: the engine is broken behind it
 def test_heads_that_are_not_gathered_change_answers(engine, twin):
     on_all_ranks(engine, keep_heads_apart)
     # another budget than before: nothing of it is cached
-    jobs = [(prompt, spec) for prompt in twin.prompts(2) for spec in ("fastervlm@12", "visionzip@12")]
-    assert given(engine, jobs) != [twin.answer(prompt, spec) for prompt, spec in jobs]
+    pairs = [(prompt, spec) for prompt in twin.prompts(2) for spec in ("fastervlm@12", "visionzip@12")]
+    assert wrong(engine, jobs_of(twin, pairs), NEW) != []

@@ -6,7 +6,9 @@ from __future__ import annotations
 import random
 
 import pytest
+import served_engine
 from served import NEW, Prompt
+from served_engine import outputs_of, wrong
 
 SPECS = [
     "dense",
@@ -26,44 +28,21 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def engine():
-    """Steps of 20 tokens cut through pictures; pages of 32 let pruned prompts share a prefix."""
-    import vllm
-
+    """Steps of 20 tokens cut through pictures."""
     from vlmprune.models.tiny import FOLDER
-    from vlmprune.serving import overrides
 
-    return vllm.LLM(
-        str(FOLDER),
-        hf_overrides=overrides("fastervlm@36"),
-        dtype="float32",
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        max_model_len=1024,
-        max_num_batched_tokens=160,
-        long_prefill_token_threshold=20,
-        max_num_seqs=8,
-        block_size=32,
-        limit_mm_per_prompt={"image": 2},
-        enable_prefix_caching=True,
-    )
+    steps = {"max_num_batched_tokens": 160, "long_prefill_token_threshold": 20}
+    with served_engine.engine(FOLDER, "fastervlm@36", enable_prefix_caching=True, **steps) as made:
+        yield made
 
 
 def answers(engine, requests):
-    import vllm
-
-    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW)
-    return engine.generate(requests, greedy, use_tqdm=False)
+    return outputs_of(engine, requests, NEW, None)
 
 
-def differing(engine, twin, jobs: list[tuple[Prompt, str]]) -> list[str]:
+def differing(engine, twin, jobs: list[tuple[Prompt, str]]) -> list[tuple]:
     """Specs whose answers are not those of transformers, one entry per job, all in one shuffled batch."""
-    given = [list(one.outputs[0].token_ids) for one in answers(engine, [p.request(s) for p, s in jobs])]
-    wanted = [twin.answer(prompt, spec) for prompt, spec in jobs]
-    return [
-        f"{spec}: {mine} for {theirs}"
-        for (_, spec), mine, theirs in zip(jobs, given, wanted, strict=True)
-        if mine != theirs
-    ]
+    return wrong(engine, [(prompt.request(spec), twin.answer(prompt, spec)) for prompt, spec in jobs], NEW)
 
 
 def shuffled(prompts, specs):
@@ -137,7 +116,7 @@ def test_without_the_spec_in_the_key_answers_are_wrong(engine, twin, monkeypatch
         return original(self, replace(inputs, hf_processor_mm_kwargs=kept))
 
     jobs = [(p, spec) for p in twin.prompts(1) for spec in ("random(seed=1)@9", "pool@9", "divprune@9")]
-    assert [line for line in differing(engine, twin, jobs) if "random" not in line] == []
+    assert [one for one in differing(engine, twin, jobs) if "random" not in one[0]["vlmprune"]] == []
     monkeypatch.setattr(LlavaProcessor, "_get_mm_hashes", blind)
     jobs = [(p, spec) for p in twin.prompts(2)[::2] for spec in ("uniform@10", "pool@10", "divprune@10")]
     assert differing(engine, twin, jobs) != []

@@ -137,8 +137,8 @@ def _one(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
 
 
 def _crops(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
-    # the defaults of the processor go before the settings of its image processor
-    defaults = processor.valid_processor_kwargs._defaults.get("images_kwargs", {})
+    # the defaults of the processor, where it has some, go before the settings of its image processor
+    defaults = getattr(processor.valid_processor_kwargs, "_defaults", {}).get("images_kwargs", {})
     return processor.image_processor.get_number_of_image_patches(*size, {**defaults, **options})
 
 
