@@ -2,6 +2,7 @@
 """Many clients of one server, dense against pruned, interleaved, at several concurrencies.
 
     python benchmarks/serving_load.py --model tiny --specs dense fastervlm@36 --concurrency 1 4 16
+    python benchmarks/serving_load.py --model random --scale 8 --specs dense fastervlm@64
     python benchmarks/serving_load.py --server http://localhost:8000 --specs dense fastervlm@64
 
 The load client is vLLM's own (``vllm bench serve``, random text and random pictures), which sends a spec with
@@ -83,6 +84,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--server", metavar="URL", help="of a server that was started with --per-request on this machine")
     add("--model", default="tiny", help="served where no --server is given: tiny, natural, random, or a name")
+    add("--scale", type=int, default=8, help="divides width and depth of the model random; 8 runs on a CPU")
     add("--engine", default="", metavar="OPTIONS", help="of that server, e.g. '--max-num-seqs 16'")
     add("--specs", nargs="+", default=["dense", "fastervlm@36"], help="the first is what others are held to")
     add("--concurrency", nargs="+", type=int, default=[1, 4, 16], metavar="CLIENTS")
@@ -198,7 +200,8 @@ class Client:
             "ready-check-timeout-sec": 0,
             "extra-body": json.dumps({"mm_processor_kwargs": {"vlmprune": spec}}),
         }
-        return [*(f"--{name}={value}" for name, value in asked.items()), "--disable-tqdm"]
+        # answers of equal length, whatever a spec makes of them
+        return [*(f"--{name}={value}" for name, value in asked.items()), "--ignore-eos", "--disable-tqdm"]
 
     def run(self, spec: str, at_once: int, number: int, seed: int) -> Run:
         from vllm.benchmarks.serve import add_cli_args, main
@@ -306,34 +309,27 @@ def table(runs: Sequence[Run], specs: Sequence[str], concurrency: Sequence[int])
     return lines
 
 
-def random_llava(folder: Path) -> Path:
-    """A small random LLaVA with 576 visual tokens, which speaks the words of the bundled model."""
+def random_llava(folder: Path, scale: int) -> Path:
+    """A random model in the shape of LLaVA-1.5-7B, divided, which speaks the words of the bundled model.
+
+    A picture is 576 tokens at every scale.
+    """
     import torch
-    from transformers import (
-        AutoProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    from transformers import AutoProcessor
 
     from vlmprune.models.tiny import FOLDER
+    from vlmprune.speed.shapes import config_of, random_model
 
     processor = AutoProcessor.from_pretrained(FOLDER)
-    size = {"height": 336, "width": 336}
+    config = config_of("llava-1.5-7b", scale)
+    vision = config.vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
     processor.image_processor.size = processor.image_processor.crop_size = size
-    processor.patch_size = 14
-    small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8}
-    words = len(processor.tokenizer)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**small, num_hidden_layers=4, image_size=336, patch_size=14),
-            text_config=LlamaConfig(**small, num_hidden_layers=8, vocab_size=words, head_dim=32),
-            image_token_id=processor.image_token_id,
-            image_seq_length=576,
-        )
-    )
+    processor.patch_size = vision.patch_size
+    config.image_token_index = processor.image_token_id
+    config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
+    config.text_config.vocab_size = len(processor.tokenizer)
+    model = random_model(config, "cpu", torch.float32 if scale > 1 else torch.bfloat16)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -349,7 +345,8 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        model = str(random_llava(Path(folder, "random"))) if options.model == "random" else options.model
+        made = Path(folder, "random")
+        model = str(random_llava(made, options.scale)) if options.model == "random" else options.model
         command = [sys.executable, "-c", COMMAND, "serve", model, "--per-request", "--"]
         command += ["--host", "127.0.0.1", "--port", str(port), *shlex.split(options.engine)]
         log = Path(folder, "log")

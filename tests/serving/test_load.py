@@ -134,7 +134,24 @@ def test_the_client_is_asked_to_send_the_spec():
 
     server = SimpleNamespace(address="http://here:1", model=lambda: ("tiny", "/models/tiny"))
     line = serving_load.Client(server, options).line("divprune@9", 4, 7)
-    asked = dict(one.removeprefix("--").split("=", 1) for one in line[:-1])
+    asked = dict(one.removeprefix("--").split("=", 1) for one in line[:-2])
     assert json.loads(asked["extra-body"]) == {"mm_processor_kwargs": {"vlmprune": "divprune@9"}}
     assert (asked["served-model-name"], asked["model"]) == ("tiny", "/models/tiny")
+    assert line[-2:] == ["--ignore-eos", "--disable-tqdm"]
     assert (asked["num-prompts"], asked["max-concurrency"], asked["seed"]) == ("5", "4", "7")
+
+
+def test_the_random_model_has_as_many_visual_tokens_as_the_real_one(tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import vlmprune
+
+    folder = serving_load.random_llava(tmp_path, 8)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    picture, _, _ = vlmprune.example()
+    token = AutoProcessor.from_pretrained(folder).image_token
+    inputs = AutoProcessor.from_pretrained(folder)(images=picture, text=f"{token} which", return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 576
+    with vlmprune.prune(model, "fastervlm@64") as run:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert len(run.last.kept[0]) == 64
