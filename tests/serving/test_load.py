@@ -141,6 +141,7 @@ def test_the_client_is_asked_to_send_the_spec():
     assert (asked["num-prompts"], asked["max-concurrency"], asked["seed"]) == ("5", "4", "7")
 
 
+@pytest.mark.slow
 def test_the_random_model_has_as_many_visual_tokens_as_the_real_one(tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
