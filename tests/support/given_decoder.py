@@ -100,7 +100,8 @@ class _Adapter:
     )
     projector = staticmethod(lambda rows: rows)
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
-    deepstack = text_type = None
+    deepstack = text_type = added = None
+    numbers_padding = False
     aligned: ClassVar[tuple[str, ...]] = ()
     closed: ClassVar[dict[SlotName, str]] = {}
     checks_features, note = False, ""

@@ -336,7 +336,8 @@ class Session:
     @torch.compiler.disable  # a prompt is read once: tracing this would cost more than it saves
     def _enter_with_pictures(self, state: ForwardState) -> None:
         for slot in self.slots.values():
-            slot.attachment.check_numbers(slot.method, state)
+            if slot.method.sliding and self.adapter.numbers_padding:
+                self.check_numbers(slot.method, state)
             slot.enter(state)
 
     def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:

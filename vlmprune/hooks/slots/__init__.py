@@ -62,9 +62,7 @@ class Attachment:
         return self.override or (method.positions if method.positions in allowed else allowed[0])
 
     def check_numbers(self, method: Method, state: ForwardState) -> None:
-        """Refuse a method that reads the numbers of positions where the model numbers padding, too."""
-        if not method.sliding or not self.adapter.numbers_padding:
-            return
+        """Refuse a method that reads the numbers of positions where the model numbered padding, too."""
         view = state.views.at(0)
         numbers = view.position_ids.expand(view.new.shape)  # (B, n)
         first = view.new.int().argmax(dim=1, keepdim=True)  # (B, 1) columns of the first tokens
