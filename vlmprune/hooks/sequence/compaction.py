@@ -150,7 +150,7 @@ class EvenCompaction(Compaction):
         self.length, self.width, self._tokens, self._whole = stays.shape[1], width, valid, whole
         batch, device = stays.shape[0], stays.device
         self.slides, self.lost = position_ids is None, self.length - self.width
-        places = []
+        places: list[Tensor] = []
         if position_ids is not None:
             # (B or 1, L, 1 or 3): the axes of M-RoPE stand behind the columns, since rows are copied
             places = [position_ids[..., None] if position_ids.ndim == 2 else position_ids.movedim(0, -1)]

@@ -134,9 +134,9 @@ class Units:
 class LayerTokens(VisualTokens):
     """Tokens at a cut: what few methods read is gathered when it is first asked for."""
 
-    _gathered: Mapping[str, Callable[[], Tensor | None]]
+    _gathered: Mapping[str, Callable[[], Any]]  # what each gives is said by its property
 
-    def gathering(self, later: Mapping[str, Callable[[], Tensor | None]]) -> LayerTokens:
+    def gathering(self, later: Mapping[str, Callable[[], Any]]) -> LayerTokens:
         """These tokens with fields that are given by what gathers them; for who has just made the tokens."""
         held = vars(self)
         for name in later:
@@ -256,7 +256,7 @@ def tokens_of(
         cut=cut,
         checks=checks,
     )
-    later: dict[str, Callable[[], Tensor | None]] = {"features": lambda: units.take(hidden)}
+    later: dict[str, Callable[[], Any]] = {"features": lambda: units.take(hidden)}
     if position_ids.ndim == 2:  # M-RoPE knows no single position
         plain = position_ids.expand(hidden.shape[0], -1)
         later["positions"] = lambda: units.of_row(plain).gather(1, at)
