@@ -65,7 +65,7 @@ def picture(special: tuple[int, ...] = (), crops: Callable[[], Tensor] | None = 
 
 
 def cut_of(one: Picture, method: Method, keep: str, in_place: bool = False) -> Cut:
-    (cut,) = cut_pictures([one], [[0]], method, Budget.of(keep), lambda x: x, in_place=in_place)
+    (cut,) = cut_pictures([one], [[0]], method, Budget.of(keep), lambda x: x, needs=(), in_place=in_place)
     assert cut is not None
     return cut
 

@@ -228,11 +228,11 @@ class VisionCapture:
             record.found |= {need: given[need.what] for need in self.needs if need.what in given}
 
     def _on_head_attention(self, module: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
-        if (record := self.record) is not None:
+        if (record := self.running()) is not None:
             record.found[POOLING] = output[1][:, 0].detach().float()  # (T, 1, n), mean over heads
 
     def _on_head(self, module: nn.Module, args: object, output: Tensor) -> None:
-        if (record := self.record) is not None:
+        if (record := self.running()) is not None:
             record.found[FRAME_VECTORS] = output[:, None].detach()  # (T, 1, C)
 
     def _on_block(self, index: int) -> Callable[..., None]:
