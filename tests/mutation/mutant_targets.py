@@ -100,6 +100,11 @@ VAR_LAYERS = "vlmprune.methods.var:VAR.acts_on"
 DEBIAS_SCORE = "vlmprune.methods.debias:Debias.score"
 REAL_PATCHES = "vlmprune.methods.debias.padding:real_patches"
 RANDOM_ROW = "vlmprune.methods.baselines:Random._row"
+ANCHOR_MEMBERS = "vlmprune.methods.fastvid:members_of"
+SPAN_KEEP = "vlmprune.hooks.slots.spans:Span.keep"
+WHOLE_JOINS = "vlmprune.hooks.slots.before_lm:_joins_in"
+HEAD_VECTORS = "vlmprune.hooks.vision.capture:VisionCapture._on_head"
+LARGEST_STEP = "vlmprune.models.shrink:Steps.largest"
 
 # models
 QWEN_WINDOWS = "vlmprune.models.qwen_vl:Qwen2_5VLAdapter.in_order"

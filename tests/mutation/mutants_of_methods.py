@@ -140,6 +140,35 @@ def dropped_for_kept(draw_keep: Function) -> Function:
     return lambda image, grids, mask, *rest: draw_keep(image, grids, ~np.asarray(mask, dtype=bool), *rest)
 
 
+def segments_from_the_front(members_of: Function) -> Function:
+    """Tokens of a segment counted from the first of the clip."""
+    return lambda slots, joined, count: members_of(slots, [one._replace(first=0) for one in joined], count)
+
+
+def rows_never_leave(keep: Function) -> Function:
+    """What a row was made of is said in the numbers before the cut."""
+
+    def changed(self: Any, index: Any) -> None:
+        parts, self.parts = self.parts, None
+        keep(self, index)
+        self.parts = parts
+
+    return changed
+
+
+def crops_share_rows(joins_in: Function) -> Function:
+    """Rows without a place are counted anew in every crop."""
+    return lambda count, part: (*joins_in(count, part)[:2], 0)
+
+
+def vectors_of_one_frame(on_head: Function) -> Function:
+    return lambda self, module, args, output: on_head(self, module, args, output[:1].expand_as(output))
+
+
+def any_number_of_tiles(largest: Function) -> Function:
+    return lambda self, size, several, k: largest(self, size, several, 10**9)
+
+
 def of(name: str) -> Pytest:
     return Pytest(f"tests/methods/test_{name}.py")
 
@@ -164,6 +193,21 @@ MUTANTS = (
     Mutant("debiased at every cut", at.DEBIAS_SCORE, at_every_cut, of("debias")),
     Mutant("padding of a picture on its side", at.REAL_PATCHES, width_for_height, of("debias")),
     Mutant("one draw for all images", at.RANDOM_ROW, one_draw_for_all, of("baselines")),
+    Mutant("segments counted from the front", at.ANCHOR_MEMBERS, segments_from_the_front, of("joins")),
+    Mutant(
+        "rows that leave keep their tokens",
+        at.SPAN_KEEP,
+        rows_never_leave,
+        Pytest("tests/core/test_members.py"),
+    ),
+    Mutant("crops share rows", at.WHOLE_JOINS, crops_share_rows, Pytest("tests/core/test_members.py")),
+    Mutant("one vector for all frames", at.HEAD_VECTORS, vectors_of_one_frame, of("fastvid")),
+    Mutant(
+        "tiles above the budget",
+        at.LARGEST_STEP,
+        any_number_of_tiles,
+        Pytest("tests/evaluation/test_downsample.py"),
+    ),
     Mutant(
         "the first token of a cell for its centre",
         at.CENTRES,
