@@ -16,7 +16,7 @@ import vlmprune
 from vlmprune.core.budget import Budget
 from vlmprune.core.keepmap import KeepMap
 from vlmprune.core.merged import Merged, names_of
-from vlmprune.core.method import Method
+from vlmprune.core.method import Method, needs_of
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
 from vlmprune.hooks.slots.before_lm import cut_pictures
@@ -65,7 +65,9 @@ def picture(special: tuple[int, ...] = (), crops: Callable[[], Tensor] | None = 
 
 
 def cut_of(one: Picture, method: Method, keep: str, in_place: bool = False) -> Cut:
-    (cut,) = cut_pictures([one], [[0]], method, Budget.of(keep), lambda x: x, needs=(), in_place=in_place)
+    (cut,) = cut_pictures(
+        [one], [[0]], method, Budget.of(keep), lambda x: x, needs=needs_of(method), in_place=in_place
+    )
     assert cut is not None
     return cut
 
