@@ -337,7 +337,7 @@ class Session:
     def _enter_with_pictures(self, state: ForwardState) -> None:
         for slot in self.slots.values():
             if slot.method.sliding and self.adapter.numbers_padding:
-                self.check_numbers(slot.method, state)
+                slot.attachment.check_numbers(slot.method, state)
             slot.enter(state)
 
     def _after_lm(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -51,9 +51,9 @@ class Granite4VisionAdapter(UnreadAdapter, LlavaNextAdapter):
 
     def marks(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
         count = self.crops(IMAGE, arguments, number + 1)[number]
-        return self.special(
-            self.pack(IMAGE, torch.zeros(count, self.tokens_per_side**2, 1), number, arguments)
-        )
+        packed = self.pack(IMAGE, torch.zeros(count, self.tokens_per_side**2, 1), number, arguments)
+        newlines = packed[:, 0].isnan()
+        return newlines if bool(newlines.any()) else None
 
     def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
         marks = self.marks(number, features, arguments)
