@@ -339,7 +339,8 @@ def share_out(mass: Tensor, members: Tensor, k: int, tau: float, rule: str) -> T
     block = block_of(crops)
     numbers = members.shape[1], k, tau, TINY, EPS, ROUNDED
     shape = crops, *numbers, rule == "paper", _steps(members.shape[1]), block
-    launch(share_kernel, batch, mass, members, weights, rooms, quota, *shape, num_warps=warps(block))
+    args = mass, members, weights, rooms, quota
+    launch(share_kernel, batch, *args, *shape, num_warps=min(16, 2 * warps(block)))
     return quota
 
 
