@@ -82,7 +82,7 @@ def host_slots(idx: Tensor, n: int) -> Tensor:
     idx = idx.contiguous()
     batch, k = idx.shape
     # repeated slots, which are refused later, leave places empty that are read before
-    slots = torch.zeros(batch, k, dtype=torch.int64, device=idx.device)
+    slots = torch.empty(batch, k, dtype=torch.int64, device=idx.device).zero_()
     tiles = -(-n // _ROWS)
     launch(host_kernel, batch * tiles, idx, slots, k, n, tiles, _ROWS, _block(k), num_warps=4)
     return slots
