@@ -224,7 +224,6 @@ class Made(NamedTuple):
 TABLES: Mapping[str, Made] = {
     "natural": Made(natural, ("natural",)),
     "seeds": Made(seeds, ("natural", "natural_1", "natural_2")),
-    "qwen": Made(natural, ("natural_qwen",)),
     "video": Made(video, ("video",)),
 }
 

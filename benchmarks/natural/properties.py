@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,38 +27,34 @@ Means = dict[str, float]
 
 @torch.no_grad()
 def properties(folder: Path, limit: int, split: str = "test") -> dict[str, Any]:
-    """Means over questions of the split about square pictures; layers and blocks are counted from 0.
-
-    A tower without [CLS] has nothing to say here but the decoder's part.
-    """
+    """Means over questions of the split; layers and blocks are counted from 0."""
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
     processor = AutoProcessor.from_pretrained(folder)
-    clip = getattr(model.model, "vision_tower", None)
+    vision = model.config.vision_config
+    grid = vision.image_size // vision.patch_size
     found: dict[str, list[float]] = defaultdict(list)
-    sums: list[np.ndarray] = []  # (P,) of each layer
+    sums = torch.zeros(model.config.text_config.num_hidden_layers, grid * grid)
     for sample in scenes().samples(split, limit):
         text = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
         inputs = processor(images=sample.load_images(), text=text, return_tensors="pt")
-        columns = inputs["input_ids"][0] == IMAGE
-        asked, things = masks(sample, math.isqrt(int(columns.sum())))
-        if clip is not None:
-            seen = clip(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
-            rows = [a[0, :, 0, 1:].mean(0).numpy() for a in seen.attentions]
-            norms = seen.hidden_states[-2][0, 1:].norm(dim=-1).numpy()
-            add(found, tower(rows[:-1], norms, asked, things))
+        asked, things = masks(sample, grid)
+        seen = model.model.vision_tower(
+            inputs["pixel_values"], output_attentions=True, output_hidden_states=True
+        )
+        rows = [a[0, :, 0, 1:].mean(0).numpy() for a in seen.attentions]
+        add(found, tower(rows[:-1], seen.hidden_states[-2][0, 1:].norm(dim=-1).numpy(), asked, things))
         out = model(**inputs, output_attentions=True, output_hidden_states=True)
-        shares = []
+        columns = inputs["input_ids"][0] == IMAGE
         for layer, attention in enumerate(out.attentions):
             row = attention[0, :, -1].mean(0)  # (L,) of the last prompt token
-            patches = row[columns].numpy()
-            shares.append(patches / patches.sum())
-            add(found, decoder(layer, row, patches, asked, out.hidden_states[layer + 1][0]))
-        sums = [a + b for a, b in zip(sums, shares, strict=True)] if sums else shares
+            patches = row[columns]
+            sums[layer] += patches / patches.sum()
+            add(found, decoder(layer, row, patches.numpy(), asked, out.hidden_states[layer + 1][0]))
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return {
         "questions": limit,
         "tower": {name: value for name, value in means.items() if "@" not in name},
-        "decoder": [drift(total / limit, means, layer) for layer, total in enumerate(sums)],
+        "decoder": [drift(sums[layer].numpy() / limit, means, layer) for layer in range(len(sums))],
     }
 
 

@@ -8,7 +8,6 @@ The tower's image-level objective is the same caption, read off the mean of all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,7 @@ from torch import Tensor, nn
 
 from vlmprune.evaluation.tasks.scenes.dataset import SIZES
 from vlmprune.evaluation.tasks.scenes.vocabulary import WORDS
-from vlmprune.evaluation.tasks.shapes.model import (
-    BOS,
-    CHAT_TEMPLATE,
-    EOS,
-    IMAGE,
-    PAD,
-    build_tokenizer,
-)
+from vlmprune.evaluation.tasks.shapes.model import BOS, EOS, IMAGE, PAD
 
 VIDEO = "<video>"  # the classes want a word for clips; nothing is trained on it
 ALL_WORDS = (*WORDS, VIDEO)
@@ -84,23 +76,6 @@ def build_image_processor() -> Any:
         merge_size=MERGE,
         temporal_patch_size=FRAMES,
     )
-
-
-def build_processor() -> Any:
-    """Its Qwen2VLProcessor; transformers reads clips with torchvision alone, so that has to be installed."""
-    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
-    return transformers.Qwen2VLProcessor(
-        image_processor=build_image_processor(),
-        tokenizer=build_tokenizer(ALL_WORDS, image_token=WORDS[IMAGE], video_token=VIDEO),
-        video_processor=transformers.Qwen2VLVideoProcessor(**sizes),
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def save(model: Any, out: Path) -> None:
-    """The files that ``from_pretrained`` reads."""
-    model.save_pretrained(out)
-    build_processor().save_pretrained(out)
 
 
 @torch.no_grad()
