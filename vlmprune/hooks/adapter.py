@@ -111,6 +111,9 @@ class Adapter(Protocol):
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         """Refuse encoder calls that the capture would misread."""
 
+    def crops(self, modality: Modality, arguments: Mapping[str, Any], total: int) -> list[int]:
+        """Crops, or frames, of each of ``total`` pictures of an encoder call."""
+
     def pictures(
         self,
         modality: Modality,
