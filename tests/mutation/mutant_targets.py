@@ -104,7 +104,7 @@ ANCHOR_MEMBERS = "vlmprune.methods.fastvid:members_of"
 SPAN_KEEP = "vlmprune.hooks.slots.spans:Span.keep"
 WHOLE_JOINS = "vlmprune.hooks.slots.before_lm:_joins_in"
 HEAD_VECTORS = "vlmprune.hooks.vision.capture:VisionCapture._on_head"
-LARGEST_STEP = "vlmprune.models.shrink:Steps.largest"
+LARGEST_STEP = "vlmprune.models.shrink:TileSizes.largest"
 
 # models
 QWEN_WINDOWS = "vlmprune.models.qwen_vl:Qwen2_5VLAdapter.in_order"

@@ -24,7 +24,7 @@ from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
 from ..hooks.vision.tiles import Tiles
 from ..hooks.vision.tower import has_cls
-from .shrink import Resolution, Steps
+from .shrink import Resolution, TileSizes
 
 IMAGE = Modality("image", "get_image_features", "pixel_values", "image_token_id")
 VIDEO = Modality("video", "get_video_features", "pixel_values_videos", "video_token_id")
@@ -173,7 +173,7 @@ class Adapter:
         """Blocks (rows, cols); ``special`` (length,) marks what is no patch, ``grid`` is that of a crop."""
         return tile_grids(special, self.side)
 
-    def resolution(self, processor: Any) -> Resolution | Steps:
+    def resolution(self, processor: Any) -> Resolution | TileSizes:
         """How its processor makes fewer tokens of smaller pictures; refused where it makes as many of all."""
         raise UnsupportedError(
             f"{self.model_type} reads pictures, or tiles of them, at one size, so that they cannot be shrunk "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CaptureError
 from .base import IMAGE, Adapter, Modality
-from .shrink import Resolution, Steps
+from .shrink import Resolution, TileSizes
 
 
 class LlavaNextAdapter(Adapter):
@@ -67,7 +67,7 @@ class LlavaNextAdapter(Adapter):
         )
         return {"vision_feature_select_strategy": strategy}
 
-    def resolution(self, processor: Any) -> Resolution | Steps:
+    def resolution(self, processor: Any) -> Resolution | TileSizes:
         points = [(int(rows), int(cols)) for rows, cols in self.config.image_grid_pinpoints]
 
         def sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -86,7 +86,7 @@ class LlavaNextAdapter(Adapter):
             packed = self.pack(IMAGE, torch.zeros(crops, self.side**2, 1), 0, arguments)
             return int((~packed.isnan()).sum())
 
-        return Steps(sizes, count, processor.image_processor.resample)
+        return TileSizes(sizes, count, processor.image_processor.resample)
 
     def layout(self, number: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
         shape = self._geometry("get_anyres_image_grid_shape")

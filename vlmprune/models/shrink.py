@@ -40,7 +40,7 @@ class Resolution:
 
 
 @dataclass(frozen=True)
-class Steps:
+class TileSizes:
     """How a processor that cuts pictures into tiles makes fewer tokens of smaller ones.
 
     Args:
@@ -88,7 +88,7 @@ class Shrink:
     spec: str
     method: Method
     budget: Budget
-    resolution: Resolution | Steps
+    resolution: Resolution | TileSizes
     strict: bool = False
 
     def __call__(self, images: Sequence[Any], several: Sequence[bool] = ()) -> Shrunk:
@@ -99,7 +99,7 @@ class Shrink:
         """
         if not images:
             return Shrunk([])
-        if isinstance(self.resolution, Steps):
+        if isinstance(self.resolution, TileSizes):
             return self._by_steps(self.resolution, images, several or [False] * len(images))
         side, found, dense, tokens = self.resolution.side, [], [], []
         for image in images:
@@ -121,7 +121,7 @@ class Shrink:
             )
         return self.budget.count(count)
 
-    def _by_steps(self, steps: Steps, images: Sequence[Any], several: Sequence[bool]) -> Shrunk:
+    def _by_steps(self, steps: TileSizes, images: Sequence[Any], several: Sequence[bool]) -> Shrunk:
         found, dense, tokens = [], [], []
         for image, others in zip(images, several, strict=True):
             whole = (image.height, image.width)
