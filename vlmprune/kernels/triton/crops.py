@@ -17,6 +17,7 @@ from .greedy import rows_contiguous
 from .launch import block_of, launch, next_power_of_2, warps
 
 _ROWS = 32  # tokens of a tile
+_WIDTH = 16  # columns of features at a time; with 32, Triton 3.6 has too few registers
 _GROUPS = 32  # crops whose sizes are found together
 _CROPS = 4096  # that one program shares out over
 
@@ -305,7 +306,7 @@ def crop_variance(features: Tensor, members: Tensor) -> Tensor:
     batch, _, d = features.shape
     out = torch.empty(batch, crops, width, dtype=torch.float32, device=features.device)
     tiles = -(-width // _ROWS)
-    shape = crops, width, tiles, d, features.stride(0), features.stride(1), EPS, _ROWS, 32
+    shape = crops, width, tiles, d, features.stride(0), features.stride(1), EPS, _ROWS, _WIDTH
     launch(variance_kernel, batch * crops * tiles, features, members, out, *shape, num_warps=4)
     return out
 
