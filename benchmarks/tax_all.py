@@ -6,10 +6,11 @@
 A round times the dense model once and, of every method, the pruned side, the free side, and what capture adds
 to the encoder, each pair after an uncounted run of the same model; what these are says tax.py. Capture is
 watched on a tower of one block, or, where a method reads several blocks, on one of all blocks with narrow
-feed-forward layers. A round is written to the file when it ends. The same command goes on with the rounds
-that lack, also days later; each round knows under which conditions it was measured. The table beside the
-file, ``tax_all.csv``, is made anew each time: its column "tax" is what a method's card quotes where it
-exceeds 1.05. Methods that this model cannot run have a line with the reason.
+feed-forward layers. There a run takes a second or more, and what capture adds is lost in its noise: it stands
+in its column, and the tax leaves it out. A round is written to the file when it ends. The same command goes
+on with the rounds that lack, also days later; each round knows under which conditions it was measured. The
+table beside the file, ``tax_all.csv``, is made anew each time: its column "tax" is what a method's card
+quotes where it exceeds 1.05. Methods that this model cannot run have a line with the reason.
 
 The vision tower is left out; what shortens it has no tax in this sense: ``vlmprune bench`` times it whole.
 """
@@ -168,7 +169,8 @@ def rows(rounds: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> li
         mine = [(one["dense"], one["specs"][spec]) for one in rounds if spec in one["specs"]]
         dense, free = [first for first, _ in mine], [parts["free"] for _, parts in mine]
         capture = median(parts["watched"] - parts["bare"] for _, parts in mine)
-        pruned = [parts["pruned"] + capture for _, parts in mine]
+        seen = mine[-1][1]["tower"] == "one block"
+        pruned = [parts["pruned"] + (capture if seen else 0.0) for _, parts in mine]
         tax = ratios(pruned, free)
         low, high = spread(tax)
         made.append(

@@ -223,7 +223,8 @@ def test_all_methods_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys
 
 
 def test_a_row_has_the_median_of_ratios_within_rounds():
-    parts = {"bare": 1.0, "watched": 1.5, "choose": 0.001, "kept": 4, "tower": "narrow"}
+    parts = {"bare": 1.0, "watched": 1.5, "choose": 0.001, "kept": 4, "tower": "one block"}
+    lost = {**parts, "tower": "narrow"}
     rounds = [
         {"dense": 8.0, "specs": {"a@4": {**parts, "pruned": 1.5, "free": 2.0}}},
         {"dense": 6.0, "specs": {"a@4": {**parts, "pruned": 2.5, "free": 2.0}}},
@@ -231,7 +232,7 @@ def test_a_row_has_the_median_of_ratios_within_rounds():
             "dense": 6.0,
             "specs": {
                 "a@4": {**parts, "pruned": 3.5, "free": 2.0},
-                "b@4": {**parts, "pruned": 1.0, "free": 1.0},
+                "b@4": {**lost, "pruned": 1.0, "free": 1.0},
             },
         },
     ]
@@ -245,7 +246,8 @@ def test_a_row_has_the_median_of_ratios_within_rounds():
         500,
         3,
     )
-    assert (b["tax"], b["rounds"]) == (1.5, 1)
+    # on a narrow tower capture is lost in the noise
+    assert (b["tax"], b["capture_ms"], b["rounds"]) == (1.0, 500, 1)
     assert (c["spec"], c["rounds"], c["tax"], c["why_not"]) == ("c", 0, "", "cannot")
 
 
