@@ -17,7 +17,7 @@ import vlmprune
 from vlmprune.errors import CaptureError, GridError, InvariantError, UnsupportedError
 from vlmprune.models import adapter_for
 from vlmprune.models.unread import Molmo2Adapter
-from vlmprune.testing.checks_generation import second_turn
+from vlmprune.testing.checks_generation import drafts_are_no_prompt, second_turn
 from vlmprune.testing.checks_model import training_works
 from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built, numbered
 from vlmprune.testing.conformance import Subject, generate, shared_model
@@ -51,6 +51,10 @@ def test_what_stands_beside_gemma4s_tokens_matters() -> None:
     other = replace(kept, beside=kept.beside.flip(1))
     assert kept.beside.shape[:2] == kept.embeds.shape[:2]
     assert (logits_of(model, kept)[-1] - logits_of(model, other)[-1]).abs().max() > 0.01
+
+
+def test_drafts_behind_a_prompt_with_token_types_are_text() -> None:
+    drafts_are_no_prompt(Subject("fastv(layer=1)@9", "gemma4"))
 
 
 def test_cuts_inside_are_refused_where_layers_read_what_would_not_follow() -> None:

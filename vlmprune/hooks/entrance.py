@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import CaptureError, InvariantError, UnsupportedError
 from .patches import ATTACHED
@@ -203,10 +204,12 @@ def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes |
     given, text = state.given_types, adapter.text_type
     if given is None or text is None:
         return None
-    if given.ndim != 2 or given.shape[1] < new:
+    if given.ndim != 2:
         raise InvariantError(
-            f"{adapter.types} has shape {tuple(given.shape)}; expected a type for each of {new} tokens"
+            f"{adapter.types} has shape {tuple(given.shape)}; expected a row of types for each prompt"
         )
+    # drafts of assisted decoding stand behind a prompt, without types of their own: they are text
+    given = pad(given, (0, max(0, new - given.shape[1])), value=text)
     # the class's own: on the instance a session's patch stands in its place
     make = type(adapter.model).create_masks_for_generate
     return TokenTypes(given[:, -new:], text, make, adapter.model.config, adapter.types)
