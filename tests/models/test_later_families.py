@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from later_families import sampled
 from torch import Tensor
 
@@ -286,10 +287,11 @@ class PartOf(torch.nn.Module):
         raise NotImplementedError
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="this one runs it; the refusal is of later ones"
+)
 def test_llama4_is_refused_since_transformers_cannot_run_it() -> None:
     """When this fails it can be run, and the refusal has to go."""
-    import transformers
-
     text = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size_mlp": 64}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "num_local_experts": 2}
     vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
