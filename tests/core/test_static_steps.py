@@ -13,12 +13,20 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, StaticCache
 
 import vlmprune
+from vlmprune.errors import UnsupportedError
 from vlmprune.testing.device import count
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 4
-SPECS = ("fastervlm@9", "divprune@9", "visionzip@9", "fastv(layer=1)@9", "pyramiddrop@0.5")
+SPECS = (
+    "fastervlm@9",
+    "fastervlm(cls=mean)@9",
+    "divprune@9",
+    "visionzip@9",
+    "fastv(layer=1)@9",
+    "pyramiddrop@0.5",
+)
 FAMILIES = ("llava", "llava_next", "llava_onevision", "vipllava", "mistral3", "qwen2_5_vl", "gemma3")
 
 
@@ -53,7 +61,7 @@ def logits_of_steps(family: str, spec: str | None, compiled: bool) -> tuple[Tens
 def test_decode_steps_are_one_graph_where_dense_ones_are(family: str, spec: str) -> None:
     try:
         want, _ = logits_of_steps(family, spec, compiled=False)
-    except vlmprune.UnsupportedError as error:
+    except UnsupportedError as error:
         pytest.skip(str(error))
     try:
         dense, graphs = logits_of_steps(family, None, compiled=True)
@@ -62,7 +70,7 @@ def test_decode_steps_are_one_graph_where_dense_ones_are(family: str, spec: str)
     got, pruned_graphs = logits_of_steps(family, spec, compiled=True)
     assert not torch.allclose(want, dense, atol=1e-2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert pruned_graphs == graphs
+    assert pruned_graphs <= graphs  # a dense Gemma 3 makes a second one for its windows
 
 
 @pytest.mark.parametrize("spec", ["fastv(layer=1)@9", pytest.param("fastervlm@9", marks=pytest.mark.slow)])
