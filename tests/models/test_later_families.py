@@ -55,6 +55,7 @@ def test_what_stands_beside_gemma4s_tokens_matters() -> None:
 
 
 def test_drafts_behind_a_prompt_with_token_types_are_text() -> None:
+    available("gemma4")
     drafts_are_no_prompt(Subject("fastv(layer=1)@9", "gemma4"))
 
 
