@@ -208,8 +208,9 @@ def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes |
         raise InvariantError(
             f"{adapter.types} has shape {tuple(given.shape)}; expected a row of types for each prompt"
         )
-    # drafts of assisted decoding stand behind a prompt, without types of their own: they are text
-    given = pad(given, (0, max(0, new - given.shape[1])), value=text)
+    if given.shape[1] < new:
+        # drafts of assisted decoding stand behind a prompt, without types of their own: they are text
+        given = pad(given, (0, new - given.shape[1]), value=text)
     # the class's own: on the instance a session's patch stands in its place
     make = type(adapter.model).create_masks_for_generate
     return TokenTypes(given[:, -new:], text, make, adapter.model.config, adapter.types)
