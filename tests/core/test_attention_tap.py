@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.hooks.attention_call import AttentionCall, over_keys, over_slots
-from vlmprune.hooks.attention_tap import AttentionTap, TappedConfig, find_attention, probe, tap
+from vlmprune.hooks.attention_tap import AttentionTap, TappedConfig, find_attention, probe, tap, walk
 from vlmprune.testing.backbones import BACKBONES, RECURRENT
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
@@ -260,3 +260,10 @@ def test_layers_without_attention_are_refused_by_name(name: str) -> None:
         UnsupportedError, match=r"fastv reads the attention of decoder layer 0, a .* without attention"
     ):
         kept_of(model, inputs, "fastv(layer=1)@9")
+
+
+def test_modules_are_walked_as_torch_walks_them():
+    shared = nn.Linear(1, 1)
+    module = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
+    module.add_module("itself", module)
+    assert list(walk(module)) == list(module.modules())

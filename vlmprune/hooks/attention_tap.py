@@ -45,9 +45,12 @@ def _looks_up(kind: type[nn.Module]) -> bool:
 
 def walk(model: nn.Module) -> Iterator[nn.Module]:
     """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment."""
-    waiting = [model]
+    waiting, seen = [model], set()
     while waiting:
         module = waiting.pop()
+        if module in seen:  # one that stands in several places, or holds what holds it
+            continue
+        seen.add(module)
         yield module
         waiting += [part for part in reversed(module._modules.values()) if part is not None]
 
