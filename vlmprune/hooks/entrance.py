@@ -204,13 +204,14 @@ def token_types(state: ForwardState, adapter: Adapter, new: int) -> TokenTypes |
     given, text = state.given_types, adapter.text_type
     if given is None or text is None:
         return None
-    if given.ndim != 2:
+    untyped = new - given.shape[-1]
+    if given.ndim != 2 or untyped > state.generated:
         raise InvariantError(
-            f"{adapter.types} has shape {tuple(given.shape)}; expected a row of types for each prompt"
+            f"{adapter.types} has shape {tuple(given.shape)}; expected a type for each of {new} tokens"
         )
-    if given.shape[1] < new:
-        # drafts of assisted decoding stand behind a prompt, without types of their own: they are text
-        given = pad(given, (0, new - given.shape[1]), value=text)
+    if untyped > 0:
+        # drafts of assisted decoding stand behind a prompt, some without types of their own: they are text
+        given = pad(given, (0, untyped), value=text)
     # the class's own: on the instance a session's patch stands in its place
     make = type(adapter.model).create_masks_for_generate
     return TokenTypes(given[:, -new:], text, make, adapter.model.config, adapter.types)
