@@ -25,6 +25,7 @@ GRAM = 4096  # tokens up to which all similarities are held: 64 MB
 _BLOCK = 1024  # tokens on a side of the blocks in which nearest neighbours of many are searched
 # rows of a matrix in which nearest neighbours are searched at a time, so that they stay in the cache
 _ROWS = 64
+_LOOK = 16  # leading tokens whose gain of coverage is looked at together, then twice as many
 
 Pick = tuple[int, float]
 Numbers = npt.NDArray[np.floating[Any]]
@@ -196,21 +197,27 @@ def _cover(columns: Numbers, weight: Numbers | None, combine: str, k: int) -> It
     """``columns`` (N, R) hold how well each token covers the rows.
 
     Gains only fall from pick to pick, rounded sums included, so that an old value is an upper bound: a token
-    is looked at again only when it leads, and picked when it leads by a value of this step.
+    is looked at again only when it leads or nearly does, and picked when it leads by a value of this step.
     """
     n = len(columns)
     taken, best, seen = np.zeros(n, bool), np.zeros(columns.shape[1], columns.dtype), np.zeros(n, np.int64)
-    value = np.maximum(columns, 0).sum(axis=1)
-    if weight is not None:
-        value = value * weight if combine == "product" else value + weight
+
+    def worth(some: Any) -> Numbers:
+        gain = np.maximum(columns[some] - best, 0).sum(axis=1)
+        if weight is None:
+            return gain
+        return gain * weight[some] if combine == "product" else gain + weight[some]
+
+    value = worth(slice(None))
     for step in range(k):
-        token = _best(value, taken)
+        token, look = _best(value, taken), _LOOK
         while seen[token] != step:
-            gain = np.maximum(columns[token] - best, 0).sum()
-            if weight is not None:
-                gain = gain * weight[token] if combine == "product" else gain + weight[token]
-            value[token], seen[token] = gain, step
-            token = _best(value, taken)
+            # many at once, since a call costs as much as the sums of some ten tokens
+            some = value.argpartition(-look)[-look:] if look < n else np.arange(n)
+            some[0] = token  # may be none of them, where more are NaN
+            value[some], seen[some] = worth(some), step
+            value[taken] = -np.inf
+            token, look = _best(value, taken), 2 * look
         yield token, value[token]
         taken[token], value[token] = True, -np.inf
         best = np.maximum(best, columns[token], out=best)
