@@ -6,10 +6,12 @@ layer.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 import vlmprune
@@ -267,3 +269,49 @@ def test_modules_are_walked_as_torch_walks_them():
     module = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
     module.add_module("itself", module)
     assert list(walk(module)) == list(module.modules())
+
+
+class Products(TorchFunctionMode):
+    """Counts the columns that each matrix is multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: dict[int, int] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is nn.functional.linear:
+            self.columns[id(args[1])] = args[0].shape[-2]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3", "deepseek_v3", "gemma3_text", "smollm3"])
+def test_a_probe_computes_only_what_ranks(name: str) -> None:
+    """No values, and on request one query: the row of the last token is that of the whole call."""
+    model = tiny_model("llava", text=name).model.language_model
+    hidden, layer = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0)), model.layers[LAYER]
+    attention, rows = find_attention(layer), torch.full((2, 1), 11)
+    seen: dict[str, Tensor] = {}
+    watching, products = AttentionTap(attention, lambda call, output: None), Products()
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = args[0] if args else kwargs.pop("hidden_states")
+        seen["whole"] = probe(layer, given, kwargs, None, 0).attention(rows)
+        with products:
+            seen["last"] = probe(layer, given, kwargs, None, 0, last=True).attention(rows)
+
+    watching.install()
+    handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+    with torch.no_grad():
+        model(inputs_embeds=hidden, use_cache=False)
+    handle.remove()
+    watching.remove()
+    torch.testing.assert_close(seen["last"], seen["whole"], atol=1e-6, rtol=1e-5)
+    columns = {
+        part: products.columns.get(id(getattr(attention, part).weight))
+        for part in ("q_proj", "k_proj", "v_proj")
+        if getattr(attention, part, None) is not None
+    }
+    # latent attention keeps its matrices under other names
+    assert columns == ({} if name == "deepseek_v3" else {"q_proj": 1, "k_proj": 12, "v_proj": None})

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from ..errors import UnsupportedError
@@ -189,17 +190,55 @@ class Probed(BaseException):
         self.call = call
 
 
+class OnlyWhatRanks(TorchFunctionMode):
+    """Leaves out the products of an attention module that rows of its attention do not read: those with the
+    matrix of its values, and if asked for, of all queries but the last.
+
+    A mode of torch acts in its own thread alone, where another forward of the module would be another
+    thread's. What stands in for a product has its shape, and no number of it is read. Modules that keep
+    their matrices under other names, or in one, compute everything.
+    """
+
+    def __init__(self, module: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.values = getattr(getattr(module, "v_proj", None), "weight", None)
+        self.queries = getattr(getattr(module, "q_proj", None), "weight", None) if last else None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is nn.functional.linear and len(args) > 1 and args[0].ndim == 3:
+            hidden, matrix = args[:2]  # (B, n, D)
+            if matrix is self.values:
+                return hidden[..., :1].expand(-1, -1, matrix.shape[0])
+            if matrix is self.queries:
+                return function(hidden[:, -1:], *args[1:]).expand(-1, hidden.shape[1], -1)
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def probe(
-    layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], cache_keyword: str | None, past: int
+    layer: nn.Module,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+    cache_keyword: str | None,
+    past: int,
+    last: bool = False,
 ) -> AttentionCall:
-    """What the attention of a decoder layer would be given for ``hidden`` (B, n, D); writes no cache."""
+    """What the attention of a decoder layer would be given for ``hidden`` (B, n, D), but for its values;
+    writes no cache.
+
+    Args:
+        last: of the queries only the last one is read.
+    """
     kwargs = dict(kwargs)
     if cache_keyword is not None:
         kwargs[cache_keyword] = ReadOnlyCache(kwargs[cache_keyword], past)
+    attention = find_attention(layer)
     _probing.active = True
     try:
-        layer.forward(hidden, **kwargs)  # not the module itself: its hooks are for the real run
+        with OnlyWhatRanks(layer if attention is None else attention, last):
+            layer.forward(hidden, **kwargs)  # not the module itself: its hooks are for the real run
     except Probed as stop:
         return _as_masked(stop.call)
     finally:

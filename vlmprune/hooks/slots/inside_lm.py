@@ -244,7 +244,8 @@ class InsideLM:
         view = state.views.at(index)
         kwargs = self._as_viewed(state, index, hidden, kwargs)
         keyword = cache_name(kwargs) if cache_in(kwargs) is not None else None
-        attended = probe(module, hidden, kwargs, keyword, view.held.shape[1])
+        last = "lm_received" not in self.wanted and self._last_alone(state, index)
+        attended = probe(module, hidden, kwargs, keyword, view.held.shape[1], last)
         queries = self._queries(state, index)
         attention = self._rows(state, index, attended, queries[0])
         return read(attended, queries, attention, self.wanted, state.tracked.spans, view.width)
@@ -277,11 +278,12 @@ class InsideLM:
 
     def _rows(self, state: ForwardState, index: int, attended: AttentionCall, rows: Tensor) -> Tensor | None:
         """(B, H, R, S) attention of queries (B, R), where the method reads any."""
-        if not self.reads_attention:
-            return None
-        # known without asking a device: the last column alone asks, and every column is a token
-        last = state.tracked.raters is None and state.views.at(index).maskless and not state.generated
-        return (attended.of_last() if last else attended).attention(rows)
+        call = attended.of_last() if self._last_alone(state, index) else attended
+        return call.attention(rows) if self.reads_attention else None
+
+    def _last_alone(self, state: ForwardState, index: int) -> bool:
+        """Whether the last column alone asks and all are tokens, known without asking a device."""
+        return state.tracked.raters is None and state.views.at(index).maskless and not state.generated
 
     def _queries(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor | None]:
         """Query columns (B, R) of every row, real ones last, and which of them are real (B, R)."""
