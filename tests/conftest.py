@@ -4,6 +4,7 @@ loaded."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -60,3 +61,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = older.reason(item.path.as_posix(), item.name)
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end, so that no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
