@@ -4,17 +4,21 @@
     python benchmarks/serving_load.py --model tiny --specs dense fastervlm@36 --concurrency 1 4 16
     python benchmarks/serving_load.py --model random --scale 8 --specs dense fastervlm@64
     python benchmarks/serving_load.py --server http://localhost:8000 --specs dense fastervlm@64
+    .ci/serving load FOLDER     # the run of docs/serve.md; then python benchmarks/serving_table.py
 
 The load client is vLLM's own (``vllm bench serve``, random text and random pictures), which sends a spec with
-each request. One server answers all specs, so that what the machine does besides meets all of them. Every
-round asks every spec at every concurrency with the same pictures, in another order; the pictures of another
-round are new. Without ``--server`` one is started, and ended again.
+each request. One server answers all specs, so that what the machine does besides meets all of them. First
+every spec is asked once at the most clients, uncounted. Then every round asks every spec at every concurrency
+with the same pictures, in another order; the pictures of another round are new. Without ``--server`` one is
+started, and ended again.
 
 Per spec and concurrency, medians over the rounds: ``prompt``, tokens of a prompt as the server counted them;
 median and 99th percentile of the time to the first token over the requests of a round; answer tokens and
-requests per second; the most KV blocks that were seen in use, looked at ten times a second. Gains are ratios
-to the first spec within a round: their median, least and most. "pays" and "does not pay" take three rounds
-that agree. Wall clock: take them on an idle machine.
+requests per second; the most KV blocks that were seen in use, looked at ten times a second. What a gain and a
+verdict are says serving_table.py. Wall clock: take it on an idle machine.
+
+With ``--out FILE`` every run is written to the file when it ends, and the same command goes on with those
+that lack.
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,43 +42,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from serving_table import Row, Run, append, read, table
+
 START = 900  # seconds
-FEWEST = 3  # rounds that a verdict takes
 COMMAND = "from vlmprune.cli import main; main()"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one spec gave at one concurrency in one round."""
-
-    spec: str
-    at_once: int
-    round: int
-    prompt: float
-    first_token_ms: float
-    first_token_p99_ms: float
-    tokens_per_s: float
-    requests_per_s: float
-    kv_blocks: float
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much better than the first spec, per round: above 1 is better."""
-
-    rounds: tuple[float, ...]
-
-    @property
-    def verdict(self) -> str:
-        """``"gain"`` or ``"loss"`` where all rounds agree, else ``"unclear"``."""
-        if len(self.rounds) < FEWEST:
-            return "unclear"
-        if min(self.rounds) > 1:
-            return "gain"
-        return "loss" if max(self.rounds) <= 1 else "unclear"
-
-    def __str__(self) -> str:
-        return f"{statistics.median(self.rounds):.2f}x ({min(self.rounds):.2f} to {max(self.rounds):.2f})"
+# what all runs of a file share: of the options, and of the environment
+SAME = ("model", "scale", "engine", "specs", "concurrency", "requests", "side", "words", "answer")
+ENVIRONMENT = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,8 +67,19 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--side", type=int, default=336, help="of the pictures, in pixels")
     add("--words", type=int, default=16, help="random text tokens of a prompt")
     add("--answer", type=int, default=8, help="tokens of an answer")
+    add("--out", type=Path, metavar="FILE", help="write every run to it (.jsonl), and go on where it ends")
     add("--json", action="store_true", help="print the runs as JSON and nothing else")
     return parser.parse_args(given)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run that is still to be made."""
+
+    spec: str
+    at_once: int
+    round: int
+    seed: int
 
 
 class Server:
@@ -177,7 +162,7 @@ class Client:
         self.server, self.options = server, options
         self.name, self.root = server.model()
 
-    def line(self, spec: str, at_once: int, seed: int) -> list[str]:
+    def line(self, one: Asked) -> list[str]:
         """What is asked of ``vllm bench serve``."""
         options = self.options
         asked: dict[str, Any] = {
@@ -193,42 +178,42 @@ class Client:
             "random-mm-base-items-per-request": 1,
             "random-mm-limit-mm-per-prompt": json.dumps({"image": 1}),
             "random-mm-bucket-config": str({(options.side, options.side, 1): 1.0}),
-            "max-concurrency": at_once,
-            "seed": seed,
+            "max-concurrency": one.at_once,
+            "seed": one.seed,
             "temperature": 0,
             # a prompt that is sent first, to see whether the server is there, would be counted
             "ready-check-timeout-sec": 0,
-            "extra-body": json.dumps({"mm_processor_kwargs": {"vlmprune": spec}}),
+            "extra-body": json.dumps({"mm_processor_kwargs": {"vlmprune": one.spec}}),
         }
         # answers of equal length, whatever a spec makes of them
         return [*(f"--{name}={value}" for name, value in asked.items()), "--ignore-eos", "--disable-tqdm"]
 
-    def run(self, spec: str, at_once: int, number: int, seed: int) -> Run:
+    def run(self, one: Asked) -> Run:
         from vllm.benchmarks.serve import add_cli_args, main
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         parser = FlexibleArgumentParser()
         add_cli_args(parser)
-        asked = parser.parse_args(self.line(spec, at_once, seed))
+        asked = parser.parse_args(self.line(one))
         before = self.server.prompt_tokens()
         said = io.StringIO()
         with Watch(self.server.kv_blocks) as watch, contextlib.redirect_stdout(said):
             result = main(asked)
         if result["completed"] != self.options.requests:
             raise SystemExit(
-                f"{spec}, {at_once} at once: {result['completed']} of {self.options.requests} requests were "
-                f"answered; see the server's log. The client said:\n{said.getvalue()[-2000:]}"
+                f"{one.spec}, {one.at_once} at once: {result['completed']} of {self.options.requests} "
+                f"requests were answered. The client said:\n{said.getvalue()[-2000:]}"
             )
         read = self.server.prompt_tokens() - before
-        return as_run(spec, at_once, number, result, read / self.options.requests, watch.most)
+        return as_run(one, result, read / self.options.requests, watch.most)
 
 
-def as_run(spec: str, at_once: int, number: int, result: dict, prompt: float, blocks: float) -> Run:
+def as_run(asked: Asked, result: dict, prompt: float, blocks: float) -> Run:
     """A run from what vLLM's client returned."""
     return Run(
-        spec,
-        at_once,
-        number,
+        asked.spec,
+        asked.at_once,
+        asked.round,
         prompt,
         result["median_ttft_ms"],
         result["p99_ttft_ms"],
@@ -238,75 +223,37 @@ def as_run(spec: str, at_once: int, number: int, result: dict, prompt: float, bl
     )
 
 
-def measure(run: Callable[[str, int, int, int], Run], options: argparse.Namespace) -> list[Run]:
-    """All runs; ``run(spec, at_once, round, seed)`` makes one. Round 0 warms up and is thrown away."""
-    runs = []
-    for number in range(options.rounds + 1):
-        for place, at_once in enumerate(options.concurrency):
+def lacking(options: argparse.Namespace, done: Sequence[Run] = ()) -> list[Asked]:
+    """The runs that ``done`` lacks, in the order in which they are made; round 0 warms up."""
+    have = {(one.spec, one.at_once, one.round) for one in done}
+    specs, concurrency = options.specs, options.concurrency
+    asked = []
+    for number in range(1, options.rounds + 1):
+        for place, at_once in enumerate(concurrency):
             # one seed for all specs: they meet the same pictures, which no earlier run has met
-            seed = number * len(options.concurrency) + place
-            turn = number % len(options.specs)
-            for spec in options.specs[turn:] + options.specs[:turn]:
-                made = run(spec, at_once, number, seed)
-                if number:
-                    runs.append(made)
-    return runs
+            seed = number * len(concurrency) + place
+            turn = number % len(specs)
+            for spec in specs[turn:] + specs[:turn]:
+                if (spec, at_once, number) not in have:
+                    asked.append(Asked(spec, at_once, number, seed))
+    if not asked:
+        return []
+    # also where a file goes on: a server that has just started is slower
+    return [*(Asked(spec, max(concurrency), 0, 0) for spec in specs), *asked]
 
 
-def chosen(runs: Sequence[Run], spec: str, at_once: int) -> list[Run]:
-    """The runs of one spec at one concurrency, by round."""
-    some = [one for one in runs if (one.spec, one.at_once) == (spec, at_once)]
-    return sorted(some, key=lambda one: one.round)
-
-
-def gains(runs: Sequence[Run], base: str, spec: str, at_once: int) -> dict[str, Gain]:
-    """First token and throughput of a spec against the first one, within each round."""
-    pairs = list(zip(chosen(runs, base, at_once), chosen(runs, spec, at_once), strict=True))
-    return {
-        "first token": Gain(tuple(one.first_token_ms / other.first_token_ms for one, other in pairs)),
-        "throughput": Gain(tuple(other.requests_per_s / one.requests_per_s for one, other in pairs)),
-    }
-
-
-def verdict(found: dict[str, Gain]) -> str:
-    """Whether pruning pays, in words; only what all rounds agree on is said."""
-    words = {"gain": "pays", "loss": "does not pay", "unclear": "not clear"}
-    by_word = {word: [name for name, gain in found.items() if gain.verdict == word] for word in words}
-    said = [(words[word], names) for word, names in by_word.items() if names]
-    if len(said) == 1:
-        return said[0][0]
-    return ", ".join(f"{word} in {' and '.join(names)}" for word, names in said)
-
-
-_COLUMNS = (
-    ("prompt", 8, 0),
-    ("first_token_ms", 12, 1),
-    ("first_token_p99_ms", 12, 1),
-    ("tokens_per_s", 10, 1),
-    ("requests_per_s", 11, 2),
-    ("kv_blocks", 10, 0),
-)
-
-
-def table(runs: Sequence[Run], specs: Sequence[str], concurrency: Sequence[int]) -> list[str]:
-    """Medians over the rounds, then what every spec gains against the first."""
-    names = ("prompt", "first, ms", "p99, ms", "tokens/s", "requests/s", "KV blocks")
-    head = "".join(f"{name:>{width}}" for name, (_, width, _) in zip(names, _COLUMNS, strict=True))
-    lines = [f"{'at once':>7}  {'spec':24}{head}"]
-    for at_once in concurrency:
-        for spec in specs:
-            some = chosen(runs, spec, at_once)
-            values = "".join(
-                f"{statistics.median(getattr(one, name) for one in some):{width}.{digits}f}"
-                for name, width, digits in _COLUMNS
-            )
-            lines.append(f"{at_once:7}  {spec:24}{values}")
-    for at_once in concurrency:
-        for spec in specs[1:]:
-            found = gains(runs, specs[0], spec, at_once)
-            said = ", ".join(f"{name} {gain}" for name, gain in found.items())
-            lines.append(f"{spec} against {specs[0]}, {at_once} at once: {said}: {verdict(found)}")
-    return lines
+def measure(run: Callable[[Asked], Run], asked: Sequence[Asked], keep: Callable[[Run], None]) -> None:
+    """Make the runs; ``keep`` is given each when it ends, but for those that warm up."""
+    for number, one in enumerate(asked, 1):
+        made = run(one)
+        if made.round:
+            keep(made)
+        print(
+            f"{number} of {len(asked)}: round {made.round}, {made.at_once} at once, {made.spec}: first token "
+            f"{made.first_token_ms:.0f} ms, {made.requests_per_s:.2f} requests/s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def random_llava(folder: Path, scale: int) -> Path:
@@ -354,25 +301,56 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
             process = subprocess.Popen(command, stdout=out, stderr=out)
             try:
                 server = Server(f"http://127.0.0.1:{port}")
-                wait(server, process, log)
+                wait(server, process)
                 yield server
+            except BaseException:
+                print(f"the server's log ends so:\n{log.read_text()[-3000:]}", file=sys.stderr)
+                raise
             finally:
                 process.terminate()
                 process.wait(120)
 
 
-def wait(server: Server, process: subprocess.Popen, log: Path) -> None:
+def wait(server: Server, process: subprocess.Popen) -> None:
     until = time.monotonic() + START
     while not server.alive():
         if process.poll() is not None or time.monotonic() > until:
-            raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+            raise SystemExit("the server did not start")
         time.sleep(1)
+
+
+def same(options: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of a file share."""
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return {name: getattr(options, name) for name in SAME} | {"environment": environment}
+
+
+def conditions() -> dict[str, Any]:
+    """Of this machine now, with the version of vLLM."""
+    import vllm
+
+    from vlmprune.speed.conditions import conditions
+
+    found = conditions()
+    return found | {"versions": {"vllm": vllm.__version__, **found["versions"]}}
 
 
 def main() -> None:
     options = arguments()
-    with served(options) as server:
-        runs = measure(Client(server, options).run, options)
+    shared = same(options)
+    rows = read(options.out, shared) if options.out else []
+    asked = lacking(options, [row.run for row in rows])
+    now = conditions()
+
+    def keep(made: Run) -> None:
+        rows.append(Row(shared, now, made))
+        if options.out:
+            append(options.out, rows[-1])
+
+    if asked:
+        with served(options) as server:
+            measure(Client(server, options).run, asked, keep)
+    runs = [row.run for row in rows]
     if options.json:
         print(json.dumps([asdict(one) for one in runs], indent=1))
     else:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/serving_load.py: its arithmetic, what it asks for, and what it prints, without a server."""
+"""benchmarks/serving_load.py and its table: arithmetic, what is asked for, and what is printed, without a
+server.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import serving_load
-from serving_load import Gain, Run
+import serving_table
+from serving_load import Asked
+from serving_table import Gain, Row, Run
 
 METRICS = """# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
 vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.25
@@ -59,7 +63,7 @@ def test_the_most_blocks_that_were_seen_are_held():
 
 def test_gains_are_ratios_within_a_round():
     pruned = rounds("pool@36", (50, 100, 45), (20, 11, 18))
-    found = serving_load.gains([*pruned, *DENSE], "dense", "pool@36", 4)
+    found = serving_table.gains([*pruned, *DENSE], "dense", "pool@36", 4)
     assert found["first token"].rounds == pytest.approx((2, 1.1, 2))
     assert found["throughput"].rounds == pytest.approx((2, 1, 2))
     assert str(found["first token"]) == "2.00x (1.10 to 2.00)"
@@ -91,13 +95,13 @@ def test_a_gain_is_one_only_where_all_rounds_agree(values, word):
     ],
 )
 def test_the_verdict_says_when_pruning_does_not_pay(first, rate, said):
-    assert serving_load.verdict({"first token": Gain(first), "throughput": Gain(rate)}) == said
+    assert serving_table.verdict({"first token": Gain(first), "throughput": Gain(rate)}) == said
 
 
 def test_the_table_has_medians_and_a_verdict_per_concurrency():
     pruned = rounds("pool@36", (50, 55, 45), (20, 22, 18), prompt=45.0)
     alone = [run(spec, number, 10, 5, at_once=1) for spec in ("dense", "pool@36") for number in (1, 2, 3)]
-    lines = serving_load.table([*DENSE, *pruned, *alone], ["dense", "pool@36"], [1, 4])
+    lines = serving_table.table([*DENSE, *pruned, *alone], ["dense", "pool@36"], [1, 4])
     assert " ".join(lines[0].split()) == (
         "at once spec prompt first, ms p99, ms tokens/s requests/s KV blocks"
     )
@@ -110,30 +114,87 @@ def test_the_table_has_medians_and_a_verdict_per_concurrency():
     )
 
 
-def test_specs_take_turns_with_the_same_pictures_and_the_first_round_is_thrown_away():
-    options = serving_load.arguments(
-        ["--specs", "dense", "pool@9", "--concurrency", "1", "8", "--rounds", "2"]
-    )
-    asked = []
+OPTIONS = ("--specs", "dense", "pool@9", "--concurrency", "1", "8", "--rounds", "2")
 
-    def one(spec, at_once, number, seed):
-        asked.append((number, at_once, spec, seed))
-        return run(spec, number, 1, 1, at_once)
 
-    runs = serving_load.measure(one, options)
-    assert {made.round for made in runs} == {1, 2} and len(runs) == 8 and len(asked) == 12
-    assert [spec for number, at_once, spec, _ in asked if at_once == 1] == (
-        ["dense", "pool@9", "pool@9", "dense", "dense", "pool@9"]
-    )
-    seeds = {(number, at_once): seed for number, at_once, _, seed in asked}
-    assert len(set(seeds.values())) == len(seeds) == 6  # of all specs alike, of no other round
+def test_specs_take_turns_with_the_same_pictures():
+    asked = serving_load.lacking(serving_load.arguments(OPTIONS))
+    counted = [one for one in asked if one.round]
+    assert len(asked) == 10 and len(counted) == 8
+    assert [(one.spec, one.at_once) for one in asked[:2]] == [("dense", 8), ("pool@9", 8)]
+    assert [one.spec for one in counted if one.at_once == 1] == ["pool@9", "dense", "dense", "pool@9"]
+    seeds = {(one.round, one.at_once): one.seed for one in asked}
+    # of all specs alike, of no other round, nor of what warms up
+    assert len(set(seeds.values())) == len(seeds) == 5
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    options, file = serving_load.arguments(OPTIONS), tmp_path / "load.jsonl"
+    asked, shared = serving_load.lacking(options), serving_load.same(options)
+
+    def made(one):
+        if one is asked[5]:
+            raise KeyboardInterrupt
+        return run(one.spec, one.round, 1, 1, one.at_once)
+
+    def keep(one):
+        serving_table.append(file, Row(shared, {}, one))
+
+    with pytest.raises(KeyboardInterrupt):
+        serving_load.measure(made, asked, keep)
+    with file.open("a") as out:
+        out.write('{"same": {"mod')  # killed while it wrote
+    done = [row.run for row in serving_table.read(file, shared)]
+    # what warms up is not kept, and is asked again of the new server
+    assert [(one.spec, one.round) for one in done] == [(one.spec, one.round) for one in asked[2:5]]
+    assert serving_load.lacking(options, done) == asked[:2] + asked[5:]
+    serving_load.measure(lambda one: run(one.spec, one.round, 1, 1, one.at_once), asked[5:], keep)
+    assert serving_load.lacking(options, [row.run for row in serving_table.read(file, shared)]) == []
+
+
+def test_runs_of_other_options_are_not_mixed(tmp_path):
+    file = tmp_path / "load.jsonl"
+    serving_table.append(file, Row(serving_load.same(serving_load.arguments(OPTIONS)), {}, DENSE[0]))
+    other = serving_load.same(serving_load.arguments([*OPTIONS, "--words", "99"]))
+    with pytest.raises(SystemExit, match=r"line 1 was measured with {'words': 16}, not {'words': 99}"):
+        serving_table.read(file, other)
+
+
+def rows(runs, load=0.2):
+    same = {"specs": ["dense", "pool@36"], "concurrency": [4], "requests": 8, "side": 336, "answer": 8}
+    told = {"versions": {"vllm": "0.32.0"}, "processor": "2 x Some", "load_before": load}
+    told |= {"date": "2026-11-28T10:00:00+00:00", "commit": "abc"}
+    return [Row(same, told, one) for one in runs]
+
+
+def test_the_page_has_medians_and_says_where_pruning_does_not_pay():
+    slower = rounds("pool@36", (200, 200, 200), (5, 5, 5), prompt=45.0)
+    text = serving_table.section(rows([*DENSE, *slower], load=0.9))
+    assert "| 4 | `dense` | 153 | 100.0 | 200.0 | 10.00 | 40 |  |  |  |" in text
+    assert "| 0.50x (0.45 to 0.55) | 0.50x (0.45 to 0.56) | does not pay |" in text
+    assert "Does not pay: `pool@36` at 4." in text
+    assert "load before the start 0.9, **a busy machine**; 2026-11-28, commit abc" in text
+
+
+def test_the_page_takes_whole_rounds_only():
+    half = [*DENSE, *rounds("pool@36", (50, 55), (20, 22))]
+    assert "in each of 2 rounds" in (text := serving_table.section(rows(half)))
+    assert "Not clear: `pool@36` at 4." in text and "busy" not in text
+    for lines in ([], rows(DENSE)):
+        assert serving_table.section(lines).startswith("It has not been run")
+
+
+def test_the_page_shows_the_runs_that_are_kept():
+    page = serving_table.PAGE.read_text(encoding="utf-8")
+    kept = serving_table.read(serving_table.RESULTS)
+    assert serving_table.filled(page, kept) == page, "run python benchmarks/serving_table.py"
 
 
 def test_the_client_is_asked_to_send_the_spec():
     options = serving_load.arguments(["--requests", "5", "--side", "144"])
 
     server = SimpleNamespace(address="http://here:1", model=lambda: ("tiny", "/models/tiny"))
-    line = serving_load.Client(server, options).line("divprune@9", 4, 7)
+    line = serving_load.Client(server, options).line(Asked("divprune@9", 4, 1, 7))
     asked = dict(one.removeprefix("--").split("=", 1) for one in line[:-2])
     assert json.loads(asked["extra-body"]) == {"mm_processor_kwargs": {"vlmprune": "divprune@9"}}
     assert (asked["served-model-name"], asked["model"]) == ("tiny", "/models/tiny")
