@@ -239,10 +239,9 @@ def get(name: str) -> type[Method]:
         # known is a list, so a name that cannot be hashed comes as far as this
         if isinstance(name, str) and name in _TABLE.offers.clashes:
             raise SpecError(_TABLE.offers.clashes[name])
-        near = did_you_mean(str(name).lower(), known)
-        raise SpecError(
-            f"method {name!r} is unknown.{near} Known are {', '.join(known)}; see vlmprune.list_methods()"
-        )
+        # one near name says enough; all of them would fill the screen
+        near = did_you_mean(str(name).lower(), known) or f" Known are {', '.join(known)}."
+        raise SpecError(f"method {name!r} is unknown.{near} See `vlmprune list`, or vlmprune.list_methods()")
     _load(name)
     return _METHODS[name]
 
