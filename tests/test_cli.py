@@ -43,6 +43,12 @@ def test_help_names_every_command_and_the_exit_codes():
     assert "1 a check failed" in text and "2 the input was wrong" in text
 
 
+@pytest.mark.parametrize("words", [(), ("run",), ("leaderboard",), ("serve",)])
+def test_help_asks_for_no_value_behind_a_flag(words):
+    text = cli(*words, "--help").stdout
+    assert "--help" in text and not re.search("<bool>|BOOLEAN", text)
+
+
 def test_help_and_import_load_nothing_heavy():
     code = f"import sys, vlmprune.cli as c; print(sorted(set(sys.modules) & set({HEAVY}))); c.app(['--help'])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import VlmPruneError
 from . import (
@@ -41,8 +41,26 @@ __all__ = ["app", "main"]
 DEBUG = "--debug"
 
 
+def _without_types(options: list[Any]) -> list[Any]:
+    """Flags take no value, but Typer's help writes ``<bool>`` behind them."""
+    for option in options:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    return options
+
+
+class _Command(TyperCommand):
+    """One command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
 class _Commands(TyperGroup):
     """Turns errors that a user can mend into one message and exit code 2; --debug shows the traceback."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -121,24 +139,24 @@ def _root(
         _log_to_stderr(ctx)
 
 
-app.command("list")(catalogue.list_methods)
-app.command("show")(catalogue.show)
-app.command("run")(run.run)
-app.command("leaderboard")(leaderboard.leaderboard)
-app.command("report")(report.report)
-app.command("agreement")(agreement.agreement)
-app.command("publish")(publish.publish)
-app.command("serve")(serve.serve)
-app.command("demo")(demo.demo)
-app.command("bench")(bench.bench)
-app.command("plan")(bench.plan)
-app.command("verify")(verify.verify)
-app.command("validate")(validate.validate)
-app.command("new")(new.new)
-app.command("train")(train.train)
-app.command("calibrate")(calibrate.calibrate)
-app.command("lmms-tasks")(lmms.lmms_tasks)
-app.command("env")(env.env)
+app.command("list", cls=_Command)(catalogue.list_methods)
+app.command("show", cls=_Command)(catalogue.show)
+app.command("run", cls=_Command)(run.run)
+app.command("leaderboard", cls=_Command)(leaderboard.leaderboard)
+app.command("report", cls=_Command)(report.report)
+app.command("agreement", cls=_Command)(agreement.agreement)
+app.command("publish", cls=_Command)(publish.publish)
+app.command("serve", cls=_Command)(serve.serve)
+app.command("demo", cls=_Command)(demo.demo)
+app.command("bench", cls=_Command)(bench.bench)
+app.command("plan", cls=_Command)(bench.plan)
+app.command("verify", cls=_Command)(verify.verify)
+app.command("validate", cls=_Command)(validate.validate)
+app.command("new", cls=_Command)(new.new)
+app.command("train", cls=_Command)(train.train)
+app.command("calibrate", cls=_Command)(calibrate.calibrate)
+app.command("lmms-tasks", cls=_Command)(lmms.lmms_tasks)
+app.command("env", cls=_Command)(env.env)
 
 
 def main() -> None:
