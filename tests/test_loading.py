@@ -118,7 +118,9 @@ def test_a_template_that_fails_or_tries_to_break_out_is_one_error(template):
 # --- what cannot be loaded ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["./nothing/here", "../nothing", "~/no such folder", "a/b/c", "/nothing"])
+@pytest.mark.parametrize(
+    "name", ["./nothing/here", "../nothing", "~/no such folder", "a/b/c", "/nothing", "a\\b"]
+)
 def test_a_path_is_never_looked_up_as_an_id(name):
     with pytest.raises(
         VlmPruneError, match=r"the folder .* does not exist; expected 'tiny', a folder .* or an HF id"

@@ -208,7 +208,11 @@ def read_pretrained(name: str, what: str, read: Callable[..., Any], **options: A
     # an HF id has one slash at most, and never begins with a dot or a tilde
     path = Path(name).expanduser()
     if not path.is_dir() and (
-        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+        or "\\" in name  # of Windows
+        or path.is_file()
     ):
         state = "is a file" if path.is_file() else "does not exist"
         raise VlmPruneError(
