@@ -41,7 +41,7 @@ def process(code, *words, stdout=subprocess.PIPE, **environment):
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("words", [["show", "fastervlm"], ["list", "--json"], ["--version"], ["--help"]])
 def test_a_full_disk_is_one_message(words):
-    with FULL.open("w") as full:
+    with FULL.open("w", encoding="utf-8") as full:
         done = process(None, *words, stdout=full)
     assert done.returncode == 2
     assert done.stderr == (
@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_message(words):
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_debug_shows_where_writing_failed():
-    with FULL.open("w") as full:
+    with FULL.open("w", encoding="utf-8") as full:
         done = process(None, "show", "fastervlm", "--debug", stdout=full)
     assert done.returncode != 0 and "Traceback" in done.stderr and "No space left" in done.stderr
 

@@ -157,7 +157,7 @@ def test_newlines_of_tiles_are_in_no_set() -> None:
 def recipe(path: Path, model: object, heads: dict) -> str:
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
     written = dict(zip(names, backbone(model.model.language_model.config), strict=True))
-    path.write_text(yaml.safe_dump({**written, "heads": heads}))
+    path.write_text(yaml.safe_dump({**written, "heads": heads}), encoding="utf-8")
     return f"act(threshold=0.05,recipe={str(path)!r})"
 
 

@@ -34,7 +34,7 @@ def server(given: Sequence[str], log: Path, *engine: str) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     options = ["--", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *engine]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", COMMAND, *given, *options], stdout=out, stderr=out, env=environment
         )
@@ -42,7 +42,7 @@ def server(given: Sequence[str], log: Path, *engine: str) -> Iterator[str]:
             until = time.monotonic() + START
             while not alive(address):
                 if process.poll() is not None or time.monotonic() > until:
-                    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+                    pytest.fail(f"the server did not start: {log.read_text(encoding='utf-8')[-3000:]}")
                 time.sleep(1)
             yield address
         finally:

@@ -41,7 +41,7 @@ def system_load() -> float | None:
 def processors() -> list[str]:
     """Model name of every processor, where the system tells."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
 
 

@@ -67,7 +67,7 @@ def count_rows(
 
 def write(rows: Iterable[CountRow], path: Path) -> None:
     """The table as CSV."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([one.name for one in fields(CountRow)])
         writer.writerows(astuple(row) for row in rows)
@@ -76,7 +76,7 @@ def write(rows: Iterable[CountRow], path: Path) -> None:
 def read(path: Path) -> list[CountRow]:
     """The rows of a CSV that ``write`` wrote."""
     names = [one.name for one in fields(CountRow)]
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines = csv.DictReader(file)
         if lines.fieldnames != names:
             raise SpecError(f"{path} has the columns {lines.fieldnames}; expected {names}")

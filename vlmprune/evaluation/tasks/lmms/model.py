@@ -87,7 +87,7 @@ class VlmPrune(lmms):
         if arguments.attn_implementation:
             model.set_attn_implementation(arguments.attn_implementation)
         if arguments.chat_template:
-            processor.chat_template = Path(arguments.chat_template).read_text()
+            processor.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
         return cls(model, processor, arguments)
 
     def clean(self) -> None:
