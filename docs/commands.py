@@ -37,8 +37,8 @@ def is_passed_on(text: str) -> bool:
 
 def word(one: Any) -> str:
     """An argument as it stands in a call: in brackets, where it may be left out."""
-    name = str(one.metavar or one.name.upper())
-    return name if one.required or name.startswith("[") else f"[{name}]"
+    name = str(one.metavar or one.name.upper()) + "..." * (one.nargs == -1)  # any number of them
+    return name if one.required else f"[{name}]"
 
 
 def line(one: Any) -> str:

@@ -205,6 +205,7 @@ def test_tables_of_models_commands_and_names_have_everything():
     commands = WEBSITE.commands_page()
     assert all(f"## `vlmprune {one.name}`" in commands for one in app.registered_commands)
     assert "    vlmprune run [IMAGE] [QUESTION] [OPTIONS]\n" in commands
+    assert "    vlmprune agreement RUN... [OPTIONS]\n" in commands
     assert "    vlmprune serve MODEL [OPTIONS] [-- VLLM OPTIONS...]\n" in commands
     assert "| `--prune` | `fastervlm@0.25` | Spec" in commands and "| `--data` | must be given |" in commands
     names = re.findall(r"^::: vlmprune\.(\w+)$", WEBSITE.names_page(), re.MULTILINE)

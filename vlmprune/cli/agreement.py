@@ -23,7 +23,7 @@ def agreement(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="A folder that `vlmprune leaderboard --out` wrote. Several are seeds of one model, whose "
             "mean is compared.",
         ),

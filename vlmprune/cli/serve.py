@@ -23,7 +23,7 @@ def serve(
         str, typer.Argument(metavar="MODEL", help="A name or folder for vLLM, or tiny, or natural.")
     ],
     engine: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS...]", help="Options of vLLM's server.")
+        list[str] | None, typer.Argument(metavar="-- VLLM OPTIONS", help="Options of vLLM's server.")
     ] = None,
     spec: Annotated[
         str, typer.Option("--prune", metavar="SPEC", help="What holds for requests that name no spec.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML configs, as in configs/.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="YAML configs, as in configs/.")],
     as_json: Json = False,
 ) -> None:
     """Check configs: every key, every task, and every spec down to its options."""
