@@ -30,6 +30,13 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
         module.page(Playground(None, None))
 
 
+def test_without_gradio_no_model_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(Playground, "load", lambda *_, **__: pytest.fail("a model was read"))
+    done = CliRunner().invoke(app, ["demo"])
+    assert done.exit_code == 2 and "Gradio, which is not installed" in done.output
+
+
 class Launched:
     """A page that was launched, and how."""
 
@@ -55,13 +62,15 @@ def test_the_command_serves_this_machine_alone_unless_asked(monkeypatch, words, 
         return made
 
     monkeypatch.setattr(module, "launch", stand_in)
+    monkeypatch.setattr(module, "gradio", lambda: None)
     done = CliRunner().invoke(app, ["demo", "--copies", "1", *words])
     assert done.exit_code == 0, done.output
     assert asked == {"name": "tiny", "host": host, "share": share, "port": 80 if "--port" in words else None}
     assert "Open http://127.0.0.1:7860/ (Ctrl-C ends it)" in done.output and made.waited
 
 
-def test_a_model_that_is_not_there_is_one_sentence():
+def test_a_model_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(module, "gradio", lambda: None)
     done = CliRunner().invoke(app, ["demo", "--model", "./nowhere"])
     assert done.exit_code == 2 and "the folder './nowhere' does not exist" in done.output
 

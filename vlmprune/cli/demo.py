@@ -38,9 +38,10 @@ def demo(
 
     The page is served to this machine alone unless --host or --share say otherwise. Nothing is reported.
     """
-    from ..demo.page import launch
+    from ..demo.page import gradio, launch
     from ..demo.playground import Playground
 
+    gradio()  # before gigabytes are read
     limit_threads(context, model, threads)
     with stderr().status(f"loading {model}"):
         playground = Playground.load(

@@ -23,7 +23,7 @@ AN_HOUR = 3600  # seconds after which uploaded pictures are deleted
 
 def page(playground: Playground) -> Any:
     """The page as ``gradio.Blocks``, for ``launch`` here or in a program of yours."""
-    gr = _gradio()
+    gr = gradio()
     first = example_samples()[0]  # a page that is not empty when it opens
     with gr.Blocks(
         title="vlmprune", analytics_enabled=False, fill_width=True, delete_cache=(AN_HOUR, AN_HOUR)
@@ -80,7 +80,7 @@ def launch(
     playground: Playground, host: str = "127.0.0.1", port: int | None = None, share: bool = False
 ) -> Any:
     """Show the page and return it; it is served by threads of its own until ``close()``."""
-    gr = _gradio()
+    gr = gradio()
     made = page(playground)
     # fonts of the system: those of Gradio's themes are asked for on the network
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -109,17 +109,18 @@ def launch(
     return made
 
 
-def _gradio() -> Any:
+def gradio() -> Any:
+    """The module, imported without its statistics; an error names the extra where it is missing."""
     # read when it is imported; an answer of the user's own stands
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio
+        import gradio as found
     except ImportError as error:
         raise UnsupportedError(
             "the demo is a page of Gradio, which is not installed; install the extra in the clone: pip "
             'install -e ".[demo]"'
         ) from error
-    return gradio
+    return found
 
 
 def _picture_input(gr: Any, shown: Any) -> Any:
