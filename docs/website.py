@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -175,31 +175,56 @@ def card_parts(name: str) -> dict[str, str]:
     return {head: body.strip("\n ") for head, body in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
+class Panel(NamedTuple):
+    """One picture of a method.
+
+    Args:
+        file: the picture of docs/ that it is cut out of. number: its place there; 0 is that of all tokens.
+        count, columns: of the panels of that picture.
+    """
+
+    spec: str
+    file: str
+    number: int
+    count: int
+    columns: int
+
+
 @cache
-def drawn() -> dict[str, tuple[str, int]]:
-    """Method -> its spec and the number of its panel in docs/gallery_all.png."""
+def drawn() -> dict[str, Panel]:
+    """Method -> its panel."""
     from vlmprune.spec import parse
 
-    specs = script("gallery").every_spec(KEEP, TOKENS, DEPTH)
-    # the panel with number 0 is that of all tokens
-    return {parse(spec).parts[0].name: (spec, number) for number, spec in enumerate(specs, start=1)}
+    gallery = script("gallery")
+    sheets = {
+        "gallery_all.png": (gallery.every_spec(KEEP, TOKENS, DEPTH), gallery.COLUMNS),
+        "gallery_clips.png": (gallery.clip_specs(), gallery.CLIP_COLUMNS),
+    }
+    found: dict[str, Panel] = {}
+    for file, (specs, columns) in sheets.items():
+        for number, spec in enumerate(specs, start=1):
+            name = parse(spec).parts[0].name
+            found.setdefault(name, Panel(spec, file, number, len(specs) + 1, columns))
+    return found
 
 
 @cache
 def panels() -> dict[str, bytes]:
-    """A PNG for each method that is in docs/gallery_all.png, cut out of it."""
+    """A PNG for each method that is drawn, cut out of the picture of all of them."""
     from PIL import Image
 
     gallery = script("gallery")
-    whole = Image.open(ROOT / "docs" / "gallery_all.png")
-    wide, tall = gallery.SIZE + gallery.GAP, gallery.HEAD + gallery.SIZE + gallery.FOOT + gallery.GAP
+    files = {one.file for one in drawn().values()}
+    sheets = {file: Image.open(ROOT / "docs" / file) for file in files}
     found = {}
-    for name, (_, number) in drawn().items():
-        down, right = divmod(number, gallery.COLUMNS)
+    for name, one in drawn().items():
+        whole, rows = sheets[one.file], -(-one.count // one.columns)
+        wide, tall = gallery.SIZE + gallery.GAP, (whole.height - gallery.HEAD + gallery.GAP) // rows
+        down, right = divmod(one.number, one.columns)
         corner = (right * wide, gallery.HEAD + down * tall)
         box = (*corner, corner[0] + gallery.SIZE, corner[1] + tall - gallery.GAP)
-        if box[2] > whole.width or box[3] > whole.height:
-            raise ValueError("docs/gallery_all.png is too small; draw it again: docs/gallery.py --all")
+        if box[2] > whole.width or tall * rows != whole.height - gallery.HEAD + gallery.GAP:
+            raise ValueError(f"docs/{one.file} has other panels; draw it again with docs/gallery.py")
         file = io.BytesIO()
         whole.crop(box).save(file, "PNG", optimize=True)
         found[name] = file.getvalue()
@@ -211,10 +236,8 @@ def undrawn(name: str) -> str:
     from vlmprune.registry import get
 
     cls = get(name)
-    if cls.clips:
-        return "it reads the frames of a clip, and the bundled model takes pictures."
-    if name == "visionselector":
-        return "it needs trained weights, and none are shipped."
+    if name == "rcp":
+        return "it needs weights that were trained for the model."
     if cls.slot == "attention":
         return "it keeps every token and changes what attention gives to them."
     if cls.slot == "decode":
@@ -241,8 +264,7 @@ def entry(name: str) -> str:
     parts = card_parts(name)
     title = (CARDS / f"{name}.md").read_text(encoding="utf-8").partition("\n")[0].partition(": ")[2]
     if name in drawn():
-        spec = drawn()[name][0]
-        left = f"![what {spec} keeps](gallery/{name}.png)"
+        left = f"![what {drawn()[name].spec} keeps](gallery/{name}.png)"
     else:
         left = f"*Not drawn: {undrawn(name)}*"
     said = "\n\n".join(f"**{head}.** {parts[head]}" for head in PARTS if head in parts)

@@ -341,16 +341,19 @@ def test_the_picture_of_all_methods_has_every_one_that_chooses_by_a_budget():
     own = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
     chooses_none = {"dense", "blind", "dyvte", "var", "downsample", "act", "paint", "vhr", "dycoke_decode"}
     of_clips = {name for name in own if get(name).clips}
-    assert names == {*own} - chooses_none - of_clips - {
-        "visionselector",
-        "rcp",
-    }  # the last need trained weights
+    assert names == {*own} - chooses_none - of_clips - {"rcp"}  # needs weights of a user
+    assert "visionselector(weights=tiny)@18" in specs  # has weights of the package
+    of_frames = {parse(spec).parts[0].name for spec in script("gallery").clip_specs()}
+    assert of_frames == {"random"} | of_clips
     # schedules that cannot meet 18 tokens, and those inside the tower, whose budget is one of each crop
     assert {"pyramiddrop@0.5", "fitprune@0.25", "flowcut@18/crop", "mmr+fastervlm@18"} <= {*specs}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "words"), [("gallery.png", []), ("gallery_all.png", ["--all"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gallery.png", []), ("gallery_all.png", ["--all"]), ("gallery_clips.png", ["--clips"])],
+)
 def test_the_picture_is_the_one_that_the_rule_gives(tmp_path, name, words):
     gallery = script("gallery")
     gallery.main([str(tmp_path / name), *words])

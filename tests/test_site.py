@@ -187,12 +187,12 @@ def test_the_panel_of_a_method_is_its_own():
     def head(picture):  # what stands above it, as numbers
         return np.asarray(picture.convert("L").crop((0, 0, gallery.SIZE, gallery.HEAD)), dtype=float)
 
-    titles = {name: head(gallery.titled(spec)) for name, (spec, _) in WEBSITE.drawn().items()}
+    titles = {name: head(gallery.titled(one.spec)) for name, one in WEBSITE.drawn().items()}
     for name, content in WEBSITE.panels().items():
         own = head(Image.open(io.BytesIO(content)))
         far = {other: np.abs(own - title).mean() for other, title in titles.items()}
         assert min(far, key=far.get) == name, (
-            "draw docs/gallery_all.png again, or number its panels otherwise"
+            "draw docs/gallery_all.png or gallery_clips.png again, or number its panels otherwise"
         )
 
 
