@@ -84,7 +84,7 @@ def test_debug_shows_the_traceback():
 def test_list_shows_every_method():
     rows = {line.split()[0]: line for line in cli("list").stdout.splitlines() if line.strip()}
     assert set(vlmprune.list_methods()) <= set(rows)
-    assert "arXiv:2412.01818v1" in rows["fastervlm"] and "cls_attention" in rows["fastervlm"]
+    assert "arXiv:2412.01818v1" in rows["fastervlm"] and "Ranks patches by the" in rows["fastervlm"]
 
 
 def test_list_as_json_is_json_only():

@@ -174,18 +174,22 @@ def test_a_schedule_of_its_own_can_be_drawn_for_all_the_check_knows():
 # --- narrow screens -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [40, 60, 72, 80, 90, 100, 160])
+@pytest.mark.parametrize("columns", [40, 60, 72, 80, 90, 100, 160, 200])
 def test_the_list_of_methods_cuts_no_word(columns):
     text = cli("list", columns=columns).stdout
     assert max(map(len, text.splitlines())) <= columns
     words = set(text.replace(",", " ").split())
     infos = [vlmprune.method_info(name) for name in vlmprune.list_methods()]
     assert {info.name for info in infos} <= words and {info.paper for info in infos if info.paper} <= words
-    if columns >= 60:
+    if columns >= 72:
+        assert {
+            word for info in infos for word in info.doc.partition("\n")[0].split() if word.isalpha()
+        } <= words
+    if columns >= 160:
         assert {quantity(need) for info in infos for need in info.needs} <= words
-    if columns >= 160:  # names of methods and of their options are too long to stand side by side before
+    if columns >= 200:  # names of methods and of their options are too long to stand side by side before
         assert {option.name for info in infos for option in info.options} <= words
-    assert ("vlmprune show METHOD" in " ".join(text.split())) == (columns < 160)
+    assert ("vlmprune show METHOD" in " ".join(text.split())) == (columns < 200)
 
 
 # --- plan -----------------------------------------------------------------------------------------

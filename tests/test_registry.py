@@ -162,6 +162,11 @@ def test_an_unknown_name_that_is_near_to_none_gets_all_of_them() -> None:
         get("xyzw")
 
 
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_first_line_of_a_method_is_a_sentence(name: str) -> None:
+    assert registry.summary(name).endswith(".")
+
+
 @pytest.mark.parametrize("name", [None, 3, ["random"]])
 def test_a_name_is_text(name: object) -> None:
     with pytest.raises(SpecError, match="unknown"):

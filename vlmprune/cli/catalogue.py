@@ -46,8 +46,10 @@ def list_methods(
         stderr().print(plain(f"skipped: {problem}"), style="yellow", soft_wrap=True)
 
 
+DOES = "what it does"
 # dropped in this order on narrow terminals; `show` and --json have all of it
-_SPARE = ("options", "query", "slot", "needs")
+_SPARE = ("options", "needs", "slot", "query", DOES)
+_LEAST = {DOES: 30}  # characters; sentences in a narrower column are hard to read
 
 
 def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
@@ -61,7 +63,7 @@ def _methods_table(infos: list[MethodInfo], screen: Console) -> Table:
             cells = (Text(name), *(row[name] for row in rows))
             whole = name == "method"  # the mark of a plug-in stays beside its name
             least = max(len(cell) if whole else max(map(len, cell.plain.split())) for cell in cells)
-            made.add_column(name, min_width=least, overflow="fold")
+            made.add_column(name, min_width=max(least, _LEAST.get(name, 0)), overflow="fold")
         # as if on a wide screen: on the real one the minimum would be cut to its width
         if Measurement.get(screen, screen.options.update(width=1000), made).minimum <= screen.width:
             break
@@ -76,6 +78,7 @@ def _method_cells(info: MethodInfo) -> dict[str, Text]:
     plug_in = "" if _module(info).startswith("vlmprune.") else " (plug-in)"
     return {
         "method": Text(info.name, style="bold") + Text(plug_in, style="dim"),
+        DOES: plain(info.doc.partition("\n")[0].replace("``", "") or "-"),
         "slot": Text(info.slot),
         "needs": Text(", ".join(dict.fromkeys(map(quantity, info.needs))) or "-"),
         "query": Text("yes" if info.query_aware else "no"),

@@ -160,7 +160,7 @@ def _devices() -> dict[str, Any]:
     found: dict[str, Any] = {
         # ROCm has its version under hip
         "torch built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "cpu",
-        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch",
+        "cpu": f"cores: {os.cpu_count()}, threads for torch: {torch.get_num_threads()}",
         "mps": "yes" if torch.backends.mps.is_available() else "no",
         "cuda": "no" if not torch.cuda.is_available() else f"{torch.cuda.device_count()} devices",
     }

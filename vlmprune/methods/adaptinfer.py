@@ -46,8 +46,9 @@ PUBLISHED: dict[tuple[int, int], tuple[tuple[int, ...], dict[int, tuple[int, ...
 @register("adaptinfer")
 @dataclass(frozen=True)
 class AdaptInfer(Method):
-    """The text that a layer attends to most ranks the tokens that leave it, at three layers. ``keep`` is the
-    authors' mean: a layer counts the tokens that leave it.
+    """The text that a layer attends to most ranks the tokens that leave it, at three layers.
+
+    ``keep`` is the authors' mean: a layer counts the tokens that leave it.
 
     Args:
         layers: whose attention ranks, and behind which tokens leave; None: (1, 10, 20) of 32, as deep in
