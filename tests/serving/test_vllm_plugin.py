@@ -24,6 +24,7 @@ def registry(monkeypatch):
 
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.delenv("VLMPRUNE", raising=False)
+    monkeypatch.setenv(plugin.RAY_COPIES, "MINE")  # what a user has set stays
     return ModelRegistry.models
 
 
@@ -64,6 +65,17 @@ def test_with_the_variable_no_wrapper_of_transformers_serves_a_family_whole(regi
     with pytest.raises(UnsupportedError, match=f"{name} cannot be pruned in vLLM yet"):
         registry[name].load_model_cls()
     assert registry["TransformersForCausalLM"].module_name != plugin.REFUSED  # text alone is none of ours
+
+
+def test_workers_of_ray_are_given_the_variables(registry):
+    """Else they would run vLLM's classes on prompts that were cut for ours."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    wanted = {"VLMPRUNE", "VLMPRUNE_UNTESTED_VLLM"}
+    assert not wanted & get_env_vars_to_copy()
+    plugin.register()
+    plugin.register()
+    assert wanted | {"MINE"} <= get_env_vars_to_copy()
 
 
 def test_a_family_without_a_class_in_vllm_gets_ours(registry, monkeypatch):
@@ -126,12 +138,12 @@ def test_the_load_client_of_vllm_takes_what_the_load_run_asks_for():
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-    from serving_load import Client, arguments
+    from serving_load import Asked, Client, arguments
 
     server = SimpleNamespace(address="http://here:1", model=lambda: ("tiny", "/models/tiny"))
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    line = Client(server, arguments(["--side", "144"])).line("divprune@9", 4, 7)
+    line = Client(server, arguments(["--side", "144"])).line(Asked("divprune@9", 4, 1, 7))
     asked = parser.parse_args(line)
     assert asked.extra_body == {"mm_processor_kwargs": {"vlmprune": "divprune@9"}}
     assert asked.random_mm_bucket_config == {(144, 144, 1): 1.0}

@@ -45,6 +45,7 @@ WRAPPED = (
 )
 FAMILIES |= {f"{name}ForConditionalGeneration": f"{_HERE}.wrapped:{WRAPPER}" for name in WRAPPED}
 REFUSED = f"{_HERE}.refused"
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # vLLM's: names of variables that Ray's workers are given
 
 
 def register() -> None:
@@ -53,6 +54,7 @@ def register() -> None:
 
     # the first process names it, those that it starts inherit it; made when there is something to say
     os.environ.setdefault(FALLBACKS_VARIABLE, str(Path(tempfile.gettempdir(), f"vlmprune-{uuid4().hex}")))
+    _hand_on()
     for name, path in FAMILIES.items():
         # a path, not a class: vLLM imports it when the model is asked for
         ModelRegistry.register_model(PREFIX + name, path)
@@ -67,6 +69,13 @@ def register() -> None:
     for name in multimodal_names():
         # a family that cannot be pruned must not be served whole in silence
         ModelRegistry.register_model(name, FAMILIES.get(name, f"{REFUSED}:{name}"))
+
+
+def _hand_on() -> None:
+    """Let vLLM copy our variables to workers of Ray, which would run its own classes without them."""
+    given = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name]
+    ours = (VARIABLE, UNTESTED_VARIABLE, FALLBACKS_VARIABLE)
+    os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*given, *ours]))
 
 
 def multimodal_names() -> list[str]:
