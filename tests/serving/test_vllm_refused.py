@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused at the start of a server, and of a client: checks, with the configs and items of vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vlmprune.errors import UnsupportedError
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("name", ["cudagraph_mm_encoder", "compile_mm_encoder"])
+def test_encoders_without_their_python_code_are_refused(name):
+    from vllm.config import CompilationConfig
+
+    from vlmprune.serving.vllm.towers import refuse_compiled
+
+    assert name in {field.name for field in fields(CompilationConfig)}
+    given = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
+    refuse_compiled(SimpleNamespace(compilation_config=SimpleNamespace(**given)))
+    with pytest.raises(UnsupportedError, match=f"start without {name}"):
+        refuse_compiled(SimpleNamespace(compilation_config=SimpleNamespace(**given | {name: True})))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "expected 'default'"),
+        ({"vision_feature_layer": [-2, -5]}, "expected those of one"),
+        ({"vision_config": SimpleNamespace(model_type="pixtral")}, "expected CLIP or SigLIP"),
+    ],
+)
+def test_features_that_are_put_together_in_other_ways_are_refused(changed, why):
+    from transformers import LlavaConfig
+
+    from vlmprune.serving.vllm.llava import check_config
+
+    config = LlavaConfig()
+    check_config(config)
+    with pytest.raises(UnsupportedError, match=why):
+        check_config(SimpleNamespace(**vars(config) | changed))
+
+
+def request_of(spec, items):
+    """What the processor of LLaVA-1.5 makes of a request."""
+    from vlmprune.serving.vllm.llava import LlavaProcessor
+
+    config = SimpleNamespace(
+        get_multimodal_config=lambda: SimpleNamespace(mm_processor_kwargs=None), hf_config=SimpleNamespace()
+    )
+    processor = LlavaProcessor.__new__(LlavaProcessor)
+    processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=config))
+    return processor._request(SimpleNamespace(hf_processor_mm_kwargs={"vlmprune": spec}, mm_data_items=items))
+
+
+def test_embeddings_made_elsewhere_are_refused_unless_all_stay():
+    from vllm.multimodal.parse import ImageEmbeddingItems
+
+    items = {"image": ImageEmbeddingItems(torch.zeros(1, 6, 8), 8)}
+    assert request_of("dense", items).budget is None
+    with pytest.raises(UnsupportedError, match="image embeddings, whose rows were chosen elsewhere"):
+        request_of("divprune@3", items)
+
+
+def test_a_clip_is_refused_where_images_only_are_pruned():
+    assert request_of("dense", {"video": [0]}).budget is None
+    with pytest.raises(UnsupportedError, match="a video, which cannot be pruned in this model"):
+        request_of("divprune@3", {"video": [0]})
