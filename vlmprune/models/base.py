@@ -65,8 +65,12 @@ class Adapter:
     # whether patches can leave inside the tower: plain blocks, and a projector of single patches
     shortens: ClassVar[bool] = False
     pools: ClassVar[tuple[ModalityName, ...]] = ()
+    # kinds of pictures between whose tokens text stands in a prompt
+    parted: ClassVar[tuple[ModalityName, ...]] = ()
     # whether smaller pictures have fewer tiles, each of which has as many tokens as ever
     tiled: ClassVar[bool] = False
+    # why smaller pictures have as many tokens, where they do
+    one_size: ClassVar[str] = "reads pictures, or tiles of them, at one size"
     # options of its processor under which a picture is one block of tokens, as the frame of a clip must be
     of_frames: ClassVar[Mapping[str, object]] = {}
     # method of the language model that adds features to hidden states after a layer
@@ -176,9 +180,13 @@ class Adapter:
     def resolution(self, processor: Any) -> Resolution | TileSizes:
         """How its processor makes fewer tokens of smaller pictures; refused where it makes as many of all."""
         raise UnsupportedError(
-            f"{self.model_type} reads pictures, or tiles of them, at one size, so that they cannot be shrunk "
-            "to a number of tokens; compare with 'pool@64', or take a model that reads any size, like Qwen-VL"
+            f"{self.model_type} {self.one_size}, so that they cannot be shrunk to a number of tokens; "
+            "compare with 'pool@64'"
         )
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        """Pictures that the model makes of a PIL picture: of its tiles, where each is one to it."""
+        return 1
 
     # --- what the core calls ----------------------------------------------------------------------
 
@@ -278,6 +286,7 @@ class Adapter:
             tiles=tiles,
             frames=modality.name == "video",
             view=self.view,
+            parted=modality.name in self.parted,
         )
 
     def _pack_one(

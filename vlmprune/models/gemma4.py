@@ -33,6 +33,7 @@ class Gemma4Adapter(MergingAdapter):
     view = "stretch"
     text_type = 0  # images are 1, clips 2
     types = "mm_token_type_ids"
+    parted = ("video",)  # the time of each frame
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -48,6 +48,7 @@ class Lfm3VlAdapter(Qwen2VLAdapter):
     towers = ("lfm3_vl_vision",)
     tower, connector = "vision_tower", "multi_modal_projector"
     positions = _BOTH
+    parted = ("video",)  # the time of each frame
 
     @property
     def layers(self) -> list[int]:
@@ -184,6 +185,7 @@ class VideoLlama3Adapter(Qwen2VLAdapter):
     tower, connector = "vision_model", "projector"
     drops = frozenset({"video_compression_mask"})
     positions = _BOTH
+    parted = ("video",)  # the time of each frame
     merges_first = True
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core.method import Need
+from ..hooks.adapter import ModalityName
 from ..hooks.vision.capture import OF_PROJECTOR
 from .base import Modality, check_beside, check_pixels
 from .merging import MergingAdapter, OfCells, per_picture, two_layers
@@ -27,6 +28,7 @@ class Mistral3Adapter(MergingAdapter):
     model_type = "mistral3"
     towers = ("pixtral",)
     view = "stretch"
+    parted: ClassVar[tuple[ModalityName, ...]] = ("image",)  # a mark behind each row
 
     def _projector(self) -> nn.Module:
         return OfCells(super()._projector(), merged)
@@ -82,4 +84,5 @@ class LightOnOcrAdapter(Mistral3Adapter):
     """LightOnOcrForConditionalGeneration."""
 
     model_type = "lighton_ocr"
+    parted = ()
     tower, connector = "vision_encoder", "vision_projection"

@@ -133,4 +133,5 @@ class StructuralAdapter(UnreadAdapter):
                 "rows and gave the features of a row as one, so that no budget can be spent on each; give an "
                 "adapter of your own: prune(model, spec, adapter=...)"
             )
-        return [Picture(one, ()) for one in features]  # which rows and columns they form is not known
+        # which rows and columns they form is not known, nor what stands between them
+        return [Picture(one, (), parted=True) for one in features]

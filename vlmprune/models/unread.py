@@ -68,6 +68,7 @@ class UnreadAdapter(Adapter):
                 self.token_grids(number, one, arguments),
                 special=self.marks(number, one, arguments),
                 view=self.view,
+                parted=modality.name in self.parted,
             )
             for number, one in enumerate(features)
         ]
@@ -203,6 +204,7 @@ class Molmo2Adapter(UnreadAdapter):
     modalities = (IMAGE, VIDEO)
     view = "stretch"
     unread = "pools its patches by a table that the processor makes"
+    parted = ("image",)  # a mark behind each row, and between the whole image and its crops
     text_type = 0  # tokens of pictures are 1
     types = "mm_token_type_ids"
 

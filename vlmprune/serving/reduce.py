@@ -177,7 +177,7 @@ def _placed(picture: Picture, left: Reduced, number: int, in_place: bool) -> Kep
     rows, keep_idx = left.rows[number], left.keep_idx[number]
     device = rows.device
     hosts = hosts_of(picture.slots_of(torch.arange(picture.count)).to(device), keep_idx)
-    if picture.special is None and not in_place:
+    if picture.unbroken and not in_place:
         return KeptRows(rows, hosts.sort().values)
     specials = picture.specials.to(device)
     slots, order = torch.cat([hosts, specials]).sort()

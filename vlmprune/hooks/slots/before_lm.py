@@ -260,8 +260,7 @@ def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) 
 def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_place: bool) -> Cut:
     """Slots and rows of a merging method; a unit that is kept whole beside merged ones counts as rows too."""
     slots, rows = [], []
-    # rows may be reordered freely only where nothing else stands between the patches
-    listed_in_order = len(parts) == 1 and picture.special is None and not in_place
+    listed_in_order = len(parts) == 1 and picture.unbroken and not in_place
     for part in parts:
         own = torch.arange(picture.count) if part.own is None else part.own
         if part.rows is None or part.index is None:  # rows always come with an index

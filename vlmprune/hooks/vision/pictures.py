@@ -41,6 +41,7 @@ class Picture:
         view: how boxes lie on the original picture, "stretch" or "center".
         sources: gives (N,) the number of every patch among those of its crops as the tower has them.
         joins: gives (N,) what patches became part of inside the tower, where some were averaged there.
+        parted: text stands between its tokens in a prompt, such as the mark behind each row of Pixtral.
 
     Attributes:
         length: placeholder slots in the prompt.
@@ -59,6 +60,7 @@ class Picture:
     view: str = "stretch"
     sources: Callable[[], Tensor] | None = None
     joins: Callable[[], Tensor] | None = None
+    parted: bool = False
 
     length: int = field(init=False)
     count: int = field(init=False)
@@ -85,6 +87,11 @@ class Picture:
     def specials(self) -> Tensor:
         """(length - N,) ascending slots that are none, on the CPU."""
         return torch.empty(0, dtype=torch.int64) if self.special is None else self.special.nonzero()[:, 0]
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether nothing stands between its patches, so that rows that stand for them may have any order."""
+        return self.special is None and not self.parted
 
     def slots_of(self, index: Tensor) -> Tensor:
         """(...) slots of patches, on the device of ``index``."""
@@ -187,8 +194,7 @@ def _check_frames(sample: Sequence[Picture]) -> None:
         if len(picture.grids) > 1:
             raise UnsupportedError(
                 f"frames=True: image {number} was cut into {len(picture.grids)} blocks of tokens, and a "
-                "frame is one; process the frames without tiles, or use a family with clips, such as "
-                "llava_onevision"
+                "frame is one; process the frames without tiles, or as a clip where the model takes clips"
             )
 
 
