@@ -138,6 +138,7 @@ MERGERS = {
     "glm_ocr",
 }
 UNREAD = {family for family in FAMILIES if not family_of(family).reads_tower}
+HYBRID = {family for family in FAMILIES if family_of(family).hybrid}
 REFUSALS = {
     "reads features only": UNREAD,
     "cls='mean'": NO_CLS,
@@ -159,6 +160,7 @@ REFUSALS = {
     },
     "a method that needs none": NO_CLS,  # FlowCut is defined by [CLS]
     "norm='l2'": {"hyperclovax_vision_v2"},  # its padding has positions, too
+    "choose another layer": HYBRID,  # few of whose layers attend
     "takes no budget": set(FAMILIES),
     "vlmprune train": set(FAMILIES),  # trained methods ship no weights
     "keeps nothing": set(FAMILIES),
@@ -211,7 +213,7 @@ def test_conformance(subject: Subject, check: str) -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if get(name).clips])
 def test_methods_for_clips_are_refused_where_there_are_none(method: str) -> None:
     model = Subject("uniform@9", "llava").model
-    with pytest.raises(UnsupportedError, match="takes images only; use a family with clips"):
+    with pytest.raises(UnsupportedError, match="takes images only; where the images"):
         prune(model, default_spec(method))
 
 

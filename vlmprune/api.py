@@ -71,9 +71,9 @@ def prune(
         built.check_model(found.config)
         if built.clips and not frames and all(modality.name != "video" for modality in found.modalities):
             raise UnsupportedError(
-                f"{built.name} reads the frames of one clip, but {found.model_type} takes images only; use "
-                "a family with clips, such as llava_onevision, or a method for images, e.g. 'divprune@64'; "
-                "where the images of a prompt are the frames of one clip, say so by frames=True"
+                f"{built.name} reads the frames of one clip, but {found.model_type} takes images only; where "
+                "the images of a prompt are the frames of one clip, say so by frames=True, or use a method "
+                "for images, e.g. 'divprune@64'"
             )
     log.debug("%r for %s by the adapter of %s", text, type(model).__name__, found.model_type)
     return Session(found, plans, text, positions=wanted, strict=strict, frames=frames)

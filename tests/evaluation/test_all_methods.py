@@ -24,7 +24,7 @@ REFUSED = {
     "downsample": "compare with 'pool@64'",
     "rcp": "train them with 'vlmprune train rcp",
     **{
-        name: "use a family with clips"
+        name: "takes images only; where the images"
         for name in ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
     },
 }

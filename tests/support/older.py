@@ -48,6 +48,11 @@ NEEDS_5 = {
     "core/test_frame_prompts.py": (("internvl", "smolvlm", "qwen2_5_vl"), "these families need a newer one"),
     "core/test_streaming.py": (("llava_next_video",), "this family needs a newer one"),
     "models/test_clip_inputs.py": (("internvl", "smolvlm"), "these families need a newer one"),
+    "models/test_parted.py": (("declared", "of_mistral3"), "these families need a newer one"),
+    "evaluation/test_tile_budgets.py": (
+        ("internvl", "idefics3", "aya_vision", "smolvlm", "splits_nothing", "canvases", "gemma_3", "draws"),
+        "these families need a newer one",
+    ),
     "core/test_session.py": (("merged_by_hand",), "encoders return lists there"),
     "core/test_static_steps.py": (
         ("test_generate_compiles", "never_waited_for"),

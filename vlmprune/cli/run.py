@@ -172,7 +172,17 @@ def _of_smaller(report: Report, spec: Spec, length: int, whole: int) -> Report:
     """
     # sequence is (dense, pruned); all of a smaller picture is read, so both are its length
     read, _ = report.sequence
-    return replace(report, method=str(spec), dense_tokens=[whole], sequence=(length, read))
+    # its tiles may be pictures to the model
+    tokens = sum(report.realised_tokens)
+    layers = [sum(layer) for layer in zip(*report.layer_tokens, strict=True)]
+    return replace(
+        report,
+        method=str(spec),
+        dense_tokens=[whole],
+        realised_tokens=[tokens],
+        layer_tokens=[layers],
+        sequence=(length, read),
+    )
 
 
 def _counts(report: Report, pruned: Answer, whole: Answer | None) -> dict[str, Any]:
@@ -306,6 +316,11 @@ def _draw(report: Report, picture: Any, path: Path, spec: Spec) -> None:
     if isinstance(picture, Clip):
         labels = [clock(time) for time in picture.times]
         drawn = draw_strip(picture.frames, report.keep, labels, spec.merges)
+    elif len(report.keep) > 1:
+        raise UnsupportedError(
+            f"--draw: the tiles of this picture are {len(report.keep)} pictures to the model, and no one map "
+            "lies on the whole; give a smaller picture, which is cut into fewer, or leave --draw out"
+        )
     else:
         drawn = report.keep[0].draw(picture)
     try:

@@ -165,7 +165,8 @@ class Pool(Method):
 class Downsample(Method):
     """Shrinks the picture before the processor reads it, so that the model makes fewer tokens of it.
 
-    The vision tower reads less, too. For models that read pictures of any size, such as Qwen-VL.
+    The vision tower reads less, too. For models that read pictures of any size, such as Qwen-VL, and for
+    those that cut them into tiles, such as InternVL.
     """
 
     slot: ClassVar[SlotName] = "picture"

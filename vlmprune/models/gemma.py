@@ -8,7 +8,7 @@ own function makes these masks again, from the types of what is left.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ class Gemma3Adapter(Adapter):
     towers = ("siglip_vision_model",)
     view = "stretch"
     text_type = 0  # image tokens are 1
+    one_size: ClassVar[str] = "makes as many tokens of every picture, and pan and scan adds crops of as many"
 
     @property
     def read_by(self) -> nn.Module:

@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..hooks.vision.capture import VisionCapture
 from .base import Modality, check_pixels, feature_list
 from .internvl import ShufflingAdapter
+from .shrink import TileSizes, longest_edge, split_of
 
 
 class Idefics3Adapter(ShufflingAdapter):
@@ -28,10 +29,18 @@ class Idefics3Adapter(ShufflingAdapter):
     text, tower = "text_model", "vision_model"
     connector = "connector.modality_projection"  # what comes after the shuffle
     view = "stretch"
+    tiled = True
 
     @property
     def merge(self) -> int:
         return self.config.scale_factor
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        images = processor.image_processor
+        return split_of(images, (picture.height, picture.width), images.size["longest_edge"])
+
+    def resolution(self, processor: Any) -> TileSizes:
+        return longest_edge(processor, self.inner.image_seq_len, self.model_type)
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         check_pixels(

@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..hooks.vision.capture import VisionCapture
 from .base import Modality
 from .merging import MergingAdapter
+from .shrink import TileSizes, square_tiles, tiles_of
 
 
 class ShufflingAdapter(MergingAdapter):
@@ -26,7 +27,19 @@ class ShufflingAdapter(MergingAdapter):
         return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
 
 
-class InternVLAdapter(ShufflingAdapter):
+class SquareTiles(MergingAdapter):
+    """Base of families whose processor cuts a picture into square tiles that the model takes for pictures."""
+
+    tiled = True
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        return tiles_of(processor, (picture.height, picture.width))
+
+    def resolution(self, processor: Any) -> TileSizes:
+        return square_tiles(processor, (self.side // self.merge) ** 2)
+
+
+class InternVLAdapter(SquareTiles, ShufflingAdapter):
     """InternVLForConditionalGeneration.
 
     Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of

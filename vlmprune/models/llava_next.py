@@ -73,11 +73,12 @@ class LlavaNextAdapter(Adapter):
         def sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
             """A picture as large as fits into each of the resolutions that it may be cut from."""
             scales = [min(rows / size[0], cols / size[1]) for rows, cols in points]
-            return [
+            smaller = [
                 (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
                 for scale in scales
                 if scale < 1
             ]
+            return [size, *smaller]
 
         def count(size: tuple[int, int], several: bool) -> int:
             shown = 2 if several else 1

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..hooks.vision.capture import OF_PROJECTOR
 from .base import Modality, check_beside, check_pixels
-from .internvl import ShufflingAdapter
+from .internvl import ShufflingAdapter, SquareTiles
 from .merging import OfCells, gated_layers, two_layers
 
 
-class Cohere2VisionAdapter(ShufflingAdapter):
-    """Cohere2VisionForConditionalGeneration: square tiles, each of which is a picture of its own."""
+class ShuffleInProjector(ShufflingAdapter):
+    """Base of those whose projector shuffles first, then maps."""
 
-    model_type = "cohere2_vision"
     towers = ("siglip_vision_model",)
     view = "stretch"
 
@@ -63,6 +62,12 @@ class Cohere2VisionAdapter(ShufflingAdapter):
         return super().divide(modality, need, value, counts, arguments)
 
 
+class Cohere2VisionAdapter(SquareTiles, ShuffleInProjector):
+    """Cohere2VisionForConditionalGeneration: square tiles, each of which is a picture of its own."""
+
+    model_type = "cohere2_vision"
+
+
 class AyaVisionAdapter(Cohere2VisionAdapter):
     """AyaVisionForConditionalGeneration: the same with a norm in front."""
 
@@ -70,7 +75,7 @@ class AyaVisionAdapter(Cohere2VisionAdapter):
     norm = "layernorm"
 
 
-class Lfm2VlAdapter(Cohere2VisionAdapter):
+class Lfm2VlAdapter(ShuffleInProjector):
     """Lfm2VlForConditionalGeneration: pictures of any size, filled up to one length for the tower."""
 
     model_type = "lfm2_vl"

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from ...errors import EvaluationError
 from ...hooks.vision.encode import EncodedImage, EncodedImages
+from ...models import adapter_for
+from ...models.base import Adapter
 from ...models.shrink import Shrink, Shrunk
 from ..stats.objects import Asked
 from ..tasks.sample import Sample
@@ -22,7 +25,9 @@ class Batch:
     Args:
         texts, images, asked: of every sample: its prompt, its pictures, and what it asks about.
         inputs: left-padded model inputs on the device of the model.
-        pictures: numbers of the images of every sample, counted over the batch.
+        pictures: numbers of the pictures that the model makes of the images of every sample, counted over the
+            batch: more than there are images where tiles are pictures to it.
+        options: of the processor, for the images.
         smaller: how the images were shrunk, where they were.
     """
 
@@ -32,11 +37,17 @@ class Batch:
     asked: list[Asked]
     inputs: dict[str, Any]
     pictures: list[range]
+    options: Mapping[str, Any] = field(default_factory=dict)
     smaller: Shrunk | None = None
 
     @classmethod
-    def make(cls, samples: Sequence[Sample], processor: Any, model: Any) -> Batch:
-        texts, images, asked, pictures, start = [], [], [], [], 0
+    def make(cls, samples: Sequence[Sample], processor: Any, model: Any, frames: bool = False) -> Batch:
+        """Questions as a model reads them.
+
+        Args:
+            frames: whether the images of a sample are the frames of a clip, which are not cut into tiles.
+        """
+        texts, images, asked = [], [], []
         for sample in samples:
             try:
                 images.append(list(sample.load_images()))
@@ -49,33 +60,42 @@ class Batch:
                 raise EvaluationError(f"{sample.id} {given}; expected one for each name")
             asked.append(Asked(sample.id, sample.object_masks(), len(sample.images)))
             texts.append(processor.apply_chat_template(sample.messages(), add_generation_prompt=True))
-            # counted on over the batch: 0 and 1 for a sample of two images, 2 for the next
-            pictures.append(range(start, start := start + len(images[-1])))
-        return cls(samples, texts, images, asked, model_inputs(processor, model, texts, images), pictures)
+        adapter = adapter_for(model)
+        options = adapter.of_frames if frames else {}
+        inputs = model_inputs(processor, model, texts, images, options=options)
+        pictures = ranges(list(map(len, images))) if frames else numbered(adapter, processor, images)
+        return cls(samples, texts, images, asked, inputs, pictures, options)
 
     def shrunk(self, shrink: Shrink, processor: Any, model: Any) -> Batch:
         """The same questions about smaller images."""
         several = [len(row) > 1 for row in self.images for _ in row]
         made = shrink([image for row in self.images for image in row], several)
         # back to a list for each sample
-        images = [[made.images[number] for number in shown] for shown in self.pictures]
-        inputs = model_inputs(processor, model, self.texts, images, options=made.options)
-        return replace(self, images=images, inputs=inputs, smaller=made)
+        small, parts = iter(made.images), iter(made.parts)
+        images = [[next(small) for _ in row] for row in self.images]
+        pictures = ranges([sum(next(parts) for _ in row) for row in self.images])
+        options = {**self.options, **made.options}
+        inputs = model_inputs(processor, model, self.texts, images, options=options)
+        return replace(self, images=images, inputs=inputs, pictures=pictures, smaller=made)
 
     def check(self, tokens: Sequence[int], spec: str) -> None:
         """Raise where the model read other numbers of tokens than smaller images were made for."""
-        if self.smaller is not None and tuple(tokens) != self.smaller.tokens:
+        if self.smaller is None:
+            return
+        read = [sum(tokens[number] for number in shown) for shown in ranges(self.smaller.parts)]
+        if tuple(read) != self.smaller.tokens:
             raise EvaluationError(
-                f"{spec}: the model read {list(tokens)} visual tokens on {self.named}; expected "
+                f"{spec}: the model read {read} visual tokens on {self.named}; expected "
                 f"{list(self.smaller.tokens)}: its processor changed the size of the pictures again"
             )
 
-    def whole(self, shown: Sequence[int]) -> dict[str, int]:
-        """Fields of a Record: the tokens that these images would have at their own size, where they were
-        shrunk.
+    def whole(self, row: int) -> dict[str, int]:
+        """Fields of a Record: the tokens that the images of a row would have at their own size, where they
+        were shrunk.
         """
         if self.smaller is None:
             return {}
+        shown = ranges([len(images) for images in self.images])[row]
         return {"dense_tokens": sum(self.smaller.dense[number] for number in shown)}
 
     @property
@@ -101,15 +121,16 @@ class EncodeOnce:
     def take(self, batch: Batch) -> list[EncodedImage]:
         """The images of a batch in order; those not seen before are encoded in one call."""
         keys = [sample.images for sample in batch.samples]
-        # equal keys are equal pictures: one row stands for all that show them
+        # equal keys are equal images: one row stands for all that show them
         new = {key: row for row, key in enumerate(keys) if key and key not in self._known}
         if new:
             texts = [batch.texts[row] for row in new.values()]
             images = [batch.images[row] for row in new.values()]
-            inputs = model_inputs(self.processor, self.encoded.adapter.model, texts, images)
+            model = self.encoded.adapter.model
+            inputs = model_inputs(self.processor, model, texts, images, options=batch.options)
             found = iter(self.encoded.encode(inputs))
             # they come in the order in which they were given
-            self._known |= {key: [next(found) for _ in key] for key in new}
+            self._known |= {key: [next(found) for _ in batch.pictures[row]] for key, row in new.items()}
         taken = []
         for key in filter(None, keys):
             self._known.move_to_end(key)  # used just now, so dropped last
@@ -118,6 +139,17 @@ class EncodeOnce:
         while len(self._known) > self.size:
             self._known.popitem(last=False)
         return taken
+
+
+def ranges(counts: Sequence[int]) -> list[range]:
+    """Numbers that are counted on from row to row: 0 and 1 for a row of two, 2 for the next of one."""
+    ends = list(accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def numbered(adapter: Adapter, processor: Any, images: Sequence[Sequence[Any]]) -> list[range]:
+    """Numbers of the pictures that a model makes of the images of every row, counted over all rows."""
+    return ranges([sum(adapter.parts(processor, image) for image in row) for row in images])
 
 
 def model_inputs(

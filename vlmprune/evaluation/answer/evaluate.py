@@ -129,7 +129,7 @@ def _run(
     once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
     while rows := list(islice(remaining, size)):
-        batch = Batch.make(rows, processor, model)
+        batch = Batch.make(rows, processor, model, shows_clips(task))
         images, encoding, spent = None, "each", 0.0
         if once is not None:
             started = time.perf_counter()
@@ -171,15 +171,16 @@ def _answer(
     answers = processor.batch_decode(made.ids, skip_special_tokens=True)
     rows = len(batch.samples)
     found = []
-    for sample, answer, shown, asked in zip(batch.samples, answers, batch.pictures, batch.asked, strict=True):
+    for row, (sample, answer) in enumerate(zip(batch.samples, answers, strict=True)):
         score = task.score(sample, answer.strip())
         # NaN fails the comparison
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise EvaluationError(
                 f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"
             )
-        # in the report, pictures are numbered over the batch
-        maps = tuple(made.report.keep[p] for p in shown)
+        shown = batch.pictures[row]
+        # in the report, pictures are numbered over the batch; tiles lie on no image as a whole
+        maps = tuple(made.report.keep[p] for p in shown) if len(shown) == len(sample.images) else ()
         found.append(
             Record(
                 spec=session.spec,
@@ -190,8 +191,8 @@ def _answer(
                 answer=answer.strip(),
                 score=float(score),
                 # of a shrunk picture, the dense tokens are those at its own size
-                **made.counts(shown) | batch.whole(shown),
-                on_object=asked.share(maps),
+                **made.counts(shown) | batch.whole(row),
+                on_object=batch.asked[row].share(maps),
                 positions=session.positions,
                 encoding=encoding if shown else "none",
                 seconds={"encode": spent / rows, **made.seconds(rows)},

@@ -25,7 +25,7 @@ class Record:
         firings: how often the hooks did their work in the call that answered this sample; 0 only without
             images.
         on_object: share of the kept tokens that lie on the object asked about; None where nothing is asked
-            about, or was kept.
+            about, or was kept, or where tiles of an image are pictures of their own.
         positions: position ids after the cut, "compact" or "original".
         encoding: "shared" (images were encoded once for all specs), "each" (anew for this spec), or "none"
             (no images).
@@ -34,7 +34,8 @@ class Record:
             where shared), ``total`` (likewise).
         batch: rows that were answered together.
         peak_memory: bytes on the accelerator while the batch was answered; None on the CPU.
-        keep: one KeepMap per image, to draw or count what was kept.
+        keep: one KeepMap per image, to draw or count what was kept; none where tiles of an image are pictures
+            of their own.
     """
 
     spec: str

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ....api import prune
 from ....errors import EvaluationError, UnsupportedError
 from ....models.loading import load
-from ...answer.batch import model_inputs
+from ...answer.batch import model_inputs, numbered
 from ...answer.generation import generate
 from .arguments import Arguments
 from .conversation import Conversation, frames, from_messages, from_visuals, picture, until
@@ -140,7 +140,8 @@ class VlmPrune(lmms):
                 f"{batch[0].named} shows a clip; {type(self.model).__name__} takes images only"
             )
         inputs = model_inputs(self.processor, self.model, texts, images, clips)
-        stills = sum(map(len, images))
+        numbers = numbered(self.session.adapter, self.processor, images)
+        stills = numbers[-1].stop
         named = batch[0].named if len(batch) == 1 else f"{batch[0].named} to {batch[-1].named}"
         options = self._options(batch[0].settings)
         made = generate(
@@ -148,15 +149,14 @@ class VlmPrune(lmms):
         )
         said = self.processor.batch_decode(made.ids, skip_special_tokens=True)
         # the hooks count all images of the batch, then all clips
-        image, clip, answers = 0, stills, []
+        clip, answers = stills, []
         for row, question in enumerate(batch):
             # numbers of the pictures that this row shows
-            seen = [*range(image, image := image + len(images[row]))]
-            seen += range(clip, clip := clip + len(question.conversation.clips))
+            seen = [*numbers[row], *range(clip, clip := clip + len(question.conversation.clips))]
             pruning = {
                 "spec": self.session.spec,
                 "positions": self.session.positions,
-                "pictures": len(seen),
+                "pictures": len(images[row]) + len(question.conversation.clips),
                 **made.counts(seen),
                 "seconds": made.seconds(len(batch)),
                 "batch": len(batch),
