@@ -260,6 +260,10 @@ def test_nemotron_is_cut_below_its_causal_language_model() -> None:
     with vlmprune.prune(model, "uniform@9") as run:
         generate(model, inputs)
     assert run.last.realised_tokens == [9, 9, 9] and run.last.grids == [((6, 6),), ((4, 10),), ((10, 4),)]
+    # what the tokens in front of the patches receive is no score of a patch
+    with vlmprune.prune(model, "fastervlm(cls='mean')@9") as run:
+        generate(model, inputs)
+    assert run.last.realised_tokens == [9, 9, 9]
     for spec in ("fastv@9", "var"):
         with pytest.raises(UnsupportedError, match="few of whose layers attend"):
             vlmprune.attach(model, spec)

@@ -116,6 +116,15 @@ def of_other_tokens(followed_features: Function) -> Function:
     return changed
 
 
+def marks_read_as_patches(capture: Function) -> Function:
+    def changed(self: Any, needs: Any) -> Any:
+        found = capture(self, needs)
+        found.prefix = 0
+        return found
+
+    return changed
+
+
 MUTANTS = (
     Mutant("windows of the tower not undone", at.QWEN_WINDOWS, windows_not_undone, FAMILIES),
     Mutant("the first patch stands for its token", at.QWEN_PACK, first_patch_of_each_token, FAMILIES),
@@ -133,5 +142,18 @@ MUTANTS = (
     Mutant("several images tiled as one is", at.ONEVISION_CROPS, always_tiled, ADAPTERS),
     Mutant("the norm after pooling left out", at.GEMMA_PROJECTOR, norm_left_out, PICTURES),
     Mutant("features of other tokens added in layers", at.FOLLOWED_FEATURES, of_other_tokens, LATER),
+    Mutant(
+        "merged rows in the order of the method between marks of lines",
+        at.UNBROKEN,
+        lambda unbroken: lambda self: self.special is None,
+        Pytest("tests/models/test_parted.py"),
+    ),
+    Mutant(
+        "tiles counted as one picture",
+        at.PARTS,
+        lambda parts: lambda self, processor, picture: 1,
+        Pytest("tests/evaluation/test_tile_budgets.py"),
+    ),
+    Mutant("tokens in front of patches taken for patches", at.RADIO_CAPTURE, marks_read_as_patches, LATER),
     Mutant("numbered padding not looked at", at.CHECK_NUMBERS, lambda check: lambda *given: None, LATER),
 )

@@ -75,6 +75,5 @@ FAMILIES = (
         towers=OWN,
         texts=OWN,
         hybrid=True,
-        reads_tower=False,
     ),
 )
