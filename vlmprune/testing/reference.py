@@ -290,7 +290,9 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        seen.append((hidden.detach().clone(), kwargs.get("attention_mask")))
+        # Gemma 3n holds several states of every token, of which the first is its embedding
+        first = hidden[0] if hidden.ndim == 4 else hidden
+        seen.append((first.detach().clone(), kwargs.get("attention_mask")))
 
     handle = language_model(model).layers[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -336,6 +338,10 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
         # original positions, less the first one, are columns
         columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
         return replace(dense.columns(columns), embeds=rows), columns.tolist()
-    # generate puts the number of every token before its places; in Qwen3-Omni all of them are floats
-    columns = seen[0]["position_ids"][0, 0].long()
+    places = seen[0]["position_ids"][:, 0]  # (4, n), or (3, n)
+    if len(places) == 4:
+        # generate puts the number of every token before its places; in Qwen3-Omni all of them are floats
+        columns = places[0].long()
+    else:  # Cosmos 3 Edge does not; no two tokens have the same place
+        columns = (places[:, :, None] == dense.positions[:, 0, None]).all(dim=0).int().argmax(dim=1)
     return replace(dense.columns(columns), embeds=rows), columns.tolist()

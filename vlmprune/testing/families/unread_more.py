@@ -119,8 +119,9 @@ def gemma3n(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> di
     return {
         "text_config": text_fields(layers) | own | overrides,
         "vision_config": {
-            "architecture": "test_resnet",
-            "hidden_size": 96,
+            # as in the released tower, its last step has no ReLU, whose output the model would scale in place
+            "architecture": "test_convnext2",
+            "hidden_size": 128,
             "vocab_offset": words,
             "vocab_size": 1,
         },
