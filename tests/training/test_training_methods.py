@@ -19,6 +19,7 @@ from vlmprune.training import exits
 from vlmprune.training.data import NO_LOSS, batch_of, rows_that_answer, visual_of
 from vlmprune.training.exits import SLACK, ExitTraining, Looks, margin_row
 from vlmprune.training.loop import Pace, TrainingError, train
+from vlmprune.training.rcp import RCPTraining
 from vlmprune.training.resampler import ResamplerTraining
 from vlmprune.training.run import run
 
@@ -189,17 +190,35 @@ def test_every_weight_of_the_block_gets_a_gradient(block, questions) -> None:
     assert still == []
 
 
-def test_the_whole_training_of_the_block_goes_on_to_the_same_weights(
-    loaded, questions, tmp_path: Path
+@pytest.mark.parametrize("made", [ResamplerTraining, RCPTraining, ExitTraining])
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    made, loaded, questions, looked, tmp_path: Path
 ) -> None:
     for folder, stops in (("a", (None,)), ("b", (1, None))):
         for stop in stops:
-            training = ResamplerTraining(*loaded, 12, 16, 0)
+            training = made(*loaded, None if made is ExitTraining else 12, 16, 0)
+            if isinstance(training, ExitTraining):
+                training.looks, training.places = looked[0].looks, looked[0].places
             train(training, questions.train, SMALL, tmp_path / folder, {}, stop_after=stop)
         facts = {"backbone": backbone_of(loaded[0].config), **training.facts(None)}
-        write_weights(tmp_path / folder, "textmonkey", training.tensors(), facts)
-    through, stopped = (read_weights(str(tmp_path / name), "textmonkey", SHAPES).tensors for name in "ab")
-    assert all(torch.equal(stopped[name], value) for name, value in through.items())
+        write_weights(tmp_path / folder, made.method, training.tensors(), facts)
+    # float32 as it is: equal files have equal weights
+    through, stopped = (tmp_path / name / f"{made.method}.safetensors" for name in "ab")
+    assert through.read_bytes() == stopped.read_bytes()
+    first = made(*loaded, None if made is ExitTraining else 12, 16, 0).tensors()
+    assert any(not torch.equal(first[name], value) for name, value in training.tensors().items())
+
+
+def test_weights_in_half_precision_are_read_as_float32(loaded, tmp_path: Path) -> None:
+    training = ResamplerTraining(*loaded, 12, 16, 0)
+    facts = {"backbone": backbone_of(loaded[0].config), **training.facts(None)}
+    for folder, half in (("whole", False), ("half", True)):
+        write_weights(tmp_path / folder, "textmonkey", training.tensors(), facts, half)
+    whole, half = (tmp_path / folder / "textmonkey.safetensors" for folder in ("whole", "half"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    read = read_weights(str(tmp_path / "half"), "textmonkey", SHAPES).tensors
+    for name, value in training.tensors().items():
+        assert torch.equal(read[name], value.half().float())
 
 
 def test_a_width_that_no_heads_divide_is_refused(loaded) -> None:

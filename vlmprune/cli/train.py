@@ -13,6 +13,10 @@ Patience = Annotated[
     int,
     typer.Option(help="End after so many times 50 steps without a gain on the other questions; 0: never."),
 ]
+Parts = Annotated[
+    int,
+    typer.Option(help="Pieces that the questions of a step are read in, one after the other: less memory."),
+]
 
 
 def train(
@@ -36,35 +40,31 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order.")] = 0,
     patience: Patience = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
+    parts: Parts = 1,
+    precision: Annotated[str, typer.Option(help="no, or bf16 for most of a pass.")] = "no",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 or mps; cuda under torchrun: a GPU for each process.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train the weights of a method for one model, which stays as it is; the same call goes on."""
     from ..models.loading import load
     from ..training.loop import Pace
+    from ..training.processes import device_of, is_first
     from ..training.run import run, spec_of
 
-    settings = Pace(steps=steps, batch_size=batch_size, lr=lr, seed=seed, patience=patience)
-    loaded, processor = load(model, device)
+    settings = Pace(steps, batch_size, lr, seed=seed, patience=patience, parts=parts, precision=precision)
+    numbers: dict[str, Any] = {"keep": keep, "samples": samples, "dev": dev, "width": width}
+    loaded, processor = load(model, device_of(device))
     screen = stdout()
 
     def note(step: int, loss: float) -> None:
         if not as_json and (step % 10 == 0 or step + 1 == steps):
             screen.print(plain(f"step {step + 1} of {steps}: loss {loss:.4f}"))
 
-    facts: dict[str, Any] = run(
-        method,
-        loaded,
-        processor,
-        data,
-        out,
-        keep=keep,
-        samples=samples,
-        dev=dev,
-        width=width,
-        settings=settings,
-        note=note,
-    )
+    facts: dict[str, Any] = run(method, loaded, processor, data, out, **numbers, settings=settings, note=note)
+    if not is_first():
+        return
     if as_json:
         print_json(facts)
         return

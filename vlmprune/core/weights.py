@@ -100,13 +100,18 @@ def folder_of(name: str) -> Path:
 
 
 def write_weights(
-    folder: str | Path, method: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: str | Path,
+    method: str,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    half: bool = False,
 ) -> None:
-    """Write the two files; ``facts`` has at least the ``backbone``."""
+    """Write the two files; ``facts`` has at least the ``backbone``. With ``half`` tensors are in float16."""
     from safetensors.torch import save
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    packed = save({name: value.detach().float().cpu().contiguous() for name, value in tensors.items()})
+    dtype = torch.float16 if half else torch.float32
+    packed = save({name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()})
     digest = hashlib.sha256(packed).hexdigest()
     said = {"format": FORMAT, "version": VERSION, "method": method, **facts, "sha256": digest}
     (Path(folder) / f"{method}.safetensors").write_bytes(packed)

@@ -44,5 +44,9 @@ class OfFrozen:
         """The weights by name."""
         return {name.replace("/", "."): one for name, one in self.module.named_parameters()}
 
+    def exactly(self) -> torch.autocast:
+        """Within it operations keep float32, also in a pass that is in half precision."""
+        return torch.autocast(self.model.device.type, enabled=False)
+
     def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
         """Nothing, where every step reads the model itself."""

@@ -5,6 +5,9 @@ What a step does follows from the seed and its number alone. Between steps the w
 optimiser are written as safetensors, with the settings beside them; another call with the same settings goes
 on from there, one with others is refused. Where a training may end early, the lowest loss of other questions
 so far, and the weights that had it, are written too: they are what remains.
+
+Several processes may share the steps (``processes``). What a step does then also follows from their number,
+which is one of the settings.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,18 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_int, check_number, check_positive
-from ..errors import SpecError, VlmPruneError
+from ..errors import SpecError
 from .data import Exercise
+from .processes import Passes, TrainingError, accelerated, check_precision
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # the state of AdamW for each parameter
 
 
-class TrainingError(VlmPruneError):
-    """A training that cannot go on; what was written before stays."""
-
-
 class Training(Protocol):
     """What the loop trains."""
+
+    model: Any
+    processor: Any
 
     @property
     def method(self) -> str:
@@ -75,6 +79,9 @@ class Pace:
         save_every: steps between two checkpoints.
         patience: checkpoints without a lower loss of the other questions after which it ends, with the
             weights of the lowest one; 0: it runs to the last step and keeps its weights.
+        parts: pieces in which the questions of a step are read one after the other, for less memory; the mean
+            of their gradients is that of the step.
+        precision: "no", or "bf16", in which most of a pass is then computed.
     """
 
     steps: int = 300
@@ -85,15 +92,29 @@ class Pace:
     seed: int = 0
     save_every: int = 50
     patience: int = 0
+    parts: int = 1
+    precision: str = "no"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
+        for name in ("steps", "batch_size", "save_every", "parts"):
             check_int(name, getattr(self, name), least=1)
         for name in ("seed", "patience"):
             check_int(name, getattr(self, name), least=0)
         check_positive("lr", self.lr)
         check_positive("clip", self.clip)
         check_number("weight_decay", self.weight_decay, least=0)
+        check_precision(self.precision)
+        self.share(0, 1)
+
+    def share(self, process: int, processes: int) -> slice:
+        """Of the questions of a step those that one of several processes takes."""
+        if self.batch_size % (self.parts * processes):
+            raise SpecError(
+                f"batch_size={self.batch_size}; expected a multiple of {self.parts * processes}, of "
+                f"{self.parts} parts in each of {processes} processes"
+            )
+        size = self.batch_size // processes
+        return slice(process * size, (process + 1) * size)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step."""
@@ -117,19 +138,22 @@ class LowestLoss:
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def look(self, training: Training, dev: Sequence[Exercise], settings: Pace, done: int) -> None:
+    def look(self, tools: _Tools, dev: Sequence[Exercise], settings: Pace, done: int) -> None:
         """Take the weights of now if they are better."""
-        loss = dev_loss(training, dev, settings.batch_size)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of the other questions after {done} steps is {loss}; expected a finite number; "
-                f"lower --lr (now {settings.lr:g})"
-            )
+        loss = tools.dev_loss(dev, settings.batch_size)
+        _check_finite(f"the loss of the other questions after {done} steps", loss, settings)
         if loss < self.loss:
             self.loss, self.step = loss, done
             self.weights = {
-                name: value.detach().clone() for name, value in training.module.named_parameters()
+                name: value.detach().clone() for name, value in tools.training.module.named_parameters()
             }
+
+    def put_back(self, training: Training) -> None:
+        """Give a training these weights; without patience there are none, and the last ones remain."""
+        with torch.no_grad():
+            for name, value in training.module.named_parameters():
+                if name in self.weights:
+                    value.copy_(self.weights[name])
 
     def ended(self, settings: Pace, done: int) -> bool:
         """Whether nothing better came for as long as one waits."""
@@ -137,16 +161,34 @@ class LowestLoss:
         return settings.patience > 0 and waited >= settings.patience * settings.save_every
 
 
-def dev_loss(training: Training, dev: Sequence[Exercise], batch: int) -> float:
-    """Mean loss of questions that are not trained on, as at the end of a training."""
-    training.module.eval()
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(dev), batch):
-            asked = list(dev[start : start + batch])
-            total += float(training.loss(asked, 1.0)) * len(asked)
-    training.module.train()
-    return total / len(dev)
+@dataclass(frozen=True, eq=False)
+class _Tools:
+    """What steps are made with.
+
+    Args:
+        accelerator: of accelerate.
+        model: gives the loss of questions; processes share its gradients.
+    """
+
+    training: Training
+    optimiser: torch.optim.AdamW
+    accelerator: Any
+    model: nn.Module
+
+    def mean(self, value: Tensor) -> float:
+        """A number () of each process, as the mean over all of them, which is the same in each."""
+        return float(self.accelerator.reduce(value.detach(), "mean"))
+
+    def dev_loss(self, dev: Sequence[Exercise], batch: int) -> float:
+        """Mean loss of questions that are not trained on, as at the end of a training."""
+        self.training.module.eval()
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(dev), batch):
+                asked = list(dev[start : start + batch])
+                total += self.mean(self.model(asked, 1.0)) * len(asked)
+        self.training.module.train()
+        return total / len(dev)
 
 
 def order_of(seed: int, step: int, batch: int, count: int) -> list[int]:
@@ -175,19 +217,24 @@ def train(
 
     Args:
         identity: what else has to be the same to go on: model, data.
-        note: is told of every step and its loss.
+        note: is told of every step and its loss, in the first process.
         stop_after: end after this step, as an interruption would.
         dev: other questions, whose loss says when to end early.
     """
     if settings.patience and not dev:
         raise SpecError(f"patience={settings.patience} asks for other questions to look at; give some")
-    optimiser = torch.optim.AdamW(
-        training.module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    weights = [*training.module.parameters()]
+    accelerator = accelerated(weights[0].device, settings.precision)
     # all that must be the same for another call to go on
     said = {**asdict(settings), **training.settings, **identity, "method": training.method}
+    said["processes"] = accelerator.num_processes
+    mine = settings.share(accelerator.process_index, accelerator.num_processes)
+    optimiser = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
     best, losses = LowestLoss(), []
     first = _resume(training, optimiser, best, folder, said)
+    # once all have read it, and before the first writes another
+    accelerator.wait_for_everyone()
+    tools = _Tools(training, optimiser, accelerator, accelerator.prepare_model(Passes(training)))
     training.module.train()
     for step in range(first, settings.steps):
         # asked first: a training that had ended when it was interrupted makes no further step
@@ -196,54 +243,53 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = settings.lr_at(step)
         # what a step draws must not depend on the steps that this process made
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        asked = [data[i] for i in order_of(settings.seed, step, settings.batch_size, len(data))]
-        losses.append(_step(training, optimiser, asked, step, settings))
-        note(step, losses[-1])
+        torch.manual_seed(settings.seed * 1_000_003 + step + accelerator.process_index * 1_000_033)
+        asked = [data[i] for i in order_of(settings.seed, step, settings.batch_size, len(data))[mine]]
+        losses.append(_step(tools, asked, step, settings))
+        if accelerator.is_main_process:
+            note(step, losses[-1])
         done = step + 1
         whole = done % settings.save_every == 0 or done == settings.steps
         # before the checkpoint, which holds what this finds
         if whole and settings.patience:
-            best.look(training, dev, settings, done)
-        if whole or done == stop_after:
+            best.look(tools, dev, settings, done)
+        if (whole or done == stop_after) and accelerator.is_main_process:
             _save(training, optimiser, best, folder, said, done)
         if done == stop_after:
             break
-    with torch.no_grad():
-        for name, value in training.module.named_parameters():
-            # empty without patience: the last weights remain
-            if name in best.weights:
-                value.copy_(best.weights[name])
+    best.put_back(training)
     training.module.eval()
     return losses
 
 
-def _step(
-    training: Training, optimiser: torch.optim.AdamW, asked: list[Exercise], step: int, settings: Pace
-) -> float:
+def _step(tools: _Tools, asked: list[Exercise], step: int, settings: Pace) -> float:
+    tools.optimiser.zero_grad(set_to_none=True)
+    size, value = len(asked) // settings.parts, 0.0
+    progress = step / max(1, settings.steps - 1)
     try:
-        loss = training.loss(asked, step / max(1, settings.steps - 1))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss of step {step} is {value}; expected a finite number; lower --lr (now "
-                f"{settings.lr:g})"
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in range(settings.parts):
+            # gradients are shared once, with those of the last part
+            alone = part + 1 < settings.parts
+            with tools.accelerator.no_sync(tools.model) if alone else nullcontext():
+                loss = tools.model(asked[part * size : (part + 1) * size], progress) / settings.parts
+                value += tools.mean(loss)
+                _check_finite(f"the loss of step {step}", value, settings)
+                tools.accelerator.backward(loss)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"step {step} does not fit into memory; lower --batch-size (now {settings.batch_size}) and call "
-            "again with a new folder"
+            f"step {step} does not fit into memory; raise --parts (now {settings.parts}) or lower "
+            f"--batch-size (now {settings.batch_size}), and call again with a new folder"
         ) from error
-    norm = float(nn.utils.clip_grad_norm_(training.module.parameters(), settings.clip))
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"the gradient of step {step} has the length {norm}; expected a finite number; lower --lr (now "
-            f"{settings.lr:g})"
-        )
-    optimiser.step()
+    norm = float(nn.utils.clip_grad_norm_(tools.training.module.parameters(), settings.clip))
+    _check_finite(f"the length of the gradient of step {step}", norm, settings)
+    tools.optimiser.step()
     return value
+
+
+def _check_finite(what: str, value: float, settings: Pace) -> None:
+    """Raise where a training would go astray; a mean over processes is the same in all, so that all raise."""
+    if not math.isfinite(value):
+        raise TrainingError(f"{what} is {value}; expected a finite number; lower --lr (now {settings.lr:g})")
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -251,11 +251,12 @@ class _Pass:
         """The output (B, L, H, d) of a layer's attention without what left."""
         batch, length = self.visual.shape
         rows = torch.arange(length, device=output.device).expand(batch, -1)
-        A = self._masked(call.attention(rows).float())  # (B, H, L, L)
-        if index in self.training.layers:
-            self._prune(index, A)
-            A = self._masked(A)
-        return call.weigh(A).to(output.dtype)
+        with self.training.exactly():
+            A = self._masked(call.attention(rows).float())  # (B, H, L, L)
+            if index in self.training.layers:
+                self._prune(index, A)
+                A = self._masked(A)
+            return call.weigh(A).to(output.dtype)
 
     def _masked(self, A: Tensor) -> Tensor:
         """(B, H, L, L) attention without what left."""
@@ -309,7 +310,8 @@ class _Pass:
         hidden = output[0] if isinstance(output, tuple) else output
         answering = rows_that_answer(self.labels)
         w = part_of(self.weights, f"repair.{index}.")
-        fixed = repaired(w, hidden.float(), self.contexts[source])
+        with self.training.exactly():
+            fixed = repaired(w, hidden.float(), self.contexts[source])
         self.rows.append(fixed[answering])
         hidden = torch.where(answering[..., None], fixed.to(hidden.dtype), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -96,10 +96,11 @@ class ResamplerTraining(OfFrozen):
             embeds = kwargs["inputs_embeds"]  # (B, L, D)
             batch, width = embeds.shape[0], embeds.shape[2]
             x = embeds[visual].view(batch, -1, width).float()
-            kept = top_k(-largest_cosine(x, "later"), keep)  # (B, keep)
-            own = x.gather(1, kept[..., None].expand(-1, -1, width))
-            # the rows that stay read all tokens, the dropped ones too
-            rows = resampled(x, own, self.tensors(), self.heads).to(embeds.dtype)
+            with self.exactly():
+                kept = top_k(-largest_cosine(x, "later"), keep)  # (B, keep)
+                own = x.gather(1, kept[..., None].expand(-1, -1, width))
+                # the rows that stay read all tokens, the dropped ones too
+                rows = resampled(x, own, self.tensors(), self.heads).to(embeds.dtype)
             chosen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, kept, True)
             # (B, L), text and the tokens that stay
             stays = (~visual).masked_scatter(visual, chosen)

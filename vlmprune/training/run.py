@@ -19,6 +19,7 @@ from ..models.loading import encode
 from .data import Exercise, read_data
 from .exits import ExitTraining
 from .loop import Pace, Training, train
+from .processes import accelerated
 from .rcp import RCPTraining
 from .resampler import ResamplerTraining
 from .selector import SelectorTraining
@@ -46,9 +47,12 @@ def run(
     dev: int = 60,
     width: int | None = None,
     settings: Pace | None = None,
+    half: bool = False,
     note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
     """Train a method for a model, write its weights to ``out``, and give what their JSON file says.
+
+    Processes of a launcher share the steps; the first one writes and answers, and tells the others.
 
     Args:
         data: "shapes", or a JSON-lines file.
@@ -56,41 +60,74 @@ def run(
             method that takes no budget.
         samples, dev: questions to train on, and others that are answered before and after.
         width: of the trained module.
+        half: write the weights in float16, which are then also those that are measured.
     """
-    if method not in TRAINED:
-        near = did_you_mean(method, TRAINED)
-        raise SpecError(f"{method!r} cannot be trained; expected one of {sorted(TRAINED)}.{near}")
+    made = trained_by(method)
     for name, value in (("keep", keep), ("samples", samples), ("dev", dev), ("width", width)):
         if value is not None:
             check_int(name, value, least=1)
-    made = TRAINED[method]
     if keep is None and made.budgeted:
         keep = KEEP
     settings, folder = settings or Pace(), Path(out)
     questions = read_data(data, samples, dev)
+    accelerator = accelerated(model.device, settings.precision)
+    told: list[dict[str, Any]] = [{}]
     with frozen(model):
         training: Training = made(model, processor, keep, width, settings.seed)
         # copies: the loop changes the parameters in place
         first = {name: value.detach().clone() for name, value in training.tensors().items()}
         backbone = backbone_of(model.config)
         identity = {"data": questions.fingerprint, "samples": samples, "dev": dev, "backbone": backbone}
-        training.prepare([*questions.train, *questions.dev], folder / STATE, settings.batch_size)
+        # the others read what the first one found out
+        with accelerator.main_process_first():
+            training.prepare([*questions.train, *questions.dev], folder / STATE, settings.batch_size)
         losses = train(training, questions.train, settings, folder / STATE, identity, note, dev=questions.dev)
-        write_weights(folder / FIRST, method, first, {"backbone": backbone, **training.facts(None)})
-        facts: dict[str, Any] = {
-            "backbone": backbone,
-            "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
-            "settings": {**asdict(settings), **training.settings},
-            "loss": losses[-1] if losses else None,
-            "licence": "that of the model and of the data",
-            "versions": {"torch": torch.__version__.split("+")[0]},
-            **training.facts(questions.dev),
-        }
-        write_weights(folder, method, training.tensors(), facts)
-        facts["dev"] = measured(model, processor, questions.dev, training, folder, keep)
-        # again: what was measured, with the file just written, belongs in it
-        write_weights(folder, method, training.tensors(), facts)
+        if accelerator.is_main_process:
+            write_weights(folder / FIRST, method, first, {"backbone": backbone, **training.facts(None)}, half)
+            paced = {**asdict(settings), **training.settings, "processes": accelerator.num_processes}
+            facts: dict[str, Any] = {
+                "backbone": backbone,
+                "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
+                "settings": paced,
+                "loss": losses[-1] if losses else None,
+                "licence": "that of the model and of the data",
+                "versions": {"torch": torch.__version__.split("+")[0]},
+                **training.facts(questions.dev),
+            }
+            told = [written(training, facts, folder, questions.dev, keep, half)]
+    return from_first(accelerator, told)
+
+
+def trained_by(method: str) -> type[Any]:
+    """What trains a method."""
+    if method not in TRAINED:
+        near = did_you_mean(method, TRAINED)
+        raise SpecError(f"{method!r} cannot be trained; expected one of {sorted(TRAINED)}.{near}")
+    return TRAINED[method]
+
+
+def written(
+    training: Training,
+    facts: dict[str, Any],
+    folder: Path,
+    dev: Sequence[Exercise],
+    keep: int | None,
+    half: bool,
+) -> dict[str, Any]:
+    """Write the weights, measure what was written, and write that beside them; all that their file says."""
+    write_weights(folder, training.method, training.tensors(), facts, half)
+    facts = {**facts, "dev": measured(training, dev, folder, keep)}
+    write_weights(folder, training.method, training.tensors(), facts, half)
     return facts
+
+
+def from_first(accelerator: Any, told: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first process has to tell, in all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]
 
 
 @contextmanager
@@ -107,14 +144,7 @@ def frozen(model: Any) -> Iterator[None]:
             value.requires_grad_(True)
 
 
-def measured(
-    model: Any,
-    processor: Any,
-    asked: Sequence[Exercise],
-    training: Training,
-    folder: Path,
-    keep: int | None,
-) -> dict[str, Any]:
+def measured(training: Training, asked: Sequence[Exercise], folder: Path, keep: int | None) -> dict[str, Any]:
     """Accuracy before and after a training, and of methods without one at the same budget."""
     specs = {
         "before": spec_of(training.method, folder / FIRST, keep),
@@ -122,6 +152,7 @@ def measured(
         **training.rivals(keep),
         "dense": "dense",
     }
+    model, processor = training.model, training.processor
     found = {name: accuracy(model, processor, asked, spec) for name, spec in specs.items()}
     return {"questions": len(asked), "keep": keep, **found}
 

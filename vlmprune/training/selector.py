@@ -67,7 +67,8 @@ class SelectorTraining(OfFrozen):
             embeds = kwargs["inputs_embeds"]
             # rows of the mask have ``count`` tokens each, so that the flat result can be folded
             x = embeds[visual].view(len(embeds), count, -1).float()  # (B, N, D)
-            m = soft_top_k(importance(x, self.tensors()), self.keep, heat)
+            with self.exactly():
+                m = soft_top_k(importance(x, self.tensors()), self.keep, heat)
             bias = torch.zeros_like(visual, dtype=torch.float32).masked_scatter(
                 visual, m.clamp_min(_LEAST).log()
             )
