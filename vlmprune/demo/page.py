@@ -148,6 +148,8 @@ def _head(playground: Playground) -> str:
         f"# vlmprune: {playground.name or 'a model'}",
         "Ask one question about one picture. Each card shows a method: the visual tokens that it kept, and "
         "what the model answered. `dense` reads all of them. Times are of one run on this machine.",
+        "In the pictures kept patches are outlined, dropped ones dark, merged ones pale. What is striped the "
+        "model never sees.",
     ]
     if playground.name in BUNDLED:
         lines.append(f"*Note: {BUNDLED_NOTE.format(playground.name)}.*")
