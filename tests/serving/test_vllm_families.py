@@ -93,24 +93,16 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engin
     assert wrong(engine, twin, [(job, twin.answer(inputs, "divprune@11"))]) == []
 
 
-def test_clips_are_pruned_where_that_works_and_refused_elsewhere(family, engine, twin):
+def test_clips_are_pruned(family, engine, twin):
     if family not in M_ROPE:
         pytest.skip("clips of this family are served under dense only, or not at all")
-    from vllm.exceptions import VLLMValidationError
-
     jobs = []
     for frames, side in ((4, (168, 168)), (8, (100, 200))):
         request, inputs = twin.clip(frames, side)
         for spec in ("dense", "evs@0.5", "fastervlm(cls=mean)@30", "uniform@17", "pool@9"):
             options = {"mm_processor_kwargs": {"vlmprune": spec}}
-            wanted = [] if family == "qwen3_vl" else twin.answer(inputs, spec)
-            jobs.append(({**request, **options}, wanted))
-    if family != "qwen3_vl":
-        assert wrong(engine, twin, jobs) == []
-        return
-    for request, _ in jobs:
-        with pytest.raises(VLLMValidationError, match="video, which is not served"):
-            outputs_of(engine, twin, [request])
+            jobs.append(({**request, **options}, twin.answer(inputs, spec)))
+    assert wrong(engine, twin, jobs) == []
 
 
 def test_without_places_answers_are_wrong(family, engine, twin, monkeypatch):
@@ -122,3 +114,21 @@ def test_without_places_answers_are_wrong(family, engine, twin, monkeypatch):
     places = mrope.grid_places
     monkeypatch.setattr(qwen_vl, "grid_places", lambda *grid: 0 * places(*grid))
     assert wrong(engine, twin, twin.jobs(("uniform@19", "uniform@21"), 4, seed=11)) != []
+
+
+def test_without_the_words_between_frames_answers_are_wrong(family, engine, twin, monkeypatch):
+    """The mutant: the times of frames are given places, and no embeddings."""
+    if family != "qwen3_vl":
+        pytest.skip("nothing stands between the frames of this family")
+    from vlmprune.serving.vllm import qwen3_vl
+
+    def silent(self, tokens, rows):
+        return rows.new_zeros(len(tokens), rows.shape[1])
+
+    monkeypatch.setattr(qwen3_vl.Qwen3VLForConditionalGeneration, "_embedded", silent)
+    request, inputs = twin.clip(8, (100, 200))
+    jobs = [
+        ({**request, "mm_processor_kwargs": {"vlmprune": spec}}, twin.answer(inputs, spec))
+        for spec in ("uniform@21", "uniform@22", "divprune@23")
+    ]
+    assert wrong(engine, twin, jobs) != []

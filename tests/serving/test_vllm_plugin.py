@@ -105,6 +105,9 @@ def test_each_picture_of_an_item_loses_its_own_placeholders():
         left = without(lines, [(6, kept)], breaks=True)
         assert list(left.full) == [1] + [9] * (kept + 1) + [2]
         assert left.is_embed(list(left.full)).tolist() == [False] + [True] * (kept + 1) + [False]
+    # more words than placeholders: what stands for a token is told, not guessed
+    frames = PromptUpdateDetails.select_token_id([1, 7, 9, 8, 7, 7, 9, 2], 9)
+    assert list(without(frames, [(2, 1)], breaks=True).full) == [1, 7, *[9] * 4, 2]
     with pytest.raises(UnsupportedError, match="6 placeholders for 8 visual tokens"):
         without(text, [(4, 2), (4, 2)])
 

@@ -90,6 +90,31 @@ def got() -> Any:
     return GotOcr2Processor(image_processor("GotOcr2", **tiles(2 * SIDE)), renamed({"<image>": "<imgpad>"}))
 
 
+def qwen3() -> Any:
+    from transformers import Qwen3VLProcessor
+
+    from vlmprune.testing.tiny import tiny_processor
+
+    parts = tiny_processor("qwen3_vl")
+    # vLLM writes clips with these names
+    names = {
+        "<image>": "<|image_pad|>",
+        "<video>": "<|video_pad|>",
+        "</s>": "<|vision_end|>",
+        "<s>": "<|vision_start|>",
+    }
+    tokenizer = renamed(
+        names,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+    )
+    return Qwen3VLProcessor(
+        image_processor=parts.image_processor, tokenizer=tokenizer, video_processor=parts.video_processor
+    )
+
+
 def idefics3() -> Any:
     from transformers import Idefics3Processor
 
@@ -141,4 +166,5 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "janus": janus,
     "lighton_ocr": lighton,
     "mistral3": mistral3,
+    "qwen3_vl": qwen3,
 }

@@ -54,6 +54,8 @@ FAMILIES = {
             "head_dim": 32,
             "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
         },
+        picture="<|image_pad|>",
+        clip="<|video_pad|>",
     ),
     "aya_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, picture="<video>", wrapped=True),
     "cohere2_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
@@ -98,8 +100,9 @@ def processor_of(family: str) -> Any:
 
     processor = PROCESSORS[family]() if family in PROCESSORS else tiny_processor(family)
     if family.startswith("qwen"):
-        processor.video_processor.size = processor.image_processor.size
-        processor.video_processor.patch_size = processor.image_processor.patch_size
+        # vLLM normalises pixels of both in the tower, with the numbers of images
+        for name in ("size", "patch_size", "image_mean", "image_std"):
+            setattr(processor.video_processor, name, getattr(processor.image_processor, name))
     return processor
 
 

@@ -27,7 +27,7 @@ FAMILIES = {
         ("InternVL", "internvl"),
         ("Qwen2VL", "qwen_vl"),
         ("Qwen2_5_VL", "qwen_vl"),
-        ("Qwen3VL", "qwen_vl"),
+        ("Qwen3VL", "qwen3_vl"),
     )
 }
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py

@@ -43,9 +43,6 @@ class PruningProcessor(Base):
     # of every modality that is pruned, the field that has one entry per item
     counted: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
-    # modalities that vLLM's class takes, but that were not measured to be right here, not even whole
-    refused: ClassVar[tuple[str, ...]] = ()
-
     # --- what a family says -----------------------------------------------------------------------
 
     def facts(self) -> TowerFacts:
@@ -98,12 +95,6 @@ class PruningProcessor(Base):
         config = self.info.ctx.model_config
         server = config.get_multimodal_config().mm_processor_kwargs
         request = wanted(inputs.hf_processor_mm_kwargs, server, config.hf_config)
-        for modality in self.refused:
-            # the inputs that memory is measured with hold all modalities, and are never answered
-            if inputs.mm_data_items.get(modality) and VERSION_KEY not in inputs.hf_processor_mm_kwargs:
-                raise UnsupportedError(
-                    f"a {modality}, which is not served in this model with vlmprune; send images only"
-                )
         if request.budget is None:
             return request
         for modality, items in inputs.mm_data_items.items():
@@ -208,8 +199,7 @@ def without(given: Any, shares: Sequence[Share], breaks: bool = False) -> Any:
     if not breaks and all(dense == kept for dense, kept in shares):
         return given
     full = list(given.full) if isinstance(given, PromptUpdateDetails) else list(given)
-    # the placeholder is what occurs most often
-    embed = max(set(full), key=full.count)
+    embed = _placeholder(given, full)
     places = [at for at, token in enumerate(full) if token == embed]
     if breaks:
         places = list(range(places[0], places[-1] + 1))
@@ -230,6 +220,15 @@ def without(given: Any, shares: Sequence[Share], breaks: bool = False) -> Any:
     return (
         PromptUpdateDetails.select_token_id(left, embed) if isinstance(given, PromptUpdateDetails) else left
     )
+
+
+def _placeholder(given: Any, full: Sequence[int]) -> int:
+    """The token that stands for a visual one."""
+    if isinstance(given, PromptUpdateDetails) and given.is_embed is not None:
+        # a clip of small frames has more words between them than placeholders
+        return full[given.is_embed(list(full)).nonzero()[0].item()]
+    # what occurs most often
+    return max(set(full), key=full.count)
 
 
 def as_field(text: str, items: int) -> Tensor:

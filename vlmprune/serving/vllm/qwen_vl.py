@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in vLLM: pictures of any size, tokens with places in them."""
+"""Qwen2-VL and Qwen2.5-VL in vLLM: pictures of any size, tokens with places in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...core.method import Need
@@ -228,19 +228,3 @@ class Qwen2_5_VLForConditionalGeneration(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForCon
         # tokens in the order of windows; argsort gives the way back
         windows = self.visual.get_window_index_thw(*grid)[0].to(patches.device)
         return patches.unflatten(0, (-1, self.merge**2))[windows.argsort()].flatten(0, 1)
-
-
-class Qwen3VLProcessor(OfQwen, qwen3_vl.Qwen3VLMultiModalProcessor):
-    """The processor of Qwen3-VL that promises fewer placeholders for images."""
-
-    counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw"}
-    refused = ("video",)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLProcessor,
-    info=in_context(qwen3_vl.Qwen3VLProcessingInfo),
-    dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder,
-)
-class Qwen3VLForConditionalGeneration(PrunedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
-    """Qwen3-VL: features of early layers, which stand behind every row, follow the choice."""
