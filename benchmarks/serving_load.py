@@ -277,9 +277,22 @@ def random_llava(folder: Path, scale: int) -> Path:
     config.image_seq_length = (vision.image_size // vision.patch_size) ** 2
     config.text_config.vocab_size = len(processor.tokenizer)
     model = random_model(config, "cpu", torch.float32 if scale > 1 else torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="1TB")
     processor.save_pretrained(folder)
+    _rename_tower(folder / "model.safetensors")
     return folder
+
+
+def _rename_tower(file: Path) -> None:
+    """Give the weights of the tower the names that released checkpoints have, which vLLM knows."""
+    from safetensors.torch import load_file, save_file
+
+    plain, released = "vision_tower.", "vision_tower.vision_model."
+    weights = {
+        name if released in name else name.replace(plain, released): value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
@@ -304,7 +317,7 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
                 wait(server, process)
                 yield server
             except BaseException:
-                print(f"the server's log ends so:\n{log.read_text()[-3000:]}", file=sys.stderr)
+                print(f"the server's log ends so:\n{log.read_text()[-30000:]}", file=sys.stderr)
                 raise
             finally:
                 process.terminate()

@@ -173,7 +173,7 @@ def complete(runs: Sequence[Run], specs: Sequence[str], concurrency: Sequence[in
 
 HEAD = (
     "| clients | spec | prompt | first token, ms | p99, ms | requests/s | KV blocks | "
-    "first token, gain | throughput, gain | |"
+    "first token, gain | throughput, gain | verdict |"
 )
 
 
@@ -198,9 +198,12 @@ def summary(runs: Sequence[Run], specs: Sequence[str], concurrency: Sequence[int
     """Where pruning pays and where it does not, in one sentence for each."""
     where: dict[str, list[str]] = {}
     for spec in specs[1:]:
+        by_word: dict[str, list[str]] = {}
         for at_once in concurrency:
             word = verdict(gains(runs, specs[0], spec, at_once))
-            where.setdefault(word, []).append(f"`{spec}` at {at_once}")
+            by_word.setdefault(word, []).append(str(at_once))
+        for word, clients in by_word.items():
+            where.setdefault(word, []).append(f"`{spec}` (clients: {', '.join(clients)})")
     return " ".join(
         f"{word[0].upper()}{word[1:]}: {', '.join(cells)}." for word, cells in sorted(where.items())
     )
