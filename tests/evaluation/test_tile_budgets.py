@@ -41,7 +41,10 @@ def bundle(family: str) -> tuple[Any, Any]:
     processor = PROCESSORS[family]()
     if family == "idefics3":
         processor.image_processor.size["longest_edge"] = 3 * SIDE
-    processor.chat_template = tiny_bundle("llava")[1].chat_template
+    template = tiny_bundle("llava")[1].chat_template
+    # this processor stands for its image by <video>, since its tiles are <image>
+    written = "'<' + part['type'] + '>"
+    processor.chat_template = template.replace(written, "'<video>") if family == "aya_vision" else template
     # some add marks of their own to the vocabulary
     return tiny_model(family, vocab_size=len(processor.tokenizer)), processor
 
