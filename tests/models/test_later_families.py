@@ -281,6 +281,13 @@ def test_nemotron_is_cut_below_its_causal_language_model() -> None:
         adapter_for(PartOf(model.config))
 
 
+def test_states_are_read_through_the_final_norm_of_lfm2_which_has_another_name() -> None:
+    model, inputs = available("lfm2_vl"), tiny_inputs("lfm2_vl")
+    with vlmprune.prune(model, "dart@9") as run:
+        generate(model, inputs)
+    assert run.last.realised_tokens == [9]
+
+
 class PartOf(torch.nn.Module):
     """Something with the config of a whole model and no decoder."""
 

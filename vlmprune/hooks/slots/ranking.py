@@ -206,11 +206,13 @@ def states_of(
     units: Units,
 ) -> LayerFields:
     """Normalised hidden states (B, n, D) of the same units, and of the text that queries them."""
-    norm = getattr(language_model, "norm", None)
+    # the second name is that of LFM2 and LFM3, where it stands behind the layers all the same
+    names = ("norm", "embedding_norm")
+    norm = next((getattr(language_model, name) for name in names if hasattr(language_model, name)), None)
     if norm is None:
         raise UnsupportedError(
-            f"{type(language_model).__name__} has no final norm by the name 'norm', which this method reads "
-            "hidden states through; use a method that ranks by attention, e.g. 'fastv@64'"
+            f"{type(language_model).__name__} has no final norm by the names {list(names)}, which this "
+            "method reads hidden states through; use a method that ranks by attention, e.g. 'fastv@64'"
         )
     # tokens and text go through the norm together: one launch
     places = torch.cat([units.at, units.of_row(ranked.rows)], dim=1)
