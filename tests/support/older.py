@@ -50,7 +50,7 @@ NEEDS_5 = {
     "models/test_clip_inputs.py": (("internvl", "smolvlm"), "these families need a newer one"),
     "models/test_parted.py": (("declared", "of_mistral3"), "these families need a newer one"),
     "evaluation/test_tile_budgets.py": (
-        ("internvl", "idefics3", "aya_vision", "smolvlm", "splits_nothing", "canvases", "gemma_3", "draws"),
+        ("internvl", "idefics3", "_vision", "smolvlm", "splits_nothing", "canvases", "gemma_3", "draws"),
         "these families need a newer one",
     ),
     "core/test_session.py": (("merged_by_hand",), "encoders return lists there"),
