@@ -51,6 +51,7 @@ INSTEAD = {
 FENCE = re.compile(r"^(?: {0,3})(```|~~~)")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:)([^)\s]+)\)")
 ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
+FIRST = re.compile(r"^(?:[-*+]|1\.) ")  # "576. Papers" behind a line of text goes on with its sentence
 KEEP, TOKENS, DEPTH = 18, 144, 8  # of docs/gallery_all.png
 UNKNOWN = "not measured"  # how such a cell of the table of capabilities begins
 PAPER, ARXIV = re.compile(r"(?<![\[/\w`])arXiv:(\d{4}\.\d{4,5})"), r"[\g<0>](https://arxiv.org/abs/\1)"
@@ -134,9 +135,10 @@ def spaced(text: str) -> str:
         if not line.strip():
             listing = False
         elif not code and ITEM.match(line):
-            if made and made[-1].strip() and not listing:
+            behind = bool(made and made[-1].strip()) and not listing
+            listing = not behind or bool(FIRST.match(line))
+            if behind and listing:
                 made.append("")
-            listing = True
         made.append(line)
     return "\n".join(made)
 

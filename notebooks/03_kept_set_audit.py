@@ -77,15 +77,15 @@ for name in ("grey twin", "wrong picture", "random twin"):
     print(name, "->", ask(picture, question, twins[name].replay))
 
 # %% [markdown]
-# ## Sixty questions
+# ## Thirty questions
 #
-# One question proves nothing. The same over sixty, twelve of each kind. *lost* and *won* are questions that
+# One question proves nothing. The same over thirty, six of each kind. *lost* and *won* are questions that
 # changed against the chosen set: paired counts, which say more than two accuracies.
 
 # %%
 KINDS = ("text", "attribute", "count", "needle", "position")
-questions = [vlmprune.example(kind, number) for kind in KINDS for number in range(12)]
-others = [questions[number - 12][0] for number in range(len(questions))]  # a picture of another kind
+questions = [vlmprune.example(kind, number) for kind in KINDS for number in range(6)]
+others = [questions[number - 6][0] for number in range(len(questions))]  # a picture of another kind
 
 right = {}
 for (picture, question, answer), other in zip(questions, others, strict=True):

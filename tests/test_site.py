@@ -154,6 +154,8 @@ def test_links_to_files_beside_docs_become_pages_or_words():
 
 def test_lists_get_the_empty_line_that_they_need():
     assert WEBSITE.spaced("text\n* a\n  more\n* b\n\nend") == "text\n\n* a\n  more\n* b\n\nend"
+    assert WEBSITE.spaced("text\n1. a\n2. b") == "text\n\n1. a\n2. b"
+    assert WEBSITE.spaced("37 tokens of\n576. Papers") == "37 tokens of\n576. Papers"
     assert WEBSITE.spaced("```\ntext\n* a\n```") == "```\ntext\n* a\n```"
 
 
