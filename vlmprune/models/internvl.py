@@ -27,7 +27,7 @@ class ShufflingAdapter(MergingAdapter):
         return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
 
 
-class SquareTiles(MergingAdapter):
+class TilingAdapter(MergingAdapter):
     """Base of families whose processor cuts a picture into square tiles that the model takes for pictures."""
 
     tiled = True
@@ -39,7 +39,7 @@ class SquareTiles(MergingAdapter):
         return square_tiles(processor, (self.side // self.merge) ** 2)
 
 
-class InternVLAdapter(SquareTiles, ShufflingAdapter):
+class InternVLAdapter(TilingAdapter, ShufflingAdapter):
     """InternVLForConditionalGeneration.
 
     Tiles, the thumbnail and the frames of a clip are pictures of their own: the model itself knows no more of

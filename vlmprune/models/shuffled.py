@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..hooks.vision.capture import OF_PROJECTOR
 from .base import Modality, check_beside, check_pixels
-from .internvl import ShufflingAdapter, SquareTiles
+from .internvl import ShufflingAdapter, TilingAdapter
 from .merging import OfCells, gated_layers, two_layers
 
 
@@ -62,7 +62,7 @@ class ShuffleInProjector(ShufflingAdapter):
         return super().divide(modality, need, value, counts, arguments)
 
 
-class Cohere2VisionAdapter(SquareTiles, ShuffleInProjector):
+class Cohere2VisionAdapter(TilingAdapter, ShuffleInProjector):
     """Cohere2VisionForConditionalGeneration: square tiles, each of which is a picture of its own."""
 
     model_type = "cohere2_vision"
