@@ -22,7 +22,6 @@ ALL = Path(__file__).parents[2] / "configs" / "all-methods.yaml"
 REFUSED = {
     "var": "give them and a lower tau, as in var",
     "downsample": "compare with 'pool@64'",
-    "rcp": "train them with 'vlmprune train rcp",
     **{
         name: "takes images only; where the images"
         for name in ("dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 import vlmprune
 from vlmprune.core.weights import SHIPPED, SHIPPED_FOR, backbone_of, checked_facts, folder_of
@@ -35,7 +36,7 @@ def test_every_file_belongs_to_a_pair_and_is_small() -> None:
     assert [path.name for path in SHIPPED.iterdir()] == [*SHIPPED_FOR] and METHODS
     files = {f"{method}.{ending}" for method in METHODS for ending in ("json", "safetensors")}
     assert {path.name for path in FOLDER.iterdir()} == files | {"card.md"}
-    assert all(path.stat().st_size <= MiB for path in FOLDER.iterdir())
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 2 * MiB
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,6 +48,9 @@ def test_they_are_what_the_recipe_makes(method, tiny) -> None:
     for name, value in made["pace"].items():
         assert facts["settings"][name] == value, name
     assert facts["dev"]["questions"] == made["dev"] and facts["dev"]["keep"] == made.get("keep")
+    with safe_open(FOLDER / f"{method}.safetensors", "pt") as held:
+        kinds = {held.get_tensor(name).dtype for name in held.keys()}  # noqa: SIM118
+    assert kinds == {torch.float16 if made.get("half") else torch.float32}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,10 +73,19 @@ def test_they_prune_the_bundled_model_and_no_other(method, tiny) -> None:
         tiny[0].generate(**inputs, max_new_tokens=2)
     tokens = done.last.tokens_per_layer
     assert tokens is None or min(tokens) < 144
-    if method == "visionselector":
+    if method in ("visionselector", "textmonkey"):
         assert done.last.realised_tokens == [72]
     with pytest.raises(UnsupportedError, match="this model is"):
         vlmprune.prune(vlmprune.load("natural")[0], spec_of(method))
+
+
+def test_pruners_of_rcp_say_themselves_how_many_stay(tiny) -> None:
+    picture, question, _ = vlmprune.example()
+    with torch.no_grad(), vlmprune.prune(tiny[0], "rcp(weights=tiny)") as done:
+        tiny[0](**vlmprune.encode(*tiny, picture, question))
+    read, cuts = done.last.tokens_per_layer, checked_facts("tiny", "rcp")["layers"]
+    assert read[: cuts[0]] == [144] * cuts[0] and 0 < read[-1] < 72
+    assert sorted(read, reverse=True) == read
 
 
 def test_a_folder_of_ones_own_has_a_path(tmp_path, monkeypatch) -> None:
