@@ -183,7 +183,8 @@ def test_new_needs_a_folder(tmp_path):
 def test_a_new_family_passes_its_test_and_verify_also_where_it_is_installed(tmp_path):
     text = cli("new", "fresh_vlm", "--family", "--dir", tmp_path, columns=200).stdout
     steps = [line.partition(". ")[2] for line in text.splitlines() if re.match(r"\d\. ", line)]
-    assert steps[0] == f"pip install -e {tmp_path}" and steps[3] == f"pytest {tmp_path / 'test_fresh_vlm.py'}"
+    assert steps[0] == f"pip install pytest -e {tmp_path}"
+    assert steps[3] == f"pytest {tmp_path / 'test_fresh_vlm.py'}"
     installed(tmp_path, "fresh_vlm", "vlmprune.models")
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "test_fresh_vlm.py"]
@@ -238,4 +239,4 @@ def test_a_folder_that_is_not_there_is_made(words, tmp_path):
     said = cli("new", "fresh", *words, "--dir", folder).stdout
     assert (folder / "pyproject.toml").is_file()
     # as they can be typed where the command was
-    assert f"pip install -e '{folder}'" in said and f"pytest '{folder / 'test_fresh.py'}'" in said
+    assert f"pip install pytest -e '{folder}'" in said and f"pytest '{folder / 'test_fresh.py'}'" in said

@@ -288,7 +288,7 @@ def _outside(name: str, cls: str, folder: Path) -> Draft:
         Path(f"{name}.yaml"): _LEDGER.substitute(name=name, test=test),
     }
     steps = [
-        f"pip install -e {quote(str(folder))}",
+        f"pip install pytest -e {quote(str(folder))}",
         f"write the formula in {folder / module}.py and its transcription in {folder / test}",
         f"pytest {quote(str(folder / test))} && vlmprune verify {name}",
         _LAST_STEP,

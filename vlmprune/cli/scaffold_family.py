@@ -118,7 +118,7 @@ def scaffold_family(name: str, folder: Path) -> Scaffold:
         test: _TEST.substitute(name=name, module=module, tiny=tiny),
     }
     steps = (
-        f"pip install -e {quote(str(folder))}",
+        f"pip install pytest -e {quote(str(folder))}",
         f"say in {folder / module}.py where the parts of your model are",
         f"build a small one of it in {folder / tiny}.py, with random weights",
         f"pytest {quote(str(folder / test))}",
