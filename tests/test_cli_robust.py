@@ -192,6 +192,15 @@ def test_the_list_of_methods_cuts_no_word(columns):
     assert ("vlmprune show METHOD" in " ".join(text.split())) == (columns < 200)
 
 
+@pytest.mark.parametrize(("commit", "said"), [("abc1234", "commit abc1234"), (None, "vlmprune 0.9")])
+def test_a_measurement_names_its_commit_or_where_there_is_none_its_version(commit, said, capsys):
+    machine = {"processor": "2 x CPU", "load_before": None, "date": "2026-01-01"}
+    bench._show_card([], {**machine, "commit": commit, "versions": {"vlmprune": "0.9"}}, {})
+    assert f"2 x CPU, load not known at the start, {said}, 2026-01-01" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 # --- plan -----------------------------------------------------------------------------------------
 
 FOUND = {

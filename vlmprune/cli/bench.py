@@ -199,7 +199,9 @@ def _show_card(rows: list[SpeedRow], start: dict[str, Any], missing: dict[str, s
     for name, reason in missing.items():
         screen.print(plain(f"Not measured: {name}: {reason}."), style="dim")
     load = "not known" if start["load_before"] is None else f"{start['load_before']:.1f}"
-    made = f"load {load} at the start, commit {start['commit']}, {start['date']}"
+    # a wheel comes from no checkout, but has its version
+    code = f"commit {start['commit']}" if start["commit"] else f"vlmprune {start['versions']['vlmprune']}"
+    made = f"load {load} at the start, {code}, {start['date']}"
     screen.print(plain(f"{start['processor']}, {made}"), style="dim")
 
 
