@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the model of a run as the files of the package, with what was measured on them:
-``python benchmarks/natural/ship.py RUN_FOLDER OUT``.
+``python benchmarks/natural/ship.py RUN_FOLDER OUT``. Of the second architecture only its files, with
+``--bare``; its processor needs torchvision.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads;
 from files import write  # noqa: E402
 from model import ROPE_THETA, Natural, processor  # noqa: E402
 from properties import properties  # noqa: E402
+from qwen import NaturalQwen, build_processor  # noqa: E402
 from shipping import bullets, by_stage, finish, making, table, told  # noqa: E402
 
 from vlmprune.evaluation.leaderboard.config import Config  # noqa: E402
@@ -45,8 +47,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     made = making(options.folder)
-    net = Natural(made["recipe"]["seed"])
+    second = made["recipe"].get("architecture") == "qwen2_vl"
+    if second and not options.bare:
+        parser.error("there is no card of the second architecture; write its files alone with --bare")
+    net = (NaturalQwen if second else Natural)(made["recipe"]["seed"])
     net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
+    if second:
+        net.qwen.save_pretrained(options.out)
+        build_processor().save_pretrained(options.out)
+        return
     write(net.llava, processor(), options.out, ROPE_THETA)
     if options.bare:
         return
