@@ -241,19 +241,45 @@ def spread(values: Sequence[float]) -> str:
 
 
 def video(results: Results) -> Lines:
-    """Methods by budget, with every kind of question."""
+    """Methods at every budget that they can keep; then kinds of questions at one budget."""
     rows = merged(ordered(results.rows))
-    dense = next(row for row in rows if row.spec == DENSE)
-    families = list(dense.families)
+    dense, blind = (next(row for row in rows if row.spec == name) for name in (DENSE, BLIND))
+    methods: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row.keep:
+            methods.setdefault(name_of(row), {})[budget_of(row)] = row
+    budgets = sorted({budget for some in methods.values() for budget in some}, reverse=True)
+    shown = budgets[len(budgets) // 2]
+    whole = f"{dense.realised_tokens:,.0f}"
+
+    def at(some: Mapping[float, Row], budget: float) -> str:
+        return f"{with_interval(some[budget])} {against(some[budget])}".strip() if budget in some else ""
+
+    def usual(some: Mapping[float, Row]) -> Row:
+        """At the budget that the methods are ordered by, or the least that this one can keep."""
+        return some.get(shown, some[min(some)])
+
+    # those that cannot keep it come last
+    best = sorted(methods.items(), key=lambda item: (shown not in item[1], -usual(item[1]).accuracy))
+    tokens = [f"{int(budget * dense.realised_tokens)} tokens" for budget in budgets]
     found = [
-        "| accuracy, % | tokens of 1,152 | all | beside `random` | " + " | ".join(families) + " |",
-        "|---" * (4 + len(families)) + "|",
+        f"| accuracy, % | {' | '.join(tokens)} of {whole} |",
+        "|---" * (1 + len(budgets)) + "|",
+        f"| dense, all tokens | {with_interval(dense)} |" + " |" * (len(budgets) - 1),
     ]
-    for row in sorted(rows, key=lambda row: (row.spec == BLIND, -row.realised_tokens, -row.accuracy)):
-        tokens = f"{row.realised_tokens:,.0f}"
+    found += ["| " + " | ".join([name, *(at(some, one) for one in budgets)]) + " |" for name, some in best]
+    found.append(f"| no picture | {' | '.join([share(blind.accuracy)] * len(budgets))} |")
+    return [*found, *_kinds([dense, *(usual(some) for _, some in best), blind])]
+
+
+def _kinds(rows: Sequence[Row]) -> Lines:
+    """Every kind of question: the first row is that of all tokens, and says which kinds there are."""
+    families = list(rows[0].families)
+    found = ["", "Kinds of questions:", ""]
+    found += [f"| accuracy, % | tokens | {' | '.join(families)} |", "|---" * (2 + len(families)) + "|"]
+    for row in rows:
         kinds = [f"{100 * row.families[family]:.0f}" for family in families]
-        cells_ = [name_of(row), tokens, with_interval(row), against(row), *kinds]
-        found.append("| " + " | ".join(cells_) + " |")
+        found.append("| " + " | ".join([name_of(row), f"{row.realised_tokens:,.0f}", *kinds]) + " |")
     return found
 
 
