@@ -15,16 +15,20 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, permutations
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from vlmprune.evaluation.answer.record import Record
 from vlmprune.evaluation.leaderboard.rundir import Run
 from vlmprune.evaluation.report.agreement import Agreement, agreements, as_seeds, over_seeds, tables_of
 from vlmprune.evaluation.report.agreement_text import HEAD as AGREED
 from vlmprune.evaluation.report.agreement_text import cells, sentences, used_head
-from vlmprune.evaluation.report.judge import merged, ordered, side
+from vlmprune.evaluation.report.judge import BASELINES, merged, ordered, side
 from vlmprune.evaluation.report.load import Results
+from vlmprune.evaluation.stats.estimates import LEVEL, Table
+from vlmprune.evaluation.stats.intervals import difference_interval
 from vlmprune.evaluation.stats.summary import BLIND, DENSE, Row
 from vlmprune.plain import plain
 
@@ -51,8 +55,10 @@ Lines = list[str]
 
 def take(folder: Path) -> dict[str, Any]:
     """What the page needs of a run. A model in a folder has the name of the folder, wherever that is."""
-    results = Results.of(Run.open(folder))
+    run = Run.open(folder)
+    results = Results.of(run)
     told = {name: results.provenance.get(name) for name in TOLD}
+    told["apart"] = told_apart(run, results)
     told["model"] = {Path(model).name: about for model, about in told["model"].items()}
     rows = [replace(row, model=Path(row.model).name) for row in results.rows]
     return {
@@ -60,6 +66,26 @@ def take(folder: Path) -> dict[str, Any]:
         "headline": [plain(replace(one, model=Path(one.model).name)) for one in results.headline],
         "rows": [{name: plain(getattr(row, name)) for name in FIELDS} for row in rows],
     }
+
+
+def told_apart(run: Run, results: Results) -> list[tuple[str, str]]:
+    """Pairs of specs of one budget, the better one first: 0 is outside the interval of their difference."""
+    counted = {family for one in results.headline for family in one.families}
+    records: dict[str, list[Record]] = {}
+    for row in results.rows:
+        if row.fingerprint and row.keep and row.method not in BASELINES:
+            answers = [Record.read(line) for line in run.journal(row.fingerprint)]
+            records[row.spec] = [one for one in answers if one.family in counted]
+    table = Table.of(record for mine in records.values() for record in mine)
+    sums, count = table.sums  # (C, S), (C,)
+    budgets = {row.spec: budget_of(row) for row in results.rows if row.spec in records}
+    found = []
+    for i, j in permutations(range(len(table.specs)), 2):
+        one, other = table.specs[i], table.specs[j]
+        (low, _), _ = difference_interval(sums[:, i] - sums[:, j], count, LEVEL)
+        if low > 0 and budgets[one] == budgets[other]:
+            found.append((one, other))
+    return found
 
 
 def read(name: str) -> Results:
@@ -152,7 +178,8 @@ def natural(results: Results) -> Lines:
             line(name, last.query_aware, values, last, f"{last.layer_tokens or 0:.0f}", against(last))
         )
     found.append(line("no picture", False, [share(blind.accuracy)] * len(budgets), blind, "0", ""))
-    return [*found, *agreement(agreements(results.rows, tables_of(results)))]
+    agreed = agreements(results.rows, tables_of(results))
+    return [*found, *agreement(agreed), sure(agreed, [results])]
 
 
 def agreement(agreed: Sequence[Agreement]) -> Lines:
@@ -161,7 +188,7 @@ def agreement(agreed: Sequence[Agreement]) -> Lines:
     found = ["", "Order of the methods here and in the tables of LLaVA-1.5-7B:", ""]
     found += ["| " + " | ".join(AGREED[i] for i in used) + " |", "|---" * len(used) + "|"]
     found += ["| " + " | ".join(cells(one)[i] for i in used) + " |" for one in agreed]
-    return [*found, "", *sentences(agreed)]
+    return [*found, "", *(f"* {sentence}" for sentence in sentences(agreed))]
 
 
 def seeds(*runs: Results) -> Lines:
@@ -190,7 +217,23 @@ def seeds(*runs: Results) -> Lines:
         found.append("| " + " | ".join([name, *values, f"{print_:.1f}" if print_ else ""]) + " |")
     dense = [next(row.accuracy for row in some if row.spec == DENSE) for some in rows]
     found += ["", f"Dense accuracy of the seeds, in %: {', '.join(map(share, dense))}."]
-    return [*found, *agreement(agreed)]
+    return [*found, *agreement(agreed), sure(agreed, runs)]
+
+
+def sure(agreed: Sequence[Agreement], runs: Sequence[Results]) -> str:
+    """How many pairs the answers tell apart, in every run alike."""
+    apart = set.intersection(*({tuple(pair) for pair in run.provenance["apart"]} for run in runs))
+    said = []
+    for one in agreed:
+        pairs = list(combinations(one.standings, 2))  # in the order of print
+        as_printed = sum((above.spec, below.spec) in apart for above, below in pairs)
+        swapped = sum((below.spec, above.spec) in apart for above, below in pairs)
+        said.append(f"{as_printed + swapped} of {len(pairs)} at {one.keep}, {swapped} of them swapped")
+    alike = ", in every seed alike" if len(runs) > 1 else ""
+    return (
+        "* Pairs that the answers tell apart (the 95 % interval of the paired difference leaves out "
+        f"0{alike}): {'; '.join(said)}."
+    )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -198,19 +241,45 @@ def spread(values: Sequence[float]) -> str:
 
 
 def video(results: Results) -> Lines:
-    """Methods by budget, with every kind of question."""
+    """Methods at every budget that they can keep; then kinds of questions at one budget."""
     rows = merged(ordered(results.rows))
-    dense = next(row for row in rows if row.spec == DENSE)
-    families = list(dense.families)
+    dense, blind = (next(row for row in rows if row.spec == name) for name in (DENSE, BLIND))
+    methods: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row.keep:
+            methods.setdefault(name_of(row), {})[budget_of(row)] = row
+    budgets = sorted({budget for some in methods.values() for budget in some}, reverse=True)
+    shown = budgets[len(budgets) // 2]
+    whole = f"{dense.realised_tokens:,.0f}"
+
+    def at(some: Mapping[float, Row], budget: float) -> str:
+        return f"{with_interval(some[budget])} {against(some[budget])}".strip() if budget in some else ""
+
+    def usual(some: Mapping[float, Row]) -> Row:
+        """At the budget that the methods are ordered by, or the least that this one can keep."""
+        return some.get(shown, some[min(some)])
+
+    # those that cannot keep it come last
+    best = sorted(methods.items(), key=lambda item: (shown not in item[1], -usual(item[1]).accuracy))
+    tokens = [f"{int(budget * dense.realised_tokens)} tokens" for budget in budgets]
     found = [
-        "| accuracy, % | tokens of 1,152 | all | beside `random` | " + " | ".join(families) + " |",
-        "|---" * (4 + len(families)) + "|",
+        f"| accuracy, % | {' | '.join(tokens)} of {whole} |",
+        "|---" * (1 + len(budgets)) + "|",
+        f"| dense, all tokens | {with_interval(dense)} |" + " |" * (len(budgets) - 1),
     ]
-    for row in sorted(rows, key=lambda row: (row.spec == BLIND, -row.realised_tokens, -row.accuracy)):
-        tokens = f"{row.realised_tokens:,.0f}"
+    found += ["| " + " | ".join([name, *(at(some, one) for one in budgets)]) + " |" for name, some in best]
+    found.append(f"| no picture | {' | '.join([share(blind.accuracy)] * len(budgets))} |")
+    return [*found, *_kinds([dense, *(usual(some) for _, some in best), blind])]
+
+
+def _kinds(rows: Sequence[Row]) -> Lines:
+    """Every kind of question: the first row is that of all tokens, and says which kinds there are."""
+    families = list(rows[0].families)
+    found = ["", "Kinds of questions:", ""]
+    found += [f"| accuracy, % | tokens | {' | '.join(families)} |", "|---" * (2 + len(families)) + "|"]
+    for row in rows:
         kinds = [f"{100 * row.families[family]:.0f}" for family in families]
-        cells_ = [name_of(row), tokens, with_interval(row), against(row), *kinds]
-        found.append("| " + " | ".join(cells_) + " |")
+        found.append("| " + " | ".join([name_of(row), f"{row.realised_tokens:,.0f}", *kinds]) + " |")
     return found
 
 
@@ -224,6 +293,7 @@ class Made(NamedTuple):
 TABLES: Mapping[str, Made] = {
     "natural": Made(natural, ("natural",)),
     "seeds": Made(seeds, ("natural", "natural_1", "natural_2")),
+    "qwen": Made(natural, ("natural_qwen",)),
     "video": Made(video, ("video",)),
 }
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from vlmprune.evaluation.tasks.scenes.dataset import SIZES
 from vlmprune.evaluation.tasks.scenes.vocabulary import WORDS
-from vlmprune.evaluation.tasks.shapes.model import BOS, EOS, IMAGE, PAD
+from vlmprune.evaluation.tasks.shapes.model import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    IMAGE,
+    PAD,
+    build_tokenizer,
+)
 
 VIDEO = "<video>"  # the classes want a word for clips; nothing is trained on it
 ALL_WORDS = (*WORDS, VIDEO)
@@ -75,6 +82,17 @@ def build_image_processor() -> Any:
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=FRAMES,
+    )
+
+
+def build_processor() -> Any:
+    """Its Qwen2VLProcessor; transformers reads clips with torchvision alone, so that has to be installed."""
+    sizes = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES}
+    return transformers.Qwen2VLProcessor(
+        image_processor=build_image_processor(),
+        tokenizer=build_tokenizer(ALL_WORDS, image_token=WORDS[IMAGE], video_token=VIDEO),
+        video_processor=transformers.Qwen2VLVideoProcessor(**sizes),
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the model of a run as the files of the package, with what was measured on them:
-``python benchmarks/natural/ship.py RUN_FOLDER OUT``.
+``python benchmarks/natural/ship.py RUN_FOLDER OUT``. Of the second architecture only its files, with
+``--bare``; its processor needs torchvision.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads;
 from files import write  # noqa: E402
 from model import ROPE_THETA, Natural, processor  # noqa: E402
 from properties import properties  # noqa: E402
+from qwen import NaturalQwen, build_processor  # noqa: E402
 from shipping import bullets, by_stage, finish, making, table, told  # noqa: E402
 
 from vlmprune.evaluation.leaderboard.config import Config  # noqa: E402
@@ -29,6 +32,7 @@ from vlmprune.evaluation.leaderboard.run import Settings, leaderboard  # noqa: E
 from vlmprune.evaluation.stats.ranks import spearman  # noqa: E402
 from vlmprune.evaluation.tasks.scenes import scenes  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 HALVES = ROOT / "vlmprune" / "evaluation" / "tasks" / "scenes" / "designed_with.json"
 
 
@@ -45,8 +49,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     made = making(options.folder)
-    net = Natural(made["recipe"]["seed"])
+    second = made["recipe"].get("architecture") == "qwen2_vl"
+    if second and not options.bare:
+        parser.error("there is no card of the second architecture; write its files alone with --bare")
+    net = (NaturalQwen if second else Natural)(made["recipe"]["seed"])
     net.load_state_dict(torch.load(options.folder / "joint.pt", weights_only=True)["net"])
+    if second:
+        net.qwen.save_pretrained(options.out)
+        build_processor().save_pretrained(options.out)
+        return
     write(net.llava, processor(), options.out, ROPE_THETA)
     if options.bare:
         return
@@ -132,8 +143,26 @@ def card(found: dict[str, Any]) -> str:
             massive=f"{max(layer['value max by median'] for layer in layers):.0f}",
             designed=", ".join(halves["designed_with"]),
             held_out=", ".join(halves["held_out"]),
+            others=others(),
             **told(found),
         )
+    )
+
+
+def others() -> str:
+    """How far other seeds are from this one, by the rows of benchmarks/accuracy.md."""
+    runs = []
+    for path in sorted(RESULTS.glob("natural*.json")):
+        if re.fullmatch(r"natural(_[0-9]+)?", path.stem):
+            runs.append({row["spec"]: row for row in json.loads(path.read_text())["rows"]})
+    dense = ", ".join(f"{100 * rows['dense']['accuracy']:.1f}" for rows in runs)
+    kept = [[rows[spec]["retained"] for rows in runs] for spec, row in runs[0].items() if row["keep"]]
+    apart = sorted(100 * (max(shares) - min(shares)) for shares in kept)
+    return (
+        f"The first of {len(runs)} seeds, trained by one recipe on the same pictures. With all tokens they "
+        f"answer {dense} % of the test questions. The share of it that a method keeps differs between the "
+        f"lowest and the highest seed by {np.median(apart):.1f} points, the median over methods and budgets, "
+        f"and by {apart[-1]:.1f} at most: benchmarks/accuracy.md."
     )
 
 

@@ -119,7 +119,10 @@ def test_methods_are_compared_at_the_budget_they_share() -> None:
     ]
     assert found.swapped[0].published == 18 and found.swapped[0].ours == 5
     assert found.one_table == (3, 6) and found.designed_with is None
+    # holov and visionzip are one point apart, visionzip and divprune two
+    assert found.clear == (3, 5) and found.close == (0, 1)
     said = " ".join(sentences([found]))
+    assert "at least 2 points apart in print: 3 of 5 at 20. Of those that are closer: 0 of 1 at 20." in said
     assert "fastv above holov at 20 (in print 18.0 points below)" in said and "zooprune@20" in said
 
 
@@ -182,7 +185,8 @@ def test_several_runs_are_seeds_of_which_the_mean_is_ranked() -> None:
     assert method_cells(found.standings[0])[2] == "85.0 (80.0 to 90.0)"
     said = " ".join(sentences([found]))
     assert "3 seeds" in title(found) and "over methods and seeds" in said
-    assert "held-out methods alone, of each seed" in said
+    held_out = ", ".join(f"{value:.2f}" for value in found.held_out.by_seed).replace("-", "\N{MINUS SIGN}")
+    assert f"Spearman of each seed, over the held-out methods alone: {held_out} at 20." in said
 
 
 def test_seeds_that_do_not_compare_are_refused() -> None:

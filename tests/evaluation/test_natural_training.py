@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from vlmprune.evaluation.tasks.scenes.questions import FAMILIES
 from vlmprune.evaluation.tasks.scenes.vocabulary import COLORS, PATTERNS, WORDS
+from vlmprune.evaluation.tasks.shapes.model import IMAGE, UNKNOWN
+from vlmprune.models.loading import encode, load
 from vlmprune.models.tiny import BUNDLED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -180,6 +183,34 @@ def theirs(model, ids, made, shown):
     stay = torch.cat([torch.arange(2), 2 + shown[0], torch.arange(62, ids.shape[1])])
     hidden = model.model.language_model(inputs_embeds=embedded[:, stay], position_ids=places[..., stay])
     return model.lm_head(hidden.last_hidden_state)[0, -1]
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="its processor needs torchvision")
+@torch.no_grad()
+def test_the_files_of_the_second_architecture_give_its_logits(scripts, wide, qwen, tmp_path, monkeypatch):
+    torch.save({"net": qwen.state_dict()}, tmp_path / "joint.pt")
+    (tmp_path / "recipe.yaml").write_text("{seed: 3, architecture: qwen2_vl}")
+    (tmp_path / "log.jsonl").write_text("")
+    arguments = ["ship.py", str(tmp_path), str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):  # there is no card of it
+        scripts.ship.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--bare"])
+    scripts.ship.main()
+    model, processor = load(str(tmp_path / "out"))
+    inputs = encode(model, processor, Image.fromarray(wide.pictures[1].numpy()), "what color is it ?")
+    shown = inputs["input_ids"][0] == IMAGE
+    assert int(shown.sum()) == 60 and not (inputs["input_ids"] == UNKNOWN).any()
+    packed, grids = qwen.packed(wide.pictures[1:2])
+    torch.testing.assert_close(inputs["pixel_values"], packed, atol=1e-5, rtol=1e-5)
+    # the prompt of training: <s> user: picture question assistant:
+    words = [WORDS[i] for i in inputs["input_ids"][0].tolist()]
+    assert words[:3] == ["<s>", "user:", "<image>"] and words[-1] == "assistant:"
+    kinds = shown[None].int()
+    mine = qwen.qwen(
+        input_ids=inputs["input_ids"], pixel_values=packed, image_grid_thw=grids, mm_token_type_ids=kinds
+    )
+    torch.testing.assert_close(model(**inputs).logits, mine.logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from vlmprune.errors import EvaluationError
 from vlmprune.evaluation.leaderboard import files, identity
 from vlmprune.evaluation.leaderboard.run import Settings, planned
 from vlmprune.evaluation.leaderboard.rundir import cell_id
+from vlmprune.models.tiny import BUNDLED, SUMS
 
 # --- models ---------------------------------------------------------------------------------------
 
@@ -93,6 +95,18 @@ def test_what_decides_no_answer_leaves_the_weights_as_they_are(model):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("of a training")
     assert identity.weights(str(model)) == before
+
+
+def test_what_is_told_of_a_model_of_the_package_leaves_its_weights_as_they_are(tmp_path, monkeypatch):
+    folder = shutil.copytree(BUNDLED["natural"], tmp_path / "natural")
+    monkeypatch.setitem(BUNDLED, "natural", folder)
+    before = identity.weights("natural")
+    for name, same in (("card.md", True), ("provenance.json", True), ("config.json", False)):
+        old = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / name).write_text((folder / name).read_text() + " ")
+        new = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / SUMS).write_text((folder / SUMS).read_text().replace(old, new))
+        assert (identity.weights("natural") == before) is same
 
 
 def test_a_run_in_the_folder_of_its_model_does_not_change_the_model(small_model, tmp_path):

@@ -112,6 +112,7 @@ STATISTICS = (
         the_first_source,
         of("agreement", "test_what_is_published_of_a_method_at_a_budget"),
     ),
+    Mutant("close pairs taken for clear ones", at.CLEAR, lambda clear: 0.0, of("agreement")),
     Mutant("Holm per budget only", at.AGAINST_RANDOM, corrected_per_budget, of("stats")),
     Mutant(
         "lost and won swapped",
@@ -231,6 +232,7 @@ RUNS = (
     Mutant("no fsync", at.WRITE, no_fsync, of("sweep_journal")),
     Mutant("a torn line stays", at.MEND, lambda mend: lambda self: self.path.touch(), of("sweep_journal")),
     Mutant("weights told apart by names", at.DIGEST, names_only, of("sweep_identity")),
+    Mutant("a card makes other weights", at.TOLD, lambda told: (), of("sweep_identity")),
     Mutant("answered samples written again", at.APPEND, lines_doubled, of("sweep")),
     Mutant(
         "plug-in code left out of the recipe",

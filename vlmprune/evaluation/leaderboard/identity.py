@@ -58,6 +58,9 @@ _SILENT = (
 # of a model folder without code: weights in formats that are never loaded, such as those of optimizers
 _NEVER_READ = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
+# of a model of the package: what is told of it. A word more about a model makes it no other model
+_TOLD = ("card.md", "provenance.json")
+
 
 @cache
 def versions(task: str) -> tuple[tuple[str, str], ...]:
@@ -128,7 +131,8 @@ def _code(what: str, made: Iterable[Any]) -> str:
 def weights(name: str, trust_remote_code: bool = False) -> str:
     """Fingerprint of a model: digest of the files of a folder, or the commit of an HF id; loads no model."""
     if name in BUNDLED:
-        return hashlib.sha256(json.dumps(verify(BUNDLED[name]), sort_keys=True).encode()).hexdigest()[:16]
+        read = {file: its for file, its in verify(BUNDLED[name]).items() if file not in _TOLD}
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
     from transformers import AutoConfig
 
     from ...models.loading import read_pretrained

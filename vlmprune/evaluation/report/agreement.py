@@ -29,6 +29,7 @@ from .pivot import Across, across
 
 # models of the package have no tables of their own; these are what they are small pictures of
 STAND_INS = {"tiny": "llava-1.5-7b", "natural": "llava-1.5-7b"}
+CLEAR = 2.0  # points of % of dense: methods that print sets further apart have an order there
 DESIGNED = Path(__file__).parents[1] / "tasks" / "scenes" / "designed_with.json"
 
 
@@ -76,6 +77,7 @@ class Agreement:
             others; None where there are too few.
         pairs: of methods. swapped: those that stand the other way round, the clearest in print first.
         one_table: pairs that some table prints side by side: those the other way round here, and all of them.
+        clear, close: the same of pairs that are at least ``CLEAR`` points apart in print, and of all others.
         unpublished: specs of the run that no table has at this budget.
         seeds: runs that it is the mean of.
     """
@@ -91,6 +93,8 @@ class Agreement:
     pairs: int
     swapped: tuple[Swapped, ...]
     one_table: tuple[int, int]
+    clear: tuple[int, int]
+    close: tuple[int, int]
     unpublished: tuple[str, ...]
     seeds: int = 1
 
@@ -242,6 +246,9 @@ def _ranked_at(
 ) -> Agreement:
     """``standings`` in the order of print."""
     pairs = list(combinations(standings, 2))
+    clear = [(above, below) for above, below in pairs if above.published - below.published >= CLEAR]
+    swapped = _swapped(pairs)
+    wrong = len(_swapped(clear))
     return Agreement(
         model,
         table,
@@ -252,8 +259,10 @@ def _ranked_at(
         _ranked([one for one in standings if one.designed]),
         _ranked([one for one in standings if one.designed is False]),  # None belongs to neither half
         len(pairs),
-        tuple(_swapped(pairs)),
+        tuple(swapped),
         _one_table(pairs),
+        (wrong, len(clear)),
+        (len(swapped) - wrong, len(pairs) - len(clear)),
         tuple(unpublished),
         seeds,
     )

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from ..stats.estimates import Estimate
 from ..stats.ranks import RankAgreement
-from .agreement import Agreement, Standing
+from .agreement import CLEAR, Agreement, Standing
 from .text import NOTHING, p_value, plural
 
 HEAD = (
@@ -24,7 +24,6 @@ HEAD = (
     "held out",
 )
 METHODS_HEAD = ("method", "query", "here", "published", "sources", "of print")
-CLEAR = 2.0  # points of % of dense in print from which a swapped pair is worth a word
 NAMED = 4
 
 
@@ -85,33 +84,59 @@ def used_head(found: Sequence[Agreement]) -> list[int]:
 
 
 def sentences(found: Sequence[Agreement]) -> list[str]:
-    """About all budgets of one model."""
-    said = []
+    """About all budgets of one model, a point each."""
+    seeds = any(one.seeds > 1 for one in found)
+    said = [_how_to_read(seeds)]
     known = [one.whole.spearman.value for one in found if one.whole]
     if len(known) > 1:
-        said.append(f"Mean of Spearman over {len(known)} budgets: {fmean(known):.2f}.")
-    over = "methods and seeds" if any(one.seeds > 1 for one in found) else "methods"
-    said.append(
-        f"Both sides are % of the unpruned accuracy; correlations of ranks with 95 % intervals over {over}, "
-        "p of no agreement. In one table: pairs of methods that one paper prints side by side."
-    )
+        said.append(f"Mean of Spearman over {len(known)} budgets: {_correlation(fmean(known))}.")
     held_out = [(one.keep, one.held_out.by_seed) for one in found if one.held_out and one.held_out.by_seed]
     if held_out:
-        each = "; ".join(f"{', '.join(map(_correlation, seeds))} at {keep}" for keep, seeds in held_out)
-        said.append(f"Spearman over held-out methods alone, of each seed: {each}.")
-    clear = [(one.keep, pair) for one in found for pair in one.swapped if pair.published >= CLEAR]
-    if clear:
-        clear.sort(key=lambda item: -item[1].published)
-        named = [
-            f"{pair.below} above {pair.above} at {keep} (in print {pair.published:.1f} points below)"
-            for keep, pair in clear[:NAMED]
-        ]
-        more = f", and {len(clear) - NAMED} more pairs" if len(clear) > NAMED else ""
-        said.append(f"The other way round here: {'; '.join(named)}{more}.")
+        each = "; ".join(f"{', '.join(map(_correlation, of))} at {keep}" for keep, of in held_out)
+        said.append(f"Spearman of each seed, over the held-out methods alone: {each}.")
+    if any(one.pairs for one in found):
+        said.append(_clear_and_close(found))
+    named = _clearest(found)
+    if named:
+        said.append(named)
     absent = dict.fromkeys(spec for one in found for spec in one.unpublished)
     if absent:
-        said.append(f"Not compared, since nothing is published for them: {_few(list(absent))}.")
+        said.append(f"Left out, since nothing is published for them: {_few(list(absent))}.")
     return said
+
+
+def _how_to_read(seeds: bool) -> str:
+    over = "methods and seeds" if seeds else "methods"
+    return (
+        "1 is the order of print, 0 is no relation, \N{MINUS SIGN}1 the reverse. Both sides are % of the "
+        f"unpruned accuracy. In brackets: 95 % intervals over {over}; p: how often orders drawn at random "
+        'are as far from 0. "In one table": swapped pairs, of all pairs that one paper prints side by side.'
+    )
+
+
+def _clear_and_close(found: Sequence[Agreement]) -> str:
+    """Where print hardly tells two methods apart, it has no order that a run could have."""
+
+    def each(kind: str) -> str:
+        counts = [(one.keep, getattr(one, kind)) for one in found if getattr(one, kind)[1]]
+        return ", ".join(f"{swapped} of {total} at {keep}" for keep, (swapped, total) in counts) or "none"
+
+    return (
+        f"Swapped pairs of methods that are at least {CLEAR:g} points apart in print: {each('clear')}. Of "
+        f"those that are closer: {each('close')}."
+    )
+
+
+def _clearest(found: Sequence[Agreement]) -> str:
+    """The swapped pairs that are furthest apart in print."""
+    clear = [(one.keep, pair) for one in found for pair in one.swapped if pair.published >= CLEAR]
+    clear.sort(key=lambda item: -item[1].published)
+    named = [
+        f"{pair.below} above {pair.above} at {keep} (in print {pair.published:.1f} points below)"
+        for keep, pair in clear[:NAMED]
+    ]
+    more = f", and {len(clear) - NAMED} more" if len(clear) > NAMED else ""
+    return f"The furthest apart in print: {'; '.join(named)}{more}." if named else ""
 
 
 def _few(names: Sequence[str]) -> str:

@@ -99,8 +99,11 @@ def _rope(theta: float) -> dict[str, Any]:
     return {"rope_theta": theta}
 
 
-def build_tokenizer(words: Sequence[str] = WORDS) -> transformers.PreTrainedTokenizerFast:
-    """One token per word; upper case and marks that stick to a word are understood."""
+def build_tokenizer(words: Sequence[str] = WORDS, **names: str) -> transformers.PreTrainedTokenizerFast:
+    """One token per word; upper case and marks that stick to a word are understood.
+
+    ``names`` gives special tokens the attributes that a processor reads, such as ``image_token="<image>"``.
+    """
     backend = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[UNKNOWN])
     )
@@ -119,6 +122,7 @@ def build_tokenizer(words: Sequence[str] = WORDS) -> transformers.PreTrainedToke
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        **({"extra_special_tokens": names} if names else {}),
     )
 
 
