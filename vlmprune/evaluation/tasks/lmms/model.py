@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ....api import prune
 from ....errors import EvaluationError, UnsupportedError
+from ....models import adapter_for
 from ....models.loading import load
 from ...answer.batch import model_inputs, numbered
 from ...answer.generation import generate
@@ -140,7 +141,7 @@ class VlmPrune(lmms):
                 f"{batch[0].named} shows a clip; {type(self.model).__name__} takes images only"
             )
         inputs = model_inputs(self.processor, self.model, texts, images, clips)
-        numbers = numbered(self.session.adapter, self.processor, images)
+        numbers = numbered(adapter_for(self.model), self.processor, images)
         stills = numbers[-1].stop
         named = batch[0].named if len(batch) == 1 else f"{batch[0].named} to {batch[-1].named}"
         options = self._options(batch[0].settings)
