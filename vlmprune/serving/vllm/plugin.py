@@ -117,7 +117,8 @@ REASONS = {
     "Ovis2": "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
     "PaliGemma": _LATER,
     "PerceptionLM": _TIMM,
-    "SmolVLM": "its processor needs the package num2words, with which nothing was measured in vLLM",
+    "SmolVLM": "faults in the attention that is read of its tower are not noticed in vLLM's wrapper; its "
+    "processor also needs the package num2words",
 }
 
 
