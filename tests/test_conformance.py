@@ -166,7 +166,9 @@ REFUSALS = {
     "keeps nothing": set(FAMILIES),
     "generate with a cache": set(FAMILIES),
     # a loop over a clip without masks; one without a cache, which this model does not make by itself
-    "without pruning too": {"qwen2_5_vl", "qwen2_5_omni_thinker", "granite4_vision"},
+    "without pruning too": {
+        *("qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "granite4_vision"),
+    },
 }
 
 
