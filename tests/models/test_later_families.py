@@ -288,6 +288,16 @@ def test_states_are_read_through_the_final_norm_of_lfm2_which_has_another_name()
     assert run.last.realised_tokens == [9]
 
 
+def test_drafts_are_refused_where_they_cannot_be_told_from_the_prompt() -> None:
+    model, inputs = available("qwen2_5_omni_thinker"), tiny_inputs("qwen2_5_omni_thinker", text_len=9)
+    drafts = {"prompt_lookup_num_tokens": 3, "eos_token_id": 2**20}
+    with pytest.raises(UnsupportedError, match="generate without drafts"), vlmprune.prune(model, "fastv@9"):
+        generate(model, inputs, **drafts)
+    with vlmprune.prune(model, "divprune@9") as run:
+        generate(model, inputs, **drafts)
+    assert run.last.realised_tokens == [9]
+
+
 class PartOf(torch.nn.Module):
     """Something with the config of a whole model and no decoder."""
 

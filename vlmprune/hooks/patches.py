@@ -114,6 +114,7 @@ class Generate(PatchedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local = self.session.local
+        self._refuse_drafts(kwargs)
         outer, local.counts = local.counts, kwargs.get("position_ids") is None
         try:
             answer = self.original(*args, **kwargs)
@@ -121,6 +122,26 @@ class Generate(PatchedMethod):
             local.counts = outer
         self.session.settle()
         return answer
+
+    def _refuse_drafts(self, kwargs: Mapping[str, Any]) -> None:
+        """Assisted decoding says by the logits that it asks for where a prompt ends and its drafts begin."""
+        model, session = self.session.adapter.model, self.session
+        # what keeps tokens by the picture alone does not ask where the prompt ends
+        if not session.reads_text and set(session.slots) <= {"encoder", "before_lm"}:
+            return
+        # as generate asks it; a generate of another kind makes no drafts
+        supports = getattr(model, "_supports_logits_to_keep", None)
+        if supports is None or supports():
+            return
+        config = kwargs.get("generation_config") or model.generation_config
+        name = "prompt_lookup_num_tokens"
+        looked_up = kwargs.get(name) or getattr(config, name, None)
+        if looked_up or kwargs.get("assistant_model") is not None:
+            raise UnsupportedError(
+                f"{type(model).__name__} takes no logits_to_keep, so that drafts of assisted decoding cannot "
+                f"be told from the prompt, whose end {session.spec!r} reads; generate without drafts, or use "
+                "a method that reads pictures alone, e.g. 'divprune@64'"
+            )
 
 
 # sizes of pictures and grids, which adapters read as numbers
