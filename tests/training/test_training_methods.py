@@ -199,7 +199,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
             training = made(*loaded, None if made is ExitTraining else 12, 16, 0)
             if isinstance(training, ExitTraining):
                 training.looks, training.places = looked[0].looks, looked[0].places
-            train(training, questions.train, SMALL, tmp_path / folder, {}, stop_after=stop)
+            pace = Pace(steps=2, batch_size=1, save_every=1)
+            train(training, questions.train, pace, tmp_path / folder, {}, stop_after=stop)
         facts = {"backbone": backbone_of(loaded[0].config), **training.facts(None)}
         write_weights(tmp_path / folder, made.method, training.tensors(), facts)
     # float32 as it is: equal files have equal weights
@@ -239,7 +240,7 @@ class Falling:
 
     def __init__(self) -> None:
         self.module = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.tensor([3.0]))})
-        self.looked = [5.0, 1.0, 4.0, 3.0, 2.0, 0.0]
+        self.looked = [9.0, 5.0, 1.0, 4.0, 3.0, 2.0, 0.0]  # the first one before a step
 
     def loss(self, asked, progress):
         own = self.module["w"].square().sum()
@@ -249,7 +250,7 @@ class Falling:
 def stopped_early(folder: Path, questions, stop=None) -> Falling:
     training = Falling()
     if (folder / "state.json").is_file():  # looks that were made before
-        training.looked = training.looked[json.loads((folder / "state.json").read_text())["done"] :]
+        training.looked = training.looked[json.loads((folder / "state.json").read_text())["done"] + 1 :]
     pace = Pace(steps=6, batch_size=1, save_every=1, patience=2)
     train(training, questions.train, pace, folder, {}, stop_after=stop, dev=questions.dev[:1])
     return training
@@ -268,9 +269,16 @@ def test_a_training_ends_early_with_its_best_weights_interrupted_or_not(question
     assert torch.equal(through.module["w"], over.module["w"])
 
 
+def test_a_training_that_only_harms_ends_where_it_began(questions, tmp_path: Path) -> None:
+    training, pace = Falling(), Pace(steps=6, batch_size=1, save_every=1, patience=2)
+    training.looked = [0.5, 5.0, 1.0]
+    train(training, questions.train, pace, tmp_path, {}, dev=questions.dev[:1])
+    assert training.looked == [] and training.module["w"].tolist() == [3.0]
+
+
 def test_other_questions_without_a_finite_loss_end_the_training(questions, tmp_path: Path) -> None:
     training, pace = Falling(), Pace(steps=2, batch_size=1, patience=1)
-    training.looked = [float("nan")] * 2
+    training.looked = [1.0, 1.0, float("nan"), float("nan")]  # two questions, before the steps and after them
     with pytest.raises(TrainingError, match="the loss of the other questions after 2 steps is nan"):
         train(training, questions.train, pace, tmp_path, {}, dev=questions.dev)
     with pytest.raises(SpecError, match="asks for other questions"):

@@ -78,7 +78,8 @@ class Pace:
         seed: of the order of questions and of the first weights.
         save_every: steps between two checkpoints.
         patience: checkpoints without a lower loss of the other questions after which it ends, with the
-            weights of the lowest one; 0: it runs to the last step and keeps its weights.
+            weights of the lowest one, which may be the first ones; 0: it runs to the last step and keeps its
+            weights.
         parts: pieces in which the questions of a step are read one after the other, for less memory; the mean
             of their gradients is that of the step.
         precision: "no", or "bf16", in which most of a pass is then computed.
@@ -236,6 +237,8 @@ def train(
     accelerator.wait_for_everyone()
     tools = _Tools(training, optimiser, accelerator, accelerator.prepare_model(Passes(training)))
     training.module.train()
+    if settings.patience and first == 0:
+        best.look(tools, dev, settings, 0)  # a training that only harms ends where it began
     for step in range(first, settings.steps):
         # asked first: a training that had ended when it was interrupted makes no further step
         if best.ended(settings, step):

@@ -47,7 +47,7 @@ def accelerated(device: torch.device, precision: str = "no") -> Any:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise UnsupportedError(
-            f"training needs accelerate, which is not here ({error}); pip install 'vlmprune[train]'"
+            f"training needs accelerate, which is not here ({error}); pip install accelerate"
         ) from error
     try:
         # weights stay where the model is, which device_map may have put on several devices

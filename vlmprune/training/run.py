@@ -90,9 +90,6 @@ def run(
                 "data": {"source": data, "fingerprint": questions.fingerprint, "samples": samples},
                 "settings": paced,
                 "loss": losses[-1] if losses else None,
-                "licence": "that of the model and of the data",
-                "versions": {"torch": torch.__version__.split("+")[0]},
-                **training.facts(questions.dev),
             }
             told = [written(training, facts, folder, questions.dev, keep, half)]
     return from_first(accelerator, told)
@@ -115,6 +112,12 @@ def written(
     half: bool,
 ) -> dict[str, Any]:
     """Write the weights, measure what was written, and write that beside them; all that their file says."""
+    facts = {
+        **facts,
+        "licence": "that of the model and of the data",
+        "versions": {"torch": torch.__version__.split("+")[0]},
+        **training.facts(dev),
+    }
     write_weights(folder, training.method, training.tensors(), facts, half)
     facts = {**facts, "dev": measured(training, dev, folder, keep)}
     write_weights(folder, training.method, training.tensors(), facts, half)
