@@ -15,6 +15,7 @@ import vlmprune
 from vlmprune.core.weights import SHIPPED, SHIPPED_FOR, backbone_of, checked_facts, folder_of
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.evaluation.tasks.shapes import shapes
+from vlmprune.training.run import TRAINED
 
 ROOT = Path(__file__).parents[2]
 RECIPE = yaml.safe_load((ROOT / "benchmarks" / "trained" / "recipe.yaml").read_text())
@@ -37,6 +38,10 @@ def test_every_file_belongs_to_a_pair_and_is_small() -> None:
     files = {f"{method}.{ending}" for method in METHODS for ending in ("json", "safetensors")}
     assert {path.name for path in FOLDER.iterdir()} == files | {"card.md"}
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 2 * MiB
+
+
+def test_every_method_that_can_be_trained_has_weights() -> None:
+    assert {*METHODS} == {*TRAINED} == {*RECIPE}
 
 
 @pytest.mark.parametrize("method", METHODS)
