@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from vlmprune.plain import plain
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "accuracy.md", HERE / "results"
+SECOND_LOOK = RESULTS / "second_look.json"  # of benchmarks/trained/second_look.py
 FIELDS = (
     *(
         "model",
@@ -283,6 +285,34 @@ def _kinds(rows: Sequence[Row]) -> Lines:
     return found
 
 
+def trained(results: Results) -> Lines:
+    """Every spec by how many visual tokens a layer reads, and below them what a second look gives.
+
+    Baselines that were answered for their cost alone have a share as budget; the mark stands for them.
+    """
+    found = [
+        "| spec | visual tokens that a layer reads | accuracy, % | beside `random` of equal cost |",
+        "|---|---|---|---|",
+    ]
+    rows = [row for row in merged(ordered(results.rows)) if "@0." not in row.spec]
+    for row in sorted(rows, key=lambda row: (-reads(row), -row.accuracy, row.spec)):
+        seeds = f", {len(row.band.seeds)} seeds" if row.band else ""
+        spec = re.sub(r"skip=\([\d,]+\)", "skip=[stop words]", row.spec)
+        mark = against(replace(row, vs_random=row.vs_random_equal or row.vs_random))
+        found.append(f"| `{spec}`{seeds} | {reads(row):.0f} | {with_interval(row)} | {mark} |")
+    found += ["", "A second look (CARVE), on the questions with one picture and one turn:", ""]
+    found += ["| spec | questions | first answer, % | after a second look, % |", "|---|---|---|---|"]
+    for one in json.loads(SECOND_LOOK.read_text(encoding="utf-8")):
+        first, second = share(one["first"]), share(one["second"])
+        found.append(f"| `refine` under `{one['spec']}` | {one['questions']} | {first} | {second} |")
+    return found
+
+
+def reads(row: Row) -> float:
+    """Visual tokens of a prompt, as the mean over layers, or those before them where all read as many."""
+    return row.realised_tokens if row.layer_tokens is None else row.layer_tokens
+
+
 class Made(NamedTuple):
     """A table, and the names of the rows that it is made of; those of seeds may be missing."""
 
@@ -295,6 +325,7 @@ TABLES: Mapping[str, Made] = {
     "seeds": Made(seeds, ("natural", "natural_1", "natural_2")),
     "qwen": Made(natural, ("natural_qwen",)),
     "video": Made(video, ("video",)),
+    "trained": Made(trained, ("trained",)),
 }
 
 

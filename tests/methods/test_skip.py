@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import vlmprune
 from vlmprune.errors import SpecError, UnsupportedError
+from vlmprune.evaluation.leaderboard.config import load as load_config
 from vlmprune.methods.adaptinfer import AdaptInfer
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.models.loading import prompt
@@ -55,6 +58,14 @@ def test_words_of_the_bundled_tokenizer(loaded) -> None:
     assert stop_tokens(tokenizer) == stop_tokens(loaded[1])
     assert set(tokenizer.all_special_ids) <= {*stop_tokens(tokenizer, ())}
     assert not ENGLISH & {"what", "which", "who", "where", "how", "no", "not", "many"}
+
+
+def test_the_config_of_trained_methods_leaves_out_these_words(loaded) -> None:
+    specs = load_config(Path(__file__).parents[2] / "configs" / "trained.yaml").specs
+    words = ",".join(map(str, stop_tokens(loaded[1])))
+    assert [str(spec) for spec in specs if "skip" in str(spec)] == [
+        f"{method}(skip=({words}))@36" for method in ("sparsevlm", "adaptinfer")
+    ]
 
 
 def test_of_marked_pieces_only_those_that_begin_a_word_are_words() -> None:
