@@ -64,6 +64,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays to the end, so that no collection of garbage looks at it again."""
+    """What was imported and collected stays to the end: no collection of garbage has to look at it."""
     gc.collect()
     gc.freeze()

@@ -201,14 +201,14 @@ class OnlyWhatRanks(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, last: bool) -> None:
         super().__init__()
-        self.values = getattr(getattr(module, "v_proj", None), "weight", None)
-        self.queries = getattr(getattr(module, "q_proj", None), "weight", None) if last else None
+        self.values: Any = getattr(getattr(module, "v_proj", None), "weight", None)
+        self.queries: Any = getattr(getattr(module, "q_proj", None), "weight", None) if last else None
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is nn.functional.linear and len(args) > 1 and args[0].ndim == 3:
-            hidden, matrix = args[:2]  # (B, n, D)
+            hidden, matrix = args[0], args[1]  # (B, n, D), (D', D)
             if matrix is self.values:
                 return hidden[..., :1].expand(-1, -1, matrix.shape[0])
             if matrix is self.queries:
