@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -244,8 +245,16 @@ def lacking(options: argparse.Namespace, done: Sequence[Run] = ()) -> list[Asked
 
 def measure(run: Callable[[Asked], Run], asked: Sequence[Asked], keep: Callable[[Run], None]) -> None:
     """Make the runs; ``keep`` is given each when it ends, but for those that warm up."""
+    prompts: dict[str, float] = {}  # their tokens, by spec
     for number, one in enumerate(asked, 1):
         made = run(one)
+        prompts[one.spec] = made.prompt
+        if one.spec != "dense" and made.prompt >= prompts.get("dense", math.inf):
+            raise SystemExit(
+                f"{one.spec}: its prompts have {made.prompt:.0f} tokens, and dense ones "
+                f"{prompts['dense']:.0f}: the server prunes nothing; is vlmprune installed where it runs, "
+                "and not hidden by another one in the folder that it was started in?"
+            )
         if made.round:
             keep(made)
         print(

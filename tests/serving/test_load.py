@@ -32,6 +32,11 @@ def run(spec, number, first, rate, at_once=4, prompt=153.0):
     return Run(spec, at_once, number, prompt, first, 2 * first, 8 * rate, rate, 40)
 
 
+def answered(one):
+    """A run as it was asked for, by a server that prunes."""
+    return run(one.spec, one.round, 1, 1, one.at_once, 153.0 if one.spec == "dense" else 64.0)
+
+
 def rounds(spec, firsts, rates, **more):
     pairs = zip(firsts, rates, strict=True)
     return [run(spec, number, first, rate, **more) for number, (first, rate) in enumerate(pairs, 1)]
@@ -45,6 +50,15 @@ def test_metrics_are_added_up_and_blocks_counted():
     assert serving_load.blocks_in_use(METRICS) == 32
     with pytest.raises(SystemExit, match="no vllm:gone"):
         serving_load.total(METRICS, "vllm:gone")
+
+
+def test_a_server_that_prunes_nothing_is_no_result():
+    """A server without the plug-in takes the key of a request and leaves it unread."""
+    asked = [Asked("dense", 4, 1, 0), Asked("fastervlm@64", 4, 1, 0)]
+    kept = []
+    with pytest.raises(SystemExit, match=r"fastervlm@64: its prompts have 153 tokens, and dense ones 153"):
+        serving_load.measure(lambda one: run(one.spec, one.round, 100, 10), asked, kept.append)
+    assert [one.spec for one in kept] == ["dense"]
 
 
 def test_the_most_blocks_that_were_seen_are_held():
@@ -135,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     def made(one):
         if one is asked[5]:
             raise KeyboardInterrupt
-        return run(one.spec, one.round, 1, 1, one.at_once)
+        return answered(one)
 
     def keep(one):
         serving_table.append(file, Row(shared, {}, one))
@@ -148,7 +162,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     # what warms up is not kept, and is asked again of the new server
     assert [(one.spec, one.round) for one in done] == [(one.spec, one.round) for one in asked[2:5]]
     assert serving_load.lacking(options, done) == asked[:2] + asked[5:]
-    serving_load.measure(lambda one: run(one.spec, one.round, 1, 1, one.at_once), asked[5:], keep)
+    serving_load.measure(answered, asked[5:], keep)
     assert serving_load.lacking(options, [row.run for row in serving_table.read(file, shared)]) == []
 
 
