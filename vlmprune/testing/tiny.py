@@ -119,8 +119,7 @@ def tiny_inputs(
     """
     layout = layout_of(family)
     if video and layout.video is None:
-        clips = [name for name in FAMILIES if layout_of(name).video]
-        raise UnsupportedError(f"{family} takes no video here; use one of {clips}")
+        raise UnsupportedError(f"{family} takes no clips; give it images")
     if not images or min(images) < 0 or text_len < 1 or frames < 1:
         given = f"images={tuple(images)}, text_len={text_len}, frames={frames}"
         raise SpecError(f"{given}; expected at least one row, counts >= 0 and lengths >= 1")
