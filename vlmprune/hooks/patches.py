@@ -113,22 +113,21 @@ class Generate(PatchedMethod):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        local = self.session.local
-        self._refuse_drafts(kwargs)
+        local, session = self.session.local, self.session
+        # what keeps tokens by the picture alone does not ask where the prompt ends
+        if session.reads_text or not set(session.slots) <= {"encoder", "before_lm"}:
+            self._refuse_drafts(kwargs)
         outer, local.counts = local.counts, kwargs.get("position_ids") is None
         try:
             answer = self.original(*args, **kwargs)
         finally:
             local.counts = outer
-        self.session.settle()
+        session.settle()
         return answer
 
     def _refuse_drafts(self, kwargs: Mapping[str, Any]) -> None:
         """Assisted decoding says by the logits that it asks for where a prompt ends and its drafts begin."""
-        model, session = self.session.adapter.model, self.session
-        # what keeps tokens by the picture alone does not ask where the prompt ends
-        if not session.reads_text and set(session.slots) <= {"encoder", "before_lm"}:
-            return
+        model = self.session.adapter.model
         # as generate asks it; a generate of another kind makes no drafts
         supports = getattr(model, "_supports_logits_to_keep", None)
         if supports is None or supports():
@@ -139,8 +138,8 @@ class Generate(PatchedMethod):
         if looked_up or kwargs.get("assistant_model") is not None:
             raise UnsupportedError(
                 f"{type(model).__name__} takes no logits_to_keep, so that drafts of assisted decoding cannot "
-                f"be told from the prompt, whose end {session.spec!r} reads; generate without drafts, or use "
-                "a method that reads pictures alone, e.g. 'divprune@64'"
+                f"be told from the prompt, whose end {self.session.spec!r} reads; generate without drafts, "
+                "or use a method that reads pictures alone, e.g. 'divprune@64'"
             )
 
 
