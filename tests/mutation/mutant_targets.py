@@ -73,6 +73,7 @@ MASKED = "vlmprune.hooks.attention_call:AttentionCall._masked"
 WEIGH = "vlmprune.hooks.attention_call:AttentionCall.weigh"
 LOGITS = "vlmprune.hooks.attention_call:AttentionCall.logits"
 ATTENTION = "vlmprune.hooks.attention_call:AttentionCall.attention"
+ONLY_WHAT_RANKS = "vlmprune.hooks.attention_tap:OnlyWhatRanks.__torch_function__"
 
 # inside the vision tower
 ENCODER_SLOT = "vlmprune.hooks.slots.encoder:EncoderSlot.__init__"

@@ -113,6 +113,15 @@ def heads_apart(weigh: Function) -> Function:
     return changed
 
 
+def first_query_for_the_last(product: Function) -> Function:
+    def changed(self: Any, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if len(args) > 1 and args[1] is self.queries:
+            args = (args[0].flip(1), *args[1:])
+        return product(self, function, types, args, kwargs)
+
+    return changed
+
+
 REWEIGHT = Pytest("tests/core/test_reweight.py")
 TAP = Pytest("tests/core/test_attention_tap.py")
 MUTANTS = (
@@ -148,4 +157,5 @@ MUTANTS = (
     Mutant("soft cap of the logits left out", at.LOGITS, no_soft_cap, TAP),
     Mutant("query heads apart", at.LOGITS, query_heads_apart, TAP),
     Mutant("softmax of a part of the row", at.ATTENTION, softmax_of_a_part, TAP),
+    Mutant("first query probed for the last", at.ONLY_WHAT_RANKS, first_query_for_the_last, TAP),
 )
