@@ -67,3 +67,8 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays to the end: no collection of garbage has to look at it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What stays frozen when Python ends looks like a leak to libraries that count their objects."""
+    gc.unfreeze()
