@@ -16,6 +16,7 @@ from vlmprune.demo.cards import answered
 from vlmprune.demo.playground import LEAST_SIDE, MOST_METHODS, Playground, offered, spec_of
 from vlmprune.errors import SpecError
 from vlmprune.hooks.patches import PatchedMethod
+from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import picture, tiny_bundle
 
 
@@ -160,6 +161,16 @@ def test_a_smaller_picture_is_drawn_small_and_counted_against_the_whole():
     ground = Playground(*tiny_bundle("qwen2_vl"), "tiny qwen", max_new_tokens=2)
     whole, small = ground.compare(picture(size=(336, 336)), "what ?", ["downsample"], 0.25)
     assert small.problem == "" and small.dense == whole.dense and small.tokens <= whole.dense // 4
+
+
+def test_tiles_that_are_pictures_to_the_model_count_as_one():
+    (model, processor), wide = tiny_bundle("internvl"), picture(size=(450, 150))
+    ground = Playground(model, processor, "tiny internvl", max_new_tokens=2)
+    whole, cut = ground.compare(wide, "what ?", ["divprune"], 0.25)
+    assert (whole.problem, cut.problem) == ("", "")
+    tiles = adapter_for(model).parts(processor, wide)
+    assert tiles > 1 and cut.dense == whole.dense == whole.tokens and whole.dense % tiles == 0
+    assert cut.tokens == tiles * (whole.dense // tiles // 4)
 
 
 # --- several users --------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ..evaluation.answer.evaluate import entrant
 from ..evaluation.answer.generation import generate
 from ..evaluation.tasks.sample import Sample
 from ..evaluation.tasks.shapes import shapes
+from ..models import adapter_for
 from ..models.loading import TINY, encode, load
 from ..registry import attachable_methods, get, list_methods
 from ..spec import Spec, parse
@@ -176,14 +177,15 @@ class Playground:
         one = entrant(model, processor, spec)
         inputs = encode(model, processor, picture, question, None if one.shrink is None else spec)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
-        made = generate(model, one.session, inputs, pictures=1, named="this question", **options)
+        small = None if one.shrink is None else one.shrink([picture])
+        # its tiles may be pictures to the model
+        parts = adapter_for(model).parts(processor, picture) if small is None else small.parts[0]
+        made = generate(model, one.session, inputs, pictures=parts, named="this question", **options)
         answer = processor.decode(made.ids[0], skip_special_tokens=True).strip()
-        # one picture, so one number each
-        (dense,), (tokens,) = made.report.dense_tokens, made.report.realised_tokens
+        dense, tokens = sum(made.report.dense_tokens), sum(made.report.realised_tokens)
         drawn = _large(picture)
         # what the model saw is the smaller picture, and no patch of that was dropped
-        if one.shrink is not None:
-            small = one.shrink([picture])
+        if small is not None:
             drawn, dense = _large(small.images[0]), small.dense[0]
         elif tokens < dense:
             drawn = _kept(made.report, drawn)
@@ -228,7 +230,7 @@ def offered() -> list[str]:
     return [
         name
         for name in attachable_methods()
-        if name not in ("dense", "visionselector", "dyvte", "dycoke_decode") and not get(name).clips
+        if name not in ("dense", "visionselector", "dyvte", "rcp", "dycoke_decode") and not get(name).clips
     ]
 
 
@@ -239,8 +241,8 @@ def example_samples() -> list[Sample]:
 
 
 def _kept(report: Report, picture: Image.Image) -> Image.Image:
-    """The picture with the kept patches, where single patches were kept."""
-    return report.keep[0].draw(picture) if report.keep else picture
+    """The picture with the kept patches, where single patches of the whole, not of its tiles, were kept."""
+    return report.keep[0].draw(picture) if len(report.keep) == 1 else picture
 
 
 def _large(picture: Image.Image) -> Image.Image:
