@@ -199,7 +199,7 @@ class OnlyWhatRanks(TorchFunctionMode):
     their matrices under other names, or in one, compute everything.
     """
 
-    def __init__(self, module: nn.Module, last: bool) -> None:
+    def __init__(self, module: nn.Module | None, last: bool) -> None:
         super().__init__()
         self.values: Any = getattr(getattr(module, "v_proj", None), "weight", None)
         self.queries: Any = getattr(getattr(module, "q_proj", None), "weight", None) if last else None
@@ -234,10 +234,9 @@ def probe(
     kwargs = dict(kwargs)
     if cache_keyword is not None:
         kwargs[cache_keyword] = ReadOnlyCache(kwargs[cache_keyword], past)
-    attention = find_attention(layer)
     _probing.active = True
     try:
-        with OnlyWhatRanks(layer if attention is None else attention, last):
+        with OnlyWhatRanks(find_attention(layer), last):
             layer.forward(hidden, **kwargs)  # not the module itself: its hooks are for the real run
     except Probed as stop:
         return _as_masked(stop.call)

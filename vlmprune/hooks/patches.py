@@ -114,8 +114,7 @@ class Generate(PatchedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local, session = self.session.local, self.session
-        # what keeps tokens by the picture alone does not ask where the prompt ends
-        if session.reads_text or not set(session.slots) <= {"encoder", "before_lm"}:
+        if session.reads_prompt:
             self._refuse_drafts(kwargs)
         outer, local.counts = local.counts, kwargs.get("position_ids") is None
         try:

@@ -72,6 +72,8 @@ class Session:
         self.serve: Callable[[Modality], tuple[Any, list[Picture]]] | None = None
         self.slots: dict[SlotName, Slot] = build_slots(self.attachment, plans)
         self.reads_text = any(needs(slot.method, "text_embeds") for slot in self.slots.values())
+        # what keeps tokens by the picture alone does not ask where the prompt ends
+        self.reads_prompt = self.reads_text or not set(self.slots) <= {"encoder", "before_lm"}
         self.capture: VisionCapture = adapter.capture(self._needs())
         self._last: Report | None = None
         # for caches that it cut: they outlive it, and must not keep it and its model alive
@@ -280,7 +282,7 @@ class Session:
             local.unplaced = 0
         elif source is None and state.input_ids is None and not state.continues and local.unplaced:
             raise self._never_placed()
-        if state.reads_text or set(self.slots) - {"encoder", "before_lm"}:
+        if self.reads_prompt:
             state.generated += self._decoded(state, source, cache, kwargs.get("use_cache"))
         return state
 
