@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -44,16 +44,18 @@ def _looks_up(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def walk(model: nn.Module) -> Iterator[nn.Module]:
+def walk(model: nn.Module) -> Iterable[nn.Module]:
     """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment."""
-    waiting, seen = [model], set()
+    waiting: list[nn.Module | None] = [model]
+    found: dict[nn.Module, None] = {}
     while waiting:
         module = waiting.pop()
-        if module in seen:  # one that stands in several places, or holds what holds it
+        if module is None or module in found:  # one may stand in several places, or hold what holds it
             continue
-        seen.add(module)
-        yield module
-        waiting += [part for part in reversed(module._modules.values()) if part is not None]
+        found[module] = None
+        if module._modules:
+            waiting += reversed(module._modules.values())
+    return found
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:
