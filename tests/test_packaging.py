@@ -171,6 +171,22 @@ def test_a_console_script_does_not_put_the_root_on_the_path(tmp_path):
     assert str(ROOT / "kernels") not in kernels
 
 
+SCRIPTS = sorted(
+    path for path in (ROOT / "benchmarks").rglob("*.py") if "__main__" in path.read_text("utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_script_finds_its_neighbours_though_its_folder_is_left_off_the_path(script):
+    text = script.read_text("utf-8")
+    beside = {path.stem for path in script.parent.glob("*.py")}
+    imported = {node.module for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)}
+    imported |= {
+        name.name for node in ast.parse(text).body if isinstance(node, ast.Import) for name in node.names
+    }
+    assert "PYTHONSAFEPATH" in text or not imported & beside
+
+
 def test_the_version_is_the_same_everywhere():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == vlmprune.__version__
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

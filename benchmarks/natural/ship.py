@@ -19,6 +19,7 @@ import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves the folder of a script out
 sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads; shipping.py: what a card says
 
 from files import write  # noqa: E402

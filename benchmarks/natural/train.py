@@ -13,6 +13,7 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves the folder of a script out
 sys.path.append(str(HERE.parent / "tiny"))  # its runs.py: optimisers, schedules, checkpoints
 
 import data  # noqa: E402

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 import yaml
-from card import card, provenance
-from evaluate import report
-from files import seal, write
-from joint import Joint
-
-from vlmprune.evaluation.tasks.shapes.model import ROPE_THETA, build_processor
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves the folder of a script out
+
+from card import card, provenance  # noqa: E402
+from evaluate import report  # noqa: E402
+from files import seal, write  # noqa: E402
+from joint import Joint  # noqa: E402
+
+from vlmprune.evaluation.tasks.shapes.model import ROPE_THETA, build_processor  # noqa: E402
 
 
 def main() -> None:

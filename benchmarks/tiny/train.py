@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 import yaml
+from torch import distributed
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves the folder of a script out
+
 from packs import Store
 from runs import Run
-from torch import distributed
 
 STAGES = ("language", "vision", "align", "joint", "polish")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves the folder of a script out
 sys.path.append(str(HERE.parent / "tiny"))  # files.py: what transformers reads; shipping.py: what a card says
 
 from files import write  # noqa: E402

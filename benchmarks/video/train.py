@@ -12,6 +12,7 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # PYTHONSAFEPATH leaves the folder of a script out
 sys.path.append(str(HERE.parent / "tiny"))  # its runs.py and decoder.py: optimisers, checkpoints, rotation
 
 import pool as clips  # noqa: E402
