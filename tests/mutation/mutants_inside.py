@@ -19,14 +19,12 @@ def ranked_by_its_own_layer(cuts: Function) -> Function:
     return lambda *args: tuple(replace(point, source=point.layer) for point in cuts(*args))
 
 
-def first_text_token(raters: Function) -> Function:
-    """The first token after the picture ranks, in place of the last one of the prompt."""
+def first_rater(raters: Function) -> Function:
+    """Of the words that rank, the first one alone does."""
 
     def changed(self: Any, state: Any, spans: Any) -> Any:
-        valid = state.views.at(0).new
-        text = state.views.follow(state.columns.after_pictures(), 0) & valid
-        text = torch.where(text.any(dim=1, keepdim=True), text, valid)
-        return torch.zeros_like(text).scatter(1, text.int().argmax(dim=1, keepdim=True), True)
+        found, _ = raters(self, state, spans)
+        return found & (found.cumsum(dim=1) == 1), 1
 
     return changed
 
@@ -131,7 +129,7 @@ MUTANTS = (
         ranked_by_its_own_layer,
         Pytest("tests/methods/test_fastv.py"),
     ),
-    Mutant("wrong query row inside", at.RATERS, first_text_token, FASTV),
+    Mutant("one word of the question ranks", at.RATERS, first_rater, Checks("adaptinfer@0.5", "llava")),
     Mutant(
         "wrong position policy inside", at.FASTV_POSITIONS, lambda policy: "compact", Pytest("tests/golden")
     ),
