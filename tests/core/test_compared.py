@@ -92,6 +92,19 @@ def test_on_a_device_forms_live_with_the_checks_whose_answers_are_not_known_yet(
     assert all(call.form in compared_forms(call, one) for call in calls)
 
 
+def test_where_checks_say_so_forms_live_with_them_on_the_cpu_too() -> None:
+    """In a server that runs for weeks."""
+
+    class Brief(DeferredChecks):
+        lasting = False
+
+    x = torch.zeros(1, 2, 3, 4)
+    call, one = AttentionCall(nn.Linear(1, 1), x, x, x, None, {}), Brief()
+    compared_forms(call, one).add(call.form)
+    assert call.form in compared_forms(call, one)
+    assert not compared_forms(call, Brief()) and not compared_forms(call, DeferredChecks())
+
+
 def test_every_segment_of_a_packed_call_is_compared() -> None:
     module, x = SimpleNamespace(), torch.randn(1, 1, 5, 4)
     call = AttentionCall(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ Require = Callable[[Tensor, Explain], None]  # raises the error, at once or late
 
 
 class Checks:
-    """Makes every check at once: for callers that give plain tensors and wait for the answer."""
+    """Makes every check at once: for callers that give plain tensors and wait for the answer.
+
+    Attributes:
+        lasting: whether a rule that held once is trusted for the rest of the process.
+    """
+
+    lasting: ClassVar[bool] = True
 
     def require(self, ok: Tensor, explain: Explain) -> None:
         """Raise the error unless ``ok``, a bool tensor with one element."""

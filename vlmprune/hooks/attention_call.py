@@ -36,10 +36,11 @@ def compared_forms(call: AttentionCall, checks: Checks) -> set[Form]:
     """Forms of calls of a module whose rows were compared with its own output.
 
     They outlive a session, since the rule of a module does not change when hooks are put on it again. On a
-    device the answer is read later, or never where an error comes first: then they live with the checks.
+    device the answer is read later, or never where an error comes first: then they live with the checks, as
+    they do where the checks say so.
     """
-    on_cpu = call.keys.device.type == "cpu"
-    forms = _COMPARED if on_cpu else _WAITING.setdefault(checks, WeakKeyDictionary())
+    outlive = checks.lasting and call.keys.device.type == "cpu"
+    forms = _COMPARED if outlive else _WAITING.setdefault(checks, WeakKeyDictionary())
     return forms.setdefault(call.module, set())
 
 

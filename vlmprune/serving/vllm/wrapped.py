@@ -67,7 +67,12 @@ def facts_of(config: Any) -> TowerFacts:
 
 
 class Failures(Checks):
-    """Keeps what failed: a server goes on. Values that are not finite are found where pictures are cut."""
+    """Keeps what failed: a server goes on. Values that are not finite are found where pictures are cut.
+
+    A server runs for weeks, so that every run is compared anew.
+    """
+
+    lasting: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.found: list[VlmPruneError] = []
