@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +17,7 @@ from vlmprune.models.tiny import BUNDLED
 def shown(*options: str) -> list[str]:
     done = CliRunner().invoke(app, ["serve", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output.split()
+    return shlex.split(done.output)
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLED))
@@ -30,6 +33,12 @@ def test_another_name_is_given_to_vllm_as_it_is_and_options_follow():
     assert line[line.index("--model") + 1] == "some/model" and "--served-model-name" not in line
     assert line[line.index("--port") + 1] == "8001" and "--trust-request-mm-kwargs" in line
     assert line[0] == "VLMPRUNE=dense"
+
+
+def test_a_shell_takes_the_line_that_is_shown():
+    done = CliRunner().invoke(app, ["serve", "tiny", "--prune", "fastervlm(cls=mean)@36", "--show"])
+    assert subprocess.run(["bash", "-n", "-c", done.output]).returncode == 0
+    assert shlex.split(done.output)[0] == "VLMPRUNE=fastervlm(cls=mean)@36"
 
 
 @pytest.mark.parametrize("option", [["--served-model-name", "mine"], ["--served-model-name=mine"]])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from shlex import join, quote
 from typing import Annotated
 
 import typer
@@ -48,7 +49,8 @@ def serve(
         command += ["--served-model-name", model]
     if per_request:
         command.append("--trust-request-mm-kwargs")
-    line = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
+    # as a shell takes it: specs have parentheses
+    line = " ".join([*(f"{key}={quote(value)}" for key, value in environment.items()), join(command)])
     if show:
         typer.echo(line)
         return
