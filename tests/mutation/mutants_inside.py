@@ -11,12 +11,19 @@ import mutant_targets as at
 import torch
 from mutant import Checks, Mutant, Pytest
 
+from vlmprune.core.deferred import NOW
+
 Function = Callable[..., Any]
 FASTV = Checks("fastv(layer=2)@9", "llava")
 
 
 def ranked_by_its_own_layer(cuts: Function) -> Function:
     return lambda *args: tuple(replace(point, source=point.layer) for point in cuts(*args))
+
+
+def trusted_for_good(forms: Function) -> Function:
+    """What was compared once is trusted under all checks, also in a server that runs for weeks."""
+    return lambda call, checks: forms(call, checks if checks.lasting else NOW)
 
 
 def first_rater(raters: Function) -> Function:
@@ -154,6 +161,12 @@ MUTANTS = (
     ),
     Mutant("soft cap of the logits left out", at.LOGITS, no_soft_cap, TAP),
     Mutant("query heads apart", at.LOGITS, query_heads_apart, TAP),
+    Mutant(
+        "a served tower compared once",
+        at.COMPARED_FORMS,
+        trusted_for_good,
+        Pytest("tests/core/test_compared.py"),
+    ),
     Mutant("softmax of a part of the row", at.ATTENTION, softmax_of_a_part, TAP),
     Mutant("first query probed for the last", at.ONLY_WHAT_RANKS, first_query_for_the_last, TAP),
 )
