@@ -19,6 +19,7 @@ from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 REFUSED = {
     "got_ocr2": ("fastervlm(cls=mean)@9", "cannot be read of this vision tower"),
+    "llava_next_video": ("zooprune@9", "projector, which cannot be read here"),
     "vipllava": ("zooprune@9", "projector, which cannot be read here"),
 }
 OTHERS = ("fastervlm@9", "cls=mean")  # of the rest, whose towers have no [CLS]
@@ -92,6 +93,17 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(served):
     ((request, _),) = served.after_a_refusal
     with pytest.raises(VLLMValidationError, match=why):
         served.outputs([{**request, "mm_processor_kwargs": {"vlmprune": spec}}])
+    assert served.wrong(served.after_a_refusal) == []
+
+
+def test_a_clip_is_refused_and_the_engine_lives(served):
+    import numpy as np
+    from vllm.exceptions import VLLMValidationError
+
+    ((request, _),) = served.after_a_refusal
+    clip = np.zeros((4, 84, 84, 3), np.uint8)
+    with pytest.raises(VLLMValidationError, match="At most 0 video"):
+        served.outputs([{**request, "multi_modal_data": {"video": [(clip, {})]}}])
     assert served.wrong(served.after_a_refusal) == []
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vlmprune.testing.families.shared import (
@@ -18,6 +19,11 @@ from vlmprune.testing.families.shared import (
 
 TOKEN = PATCH_SIZE * MERGE  # pixels along the side of a token, where a token is MERGE x MERGE patches
 SIDE = IMAGE_SIZE * MERGE  # pixels along the side of a tile of GRID x GRID such tokens
+AREA: dict[str, Any] = {
+    "size": {"shortest_edge": SIDE**2 // 2, "longest_edge": SIDE**2},
+    "patch_size": PATCH_SIZE,
+    "merge_size": MERGE,
+}
 # marks around and between pictures are single bytes
 MARKS = {"boi_token": "[", "eoi_token": "]"}
 
@@ -125,6 +131,35 @@ def idefics3() -> Any:
     return Idefics3Processor(images, tiny_tokenizer(), image_seq_len=GRID**2)
 
 
+def smol() -> Any:
+    from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
+
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    return SmolVLMProcessor(
+        image_processor("SmolVLM", **sizes),
+        tiny_tokenizer(),
+        SmolVLMVideoProcessor(size={"longest_edge": SIDE}),
+        image_seq_len=GRID**2,
+    )
+
+
+def packed(name: str, images: str = "Qwen2VL", clips: str = "Qwen2VL", **sizes: Any) -> Any:
+    """Pictures of any size, of about GRID x GRID tokens."""
+    import transformers
+
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    return getattr(transformers, f"{name}Processor")(
+        image_processor=image_processor(images, **(sizes or AREA)),
+        tokenizer=tiny_tokenizer(**names),
+        video_processor=getattr(transformers, f"{clips}VideoProcessor")(),
+    )
+
+
+def video_llama() -> Any:
+    area = {"size": {"shortest_edge": IMAGE_SIZE**2 // 2, "longest_edge": IMAGE_SIZE**2}}
+    return packed("VideoLlama3", "VideoLlama3", "VideoLlama3", **area, patch_size=PATCH_SIZE, merge_size=1)
+
+
 def janus() -> Any:
     from transformers import JanusProcessor
 
@@ -161,10 +196,14 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "aya_vision": aya,
     "cohere2_vision": cohere2,
     "deepseek_vl": deepseek,
+    "exaone4_5": partial(packed, "Exaone4_5_"),
     "got_ocr2": got,
+    "hyperclovax_vision_v2": partial(packed, "HyperCLOVAXVisionV2"),
     "idefics3": idefics3,
     "janus": janus,
     "lighton_ocr": lighton,
     "mistral3": mistral3,
     "qwen3_vl": qwen3,
+    "smolvlm": smol,
+    "video_llama_3": video_llama,
 }

@@ -72,6 +72,11 @@ FAMILIES = {
     "janus": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "lighton_ocr": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "mistral3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "smolvlm": Served(_FEATURES + _OF_QWEN[:2], _WIDE | {"vocab_size": 264}, wrapped=True),
+    "exaone4_5": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "hyperclovax_vision_v2": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "video_llama_3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "llava_next_video": Served((*_FEATURES, "fastervlm@9", "vispruner@12"), _WIDE, wrapped=True),
     "vipllava": Served((*_FEATURES, "fastervlm@9", "vispruner@12"), _WIDE, wrapped=True),
 }
 

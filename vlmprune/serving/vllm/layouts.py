@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...hooks.vision.pictures import Grids
@@ -35,6 +36,10 @@ class TokenLayout(Protocol):
         """Of the pixels, along which tiles or pictures follow each other."""
 
     @property
+    def alone(self) -> tuple[str, ...]:
+        """Further fields with one entry per item, which vLLM would share out by rows of pixels."""
+
+    @property
     def reads(self) -> bool:
         """Whether anything of its tower can be read."""
 
@@ -51,6 +56,12 @@ class TokenLayout(Protocol):
     def merges(self, config: Any) -> int:
         """Patches of the tower behind every visual token."""
 
+    def newlines(self, grids: Grids) -> int:
+        """Rows of a picture that always stay and are not counted, each with a placeholder."""
+
+    def pixels(self, values: Tensor, some: slice) -> slice:
+        """Rows of pixels of some tiles or pictures, whose fields are ``values``."""
+
 
 @dataclass(frozen=True)
 class SquareTiles:
@@ -66,6 +77,7 @@ class SquareTiles:
     axis: int = 0
     reads: bool = True
     field = "num_image_patches"
+    alone = ()
     breaks = None
 
     def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
@@ -79,6 +91,12 @@ class SquareTiles:
 
     def merges(self, config: Any) -> int:
         return (_patches(config) // self.side(config)) ** 2
+
+    def newlines(self, grids: Grids) -> int:
+        return 0
+
+    def pixels(self, values: Tensor, some: slice) -> slice:
+        return some
 
     def _tiles(self, config: Any, count: int) -> Sequence[Grids]:
         side = self.side(config)
@@ -96,6 +114,7 @@ class AnySize:
     step: Callable[[Any], int]
     breaks: str | None = None
     field = "image_sizes"
+    alone = ()
     axis = 0
     reads = True
 
@@ -115,9 +134,108 @@ class AnySize:
     def merges(self, config: Any) -> int:
         return config.spatial_merge_size**2
 
+    def newlines(self, grids: Grids) -> int:
+        return 0
+
+    def pixels(self, values: Tensor, some: slice) -> slice:
+        return some
+
     def _grid(self, config: Any, size: Size) -> Grids:
         token = config.vision_config.patch_size * config.spatial_merge_size  # pixels along its side
         return ((size[0] // token, size[1] // token),)
+
+
+@dataclass(frozen=True)
+class PackedPatches:
+    """Pictures of any size, each of one block; patches of all of them follow each other.
+
+    Args:
+        merge: patches along a side of a token, from the config.
+        resized: (processor, size, options) to the size of a resized picture.
+    """
+
+    merge: Callable[[Any], int]
+    resized: Callable[[Any, Size, Mapping[str, Any]], Size]
+    alone: tuple[str, ...] = ()
+    field = "image_grid_thw"
+    axis = 0
+    reads = True
+    breaks = None
+
+    def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
+        patch = config.vision_config.patch_size
+        height, width = self.resized(processor, size, options)
+        return [self._grid(config, height // patch, width // patch)]
+
+    def made(self, config: Any, value: Tensor) -> Sequence[Grids]:
+        _, rows, cols = value.flatten().tolist()
+        return [self._grid(config, rows, cols)]
+
+    def merges(self, config: Any) -> int:
+        return self.merge(config) ** 2
+
+    def newlines(self, grids: Grids) -> int:
+        return 0
+
+    def pixels(self, values: Tensor, some: slice) -> slice:
+        counts = values.prod(-1).tolist()
+        first = sum(counts[: some.start])
+        return slice(first, first + sum(counts[some]))
+
+    def _grid(self, config: Any, rows: int, cols: int) -> Grids:
+        side = self.merge(config)
+        return ((rows // side, cols // side),)
+
+
+def _by_area(processor: Any, size: Size, options: Mapping[str, Any]) -> Size:
+    """Of processors like that of Qwen2-VL."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    images = processor.image_processor
+    bounds = {**dict(images.size), **dict(options.get("size") or {})}
+    return smart_resize(
+        *size,
+        factor=images.patch_size * images.merge_size,
+        min_pixels=options.get("min_pixels") or bounds["shortest_edge"],
+        max_pixels=options.get("max_pixels") or bounds["longest_edge"],
+    )
+
+
+@dataclass(frozen=True)
+class WithNewlines:
+    """An overview, and all tiles as one block without their padding; a newline behind each of its rows."""
+
+    field = "image_sizes"
+    # crops of a picture that are filling have a place in it
+    alone = ("pixel_values",)
+    axis = 0
+    reads = True
+    breaks = None
+
+    def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
+        from transformers.models.llava_next.modeling_llava_next import (
+            get_anyres_image_grid_shape,
+            unpad_image,
+        )
+
+        side, crop = _patches(config), config.vision_config.image_size
+        down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, crop)
+        whole = torch.empty(1, down * side, across * side, device="meta")  # of patches
+        rows, cols = unpad_image(whole, size).shape[1:]
+        return [((side, side), (rows, cols))]
+
+    def made(self, config: Any, value: Tensor) -> Sequence[Grids]:
+        height, width = value.flatten().tolist()
+        return self.before(config, None, (height, width), {})
+
+    def newlines(self, grids: Grids) -> int:
+        return grids[1][0]
+
+    def merges(self, config: Any) -> int:
+        return 1
+
+    def pixels(self, values: Tensor, some: slice) -> slice:
+        return some
 
 
 def _patches(config: Any) -> int:
@@ -132,6 +250,10 @@ def _scaled(config: Any) -> int:
     return _patches(config) // config.scale_factor
 
 
+def _spatial(config: Any) -> int:
+    return config.vision_config.spatial_merge_size
+
+
 def _one(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
     return 1
 
@@ -140,6 +262,11 @@ def _crops(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
     # the defaults of the processor, where it has some, go before the settings of its image processor
     defaults = getattr(processor.valid_processor_kwargs, "_defaults", {}).get("images_kwargs", {})
     return processor.image_processor.get_number_of_image_patches(*size, {**defaults, **options})
+
+
+def _split(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
+    # a picture that is not split is one tile, which the processor counts as none
+    return processor.image_processor.get_number_of_image_patches(*size, dict(options))[0] or 1
 
 
 def _edge(value: Any) -> int:
@@ -151,14 +278,20 @@ def _edge(value: Any) -> int:
 LAYOUTS: dict[str, TokenLayout] = {
     "aya_vision": SquareTiles(_shuffled),
     "cohere2_vision": SquareTiles(_shuffled),
+    "llava_next_video": WithNewlines(),
     "vipllava": SquareTiles(_patches),
     "deepseek_vl": SquareTiles(_patches, _one),
     "janus": SquareTiles(_patches, _one),
     # tiles of all pictures of a prompt stand in one row of a batch
     "idefics3": SquareTiles(_scaled, axis=1),
+    "smolvlm": SquareTiles(_scaled, _split, axis=1),
     # two convolutions halve the sides
     "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
     "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
+    "exaone4_5": PackedPatches(_spatial, _by_area),
+    "hyperclovax_vision_v2": PackedPatches(_spatial, _by_area),
+    # each says how many patches along a side become a token: one, as released
+    "video_llama_3": PackedPatches(lambda config: 1, _by_area, alone=("image_merge_sizes",)),
     "mistral3": AnySize(
         lambda processor: processor.patch_size * processor.spatial_merge_size, "image_break_token_id"
     ),

@@ -14,36 +14,14 @@ from uuid import uuid4
 
 from ...errors import UnsupportedError
 from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
+from .families import NOT_SERVED, OWN, WRAPPED, architecture
 
 TESTED = ("0.32.0",)
-# architecture -> class; only families whose answers were measured equal to vlmprune.prune
 _HERE = "vlmprune.serving.vllm"
-FAMILIES = {
-    f"{name}ForConditionalGeneration": f"{_HERE}.{file}:{name}ForConditionalGeneration"
-    for name, file in (
-        ("Llava", "llava"),
-        ("LlavaNext", "llava_next"),
-        ("LlavaOnevision", "llava_next"),
-        ("InternVL", "internvl"),
-        ("Qwen2VL", "qwen_vl"),
-        ("Qwen2_5_VL", "qwen_vl"),
-        ("Qwen3VL", "qwen3_vl"),
-    )
-}
-# vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
+# architecture -> class
+FAMILIES = {architecture(start): f"{_HERE}.{file}:{architecture(start)}" for file, start in OWN.values()}
 WRAPPER = "TransformersMultiModalForCausalLM"
-WRAPPED = (
-    "AyaVision",
-    "Cohere2Vision",
-    "DeepseekVL",
-    "GotOcr2",
-    "Idefics3",
-    "Janus",
-    "LightOnOcr",
-    "Mistral3",
-    "VipLlava",
-)
-FAMILIES |= {f"{name}ForConditionalGeneration": f"{_HERE}.wrapped:{WRAPPER}" for name in WRAPPED}
+FAMILIES |= {architecture(start): f"{_HERE}.wrapped:{WRAPPER}" for start, _, _ in WRAPPED.values()}
 REFUSED = f"{_HERE}.refused"
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # vLLM's: names of variables that Ray's workers are given
 
@@ -101,30 +79,10 @@ def check_release() -> None:
         )
 
 
-# where it is known why a family is not served; the page docs/serve.md says the same
-_LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
-_PLACES = "its tokens have rows and columns (M-RoPE), which are handed on in vLLM's classes for Qwen only"
-_TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
-_STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
-REASONS = {
-    "Emu3": "its tokens are words of a codebook, for which vlmprune has no adapter",
-    "Gemma3": _LATER,
-    "Gemma3n": _TIMM,
-    "Glm4v": _PLACES,
-    "Glm4vMoe": _PLACES,
-    "Glm46V": _PLACES,
-    "Lfm2Vl": _STATES,
-    "Ovis2": "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
-    "PaliGemma": _LATER,
-    "PerceptionLM": _TIMM,
-    "SmolVLM": "faults in the attention that is read of its tower are not noticed in vLLM's wrapper; its "
-    "processor also needs the package num2words",
-}
-
-
 def refusal(name: str) -> UnsupportedError:
-    """Why a family is not served."""
-    why = REASONS.get(name.removesuffix("ForConditionalGeneration"))
+    """Why a family is not served, by the name of its class or its model type."""
+    known = (why for kind, (start, why) in NOT_SERVED.items() if name in (kind, architecture(start)))
+    why = next(known, None)
     return UnsupportedError(
         f"{name} cannot be pruned in vLLM yet{f': {why}' if why else ''}; served are {', '.join(FAMILIES)}. "
         f"Unset {VARIABLE} to serve it whole, or use vlmprune.prune with transformers"

@@ -23,6 +23,7 @@ from vllm.model_executor.models.transformers.multimodal import (
     MultiModalProcessor,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from ...core.deferred import Checks, Explain
 from ...errors import UnsupportedError, VlmPruneError
@@ -34,6 +35,7 @@ from ..reduce import KeptRows, in_turns, with_breaks
 from ..request import Request, TowerFacts
 from .context import in_context
 from .layouts import LAYOUTS, Grids, Size, TokenLayout, tokens_of
+from .plugin import refusal
 from .processor import PruningProcessor, from_field
 from .towers import most_tokens, refuse_compiled, tile_by_tile
 
@@ -43,6 +45,9 @@ PIXELS = IMAGE.pixels
 
 def layout_of(config: Any) -> TokenLayout:
     """The layout of the family of a config."""
+    # several families may share a class
+    if config.model_type not in LAYOUTS:
+        raise refusal(config.model_type)
     return LAYOUTS[config.model_type]
 
 
@@ -55,14 +60,17 @@ def facts_of(config: Any) -> TowerFacts:
         getattr(config, "vision_feature_layer", -1),
     )
     layers: Any = plural or single
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    full = getattr(vision, "fullatt_block_indexes", None)
     return TowerFacts(
         cls=vision.model_type == "clip_vision_model",
-        depth=vision.num_hidden_layers,
-        loaded=vision.num_hidden_layers,
+        depth=depth,
+        loaded=depth,
         layer=layers if isinstance(layers, int) else layers[0],
         tower=layout.reads,
         projector=False,
         merges=layout.merges(config),
+        full=None if full is None else tuple(full),
     )
 
 
@@ -87,6 +95,9 @@ class Failures(Checks):
 
 class WrappedInfo(MultiModalProcessingInfo):
     """Numbers of tokens without our words, of processors too that cannot count them."""
+
+    # vLLM asks for it: clips are refused here, since nothing was measured with them
+    _is_video_model: ClassVar[bool] = False
 
     def pictures(self, size: Size) -> Sequence[Grids]:
         """Blocks of every picture of an item, from its size."""
@@ -134,6 +145,11 @@ class WrappedProcessor(PruningProcessor, MultiModalProcessor):
         sizes = [(image.height, image.width) for image in mm_data.get("images") or ()]
         return [len(self.info.pictures(size)) for size in sizes] or None
 
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        alone = {name: MultiModalFieldConfig.batched("image") for name in layout_of(self.config).alone}
+        return {**fields, **alone}
+
     def _postprocess_hf_mm_data(
         self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any
     ) -> Any:
@@ -147,7 +163,7 @@ class WrappedProcessor(PruningProcessor, MultiModalProcessor):
         layout = layout_of(self.config)
         texts = processed["image_replacement_ids"].split(processed["image_replacement_sizes"].tolist())
         for text, value in zip(texts, processed[layout.field], strict=True):
-            made = sum(map(tokens_of, layout.made(self.config, value)))
+            made = sum(tokens_of(grids) + layout.newlines(grids) for grids in layout.made(self.config, value))
             # the placeholder is what occurs most often
             given = int((text == text.mode().values).sum())
             if given != made:
@@ -190,13 +206,18 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
         field = kwargs.pop(KEY, None)
         if field is None or kwargs.get(PIXELS) is None:
             return super().embed_multimodal(**kwargs)
-        items = [self.layout.made(self.config, value) for value in kwargs[self.layout.field]]
+        sizes = kwargs[self.layout.field]
+        items = [self.layout.made(self.config, value) for value in sizes]
         # for vLLM's own way only
         del kwargs["num_image_patches"]
         given = {name: value for name, value in kwargs.items() if value is not None}
 
         def encode(request: Request, some: slice) -> list[Picture]:
-            return self._encode(request, {name: self._some(value, some) for name, value in given.items()})
+            rows = self.layout.pixels(sizes, some)
+            return self._encode(
+                request,
+                {name: self._some(value, rows if name == PIXELS else some) for name, value in given.items()},
+            )
 
         one_turn = tile_by_tile(encode, [len(item) for item in items], self._rows)
         return in_turns(from_field(field), [sum(map(tokens_of, item)) for item in items], self.most, one_turn)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which families are served in vLLM, by what, and why the others are not. Imports no vLLM.
+
+Only families are served whose answers were measured equal to vlmprune.prune. The page docs/serve.md shows the
+tables that docs/serve_families.py makes of this file.
+"""
+
+from __future__ import annotations
+
+_SUFFIX = "ForConditionalGeneration"
+_WHOLE = {"NemotronH_Omni_Reasoning_V3", "ShieldGemma2ForImageClassification"}  # names without it
+# model type -> (file here, start of the name of its class)
+OWN = {
+    "llava": ("llava", "Llava"),
+    "llava_next": ("llava_next", "LlavaNext"),
+    "llava_onevision": ("llava_next", "LlavaOnevision"),
+    "internvl": ("internvl", "InternVL"),
+    "qwen2_vl": ("qwen_vl", "Qwen2VL"),
+    "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
+}
+
+# vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
+_TILES = "square tiles, each with a budget of its own"
+_ONE = "one square"
+_ANY = "one block of any size"
+_FEATURES = "features"
+_TOWER = f"{_FEATURES}, attention of the tower"
+_CLS = f"{_TOWER}, [CLS]"
+# model type -> (start of the name of its class, what a picture is, what methods can read)
+WRAPPED = {
+    "aya_vision": ("AyaVision", _TILES, _TOWER),
+    "cohere2_vision": ("Cohere2Vision", _TILES, _TOWER),
+    "deepseek_vl": ("DeepseekVL", _ONE, _TOWER),
+    "exaone4_5": ("Exaone4_5_", _ANY, _TOWER),
+    "got_ocr2": ("GotOcr2", f"with `crop_to_patches`, {_TILES}", _FEATURES),
+    "hyperclovax_vision_v2": ("HyperCLOVAXVisionV2", _ANY, _TOWER),
+    "idefics3": ("Idefics3", _TILES, _TOWER),
+    "janus": ("Janus", f"{_ONE}; where it writes text", _TOWER),
+    "lighton_ocr": ("LightOnOcr", _ANY, _TOWER),
+    "llava_next_video": (
+        "LlavaNextVideo",
+        "an overview and a block of tiles with newlines, which stay and are not counted",
+        _CLS,
+    ),
+    "mistral3": (
+        "Mistral3",
+        f"{_ANY}, a break behind every row; breaks stay and are not counted",
+        _TOWER,
+    ),
+    "smolvlm": ("SmolVLM", _TILES, _TOWER),
+    "video_llama_3": ("VideoLlama3", _ANY, _TOWER),
+    "vipllava": ("VipLlava", _ONE, _CLS),
+}
+
+_LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
+_PLACES = "its tokens have rows and columns (M-RoPE), which are handed on in vLLM's classes for Qwen only"
+_STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
+_TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
+_OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
+_TEXT = (
+    "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
+    "finds its tokens"
+)
+_BESIDE = (
+    "its layers add features of its tower to tokens, which vLLM's wrapper of transformers does not hand on"
+)
+_FUSED = (
+    "its checkpoints hold queries, keys and values of the tower in one matrix, under a name that vLLM's "
+    "wrapper of transformers cannot read"
+)
+# model type -> (start of the name of its class, reason)
+NOT_SERVED = {
+    "aria": (
+        "Aria",
+        "its tokens answer learned queries and have no rows and columns to rehearse a spec with",
+    ),
+    "cohere_compass": ("CohereCompass", _PLACES),
+    "cosmos3_edge": ("Cosmos3Edge", _PLACES),
+    "cosmos3_omni": ("Cosmos3Omni", _PLACES),
+    "deepseek_ocr2": ("DeepseekOcr2", _TEXT),
+    "emu3": ("Emu3", "its tokens are words of a codebook, for which vlmprune has no adapter"),
+    "ernie4_5_vl_moe": ("Ernie4_5_VLMoe", _PLACES),
+    "fast_vlm": ("FastVlm", _TIMM),
+    "gemma3": ("Gemma3", _LATER),
+    "gemma3n": ("Gemma3n", _TEXT),
+    "gemma4": (
+        "Gemma4",
+        "in large models tokens of a picture see later ones, and layers of small ones read something of each "
+        "token beside its embedding; vLLM's wrapper of transformers does neither on a CPU",
+    ),
+    "glm46v": ("Glm46V", _PLACES),
+    "glm4v": ("Glm4v", _PLACES),
+    "glm4v_moe": ("Glm4vMoe", _PLACES),
+    "glm_ocr": ("GlmOcr", _PLACES),
+    "glmga": ("Glm46V", _PLACES),
+    "granite4_vision": ("Granite4Vision", _BESIDE),
+    "idefics2": ("Idefics2", _TEXT),
+    "kimi_k25": ("Kimi_K25", _FUSED),
+    "lfm2_vl": ("Lfm2Vl", _STATES),
+    "lfm3_vl": ("Lfm3Vl", _OLD),
+    "minicpm_ocr": ("MiniCPMOcr", _OLD),
+    "minicpmv4_6": ("MiniCPMV4_6", _STATES),
+    "molmo2": ("Molmo2", _OLD),
+    "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
+    "ovis2": (
+        "Ovis2",
+        "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
+    ),
+    "paddleocr_vl": ("PaddleOCRVL", _PLACES),
+    "paligemma": ("PaliGemma", _LATER),
+    "perception_lm": ("PerceptionLM", _TIMM),
+    "pp_chart2table": ("GotOcr2", _TEXT),
+    "qianfan_ocr": ("QianfanOCR", _FUSED),
+    "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _PLACES),
+    "qwen3_5": ("Qwen3_5", _PLACES),
+    "qwen3_5_moe": ("Qwen3_5Moe", _PLACES),
+    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _PLACES),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        "its class in vLLM is another than that of Qwen3-VL, and was not measured",
+    ),
+    "shieldgemma2": (
+        "ShieldGemma2ForImageClassification",
+        "it answers with probabilities of classes, and writes no text",
+    ),
+    "video_llava": (
+        "VideoLlava",
+        "vlmprune reads it with transformers 5.23 or newer, and vLLM 0.32.0 installs an older one",
+    ),
+}
+
+
+def architecture(start: str) -> str:
+    """The name of a class as checkpoints give it."""
+    return start if start in _WHOLE else start + _SUFFIX
