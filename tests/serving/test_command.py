@@ -28,6 +28,14 @@ def test_a_bundled_model_is_served_by_its_name(name):
     assert line[line.index("--served-model-name") + 1] == name
 
 
+def test_a_bundled_model_asks_for_little_memory_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert "VLLM_CPU_KVCACHE_SPACE=1" in shown("tiny", "--show")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in " ".join(shown("some/model", "--show"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in " ".join(shown("tiny", "--show"))
+
+
 def test_another_name_is_given_to_vllm_as_it_is_and_options_follow():
     line = shown("some/model", "--per-request", "--show", "--", "--port", "8001")
     assert line[line.index("--model") + 1] == "some/model" and "--served-model-name" not in line
