@@ -101,6 +101,19 @@ def test_a_prefix_is_shared_by_one_spec_and_by_no_other(engine, twin):
     assert cached[0] <= before and cached[1] == 32 and cached[2] <= before
 
 
+def test_what_another_version_of_vlmprune_made_is_taken_from_no_cache(engine, twin, monkeypatch):
+    """Fails when the version is left out of the identity of a picture."""
+    prompt = twin.prompts(1)[1]
+    before = prompt.ids.index(twin.image)
+
+    def cached() -> int:
+        return answers(engine, [prompt.request("random(seed=7)@43")])[0].num_cached_tokens
+
+    assert cached() <= before and cached() == 32
+    monkeypatch.setattr("vlmprune.serving.vllm.processor.__version__", "0.0.1")
+    assert cached() <= before and cached() == 32
+
+
 def test_without_the_spec_in_the_key_answers_are_wrong(engine, twin, monkeypatch):
     """The mutant: two specs of one count, with the identity of a picture that does not say which."""
     from dataclasses import replace
