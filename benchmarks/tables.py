@@ -35,7 +35,6 @@ from vlmprune.plain import plain
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "accuracy.md", HERE / "results"
-SECOND_LOOK = RESULTS / "second_look.json"  # of benchmarks/trained/second_look.py
 FIELDS = (
     *(
         "model",
@@ -286,7 +285,7 @@ def _kinds(rows: Sequence[Row]) -> Lines:
 
 
 def trained(results: Results) -> Lines:
-    """Every spec by how many visual tokens a layer reads, and below them what a second look gives.
+    """Every spec by how many visual tokens a layer reads.
 
     Baselines that were answered for their cost alone have a share as budget; the mark stands for them.
     """
@@ -300,11 +299,6 @@ def trained(results: Results) -> Lines:
         spec = re.sub(r"skip=\([\d,]+\)", "skip=[stop words]", row.spec)
         mark = against(replace(row, vs_random=row.vs_random_equal or row.vs_random))
         found.append(f"| `{spec}`{seeds} | {reads(row):.0f} | {with_interval(row)} | {mark} |")
-    found += ["", "A second look (CARVE), on the questions with one picture and one turn:", ""]
-    found += ["| spec | questions | first answer, % | after a second look, % |", "|---|---|---|---|"]
-    for one in json.loads(SECOND_LOOK.read_text(encoding="utf-8")):
-        first, second = share(one["first"]), share(one["second"])
-        found.append(f"| `refine` under `{one['spec']}` | {one['questions']} | {first} | {second} |")
     return found
 
 

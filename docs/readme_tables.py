@@ -26,6 +26,7 @@ WHERE = {
     "inside_lm": "inside the language model",
     "attention": "edits attention",
     "decode": "at every new token",
+    "answer": "asks again",
 }
 
 

@@ -246,6 +246,8 @@ def undrawn(name: str) -> str:
         return "it chooses anew for every token of the answer."
     if cls.slot == "picture":
         return "the bundled model reads pictures of one size, so that a smaller one has as many tokens."
+    if cls.slot == "answer":
+        return "it keeps every token; [Look twice](refine.md) says what it cuts out of a picture."
     return "it keeps all tokens, or none of them."
 
 

@@ -340,6 +340,7 @@ def test_the_picture_of_all_methods_has_every_one_that_chooses_by_a_budget():
     names = {parse(spec).parts[0].name for spec in specs}
     own = [name for name in list_methods() if get(name).__module__.startswith("vlmprune.")]
     chooses_none = {"dense", "blind", "dyvte", "var", "downsample", "act", "paint", "vhr", "dycoke_decode"}
+    chooses_none |= {"carve"}
     of_clips = {name for name in own if get(name).clips}
     assert names == {*own} - chooses_none - of_clips - {"rcp"}  # needs weights of a user
     assert "visionselector(weights=tiny)@18" in specs  # has weights of the package

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import vlmprune
-from vlmprune.carve import middle_layers, on_picture, read
-from vlmprune.carve.region import box_of, connected, contrast, kept_mask, refined_size
-from vlmprune.carve.watch import watching
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.hooks.attention_tap import TappedConfig
+from vlmprune.methods.carve import middle_layers
+from vlmprune.methods.carve.region import box_of, connected, contrast, kept_mask, refined_size
 from vlmprune.models.loading import encode, prompt
+from vlmprune.second_look import ask, on_picture, read
+from vlmprune.second_look.watch import watching
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 QUESTION = "What shape is red?"
@@ -168,7 +171,9 @@ def test_a_second_look_answers_and_leaves_the_model_alone(loaded, picture) -> No
     assert result.first == plain.strip()
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     assert not any(isinstance(config, TappedConfig) for config in configs)
-    seen, grid, answer = read(model, processor, picture, QUESTION, middle_layers(8), 4)
+    asking = partial(ask, model, processor)
+    text = prompt(processor, QUESTION)
+    seen, grid, answer = read(model, asking, picture, text, middle_layers(8), 4)
     assert seen.shape[1:] == (len(middle_layers(8)), 144)
     assert (grid, answer) == (((12, 12), "center"), result.first)
 

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from .api import reduce as reduce
     from .api import score as score
     from .api import select as select
-    from .carve import refine as refine
     from .core.keepmap import KeepMap as KeepMap
     from .core.keepmap import ScoreMap as ScoreMap
     from .core.method import Merged as Merged
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from .registry import list_methods as list_methods
     from .registry import method_info as method_info
     from .registry import register as register
+    from .second_look import refine as refine
     from .spec import Budget as Budget
     from .spec import Spec as Spec
     from .spec import parse as parse
@@ -84,7 +84,7 @@ _HOME = {
     "VlmPruneError": "errors",
     "encode": "models.loading",
     "load": "models.loading",
-    "refine": "carve",
+    "refine": "second_look",
     "list_methods": "registry",
     "method_info": "registry",
     "register": "registry",

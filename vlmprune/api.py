@@ -116,6 +116,12 @@ def resolve_all(
                 f"to a model; use vlmprune.encode(model, processor, picture, question, prune={text!r}), or "
                 f"`vlmprune run` and `vlmprune leaderboard`"
             )
+        if built.slot == "answer":
+            raise UnsupportedError(
+                f"{text!r} asks the model a second time, so there is nothing to attach to it; call "
+                "vlmprune.refine(model, processor, picture, question) inside `with vlmprune.prune(...)` of "
+                "the other methods, or use `vlmprune leaderboard`"
+            )
     return plans, text
 
 

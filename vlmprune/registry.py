@@ -40,6 +40,7 @@ _BUILTIN = {
     "var": "vlmprune.methods.var:VAR",
     "act": "vlmprune.methods.act:ACT",
     "paint": "vlmprune.methods.paint:PAINT",
+    "carve": "vlmprune.methods.carve:CARVE",
     "vhr": "vlmprune.methods.vhr:VHR",
     "holov": "vlmprune.methods.holov:HoloV",
     "zooprune": "vlmprune.methods.zooprune:ZOOPrune",
@@ -221,8 +222,10 @@ def list_methods() -> list[str]:
 
 
 def attachable_methods() -> list[str]:
-    """Sorted names of the methods that act inside a model: all but those that change the picture before."""
-    return [name for name in list_methods() if get(name).slot != "picture"]
+    """Sorted names of the methods that act inside a model: all but those that change the picture before, or
+    ask the model again.
+    """
+    return [name for name in list_methods() if get(name).slot not in ("picture", "answer")]
 
 
 def refused_plugins() -> list[str]:

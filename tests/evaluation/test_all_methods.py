@@ -52,7 +52,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rows = {row["spec"]: row for row in found["rows"]}
     assert {str(spec) for spec in config.specs} <= set(rows)
     for spec, row in rows.items():
-        if spec != "dense":
+        # a second look reads the picture three times, and the region beside it
+        if spec != "dense" and "carve" not in spec:
             assert row["layer_tokens"] < 144, spec  # it did prune
     return found
 

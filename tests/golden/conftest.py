@@ -32,7 +32,6 @@ REGISTERED_AS = {
     "idpruner": "mmr",
     "textmonkey_filter": "textmonkey",
 }  # folder -> method
-FUNCTIONS = ("carve",)  # what is no method, but has vectors and a runner all the same
 
 
 class Case:
@@ -163,7 +162,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(
             f"no golden vectors under {directory}; expected <method>/index.json files there"
         )
-    known = {*list_methods(), *FUNCTIONS}
+    known = list_methods()
     runnable = [case for case in cases if case.method in known]
     if not runnable:
         raise pytest.UsageError(
@@ -191,7 +190,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config: pytest.Config)
     terminalreporter.section(f"golden vectors in {golden_dir(config)}")
     for method in sorted(ran):
         terminalreporter.write_line(f"{method}: {passed[method]} of {ran[method]} cases passed")
-    known = {*list_methods(), *FUNCTIONS}
+    known = list_methods()
     absent = Counter(case.method for case in read_cases(golden_dir(config)) if case.method not in known)
     if absent:
         names = ", ".join(f"{method} ({count} cases)" for method, count in sorted(absent.items()))

@@ -162,6 +162,7 @@ def _facts(info: MethodInfo) -> dict[str, str]:
         "select": "chooses a set",
         "merge": "merges tokens",
         "shrink": "gives the processor a smaller picture",
+        "region": "asks again about a part of the picture",
         "shorten": "drops or merges patches inside the vision tower",
         "reweight": "edits attention, chooses no tokens",
         "relogit": "edits logits of attention, chooses no tokens",

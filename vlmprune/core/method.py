@@ -10,7 +10,8 @@ A method is a frozen dataclass whose fields are its options. It says in which sl
 * in the attention slot one of ``reweight``, ``relogit`` and ``head_scales``, with at most one source of marks
   (``mark``, ``mark_columns``, ``mark_tokens``); in the decode slot ``visible`` or ``look``, in the encoder
   slot ``shorten``;
-* in the picture slot, which is before the processor and not in a model, ``shrink``.
+* outside of a model, ``shrink`` in the picture slot, which is before the processor, and ``region`` in the
+  answer slot, which asks the model again.
 
 It never sorts, gathers, masks, counts budgets or sees a model: that is done once, for all methods.
 """
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from .budget import Budget
     from .encoder import EncoderBlock, Shortened
 
-SlotName = Literal["picture", "encoder", "before_lm", "inside_lm", "attention", "decode"]
+SlotName = Literal["picture", "encoder", "before_lm", "inside_lm", "attention", "decode", "answer"]
+Cutting = Literal["score", "select", "merge"]
 Verb = Literal[
-    "shrink", "score", "select", "merge", "shorten", "reweight", "relogit", "head_scales", "visible", "look"
+    Cutting, "shrink", "shorten", "reweight", "relogit", "head_scales", "visible", "look", "region"
 ]
 Layout = Literal["packed", "spatial"]
 Positions = Literal["compact", "original"]  # position ids of the kept sequence: re-counted, or with gaps
@@ -44,7 +46,7 @@ Rows = Literal["text", "last", "all"]  # of a prompt: after the last picture, it
 Text = Literal["question", "prompt"]  # what stands after the last picture, or all text of the prompt
 
 SLOTS: tuple[SlotName, ...] = get_args(SlotName)
-_CUTS: tuple[Verb, ...] = ("score", "select", "merge")
+_CUTS: tuple[Verb, ...] = get_args(Cutting)
 VERBS: dict[SlotName, tuple[Verb, ...]] = {
     "picture": ("shrink",),
     "encoder": ("shorten",),
@@ -52,6 +54,7 @@ VERBS: dict[SlotName, tuple[Verb, ...]] = {
     "inside_lm": _CUTS,
     "attention": ("reweight", "relogit", "head_scales"),
     "decode": ("visible", "look"),
+    "answer": ("region",),
 }
 
 What = Literal[
@@ -336,10 +339,14 @@ class Method:
         """What goes on behind a block where k patches of every crop shall be left in the end."""
         raise NotImplementedError
 
-    # --- picture ----------------------------------------------------------------------------------
+    # --- outside of a model ---------------------------------------------------------------------------
 
     def shrink(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
         """(rows, cols) of the tokens, at most k, that a picture of ``grid`` rows and columns shall become."""
+        raise NotImplementedError
+
+    def region(self, values: Tensor) -> Tensor:
+        """(H, W) bool, pixels that a second look shows, by how much more (H, W) they draw a question."""
         raise NotImplementedError
 
     # --- checks -----------------------------------------------------------------------------------

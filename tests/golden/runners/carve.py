@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmprune.carve.region import box_of, contrast, enlarged, kept_mask, refined_size
+from vlmprune.methods.carve.region import box_of, contrast, enlarged, kept_mask, refined_size
 
 
 def region(case):

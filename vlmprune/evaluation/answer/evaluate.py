@@ -10,22 +10,25 @@ images, which a test compares with encoding anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from ...api import prune
+from ...core.keepmap import KeepMap
 from ...errors import EvaluationError, UnsupportedError
 from ...hooks.session import Session
 from ...hooks.vision.encode import EncodedImages
+from ...methods.carve import CARVE
 from ...models import adapter_for
 from ...models.shrink import Shrink, shrink_for, shrinks
 from ...spec import Spec, parse
 from ..tasks.sample import Sample, Task, shows_clips
 from .batch import Batch, EncodeOnce
 from .generation import generate
+from .look import look, look_of, looks_again
 from .record import Record
 
 
@@ -90,10 +93,17 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Entrant:
-    """A spec that answers: what is attached, and how its pictures are shrunk where that is what it does."""
+    """A spec that answers.
+
+    Args:
+        session: what is attached.
+        shrink: how its pictures are shrunk, where that is what it does.
+        again: how it looks at a picture again, where it does.
+    """
 
     session: Session
     shrink: Shrink | None = None
+    again: CARVE | None = None
 
 
 def entrant(
@@ -106,6 +116,16 @@ def entrant(
     frames: bool = False,
 ) -> Entrant:
     """A spec on a model, refused where the two do not fit; attaches nothing."""
+    if looks_again(spec):
+        method, rest = look_of(spec)
+        if frames:
+            raise UnsupportedError(
+                f"{spec!r} looks again at one picture, and a clip is many; ask about clips with {rest!r}"
+            )
+        method.looks_at(adapter_for(model).depth)  # raises where the model has no such layers
+        session = prune(model, rest, positions=positions, strict=strict)
+        session.spec = spec
+        return Entrant(session, again=method)
     if not shrinks(spec):
         return Entrant(prune(model, spec, positions=positions, strict=strict, frames=frames))
     session = prune(model, "dense", positions=positions)
@@ -124,7 +144,8 @@ def _run(
     share: bool,
 ) -> Iterator[Record]:
     # a method inside the tower needs pictures that went through it there
-    sharing = [one.session for one in entrants if share and one.shrink is None and not one.session.in_tower]
+    whole = [one.session for one in entrants if one.shrink is None and one.again is None]
+    sharing = [session for session in whole if share and not session.in_tower]
     # twice as many as a batch has: questions about one image may fall into two
     once = EncodeOnce(EncodedImages(sharing), processor, 2 * size) if sharing else None
     remaining = iter(sorted(samples, key=lambda sample: len(sample.images)))
@@ -140,7 +161,9 @@ def _run(
             spent = time.perf_counter() - started
         for one in entrants:
             session = one.session
-            if session in sharing and once is not None:
+            if one.again is not None:
+                yield from _look(model, processor, batch, session, one.again, task, words)
+            elif session in sharing and once is not None:
                 # nothing to serve where no sample of the batch has an image
                 served = once.encoded.serving(session, images) if images else nullcontext()
                 yield from _answer(model, processor, batch, session, task, words, served, encoding, spent)
@@ -171,33 +194,70 @@ def _answer(
     answers = processor.batch_decode(made.ids, skip_special_tokens=True)
     rows = len(batch.samples)
     found = []
-    for row, (sample, answer) in enumerate(zip(batch.samples, answers, strict=True)):
-        score = task.score(sample, answer.strip())
-        # NaN fails the comparison
-        if not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise EvaluationError(
-                f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"
-            )
+    for row, answer in enumerate(answers):
         shown = batch.pictures[row]
         # in the report, pictures are numbered over the batch; tiles lie on no image as a whole
-        maps = tuple(made.report.keep[p] for p in shown) if len(shown) == len(sample.images) else ()
-        found.append(
-            Record(
-                spec=session.spec,
-                id=sample.id,
-                cluster=sample.cluster,
-                family=sample.family,
-                group=sample.group,
-                answer=answer.strip(),
-                score=float(score),
-                # of a shrunk picture, the dense tokens are those at its own size
-                **made.counts(shown) | batch.whole(row),
-                on_object=batch.asked[row].share(maps),
-                positions=session.positions,
-                encoding=encoding if shown else "none",
-                seconds={"encode": spent / rows, **made.seconds(rows)},
-                batch=rows,
-                keep=maps,
-            )
-        )
+        whole = len(shown) == len(batch.samples[row].images)
+        maps = tuple(made.report.keep[p] for p in shown) if whole else ()
+        told = {
+            # of a shrunk picture, the dense tokens are those at its own size
+            **made.counts(shown) | batch.whole(row),
+            "encoding": encoding if shown else "none",
+            "seconds": {"encode": spent / rows, **made.seconds(rows)},
+            "batch": rows,
+        }
+        found.append(_record(batch, row, session, task, answer, maps, told))
     return found
+
+
+def _look(
+    model: Any,
+    processor: Any,
+    batch: Batch,
+    session: Session,
+    again: CARVE,
+    task: Task,
+    words: int,
+) -> Iterator[Record]:
+    """One spec that looks again, question by question; those without exactly one picture are asked once."""
+    for row, sample in enumerate(batch.samples):
+        if len(sample.images) != 1:
+            alone = Batch.make([sample], processor, model)
+            yield from _answer(model, processor, alone, session, task, words, nullcontext(), "each", 0.0)
+            continue
+        answer, looking = look(model, processor, batch, row, (again, session), words)
+        maps = tuple(looking.made[0].report.keep)
+        told = {**looking.counts(), "encoding": "each", "seconds": looking.seconds(), "batch": 1}
+        yield _record(batch, row, session, task, answer, maps, told)
+
+
+def _record(
+    batch: Batch,
+    row: int,
+    session: Session,
+    task: Task,
+    answer: str,
+    maps: tuple[KeepMap, ...],
+    told: Mapping[str, Any],
+) -> Record:
+    """A row of a batch with its score; ``told`` are the fields that say what it cost."""
+    sample = batch.samples[row]
+    score = task.score(sample, answer.strip())
+    # NaN fails the comparison
+    if not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise EvaluationError(
+            f"{sample.id}: the task gave the score {score!r} to {answer!r}; expected 0 to 1"
+        )
+    return Record(
+        spec=session.spec,
+        id=sample.id,
+        cluster=sample.cluster,
+        family=sample.family,
+        group=sample.group,
+        answer=answer.strip(),
+        score=float(score),
+        on_object=batch.asked[row].share(maps),
+        positions=session.positions,
+        keep=maps,
+        **told,
+    )

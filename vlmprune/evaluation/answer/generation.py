@@ -55,7 +55,8 @@ def generate(
     served: AbstractContextManager[None] | None = None,
     **options: Any,
 ) -> Generation:
-    """Generate while ``session`` is attached; the model is free again when this returns.
+    """Generate while ``session`` is attached; the model is free again when this returns, unless it was
+    attached before.
 
     Args:
         inputs: left-padded.
@@ -68,7 +69,7 @@ def generate(
     # the report of an earlier call must not pass for that of this one
     session.last = None
     try:
-        with session, served or nullcontext():
+        with nullcontext() if session.attached else session, served or nullcontext():
             clock.start()
             ids = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([clock]))
             clock.stop()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvariantError
+from ...errors import InvariantError
 
 Steps = Literal["all", "first", "last"]
 Strategy = Literal["attention_sum", "size", "drop_small"]

@@ -1,40 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CARVE: ask, find the region that the question is about, and ask again with that region beside the picture.
+"""A second look: two answers, the region where they look differently, and a third answer that sees it too.
 
-Attention to patches is what the picture attracts by itself, times what the question asks. The same picture is
-read under a general instruction, and the two are divided, step by step of both answers:
-
-    c = A_Q / (A_G + lam),   S = sum over steps t of (t + 1) times the sum of c over layers
-
-S is enlarged to the picture; of the regions in its highest fifth the best stay, all else becomes black, the
-bounding box is cropped and enlarged, and the model answers again with both pictures. Nothing of the model is
-changed, and pruning that is attached goes on: the maps are then 0 where tokens were cut.
-
-Deviations: patches form the grid that the model gives them (the official code reads some counts as squares);
-a crop is not enlarged beyond the area of the picture (``official_size=True`` does); a KV cache is used.
-Provenance: "CARVE", arXiv:2509.06461; written from a description of paper and official code (commit a1f0442,
-no licence file); no code copied.
+What a region is says the method, CARVE. Nothing of the model is changed, and pruning that is attached goes
+on: the maps are then 0 where tokens were cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import check_int, check_number, check_positive, one_of
-from ..errors import SpecError
+from ..checks import check_int
+from ..methods.carve import CARVE, GENERAL
+from ..methods.carve.region import Box, Steps, Strategy, box_of, contrast, enlarged, refined_size
 from ..models import adapter_for
 from ..models.loading import prompt
-from .region import Box, Steps, Strategy, box_of, contrast, enlarged, kept_mask, refined_size
 from .watch import watching
 
-GENERAL = "Write a general description of the image."
+# the answer to a prompt about some pictures, of so many tokens at most
+Ask = Callable[[Sequence[Any], str, int], str]
+
+
+class Prompts(NamedTuple):
+    """What is asked: with the picture alone, under the instruction, and with the region beside it."""
+
+    first: str
+    general: str
+    second: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +67,11 @@ def refine(
     *,
     instruction: str = GENERAL,
     layers: Sequence[int] | None = None,
-    steps: Literal["all", "first", "last"] = "all",
+    steps: Steps = "all",
     lam: float = 1e-8,
     top_share: float = 0.2,
     min_regions: int = 3,
-    strategy: Literal["attention_sum", "size", "drop_small"] = "attention_sum",
+    strategy: Strategy = "attention_sum",
     official_size: bool = False,
     max_new_tokens: int = 32,
 ) -> Refined:
@@ -95,53 +94,57 @@ def refine(
         >>> result = vlmprune.refine(model, processor, image, "What is written there?")  # doctest: +SKIP
         >>> print(result.answer, result.box)  # doctest: +SKIP
     """
-    depth = adapter_for(model).depth
-    # ascending: Watch takes the first one for the beginning of a step
-    chosen = middle_layers(depth) if layers is None else sorted(layers)
-    if not chosen or not all(type(layer) is int and 0 <= layer < depth for layer in chosen):
-        raise SpecError(f"layers={layers}; expected one or more decoder layers of 0..{depth - 1}")
-    one_of("steps", steps, get_args(Steps))
-    one_of("strategy", strategy, get_args(Strategy))
-    check_positive("lam", lam)
-    check_number("top_share", top_share, least=0.0, most=1.0)
-    check_int("min_regions", min_regions, least=1)
+    method = CARVE(
+        instruction=instruction,
+        layers=None if layers is None else tuple(layers),
+        steps=steps,
+        lam=lam,
+        top_share=top_share,
+        min_regions=min_regions,
+        strategy=strategy,
+        official_size=official_size,
+    )
     check_int("max_new_tokens", max_new_tokens, least=1)
+    texts = Prompts(
+        prompt(processor, question), prompt(processor, instruction), prompt(processor, question, 2)
+    )
+    return look_again(method, model, partial(ask, model, processor), image, texts, max_new_tokens)
+
+
+def look_again(method: CARVE, model: Any, ask: Ask, image: Any, texts: Prompts, count: int) -> Refined:
+    """A second look by a method, with answers of at most ``count`` tokens."""
+    # ascending: Watch takes the first one for the beginning of a step
+    layers = method.looks_at(adapter_for(model).depth)
     image = image.convert("RGB")
-    count = 1 if steps == "first" else max_new_tokens
     # (T, layers, N), with T the tokens of the answer
-    asked, _, first = read(model, processor, image, question, chosen, max_new_tokens)
-    general, grid, _ = read(model, processor, image, instruction, chosen, count)
-    pixels = on_picture(contrast(asked, general, lam, steps), *grid, image.size)
-    mask = kept_mask(pixels, top_share, min_regions, strategy)
+    asked, _, first = read(model, ask, image, texts.first, layers, count)
+    described = 1 if method.steps == "first" else count
+    general, grid, _ = read(model, ask, image, texts.general, layers, described)
+    pixels = on_picture(contrast(asked, general, method.lam, method.steps), *grid, image.size)
+    mask = method.region(pixels).numpy()
     box = box_of(mask)
     crop = masked(image, mask).crop(box)
-    crop = crop.resize(refined_size(box, image.size, official_size), resample=_lanczos())
-    answer = ask(model, processor, [image, crop], question, max_new_tokens)
+    crop = crop.resize(refined_size(box, image.size, method.official_size), resample=_lanczos())
+    answer = ask([image, crop], texts.second, count)
     # lam as large as an even share of the attention, so that quotients of faint patches do not blow up
-    score = contrast(asked, general, 1 / asked.shape[2], steps)
+    score = contrast(asked, general, 1 / asked.shape[2], method.steps)
     return Refined(answer, first, crop, box, mask, pixels, score)
 
 
-def middle_layers(depth: int) -> list[int]:
-    """Layers 20 to 25 of 32, and the same share of other depths."""
-    first = min(depth * 5 // 8, depth - 1)
-    return list(range(first, max(first + 1, depth * 13 // 16)))
-
-
 def read(
-    model: Any, processor: Any, image: Any, text: str, layers: Sequence[int], count: int
+    model: Any, ask: Ask, image: Any, text: str, layers: Sequence[int], count: int
 ) -> tuple[Tensor, tuple[tuple[int, int], str], str]:
     """(T, layers, N) attention to the patches while a text is answered; their grid and how it lies on the
     picture; the answer.
     """
     with watching(model, layers) as watch:
-        answer = ask(model, processor, [image], text, count)
+        answer = ask([image], text, count)
     return watch.attention(), (watch.grid, watch.view), answer
 
 
 def ask(model: Any, processor: Any, images: Sequence[Any], text: str, count: int) -> str:
-    """The greedy answer to a text about some pictures, with the prompt that ``vlmprune.encode`` makes."""
-    made = processor(images=list(images), text=prompt(processor, text, len(images)), return_tensors="pt")
+    """The greedy answer to a prompt about some pictures."""
+    made = processor(images=list(images), text=text, return_tensors="pt")
     inputs = made.to(model.device, model.dtype)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, use_cache=True)
