@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from vlmprune.evaluation.report import text
 from vlmprune.evaluation.report.speed import SPEED_COLUMNS
 from vlmprune.models import adapter_for
 from vlmprune.plain import read
-from vlmprune.speed import shapes
+from vlmprune.speed import conditions, shapes
 from vlmprune.speed.card import Effort, measure, save
 from vlmprune.speed.free import FreeSide
 from vlmprune.speed.row import SpeedRow
@@ -286,6 +287,17 @@ def test_a_family_without_an_adapter_is_named_and_refused_before_it_is_built(mon
 def test_a_scale_that_does_not_divide_is_told():
     with pytest.raises(SpecError, match="scale=3 does not divide"):
         shapes.config_of("llava-1.5-7b", 3)
+
+
+def test_the_commit_is_found_through_the_link_of_an_editable_install(tmp_path, monkeypatch):
+    real = Path(conditions.__file__).resolve()
+    (tmp_path / "vlmprune").symlink_to(real.parents[1])
+    beside = conditions.commit()
+    monkeypatch.setattr(conditions, "__file__", str(tmp_path / "vlmprune" / "speed" / "conditions.py"))
+    assert conditions.commit() == beside
+    git = ["git", "-C", str(real.parents[2]), "status", "--porcelain", "."]
+    changed = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    assert str(beside).endswith("-dirty") == bool(changed)
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ def processors() -> list[str]:
 
 def commit() -> str | None:
     """Commit of the package, with "-dirty" when its files differ from it; None outside a checkout."""
-    # the folder above vlmprune/
-    git = ["git", "-C", str(Path(__file__).parents[2])]
+    # the folder above vlmprune/, which an editable install finds through a link that git does not see
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
