@@ -289,6 +289,72 @@ def test_a_scale_that_does_not_divide_is_told():
         shapes.config_of("llava-1.5-7b", 3)
 
 
+# --- smaller pictures -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_qwen():
+    """The shape of Qwen2.5-VL with narrow layers, and a picture of 8 x 8 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        shape = shapes.SHAPES["qwen2.5-vl-7b"]
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "depth": 4,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        }
+        text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text |= {"num_key_value_heads": 4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+        narrow = replace(
+            shape,
+            vision={**shape.vision, **vision, "fullatt_block_indexes": [1, 3]},
+            text={**shape.text, **text},
+            image=(224, 224),
+        )
+        patch.setitem(shapes.SHAPES, "qwen2.5-vl-7b", narrow)
+        yield make_workload("qwen2.5-vl-7b", batch=2, text=10, scale=1)
+
+
+def test_a_smaller_picture_is_timed_from_the_picture_on(small_qwen):
+    assert small_qwen.text_tokens == 12  # with what stands around a picture
+    specs = ["uniform@16", "downsample@16", "downsample@0.5"]
+    rows, left_out = measure(small_qwen, specs, answer_tokens=2, effort=ONCE)
+    dense, uniform, small, half = rows
+    assert not left_out and [row.spec for row in rows] == ["dense", *specs]
+    # the same tokens in the language model, and fewer in the tower
+    assert small.tokens_per_layer == uniform.tokens_per_layer == (16.0, 16.0)
+    assert half.tokens_per_layer == (30.0, 30.0)  # 5 x 6 of 8 x 8: the nearest shape within 32
+    assert small.flops < uniform.flops < dense.flops
+    assert small.choosing_s is None and small.versus_free_k is None and small.logits_difference is None
+    # what is pruned in the model reads the picture of dense
+    assert uniform.processor_s == dense.processor_s and small.processor_s not in (None, dense.processor_s)
+    assert dense.versus_dense_picture == 1.0
+    both = dense.processor_s + dense.first_token_s
+    assert small.versus_dense_picture == pytest.approx(both / (small.processor_s + small.first_token_s))
+    assert small.text_tokens == dense.text_tokens == 12
+
+
+def test_the_smaller_prompt_is_the_other_one_but_for_its_picture(small_qwen):
+    small = small_qwen.smaller("downsample@16")
+    image = small_qwen.model.config.image_token_id
+    text, whole = (w.inputs["input_ids"][0] for w in (small, small_qwen))
+    assert torch.equal(text[text != image], whole[whole != image])
+    assert [int((ids == image).sum()) for ids in (text, whole)] == [16, 64]
+    assert small.inputs["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
+    again = small.reading()
+    assert all(torch.equal(again[name], small.inputs[name]) for name in small.inputs)
+
+
+def test_pictures_that_cannot_be_shrunk_are_left_out_with_the_reason(tiny):
+    rows, left_out = measure(tiny, ["downsample@16"], answer_tokens=2, effort=ONCE)
+    assert [row.spec for row in rows] == ["dense"] and rows[0].processor_s > 0
+    assert "at one size" in left_out[0].reason
+    bare = replace(tiny, reading=None)
+    with pytest.raises(UnsupportedError, match=r"is given pixels without one; take --model qwen2\.5-vl"):
+        bare.smaller("downsample@16")
+
+
 def test_the_commit_is_found_through_the_link_of_an_editable_install(tmp_path, monkeypatch):
     real = Path(conditions.__file__).resolve()
     (tmp_path / "vlmprune").symlink_to(real.parents[1])

@@ -6,6 +6,8 @@
 * choosing: score, select and cut, as the session clocks it on the host; what is read while the tower runs is
   in the first token.
 * dense: nothing attached, with the attention back end that is fastest for it here; all use the same one.
+* processor: from the picture to the inputs, a smaller picture included. What is pruned in the model has the
+  inputs of dense, and their time.
 * free k: tower, then the language model on the very tokens that the method keeps (``free.FreeSide``).
 
 Everything is timed in interleaved rounds. Times are medians with the 20th and 80th percentile; ratios are
@@ -27,7 +29,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..api import prune
 from ..errors import EvaluationError, SpecError, UnsupportedError
+from ..models.shrink import shrinks
 from ..plain import plain, read
+from ..spec import parse
 from ..textfile import replace_text
 from .conditions import conditions, device_name
 from .free import FreeSide
@@ -69,6 +73,7 @@ class _Times:
     first: Mapping[str, list[float]]
     whole: Mapping[str, list[float]]
     choosing: Mapping[str, list[float]]
+    processor: Mapping[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -98,19 +103,11 @@ def measure(
     effort = effort or Effort()
     tell(f"{workload.name}: finding the fastest attention")
     attention, tried = best_attention(workload, rounds=min(3, effort.rounds))
-    sessions, left_out = {}, []  # canonical spec -> (session, its ideal)
-    for text in dict.fromkeys(specs):
-        if text == DENSE:
-            continue
-        try:
-            session = prune(workload.model, text)
-            # watches one pruned call, so that what a method cannot do here is known before anything is timed
-            sessions[session.spec] = (session, FreeSide(session, workload.first_token))
-        except UnsupportedError as error:
-            left_out.append(LeftOut(workload.name, text, str(error)))
+    sessions, smaller, left_out = _prepared(workload, specs)
     choosing: dict[str, list[float]] = {spec: [] for spec in sessions}
-    first = _first_tokens(workload, sessions, choosing, effort, tell)
-    times = _Times(first, _answers(workload, sessions, answer_tokens, effort, tell), choosing)
+    first, processor = _first_tokens(workload, sessions, smaller, choosing, effort, tell)
+    whole = _answers(workload, sessions, smaller, answer_tokens, effort, tell)
+    times = _Times(first, whole, choosing, processor)
     tell(f"{workload.name}: counting operations and memory")
     common = {
         "model": workload.name,
@@ -138,7 +135,32 @@ def measure(
         difference = float((free.first_token() - free.logits).abs().max())
         measured = _Measured(_report(session).tokens_per_layer, *counts, difference)
         rows.append(_row(spec, times, measured, common))
+    for spec, small in smaller.items():
+        measured = _Measured([_dense_tokens(small)] * len(layers), *_counted(small))
+        rows.append(_row(spec, times, measured, common))
     return rows, left_out
+
+
+def _prepared(
+    workload: Workload, specs: Iterable[str]
+) -> tuple[dict[str, tuple[Session, FreeSide]], dict[str, Workload], list[LeftOut]]:
+    """By spec a session with its ideal, or a workload with smaller pictures; and what cannot run."""
+    sessions: dict[str, tuple[Session, FreeSide]] = {}
+    smaller: dict[str, Workload] = {}
+    left_out = []
+    for text in dict.fromkeys(specs):
+        if text == DENSE:
+            continue
+        try:
+            if shrinks(text):
+                smaller[str(parse(text))] = workload.smaller(text)
+                continue
+            session = prune(workload.model, text)
+            # watches one pruned call, so that what a method cannot do here is known before anything is timed
+            sessions[session.spec] = (session, FreeSide(session, workload.first_token))
+        except UnsupportedError as error:
+            left_out.append(LeftOut(workload.name, text, str(error)))
+    return sessions, smaller, left_out
 
 
 def best_attention(workload: Workload, rounds: int) -> tuple[str, dict[str, float]]:
@@ -176,11 +198,14 @@ class _Attention:
 def _first_tokens(
     workload: Workload,
     sessions: dict[str, tuple[Session, FreeSide]],
+    smaller: Mapping[str, Workload],
     choosing: dict[str, list[float]],
     effort: Effort,
     tell: Tell,
-) -> dict[str, list[float]]:
-    """Seconds to the first token of every side, by round; ``choosing`` takes what the sessions clock."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds to the first token of every side, by round, and those of its processor where it has its own;
+    ``choosing`` takes what the sessions clock.
+    """
 
     def attached(session: Session) -> None:
         workload.first_token()
@@ -196,6 +221,10 @@ def _first_tokens(
         # bound now: a lambda in this loop would see the last session only
         entries[spec] = (session, partial(attached, session))
         entries[f"free {spec}"] = (None, partial(free, side))
+    reading = {DENSE: workload.reading} | {spec: small.reading for spec, small in smaller.items()}
+    entries |= {spec: (None, small.first_token) for spec, small in smaller.items()}
+    # in the same rounds, so that both can be added up
+    entries |= {f"read {spec}": (None, made) for spec, made in reading.items() if made is not None}
     times = race(
         entries,
         effort.rounds,
@@ -205,14 +234,20 @@ def _first_tokens(
     for values in choosing.values():
         # race drops its own warm-up; the clock of the session knows nothing of it
         del values[: effort.warmup]
-    return times
+    return times, {spec: times[f"read {spec}"] for spec, made in reading.items() if made is not None}
 
 
 def _answers(
-    workload: Workload, sessions: dict[str, tuple[Session, FreeSide]], tokens: int, effort: Effort, tell: Tell
+    workload: Workload,
+    sessions: dict[str, tuple[Session, FreeSide]],
+    smaller: Mapping[str, Workload],
+    tokens: int,
+    effort: Effort,
+    tell: Tell,
 ) -> dict[str, list[float]]:
     entries: dict[str, Entry] = {DENSE: (None, lambda: workload.answer(tokens))}
     entries |= {spec: (session, lambda: workload.answer(tokens)) for spec, (session, _) in sessions.items()}
+    entries |= {spec: (None, partial(small.answer, tokens)) for spec, small in smaller.items()}
     counter = _counter(workload, f"answers of {tokens} tokens", effort.answers + effort.warmup, tell)
     return race(entries, effort.answers, warmup=effort.warmup, on_round=counter)
 
@@ -251,7 +286,13 @@ def _row(spec: str, times: _Times, measured: _Measured, common: Mapping[str, Any
         "versus_dense": ratios(times.first[DENSE], times.first[spec]),
         "versus_dense_total": ratios(times.whole[DENSE], times.whole[spec]),
     }
-    if spec != DENSE:
+    if DENSE in times.processor:
+        before = {name: times.processor.get(name, times.processor[DENSE]) for name in (DENSE, spec)}
+        lists["processor_s"] = before[spec]
+        lists["versus_dense_picture"] = ratios(
+            *(list(map(sum, zip(before[name], times.first[name], strict=True))) for name in (DENSE, spec))
+        )
+    if spec in times.choosing:
         free = times.first[f"free {spec}"]
         lists |= {
             "choosing_s": times.choosing[spec],

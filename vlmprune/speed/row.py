@@ -16,6 +16,10 @@ class SpeedRow:
         p20, p80: 20th and 80th percentile of the times and ratios, by the name of the field.
         versus_dense, versus_dense_total: how many times sooner than with dense the first token and the whole
             answer are there.
+        processor_s: from the picture to the inputs of the model, where a processor makes them; a smaller
+            picture is made here too.
+        versus_dense_picture: how many times sooner than with dense the first token is there, counted from the
+            picture: processor, vision tower and language model.
         free_k_s: first token of the ideal baseline, the same model given only the kept tokens.
         versus_free_k: first token of this row divided by that of the ideal.
         ideal_versus_dense: speed-up of the ideal.
@@ -36,11 +40,13 @@ class SpeedRow:
     rounds: int | None = None
     answer_rounds: int | None = None
     note: str = ""
+    processor_s: float | None = None
     choosing_s: float | None = None
     first_token_s: float
     total_s: float
     versus_dense: float | None = None
     versus_dense_total: float | None = None
+    versus_dense_picture: float | None = None
     free_k_s: float | None = None
     versus_free_k: float | None = None
     ideal_versus_dense: float | None = None

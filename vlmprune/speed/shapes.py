@@ -179,18 +179,23 @@ def random_model(config: Any, device: str, dtype: torch.dtype) -> nn.Module:
 
 def inputs_of(name: str, model: Any, batch: int = 1, text: int = 60) -> dict[str, Tensor]:
     """A batch of equal prompts: one picture of random pixels, with ``text`` text tokens around it."""
+    # drawn on the CPU, so that every device gets the same
+    random = torch.Generator().manual_seed(1)
+    return prompt_of(name, model, _pixels(SHAPES[name], model.config, batch, random), batch, text)
+
+
+def prompt_of(name: str, model: Any, given: Mapping[str, Tensor], batch: int, text: int) -> dict[str, Tensor]:
+    """The same about given pixels, on the device and in the dtype of the model."""
     shape, weight = SHAPES[name], model.get_input_embeddings().weight
     random = torch.Generator().manual_seed(1)
-    # drawn on the CPU, so that every device gets the same
-    pixels = {
-        key: value.to(weight.device) for key, value in _pixels(shape, model.config, batch, random).items()
-    }
+    pixels = {key: value.to(weight.device) for key, value in given.items()}
     pixels["pixel_values"] = pixels["pixel_values"].to(weight.dtype)
     # as in the prompt of LLaVA-1.5: system text before the picture, a short question behind it
     first = 3 * text // 5
     # no special tokens of the vocabularies here: those come before 100 or from 32000 on
     before, after = (torch.randint(100, 30000, (count,), generator=random) for count in (first, text - first))
-    image = torch.full((_placeholders(shape, model.config),), model.config.image_token_id)
+    slots = _placeholders(shape, model.config, given.get("image_grid_thw"))
+    image = torch.full((slots,), model.config.image_token_id)
     start, end = (torch.tensor(shape.around[i : i + 1], dtype=torch.long) for i in (0, 1))
     ids = (
         torch.cat([before, start, image, end, after]).to(weight.device).expand(batch, -1).contiguous()
@@ -222,9 +227,15 @@ def _pixels(shape: Shape, config: Any, batch: int, random: torch.Generator) -> d
     }
 
 
-def _placeholders(shape: Shape, config: Any) -> int:
-    """Slots that one picture takes in the prompt: its tokens, and newlines where the family has them."""
+def _placeholders(shape: Shape, config: Any, patches: Tensor | None = None) -> int:
+    """Slots that one picture takes in the prompt: its tokens, and newlines where the family has them.
+
+    Args:
+        patches: (B, 3) times, rows and columns of patches, where a processor made them.
+    """
     side, vision = config.vision_config.patch_size, config.vision_config
+    if patches is not None:
+        return int(patches[0].prod()) // vision.spatial_merge_size**2
     if shape.family == "qwen2_5_vl":
         merged = side * vision.spatial_merge_size
         return (shape.image[0] // merged) * (shape.image[1] // merged)

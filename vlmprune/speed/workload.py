@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import EvaluationError, SpecError
+from ..errors import EvaluationError, SpecError, UnsupportedError
 from ..example_picture import picture
 from ..hooks.vision.encode import run_encoder
 from ..models import Adapter, adapter_for
 from ..models.loading import check_device, load, prompt
+from .reading import Reading, reading_of_shape
 from .shapes import SHAPES, build, inputs_of
 
 SCALE_ON_CPU = 4
@@ -30,6 +31,7 @@ class Workload:
         name: how rows call the model; says when it is scaled.
         inputs: of the model, on its device.
         note: what must be known about the numbers.
+        reading: makes the inputs of a picture; None where no processor did.
     """
 
     name: str
@@ -37,6 +39,17 @@ class Workload:
     inputs: Mapping[str, Tensor]
     adapter: Adapter
     note: str = ""
+    reading: Reading | None = None
+
+    def smaller(self, spec: str) -> Workload:
+        """The same prompts about pictures that a spec of the picture slot shrinks."""
+        if self.reading is None:
+            raise UnsupportedError(
+                f"{spec!r} shrinks a picture, and {self.name} is given pixels without one; take "
+                "--model qwen2.5-vl-7b, or a checkpoint that reads pictures of any size"
+            )
+        reading = self.reading.smaller(self.adapter, spec)
+        return replace(self, inputs=reading(), reading=reading)
 
     @property
     def batch(self) -> int:
@@ -114,8 +127,13 @@ def make_workload(
     if name not in SHAPES:
         model, processor = load(name, device, dtype, trust_remote_code)
         words = prompt(processor, "What is in the picture?")
-        made = processor(images=[picture()] * batch, text=[words] * batch, return_tensors="pt")
-        return Workload(name, model, dict(made.to(model.device, model.dtype)), adapter_for(model))
+
+        def make(images: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Tensor]:
+            made = processor(images=list(images), text=[words] * batch, return_tensors="pt", **options)
+            return dict(made.to(model.device, model.dtype))
+
+        reading = Reading(processor, [picture()] * batch, make)
+        return Workload(name, model, reading(), adapter_for(model), reading=reading)
     cuda = device.startswith("cuda")
     scale = scale or (1 if cuda else SCALE_ON_CPU)
     # a torch.dtype
@@ -128,4 +146,6 @@ def make_workload(
         if scale > 1
         else "."
     )
-    return Workload(label, model, inputs_of(name, model, batch, text), adapter_for(model), note)
+    shown = reading_of_shape(name, model, batch, text)
+    inputs = inputs_of(name, model, batch, text) if shown is None else shown()
+    return Workload(label, model, inputs, adapter_for(model), note, shown)

@@ -82,6 +82,15 @@ SPEED_COLUMNS: tuple[Column[SpeedRow], ...] = (
         spare=3,
     ),
     Column(
+        "processor_s",
+        title="processor",
+        hint="from the picture to the inputs, making it smaller included; median, [20 %, 80 %]",
+        value=lambda r: r.processor_s,
+        text=lambda r: _spread(r, "processor_s"),
+        short=lambda r: seconds(r.processor_s),
+        spare=7,
+    ),
+    Column(
         "choosing_s",
         title="choosing",
         hint="score, select and cut, as clocked on the host; median, [20 %, 80 %]",
@@ -104,6 +113,14 @@ SPEED_COLUMNS: tuple[Column[SpeedRow], ...] = (
         hint="dense divided by this, within a round",
         value=lambda r: r.versus_dense,
         text=lambda r: times(r.versus_dense),
+    ),
+    Column(
+        "versus_dense_picture",
+        title="from the picture, speed-up",
+        hint="dense divided by this, processor and first token together, within a round",
+        value=lambda r: r.versus_dense_picture,
+        text=lambda r: times(r.versus_dense_picture),
+        spare=3,
     ),
     Column(
         "versus_free_k",
