@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmprune.cli import app, board
+from vlmprune.cli.agreement import show
 from vlmprune.errors import EvaluationError
 from vlmprune.evaluation.leaderboard.published import Published, shipped
 from vlmprune.evaluation.report import agreement as module
@@ -233,9 +234,10 @@ def test_the_printed_order_at_64_tokens_is_that_of_the_papers() -> None:
 
 
 def test_it_stands_under_the_table_of_a_model_that_has_one() -> None:
+    names = ("holov", "zooprune", "divprune", "visionzip", "fastv")
     rows = [
         DENSE,
-        *(retained(f"{name}@0.111", 50 + i) for i, name in enumerate(("holov", "divprune", "fastv"))),
+        *(retained(f"{name}@0.111", 50 + i) for i, name in enumerate(names)),
     ]
     for model, there in (("tiny", True), ("some/model", False)):
         mine = [
@@ -247,6 +249,24 @@ def test_it_stands_under_the_table_of_a_model_that_has_one() -> None:
         text = screen.file.getvalue()
         assert ("beside the published averages of llava-1.5-7b" in text) is there
         assert ("fastv above holov at 0.111" in text) is there
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_an_order_of_few_methods_is_not_compared(count: int) -> None:
+    names = ("holov", "divprune", "visionzip", "fastv")[:count]
+    rows = [DENSE, *(retained(f"{name}@20", 50 + i) for i, name in enumerate(names))]
+    found = agreements(rows, {"tiny": table()})
+    assert found[0].pairs == count * (count - 1) / 2
+    line = dict(zip(HEAD, cells(found[0]), strict=True))
+    assert line["Spearman"] == "too few methods" and line["p"] == line["Kendall"] == "\N{EN DASH}"
+    assert not any(text.startswith("Mean of Spearman") for text in sentences([found[0], found[0]]))
+    screen = Console(file=StringIO(), width=100)
+    show(found, screen)
+    said = " ".join(screen.file.getvalue().split())
+    assert f"too few methods are published at these budgets to compare ({count} at 20); 5 are" in said
+    assert "Spearman" not in said
+    show(found, screen, methods=True)  # asked for, it shows what there is
+    assert "Spearman" in screen.file.getvalue()
 
 
 def test_the_command_reads_a_run(run_folder) -> None:

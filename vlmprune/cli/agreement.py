@@ -96,6 +96,9 @@ def show(found: Sequence[Agreement], screen: Console, methods: bool = False) -> 
 
     if not found:
         return
+    if not methods and (said := text.too_few(found)):
+        screen.print(plain(said), style="dim")
+        return
     screen.print(plain(text.title(found[0])), style="bold")
     columns = text.used_head(found)
     made = table(*(text.HEAD[i] for i in columns))

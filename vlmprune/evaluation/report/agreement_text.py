@@ -25,17 +25,20 @@ HEAD = (
 )
 METHODS_HEAD = ("method", "query", "here", "published", "sources", "of print")
 NAMED = 4
+FEWEST = 5  # with four, one order in twelve agrees as well as can be, or as badly
+TOO_FEW = "too few methods"
 
 
 def cells(found: Agreement) -> list[str]:
     """One budget, under ``HEAD``."""
-    whole = found.whole
+    few = len(found.standings) < FEWEST
+    whole = None if few else found.whole
     swapped, total = found.one_table
     apart = len(found.swapped)
     return [
         found.keep,
         str(len(found.standings)),
-        _estimate(whole.spearman) if whole else NOTHING,
+        _estimate(whole.spearman) if whole else TOO_FEW if few else NOTHING,
         ", ".join(map(_correlation, whole.by_seed)) if whole else NOTHING,
         p_value(whole.p).removeprefix("= ") if whole else NOTHING,
         _estimate(whole.kendall) if whole else NOTHING,
@@ -67,6 +70,17 @@ def method_cells(one: Standing) -> list[str]:
     ]
 
 
+def too_few(found: Sequence[Agreement]) -> str:
+    """Why nothing is said of one model; empty where one of its budgets has enough methods."""
+    if any(len(one.standings) >= FEWEST for one in found):
+        return ""
+    counts = ", ".join(f"{len(one.standings)} at {one.keep}" for one in found)
+    return (
+        f"Order of methods beside the published averages of {found[0].table}: {TOO_FEW} are published at "
+        f"these budgets to compare ({counts}); {FEWEST} are needed. configs/agreement.yaml has more."
+    )
+
+
 def title(found: Agreement) -> str:
     seeds = f", mean of {found.seeds} seeds," if found.seeds > 1 else ""
     return f"{found.model}{seeds} beside the published averages of {found.table}: order of methods"
@@ -87,7 +101,7 @@ def sentences(found: Sequence[Agreement]) -> list[str]:
     """About all budgets of one model, a point each."""
     seeds = any(one.seeds > 1 for one in found)
     said = [_how_to_read(seeds)]
-    known = [one.whole.spearman.value for one in found if one.whole]
+    known = [one.whole.spearman.value for one in found if one.whole and len(one.standings) >= FEWEST]
     if len(known) > 1:
         said.append(f"Mean of Spearman over {len(known)} budgets: {_correlation(fmean(known))}.")
     held_out = [(one.keep, one.held_out.by_seed) for one in found if one.held_out and one.held_out.by_seed]
