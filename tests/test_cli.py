@@ -99,6 +99,19 @@ def test_list_families():
     assert sorted(json.loads(cli("list", "--families", "--json").stdout)) == families()
 
 
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_every_family_has_one_line(width):
+    made = CliRunner().invoke(app, ["list", "--families"], env={"COLUMNS": width}).stdout
+    lines = [line.split() for line in made.splitlines()]
+    rows = {words[0]: words for words in lines if words and words[0] in families()}
+    assert sorted(rows) == families() and {len(words) for words in rows.values()} == {6}
+    table = json.loads(cli("list", "--families", "--json").stdout)
+    for family, (_, methods, video, *_) in rows.items():
+        runs = sum(cells["runs"] == "yes" for cells in table[family]["methods"].values())
+        assert methods == str(runs or "-")
+        assert video == ("yes" if table[family]["capabilities"]["video"] == "yes" else "no")
+
+
 @pytest.mark.parametrize("method", vlmprune.list_methods())
 def test_show_says_what_a_method_is_and_its_example_parses(method):
     text, info = cli("show", method).stdout, json.loads(cli("show", method, "--json").stdout)

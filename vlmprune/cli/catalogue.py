@@ -92,6 +92,9 @@ def quantity(need: str) -> str:
     return need.partition("@")[0]
 
 
+_WORDS_OF_CELLS = {"yes": "yes", "no": "no", "not measured": "?"}
+
+
 def _list_families(as_json: bool) -> None:
     """What every family can do, as it was measured."""
     from ..capabilities import table as measured
@@ -100,24 +103,26 @@ def _list_families(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    shown = table("family", "methods", "video", "cannot", "not measured")
+    count = max(len(row["methods"]) for row in rows.values())
+    # capability -> "yes", "no: reason", or "not measured", of each family: a column where they differ
+    able = {
+        name: [_WORDS_OF_CELLS[row["capabilities"][name].partition(":")[0]] for row in rows.values()]
+        for name in next(iter(rows.values()))["capabilities"]
+    }
+    differ = [name for name, cells in able.items() if len(set(cells)) > 1]
+    # by words, so that a heading takes lines and not width
+    headings = (name.replace(" ", "\n").replace("-", "-\n") for name in differ)
+    shown = table("family", f"of {count}\nmethods", *headings)
     shown.columns[0].no_wrap = True  # a name that is broken cannot be searched for
-    for family, row in rows.items():
-        # capability -> "yes", "no: reason", or "not measured"
-        methods, able = row["methods"], row["capabilities"]
-        cannot, unknown = (
-            [name for name, cell in able.items() if cell.startswith(word)] for word in ("no:", "not measured")
-        )
-        if len(unknown) == len(able):
-            shown.add_row(Text(family, style="bold"), "-", "-", "-", "all")
-            continue
-        count = f"{sum(cells['runs'] == 'yes' for cells in methods.values())} of {len(methods)}"
-        clips = "yes" if able["video"] == "yes" else "as images"
-        others = ", ".join(name for name in cannot if name != "video")
-        shown.add_row(Text(family, style="bold"), count, clips, others or "-", ", ".join(unknown) or "-")
+    for number, (family, row) in enumerate(rows.items()):
+        runs = sum(cells["runs"] == "yes" for cells in row["methods"].values())
+        shown.add_row(Text(family, style="bold"), str(runs or "-"), *(able[name][number] for name in differ))
     stdout().print(shown)
+    unknown = [name for name, cells in able.items() if set(cells) == {"?"}]
+    nowhere = f" Not measured anywhere: {', '.join(unknown)}." if unknown else ""
     stdout().print(
-        "All else works: batches, beams, caches, training; --json has every method and the reasons.",
+        f"?: not measured. Without video, clips are images of one prompt.{nowhere} All else works: batches, "
+        "beams, caches, training; --json has every method and the reasons.",
         style="dim",
     )
 
