@@ -47,7 +47,7 @@ def edit_journal(folder, change, spec="fastervlm@36"):
     ("changes", "message"),
     [
         ({"failed": 3}, r"3 of \d+ generations failed"),
-        ({"empty": 2}, r"2 of \d+ answers are empty"),
+        ({"empty": 9}, r"9 of \d+ answers are empty"),
         ({"firings": 0}, "no hook fired"),
         ({"fingerprint": None}, "names no cell"),
         ({"fingerprint": "0" * 16}, "cannot be read"),
@@ -145,7 +145,7 @@ def test_many_problems_are_counted_and_twenty_are_shown(broken_run):
 def test_all_bad_rows_are_named_at_once(broken_run):
     def change(results):
         row_of(results)["failed"] = 1
-        row_of(results, "holov@9", "model-b")["empty"] = 1
+        row_of(results, "holov@9", "model-b")["empty"] = 9
 
     edit(broken_run, change)
     with pytest.raises(EvaluationError, match="fastervlm@36") as caught:

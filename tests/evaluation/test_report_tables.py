@@ -26,6 +26,7 @@ from vlmprune.evaluation.report.load import Results
 from vlmprune.evaluation.report.pivot import pivots
 from vlmprune.evaluation.report.table import Column, used, winners
 from vlmprune.evaluation.report.text import interval, p_value, ratio, signed
+from vlmprune.evaluation.report.verdict import limits
 from vlmprune.evaluation.stats.summary import Band, Headline, Row, Worst
 from vlmprune.plain import flat, plain
 
@@ -122,9 +123,17 @@ def test_tokens_are_given_per_question_and_per_picture():
 
 
 def test_only_blind_may_say_nothing():
-    said = list(_unbelievable(row("holov@9", empty=2)))
-    assert len(said) == 1 and "2 of 100 answers are empty" in said[0]
-    assert list(_unbelievable(row("blind", empty=2))) == []
+    said = list(_unbelievable(row("holov@9", empty=6)))
+    assert len(said) == 1 and "6 of 100 answers are empty" in said[0]
+    assert list(_unbelievable(row("blind", empty=6))) == []
+
+
+def test_a_few_empty_answers_are_told_and_not_refused():
+    few = row("holov@9", empty=5)
+    assert list(_unbelievable(few)) == []
+    told = "Answers that are empty count as wrong: 5 of 100 of holov@9."
+    assert told in limits([few, row("blind", empty=9)], None)
+    assert len(list(_unbelievable(row("dense", empty=1)))) == 1  # an unpruned model has no excuse
 
 
 def test_methods_that_read_the_question_are_marked():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..stats.summary import Headline, Row
+from ..stats.summary import BLIND, Headline, Row
 from .judge import LEVEL, Side, merged, series, side
 from .text import ratio
 
@@ -52,6 +52,9 @@ def limits(rows: Sequence[Row], headline: Headline | None) -> list[str]:
         said.append(
             f"With only {clusters} sets of pictures the intervals are wide, and near 0 and 100 % too short."
         )
+    silent = [f"{row.empty} of {row.n} of {row.spec}" for row in rows if row.empty and row.method != BLIND]
+    if silent:
+        said.append(f"Answers that are empty count as wrong: {', '.join(silent)}.")
     if headline is not None and not headline.families:
         said.append("The dense model has learnt none of the families, so these accuracies mean nothing.")
     elif headline is not None and headline.excluded:
