@@ -21,7 +21,7 @@ from .core.select import choose, choose_own
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
 from .hooks.session import Session
-from .hooks.vision.encode import run_encoder
+from .hooks.vision.encode import left_of, run_encoder
 from .hooks.vision.pictures import make_units, stack_units
 from .models import Adapter, adapter_for
 from .models.bare import is_tower, tower_tensors
@@ -198,6 +198,7 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
             continue
         capture = adapter.capture(needs_of(built))
         _, (pictures,) = run_encoder(adapter, modality, inputs, [capture])  # one capture, one list
+        pictures = left_of(adapter, modality, pictures, inputs)
         units = make_units(pictures, [[p] for p in range(len(pictures))], "image")  # one of each picture
         for number, unit in enumerate(units):
             tokens = stack_units([unit], pictures, needs_of(built), adapter.projector)
@@ -207,7 +208,7 @@ def _score(model: Any, inputs: Mapping[str, Any], method: str | Spec | Method) -
             blank = ScoreMap(
                 scores, grids=grids, method=text, view=pictures[number].view, index=seen + number
             )
-            maps += _by_frame(blank) if pictures[number].frames else [blank]
+            maps += _by_frame(blank) if pictures[number].frames and unit.grids else [blank]
         seen += len(pictures)
     if not maps:
         pixels = [modality.pixels for modality in adapter.modalities]

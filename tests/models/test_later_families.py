@@ -194,18 +194,6 @@ def test_the_last_block_that_attends_is_read_where_others_stand_behind_it() -> N
     assert run.last.realised_tokens == [9]
 
 
-def test_a_clip_whose_tokens_the_model_drops_by_itself_is_refused() -> None:
-    model = available("video_llama_3")
-    inputs = tiny_inputs("video_llama_3", images=(0,), video=True)
-    kept = torch.ones(int((inputs["input_ids"] == model.config.video_token_id).sum()), dtype=torch.bool)
-    with (
-        pytest.raises(UnsupportedError, match="leave it out"),
-        vlmprune.prune(model, "divprune@9"),
-        torch.no_grad(),
-    ):
-        model(**inputs, video_compression_mask=kept)
-
-
 def read_by(model: Any, inputs: dict[str, Tensor], spec: str) -> tuple[dict[str, Any], Any]:
     """What the language model is given while a method is attached, and the report."""
     seen: list[dict[str, Any]] = []

@@ -179,6 +179,7 @@ def _of_smaller(report: Report, spec: Spec, length: int, whole: int) -> Report:
         report,
         method=str(spec),
         dense_tokens=[whole],
+        encoded_tokens=[whole],
         realised_tokens=[tokens],
         layer_tokens=[layers],
         sequence=(length, read),

@@ -21,7 +21,7 @@ from ..errors import InvariantError, SpecError, VlmPruneError
 from ..viz import VIEWS
 from .budget import Budget
 from .grid import boxes, union_area
-from .owned import owned, owned_scores
+from .owned import owned, owned_indices, owned_scores
 from .replay import Replay
 from .select import top_k
 
@@ -122,7 +122,7 @@ class _Map:
         values = {name: value for name, value in vars(self).items() if value is not None and name != "image"}
         fields = _stamp(type(self)) | values
         tensors: dict[str, Tensor] = {
-            name: fields.pop(name) for name in ("keep_idx", "scores", "joins") if name in fields
+            name: fields.pop(name) for name in ("keep_idx", "scores", "joins", "left") if name in fields
         }
         if suffix == ".json":
             lists = {name: tensor.tolist() for name, tensor in tensors.items()}
@@ -236,6 +236,8 @@ class KeepMap(_Map):
             row stands that it became part of, -1 where it is dropped; -2, -3, ... are the first, second, ...
             row without a place of its own. (N, J), filled up with -1, where a token may be part of several
             rows. Of a frame these are numbers in the whole clip, where a row may stand in another frame.
+        left: (M,) ascending, the tokens that a compression of the model itself left before the method chose
+            among them; None where it has none, or left all.
     """
 
     keep_idx: Tensor
@@ -248,22 +250,19 @@ class KeepMap(_Map):
     frame: int | None = None
     image: Picture | None = None
     joins: Tensor | None = None
+    left: Tensor | None = None
 
     def __post_init__(self) -> None:
-        idx = owned("keep_idx", self.keep_idx)
-        if len(idx) and idx.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise SpecError(
-                f"keep_idx is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])"
-            )
-        object.__setattr__(self, "keep_idx", idx.to(torch.int64))
         object.__setattr__(self, "total", self._settle(self.total or None))
-        wrong = self.keep_idx[(self.keep_idx < 0) | (self.keep_idx >= self.total)]
-        if len(wrong) or (self.keep_idx.diff() <= 0).any():
-            what = f"{wrong.tolist()[:5]} out of range" if len(wrong) else "entries repeated or out of order"
-            raise InvariantError(
-                f"keep_idx has {what}; expected ascending distinct indices below {self.total}: sort them "
-                "first"
-            )
+        object.__setattr__(self, "keep_idx", owned_indices("keep_idx", self.keep_idx, self.total))
+        if self.left is not None:
+            object.__setattr__(self, "left", owned_indices("left", self.left, self.total))
+            if not torch.isin(self.keep_idx, self.left).all():
+                raise InvariantError(
+                    f"keep_idx names {len(self.keep_idx)} tokens, of which left holds "
+                    f"{int(torch.isin(self.keep_idx, self.left).sum())}; expected all of them among those "
+                    "that the model itself left"
+                )
         if self.scores is not None:
             object.__setattr__(self, "scores", owned_scores(self.scores))
         if self.joins is not None:
@@ -298,6 +297,11 @@ class KeepMap(_Map):
         if token == -1:
             raise SpecError("members(-1): -1 stands for no row; rows without a place are -2, -3, ...")
         return _any(self.joins == token).nonzero()[:, 0]
+
+    @property
+    def available(self) -> int:
+        """Tokens that the method chose among: M where the model itself left fewer than N, else N."""
+        return self.total if self.left is None else len(self.left)
 
     @property
     def kept_boxes(self) -> Tensor:
@@ -344,7 +348,9 @@ class KeepMap(_Map):
         """A method that keeps exactly these tokens."""
         if not len(self):
             raise SpecError(f"{self} kept no token; replay expects a map that kept at least one")
-        return Replay(tuple(self.keep_idx.tolist()), self.total)
+        # a call in which the model drops tokens by itself counts in what it leaves
+        chosen = self.keep_idx if self.left is None else torch.searchsorted(self.left, self.keep_idx)
+        return Replay(tuple(chosen.tolist()), self.available)
 
     def draw(
         self, image: Picture | None = None, dim: float = 0.62, *, max_side: int | None = 2000
@@ -362,7 +368,8 @@ class KeepMap(_Map):
         return draw_keep(shown, self.grids, self.mask, self.view, dim, max_side, merged)
 
     def _counts(self) -> str:
-        return f"{len(self)} of {self.total} tokens"
+        own = "" if self.left is None else f" (the model itself left {self.available})"
+        return f"{len(self)} of {self.total} tokens{own}"
 
 
 def _brief(grids: Grids) -> str:

@@ -23,6 +23,21 @@ def owned(name: str, value: Any, axes: tuple[int, ...] = (1,)) -> Tensor:
     return own
 
 
+def owned_indices(name: str, value: Any, total: int) -> Tensor:
+    """(k,) int64 copy of ascending distinct indices below ``total``."""
+    idx = owned(name, value)
+    if len(idx) and idx.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise SpecError(f"{name} is {idx.dtype}; expected integer indices (of a mask: mask.nonzero()[:, 0])")
+    idx = idx.to(torch.int64)
+    wrong = idx[(idx < 0) | (idx >= total)]
+    if len(wrong) or (idx.diff() <= 0).any():
+        what = f"{wrong.tolist()[:5]} out of range" if len(wrong) else "entries repeated or out of order"
+        raise InvariantError(
+            f"{name} has {what}; expected ascending distinct indices below {total}: sort them first"
+        )
+    return idx
+
+
 def owned_scores(value: Any) -> Tensor:
     """(N,) float32 copy of finite scores."""
     scores = owned("scores", value)

@@ -24,6 +24,8 @@ class Report:
     Args:
         method: spec of what was attached.
         dense_tokens: visual tokens per image (or clip) without pruning, newline and [CLS] slots not counted.
+        encoded_tokens: those that the encoder made, where a compression of the model itself leaves fewer;
+            budgets count from ``dense_tokens``. Empty where no model was asked.
         realised_tokens: visual tokens per image that the language model read.
         layer_tokens: visual tokens of every image in each decoder layer.
         sequence: (dense, realised) padded length of the sequence that the decoder layers read.
@@ -39,10 +41,13 @@ class Report:
             patch the rows that it became part of, as in ``KeepMap.joins``.
         frames: whether the blocks of an image are frames of a clip.
         views: how boxes lie on the original picture, per image.
+        left: (N,) what the model's own compression left, of all patches in ``grids``, per image; None: all.
+            ``kept`` and ``joins`` count in it.
     """
 
     method: str
     dense_tokens: list[int] = field(default_factory=list)
+    encoded_tokens: list[int] = field(default_factory=list)
     realised_tokens: list[int] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     sequence: tuple[int, int] = (0, 0)
@@ -55,6 +60,7 @@ class Report:
     joins: dict[int, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     frames: list[bool] = field(default_factory=list, repr=False)
     views: list[str] = field(default_factory=list, repr=False)
+    left: list[Tensor | None] = field(default_factory=list, repr=False)
 
     @cached_property
     def keep(self) -> list[KeepMap]:
@@ -64,23 +70,29 @@ class Report:
         """
         maps: list[KeepMap] = []
         for number, grids in enumerate(self.grids):
-            grids = grids or ((1, self.dense_tokens[number]),)  # not known: a row of tokens in reading order
+            # not known: a row of tokens in reading order
+            grids = grids or ((1, self.dense_tokens[number]),)
             count = sum(rows * cols for rows, cols in grids)
-            index = self.kept[number]
-            keep_idx = torch.arange(count) if index is None else index.cpu()
+            index, left = self.kept[number], self.left[number] if self.left else None
+            keep_idx = torch.arange(count if left is None else len(left)) if index is None else index.cpu()
             keep_idx = keep_idx[keep_idx >= 0].sort().values
             ask = self.joins.get(number)
             joins = None if ask is None else ask().cpu()
+            if left is not None:
+                keep_idx, joins = left[keep_idx], _among_all(joins, left, count)
             told: dict[str, Any] = {"method": self.method, "view": self.views[number], "index": number}
             if not self.frames[number]:
-                maps.append(KeepMap(keep_idx, count, grids, joins=joins, **told))
+                maps.append(KeepMap(keep_idx, count, grids, joins=joins, left=left, **told))
                 continue
             start = 0
             for frame, (rows, cols) in enumerate(grids):
                 end = start + rows * cols
-                here = keep_idx[(keep_idx >= start) & (keep_idx < end)] - start
                 part = None if joins is None else joins[start:end]
-                maps.append(KeepMap(here, rows * cols, ((rows, cols),), joins=part, frame=frame, **told))
+                rest = None if left is None else _between(left, start, end)
+                own: dict[str, Any] = {"joins": part, "frame": frame, "left": rest}
+                maps.append(
+                    KeepMap(_between(keep_idx, start, end), rows * cols, ((rows, cols),), **own, **told)
+                )
                 start = end
         return maps
 
@@ -104,8 +116,9 @@ class Report:
         from ..viz.notebook import facts
 
         layers = [f"{tokens:g}" for tokens in self.tokens_per_layer]
+        own = self._compressed()
         rows = {
-            "visual tokens of each image": f"{self.realised_tokens} of {self.dense_tokens}",
+            "visual tokens of each image": f"{self.realised_tokens} of {self.dense_tokens}{own}",
             "visual tokens in each layer": ", ".join(layers) or "-",
             "sequence": f"{self.sequence[1]} of {self.sequence[0]}",
             "decode steps": self.decode_steps,
@@ -118,4 +131,26 @@ class Report:
         images = f"{len(self.dense_tokens)} image{'' if len(self.dense_tokens) == 1 else 's'}"
         detail = f" ({self.note})" if self.note else ""
         choosing = f"{self.seconds * 1e3:.1f} ms to choose"
-        return f"{self.method}: {realised} of {dense} visual tokens in {images}, {choosing}{detail}"
+        counts = f"{realised} of {dense} visual tokens{self._compressed()}"
+        return f"{self.method}: {counts} in {images}, {choosing}{detail}"
+
+    def _compressed(self) -> str:
+        """What the model itself had dropped before, as a part of a sentence; "" where it drops nothing."""
+        encoded = sum(self.encoded_tokens)
+        return (
+            "" if encoded in (0, sum(self.dense_tokens)) else f" (the model itself left these of {encoded})"
+        )
+
+
+def _between(index: Tensor, start: int, end: int) -> Tensor:
+    """(k,) those of ``index`` from ``start`` to ``end - 1``, counted from ``start``."""
+    return index[(index >= start) & (index < end)] - start
+
+
+def _among_all(joins: Tensor | None, left: Tensor, count: int) -> Tensor | None:
+    """(N,) or (N, J) joins of the patches ``left`` (n,), as joins of all ``count`` patches."""
+    if joins is None:
+        return None
+    whole = torch.full((count, *joins.shape[1:]), -1)
+    whole[left] = torch.where(joins < 0, joins, left[joins.clamp_min(0)])
+    return whole

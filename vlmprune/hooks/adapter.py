@@ -45,7 +45,7 @@ class Adapter(Protocol):
             too; None where all are like that.
         types: keyword of the multimodal model that holds these types.
         aligned: keywords of the language model that hold something of every token beside its embedding.
-        drops: keywords of the model by which it drops tokens itself: calls with one are checked first of all.
+        compresses: kinds of pictures of which the model itself may drop tokens before its language model.
         checks_features: check in every call that the sequence holds the features in the order in which they
             were encoded, where nobody declared that it does.
         numbers_padding: whether ``generate`` of this family counts padding as positions.
@@ -72,7 +72,7 @@ class Adapter(Protocol):
     text_type: ClassVar[int | None]
     types: ClassVar[str]
     aligned: tuple[str, ...]
-    drops: frozenset[str]
+    compresses: ClassVar[tuple[ModalityName, ...]]
     checks_features: bool
     numbers_padding: ClassVar[bool]
     note: str
@@ -123,3 +123,10 @@ class Adapter(Protocol):
         checks: Checks,
     ) -> list[Picture]:
         """Describe every picture of one encoder call."""
+
+    def leaves(
+        self, modality: Modality, pictures: Sequence[Picture], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """What the model itself leaves of pictures before its language model, from what it was called with:
+        (length,) bool each, on the CPU. None: all.
+        """

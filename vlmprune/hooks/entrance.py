@@ -26,6 +26,7 @@ from .sequence.placement import Columns, Placement, place
 from .sequence.text import told_apart
 from .sequence.views import SequenceView, Views
 from .state import ForwardState
+from .vision.encode import left_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Modality
@@ -40,9 +41,7 @@ def take_pictures(state: ForwardState, adapter: Adapter, spec: str, kwargs: Mapp
     for modality in adapter.modalities:
         pixels = kwargs.get(modality.pixels)
         if state.active and pixels is not None:
-            if not (isinstance(pixels, Tensor) and pixels.ndim > 1 and pixels.numel()) or adapter.drops & {
-                *kwargs
-            }:
+            if not (isinstance(pixels, Tensor) and pixels.ndim > 1 and pixels.numel()):
                 # some families skip empty pixels and leave the placeholders as they are; what looks like
                 # pixels is checked where it is encoded, since sizes on a device make the host wait
                 adapter.check(kwargs, modality)
@@ -68,6 +67,10 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
     present = [modality for modality in adapter.modalities if state.pictures.get(modality.name)]
     if not present:
         return
+    for modality in present:
+        if modality.name in adapter.compresses:
+            given = state.pictures[modality.name]
+            state.pictures[modality.name] = left_of(adapter, modality, given, state.arguments)
     visual = [placeholders(state, adapter, modality) for modality in present]
     batch, length = visual[0].shape
     valid = None
@@ -86,11 +89,13 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
         state.placements = [told_apart(state, placement) for placement in state.placements]
     pictures = [picture for placement in state.placements for picture in placement.pictures]
     report = state.report
-    report.grids = [picture.grids for picture in pictures]
+    report.grids = [picture.grids if picture.left is None else picture.encoded for picture in pictures]
+    report.left = [picture.left for picture in pictures]
     report.frames = [picture.frames for picture in pictures]
     report.views = [picture.view for picture in pictures]
     # whole in every layer, until a slot says otherwise
     report.kept = [None] * len(pictures)
+    report.encoded_tokens = [picture.encoded_count for picture in pictures]
     report.dense_tokens = [picture.count for picture in pictures]
     report.realised_tokens = list(report.dense_tokens)
     report.layer_tokens = [[count] * adapter.depth for count in report.dense_tokens]

@@ -260,6 +260,7 @@ class Session:
             active=self.enabled,
             reads_text=self.reads_text,
             counted=local.counts or kwargs.get("position_ids") is None,
+            arguments=kwargs,
         )
         given = embeds if ids is None else ids
         if local.asked is not None and given is not None and local.asked[0] is given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,6 +41,7 @@ class ForwardState:
 
     Args:
         input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model, one of them.
+        arguments: all that it was given.
         report: what users will read about it.
         given: the one of them that was given.
         new_tokens: n, columns of this forward.
@@ -110,6 +111,7 @@ class ForwardState:
     counted: bool = False
     reads_held: bool = False
     viewed: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
     new_tokens: int = field(init=False)
     given: Tensor = field(init=False, repr=False)
     embeds: Tensor = field(init=False, repr=False)

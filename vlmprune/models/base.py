@@ -55,8 +55,6 @@ class Adapter:
     aligned: tuple[str, ...] = ()
     # whether every call checks that the sequence holds the features in the order in which they were encoded
     checks_features: bool = False
-    # keywords by which the model itself drops tokens
-    drops: frozenset[str] = frozenset()
     numbers_padding: ClassVar[bool] = False  # generate counts padding as positions
     # what reports say of it
     note: str = ""
@@ -67,6 +65,8 @@ class Adapter:
     pools: ClassVar[tuple[ModalityName, ...]] = ()
     # kinds of pictures between whose tokens text stands in a prompt
     parted: ClassVar[tuple[ModalityName, ...]] = ()
+    # kinds of pictures of which the model itself may drop tokens, see ``leaves``
+    compresses: ClassVar[tuple[ModalityName, ...]] = ()
     # whether smaller pictures have fewer tiles, each of which has as many tokens as ever
     tiled: ClassVar[bool] = False
     # why smaller pictures have as many tokens, where they do
@@ -187,6 +187,14 @@ class Adapter:
     def parts(self, processor: Any, picture: Any) -> int:
         """Pictures that the model makes of a PIL picture: of its tiles, where each is one to it."""
         return 1
+
+    def leaves(
+        self, modality: Modality, pictures: Sequence[Picture], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """What a compression of the model itself leaves of each picture, (length,) bool on the CPU, or None;
+        ``arguments`` are those of the whole call.
+        """
+        return None
 
     # --- what the core calls ----------------------------------------------------------------------
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..core.method import Need
-from ..errors import UnsupportedError
+from ..errors import CaptureError
 from ..hooks.vision.capture import OF_PROJECTOR
+from ..hooks.vision.pictures import Picture
 from .base import Modality, refuse_clips
 from .merging import OfCells, averaged, normed_patches, two_layers
 from .qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
@@ -177,24 +179,31 @@ class KimiK25Adapter(StillAdapter):
 class VideoLlama3Adapter(Qwen2VLAdapter):
     """VideoLlama3ForConditionalGeneration: every picture says how many of its patches make a token.
 
-    What the model drops of a clip by itself (``video_compression_mask``) is refused: the rest forms no rows.
+    Of a clip it may leave out patches that hardly change from frame to frame, which the processor says by
+    ``video_compression_mask``; methods choose among the rest.
     """
 
     model_type = "video_llama_3"
     towers = ("video_llama_3_vision",)
     tower, connector = "vision_model", "projector"
-    drops = frozenset({"video_compression_mask"})
     positions = _BOTH
     parted = ("video",)  # the time of each frame
+    compresses = ("video",)
     merges_first = True
 
-    def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
-        super().check(arguments, modality)
-        if modality.name == "video" and arguments.get("video_compression_mask") is not None:
-            raise UnsupportedError(
-                "video_compression_mask drops tokens of clips in front of the language model, and the rest "
-                "forms no rows; leave it out (use_token_compression=False of the processor) and prune more"
+    def leaves(
+        self, modality: Modality, pictures: Sequence[Picture], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor] | None:
+        mask = arguments.get("video_compression_mask")
+        if mask is None:
+            return None
+        lengths = [picture.length for picture in pictures]
+        if mask.shape != (sum(lengths),):
+            raise CaptureError(
+                f"video_compression_mask has shape {tuple(mask.shape)}; expected one entry for each of "
+                f"{sum(lengths)} tokens of {len(pictures)} clips, as the processor returns it"
             )
+        return mask.to("cpu", torch.bool).split(lengths)
 
     def cell(self, modality: Modality, number: int, arguments: Mapping[str, Any]) -> int:
         return int(arguments[f"{modality.name}_merge_sizes"][number]) ** 2

@@ -69,7 +69,8 @@ def cut_sequence(state: ForwardState, cuts: Sequence[Cut | None], policy: Positi
         if cut is not None:
             report.realised_tokens[number] = cut.realised
             report.layer_tokens[number] = [cut.realised] * len(report.layer_tokens[number])
-            report.kept[number], report.grids[number] = cut.keep_idx, cut.grids
+            # what the model itself left forms no blocks: all that was encoded does
+            report.kept[number], report.grids[number] = cut.keep_idx, cut.grids or report.grids[number]
             if cut.joins is not None:
                 report.joins[number] = cut.joins
     embeds, view, lengths = state.embeds, state.views.at(0), state.columns.lengths

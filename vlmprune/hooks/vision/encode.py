@@ -22,7 +22,7 @@ from torch import Tensor
 from ...core.deferred import NOW
 from ...errors import InvariantError, UnsupportedError
 from .capture import VisionCapture
-from .pictures import Picture
+from .pictures import Picture, compressed
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Modality
@@ -53,6 +53,20 @@ def run_encoder(
     # under the name by which adapters look for them
     arguments[modality.pixels] = inputs[modality.pixels]
     return output, [adapter.pictures(modality, output, arguments, record.take(), NOW) for record in records]
+
+
+def left_of(
+    adapter: Adapter, modality: Modality, pictures: list[Picture], arguments: Mapping[str, Any]
+) -> list[Picture]:
+    """Pictures without what the model itself leaves out of them in front of its language model.
+
+    Args:
+        arguments: of the call of the model.
+    """
+    leaves = adapter.leaves(modality, pictures, arguments) if modality.name in adapter.compresses else None
+    if leaves is None:
+        return pictures
+    return [compressed(picture, stays) for picture, stays in zip(pictures, leaves, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,10 +42,14 @@ class Picture:
         sources: gives (N,) the number of every patch among those of its crops as the tower has them.
         joins: gives (N,) what patches became part of inside the tower, where some were averaged there.
         parted: text stands between its tokens in a prompt, such as the mark behind each row of Pixtral.
+        left: (N,) ascending, on the CPU: the patches that a compression of the model itself left, of all that
+            were encoded; None where it has none, or left all.
+        encoded: the blocks of all that were encoded, which ``left`` counts in; () without ``left``.
 
     Attributes:
         length: placeholder slots in the prompt.
         count: N, patches among them.
+        encoded_count: the same before the model itself dropped any.
         cls_count: crops with a [CLS] row of their own, where a method asked for these rows; else 1.
         word_counts: R of every text that it is asked about, where a method reads text.
     """
@@ -61,15 +65,21 @@ class Picture:
     sources: Callable[[], Tensor] | None = None
     joins: Callable[[], Tensor] | None = None
     parted: bool = False
+    left: Tensor | None = None
+    encoded: Grids = ()
 
     length: int = field(init=False)
     count: int = field(init=False)
+    encoded_count: int = field(init=False)
     cls_count: int = field(init=False)
     word_counts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.length = self.features.shape[0]
         self.count = self.length if self.special is None else self.length - int(self.special.sum())
+        self.encoded_count = self.count
+        if self.left is not None:
+            self.encoded_count = sum([rows * cols for rows, cols in self.encoded])
         rows = self.captured.get(CLS_FEATURES)
         self.cls_count = 1 if rows is None else rows.shape[0]
         self.word_counts = tuple(
@@ -109,6 +119,33 @@ class Picture:
 
     def __deepcopy__(self, memo: dict) -> Picture:
         return self  # never written to; assisted decoding copies the output that holds it, and the model
+
+
+def compressed(picture: Picture, stays: Tensor) -> Picture:
+    """What a compression of the model itself leaves of a picture, ``stays`` (length,) bool on the CPU.
+
+    What is left has places in the picture, but forms no rows, so that it has no blocks.
+    """
+    if bool(stays.all()):
+        return picture
+    if picture.special is not None:
+        raise InvariantError(
+            f"the model itself drops {int((~stays).sum())} tokens of a picture that has separators between "
+            "them; expected patches only"
+        )
+    left = stays.nonzero()[:, 0]  # (N,)
+    captured = {need: _slice(picture, need, left, None) for need in picture.captured}
+    features = picture.patch_features(left)
+    return Picture(
+        features,
+        (),
+        captured,
+        frames=picture.frames,
+        view=picture.view,
+        parted=picture.parted,
+        left=left,
+        encoded=picture.grids,
+    )
 
 
 def with_joins(
