@@ -77,10 +77,11 @@ def test_forward_and_generate_take_every_kind_of_batch(family, tower, text):
 
 @variants
 def test_a_row_alone_is_the_row_of_the_batch(family, tower, text):
+    layout = layout_of(family)
     images = (1, 2, 0, 1)
     model, inputs = (
         tiny_model(family, tower, text),
-        tiny_inputs(family, images=images, video=bool(layout_of(family).video)),
+        tiny_inputs(family, images=images, video=bool(layout.video) and layout.mixes),
     )
     batched, ids = logits(model, inputs, **positions(inputs)), new_ids(model, inputs)
     for i in range(len(images)):

@@ -12,11 +12,11 @@ from torch import Tensor
 import vlmprune
 from vlmprune.core.budget import Budget
 from vlmprune.core.report import Report
-from vlmprune.errors import CaptureError, GridError, InvariantError
+from vlmprune.errors import CaptureError, GridError, InvariantError, SpecError
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.reference import dense_rows
-from vlmprune.testing.tiny import tiny_inputs
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
 
 FRAME = 36  # tokens of a frame of a tiny clip
@@ -184,3 +184,77 @@ def test_keep_maps_remember_what_was_left(tmp_path: Any) -> None:
     assert one.replay.total == one.available
     with pytest.raises(InvariantError, match="expected all of them among those"):
         vlmprune.KeepMap(torch.tensor([0, 1]), 4, ((2, 2),), left=torch.tensor([1, 2]))
+
+
+def sampling_model(rate: float) -> tuple[Any, dict[str, Tensor]]:
+    """Nemotron-H Omni that drops a share of a clip by itself (EVS), and a clip whose second step is calm."""
+    if missing("nemotron_h_omni"):
+        pytest.skip(missing("nemotron_h_omni"))
+    model, inputs = tiny_model("nemotron_h_omni"), tiny_inputs("nemotron_h_omni", images=(0,), video=True)
+    model.video_pruning_rate = rate
+    pixels = inputs["pixel_values_videos"]
+    pixels[:, 1] = pixels[:, 0] + 0.1 * pixels[:, 1]
+    return model, inputs
+
+
+def test_what_nemotron_drops_by_itself_is_what_evs_drops() -> None:
+    model, inputs = sampling_model(0.5)
+    with vlmprune.prune(model, "divprune@1.0") as run:
+        own = generate(model, inputs)
+    assert torch.equal(own, generate(model, inputs))
+    model.video_pruning_rate = 0.0
+    with vlmprune.prune(model, "evs@0.5") as other:
+        ids = generate(model, inputs)
+    assert run.last is not None and other.last is not None and torch.equal(ids, own)
+    assert run.last.dense_tokens == other.last.realised_tokens == [54]
+    assert run.last.encoded_tokens == other.last.encoded_tokens == [3 * FRAME]
+    assert run.last.sequence == (71, 71) and other.last.sequence == (125, 71)
+    for one, two in zip(run.last.keep, other.last.keep, strict=True):
+        assert torch.equal(one.keep_idx, two.keep_idx) and torch.equal(one.left, two.keep_idx)
+
+
+@pytest.mark.parametrize("spec", ["divprune@0.25", "fastervlm(cls=mean)@9", "mmtok@9"])
+def test_decoding_goes_on_behind_both_cuts(spec: str) -> None:
+    """The mask that generate hands to a decode step has the columns that the model took out of the prompt."""
+    model, inputs = sampling_model(0.5)
+    with vlmprune.prune(model, spec) as run:
+        ids = generate(model, inputs, max_new_tokens=6)
+        again = generate(model, inputs, max_new_tokens=6, use_cache=False)
+        beams = generate(model, inputs, max_new_tokens=4, num_beams=2)
+        without = generate(model, inputs, max_new_tokens=4, num_beams=2, use_cache=False)
+    assert torch.equal(ids, again) and torch.equal(beams, without)
+    assert run.last is not None and run.last.dense_tokens == [54] and run.last.realised_tokens[0] < 54
+
+
+def test_nemotron_reads_the_kept_tokens_of_those_that_it_left() -> None:
+    model, inputs = sampling_model(0.5)
+    with vlmprune.prune(model, "fastervlm(cls=mean)@9") as run, torch.no_grad():
+        pruned = model(**inputs).logits[0, -1]
+    assert run.last is not None
+    kept = torch.cat([one.keep_idx + number * FRAME for number, one in enumerate(run.last.keep)])
+    holds = inputs["input_ids"][0] == model.config.image_token_id
+    stays = ~holds
+    stays[holds.nonzero()[:, 0][kept]] = True
+    model.video_pruning_rate = 0.0  # its own choice is in ``kept`` already
+    rows = dense_rows(model, inputs)[0].columns(stays.nonzero()[:, 0])
+    with torch.no_grad():
+        want = model.language_model(inputs_embeds=rows.embeds, use_cache=False).logits[0, -1]
+    torch.testing.assert_close(pruned, want, atol=1e-5, rtol=1e-4)
+
+
+def test_clips_are_scored_by_the_attention_of_nemotrons_tower() -> None:
+    model, inputs = sampling_model(0.0)
+    maps = vlmprune.score(model, inputs, "fastervlm(cls=mean)")
+    tower, prefix = model.vision_model, model.config.vision_config.num_summary_tokens
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps_of = tower(inputs["pixel_values_videos"][0], output_attentions=True).attentions[-1]
+    received = maps_of.mean(dim=(1, 2))[:, prefix:].unflatten(1, (12, 12))  # (steps, rows, cols) of patches
+    tokens = received.unflatten(1, (6, 2)).unflatten(3, (6, 2)).mean(dim=(2, 4)).flatten(1)
+    assert [one.frame for one in maps] == [0, 1, 2]
+    torch.testing.assert_close(torch.stack([one.scores for one in maps]), tokens, atol=1e-6, rtol=1e-4)
+
+
+def test_images_and_clips_of_nemotron_come_in_calls_of_their_own() -> None:
+    with pytest.raises(SpecError, match="reads one of both in a call"):
+        tiny_inputs("nemotron_h_omni", images=(1, 0), video=True)

@@ -46,6 +46,7 @@ class Adapter(Protocol):
         types: keyword of the multimodal model that holds these types.
         aligned: keywords of the language model that hold something of every token beside its embedding.
         compresses: kinds of pictures of which the model itself may drop tokens before its language model.
+        takes_columns: whether it takes their columns out of a prompt with the placeholders of all of them.
         checks_features: check in every call that the sequence holds the features in the order in which they
             were encoded, where nobody declared that it does.
         numbers_padding: whether ``generate`` of this family counts padding as positions.
@@ -73,6 +74,7 @@ class Adapter(Protocol):
     types: ClassVar[str]
     aligned: tuple[str, ...]
     compresses: ClassVar[tuple[ModalityName, ...]]
+    takes_columns: ClassVar[bool]
     checks_features: bool
     numbers_padding: ClassVar[bool]
     note: str

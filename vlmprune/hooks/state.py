@@ -42,6 +42,7 @@ class ForwardState:
     Args:
         input_ids, inputs_embeds: (B, n) and (B, n, D) as given to the multimodal model, one of them.
         arguments: all that it was given.
+        stays: (B, L) bool, where the model itself took columns out of this prompt: those that it left.
         report: what users will read about it.
         given: the one of them that was given.
         new_tokens: n, columns of this forward.
@@ -112,6 +113,7 @@ class ForwardState:
     reads_held: bool = False
     viewed: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    stays: Tensor | None = None
     new_tokens: int = field(init=False)
     given: Tensor = field(init=False, repr=False)
     embeds: Tensor = field(init=False, repr=False)

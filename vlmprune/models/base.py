@@ -67,6 +67,8 @@ class Adapter:
     parted: ClassVar[tuple[ModalityName, ...]] = ()
     # kinds of pictures of which the model itself may drop tokens, see ``leaves``
     compresses: ClassVar[tuple[ModalityName, ...]] = ()
+    # whether it takes their columns out of a prompt that has the placeholders of all
+    takes_columns: ClassVar[bool] = False
     # whether smaller pictures have fewer tiles, each of which has as many tokens as ever
     tiled: ClassVar[bool] = False
     # why smaller pictures have as many tokens, where they do

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.method import Need, What, as_needs
@@ -24,7 +25,8 @@ class ShufflingAdapter(MergingAdapter):
         raise NotImplementedError
 
     def pack(self, modality: Modality, crops: Tensor, number: int, arguments: Mapping[str, Any]) -> Tensor:
-        return shuffled_mean(crops[0], self.grid(modality, number, arguments), self._shuffle)
+        grid = self.grid(modality, number, arguments)
+        return torch.cat([shuffled_mean(crop, grid, self._shuffle) for crop in crops])
 
 
 class TilingAdapter(MergingAdapter):

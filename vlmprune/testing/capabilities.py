@@ -58,9 +58,10 @@ def several_images(subject: Subject) -> None:
 
 def video(subject: Subject) -> None:
     """A clip beside an image; for methods that read clips only, a clip in every row."""
-    if layout_of(subject.family).video is None:
+    layout = layout_of(subject.family)
+    if layout.video is None:
         raise UnsupportedError(f"{subject.family} has no clips of its own; give it frames as images")
-    images = (0, 0) if subject.clips else (1, 0)
+    images = (0, 0) if subject.clips or not layout.mixes else (1, 0)
     inputs = tiny_inputs(subject.family, images=images, video=True, frames=CLIP_FRAMES)
     with subject.prune() as run:
         generate(subject.model, inputs, max_new_tokens=2)

@@ -123,6 +123,8 @@ def tiny_inputs(
     if not images or min(images) < 0 or text_len < 1 or frames < 1:
         given = f"images={tuple(images)}, text_len={text_len}, frames={frames}"
         raise SpecError(f"{given}; expected at least one row, counts >= 0 and lengths >= 1")
+    if video and any(images) and not layout.mixes:
+        raise SpecError(f"images={tuple(images)} beside clips; {family} reads one of both in a call: give 0")
     random = torch.Generator().manual_seed(seed)
     sizes = [size or layout.sizes[j % len(layout.sizes)] for j in range(sum(images))]
     tensors = layout.images(sizes, images, random)

@@ -89,6 +89,8 @@ class CacheState:
         marks: per layer, what the attention and decode slots marked in the prompt.
         notes: per layer that cut, what repairs have to know.
         look: what the decode step before looked at.
+        stays: (B, L) bool, of a prompt of which the model itself took columns out: those that it left. Masks
+            of later calls are of all of them, ``seen`` is not.
         inside: the language model is running, so that lengths are physical.
     """
 
@@ -99,6 +101,7 @@ class CacheState:
     marks: dict[int, Marks] = field(default_factory=dict)
     notes: dict[int, Note] = field(default_factory=dict)
     look: Look | None = None
+    stays: Tensor | None = None
     inside: bool = field(default=False, compare=False)
 
     def view(self, layer: int) -> SequenceView:
@@ -116,12 +119,13 @@ class CacheState:
         self.marks = {layer: one.select(rows) for layer, one in self.marks.items()}
         self.notes = {layer: one.select(rows) for layer, one in self.notes.items()}
         self.look = None if self.look is None else self.look.select(rows)
+        self.stays = None if self.stays is None else self.stays[rows.to(self.stays.device)]
 
     def __deepcopy__(self, memo: dict) -> CacheState:
         # selecting makes new tensors: the copy must not change with the original
         every = torch.arange(self.views[0].held.shape[0])
         copy = CacheState(
-            self.seen, self.views, self.owner, self.all_valid, self.marks, self.notes, self.look
+            self.seen, self.views, self.owner, self.all_valid, self.marks, self.notes, self.look, self.stays
         )
         copy.select(every)
         return copy

@@ -21,6 +21,7 @@ class Layout:
 
     sizes: tuple[Size, ...] = ((IMAGE_SIZE, IMAGE_SIZE),)  # of pictures 0, 1, 2, ... of a batch
     video: tuple[int, int] | None = None  # (placeholders per frame, placeholders after the last one)
+    mixes = True  # whether images and clips may stand in one call
 
     def __init__(
         self, merge: int = 1, video: tuple[int, int] | None = None, patch_size: int = PATCH_SIZE

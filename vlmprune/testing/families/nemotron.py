@@ -12,16 +12,18 @@ from torch import Tensor
 from ..backbones import MOE
 from .base import OWN, VISION, Family, text_fields
 from .layouts import Packed, Size
-from .shared import IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE, VIDEO_ID
+from .shared import BOS_ID, GRID, IMAGE_ID, IMAGE_SIZE, MERGE, PATCH_SIZE, VIDEO_ID
 
 _KINDS = ("linear_attention", "moe", "full_attention", "mlp")  # of the decoder, in turns
 
 
 class OfGrids(Packed):
-    """Rows and columns of patches of every picture, without frames."""
+    """Rows and columns of patches of every image; clips in steps of two frames, at placeholders of images."""
+
+    mixes = False
 
     def __init__(self) -> None:
-        super().__init__(patch=(3 * PATCH_SIZE**2,), clips=False, typed=False)
+        super().__init__(patch=(3 * PATCH_SIZE**2,), typed=False)
 
     def images(
         self, sizes: Sequence[Size], images: Sequence[int], random: torch.Generator
@@ -34,6 +36,17 @@ class OfGrids(Packed):
             return {}
         grids = torch.nn.functional.pad(inputs["image_grid_hw"], (1, 0), value=1)
         return _without_frames(super().row({**inputs, "image_grid_thw": grids}, first, count))
+
+    def clip(self, frames: int) -> list[int]:
+        # step + 1 is the id of some byte, in place of the text of a time
+        return [i for step in range(frames) for i in [step + 1, BOS_ID, *[IMAGE_ID] * GRID**2]]
+
+    def videos(self, rows: int, frames: int, random: torch.Generator) -> dict[str, Tensor]:
+        side = GRID * MERGE * PATCH_SIZE
+        return {"pixel_values_videos": torch.randn(rows, frames, 2 * 3, side, side, generator=random)}
+
+    def video_row(self, inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return {"pixel_values_videos": inputs["pixel_values_videos"][i : i + 1]}
 
 
 def _without_frames(found: dict[str, Tensor]) -> dict[str, Tensor]:
