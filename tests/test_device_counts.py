@@ -139,6 +139,14 @@ def test_the_table_has_every_method_and_one_prompt_never_waits_to_decode() -> No
     assert not waiting
 
 
+def test_a_budget_that_cuts_nothing_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"cuts nothing of the tiny llava, whose pictures have \[36\] visual"):
+        next(iter(count_rows(["fastervlm@64"], ["llava"], ["one"])))
+    # what does not act in a small picture does in a tiled one
+    rows = [*count_rows(["random@64"], ["llava_onevision"], ["one"])]
+    assert [row.phase for row in rows] == ["prefill", "decode"]
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     rows = [CountRow("llava", "a(b=1)@9", "one", "decode", 1, 0, -2)]
     write(rows, tmp_path / "x.csv")

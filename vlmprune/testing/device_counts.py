@@ -13,8 +13,10 @@ from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+from ..api import prune
 from ..errors import SpecError, UnsupportedError
-from .conformance import default_spec
+from ..spec import parse
+from .conformance import default_spec, generate, report_of
 from .device import Counts, Phase, count
 from .tiny import tiny_inputs, tiny_model
 
@@ -57,12 +59,29 @@ def count_rows(
                 # from the cache for all methods but the first
                 dense = _counted(family, batch, None)
                 try:
+                    require_cut(family, batch, spec)
                     found = _counted(family, batch, spec)
                 except UnsupportedError:
                     continue
                 for phase, counts in found.items():
                     more = counts.minus(dense[phase])
                     yield CountRow(family, spec, batch, phase, more.launches, more.waits, more.uploads)
+
+
+def require_cut(family: str, batch: str, spec: str) -> None:
+    """Refuse a budget in tokens that leaves all pictures of a batch whole: nothing could be counted."""
+    budgets = [plan.budget for plan in parse(spec).build()]
+    if not any(isinstance(budget.keep, int) for budget in budgets if budget is not None):
+        return
+    model, inputs = tiny_model(family), tiny_inputs(family, images=BATCHES[batch])
+    with prune(model, spec) as run:
+        generate(model, inputs, max_new_tokens=1)
+    report = report_of(run)
+    if not report.pruned:
+        raise SpecError(
+            f"{spec!r} cuts nothing of the tiny {family}, whose pictures have {report.dense_tokens} visual "
+            "tokens; give a budget below that, such as 0.25, or time a larger model without --count"
+        )
 
 
 def write(rows: Iterable[CountRow], path: Path) -> None:
