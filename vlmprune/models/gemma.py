@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .base import Adapter, Modality
+from .base import IMAGE, Adapter, Modality
 from .merging import OfCells
 
 
@@ -42,6 +42,16 @@ class Gemma3Adapter(Adapter):
     view = "stretch"
     text_type = 0  # image tokens are 1
     one_size: ClassVar[str] = "makes as many tokens of every picture, and pan and scan adds crops of as many"
+    of_frames: ClassVar[Mapping[str, object]] = {"do_pan_and_scan": False}
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        # an option of the processor, whose default its image processor does not know; it is not everywhere
+        # that transformers says it here
+        if not getattr(processor, "images_kwargs", {"do_pan_and_scan": True})["do_pan_and_scan"]:
+            return 1
+        # only a processed picture says how many crops it has
+        made = processor(images=[[picture]], text=[processor.boi_token], return_tensors="pt")
+        return len(made[IMAGE.pixels])
 
     @property
     def read_by(self) -> nn.Module:

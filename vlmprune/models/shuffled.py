@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,25 @@ class Lfm2VlAdapter(ShuffleInProjector):
     towers = ("siglip2_vision_model",)
 
     layers_of = staticmethod(two_layers)
+    of_frames: ClassVar[Mapping[str, object]] = {"do_image_splitting": False}
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        images, size = processor.image_processor, {"height": picture.height, "width": picture.width}
+        limits = {"min_tiles": images.min_tiles, "max_tiles": images.max_tiles}
+        shape = {
+            name: getattr(images, name)
+            for name in (
+                "max_image_tokens",
+                "encoder_patch_size",
+                "downsample_factor",
+                "max_pixels_tolerance",
+            )
+        }
+        splits = images.do_image_splitting and {*limits.values()} != {1}
+        if not splits or not images._is_image_too_large(**size, **shape):
+            return 1
+        *_, tiles = images._get_grid_layout(**size, **limits, tile_size=images.tile_size)
+        return tiles + (images.use_thumbnail and tiles != 1)
 
     @property
     def norm(self) -> str | None:

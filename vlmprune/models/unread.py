@@ -21,6 +21,7 @@ from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
 from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, feature_list, refuse_clips
+from .shrink import tiles_of
 
 # what can be read without knowing the tower
 _OF_FEATURES = ("features", "text_embeds")
@@ -90,6 +91,10 @@ class Idefics2Adapter(UnreadAdapter):
     view = "stretch"
     unread = "makes its tokens of a picture by learned queries"
 
+    def parts(self, processor: Any, picture: Any) -> int:
+        # its quarters and the whole
+        return 5 if processor.image_processor.do_image_splitting else 1
+
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         check_pixels(
             modality.pixels, arguments.get(modality.pixels), 5, "(rows, pictures, channels, height, width)"
@@ -135,6 +140,14 @@ class MiniCpmVAdapter(UnreadAdapter):
     modalities = (IMAGE, VIDEO)
     view = "stretch"
     unread = "merges patches in the middle of its tower"
+    of_frames: ClassVar[Mapping[str, object]] = {"max_slice_nums": 1}
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        images, size = processor.image_processor, (picture.height, picture.width)
+        if not images.slice_mode:
+            return 1
+        grid = images.get_sliced_grid(size, images.max_slice_nums, images.scale_resolution)
+        return 1 if grid is None else 1 + grid[0] * grid[1]
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         refuse_clips(self.model_type, "strings the frames of a clip together", modality, arguments)
@@ -167,7 +180,11 @@ class PerceptionLmAdapter(UnreadAdapter):
 
     model_type = "perception_lm"
     unread = "has a tower of timm, whose attention is fused"
+    of_frames: ClassVar[Mapping[str, object]] = {"vision_input_type": "vanilla"}
     checks_features = True
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        return tiles_of(processor, (picture.height, picture.width))
 
     def check(self, arguments: Mapping[str, Any], modality: Modality) -> None:
         check_pixels(
