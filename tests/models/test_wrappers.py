@@ -82,3 +82,68 @@ def test_a_decoder_in_int8_keeps_what_the_tower_chose() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(model.model.language_model, {nn.Linear}, torch.qint8)
     model.model.language_model = quantised
     assert kept(model, "fastervlm@9")[0] == want[0]
+
+
+def in_int8_of_torchao(model: Any) -> Any:
+    """All linear layers but the last with int8 weights; they keep their class and shape."""
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(
+        model,
+        quantization.Int8WeightOnlyConfig(),
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name,
+    )
+    return model
+
+
+OF_TORCHAO = [*SPECS, "visionzip@9", "zooprune@9", "zooprune(rank=4)@9", "zooprune(estimator=zo)@9"]
+
+
+@pytest.mark.parametrize("spec", OF_TORCHAO)
+def test_int8_weights_of_torchao_are_read_as_the_numbers_that_they_stand_for(spec: str) -> None:
+    """ZOO-Prune's exact form reads the weights of the projector."""
+    model, plain = in_int8_of_torchao(tiny_model("llava")), tiny_model("llava")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in path:
+            plain.get_submodule(path).weight = nn.Parameter(module.weight.dequantize().detach())
+    found, want = kept(model, spec), kept(plain, spec)
+    assert found[0] == want[0] and torch.equal(found[1], want[1])
+
+
+def test_weights_of_torchao_that_change_are_read_again() -> None:
+    model = in_int8_of_torchao(tiny_model("llava"))
+    before = kept(model, "zooprune@9")
+    model.model.multi_modal_projector = in_int8_of_torchao(
+        tiny_model("llava", seed=1)
+    ).model.multi_modal_projector
+    assert kept(model, "zooprune@9")[0] != before[0]
+
+
+def in_bits(model: Any, bits: int) -> Any:
+    """The same with layers of bitsandbytes."""
+    bnb = pytest.importorskip("bitsandbytes").nn
+    for path, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or "lm_head" in path:
+            continue
+        weight, shape = linear.weight.detach().clone(), (linear.in_features, linear.out_features)
+        if bits == 8:
+            made = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+            made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            made = bnb.Linear4bit(*shape, quant_type="nf4", compute_dtype=torch.float32)
+            made.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        made.bias = linear.bias
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made.to("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_is_pruned_by_what_reads_no_weights(bits: int) -> None:
+    model = in_bits(tiny_model("llava"), bits)
+    for spec in SPECS:
+        keep, _ = kept(model, spec)
+        assert [len(one) for one in keep] == [9, 9, 9]
+    kept(model, "visionzip@9")
+    for spec in ("zooprune@9", "zooprune(rank=4)@9", "zooprune(estimator=zo)@9"):
+        with pytest.raises(UnsupportedError, match=r"quantised and cannot be read .* keep the projector"):
+            kept(model, spec)

@@ -52,7 +52,7 @@ def remember(
     projector: nn.Module, key: Hashable, make: Callable[[], Made], compared: Compared | None = None
 ) -> Made:
     """``make()``, once per projector and state of its weights."""
-    weights = [weight.detach() for weight in projector.parameters()]
+    weights = [readable(weight) for weight in projector.parameters()]
     # tensors made under inference_mode have no version
     stamp = tuple(
         (w.data_ptr(), w.shape, w.dtype, None if w.is_inference() else w._version)
@@ -67,6 +67,12 @@ def remember(
     if key not in known.facts:
         known.facts[key] = make()
     return known.facts[key]
+
+
+def readable(weight: Tensor) -> Tensor:
+    """A weight as plain numbers: torchao holds quantised ones in tensors that know little but products."""
+    weight = weight.detach()
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight
 
 
 def sample_of(weights: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedError
-from .cache import Compared, remember
+from .cache import Compared, readable, remember
 
 Map = Callable[[Tensor], Tensor]
 
@@ -96,7 +96,7 @@ class _Parts(NamedTuple):
 
 def _layer(linear: nn.Linear, dtype: torch.dtype) -> Layer:
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    return Layer((linear.weight.detach().to(dtype),), bias)
+    return Layer((readable(linear.weight).to(dtype),), bias)
 
 
 def two_layers(
@@ -122,6 +122,7 @@ def two_layers(
     if parts is None or not remember(
         projector, "same map", lambda: _same_map(projector, parts.read(torch.float32)), compared
     ):
+        refuse_packed(projector)
         raise UnsupportedError(
             f"the projector {type(projector).__name__} is not of the form [LayerNorm] Linear act Linear; "
             f"{_HINT}"
@@ -139,6 +140,20 @@ def two_layers(
     return replace(full, first=cut("first", full.first, rank), second=cut("second", full.second, rank))
 
 
+def refuse_packed(projector: nn.Module) -> None:
+    """Refuse weights in a packed form, as those of bitsandbytes are."""
+    packed = [
+        name
+        for name, value in chain(projector.named_parameters(), projector.named_buffers())
+        if name.endswith("weight") and not value.is_floating_point()
+    ]
+    if packed:
+        raise UnsupportedError(
+            f"{packed} of {type(projector).__name__} are quantised and cannot be read as numbers; keep the "
+            "projector unquantised"
+        )
+
+
 def _find_parts(projector: nn.Module) -> _Parts | None:
     leaves = [
         m for m in projector.modules() if next(m.children(), None) is None and not isinstance(m, nn.Dropout)
@@ -151,7 +166,7 @@ def _find_parts(projector: nn.Module) -> _Parts | None:
     first, second = leaves[0], leaves[2]
     if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
         return None
-    readable = all(  # packed weights have other shapes
+    legible = all(  # packed weights have other shapes
         layer.weight.shape == (layer.out_features, layer.in_features)
         and layer.weight.is_floating_point()
         and not layer.weight.is_meta
@@ -159,7 +174,7 @@ def _find_parts(projector: nn.Module) -> _Parts | None:
     )
     # a gate takes half of what the first one gives
     if (
-        not readable
+        not legible
         or first.out_features != second.in_features
         or (norm is not None and norm.normalized_shape != (first.in_features,))
     ):
@@ -171,7 +186,8 @@ def _same_map(projector: nn.Module, layers: TwoLayers) -> bool:
     """Whether the layers do what the projector does; their order in the module was a guess."""
     like = next(projector.parameters())
     width = layers.first.matrix.shape[1]
-    x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(like)
+    x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0))
+    x = x.to(like.device, like.dtype)
     try:
         expected = projector(x).detach().float()
     except RuntimeError:  # mergers refuse tokens of the width of their first linear layer
@@ -200,14 +216,7 @@ def as_map(projector: Any, dtype: torch.dtype, rank: int | None, compared: Compa
         return two_layers(projector, dtype, compared=compared)
     except UnsupportedError:  # any other module runs as it is
         state = dict(chain(projector.named_parameters(), projector.named_buffers()))
-    packed = [
-        name for name, value in state.items() if name.endswith("weight") and not value.is_floating_point()
-    ]
-    if packed:
-        raise UnsupportedError(
-            f"{packed} of {type(projector).__name__} are quantised and have no {dtype} form; keep the "
-            "projector unquantised"
-        )
+    refuse_packed(projector)
     if all(value.dtype == dtype for value in state.values() if value.is_floating_point()):
         return projector
     # trap: functional_call swaps the weights while it runs, so this path is not for threads on one model
