@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..errors import SpecError, UnsupportedError
 from ..hooks.attention_call import AttentionCall
 from ..hooks.attention_tap import tap
+from ..hooks.slots.repairs import attention_norm
 from ..methods.rcp import part_of
 from ..methods.rcp.losses import repair_loss, sparsity_loss
 from ..methods.rcp.pruner import SHAPES, pruner_scores
@@ -268,7 +269,7 @@ class _Pass:
     def _prune(self, index: int, A: Tensor) -> None:
         batch, hidden = len(self.visual), self.hidden
         states = hidden[self.visual].view(batch, self.count, -1).float()
-        norm = self.training.language_model.layers[index].input_layernorm
+        norm = attention_norm(self.training.language_model.layers[index])
         # what attention reads, where ``states`` are what entered the layer
         V = norm(hidden)[self.visual].view(batch, self.count, -1).float()
         # (B, 1, L, 1), rows of the question

@@ -8,7 +8,7 @@ to the KV cache and holds for all later tokens. Without a budget the method says
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,30 @@ from .inside_lm import InsideLM
 from .ranking import LayerTokens, Ranked
 from .spans import Span
 
+# norms in front of the attention of a layer, as decoders of transformers call them
+_BEFORE_ATTENTION = ("input_layernorm", "attention_layernorm", "operator_norm")
+_BEHIND_ATTENTION = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+def attention_norm(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a decoder layer does to hidden states before its attention reads them.
+
+    OLMo 2 and EXAONE 4 norm what attention and the feed-forward part return, and attention reads the states
+    as they are.
+    """
+    if getattr(layer, "norm_after", False):  # Molmo 2: by a choice of the config, under one name
+        return nn.Identity()
+    for name in _BEFORE_ATTENTION:
+        if hasattr(layer, name):
+            norm: Callable[[Tensor], Tensor] = getattr(layer, name)
+            return norm
+    if all(hasattr(layer, name) for name in _BEHIND_ATTENTION):
+        return nn.Identity()
+    raise UnsupportedError(
+        f"{type(layer).__name__} has none of the norms {list(_BEFORE_ATTENTION)}, so that what its attention "
+        "reads is not known; use a method that ranks by attention, e.g. 'pyramiddrop@0.5'"
+    )
+
 
 class RepairSlot(InsideLM):
     """Cuts of one method, and its repairs of the answer."""
@@ -35,12 +59,7 @@ class RepairSlot(InsideLM):
         super().__init__(attachment, method, budget)
         self.repairs = dict(method.repairs_on(attachment.depth))
         for index in self.layers:
-            if not hasattr(self.language_model.layers[index], "input_layernorm"):
-                raise UnsupportedError(
-                    f"{method.name} reads what enters layer {index} through its norm 'input_layernorm', "
-                    f"which {type(self.language_model.layers[index]).__name__} has not; use a method that "
-                    "ranks by attention, e.g. 'pyramiddrop@0.5'"
-                )
+            attention_norm(self.language_model.layers[index])  # refused now and not in a call
 
     def hooks(self) -> list[Handle]:
         """Those of cuts, and one on the output of every layer that is repaired."""
@@ -74,7 +93,7 @@ class RepairSlot(InsideLM):
         self, state: ForwardState, index: int, spans: Sequence[Span], hidden: Tensor, ranked: Ranked
     ) -> LayerTokens:
         tokens = super()._tokens(state, index, spans, hidden, ranked)
-        norm = self.language_model.layers[index].input_layernorm
+        norm = attention_norm(self.language_model.layers[index])
         rows = torch.tensor([span.row for span in spans], device=hidden.device)
         text = rows_at(hidden[rows], ranked.rows[rows])  # (U, R, D)
         return tokens.with_fields(layer_inputs=norm(tokens.need("features")), text_inputs=text)
