@@ -249,10 +249,9 @@ class Session:
     def begin(self, kwargs: dict[str, Any]) -> ForwardState:
         """Open the state of one forward of the multimodal model."""
         cache, local = cache_in(kwargs), self.local
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         state = ForwardState(
-            ids,
-            embeds,
+            kwargs.get("input_ids"),
+            kwargs.get("inputs_embeds"),
             Report(self.spec),
             local.checks,
             generated=local.drafts,
@@ -262,8 +261,7 @@ class Session:
             counted=local.counts or kwargs.get("position_ids") is None,
             arguments=kwargs,
         )
-        given = embeds if ids is None else ids
-        if local.asked is not None and given is not None and local.asked[0] is given:
+        if local.asked is not None and state.new_tokens and local.asked[0] is state.given:
             state.logits = local.asked[1]  # of the call around this one
         state.continues = goes_on(cache, state.new_tokens)
         # all other slots read in decode steps what the cache holds

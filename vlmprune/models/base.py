@@ -327,22 +327,6 @@ def _not_finite(modality: Modality, need: Need) -> CaptureError:
     )
 
 
-def closed_by_sharing(config: Any) -> Mapping[SlotName, str]:
-    """Slots that are closed where layers read the keys of earlier ones, which a cut would miss."""
-    if not getattr(config, "num_kv_shared_layers", 0):
-        return {}
-    return {"inside_lm": "whose last layers read the keys of earlier ones, which would not follow the cut"}
-
-
-def refuse_clips(model_type: str, how: str, modality: Modality, arguments: Mapping[str, Any]) -> None:
-    """Refuse clips where a family reads them in a way that this package does not follow."""
-    if modality.name == "video" and arguments.get(modality.pixels) is not None:
-        raise UnsupportedError(
-            f"{model_type} {how}, which this package does not follow yet; give the frames as images, or run "
-            "the clip dense"
-        )
-
-
 def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
     """Refuse pixels of the wrong form; None is no pixels."""
     if pixels is None:
@@ -358,14 +342,6 @@ def check_pixels(name: str, pixels: Any, axes: int, expected: str) -> None:
         raise CaptureError(
             f"{name} has shape {tuple(pixels.shape)}: an image of size zero; drop it from the batch"
         )
-
-
-def check_beside(name: str, value: Any, shape: tuple[int, ...], what: str) -> None:
-    """Refuse what stands beside pixels where it is missing or of another shape."""
-    given = None if value is None else tuple(torch.as_tensor(value).shape)
-    if given != shape:
-        said = "is missing" if given is None else f"has shape {given}"
-        raise CaptureError(f"{name} {said}; pass it as the processor returns it: {what}")
 
 
 def _crop_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count: int, n: int) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import IMAGE, VIDEO, Modality, check_beside, check_pixels, closed_by_sharing
+from .base import IMAGE, VIDEO, Modality, check_pixels
 from .merging import MergingAdapter, per_picture
+from .refusals import check_beside, closed_by_sharing
 from .shrink import Resolution
 
 PLACES = {"image": "image_position_ids", "video": "video_position_ids"}

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Modality, refuse_clips
+from .base import Modality
 from .qwen_vl import Qwen2VLAdapter
+from .refusals import refuse_clips
 
 
 class Glm4vAdapter(Qwen2VLAdapter):

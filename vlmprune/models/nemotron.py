@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..core.method import Need, What
 from ..hooks.vision.capture import OF_PROJECTOR, VisionCapture
 from ..hooks.vision.pictures import Picture
-from .base import IMAGE, VIDEO, Modality, check_beside, check_pixels
+from .base import IMAGE, VIDEO, Modality, check_pixels
 from .internvl import ShufflingAdapter
 from .merging import per_picture
+from .refusals import check_beside
 
 
 class NemotronHOmniAdapter(ShufflingAdapter):

@@ -17,9 +17,10 @@ from ..core.method import Need
 from ..errors import CaptureError
 from ..hooks.vision.capture import OF_PROJECTOR
 from ..hooks.vision.pictures import Picture
-from .base import Modality, refuse_clips
+from .base import Modality
 from .merging import OfCells, averaged, normed_patches, two_layers
 from .qwen_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
+from .refusals import refuse_clips
 
 _BOTH: Any = ("compact", "original")  # positions that count tokens, where Qwen-VL's are places in pictures
 

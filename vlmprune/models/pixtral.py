@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..core.method import Need
 from ..hooks.adapter import ModalityName
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import Modality, check_beside, check_pixels
+from .base import Modality, check_pixels
 from .merging import MergingAdapter, OfCells, per_picture, two_layers
+from .refusals import check_beside
 from .shrink import Resolution
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core.method import Need
 from ..hooks.vision.capture import OF_PROJECTOR
-from .base import Modality, check_beside, check_pixels
+from .base import Modality, check_pixels
 from .internvl import ShufflingAdapter, TilingAdapter
 from .merging import OfCells, gated_layers, two_layers
+from .refusals import check_beside
 
 
 class ShuffleInProjector(ShufflingAdapter):

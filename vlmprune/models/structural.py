@@ -19,7 +19,8 @@ from ..core.deferred import Checks
 from ..core.method import Need
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.pictures import Picture
-from .base import Adapter, Modality, closed_by_sharing, feature_list
+from .base import Adapter, Modality, feature_list
+from .refusals import closed_by_sharing
 from .unread import UnreadAdapter
 
 _TEXTS = ("language_model", "text_model")

@@ -20,7 +20,8 @@ from ..core.method import Need, What, as_needs
 from ..errors import CaptureError, UnsupportedError
 from ..hooks.vision.capture import VisionCapture
 from ..hooks.vision.pictures import Grids, Picture
-from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, feature_list, refuse_clips
+from .base import IMAGE, VIDEO, Adapter, Modality, check_pixels, feature_list
+from .refusals import refuse_clips
 from .shrink import tiles_of
 
 # what can be read without knowing the tower
