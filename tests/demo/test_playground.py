@@ -163,6 +163,23 @@ def test_a_smaller_picture_is_drawn_small_and_counted_against_the_whole():
     assert small.problem == "" and small.dense == whole.dense and small.tokens <= whole.dense // 4
 
 
+def test_a_second_look_answers_and_shows_its_region(ground, asked):
+    model, processor = vlmprune.load("tiny")
+    (dense, again) = ground.compare(asked.picture, asked.question, ["carve"])
+    twin = vlmprune.refine(
+        model, processor, asked.picture, asked.question, max_new_tokens=ground.max_new_tokens
+    )
+    assert (again.problem, again.answer) == ("", twin.answer)
+    assert (again.tokens, again.dense, again.layer_tokens) == (
+        4 * dense.tokens,
+        dense.tokens,
+        4 * dense.tokens,
+    )
+    assert again.drawn.size[0] % twin.image.size[0] == 0
+    (_, cut) = ground.compare(asked.picture, asked.question, ["carve+fastervlm"], 0.25)
+    assert cut.spec == "carve+fastervlm@0.25" and cut.tokens == dense.tokens
+
+
 def test_tiles_that_are_pictures_to_the_model_count_as_one():
     (model, processor), wide = tiny_bundle("internvl"), picture(size=(450, 150))
     ground = Playground(model, processor, "tiny internvl", max_new_tokens=2)

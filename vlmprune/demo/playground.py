@@ -23,11 +23,15 @@ from ..core.report import Report
 from ..errors import SpecError, VlmPruneError
 from ..evaluation.answer.evaluate import entrant
 from ..evaluation.answer.generation import generate
+from ..evaluation.answer.look import SecondLook
 from ..evaluation.tasks.sample import Sample
 from ..evaluation.tasks.shapes import shapes
+from ..hooks.session import Session
+from ..methods.carve import CARVE
 from ..models import adapter_for
 from ..models.loading import TINY, encode, load
 from ..registry import attachable_methods, get, list_methods
+from ..second_look import Prompts, look_again
 from ..spec import Spec, parse
 from ..viz.overlay import open_picture
 
@@ -175,6 +179,8 @@ class Playground:
         sample: Sample | None,
     ) -> Outcome:
         one = entrant(model, processor, spec)
+        if one.again is not None:
+            return self._look_again(model, processor, picture, question, one.session, one.again, sample)
         inputs = encode(model, processor, picture, question, None if one.shrink is None else spec)
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         small = None if one.shrink is None else one.shrink([picture])
@@ -202,6 +208,35 @@ class Playground:
             first=made.first,
             total=made.total,
             choosing=made.report.seconds,
+        )
+
+    def _look_again(
+        self,
+        model: Any,
+        processor: Any,
+        picture: Image.Image,
+        question: str,
+        session: Session,
+        method: CARVE,
+        sample: Sample | None,
+    ) -> Outcome:
+        """A second look, drawn as the region that it shows, with all tokens and seconds of its answers."""
+        looking = SecondLook(model, processor, session, "this question")
+        texts = Prompts.of(processor, question, method.instruction)
+        with session:
+            found = look_again(method, model, looking.ask, picture, texts, self.max_new_tokens)
+        counts, seconds = looking.counts(), looking.seconds()
+        return Outcome(
+            session.spec,
+            answer=found.answer,
+            right=None if sample is None else shapes().score(sample, found.answer) == 1,
+            drawn=_large(found.image),
+            tokens=counts["realised_tokens"],
+            dense=counts["dense_tokens"],
+            layer_tokens=counts["layer_tokens"],
+            first=seconds["first_token"],
+            total=seconds["total"],
+            choosing=seconds["choosing"],
         )
 
 

@@ -35,6 +35,13 @@ class Prompts(NamedTuple):
     general: str
     second: str
 
+    @classmethod
+    def of(cls, processor: Any, question: str, instruction: str) -> Prompts:
+        """Those of a question about one picture."""
+        return cls(
+            prompt(processor, question), prompt(processor, instruction), prompt(processor, question, 2)
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Refined:
@@ -105,9 +112,7 @@ def refine(
         official_size=official_size,
     )
     check_int("max_new_tokens", max_new_tokens, least=1)
-    texts = Prompts(
-        prompt(processor, question), prompt(processor, instruction), prompt(processor, question, 2)
-    )
+    texts = Prompts.of(processor, question, instruction)
     return look_again(method, model, partial(ask, model, processor), image, texts, max_new_tokens)
 
 
