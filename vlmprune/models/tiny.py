@@ -44,7 +44,7 @@ def verify(folder: Path = FOLDER) -> dict[str, str]:
             f"the model in {folder} lacks {SUMS}; expected the files of the package: install it again"
         )
     # two spaces, as sha256sum writes them
-    lines = [line.split("  ", 1) for line in sums.read_text().splitlines() if line]
+    lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines() if line]
     expected = {name: digest for digest, name in lines}
     for name, digest in expected.items():
         path = folder / name
