@@ -175,6 +175,8 @@ class Method:
     layout: ClassVar[Layout] = "packed"  # "spatial": choose per raw tile, interleave, drop newlines
     rows: ClassVar[Rows] = "text"  # rows of a prompt that the attention slot edits; afterwards every new one
     skips: ClassVar[tuple[int, ...]] = ()  # ids of tokens whose rows do not rank, where all text does
+    # the option with the layers of its cuts, whose default may move, and how far each is behind what ranks
+    landing: ClassVar[tuple[str, int] | None] = None
     gated: ClassVar[bool] = False  # is asked by ``leaves`` where ``cuts`` names a layer
     repairs: ClassVar[bool] = False  # is asked by ``repair`` behind its cuts
     # options under which numbers of positions do not matter, where they do: only differences are sure

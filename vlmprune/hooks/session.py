@@ -373,7 +373,7 @@ class Session:
         if not state.pictures:
             state.report.note = "no images in this call" if self.enabled else "disabled"
         else:
-            state.report.note = self.adapter.note
+            state.report.note = "; ".join([*filter(None, [self.adapter.note]), *self.attachment.notes])
         self._last = state.report
 
     def prepared(self, new: int) -> None:
@@ -394,6 +394,5 @@ class Session:
 
 
 def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    # FlashAttention takes gaps in position_ids for packed sequences; rotary angles were computed from them
-    # already
+    # FlashAttention takes gaps in position_ids for packed sequences; rotary angles were made of them already
     return args, {**kwargs, "position_ids": None}

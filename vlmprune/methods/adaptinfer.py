@@ -65,6 +65,7 @@ class AdaptInfer(Method):
     skip: tuple[int, ...] = ()
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layers", 0)
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False  # later stages rank with layers that saw other tokens
     positions: ClassVar[Positions] = "original"

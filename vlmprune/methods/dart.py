@@ -62,6 +62,7 @@ class DART(Method):
     at: str = "layer"
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layer", 1)
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False
     positions: ClassVar[Positions] = "original"

@@ -43,6 +43,7 @@ class FastV(Method):
     layer: int = 2
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layer", 1)
     query_aware: ClassVar[bool] = True
     positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[What, ...]] = ("text_attention",)

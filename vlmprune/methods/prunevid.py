@@ -251,6 +251,7 @@ class PruneVidInside(Method):
     layer: int | None = None
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layer", 1)
     query_aware: ClassVar[bool] = True
     positions: ClassVar[Positions] = "original"
     needs: ClassVar[tuple[Need, ...]] = (Need("text_attention", text="question"),)

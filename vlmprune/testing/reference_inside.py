@@ -23,6 +23,7 @@ from ..core.method import CutPoint, Merged, Method, needs, needs_of
 from ..core.select import choose
 from ..core.tokens import LayerFields, VisualTokens
 from ..hooks.sequence.cache import cache_in, cache_name
+from ..hooks.slots.landing import landed
 from .reference import Kept, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
@@ -85,7 +86,8 @@ class Twin:
 
     def points(self, count: int) -> tuple[CutPoint, ...]:
         """Cuts of a picture of ``count`` tokens."""
-        return self.method.cuts(len(self.language_model.layers), self.budget, count)
+        layers = self.language_model.layers
+        return landed(self.method, layers, self.budget, count).cuts(len(layers), self.budget, count)
 
     @torch.no_grad()
     def logits(self, new: Tensor | None = None) -> Tensor:

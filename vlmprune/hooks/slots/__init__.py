@@ -9,7 +9,7 @@ tokens from later steps. A session attaches one slot per method and knows none o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ...core.budget import Budget
@@ -41,6 +41,7 @@ class Attachment:
         state: gives the forward that runs in this thread, None outside of one.
         record: gives what is recorded of the encoder call that runs in this thread, None outside of one.
         frames: the images of a prompt are frames of one clip.
+        notes: what slots have to say in every report.
     """
 
     adapter: Adapter
@@ -50,6 +51,7 @@ class Attachment:
     state: Callable[[], ForwardState | None]
     record: Callable[[], Record | None]
     frames: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def depth(self) -> int:

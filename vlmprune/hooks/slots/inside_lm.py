@@ -31,6 +31,7 @@ from ..sequence.text import without_skipped
 from ..state import ForwardState
 from . import Attachment, Handle
 from .cutting import drop_columns
+from .landing import land
 from .ranking import ATTENTION, LayerTokens, Ranked, asked_for, asks_the_question, read, tokens_of
 from .spans import InsideRecord, Span, settle
 
@@ -41,7 +42,7 @@ class InsideLM:
     in_tower: ClassVar[bool] = False
 
     def __init__(self, attachment: Attachment, method: Method, budget: Budget | None) -> None:
-        self.attachment, self.method, self.budget = attachment, method, budget
+        self.attachment, self.budget = attachment, budget
         if budget is not None and budget.scope != "image":
             raise UnsupportedError(
                 f"{method.name} spends its budget per image: write '@{budget.keep}' instead of '@{budget}'"
@@ -55,10 +56,10 @@ class InsideLM:
         self.language_model, self.depth = attachment.adapter.language_model, attachment.depth
         check_aligned(attachment.adapter.aligned, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
-        keep = 1.0 if budget is None else budget.keep
         # any count will do to ask for layers, but a number to keep must fit into it
-        points = self._points(keep if isinstance(keep, int) else 576)
-        self.sources = {point.layer: point.source for point in points}
+        count = budget.keep if budget is not None and isinstance(budget.keep, int) else 576
+        self.method = method = land(attachment, method, budget, count)
+        self.sources = {point.layer: point.source for point in self._points(count)}
         self.layers = list(self.sources)
         self.wanted = asked_for(method)
         self.reads_attention = any(what in self.wanted for what in ATTENTION)
@@ -71,9 +72,9 @@ class InsideLM:
         self._refuse_checkpointing()
 
     def _points(self, count: int) -> tuple[CutPoint, ...]:
-        if count not in self._known:
-            self._known[count] = self.method.cuts(self.depth, self.budget, count)
-        return self._known[count]
+        if (found := self._known.get(count)) is None:
+            found = self._known[count] = self.method.cuts(self.depth, self.budget, count)
+        return found
 
     def _leaving(self, state: ForwardState, index: int) -> list[tuple[Span, int]]:
         """Pictures that lose tokens at the input of a layer, and how many tokens of each go on."""
@@ -86,9 +87,8 @@ class InsideLM:
 
     def _refuse_checkpointing(self) -> None:
         # read off the modules: transformers renamed the property that says it
-        if self.language_model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules()
-        ):
+        modules = self.language_model.modules() if self.language_model.training else ()
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
             raise UnsupportedError(
                 f"{self.method.name} cuts inside the language model, which gradient checkpointing would "
                 "recompute without cuts; call model.gradient_checkpointing_disable(), or prune before the "

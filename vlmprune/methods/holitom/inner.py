@@ -77,6 +77,7 @@ class HoliTomInner(Method):
     combine: str = "mean"
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layer", 1)
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False
     positions: ClassVar[Positions] = "original"

@@ -61,6 +61,7 @@ class SparseVLM(Method):
     skip: tuple[int, ...] = ()
 
     slot: ClassVar[SlotName] = "inside_lm"
+    landing: ClassVar[tuple[str, int] | None] = ("layers", 0)
     query_aware: ClassVar[bool] = True
     nested: ClassVar[bool] = False  # later stages rank with layers that saw other tokens
     needs: ClassVar[tuple[What, ...]] = ("text_attention", "features")
