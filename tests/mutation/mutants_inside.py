@@ -118,6 +118,14 @@ def heads_apart(weigh: Function) -> Function:
     return changed
 
 
+def unmoved(nearest: Function) -> Function:
+    return lambda wanted, there: list(wanted)
+
+
+def without_a_norm(attention_norm: Function) -> Function:
+    return lambda layer: lambda states: states
+
+
 def first_query_for_the_last(product: Function) -> Function:
     def changed(self: Any, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if len(args) > 1 and args[1] is self.queries:
@@ -168,5 +176,12 @@ MUTANTS = (
         Pytest("tests/core/test_compared.py"),
     ),
     Mutant("softmax of a part of the row", at.ATTENTION, softmax_of_a_part, TAP),
+    Mutant("defaults left where no layer attends", at.NEAREST, unmoved, Pytest("tests/core/test_landing.py")),
+    Mutant(
+        "states without the norm of attention",
+        at.ATTENTION_NORM,
+        without_a_norm,
+        Pytest("tests/core/test_attention_norm.py"),
+    ),
     Mutant("first query probed for the last", at.ONLY_WHAT_RANKS, first_query_for_the_last, TAP),
 )

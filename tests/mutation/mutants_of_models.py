@@ -15,6 +15,7 @@ FAMILIES = Pytest("tests/models/test_families.py")
 ADAPTERS = Pytest("tests/models/test_adapters.py")
 TILES = Pytest("tests/models/test_tiles.py")
 LATER = Pytest("tests/models/test_later_families.py")
+COMPRESSED = Pytest("tests/models/test_compressed.py")
 PICTURES = Pytest("tests/core/test_pictures.py")
 
 
@@ -73,6 +74,22 @@ def masks_not_looked_at(check: Function) -> Function:
             {name: value for name, value in arguments.items() if name != "pixel_attention_mask"},
             modality,
         )
+
+    return changed
+
+
+def whole_pictures(left_of: Function) -> Function:
+    return lambda adapter, modality, pictures, arguments: pictures
+
+
+def masks_of_all(left_by_model: Function) -> Function:
+    return lambda mask, stays: mask
+
+
+def joins_of_what_is_left(among_all: Function) -> Function:
+    def changed(joins: Any, left: Any, count: int) -> Any:
+        whole = among_all(joins, left, count)
+        return whole if whole is None else whole.index_copy(0, left, joins)
 
     return changed
 
@@ -155,5 +172,14 @@ MUTANTS = (
         Pytest("tests/evaluation/test_tile_budgets.py"),
     ),
     Mutant("tokens in front of patches taken for patches", at.RADIO_CAPTURE, marks_read_as_patches, LATER),
+    Mutant(
+        "slices counted as one picture",
+        at.SLICES,
+        lambda parts: lambda self, processor, picture: 1,
+        Pytest("tests/evaluation/test_tile_counts.py"),
+    ),
+    Mutant("what the model drops is chosen among", at.LEFT_OF, whole_pictures, COMPRESSED),
+    Mutant("masks of what the model dropped", at.LEFT_BY_MODEL, masks_of_all, COMPRESSED),
+    Mutant("joins counted in what is left", at.AMONG_ALL, joins_of_what_is_left, COMPRESSED),
     Mutant("numbered padding not looked at", at.CHECK_NUMBERS, lambda check: lambda *given: None, LATER),
 )
