@@ -73,6 +73,15 @@ def test_a_bad_request_gets_400_and_the_server_lives(address, spec, why):
     assert post(address, body("text", 3, "divprune@36"))[0] == 200
 
 
+@pytest.mark.parametrize(
+    "options", [{"crop_size": {"height": 84, "width": 84}}, {"do_resize": False, "do_center_crop": False}]
+)
+def test_a_request_that_shapes_pictures_otherwise_gets_400_and_the_server_lives(address, options):
+    status, text = post(address, body("text", 3, None, mm_processor_kwargs=options))
+    assert status == 400 and "--mm-processor-kwargs" in text
+    assert post(address, body("text", 3, "divprune@36"))[0] == 200
+
+
 def test_a_client_that_leaves_does_not_end_the_server(address):
     host, port = address.removeprefix("http://").split(":")
     data = body("count", 5, "divprune@36", max_tokens=200, ignore_eos=True)

@@ -65,6 +65,10 @@ def test_the_text_is_canonical_and_the_count_known_beforehand():
         ("cdpruner@64", "reads the question"),
         ("var+fastervlm@64", "combines 2 acting methods"),
         ("debias(trend='/etc/x.json')+fastervlm@64", "names a file"),
+        ("visionselector(weights='/etc')@36", "names a file or a folder"),
+        ("visionselector(weights = etc)@36", "names a file or a folder"),
+        ("act(recipe='here.yaml')", "names a file or a folder"),
+        ("mine(option='../here')@36", "names a file or a folder"),
         ("random@" + "9" * 600, "characters"),
     ],
 )

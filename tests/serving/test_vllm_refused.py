@@ -46,16 +46,28 @@ def test_features_that_are_put_together_in_other_ways_are_refused(changed, why):
         check_config(SimpleNamespace(**vars(config) | changed))
 
 
-def request_of(spec, items):
+def request_of(spec, items, server=None, **options):
     """What the processor of LLaVA-1.5 makes of a request."""
     from vlmprune.serving.vllm.llava import LlavaProcessor
 
     config = SimpleNamespace(
-        get_multimodal_config=lambda: SimpleNamespace(mm_processor_kwargs=None), hf_config=SimpleNamespace()
+        get_multimodal_config=lambda: SimpleNamespace(mm_processor_kwargs=server),
+        hf_config=SimpleNamespace(),
     )
     processor = LlavaProcessor.__new__(LlavaProcessor)
     processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=config))
-    return processor._request(SimpleNamespace(hf_processor_mm_kwargs={"vlmprune": spec}, mm_data_items=items))
+    given = {"vlmprune": spec, **options}
+    return processor._request(SimpleNamespace(hf_processor_mm_kwargs=given, mm_data_items=items))
+
+
+@pytest.mark.parametrize("spec", ["dense", "divprune@3"])
+def test_options_of_the_processor_are_refused_in_a_request_unless_the_server_has_them(spec):
+    size = {"height": 84, "width": 84}
+    with pytest.raises(UnsupportedError, match=r"\['crop_size'\].*--mm-processor-kwargs"):
+        request_of(spec, {}, crop_size=size)
+    with pytest.raises(UnsupportedError, match="vlmprun'"):
+        request_of(spec, {}, vlmprun="divprune@9")
+    assert request_of(spec, {}, server={"crop_size": size}, crop_size=size).text == spec
 
 
 def test_embeddings_made_elsewhere_are_refused_unless_all_stay():

@@ -8,6 +8,7 @@ whatever a client can get wrong is refused here, where a request is read.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from ..errors import SpecError, UnsupportedError, VlmPruneError, reason
 from .names import DENSE, KEY, VARIABLE
 
 LONGEST = 500  # characters of a spec
+# options that are read from files, and whatever else looks like a path
+_OPENS = re.compile(r"\b(weights|recipe|trend)\s*=|\.json|\([^)]*[/\\]")
 _NEAREST = "e.g. 'fastervlm@64' or 'divprune@64'"
 # what can be read of an encoder that runs apart from the language model
 READABLE = {
@@ -102,9 +105,9 @@ def read(text: str) -> Request:
     """A spec as a request; raises for whatever no server can do."""
     if len(text) > LONGEST:
         raise SpecError(f"a spec of {len(text)} characters; expected {LONGEST} at most, {_NEAREST}")
-    if ".json" in text:  # asked before it is read, since reading it opens the file
+    if _OPENS.search(text):  # asked before it is read, since reading it opens the file
         raise UnsupportedError(
-            f"{text!r} names a file, which a client may not ask a server to open; leave it out"
+            f"{text!r} names a file or a folder, which a client may not ask a server to open; leave it out"
         )
     plans, canonical = resolve_all(text)
     if len(plans) != 1:

@@ -94,6 +94,7 @@ class PruningProcessor(Base):
     def _request(self, inputs: Any) -> Request:
         config = self.info.ctx.model_config
         server = config.get_multimodal_config().mm_processor_kwargs
+        refuse_options(inputs.hf_processor_mm_kwargs, server or {})
         request = wanted(inputs.hf_processor_mm_kwargs, server, config.hf_config)
         if request.budget is None:
             return request
@@ -168,6 +169,19 @@ class PruningProcessor(Base):
             _pruned(update, shares, self.breaks) if update.modality in self.counted else update
             for update in updates
         ]
+
+
+def refuse_options(given: Mapping[str, object], server: Mapping[str, object]) -> None:
+    """Refuse options of the processor of transformers in a request, but for those that the server has.
+
+    Pictures of another shape than the model reads raise in the engine, which ends the server for all.
+    """
+    other = [name for name in given if name not in (KEY, VERSION_KEY) and given[name] != server.get(name)]
+    if other:
+        raise UnsupportedError(
+            f"a request gave {other} to the processor, and pictures of another shape end the model for all "
+            f"clients; give {KEY!r} alone, and other options to the server, with --mm-processor-kwargs"
+        )
 
 
 def _pruned(update: Any, shares: Callable[[str, int], list[Share]], breaks: bool) -> Any:
