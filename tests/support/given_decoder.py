@@ -104,6 +104,7 @@ class _Adapter:
     numbers_padding = False
     aligned: ClassVar[tuple[str, ...]] = ()
     closed: ClassVar[dict[SlotName, str]] = {}
+    compresses: ClassVar[tuple[str, ...]] = ()
     checks_features, note = False, ""
 
     def __init__(self, model: GivenPictures) -> None:
