@@ -13,7 +13,7 @@ import io
 import json
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -283,12 +283,22 @@ def entry(name: str) -> str:
 def models_table() -> str:
     """Every declared family, and what was measured with it."""
     table = json.loads((ROOT / "vlmprune" / "assets" / "capabilities.json").read_text(encoding="utf-8"))
+    families = table["families"]
+    first = next(iter(families.values()))["capabilities"]
+    # what no family was measured with is said once
+    nowhere = [
+        name
+        for name in first
+        if all(row["capabilities"][name].startswith(UNKNOWN) for row in families.values())
+    ]
     lines = ["| family | methods that run | clips | not, or not measured |", "|---|---|---|---|"]
-    return "\n".join(lines + [models_line(family, row) for family, row in table["families"].items()])
+    lines += [models_line(family, row, nowhere) for family, row in families.items()]
+    told = f"\n\nNot measured with any family: {', '.join(nowhere)}." if nowhere else ""
+    return "\n".join(lines) + told
 
 
-def models_line(family: str, row: dict[str, Any]) -> str:
-    """One line of the table of models."""
+def models_line(family: str, row: dict[str, Any], nowhere: Sequence[str] = ()) -> str:
+    """One line of the table of models, without what is ``nowhere`` measured."""
     able = row["capabilities"]
     told = [cells["runs"] for cells in row["methods"].values()]
     runs, unknown = told.count("yes"), sum(cell.startswith(UNKNOWN) for cell in told)
@@ -297,7 +307,7 @@ def models_line(family: str, row: dict[str, Any]) -> str:
     count = f"{runs} of {len(told)}" + f", {unknown} {UNKNOWN}" * (unknown > 0)
     clips = "yes" if able["video"] == "yes" else "as images"
     no = [f"**no {name}**" for name, cell in able.items() if cell.startswith("no:") and name != "video"]
-    open_ = [name for name, cell in able.items() if cell.startswith(UNKNOWN)]
+    open_ = [name for name, cell in able.items() if cell.startswith(UNKNOWN) and name not in nowhere]
     gaps = no + [f"{UNKNOWN}: {', '.join(open_)}"] * bool(open_)
     return f"| `{family}` | {count} | {clips} | {'; '.join(gaps) or '-'} |"
 

@@ -240,6 +240,9 @@ def test_a_family_that_was_not_measured_is_said_to_be():
     line = WEBSITE.models_line("new", row | {"capabilities": able})
     assert line == "| `new` | not measured | not measured | everything |"
     row["methods"]["c"] = {"runs": "yes"}
+    assert WEBSITE.models_line("new", row | {"capabilities": able | {"flash": "yes"}}, ["compile"]).endswith(
+        "not measured: video |"
+    )
     line = WEBSITE.models_line("new", row | {"capabilities": able | {"video": "yes", "flash": "no: none"}})
     assert line == "| `new` | 1 of 3, 1 not measured | yes | **no flash**; not measured: compile |"
 
