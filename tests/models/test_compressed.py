@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 import vlmprune
 from vlmprune.core.budget import Budget
 from vlmprune.core.report import Report
-from vlmprune.errors import CaptureError, GridError, InvariantError, SpecError
+from vlmprune.errors import CaptureError, GridError, InvariantError, SpecError, UnsupportedError
+from vlmprune.hooks.sequence.cache import cache_in, cache_name
 from vlmprune.models import adapter_for
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.reference import dense_rows
@@ -224,6 +226,39 @@ def test_decoding_goes_on_behind_both_cuts(spec: str) -> None:
         without = generate(model, inputs, max_new_tokens=4, num_beams=2, use_cache=False)
     assert torch.equal(ids, again) and torch.equal(beams, without)
     assert run.last is not None and run.last.dense_tokens == [54] and run.last.realised_tokens[0] < 54
+
+
+@pytest.mark.parametrize("spec", ["divprune@9", "divprune@1.0"])
+def test_a_mask_of_all_columns_goes_on_behind_both_cuts(spec: str) -> None:
+    """A loop by hand hands on the mask of the whole prompt, of which the model took columns out."""
+    model, inputs = sampling_model(0.5)
+    length = inputs["input_ids"].shape[1]
+    name = cache_name(inspect.signature(model.forward).parameters)
+
+    def answer(masked: bool) -> list[int]:
+        output, found = model(**inputs, use_cache=True), []
+        for step in range(1, 4):
+            found.append(int(output.logits[0, -1].argmax()))
+            given = {"input_ids": torch.tensor([found[-1:]]), name: cache_in(output), "use_cache": True}
+            mask = {"attention_mask": torch.ones(1, length + step, dtype=torch.long)} if masked else {}
+            output = model(**given, **mask)
+        return found
+
+    with vlmprune.prune(model, spec) as run, torch.no_grad():
+        assert answer(masked=True) == answer(masked=False)
+    assert run.last is not None and run.last.decode_steps == 3
+
+
+def test_a_turn_that_begins_with_placeholders_of_the_clip_is_refused() -> None:
+    """generate takes the tokens that the model itself dropped for new ones."""
+    model, inputs = sampling_model(0.5)
+    name = cache_name(inspect.signature(model.forward).parameters)
+    with vlmprune.prune(model, "divprune@9"):
+        made = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([made.sequences, torch.tensor([[5, 6]])], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: cache_in(made)}
+        with pytest.raises(UnsupportedError, match="cannot be continued by generate"):
+            model.generate(**given, max_new_tokens=1)
 
 
 def test_nemotron_reads_the_kept_tokens_of_those_that_it_left() -> None:

@@ -22,12 +22,12 @@ from .patches import ATTACHED
 from .sequence.cache import CacheState, adopt, cache_in, counting_layer, known, slots_held
 from .sequence.compaction import Compaction
 from .sequence.masks import ASKS_FOR_PLACES, TokenTypes
+from .sequence.own_cuts import left_by_model, refuse_leftovers, take_columns
 from .sequence.placement import Columns, Placement, place
 from .sequence.text import told_apart
 from .sequence.views import SequenceView, Views
 from .state import ForwardState
 from .vision.encode import left_of
-from .vision.pictures import Picture
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Modality
@@ -105,41 +105,6 @@ def locate(state: ForwardState, adapter: Adapter, mask: Tensor | None) -> None:
     report.layer_tokens = [[count] * adapter.depth for count in report.dense_tokens]
 
 
-def take_columns(state: ForwardState, visual: Tensor, pictures: Sequence[Picture]) -> None:
-    """Put what was given in terms of the sequence from which the model itself took columns of pictures.
-
-    Args:
-        visual: (B, L) bool, placeholder columns of all that was encoded.
-    """
-    each = [
-        torch.ones(one.encoded_count, dtype=torch.bool)
-        if one.left is None
-        else torch.zeros(one.encoded_count, dtype=torch.bool).index_fill_(0, one.left, True)
-        for one in pictures
-    ]
-    mask, (batch, length) = torch.cat(each).to(visual.device), visual.shape  # (S,)
-    repeats = int(visual.sum()) // max(len(mask), 1)  # one prompt, which generate may repeat
-    stays = torch.ones(batch, length, dtype=torch.bool, device=visual.device)
-    stays[visual] = mask.repeat(repeats)
-    given = state.given[stays.to(state.given.device)].view(batch, -1, *state.given.shape[2:])
-    if given.shape[1] != state.embeds.shape[1]:
-        raise InvariantError(
-            f"the language model is given {state.embeds.shape[1]} columns; expected {given.shape[1]} of "
-            f"{length} after what the model itself drops of clips"
-        )
-    state.given, state.stays = given, stays
-    if state.input_ids is not None:
-        state.input_ids = given
-
-
-def left_by_model(mask: Any, stays: Tensor | None) -> Any:
-    """A padding mask (B, L + n) without the columns that the model itself took out of the prompt."""
-    if stays is None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < stays.shape[1]:
-        return mask
-    prompt, behind = mask[:, : stays.shape[1]], mask[:, stays.shape[1] :]
-    return torch.cat([prompt[stays.to(mask.device)].view(mask.shape[0], -1), behind], dim=1)
-
-
 def require_features(state: ForwardState, adapter: Adapter, placement: Placement) -> None:
     """Require that the placeholders of pictures hold their features, in order."""
     embeds = state.embeds.detach()
@@ -182,7 +147,8 @@ def open_views(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any])
     mask = state.given_mask if typed else kwargs.get("attention_mask")
     if state.stays is not None:  # the model took columns out and left the positions of all
         kwargs = {**kwargs, "position_ids": None}
-    elif cache_state is not None:
+    elif cache_state is not None and cache_state.stays is not None:
+        refuse_leftovers(state, adapter)
         mask = left_by_model(mask, cache_state.stays)
     state.unpadded = mask is None and (cache_state is None or cache_state.all_valid)
     maskless = state.unpadded and (new == 1 if cache_state is not None else batch == 1)
