@@ -24,8 +24,6 @@ class Report:
     Args:
         method: spec of what was attached.
         dense_tokens: visual tokens per image (or clip) without pruning, newline and [CLS] slots not counted.
-        encoded_tokens: those that the encoder made, where a compression of the model itself leaves fewer;
-            budgets count from ``dense_tokens``. Empty where no model was asked.
         realised_tokens: visual tokens per image that the language model read.
         layer_tokens: visual tokens of every image in each decoder layer.
         sequence: (dense, realised) padded length of the sequence that the decoder layers read.
@@ -43,11 +41,12 @@ class Report:
         views: how boxes lie on the original picture, per image.
         left: (N,) what the model's own compression left, of all patches in ``grids``, per image; None: all.
             ``kept`` and ``joins`` count in it.
+        encoded_tokens: visual tokens per image as the encoder made them: more than ``dense_tokens``, from
+            which budgets count, where a compression of the model itself left fewer.
     """
 
     method: str
     dense_tokens: list[int] = field(default_factory=list)
-    encoded_tokens: list[int] = field(default_factory=list)
     realised_tokens: list[int] = field(default_factory=list)
     layer_tokens: list[list[int]] = field(default_factory=list)
     sequence: tuple[int, int] = (0, 0)
@@ -61,6 +60,7 @@ class Report:
     frames: list[bool] = field(default_factory=list, repr=False)
     views: list[str] = field(default_factory=list, repr=False)
     left: list[Tensor | None] = field(default_factory=list, repr=False)
+    encoded_tokens: list[int] = field(default_factory=list)
 
     @cached_property
     def keep(self) -> list[KeepMap]:
