@@ -176,7 +176,12 @@ MUTANTS = (
         Pytest("tests/core/test_compared.py"),
     ),
     Mutant("softmax of a part of the row", at.ATTENTION, softmax_of_a_part, TAP),
-    Mutant("defaults left where no layer attends", at.NEAREST, unmoved, Pytest("tests/core/test_landing.py")),
+    Mutant(
+        "defaults left where no layer attends",
+        at.NEAREST_LAYERS,
+        unmoved,
+        Pytest("tests/core/test_landing.py"),
+    ),
     Mutant(
         "states without the norm of attention",
         at.ATTENTION_NORM,
