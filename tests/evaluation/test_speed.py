@@ -141,8 +141,9 @@ def test_answers_have_the_stated_length(tiny):
 
 def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
     rows, _ = card
-    save(rows, tmp_path)
-    path = save([replace(rows[1], first_token_s=9.0), replace(rows[1], batch=8)], tmp_path)
+    before, later = {"load_before": 0.1}, {"load_before": 0.2}
+    save(rows, tmp_path, before)
+    path = save([replace(rows[1], first_token_s=9.0), replace(rows[1], batch=8)], tmp_path, later)
     saved = json.loads(path.read_text())
     assert [(row["spec"], row["batch"]) for row in saved["rows"]] == [
         ("dense", 2),
@@ -150,7 +151,7 @@ def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
         ("fastervlm@9", 2),
         ("fastervlm@9", 8),
     ]
-    assert saved["rows"][2]["first_token_s"] == 9.0 and saved["conditions"]["versions"]
+    assert saved["rows"][2]["first_token_s"] == 9.0 and saved["conditions"] == later
     assert [read(SpeedRow, row, "row") for row in saved["rows"][:2]] == [rows[0], rows[2]]
 
 
@@ -159,7 +160,7 @@ def test_what_is_no_speed_card_is_not_written_over(card, tmp_path, text):
     path = tmp_path / "speed.json"
     path.write_text(text)
     with pytest.raises(SpecError, match="holds no speed card"):
-        save(card[0], tmp_path)
+        save(card[0], tmp_path, {})
     assert path.read_text() == text
 
 
@@ -169,7 +170,7 @@ def test_a_card_that_cannot_be_written_is_one_clear_error(card, tmp_path, monkey
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(EvaluationError, match=r"speed\.json cannot be written .*the disk is full: make room"):
-        save(card[0], tmp_path)
+        save(card[0], tmp_path, {})
 
 
 # --- the card on a terminal -----------------------------------------------------------------------

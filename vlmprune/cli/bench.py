@@ -88,7 +88,7 @@ def bench(
             found, refused = measure(workload, specs, answer_tokens=answer, effort=effort, tell=status.update)
             rows, left_out = rows + found, left_out + refused
     if out is not None:
-        save(rows, out)
+        save(rows, out, start)
     listed = {"rows": plain_values(rows), "left_out": plain_values(left_out)}
     if as_json:
         print_json({**listed, "unsupported": missing, "conditions": start})

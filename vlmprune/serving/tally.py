@@ -65,7 +65,7 @@ class Tally:
         # a file per process: nobody writes into that of another
         file = Path(folder, f"{os.getpid()}.json")
         fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(counts))
+        fresh.write_text(json.dumps(counts), encoding="utf-8")
         fresh.replace(file)  # at once: a reader never finds half of it
 
     def line(self, spec: str) -> str:
@@ -84,7 +84,7 @@ def published() -> dict[str, int]:
     folder, sums = os.environ.get(FALLBACKS_VARIABLE), Sums[str]()
     for file in Path(folder).glob("*.json") if folder else ():
         # adds up, where a dict would replace
-        sums.update(json.loads(file.read_text()))
+        sums.update(json.loads(file.read_text(encoding="utf-8")))
     return dict(sums)
 
 

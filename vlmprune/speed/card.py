@@ -33,7 +33,7 @@ from ..models.shrink import shrinks
 from ..plain import plain, read
 from ..spec import parse
 from ..textfile import replace_text
-from .conditions import conditions, device_name
+from .conditions import device_name
 from .free import FreeSide
 from .memory import peak_bytes
 from .row import SpeedRow
@@ -315,8 +315,12 @@ def _row(spec: str, times: _Times, measured: _Measured, common: Mapping[str, Any
     )
 
 
-def save(rows: Sequence[SpeedRow], place: Path) -> Path:
-    """Add rows to a .json file, or to speed.json in a run folder; older rows of the same case go."""
+def save(rows: Sequence[SpeedRow], place: Path, measured: Mapping[str, Any]) -> Path:
+    """Add rows to a .json file, or to speed.json in a run folder; older rows of the same case go.
+
+    Args:
+        measured: the conditions at the start, before the timing itself was the load.
+    """
     path = place if place.suffix == ".json" else place / "speed.json"
     if not path.parent.is_dir():
         raise SpecError(
@@ -333,6 +337,6 @@ def save(rows: Sequence[SpeedRow], place: Path) -> Path:
             raise SpecError(f"--out: {path} holds no speed card ({error}); choose another file") from error
     new = {row.case for row in rows}
     kept = [row for row in known if row.case not in new]
-    card = {"rows": plain([*kept, *rows]), "conditions": conditions()}
+    card = {"rows": plain([*kept, *rows]), "conditions": dict(measured)}
     replace_text(path, json.dumps(card, indent=1) + "\n")
     return path
