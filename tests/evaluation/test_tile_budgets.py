@@ -9,19 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from served_processors import PROCESSORS, SIDE
 from typer.testing import CliRunner
+from wide_samples import Easy, noise, wide
 
 import vlmprune
 from vlmprune.cli import app
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.evaluation.answer.batch import Batch
 from vlmprune.evaluation.answer.evaluate import evaluate
-from vlmprune.evaluation.tasks.sample import Sample
 from vlmprune.models import adapter_for, loading, reads_any_size
 from vlmprune.models.base import feature_list
 from vlmprune.models.shrink import shrink_for
@@ -52,37 +50,7 @@ def bundle(family: str) -> tuple[Any, Any]:
     return tiny_model(family, vocab_size=len(processor.tokenizer)), processor
 
 
-def noise(seed: int, height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 WIDE = noise(0, 150, 450)
-
-
-class Wide(Sample):
-    """Each name of an image is its width; the mask is the upper half."""
-
-    def load_images(self) -> list[Image.Image]:
-        return [noise(int(name), 150, int(name)) for name in self.images]
-
-    def object_masks(self) -> list[np.ndarray]:
-        masks = [np.zeros(image.size[::-1], dtype=bool) for image in self.load_images()]
-        for mask in masks:
-            mask[: len(mask) // 2] = True
-        return masks
-
-
-class Easy:
-    """A task to which every answer is right."""
-
-    def score(self, sample: Sample, answer: str) -> float:
-        return 1.0
-
-
-def wide(number: int, *widths: str) -> Wide:
-    told = {"family": "noise", "group": "general", "question": "what?", "answers": ("x",), "history": ()}
-    return Wide(id=f"s{number}", cluster=f"c{number}", images=widths, **told)
 
 
 def native(family: str, tiles: int) -> dict[str, Any]:

@@ -6,15 +6,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from tiled_processors import BY_TORCHVISION, TILED
+from wide_samples import Easy, wide
 
 import vlmprune
 from vlmprune.evaluation.answer.batch import Batch
 from vlmprune.evaluation.answer.evaluate import evaluate
-from vlmprune.evaluation.tasks.sample import Sample
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import tiny_bundle, tiny_model
 from vlmprune.testing.tiny_configs import missing
@@ -43,26 +41,6 @@ def bundle(family: str) -> tuple[Any, Any]:
     processor.chat_template = template
     # some add marks of their own to the vocabulary
     return tiny_model(family, vocab_size=len(processor.tokenizer)), processor
-
-
-class Wide(Sample):
-    """Each name of an image is its width."""
-
-    def load_images(self) -> list[Image.Image]:
-        sizes = [(150, int(name), 3) for name in self.images]
-        return [Image.fromarray(np.random.default_rng(0).integers(0, 256, size, "uint8")) for size in sizes]
-
-
-class Easy:
-    """A task to which every answer is right."""
-
-    def score(self, sample: Sample, answer: str) -> float:
-        return 1.0
-
-
-def wide(number: int, *widths: str) -> Wide:
-    told = {"family": "noise", "group": "general", "question": "what?", "answers": ("x",), "history": ()}
-    return Wide(id=f"s{number}", cluster=f"c{number}", images=widths, **told)
 
 
 @pytest.mark.parametrize("family", sorted(TILED))
