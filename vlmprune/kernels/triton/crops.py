@@ -352,7 +352,7 @@ def top_k_in_groups(scores: Tensor, members: Tensor, quota: Tensor, k: int) -> T
     k = min(k, groups * width)
     out = torch.empty(batch, k, dtype=torch.int64, device=scores.device)
     tiles = -(-width // _ROWS)
-    block = min(64, max(16, next_power_of_2(width)))
+    block = min(32, max(16, next_power_of_2(width)))
     shape = groups, width, k, tiles, _steps(width), _GROUPS, _ROWS, block
     launch(best_kernel, batch * groups * tiles, scores, members, quota, out, *shape, num_warps=4)
     return out

@@ -90,17 +90,17 @@ def compact_kernel(scores, hist, idx, n, k, chunks, CHUNK: tl.constexpr, BINS: t
     low, need = narrow(hist + 2 * BINS, need, BINS)
     bound = (high << 21) | (middle << 10) | low
     lane = tl.arange(0, CHUNK)
-    above = tl.zeros([CHUNK], tl.int32)
-    equal = tl.zeros([CHUNK], tl.int32)
+    # keys above the bound in the low half, equal ones in the high half: two counters spill registers
+    counts = tl.zeros([CHUNK], tl.int32)
     # what earlier chunks keep is counted anew, so that no program waits for a scan over all
     for before in range(0, chunk):
         token = before * CHUNK + lane
         key = load_keys(scores, b * n + token, token < n)
-        above += (key > bound).to(tl.int32)
-        equal += (key == bound).to(tl.int32)
+        counts += (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
+    above, equal = tl.sum(counts & 0xFFFF, 0), tl.sum(counts >> 16, 0)
     token = chunk * CHUNK + lane
     key = load_keys(scores, b * n + token, token < n)
-    keep, place = keep_rank(key, bound, need, tl.sum(above, 0), tl.sum(equal, 0))
+    keep, place = keep_rank(key, bound, need, above, equal)
     tl.store(idx + b * k + place, token, mask=keep)
 
 
