@@ -4,10 +4,11 @@
     python benchmarks/hops.py "fastervlm@9"
 
 A tiny LLaVA generates two tokens inside ``with prune(...)``, once to warm up and once under a profile. The
-functions of ``vlmprune`` are listed in the order in which they are first called, apart for four parts:
+functions of ``vlmprune`` are listed in the order in which they are first called, apart for five parts:
 
 * attach: ``prune`` and entering the block,
-* prefill: from ``generate`` to the first token, encoding the picture included,
+* encode: from ``generate`` until the pictures are encoded,
+* prefill: the forward that gives the first token,
 * decode: the second token, and what ``generate`` does when it returns,
 * detach: leaving the block.
 
@@ -32,7 +33,7 @@ import torch
 import vlmprune
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
-PARTS = ("attach", "prefill", "decode", "detach")
+PARTS = ("attach", "encode", "prefill", "decode", "detach")
 PACKAGE = Path(vlmprune.__file__).parent
 METHODS = ("fastervlm@9", "fastv(layer=2)@9", "var(dims=[7,21],tau=2.0,first_layer=1)")
 
@@ -108,19 +109,24 @@ def count(spec: str, model: Any = None) -> dict[str, Part]:
 
 
 def _run(spec: str, model: Any, inputs: dict[str, Any], hops: Hops) -> None:
+    def entered(module: object, args: object) -> None:
+        if hops.part == "encode":  # generate encodes before the first forward
+            hops.part = "prefill"
+
     def first_token(module: object, args: object, output: object) -> None:
         hops.part = "decode"  # the forward around the whole model has ended
 
     hops.part = "attach"
     with vlmprune.prune(model, spec):
         hops.part = None
-        handle = model.register_forward_hook(first_token)
+        handles = [model.register_forward_pre_hook(entered), model.register_forward_hook(first_token)]
         try:
-            hops.part = "prefill"
+            hops.part = "encode"
             model.generate(**inputs, max_new_tokens=2, do_sample=False)
         finally:
             hops.part = None
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         hops.part = "detach"
     hops.part = None
 
