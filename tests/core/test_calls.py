@@ -43,6 +43,7 @@ MASKS = [
         r"expected \(1, 47\): 0 tokens seen before and 47 fed now",
     ),
     ("too short", lambda inputs: torch.ones(1, 46), InvariantError, r"expected \(1, 47\)"),
+    ("no token", lambda inputs: torch.zeros(1, 47), InvariantError, r"\(1, 47\) masks every token"),
     ("other batch", lambda inputs: torch.ones(2, 47), InvariantError, r"expected \(1, 47\)"),
 ]
 

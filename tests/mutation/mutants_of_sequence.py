@@ -32,6 +32,11 @@ def tail_of_any_row(tail: Function) -> Function:
     return lambda self: int(self.kept.any(dim=0).flip(0).cumprod(0).sum())
 
 
+def tail_of_first_row(tail: Function) -> Function:
+    """Columns at the end that the first row keeps count as kept by every row."""
+    return lambda self: int((self.index[0] - self._columns[: self.width] == self.lost).sum())
+
+
 def next_row_along(taken: Function) -> Function:
     """What is cut in the launch of the choice is of the columns behind."""
 
@@ -177,6 +182,12 @@ SEQUENCE = (
         at.TAIL,
         tail_of_any_row,
         Pytest("tests/core/test_dead_slots.py"),
+    ),
+    Mutant(
+        "tail of the first row for every row",
+        at.EVEN_TAIL,
+        tail_of_first_row,
+        Pytest("tests/core/test_compaction.py"),
     ),
     Mutant("output not expanded", at.LEAVE, output_left_short, LLAVA),
     Mutant("wrong row expanded", at.EVEN_EXPAND, one_row_before, LLAVA),

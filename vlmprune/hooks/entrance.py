@@ -345,11 +345,11 @@ def remembered(state: ForwardState, tail: int, owner: weakref.ref) -> CacheState
     """What later calls must know of the slots that this one leaves in the cache, the last ``tail`` apart."""
     views = state.views
     frozen = [view.frozen(tail) for view in views.all]
-    if state.embeds.device.type == "cpu":
-        all_valid = all(view.held.shape[1] > 0 and bool(view.held.all()) for view in frozen)
-    else:  # nothing was filled up where all rows lost as many; else the device would have to be asked
-        even = all(compaction.is_even for _, compaction in views.cuts)
-        all_valid = state.unpadded and even and frozen[0].held.shape[1] > 0
+    # nothing was filled up where all rows lost as many
+    all_valid = state.unpadded and all([compaction.is_even for _, compaction in views.cuts])
+    if not all_valid and state.embeds.device.type == "cpu":  # a device is not asked
+        all_valid = all(bool(view.held.all()) for view in frozen)
+    all_valid = all_valid and all([view.held.shape[1] > 0 for view in frozen])
     if state.seen is None:
         raise InvariantError(
             "this forward has no number of earlier tokens yet; expected it to be read where the merged "

@@ -40,9 +40,9 @@ def topk_select(scores: Tensor, k: int) -> Tensor:
     # no values have no minimum
     if k == 0:
         return torch.empty(batch, 0, dtype=torch.int32)
-    # the k-th largest value, found without sorting; NaN where the row holds one, which torch ranks highest
-    limits = scores.topk(k, sorted=False).values.numpy().min(axis=1)
     idx, rows = np.empty((batch, k), np.int32), scores.numpy()
+    # the k-th largest value, found without sorting; NaN where the row holds one, which NumPy ranks highest
+    limits = np.partition(rows, n - k, axis=1)[:, n - k :].min(axis=1)
     for b in range(batch):
         limit = limits[b]
         idx[b] = (

@@ -13,6 +13,7 @@ something; every later column is held by all layers, so cropping rejected draft 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -270,10 +271,15 @@ def is_paged(cache: Any) -> bool:
 def adopt(cache: Any, state: CacheState) -> None:
     """Let a cache carry ``state``, turning its class into one that answers by it."""
     # the class is changed and not the object: who holds the cache goes on with it, and copies stay cut
-    cls = type(cache)
-    if not issubclass(cls, CutCacheMixin):
-        cache.__class__ = type(f"Cut{cls.__name__}", (CutCacheMixin, cls), {"__module__": cls.__module__})
+    if not isinstance(cache, CutCacheMixin):
+        # mypy takes the __hash__ of its objects for that of the class
+        cache.__class__ = _cut_class(type(cache))  # type: ignore[arg-type]
     cache._vlmprune_state = state
+
+
+@functools.cache  # making a class takes longer than all else that a prompt does to its cache
+def _cut_class(cls: type) -> type:
+    return type(f"Cut{cls.__name__}", (CutCacheMixin, cls), {"__module__": cls.__module__})
 
 
 def release(cache: Any) -> None:

@@ -55,9 +55,7 @@ class Compaction:
 
     @property
     def tail(self) -> int:
-        """Columns at the end that every row keeps: a bound for what may be cropped of a cache."""
-        if self.index.device.type != "cpu":
-            return 0  # not worth asking the device for
+        """Columns at the end that every row keeps."""
         return int(self.kept.all(dim=0).flip(0).cumprod(0).sum())
 
     @cached_property
@@ -165,6 +163,11 @@ class EvenCompaction(Compaction):
     @cached_property
     def kept(self) -> Tensor:
         return torch.zeros_like(self._tokens).scatter(1, self.index.long(), True)
+
+    @property
+    def tail(self) -> int:
+        # columns that moved to the left by all that went: nothing goes behind them
+        return int((self.index - self._columns[: self.width] == self.lost).all(dim=0).sum())
 
     def lengths(self, before: list[int]) -> list[int]:
         return [length - self.length + self.width for length in before]

@@ -93,14 +93,20 @@ class Columns:
     @classmethod
     def of(cls, visual: list[Tensor], valid: Tensor | None) -> Columns:
         """Look at the columns; a batch on a device waits for this once, a single prompt never."""
-        batch, device = visual[0].shape[0], visual[0].device
-        if device.type != "cpu" and batch == 1:
+        if visual[0].shape[0] == 1:
             return cls(visual, valid)
         # one copy for all that the host has to know of a batch
-        every = torch.ones_like(visual[0]) if valid is None else valid.to(device)
+        every = torch.ones_like(visual[0]) if valid is None else valid.to(visual[0].device)
         host = torch.stack([*visual, every]).cpu()
         pictures, tokens = host[:-1].any(dim=0), host[-1].bool()
         return cls(visual, valid, host, tokens.sum(dim=1).tolist(), bool((pictures & ~tokens).any()))
+
+    @property
+    def all_masked(self) -> bool:
+        """No column is a token, as far as the host knows that without asking a device."""
+        if self.lengths is not None:
+            return not any(self.lengths)
+        return self.valid is not None and self.valid.device.type == "cpu" and not bool(self.valid.any())
 
     @cached_property
     def pictures(self) -> Tensor:

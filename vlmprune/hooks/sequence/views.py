@@ -298,8 +298,12 @@ class Views:
 
     @property
     def tail(self) -> int:
-        """Columns at the end of this call that every row keeps in every layer."""
-        return min((compaction.tail for _, compaction in self.cuts), default=self.columns)
+        """Columns at the end of this call that every row keeps in every layer: so many may be cropped of a
+        cache.
+        """
+        if self.cuts and self.all[0].new.device.type != "cpu":
+            return 0  # not worth asking the device for
+        return min([compaction.tail for _, compaction in self.cuts], default=self.columns)
 
     def follow(self, mask: Tensor, layer: int) -> Tensor:
         """(B, L) bool marks of the uncut columns -> (B, n) of those that a layer reads."""

@@ -90,7 +90,7 @@ def cut_sequence(state: ForwardState, cuts: Sequence[Cut | None], policy: Positi
         # of masked pictures not every slot that goes was a token
         compaction = uneven(view, flat_columns(found), None if masked else width)
     # only a mask can do this: text is never cut
-    if compaction.width == 0:
+    if compaction.width == 0 or state.columns.all_masked:
         raise InvariantError(
             f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
         )
