@@ -95,7 +95,12 @@ SELECT = [
         "long",
     ),
     SourceMutant(
-        "chunks before forgotten", "select.compact_kernel", "tl.sum(equal, 0)", "0", "topk_select", "long"
+        "chunks before forgotten",
+        "select.compact_kernel",
+        "tl.sum(counts >> 16, 0)",
+        "0",
+        "topk_select",
+        "long",
     ),
 ]
 
