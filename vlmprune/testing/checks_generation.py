@@ -46,7 +46,7 @@ def every_mode_equals_kept_embeddings(subject: Subject) -> None:
     inputs = subject.inputs((1,))
     dense = dense_rows(subject.model, inputs)[0]
     # a policy under which it can be told which columns are read
-    places = legible(dense)
+    places = legible(subject.model, dense)
     with subject.prune(positions=places):
         kept, columns = read_rows(subject.model, inputs, dense)
     hybrid = family_of(subject.family).hybrid

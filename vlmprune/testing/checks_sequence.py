@@ -85,7 +85,7 @@ def merged_rows_are_read(subject: Subject) -> None:
         patches = set(placeholder_columns(model, inputs["input_ids"], dense[None])[0])
         # text and newlines
         others = torch.stack([dense[c] for c in range(len(dense)) if c not in patches])
-        with prune(model, subject.spec, positions=legible(whole)) as run:
+        with prune(model, subject.spec, positions=legible(model, whole)) as run:
             ids = generate(model, inputs)[0]
             rows = entered(model, inputs)[0]
             report, kept = report_of(run), read_rows(model, inputs, whole)[0]

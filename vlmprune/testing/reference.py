@@ -158,6 +158,15 @@ def beside_all(model: Any, kept: Kept) -> Tensor | None:
     return torch.cat([kept.beside, make(ids)], dim=1)
 
 
+def beside_layers(model: Any, kept: Kept, columns: Sequence[int]) -> list[dict[str, Tensor]]:
+    """What every layer is given beside its hidden states at some of the columns: nothing in most models."""
+    lm, beside = language_model(model), beside_all(model, kept)
+    if beside is None:
+        return [{} for _ in lm.layers]
+    made = lm.project_per_layer_inputs(kept.embeds, beside)[:, list(columns)]  # (1, n, layers, d)
+    return [{"per_layer_input": made[:, :, index]} for index in range(len(lm.layers))]
+
+
 def placeholder_columns(model: Any, input_ids: Tensor, embeds: Tensor) -> list[list[int]]:
     """Per row the columns of patches, newline and [CLS] embeddings left out."""
     config = model.config
@@ -309,8 +318,12 @@ def entered(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[Tenso
     return [row[allowed] for row, allowed in zip(hidden, read, strict=True)]
 
 
-def legible(dense: Kept) -> str | None:
+def legible(model: Any, dense: Kept) -> str | None:
     """The policy of a session whose columns ``read_rows`` can tell; None where the family has only one."""
+    # what generate takes is asked as it does itself (HyperCLOVA X: ids only)
+    alone = "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
+    if not alone and dense.positions.ndim == 2:
+        return "original"
     if dense.blocks is not None or dense.beside is not None or (dense.stacked and dense.positions.ndim == 2):
         return "original"
     return "compact" if dense.positions.ndim == 2 else None
@@ -332,7 +345,7 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
     finally:
         handle.remove()
     rows = first_rows(seen[0])
-    if legible(dense) == "compact":
+    if legible(model, dense) == "compact":
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
     if dense.positions.ndim == 2:
         # original positions, less the first one, are columns
