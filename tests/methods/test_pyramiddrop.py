@@ -65,6 +65,8 @@ def test_a_budget_is_the_mean_over_all_layers(keep, layers):
 
 def test_keep_all_cuts_nothing():
     assert [keep for _, keep in counts(PyramidDrop(), 1.0)] == [576] * 3
+    # gaps of other lengths: the ratio is found as 1 less its last digit
+    assert counts(PyramidDrop(layers=(1, 3)), 1.0, depth=4, count=36) == [(1, 36), (3, 36)]
     assert [keep for _, keep in counts(PyramidDrop(), 576)] == [576] * 3
 
 

@@ -114,4 +114,6 @@ def geometric_shares(layers: tuple[int, ...], depth: int, mean: float | None) ->
             low = r
         else:
             high = r
+    # the last digits are noise of the sum: a share of 1 that lost them would drop a token
+    r = round(r, 12)
     return tuple(r**stage for stage in range(1, len(layers) + 1))
