@@ -206,16 +206,16 @@ def second_turn_equals_twin(subject: Subject) -> None:
 
 def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
     """Ranking makes no heads x tokens x tokens map; ``made`` records the shapes of all tensors of a block."""
-    inputs, found = subject.inputs((1,)), {}
+    inputs, shapes = subject.inputs((1,)), {}
+    # of the sequence in front of all cuts and behind them; a grid of patches may have such sides in both runs
+    lengths = {inputs["input_ids"].shape[1]}
     for attached in (False, True):
         run = subject.prune().attach() if attached else None
-        # lengths of the sequence in front of all cuts and behind them
-        lengths = {inputs["input_ids"].shape[1]}
         track = (
             language_model(subject.model)
             .layers[-1]
             .register_forward_pre_hook(
-                lambda module, args, kwargs, lengths=lengths: lengths.add(
+                lambda module, args, kwargs: lengths.add(
                     (args[0] if args else kwargs["hidden_states"]).shape[1]
                 ),
                 with_kwargs=True,
@@ -228,10 +228,12 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
             track.remove()
             if run is not None:
                 run.detach()
-        attention = next(m for layer in language_model(subject.model).layers if (m := find_attention(layer)))
-        lengths.discard(attention.head_dim)  # those are queries, keys and values
-        found[attached] = [
-            s for s in seen.shapes if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths
-        ]
+        shapes[attached] = list(seen.shapes)
+    attention = next(m for layer in language_model(subject.model).layers if (m := find_attention(layer)))
+    lengths.discard(attention.head_dim)  # those are queries, keys and values
+    found = {
+        attached: [s for s in seen if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths]
+        for attached, seen in shapes.items()
+    }
     new = len(found[True]) - len(found[False])
     expect(new <= 0, f"attached, {new} more maps of the sequence are made: {set(found[True])}")
