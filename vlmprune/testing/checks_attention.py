@@ -13,7 +13,7 @@ from ..core.method import Method
 from ..hooks.sequence.cache import cache_name, state_of
 from ..hooks.session import Session
 from .conformance import RAGGED, Subject, expect, generate, report_of
-from .reference import dense_rows, kept_by_hand, language_model
+from .reference import dense_rows, kept_by_hand, language_model, merged_embeddings, placeholder_columns
 from .reference_attention import AttentionTwin, visual_columns
 
 
@@ -73,9 +73,10 @@ def composes_with_a_cut(subject: Subject) -> None:
     kept = kept_by_hand(
         model, inputs, report_of(run).keep, run.attachment.policy(run.slots["before_lm"].method)
     )[0]
-    # what is left of the one picture begins where it began
-    first, dropped = int(plain.nonzero()[0]), len(plain) - kept.embeds.shape[1]
-    visual = [first <= i < first + int(plain.sum()) - dropped for i in range(kept.embeds.shape[1])]
+    # text may stand between the rows of a picture (Molmo 2)
+    patches = placeholder_columns(model, inputs["input_ids"], merged_embeddings(model, inputs))[0]
+    gone = set(patches) - {patches[i] for i in report_of(run).keep[0].keep_idx.tolist()}
+    visual = [yes for column, yes in enumerate(plain.tolist()) if column not in gone]
     own = None if marks is None else marks[0, -len(visual) :].tolist()
     want = AttentionTwin(model, method, kept, visual, own).greedy(len(ids))
     expect(ids == want, f"answer {ids}, twin {want}")
