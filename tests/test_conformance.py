@@ -145,8 +145,8 @@ REFUSALS = {
     "estimator='zo'": {*MERGERS, *LATER, "idefics3", "smolvlm", "paligemma", "gemma3"},
     "become": MERGERS,
     "eager attention only": {"paligemma"},
-    # layers are given token types, or hold several states of a token
-    "prune before the language model": {"ernie4_5_vl_moe", "gemma3n", "granite4_vision", "nemotron_h_omni"},
+    # layers hold several states of a token, or are of a kind whose mask cannot be made again
+    "prune before the language model": {"gemma3n", "granite4_vision", "nemotron_h_omni"},
     "method that keeps tokens": {"granite4_vision"},  # layers add features to tokens, made rows have none
     "inside the vision tower": {
         "vipllava",

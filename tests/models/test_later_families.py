@@ -60,13 +60,11 @@ def test_drafts_behind_a_prompt_with_token_types_are_text() -> None:
 
 
 def test_cuts_inside_are_refused_where_layers_read_what_would_not_follow() -> None:
-    """Experts by modality, keys that layers share, several states of a token."""
-    for family, text in (("gemma4", "gemma4_small"), ("ernie4_5_vl_moe", None)):
-        with pytest.raises(UnsupportedError, match="would not follow the cut; prune before"):
-            vlmprune.attach(available(family, text), "fastv@9")
-    shares = tiny_model("gemma4", num_kv_shared_layers=2)
-    with pytest.raises(UnsupportedError, match="read the keys of earlier ones"):
-        vlmprune.attach(shares, "fastv@9")
+    """Keys that layers share."""
+    available("gemma4")
+    for model in (available("gemma4", "gemma4_small"), tiny_model("gemma4", num_kv_shared_layers=2)):
+        with pytest.raises(UnsupportedError, match=r"read the keys of earlier ones.*'divprune@64'"):
+            vlmprune.attach(model, "fastv@9")
 
 
 @pytest.mark.parametrize("spec", ["fastv@9", "var", "random@20+fastv@9"])

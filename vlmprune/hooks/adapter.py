@@ -45,6 +45,7 @@ class Adapter(Protocol):
             too; None where all are like that.
         types: keyword of the multimodal model that holds these types.
         aligned: keywords of the language model that hold something of every token beside its embedding.
+        beside: what its layers call that, where cuts between layers can follow it.
         compresses: kinds of pictures of which the model itself may drop tokens before its language model.
         takes_columns: whether it takes their columns out of a prompt with the placeholders of all of them.
         checks_features: check in every call that the sequence holds the features in the order in which they
@@ -73,6 +74,7 @@ class Adapter(Protocol):
     text_type: ClassVar[int | None]
     types: ClassVar[str]
     aligned: tuple[str, ...]
+    beside: tuple[str, ...]
     compresses: ClassVar[tuple[ModalityName, ...]]
     takes_columns: ClassVar[bool]
     checks_features: bool

@@ -271,9 +271,7 @@ def followed(state: ForwardState, adapter: Adapter, kwargs: Mapping[str, Any]) -
                 "name, so that it would not follow the cut; add it to the adapter's `aligned`, or run dense"
             )
         for compaction in cuts:
-            index = compaction.index.to(value.device)
-            index = index.reshape(*index.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
-            value = value.expand(batch, *value.shape[1:]).gather(1, index)
+            value = compaction.along(value)
         found[name] = value
     if cuts and adapter.added is not None and kwargs.get(adapter.added[0]) is not None:
         found |= followed_features(cuts, adapter.added, kwargs)

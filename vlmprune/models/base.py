@@ -53,6 +53,8 @@ class Adapter:
     types: ClassVar[str] = "token_type_ids"
     # keywords of the language model that hold something of every token (B, L, ...) beside its embedding
     aligned: tuple[str, ...] = ()
+    # what its layers call that (B, L, ...); without a name, no method can cut between them
+    beside: tuple[str, ...] = ()
     # whether every call checks that the sequence holds the features in the order in which they were encoded
     checks_features: bool = False
     numbers_padding: ClassVar[bool] = False  # generate counts padding as positions

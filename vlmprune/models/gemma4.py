@@ -40,7 +40,7 @@ class Gemma4Adapter(MergingAdapter):
         super().__init__(model)
         self.closed = closed_by_sharing(self.language_model.config)
         if self.language_model.config.hidden_size_per_layer_input:
-            self.aligned = ("per_layer_inputs",)
+            self.aligned, self.beside = ("per_layer_inputs",), ("per_layer_input",)
 
     @property
     def read_by(self) -> nn.Module:

@@ -145,7 +145,7 @@ class Ernie4_5VlMoeAdapter(StillAdapter):
     model_type = "ernie4_5_vl_moe"
     towers = ("ernie4_5_vl_moe_vision",)
     tower, connector = "vision_tower", "resampler_model"
-    aligned = ("moe_mm_token_type_ids",)
+    aligned = beside = ("moe_mm_token_type_ids",)
     clips = "puts two frames of a clip into one"
 
     @staticmethod

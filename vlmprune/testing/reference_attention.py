@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Method
-from .reference import Kept, beside_all, language_model
+from .reference import Kept, beside_layers, language_model
 from .reference_inside import last_norm, shared_keys
 from .reference_masks import angles_by_hand, mask_by_hand
 
@@ -105,12 +105,9 @@ class AttentionTwin:
         hidden = kept.embeds
         n = hidden.shape[1]
         layers = self.method.acts_on(len(lm.layers))
-        options, beside = shared_keys(lm.layers[0]), beside_all(self.model, kept)
-        if beside is not None:
-            beside = lm.project_per_layer_inputs(hidden, beside)
+        shared, beside = shared_keys(lm.layers[0]), beside_layers(self.model, kept, range(n))
         for index, layer in enumerate(lm.layers):
-            if beside is not None:
-                options["per_layer_input"] = beside[:, :, index]
+            options = shared | beside[index]
             angles = angles_by_hand(lm, index, hidden, kept.positions)
             if not hasattr(layer, "self_attn"):  # it keeps a running state: there is no attention to edit
                 hidden = layer(hidden, position_embeddings=angles, attention_mask=None)

@@ -24,7 +24,7 @@ from ..core.select import choose
 from ..core.tokens import LayerFields, VisualTokens
 from ..hooks.sequence.cache import cache_in, cache_name
 from ..hooks.slots.landing import landed
-from .reference import Kept, language_model
+from .reference import Kept, beside_layers, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
 
 
@@ -116,7 +116,8 @@ class Twin:
                 number, stage = cuts[index]
                 if choosing:
                     # a layer that ranks its own input has to run on all of it first
-                    said = self._attend(index, hidden, numbers, blocks)[1] if stage.source == index else said
+                    if stage.source == index:
+                        said = self._attend(index, hidden, numbers, blocks, whole, columns)[1]
                     spans = self._cut(index, number, spans, columns, numbers, hidden, said)
                 # rows that merging made, in the columns of tokens that stay
                 if index in self.merged:
@@ -127,7 +128,7 @@ class Twin:
                 hidden, columns = hidden[:, where], [columns[i] for i in where]
                 numbers = torch.arange(len(columns)) if self.policy == "compact" else numbers[..., where]
                 blocks = None if blocks is None else blocks[where]
-            hidden, said = self._attend(index, hidden, numbers, blocks)
+            hidden, said = self._attend(index, hidden, numbers, blocks, whole, columns)
             if index < len(whole.stacked):
                 hidden = hidden + whole.stacked[index][columns]
         return self.model.lm_head(last_norm(self.language_model)(hidden))[0]
@@ -209,9 +210,15 @@ class Twin:
         }
 
     def _attend(
-        self, index: int, hidden: Tensor, numbers: Tensor, blocks: Tensor | None
+        self,
+        index: int,
+        hidden: Tensor,
+        numbers: Tensor,
+        blocks: Tensor | None,
+        whole: Kept,
+        columns: Sequence[int],
     ) -> tuple[Tensor, Said]:
-        """Output (1, n, D) of a layer, and what it says."""
+        """Output (1, n, D) of a layer that reads these columns of the whole, and what it says."""
         layer = self.language_model.layers[index]
         angles = angles_by_hand(self.language_model, index, hidden, numbers[..., None, :])
         if not hasattr(layer, "self_attn"):  # it keeps a running state, and nobody can rank by it
@@ -231,7 +238,8 @@ class Twin:
         layers: Any = cache.layers  # of attention: those of other kinds hold no keys
         said = Said(maps, held_keys(layer.self_attn, layers[index]) if options else None)
         # the layer as a whole, which gives no maps
-        out = layer(hidden, attention_mask=mask, position_embeddings=angles, **shared_keys(layer))
+        given = shared_keys(layer) | beside_layers(self.model, whole, columns)[index]
+        out = layer(hidden, attention_mask=mask, position_embeddings=angles, **given)
         return (out[0] if isinstance(out, tuple) else out), said
 
     def greedy(self, new_tokens: int, given: Sequence[int] = ()) -> list[int]:

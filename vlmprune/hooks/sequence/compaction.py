@@ -86,6 +86,12 @@ class Compaction:
         """(B, L, *) -> (B, N, *)."""
         return unchecked.gather_rows([rows], self.index.to(rows.device))[0]
 
+    def along(self, values: Tensor) -> Tensor:
+        """(B or 1, L, *) something of every column -> (B, N, *)."""
+        index = self.index.to(values.device).long()
+        index = index.reshape(*index.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+        return values.expand(index.shape[0], *values.shape[1:]).gather(1, index)
+
     def follow(self, mask: Tensor) -> Tensor:
         """(B, L) bool marks of columns -> (B, N)."""
         return mask.gather(1, self.index.long()) & self.valid

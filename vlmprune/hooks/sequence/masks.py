@@ -144,16 +144,6 @@ def check_kinds(config: Any, layers: Iterable[int], method: str) -> None:
             )
 
 
-def check_aligned(names: tuple[str, ...], method: str) -> None:
-    """Refuse cuts before layers that are given something of every token beside their hidden states."""
-    if names:
-        raise UnsupportedError(
-            f"{method} cuts inside the language model, whose layers are given {list(names)} of every token "
-            "beside it, which would not follow the cut; prune before the language model, e.g. with "
-            "'divprune@64'"
-        )
-
-
 def uses_flash(config: Any) -> bool:
     """Whether a model runs on FlashAttention, which reads gaps in position ids as packed sequences."""
     return "flash" in str(config._attn_implementation)

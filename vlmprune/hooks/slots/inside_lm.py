@@ -24,9 +24,10 @@ from ...core.tokens import VisualTokens
 from ...errors import InvariantError, UnsupportedError
 from ..attention_call import AttentionCall, compared_forms
 from ..attention_tap import probe, tap
+from ..sequence.beside import check_aligned, follow_beside
 from ..sequence.cache import cache_in, cache_name
 from ..sequence.compaction import Compaction
-from ..sequence.masks import check_aligned, check_kinds, uses_flash
+from ..sequence.masks import check_kinds, uses_flash
 from ..sequence.text import without_skipped
 from ..state import ForwardState
 from . import Attachment, Handle
@@ -54,7 +55,7 @@ class InsideLM:
                 "the language model, such as 'evs@0.25'"
             )
         self.language_model, self.depth = attachment.adapter.language_model, attachment.depth
-        check_aligned(attachment.adapter.aligned, method.name)
+        check_aligned(attachment.adapter, method.name)
         self._known: dict[int, tuple[CutPoint, ...]] = {}  # cuts of a picture, by its number of tokens
         # any count will do to ask for layers, but a number to keep must fit into it
         count = budget.keep if budget is not None and isinstance(budget.keep, int) else 576
@@ -196,8 +197,7 @@ class InsideLM:
             if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
             hidden = self._cut(state, index, hidden, self._angles(state, index, hidden, kwargs))
-        if state.views.at(index).start == 0:
-            return None
+        args, kwargs = follow_beside(state.views, index, module, args, kwargs, self.attachment.adapter.beside)
         return (hidden, *args[1:]), self._as_viewed(state, index, hidden, kwargs)
 
     def _as_viewed(
@@ -291,8 +291,7 @@ class InsideLM:
         raters = state.tracked.raters
         if raters is None:
             return last, None
-        order = raters.to(torch.int8).argsort(dim=1, stable=True)
-        order = order[:, raters.shape[1] - state.tracked.queries :]
+        order = raters.to(torch.int8).argsort(dim=1, stable=True)[:, -state.tracked.queries :]
         real = raters.gather(1, order)
         none = ~real[:, -1:]  # rows without a rater
         order = torch.where(none, last, torch.where(real, order, order[:, -1:]))

@@ -39,18 +39,18 @@ _GEMMA4: dict[str, Any] = {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     },
 }
+# embeddings per layer, there for all 261 ids
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 261}
 # languages that one family alone has
 OWN_TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("HyperCLOVAX", {"attention_multiplier": 0.3}),
     "lfm3": ("Lfm3", {"head_dim": 16, "sliding_window": None}),
     "aria": ("AriaText", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "gemma4": ("Gemma4Text", _GEMMA4 | {"use_bidirectional_attention": "vision"}),
-    # last layers share keys and values; embeddings per layer are there for all 261 ids
-    "gemma4_small": (
-        "Gemma4Text",
-        _GEMMA4
-        | {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 261},
-    ),
+    # last layers share keys and values
+    "gemma4_small": ("Gemma4Text", _GEMMA4 | _PER_LAYER | {"num_kv_shared_layers": 2}),
+    # as no released model is: every layer has keys of its own, so that methods can cut between layers
+    "gemma4_unshared": ("Gemma4Text", _GEMMA4 | _PER_LAYER),
 }
 TOWERS = ("clip", "siglip")
 OWN = ("own",)  # where a family has a tower, or a language model, of its own

@@ -100,9 +100,9 @@ FAMILIES = (
         "gemma4",
         "Gemma4",
         Placed(),
-        (("own", "gemma4"), ("own", "gemma4_small")),
+        (("own", "gemma4"), ("own", "gemma4_small"), ("own", "gemma4_unshared")),
         config,
         towers=OWN,
-        texts=("gemma4", "gemma4_small"),
+        texts=("gemma4", "gemma4_small", "gemma4_unshared"),
     ),
 )
