@@ -230,7 +230,8 @@ def no_map_of_the_sequence(subject: Subject, made: Any) -> None:
                 run.detach()
         shapes[attached] = list(seen.shapes)
     attention = next(m for layer in language_model(subject.model).layers if (m := find_attention(layer)))
-    lengths.discard(attention.head_dim)  # those are queries, keys and values
+    # those are queries, keys and values; latent keys are of another width
+    lengths -= {getattr(attention, name, 0) for name in ("head_dim", "qk_head_dim", "v_head_dim")}
     found = {
         attached: [s for s in seen if len(s) == 4 and s[1] > 1 and s[2] in lengths and s[3] in lengths]
         for attached, seen in shapes.items()

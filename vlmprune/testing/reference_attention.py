@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.method import Method
 from .reference import Kept, beside_layers, language_model
-from .reference_inside import last_norm, shared_keys
+from .reference_inside import last_norm, placed, shared_keys
 from .reference_masks import angles_by_hand, mask_by_hand
 
 # number of a layer, what enters it, its mask, its maps, their logits, its values -> outputs of the heads
@@ -113,6 +113,7 @@ class AttentionTwin:
                 hidden = layer(hidden, position_embeddings=angles, attention_mask=None)
                 continue
             mask = mask_by_hand(self.model.config, index, n, kept.blocks)
+            options |= placed(layer.self_attn, kept.positions[..., 0, :])
             edit = None
             if mix is not None and index in layers:
                 edit = partial(mix, index, hidden, mask)

@@ -51,6 +51,12 @@ def shared_keys(layer: Any) -> dict[str, Any]:
     return {"shared_kv_states": {}} if "shared_kv_states" in signature(layer.forward).parameters else {}
 
 
+def placed(attention: Any, numbers: Tensor) -> dict[str, Tensor]:
+    """Plain positions (n,) as (1, n), where attention scales its queries by them (Ministral 3)."""
+    known = "position_ids" in signature(attention.forward).parameters
+    return {"position_ids": numbers[None]} if known and numbers.ndim == 1 else {}
+
+
 class Said(NamedTuple):
     """What a layer says: attention maps (1, H, n, n), and keys (1, n, Hk, d) for a method that reads them."""
 
@@ -226,6 +232,7 @@ class Twin:
         mask = mask_by_hand(self.model.config, index, hidden.shape[1], blocks)
         # a cache of this one call, for its keys
         cache, options = DynamicCache(), {}
+        places = placed(layer.self_attn, numbers)
         if needs(self.method, "lm_keys"):
             options[cache_name(signature(layer.self_attn.forward).parameters)] = cache
         maps = layer.self_attn(
@@ -233,12 +240,13 @@ class Twin:
             position_embeddings=angles,
             attention_mask=mask,
             **options,
+            **places,
             **shared_keys(layer),
         )[1]
         layers: Any = cache.layers  # of attention: those of other kinds hold no keys
         said = Said(maps, held_keys(layer.self_attn, layers[index]) if options else None)
         # the layer as a whole, which gives no maps
-        given = shared_keys(layer) | beside_layers(self.model, whole, columns)[index]
+        given = shared_keys(layer) | places | beside_layers(self.model, whole, columns)[index]
         out = layer(hidden, attention_mask=mask, position_embeddings=angles, **given)
         return (out[0] if isinstance(out, tuple) else out), said
 
