@@ -148,11 +148,27 @@ def second_turn(subject: Subject) -> None:
         with torch.no_grad():
             tail = subject.model.get_input_embeddings()(ids[:, prompt:])
         want = greedy(subject.model, kept.grown(tail), 5)
+        if answers[0][0].tolist() != want and not dense_turns_agree(subject.model, inputs, question):
+            raise UnsupportedError(
+                f"transformers numbers a second turn of {subject.family} otherwise than the first one goes "
+                "on, without pruning too; give the whole conversation with its pictures again"
+            )
         expect(
             answers[0][0].tolist() == want,
             f"{positions}: second answer {answers[0][0].tolist()}, by hand {want}",
         )
     return None
+
+
+@torch.no_grad()
+def dense_turns_agree(model: Any, inputs: dict[str, torch.Tensor], question: torch.Tensor) -> bool:
+    """Whether a second turn of the model as it is follows the positions of its first answer."""
+    first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, question], 1)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tail = model.get_input_embeddings()(ids[:, inputs["input_ids"].shape[1] :])
+    want = greedy(model, dense_rows(model, inputs)[0].grown(tail), 5)
+    return generate(model, turn, cache=cache_in(first))[0].tolist() == want
 
 
 def detached_cache_is_refused(subject: Subject) -> None:
