@@ -15,7 +15,7 @@ from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
-M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # the others share all code with one of these
 SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 PARAMS = [

@@ -204,6 +204,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "lighton_ocr": lighton,
     "mistral3": mistral3,
     "qwen3_vl": qwen3,
+    "qwen3_vl_moe": qwen3,
     "smolvlm": smol,
     "video_llama_3": video_llama,
 }

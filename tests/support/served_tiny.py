@@ -15,6 +15,7 @@ NEW = 6  # tokens of an answer
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _WIDE = HEADS | {"head_dim": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN3 = _WIDE | {"rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 _FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
 _OF_QWEN = ("fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12", "divprune@9")
@@ -29,6 +30,7 @@ class Served:
     specs: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
+    inputs_first: bool = False  # experts of checkpoints are the transposed ones of transformers
     picture: str = "<image>"  # stands for a picture in the text
     clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
@@ -49,11 +51,15 @@ FAMILIES = {
     ),
     "qwen3_vl": Served(
         _FEATURES + _OF_QWEN,
-        HEADS
-        | {
-            "head_dim": 32,
-            "rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        },
+        _QWEN3,
+        picture="<|image_pad|>",
+        clip="<|video_pad|>",
+    ),
+    # released configs say that weights of experts add up to 1, which transformers takes for granted
+    "qwen3_vl_moe": Served(
+        _FEATURES + _OF_QWEN,
+        _QWEN3 | {"norm_topk_prob": True, "shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
+        inputs_first=True,
         picture="<|image_pad|>",
         clip="<|video_pad|>",
     ),
@@ -90,13 +96,17 @@ def save(family: str, folder: Path) -> None:
     served = FAMILIES[family]
     tiny_model(family, **served.options).save_pretrained(folder)
     processor_of(family).save_pretrained(folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
     if served.nested_tower:
-        (file,) = folder.glob("*.safetensors")
         plain, full = "vision_tower.", "vision_tower.vision_model."
+        weights = {name if full in name else name.replace(plain, full): one for name, one in weights.items()}
+    if served.inputs_first:
         weights = {
-            name if full in name else name.replace(plain, full): one for name, one in load_file(file).items()
+            name: one.transpose(1, 2).contiguous() if ".experts." in name else one
+            for name, one in weights.items()
         }
-        save_file(weights, file, metadata={"format": "pt"})
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def processor_of(family: str) -> Any:

@@ -18,6 +18,7 @@ OWN = {
     "qwen2_vl": ("qwen_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
+    "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }
 
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
@@ -116,10 +117,6 @@ NOT_SERVED = {
     "qwen3_5": ("Qwen3_5", _PLACES),
     "qwen3_5_moe": ("Qwen3_5Moe", _PLACES),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _PLACES),
-    "qwen3_vl_moe": (
-        "Qwen3VLMoe",
-        "its class in vLLM is another than that of Qwen3-VL, and was not measured",
-    ),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",
         "it answers with probabilities of classes, and writes no text",

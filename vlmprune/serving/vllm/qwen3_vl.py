@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.models import qwen3_vl as base
+from vllm.model_executor.models import qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..request import Request
@@ -31,13 +32,11 @@ class Qwen3VLProcessor(OfQwen, base.Qwen3VLMultiModalProcessor):
         return True
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLProcessor,
-    info=in_context(base.Qwen3VLProcessingInfo),
-    dummy_inputs=base.Qwen3VLDummyInputsBuilder,
-)
-class Qwen3VLForConditionalGeneration(PrunedQwen, base.Qwen3VLForConditionalGeneration):
-    """Qwen3-VL: features of early layers, which stand behind every row, follow the choice."""
+class PrunedQwen3(PrunedQwen):
+    """Mixed in before the models that read pictures and clips as Qwen3-VL does.
+
+    Features of early layers, which stand behind every row, follow the choice.
+    """
 
     def spans(self, feature: Any, input_tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         if feature.modality != "video":
@@ -119,6 +118,24 @@ class Qwen3VLForConditionalGeneration(PrunedQwen, base.Qwen3VLForConditionalGene
         ids = torch.tensor(tokens, dtype=torch.int64, device=rows.device)
         found[:, : self.width] = self.language_model.embed_input_ids(ids).to(rows)
         return found
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor,
+    info=in_context(base.Qwen3VLProcessingInfo),
+    dummy_inputs=base.Qwen3VLDummyInputsBuilder,
+)
+class Qwen3VLForConditionalGeneration(PrunedQwen3, base.Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor,
+    info=in_context(qwen3_vl_moe.Qwen3VLMoeProcessingInfo),
+    dummy_inputs=base.Qwen3VLDummyInputsBuilder,
+)
+class Qwen3VLMoeForConditionalGeneration(PrunedQwen3, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
+    """The same with experts in the decoder."""
 
 
 def _runs(tokens: Sequence[int], token: int) -> list[tuple[int, int]]:

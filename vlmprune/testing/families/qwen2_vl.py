@@ -45,7 +45,7 @@ def qwen(
     key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
     return {
         "vision_config": vision | tower,
-        "text_config": text_fields(layers) | {key: angles} | overrides | (text or {}),
+        "text_config": text_fields(layers) | {key: angles} | (text or {}) | overrides,
         "image_token_id": IMAGE_ID,
         "video_token_id": VIDEO_ID,
         "vision_start_token_id": BOS_ID,

@@ -14,8 +14,7 @@ STACKED: dict[str, Any] = {"num_position_embeddings": 144, "deepstack_visual_ind
 
 
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    own, rope = {"head_dim": overrides.get("head_dim", 16)}, {"mrope_interleaved": True}
-    return qwen(OUT | STACKED, layers, overrides, own, rope)
+    return qwen(OUT | STACKED, layers, overrides, {"head_dim": 16}, {"mrope_interleaved": True})
 
 
 FAMILY = Family(
