@@ -17,7 +17,7 @@ from served_tiny import FAMILIES, SHAPES
 from transformers.utils import is_torchvision_available
 
 from vlmprune.models import adapter_class, families
-from vlmprune.serving.vllm.families import NOT_SERVED, OWN, WRAPPED, architecture
+from vlmprune.serving.vllm.families import NOT_SERVED, OWN, PLACED, WRAPPED, architecture
 from vlmprune.serving.vllm.layouts import LAYOUTS, tokens_of
 from vlmprune.serving.vllm.plugin import refusal
 from vlmprune.testing.tiny import tiny_model, tiny_processor
@@ -30,6 +30,11 @@ with_processors = pytest.mark.skipif(
 OF_TORCHVISION = {
     "cohere2_vision",
     "exaone4_5",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "glm_ocr",
+    "glmga",
     "hyperclovax_vision_v2",
     "mistral3",
     "smolvlm",
@@ -85,11 +90,12 @@ def test_patches_behind_a_token_are_counted(family, config):
 def test_every_layout_belongs_to_a_served_family():
     from vlmprune.testing.families import family_of
 
-    assert {name: family_of(name).prefix for name in LAYOUTS} == {n: one[0] for n, one in WRAPPED.items()}
+    served = WRAPPED | PLACED
+    assert {name: family_of(name).prefix for name in LAYOUTS} == {n: one[0] for n, one in served.items()}
 
 
 def test_of_every_family_of_the_package_is_said_whether_it_is_served_and_why_not():
-    said = [*OWN, *WRAPPED, *NOT_SERVED]
+    said = [*OWN, *WRAPPED, *PLACED, *NOT_SERVED]
     assert len(said) == len(set(said))
     # not those that other tests register
     own = {name for name in families() if adapter_class(name).__module__.startswith("vlmprune.")}

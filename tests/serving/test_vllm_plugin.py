@@ -85,6 +85,10 @@ def test_a_family_without_a_class_in_vllm_gets_ours(registry, monkeypatch):
     for name in ("VipLlava", "AyaVision", "Mistral3"):
         name += "ForConditionalGeneration"
         assert registry[name].module_name == "vlmprune.serving.vllm.wrapped"
+    for name, model in (("Glm4v", "ForCausalLM"), ("Glm4vMoe", "MoEForCausalLM")):
+        found = registry[name + "ForConditionalGeneration"]
+        assert found.module_name == "vlmprune.serving.vllm.wrapped_mrope"
+        assert found.class_name == "PlacedMultiModal" + model
 
 
 def test_each_picture_of_an_item_loses_its_own_placeholders():

@@ -46,15 +46,16 @@ def test_features_that_are_put_together_in_other_ways_are_refused(changed, why):
         check_config(SimpleNamespace(**vars(config) | changed))
 
 
-def request_of(spec, items, server=None, **options):
-    """What the processor of LLaVA-1.5 makes of a request."""
+def request_of(spec, items, server=None, kind=None, **options):
+    """What the processor of LLaVA-1.5, or another, makes of a request."""
     from vlmprune.serving.vllm.llava import LlavaProcessor
 
     config = SimpleNamespace(
         get_multimodal_config=lambda: SimpleNamespace(mm_processor_kwargs=server),
         hf_config=SimpleNamespace(),
     )
-    processor = LlavaProcessor.__new__(LlavaProcessor)
+    kind = kind or LlavaProcessor
+    processor = kind.__new__(kind)
     processor.info = SimpleNamespace(ctx=SimpleNamespace(model_config=config))
     given = {"vlmprune": spec, **options}
     return processor._request(SimpleNamespace(hf_processor_mm_kwargs=given, mm_data_items=items))
@@ -77,6 +78,16 @@ def test_embeddings_made_elsewhere_are_refused_unless_all_stay():
     assert request_of("dense", items).budget is None
     with pytest.raises(UnsupportedError, match="image embeddings, whose rows were chosen elsewhere"):
         request_of("divprune@3", items)
+
+
+def test_embeddings_without_the_size_of_their_picture_are_refused_also_if_all_stay():
+    from vllm.multimodal.parse import ImageEmbeddingItems
+
+    from vlmprune.serving.vllm.wrapped_mrope import PlacedProcessor
+
+    assert request_of("dense", {}, kind=PlacedProcessor).budget is None
+    with pytest.raises(UnsupportedError, match="image embeddings, whose places in the picture"):
+        request_of("dense", {"image": ImageEmbeddingItems(torch.zeros(1, 6, 8), 8)}, kind=PlacedProcessor)
 
 
 def test_a_clip_is_refused_where_images_only_are_pruned():

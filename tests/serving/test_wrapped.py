@@ -16,6 +16,8 @@ import served_engine
 from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
+from vlmprune.serving.vllm.families import PLACED
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 REFUSED = {
     "got_ocr2": ("fastervlm(cls=mean)@9", "cannot be read of this vision tower"),
@@ -35,6 +37,7 @@ class Prepared:
     jobs: list[Job]
     after_a_refusal: list[Job]
     with_a_fault: list[Job]
+    without_places: list[Job]
 
 
 @dataclass
@@ -56,7 +59,9 @@ def prepare(family: str, folder: Path) -> Prepared:
     twin = TinyTwin(family, folder)
     jobs = twin.jobs(FAMILIES[family].specs, len(SHAPES))
     after, fault = twin.jobs(("divprune@11",), 1, seed=3), twin.jobs(("uniform@13",), 1, seed=5)
-    return Prepared(folder, twin.served.asked, twin.never, jobs, after, fault)
+    # of pictures and specs that are in no cache
+    places = twin.jobs(("uniform@19", "uniform@21"), 4, seed=11) if family in PLACED else []
+    return Prepared(folder, twin.served.asked, twin.never, jobs, after, fault, places)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,17 @@ def test_a_clip_is_refused_and_the_engine_lives(served):
     with pytest.raises(VLLMValidationError, match="At most 0 video"):
         served.outputs([{**request, "multi_modal_data": {"video": [(clip, {})]}}])
     assert served.wrong(served.after_a_refusal) == []
+
+
+def test_without_places_answers_are_wrong(served, monkeypatch):
+    """The mutant: kept tokens of a model with M-RoPE stand where their picture starts."""
+    if served.family not in PLACED:
+        pytest.skip("tokens of this family have no places")
+    from vlmprune.serving.vllm import wrapped_mrope
+
+    places = wrapped_mrope.grid_places
+    monkeypatch.setattr(wrapped_mrope, "grid_places", lambda *grid: 0 * places(*grid))
+    assert served.wrong(served.without_places) != []
 
 
 def test_attention_that_fails_its_check_falls_back_and_is_counted(served, monkeypatch):

@@ -155,6 +155,12 @@ def packed(name: str, images: str = "Qwen2VL", clips: str = "Qwen2VL", **sizes: 
     )
 
 
+def glm(name: str, parts: str = "") -> Any:
+    # a picture is counted as two frames
+    volume = {"size": {"shortest_edge": SIDE**2, "longest_edge": 2 * SIDE**2}}
+    return packed(name, parts or name, parts or name, **volume, patch_size=PATCH_SIZE, merge_size=MERGE)
+
+
 def video_llama() -> Any:
     area = {"size": {"shortest_edge": IMAGE_SIZE**2 // 2, "longest_edge": IMAGE_SIZE**2}}
     return packed("VideoLlama3", "VideoLlama3", "VideoLlama3", **area, patch_size=PATCH_SIZE, merge_size=1)
@@ -197,6 +203,11 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "cohere2_vision": cohere2,
     "deepseek_vl": deepseek,
     "exaone4_5": partial(packed, "Exaone4_5_"),
+    "glm46v": partial(glm, "Glm46V"),
+    "glm4v": partial(glm, "Glm4v"),
+    "glm4v_moe": partial(glm, "Glm4v"),
+    "glm_ocr": partial(glm, "Glm46V"),
+    "glmga": partial(glm, "Glm46V", "Glmga"),
     "got_ocr2": got,
     "hyperclovax_vision_v2": partial(packed, "HyperCLOVAXVisionV2"),
     "idefics3": idefics3,

@@ -54,8 +54,18 @@ WRAPPED = {
     "vipllava": ("VipLlava", _ONE, _CLS),
 }
 
+# the same with M-RoPE: tokens that stay keep their row and column
+PLACED = {
+    "glm46v": ("Glm46V", _ANY, _TOWER),
+    "glm4v": ("Glm4v", _ANY, _TOWER),
+    "glm4v_moe": ("Glm4vMoe", _ANY, _TOWER),
+    "glm_ocr": ("GlmOcr", _ANY, _TOWER),
+    "glmga": ("Glm46V", _ANY, _TOWER),
+}
+EXPERTS = {"glm4v_moe"}  # of these, with experts in the decoder
+
 _LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
-_PLACES = "its tokens have rows and columns (M-RoPE), which are handed on in vLLM's classes for Qwen only"
+_PLACES = "its tokens have rows and columns (M-RoPE), and nobody has tried it in vLLM"
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
 _TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
@@ -90,11 +100,6 @@ NOT_SERVED = {
         "in large models tokens of a picture see later ones, and layers of small ones read something of each "
         "token beside its embedding; vLLM's wrapper of transformers does neither on a CPU",
     ),
-    "glm46v": ("Glm46V", _PLACES),
-    "glm4v": ("Glm4v", _PLACES),
-    "glm4v_moe": ("Glm4vMoe", _PLACES),
-    "glm_ocr": ("GlmOcr", _PLACES),
-    "glmga": ("Glm46V", _PLACES),
     "granite4_vision": ("Granite4Vision", _BESIDE),
     "idefics2": ("Idefics2", _TEXT),
     "kimi_k25": ("Kimi_K25", _FUSED),

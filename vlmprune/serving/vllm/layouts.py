@@ -201,6 +201,22 @@ def _by_area(processor: Any, size: Size, options: Mapping[str, Any]) -> Size:
     )
 
 
+def _by_volume(processor: Any, size: Size, options: Mapping[str, Any]) -> Size:
+    """Of processors like that of GLM-4.1V, which count a picture as the frames of a step of a clip."""
+    from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize
+
+    images = processor.image_processor
+    bounds = {**dict(images.size), **dict(options.get("size") or {})}
+    return smart_resize(
+        images.temporal_patch_size,
+        *size,
+        temporal_factor=images.temporal_patch_size,
+        factor=images.patch_size * images.merge_size,
+        min_pixels=bounds["shortest_edge"],
+        max_pixels=bounds["longest_edge"],
+    )
+
+
 @dataclass(frozen=True)
 class WithNewlines:
     """An overview, and all tiles as one block without their padding; a newline behind each of its rows."""
@@ -289,6 +305,11 @@ LAYOUTS: dict[str, TokenLayout] = {
     "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
     "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
     "exaone4_5": PackedPatches(_spatial, _by_area),
+    "glm46v": PackedPatches(_spatial, _by_volume),
+    "glm4v": PackedPatches(_spatial, _by_volume),
+    "glm4v_moe": PackedPatches(_spatial, _by_volume),
+    "glm_ocr": PackedPatches(_spatial, _by_volume),
+    "glmga": PackedPatches(_spatial, _by_volume),
     "hyperclovax_vision_v2": PackedPatches(_spatial, _by_area),
     # each says how many patches along a side become a token: one, as released
     "video_llama_3": PackedPatches(lambda config: 1, _by_area, alone=("image_merge_sizes",)),

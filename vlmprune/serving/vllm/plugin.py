@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from ...errors import UnsupportedError
 from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
-from .families import NOT_SERVED, OWN, WRAPPED, architecture
+from .families import EXPERTS, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
 
 TESTED = ("0.32.0",)
 _HERE = "vlmprune.serving.vllm"
@@ -22,6 +22,12 @@ _HERE = "vlmprune.serving.vllm"
 FAMILIES = {architecture(start): f"{_HERE}.{file}:{architecture(start)}" for file, start in OWN.values()}
 WRAPPER = "TransformersMultiModalForCausalLM"
 FAMILIES |= {architecture(start): f"{_HERE}.wrapped:{WRAPPER}" for start, _, _ in WRAPPED.values()}
+FAMILIES |= {
+    architecture(
+        start
+    ): f"{_HERE}.wrapped_mrope:PlacedMultiModal{'MoE' if kind in EXPERTS else ''}ForCausalLM"
+    for kind, (start, _, _) in PLACED.items()
+}
 REFUSED = f"{_HERE}.refused"
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # vLLM's: names of variables that Ray's workers are given
 

@@ -96,6 +96,8 @@ def tile_by_tile(
     encode: Callable[[Request, slice], Sequence[Picture]],
     tiles: Sequence[int],
     rows_of: Callable[[Request, Picture, KeptRows], Tensor] = _plain,
+    *,
+    in_place: bool = False,
 ) -> Callable[[int, int, Request], list[Tensor]]:
     """A turn over some items, each of so many ``tiles`` with a budget of their own.
 
@@ -109,7 +111,7 @@ def tile_by_tile(
         first = sum(tiles[:start])
         pictures = encode(request, slice(first, first + sum(tiles[start:end])))
         # every tile was cut alone; those of an item are joined again
-        kept = zip(pictures, cut(pictures, request, None), strict=True)
+        kept = zip(pictures, cut(pictures, request, None, in_place=in_place), strict=True)
         return [
             torch.cat([rows_of(request, *next(kept)) for _ in range(count)]) for count in tiles[start:end]
         ]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.models.transformers.causal import CausalMixin
 from vllm.model_executor.models.transformers.multimodal import (
     MultiModalDummyInputsBuilder,
@@ -41,6 +41,7 @@ from .towers import most_tokens, refuse_compiled, tile_by_tile
 
 log = logging.getLogger(__name__)
 PIXELS = IMAGE.pixels
+Model: Any = nn.Module if TYPE_CHECKING else object  # the wrapper comes behind the mixin
 
 
 def layout_of(config: Any) -> TokenLayout:
@@ -173,12 +174,10 @@ class WrappedProcessor(PruningProcessor, MultiModalProcessor):
                 )
 
 
-# vLLM asks for its wrapper by this name
-@MULTIMODAL_REGISTRY.register_processor(
-    WrappedProcessor, info=in_context(WrappedInfo), dummy_inputs=MultiModalDummyInputsBuilder
-)
-class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
-    """A model of transformers in vLLM's wrapper, whose pictures are reduced behind its own encoder."""
+class PrunedWrapper(Model):
+    """Mixed in before vLLM's wrappers: pictures are reduced behind the model's own encoder."""
+
+    placed_by_slot: ClassVar[bool] = False  # the position of a token depends on which of its picture stay
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         refuse_compiled(vllm_config)
@@ -219,7 +218,9 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
                 {name: self._some(value, rows if name == PIXELS else some) for name, value in given.items()},
             )
 
-        one_turn = tile_by_tile(encode, [len(item) for item in items], self._rows)
+        one_turn = tile_by_tile(
+            encode, [len(item) for item in items], self._rows, in_place=self.placed_by_slot
+        )
         return in_turns(from_field(field), [sum(map(tokens_of, item)) for item in items], self.most, one_turn)
 
     def _some(self, value: Any, some: slice) -> Any:
@@ -259,6 +260,14 @@ class TransformersMultiModalForCausalLM(MultiModalMixin, CausalMixin):
         table = self.model.get_input_embeddings()
         token = torch.tensor([self.breaks], device=table.weight.device)
         return with_breaks(kept, picture.grids, table(token))
+
+
+# vLLM asks for its wrapper by this name
+@MULTIMODAL_REGISTRY.register_processor(
+    WrappedProcessor, info=in_context(WrappedInfo), dummy_inputs=MultiModalDummyInputsBuilder
+)
+class TransformersMultiModalForCausalLM(PrunedWrapper, MultiModalMixin, CausalMixin):
+    """A model of transformers whose tokens have one position each."""
 
 
 def refuse_ranks(config: Any) -> None:
