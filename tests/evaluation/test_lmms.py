@@ -26,6 +26,7 @@ from lmms_eval.tasks import TaskManager
 from vlmprune.cli import app
 from vlmprune.errors import EvaluationError, UnsupportedError
 from vlmprune.evaluation.answer.evaluate import evaluate
+from vlmprune.evaluation.leaderboard.journal import locked
 from vlmprune.evaluation.tasks.lmms.arguments import Arguments
 from vlmprune.evaluation.tasks.lmms.cell import records, run_cell
 from vlmprune.evaluation.tasks.lmms.loading import write_tasks
@@ -327,6 +328,17 @@ def test_the_command_line_of_lmms_eval(tasks, tmp_path):
     ]
     results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
     assert 0 <= results["results"]["shapes"]["accuracy,none"] <= 1
+
+
+def test_a_run_folder_is_locked_in_a_process_in_which_lmms_eval_has_evaluated(shapes, tmp_path):
+    """lmms-eval makes locks of filelock's own class those of the whole process."""
+    run_cell(*tiny_bundle("llava"), "pool@4", shapes, limit=1)
+    with (
+        locked(tmp_path),
+        pytest.raises(EvaluationError, match="is in use by process"),
+        locked(tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name, near", [("popee", " Did you mean 'pope'"), ("nosuchtask", "")])

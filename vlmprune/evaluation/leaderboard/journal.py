@@ -174,6 +174,14 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+class RunLock(FileLock):
+    """A lock that excludes other threads of its process as well.
+
+    lmms-eval, once it has evaluated something, has filelock's own class give out one lock per path for the
+    whole process. Others of its classes are left alone.
+    """
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """An exclusive lock on the run folder; the error names the owner, and a process that dies loses it."""
@@ -184,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
         # the names of both folders have to outlive a power cut, too
         sync_folder(folder)
         sync_folder(folder.parent)
-    lock, holder = FileLock(folder / ".lock"), folder / ".holder.json"
+    lock, holder = RunLock(folder / ".lock"), folder / ".holder.json"
     with told(folder):
         try:
             lock.acquire(timeout=0)  # asks once, does not wait
