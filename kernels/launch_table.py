@@ -172,7 +172,7 @@ CASES = [
     ),
     *(
         Case(f"share out C={c}, {rule}", share_out(c, rule), (c, rule) == (16, "paper"))
-        for c in (16, 576, 4096)
+        for c in (16, 576, 1024)
         for rule in ("paper", "official")
     ),
     *(

@@ -14,12 +14,12 @@ from torch import Tensor
 from .. import crops as plain
 from ..crops import EPS, ROUNDED, TINY
 from .greedy import rows_contiguous
-from .launch import block_of, launch, next_power_of_2, warps
+from .launch import block_of, launch, next_power_of_2
 
 _ROWS = 32  # tokens of a tile
 _WIDTH = 16  # columns of features at a time; with 32, Triton 3.6 has too few registers
 _GROUPS = 32  # crops whose sizes are found together
-_CROPS = 4096  # that one program shares out over
+_CROPS = 1024  # that one program shares out over; with more, registers spill
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -341,7 +341,7 @@ def share_out(mass: Tensor, members: Tensor, k: int, tau: float, rule: str) -> T
     numbers = members.shape[1], k, tau, TINY, EPS, ROUNDED
     shape = crops, *numbers, rule == "paper", _steps(members.shape[1]), block
     args = mass, members, weights, rooms, quota
-    launch(share_kernel, batch, *args, *shape, num_warps=min(16, 2 * warps(block)))
+    launch(share_kernel, batch, *args, *shape, num_warps=8)
     return quota
 
 
