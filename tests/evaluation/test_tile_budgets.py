@@ -147,6 +147,31 @@ def test_run_counts_the_tiles_of_a_picture_and_draws_no_map_of_one(
     assert not (tmp_path / "kept.png").exists()
 
 
+@pytest.mark.parametrize(("crops", "parts"), [(False, [1, 1]), (True, [4, 3])])
+def test_crops_of_got_ocr_are_counted_as_its_processor_makes_them(crops: bool, parts: list[int]) -> None:
+    """Its image processor may say otherwise, and a list of lists would be the pages of a document."""
+    processor = PROCESSORS["got_ocr2"]()
+    template = tiny_bundle("llava")[1].chat_template
+    processor.chat_template = template.replace("'<' + part['type'] + '>", "'<imgpad>")
+    processor.num_image_tokens = TILE
+    processor.images_kwargs = {"crop_to_patches": crops, "min_patches": 1, "max_patches": 3}
+    model, sample = tiny_model("got_ocr2", vocab_size=len(processor.tokenizer)), wide(0, "450", "300")
+    records = evaluate(model, processor, [sample, wide(1, "450")], ["divprune@9"], Easy(), batch_size=2)
+    found = sorted(records, key=lambda record: record.id)
+    images = sample.load_images()
+    assert [adapter_for(model).parts(processor, image) for image in images] == parts
+    assert [r.dense_tokens for r in found] == [TILE * sum(parts), TILE * parts[0]]
+    assert [r.realised_tokens for r in found] == [9 * sum(parts), 9 * parts[0]]
+    text = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
+    inputs = processor(text=[text], images=images, return_tensors="pt")
+    with vlmprune.prune(model, "divprune@9"):
+        ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answer = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    assert found[0].answer == answer.strip()
+    frames = Batch.make([sample], processor, model, frames=True)
+    assert frames.pictures == [range(2)] and frames.inputs["pixel_values"].shape[0] == 2
+
+
 @pytest.mark.parametrize("family", ["internvl", "idefics3"])
 def test_frames_of_a_clip_are_not_cut_into_tiles(family: str) -> None:
     model, processor = bundle(family)

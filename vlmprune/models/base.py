@@ -71,6 +71,8 @@ class Adapter:
     compresses: ClassVar[tuple[ModalityName, ...]] = ()
     # whether it takes their columns out of a prompt that has the placeholders of all
     takes_columns: ClassVar[bool] = False
+    # whether its processor takes the pictures of each text as a list of their own
+    nests: ClassVar[bool] = True
     # whether smaller pictures have fewer tiles, each of which has as many tokens as ever
     tiled: ClassVar[bool] = False
     # why smaller pictures have as many tokens, where they do

@@ -122,6 +122,14 @@ class GotOcr2Adapter(UnreadAdapter):
     model_type = "got_ocr2"
     view = "stretch"
     unread = "attends inside windows, with biases of places"
+    nests = False  # lists of lists are the pages of a document
+    of_frames: ClassVar[Mapping[str, object]] = {"crop_to_patches": False}
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        # its processor crops as it is told itself, whatever its image processor says
+        options = getattr(processor, "images_kwargs", {"crop_to_patches": False})
+        size = (picture.height, picture.width)
+        return processor.image_processor.get_number_of_image_patches(*size, images_kwargs=dict(options))
 
     def token_grids(self, number: int, features: Tensor, arguments: Mapping[str, Any]) -> Grids:
         side = round(features.shape[0] ** 0.5)
@@ -132,6 +140,11 @@ class PPChart2TableAdapter(GotOcr2Adapter):
     """Checkpoints whose config says pp_chart2table; their class is that of GOT-OCR 2."""
 
     model_type = "pp_chart2table"
+    nests = True
+    of_frames: ClassVar[Mapping[str, object]] = {}
+
+    def parts(self, processor: Any, picture: Any) -> int:
+        return 1
 
 
 class MiniCpmVAdapter(UnreadAdapter):

@@ -167,11 +167,13 @@ def model_inputs(
         options: of the processor, for the images.
     """
     # families that pack by sample want no entry for rows without images
-    shown = [row for row in images if row] or None
+    shown: list[Any] = [row for row in images if row]
+    if not adapter_for(model).nests:
+        shown = [image for row in shown for image in row]
     videos = {"videos": list(clips)} if clips else {}
     made = processor(
         text=texts,
-        images=shown,
+        images=shown or None,
         padding=True,
         padding_side="left",
         return_tensors="pt",
