@@ -197,7 +197,8 @@ class InsideLM:
             if self.sources[index] == index and self._leaving(state, index):
                 state.inside.ranked = self._probe(state, index, module, hidden, kwargs)
             hidden = self._cut(state, index, hidden, self._angles(state, index, hidden, kwargs))
-        args, kwargs = follow_beside(state.views, index, module, args, kwargs, self.attachment.adapter.beside)
+        if len(args) > 1 or self.attachment.adapter.beside:
+            args, kwargs = follow_beside(state.views, index, module, args, kwargs, self.attachment.adapter)
         return (hidden, *args[1:]), self._as_viewed(state, index, hidden, kwargs)
 
     def _as_viewed(
