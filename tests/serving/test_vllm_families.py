@@ -93,6 +93,39 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engin
     assert wrong(engine, twin, [(job, twin.answer(inputs, "divprune@11"))]) == []
 
 
+def test_bounds_of_pixels_in_a_request_make_the_pictures_of_transformers(family, engine, twin):
+    """Smaller pictures than those of the server, beside its own."""
+    if family not in M_ROPE:
+        pytest.skip("pictures of this family have no such bounds")
+    jobs = []
+    for number, sizes in enumerate(SHAPES[1:4]):
+        for bounds in ({}, {"min_pixels": 28**2 * 2, "max_pixels": 28**2 * 16}, {"min_pixels": 28**2 * 30}):
+            request, inputs = twin.prompt(sizes, 20 + number, **bounds)
+            for spec in ("dense", "divprune@0.5", "fastervlm(cls=mean)@6"):
+                options = {"mm_processor_kwargs": {"vlmprune": spec, **bounds}}
+                jobs.append(({**request, **options}, twin.answer(inputs, spec)))
+    assert wrong(engine, twin, jobs) == []
+
+
+def test_bounds_above_those_of_the_server_are_refused_and_the_engine_lives(family, engine, twin):
+    from vllm.exceptions import VLLMValidationError
+
+    if family not in M_ROPE:
+        pytest.skip("pictures of this family have no such bounds")
+    request, inputs = twin.prompt(SHAPES[0], seed=3)
+    clip, _ = twin.clip(4, (168, 168))
+    for asked, bounds, why in (
+        (request, {"max_pixels": 10**9}, "the most of this server"),
+        (request, {"min_pixels": 900, "max_pixels": 800}, "min_pixels <= max_pixels"),
+        (request, {"max_pixels": "800"}, "whole numbers"),
+        (clip, {"min_pixels": 800, "max_pixels": 900}, "with a clip"),
+    ):
+        with pytest.raises(VLLMValidationError, match=why):
+            outputs_of(engine, twin, [{**asked, "mm_processor_kwargs": {"vlmprune": "divprune@9", **bounds}}])
+    job = {**request, "mm_processor_kwargs": {"vlmprune": "divprune@11"}}
+    assert wrong(engine, twin, [(job, twin.answer(inputs, "divprune@11"))]) == []
+
+
 def test_clips_are_pruned(family, engine, twin):
     if family not in M_ROPE:
         pytest.skip("clips of this family are served under dense only, or not at all")

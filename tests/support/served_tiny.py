@@ -140,15 +140,21 @@ class TinyTwin:
         self.served = FAMILIES[family]
         self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}
 
-    def prompt(self, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> tuple[dict[str, Any], dict]:
-        """(request without a spec, inputs of transformers): random pictures with words between them."""
+    def prompt(
+        self, sizes: tuple[tuple[int, int], ...], seed: int = 0, **options: Any
+    ) -> tuple[dict[str, Any], dict]:
+        """(request without a spec, inputs of transformers): random pictures with words between them.
+
+        Args:
+            options: of the processor of transformers.
+        """
         import numpy as np
         from PIL import Image
 
         draw = np.random.default_rng(seed)
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         text = " and ".join([self.served.picture] * len(images)) + "\nwhat is it ? tell me"
-        inputs = self.processor(images=images, text=text, return_tensors="pt", **self.served.asked)
+        inputs = self.processor(images=images, text=text, return_tensors="pt", **self.served.asked, **options)
         return self.request(text, {"image": images}), dict(inputs)
 
     def clip(self, frames: int, side: tuple[int, int]) -> tuple[dict[str, Any], dict]:

@@ -5,7 +5,7 @@ and puts the spec into the identity of every picture and beside its pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +61,10 @@ class PruningProcessor(Base):
         """The same, said by what was made of the items where that says it better."""
         return self.pictures(items, index, options)
 
+    def checked_options(self, inputs: Any) -> Collection[str]:
+        """Options of the processor that a request gave, and that are known to do no harm."""
+        return ()
+
     @property
     def breaks(self) -> bool:
         """Whether tokens among those of a picture ride as rows of it.
@@ -94,7 +98,7 @@ class PruningProcessor(Base):
     def _request(self, inputs: Any) -> Request:
         config = self.info.ctx.model_config
         server = config.get_multimodal_config().mm_processor_kwargs
-        refuse_options(inputs.hf_processor_mm_kwargs, server or {})
+        refuse_options(inputs.hf_processor_mm_kwargs, server or {}, self.checked_options(inputs))
         request = wanted(inputs.hf_processor_mm_kwargs, server, config.hf_config)
         if request.budget is None:
             return request
@@ -171,12 +175,16 @@ class PruningProcessor(Base):
         ]
 
 
-def refuse_options(given: Mapping[str, object], server: Mapping[str, object]) -> None:
-    """Refuse options of the processor of transformers in a request, but for those that the server has.
+def refuse_options(
+    given: Mapping[str, object], server: Mapping[str, object], checked: Collection[str] = ()
+) -> None:
+    """Refuse options of the processor of transformers in a request, but for ``checked`` and those that the
+    server has.
 
     Pictures of another shape than the model reads raise in the engine, which ends the server for all.
     """
-    other = [name for name in given if name not in (KEY, VERSION_KEY) and given[name] != server.get(name)]
+    ours = (KEY, VERSION_KEY, *checked)
+    other = [name for name in given if name not in ours and given[name] != server.get(name)]
     if other:
         raise UnsupportedError(
             f"a request gave {other} to the processor, and pictures of another shape end the model for all "

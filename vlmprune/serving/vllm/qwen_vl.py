@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...core.method import Need
+from ...errors import UnsupportedError
 from ...hooks.vision.pictures import Picture
 from ..names import DENSE
 from ..reduce import in_turns
@@ -42,6 +43,31 @@ KEYWORDS = (
 )
 
 
+BOUNDS = ("min_pixels", "max_pixels")  # of a resized picture
+
+
+def check_bounds(bounds: Mapping[str, Any], server: Mapping[str, int], clips: bool) -> None:
+    """Refuse bounds of a request that would make a picture larger than the server's own.
+
+    Args:
+        server: its ``size``, of which the longest edge is the most pixels of a picture.
+        clips: the request has some, whose processor reads the same options.
+    """
+    least, most = server["shortest_edge"], server["longest_edge"]
+    low, high = bounds.get("min_pixels", least), bounds.get("max_pixels", most)
+    # a bool is an int to Python
+    if not (type(low) is type(high) is int and 0 < low <= high <= most):
+        raise UnsupportedError(
+            f"a request gave {dict(bounds)}; expected whole numbers with 0 < min_pixels <= max_pixels <= "
+            f"{most}, the most of this server, where min_pixels is {least} unless given"
+        )
+    if clips:
+        raise UnsupportedError(
+            f"a request gave {sorted(bounds)} with a clip, which was not measured; send images, or leave "
+            "them out"
+        )
+
+
 class OfQwen(PruningProcessor):
     """What processors of the family say alike."""
 
@@ -59,6 +85,16 @@ class OfQwen(PruningProcessor):
             merges=vision.spatial_merge_size**2,
             full=None if full is None else tuple(full),
         )
+
+    def checked_options(self, inputs: Any) -> Collection[str]:
+        bounds = {
+            name: inputs.hf_processor_mm_kwargs[name]
+            for name in BOUNDS
+            if name in inputs.hf_processor_mm_kwargs
+        }
+        if bounds:
+            check_bounds(bounds, self.info.get_image_processor().size, "video" in inputs.mm_data_items)
+        return bounds
 
     def pictures(self, items: Any, index: int, options: Mapping[str, Any]) -> Sequence[Grids]:
         if items.modality == "video":
