@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import served_engine
+import served_states
 from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
-M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+STATES = ("qwen3_5", "qwen3_5_moe")  # layers keep a running state
+M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *STATES)
 # the others share all code with one of these
 SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 PARAMS = [
@@ -46,6 +48,8 @@ def twin(family, folder) -> TinyTwin:
 def engine(family, folder):
     limits = {"image": 2} | ({"video": 1} if family in M_ROPE else {})
     steps = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
+    if family in STATES:
+        served_states.install()
     with served_engine.engine(
         folder, "divprune@9", limit_mm_per_prompt=limits, enable_prefix_caching=True, **steps
     ) as made:

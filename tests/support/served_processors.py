@@ -214,6 +214,8 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "janus": janus,
     "lighton_ocr": lighton,
     "mistral3": mistral3,
+    "qwen3_5": qwen3,
+    "qwen3_5_moe": qwen3,
     "qwen3_vl": qwen3,
     "qwen3_vl_moe": qwen3,
     "smolvlm": smol,

@@ -16,6 +16,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _WIDE = HEADS | {"head_dim": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN3 = _WIDE | {"rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+_QWEN3_5 = _WIDE | {"rope_parameters": _QWEN3["rope_parameters"] | {"partial_rotary_factor": 1.0}}
 _PLACED = _WIDE | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}}
 _FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
@@ -64,6 +65,8 @@ FAMILIES = {
         picture="<|image_pad|>",
         clip="<|video_pad|>",
     ),
+    "qwen3_5": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
+    "qwen3_5_moe": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),

@@ -19,6 +19,8 @@ OWN = {
     "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
+    "qwen3_5": ("qwen3_5", "Qwen3_5"),
+    "qwen3_5_moe": ("qwen3_5", "Qwen3_5Moe"),
 }
 
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
@@ -119,8 +121,6 @@ NOT_SERVED = {
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qianfan_ocr": ("QianfanOCR", _FUSED),
     "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _PLACES),
-    "qwen3_5": ("Qwen3_5", _PLACES),
-    "qwen3_5_moe": ("Qwen3_5Moe", _PLACES),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _PLACES),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",
