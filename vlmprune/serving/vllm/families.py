@@ -67,10 +67,15 @@ PLACED = {
 EXPERTS = {"glm4v_moe"}  # of these, with experts in the decoder
 
 _LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
-_PLACES = "its tokens have rows and columns (M-RoPE), and nobody has tried it in vLLM"
+_UNTRIED = "; vLLM's class for it was not tried"
+_STACKED = (
+    "layers of its decoder add features of its tower to tokens, which vLLM's wrapper of transformers does "
+    "not hand on"
+)
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
 _TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
+_NEWER = "vlmprune.prune needs a newer transformers for it than the one that vLLM 0.32.0 installs"
 _TEXT = (
     "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
     "finds its tokens"
@@ -88,12 +93,19 @@ NOT_SERVED = {
         "Aria",
         "its tokens answer learned queries and have no rows and columns to rehearse a spec with",
     ),
-    "cohere_compass": ("CohereCompass", _PLACES),
-    "cosmos3_edge": ("Cosmos3Edge", _PLACES),
-    "cosmos3_omni": ("Cosmos3Omni", _PLACES),
+    "cohere_compass": ("CohereCompass", _STACKED + _UNTRIED),
+    "cosmos3_edge": (
+        "Cosmos3Edge",
+        f"vLLM's wrapper of transformers ends while it builds it (`_pre_trained_model_classes`){_UNTRIED}",
+    ),
+    "cosmos3_omni": ("Cosmos3Omni", _STACKED + _UNTRIED),
     "deepseek_ocr2": ("DeepseekOcr2", _TEXT),
     "emu3": ("Emu3", "its tokens are words of a codebook, for which vlmprune has no adapter"),
-    "ernie4_5_vl_moe": ("Ernie4_5_VLMoe", _PLACES),
+    "ernie4_5_vl_moe": (
+        "Ernie4_5_VLMoe",
+        "its experts have two sizes, for text and for pictures, which vLLM's wrapper of transformers takes "
+        f"for sizes by layer, and ends{_UNTRIED}",
+    ),
     "fast_vlm": ("FastVlm", _TIMM),
     "gemma3": ("Gemma3", _LATER),
     "gemma3n": ("Gemma3n", _TEXT),
@@ -115,13 +127,13 @@ NOT_SERVED = {
         "Ovis2",
         "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
     ),
-    "paddleocr_vl": ("PaddleOCRVL", _PLACES),
+    "paddleocr_vl": ("PaddleOCRVL", _NEWER),
     "paligemma": ("PaliGemma", _LATER),
     "perception_lm": ("PerceptionLM", _TIMM),
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qianfan_ocr": ("QianfanOCR", _FUSED),
-    "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _PLACES),
-    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _PLACES),
+    "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _TEXT + _UNTRIED),
+    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",
         "it answers with probabilities of classes, and writes no text",
