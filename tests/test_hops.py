@@ -27,7 +27,7 @@ MOST = {
     (FASTERVLM, "encode"): (40, 9),
     (FASTERVLM, "prefill"): (94, 24),
     (FASTV, "encode"): (26, 5),
-    (FASTV, "prefill"): (148, 28),
+    (FASTV, "prefill"): (146, 27),
     (VAR, "encode"): (26, 5),
     (VAR, "prefill"): (81, 16),
 }
