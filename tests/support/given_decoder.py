@@ -103,6 +103,7 @@ class _Adapter:
     deepstack = text_type = added = None
     numbers_padding = False
     aligned: ClassVar[tuple[str, ...]] = ()
+    beside: ClassVar[tuple[str, ...]] = ()
     closed: ClassVar[dict[SlotName, str]] = {}
     compresses: ClassVar[tuple[str, ...]] = ()
     checks_features, note = False, ""
