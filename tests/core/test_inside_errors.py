@@ -56,7 +56,7 @@ def test_gradient_checkpointing_is_refused_before_and_after_attaching():
     ):
         model(**inputs)
     run.detach()
-    with pytest.raises(UnsupportedError, match="fastervlm@64"):
+    with pytest.raises(UnsupportedError, match="divprune@64"):
         vlmprune.attach(model, "fastv@9")
     model.eval()  # nothing is recomputed here
     with vlmprune.prune(model, "fastv@9") as run, torch.no_grad():

@@ -127,7 +127,7 @@ def tap(layer: nn.Module, index: int, method: str, listener: Listener) -> Attent
         raise UnsupportedError(
             f"{method} reads the attention of decoder layer {index}, a {type(layer).__name__} without "
             "attention whose queries and keys could be taken; choose another layer, or a method before the "
-            "language model, e.g. 'fastervlm@64'"
+            "language model, e.g. 'divprune@64'"
         )
     made = AttentionTap(module, listener)
     made.install()
@@ -275,7 +275,7 @@ class ReadOnlyCache:
             raise UnsupportedError(
                 f"layer {layer_idx} shows {held} of the {self._past} earlier slots (a quantised cache), so "
                 "its attention rows cannot be recomputed; use the default cache, or prune before the "
-                "language model, e.g. with 'fastervlm@64'"
+                "language model, e.g. with 'divprune@64'"
             )
         earlier = [states[:, :, : self._past] for states in (layer.keys, layer.values)]
         return torch.cat([earlier[0], keys], dim=2), torch.cat([earlier[1], values], dim=2)

@@ -140,7 +140,7 @@ def check_kinds(config: Any, layers: Iterable[int], method: str) -> None:
             raise UnsupportedError(
                 f"{method} cuts inside the language model, but layer {layer} of this {config.model_type} is "
                 f"of kind {kind!r}, whose mask cannot be made again after a cut; prune before the language "
-                "model, e.g. with 'fastervlm@64'"
+                "model, e.g. with 'divprune@64'"
             )
 
 

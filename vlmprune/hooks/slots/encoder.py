@@ -170,13 +170,13 @@ class EncoderSlot:
             raise UnsupportedError(
                 f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a "
                 f"projector of single patches; {adapter.model_type} mixes patches there. Prune behind it, "
-                "e.g. with 'fastervlm@64'"
+                "e.g. with 'divprune@64'"
             )
         attention = attention_of(find_blocks(adapter.vision_tower)[0])
         if attention is None or not reads_interface(attention):
             raise UnsupportedError(
                 f"{name} needs the attention of {type(adapter.vision_tower).__name__}, which attends by "
-                "itself; prune behind the tower, e.g. with 'fastervlm@64'"
+                "itself; prune behind the tower, e.g. with 'divprune@64'"
             )
         return projector
 
@@ -224,7 +224,7 @@ class EncoderSlot:
             raise UnsupportedError(
                 f"{adapter.model_type} averages the patches of a {record.modality} in front of its "
                 f"projector, where {self.method.name} left some out; prune behind the tower, e.g. with "
-                "'fastervlm@64'"
+                "'divprune@64'"
             )
 
     def _behind(self, number: int) -> Callable[..., Any]:

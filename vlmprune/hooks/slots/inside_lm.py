@@ -93,7 +93,7 @@ class InsideLM:
             raise UnsupportedError(
                 f"{self.method.name} cuts inside the language model, which gradient checkpointing would "
                 "recompute without cuts; call model.gradient_checkpointing_disable(), or prune before the "
-                "language model, e.g. with 'fastervlm@64'"
+                "language model, e.g. with 'divprune@64'"
             )
 
     def hooks(self) -> list[Handle]:
