@@ -28,7 +28,7 @@ class Placement:
         pictures: as encoded, not expanded for beams.
         rows: numbers of the pictures of every row, in reading order.
         visual: (B, L) bool, their placeholder columns.
-        host: the same on the CPU; None where the device was not asked.
+        host: the same on the CPU; None for a single prompt, of which shapes say enough.
 
     Attributes:
         spans: (row, picture, first slot) of every picture in every row that shows it, in reading order.
@@ -77,10 +77,9 @@ class Columns:
     Args:
         visual: per modality (B, L) bool, its placeholder columns.
         valid: (B, L) bool, columns that are tokens and not padding; None: all.
-        host: the same on the CPU, visual ones first; None for a single prompt on another device, which is not
-            asked.
-        lengths: tokens of every row, None where the device was not asked.
-        masked_pictures: some placeholders are masked as padding, as far as the device was asked.
+        host: the same on the CPU, visual ones first; None for a single prompt, of which shapes say enough.
+        lengths: tokens of every row, None for a single prompt.
+        masked_pictures: some placeholders are masked as padding, as far as the batch was looked at.
     """
 
     visual: list[Tensor]

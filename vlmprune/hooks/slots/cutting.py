@@ -172,7 +172,7 @@ def drop_columns(
     """The cut of a view that drops flat columns.
 
     Args:
-        lengths: tokens of every row, None for one row whose device was not asked.
+        lengths: tokens of every row, None for one row, which nothing has to be even with.
         columns: those that go, and those of them that stay.
         dropped: tokens that every row loses.
         along: (B or 1, n, *), what is cut with it.

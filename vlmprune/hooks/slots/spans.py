@@ -129,7 +129,7 @@ class InsideRecord:
         raters: (B, n) bool, columns that a method chose to rank by; None: the last token of the prompt.
         queries: at least 1, and no fewer than any row has raters; cuts take none of them.
         ranked: what was read for the next cut.
-        lengths: tokens of every row, None where the device was not asked.
+        lengths: tokens of every row, None for a single prompt.
         done: layers whose cut was made, or found unnecessary.
         leaving: rows whose tokens leave at the next cut, of methods that are asked.
     """
