@@ -331,18 +331,22 @@ def wide_row(call: AttentionCall) -> Tensor:
 def row_attention(query: Tensor, keys: Tensor, heads: int, scale: float) -> Tensor:
     """Softmaxed attention (T, H, S) of one query per crop, in float32.
 
-    query (T, C) and keys (T, S, C) are plain projections. On the CPU the query is spread into a (C, H)
-    block-diagonal matrix, so that the keys are read once, as they lie in memory, without a per-head copy.
+    query (T, C) and keys (T, S, C) are plain projections. On the CPU the keys are read as they lie in memory,
+    crop by crop, without a copy per head.
     """
     crops, width = query.shape
+    each = query.float().view(crops, heads, 1, -1)  # (T, H, 1, d)
     if query.device.type != "cpu":  # a few launches are worth more there than one copy of the keys
-        each = query.float().reshape(crops * heads, 1, -1)
         wide = keys.float().view(crops, -1, heads, width // heads).permute(0, 2, 3, 1)  # (T, H, d, S)
+        each = each.flatten(0, 1)
         logits = torch.baddbmm(each[..., :1], each, wide.flatten(0, 1), beta=0, alpha=scale)
         return logits.softmax(dim=-1).view(crops, heads, -1)
-    head_of = torch.arange(width, device=query.device) // (width // heads)
-    spread = query.new_zeros(crops, width, heads, dtype=torch.float32)
-    spread[:, torch.arange(width, device=query.device), head_of] = query.float() * scale
     rows = keys.shape[1] if keys.dtype == torch.float32 else _ROWS_AT_ONCE
-    logits = torch.cat([chunk.float() @ spread for chunk in keys.split(rows, dim=1)], dim=1)  # (T, S, H)
-    return logits.softmax(dim=1).transpose(1, 2)
+    crop_logits = []  # (H, S) each
+    for own, of_crop in zip(each * scale, keys, strict=True):
+        parts = [
+            torch.bmm(own, part.float().view(-1, heads, width // heads).permute(1, 2, 0))  # (H, 1, n)
+            for part in of_crop.split(rows)
+        ]
+        crop_logits.append(torch.cat(parts, dim=-1)[:, 0])
+    return torch.stack(crop_logits).softmax(dim=-1)
