@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -44,18 +44,18 @@ def _looks_up(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def walk(model: nn.Module) -> Iterable[nn.Module]:
+def walk(model: nn.Module) -> Iterator[nn.Module]:
     """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment."""
     waiting: list[nn.Module | None] = [model]
-    found: dict[nn.Module, None] = {}
+    found: set[nn.Module] = set()
     while waiting:
         module = waiting.pop()
         if module is None or module in found:  # one may stand in several places, or hold what holds it
             continue
-        found[module] = None
+        found.add(module)
+        yield module
         if module._modules:
             waiting += reversed(module._modules.values())
-    return found
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:

@@ -8,7 +8,7 @@ packing function, with NaN in place of the newline embedding, so that what comes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -93,7 +93,6 @@ class Adapter:
                 f"{self.model_type} with a {vision.model_type!r} vision tower; supported towers are "
                 f"{list(self.towers)}"
             )
-        self.cls = has_cls(self.vision_tower)
 
     def _find_parts(self, model: nn.Module) -> None:
         self.model = model
@@ -107,6 +106,11 @@ class Adapter:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @cached_property
+    def cls(self) -> bool:
+        """Whether the tower has a [CLS] token."""
+        return has_cls(self.vision_tower)
 
     @property
     def depth(self) -> int:
@@ -362,6 +366,8 @@ def _sources_of(pack: Callable[[Tensor], Tensor], special: Tensor | None, count:
 
 def tile_grids(special: Tensor, side: int) -> Grids:
     """Blocks of a picture: its base crop, then the unpadded detail image with one newline per row."""
+    if special.shape[0] == side * side:  # the patches of one crop, and nothing beside them
+        return ((side, side),)
     special = special.cpu()
     # what stands before the first patch, such as [CLS]
     lead = int(special.to(torch.uint8).argmin())

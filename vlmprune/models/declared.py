@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import SpecError
-from ..hooks.vision.tower import has_cls
 from .base import Adapter, Modality
 
 
@@ -24,7 +23,6 @@ class DeclaredAdapter(Adapter):
         self.projector = self._part(self.inner, self.connector)
         for modality in self.modalities:
             self._part(self.inner, modality.encode)
-        self.cls = has_cls(self.vision_tower)
 
     def _part(self, owner: Any, path: str) -> Any:
         try:
