@@ -150,6 +150,7 @@ REFUSALS = {
     "method that keeps tokens": {"granite4_vision"},  # layers add features to tokens, made rows have none
     "inside the vision tower": {
         "vipllava",
+        "video_llava",
         "fast_vlm",
         "internvl",
         "idefics3",

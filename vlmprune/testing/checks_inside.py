@@ -157,12 +157,12 @@ def drafts_are_no_prompt(subject: Subject) -> None:
     inputs = subject.inputs((1,), text_len=9)
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -8:-4]  # repeated words are what is looked up
     if not subject.model._supports_logits_to_keep():
-        try:
-            with subject.prune():
+        with subject.prune():
+            try:
                 generate(subject.model, inputs, prompt_lookup_num_tokens=3, eos_token_id=2**20)
-        except UnsupportedError as error:
-            expect("generate without drafts" in str(error), f"unclear error: {error}")
-            return
+            except UnsupportedError as error:
+                expect("generate without drafts" in str(error), f"unclear error: {error}")
+                return
         raise AssertionError("drafts that cannot be told from the prompt were taken for it")
     with subject.prune():
         want = generate(subject.model, inputs, max_new_tokens=8)
