@@ -168,9 +168,9 @@ class EncoderSlot:
         projector = adapter.projector
         if not adapter.shortens or len(adapter.layers) != 1 or not isinstance(projector, nn.Module):
             raise UnsupportedError(
-                f"{name} shortens inside the vision tower, which needs a tower of plain blocks and a "
-                f"projector of single patches; {adapter.model_type} mixes patches there. Prune behind it, "
-                "e.g. with 'divprune@64'"
+                f"{name} shortens inside the vision tower, which needs one tower of plain blocks, read at one "
+                f"layer, and a projector of single patches; {adapter.model_type} is built otherwise. Prune "
+                "behind it, e.g. with 'divprune@64'"
             )
         attention = attention_of(find_blocks(adapter.vision_tower)[0])
         if attention is None or not reads_interface(attention):
