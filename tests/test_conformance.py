@@ -175,7 +175,12 @@ REFUSALS = {
 
 def may_refuse(subject: Subject, detail: str) -> bool:
     siglip = subject.tower == "siglip" and "cls='mean'" in detail
-    return siglip or any(hint in detail and subject.family in families for hint, families in REFUSALS.items())
+    shares = subject.text == "gemma4_small" and "keys of earlier ones" in detail
+    return (
+        siglip
+        or shares
+        or any(hint in detail and subject.family in families for hint, families in REFUSALS.items())
+    )
 
 
 def case(subject: Subject, check: str, *, slow: bool = False) -> Any:
