@@ -43,7 +43,13 @@ MASKS = [
         r"expected \(1, 47\): 0 tokens seen before and 47 fed now",
     ),
     ("too short", lambda inputs: torch.ones(1, 46), InvariantError, r"expected \(1, 47\)"),
-    ("no token", lambda inputs: torch.zeros(1, 47), InvariantError, r"\(1, 47\) masks every token"),
+    ("no token", lambda inputs: torch.zeros(1, 47), InvariantError, "hides 36 of 36 placeholder tokens"),
+    (
+        "a part of the picture",
+        lambda inputs: torch.ones(1, 47).index_fill(1, torch.arange(6, 10), 0),
+        InvariantError,
+        "hides 4 of 36 placeholder tokens of pictures; expected 1 for all of them",
+    ),
     ("other batch", lambda inputs: torch.ones(2, 47), InvariantError, r"expected \(1, 47\)"),
 ]
 
@@ -58,6 +64,18 @@ def test_masks_that_cannot_be_cut_are_refused(make: Any, error: type[VlmPruneErr
         with pytest.raises(error, match=message):
             model(**{**inputs, "attention_mask": make(inputs)})
         assert torch.equal(model(**inputs).logits, want), "the call after the error differs"
+
+
+def test_masked_pictures_are_refused_in_every_row_of_a_batch() -> None:
+    model, inputs = shared_model("llava", None, None), tiny_inputs(images=(1, 1))
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, (inputs["input_ids"][1] == model.config.image_token_id).nonzero()[-3:, 0]] = 0
+    for spec in ("fastervlm@9", "fastv(layer=2)@9"):
+        with (
+            vlmprune.prune(model, spec),
+            pytest.raises(InvariantError, match="hides 3 of 72 .* leave it out"),
+        ):
+            model(**{**inputs, "attention_mask": mask})
 
 
 @torch.no_grad()

@@ -44,12 +44,20 @@ class AtLeastThree(AboveMean):
         return 3
 
 
+class MayKeepNone(AboveMean):
+    def least(self, count):
+        return 0
+
+
+OWN = {"above_mean": AboveMean, "at_least_three": AtLeastThree, "may_keep_none": MayKeepNone}
+
+
 @pytest.fixture
 def registered():
-    for name, cls in (("above_mean", AboveMean), ("at_least_three", AtLeastThree)):
+    for name, cls in OWN.items():
         register(name)(cls)
     yield
-    for name in ("above_mean", "at_least_three"):
+    for name in OWN:
         unregister(name)
 
 
@@ -160,3 +168,11 @@ def test_groups_are_taken_in_order_as_long_as_they_fit():
 
 def test_ranked_breaks_ties_by_index():
     assert ranked(torch.tensor([[1.0, 2.0, 2.0, 0.0]])).tolist() == [[1, 2, 0, 3]]
+
+
+def test_a_prompt_of_a_picture_alone_cannot_lose_all_of_it(registered):
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    inputs["input_ids"] = inputs["input_ids"][inputs["input_ids"] == model.config.image_token_id][None]
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with prune(model, "may_keep_none(factor=1e6)"), pytest.raises(InvariantError, match="holds nothing else"):
+        model(**inputs)

@@ -79,7 +79,6 @@ class Columns:
         valid: (B, L) bool, columns that are tokens and not padding; None: all.
         host: the same on the CPU, visual ones first; None for a single prompt, of which shapes say enough.
         lengths: tokens of every row, None for a single prompt.
-        masked_pictures: some placeholders are masked as padding, as far as the batch was looked at.
     """
 
     visual: list[Tensor]
@@ -87,7 +86,6 @@ class Columns:
     host: Tensor | None = None
 
     lengths: list[int] | None = None
-    masked_pictures: bool = False
 
     @classmethod
     def of(cls, visual: list[Tensor], valid: Tensor | None) -> Columns:
@@ -97,15 +95,7 @@ class Columns:
         # one copy for all that the host has to know of a batch
         every = torch.ones_like(visual[0]) if valid is None else valid.to(visual[0].device)
         host = torch.stack([*visual, every]).cpu()
-        pictures, tokens = host[:-1].any(dim=0), host[-1].bool()
-        return cls(visual, valid, host, tokens.sum(dim=1).tolist(), bool((pictures & ~tokens).any()))
-
-    @property
-    def all_masked(self) -> bool:
-        """No column is a token, as far as the host knows that without asking a device."""
-        if self.lengths is not None:
-            return not any(self.lengths)
-        return self.valid is not None and self.valid.device.type == "cpu" and not bool(self.valid.any())
+        return cls(visual, valid, host, host[-1].sum(dim=1).tolist())
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -135,17 +125,27 @@ def place(pictures: Sequence[Picture], columns: Columns, modality: int, checks: 
     """Find the pictures of one modality, given by its number, in a batch."""
     lengths, visual = [picture.length for picture in pictures], columns.visual[modality]
     if columns.host is not None:
-        here = columns.host[modality]
+        here, tokens = columns.host[modality], columns.host[-1]
         rows = assign(lengths, here.sum(dim=1).tolist())
+        if bool((here & ~tokens).any()):
+            raise _misplaced(lengths, here, tokens)
         return Placement(pictures, rows, visual, here)
-    total = sum(lengths)
-    checks.require(
-        visual.sum() == total,
-        lambda: InvariantError(
-            f"{int(visual.sum())} placeholder tokens for pictures of {lengths} tokens; expected {total}"
-        ),
-    )
+    tokens = visual if columns.valid is None else visual & columns.valid
+    checks.require(tokens.sum() == sum(lengths), lambda: _misplaced(lengths, visual, tokens))
     return Placement(pictures, [list(range(len(pictures)))], visual, None)
+
+
+def _misplaced(lengths: list[int], visual: Tensor, tokens: Tensor) -> InvariantError:
+    """The error for placeholders (B, L) that are not as many as the pictures have tokens, or are masked."""
+    masked = int((visual & ~tokens).sum())
+    if masked:
+        return InvariantError(
+            f"attention_mask hides {masked} of {int(visual.sum())} placeholder tokens of pictures; expected 1 "
+            "for all of them: to hide a picture, leave it out of the prompt"
+        )
+    return InvariantError(
+        f"{int(visual.sum())} placeholder tokens for pictures of {lengths} tokens; expected {sum(lengths)}"
+    )
 
 
 def assign(lengths: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

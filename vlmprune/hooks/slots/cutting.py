@@ -80,19 +80,18 @@ def cut_sequence(state: ForwardState, cuts: Sequence[Cut | None], policy: Positi
         dropped[row] += cut.length - cut.kept_slots.shape[0]
     if any([cut.rows is not None for _, _, _, cut in found]):
         embeds = with_rows(embeds, found)  # (B, L, D)
-    length, masked = embeds.shape[1], state.columns.masked_pictures
-    is_padded = lengths is not None and (max(lengths) < length or masked)
+    length = embeds.shape[1]
+    is_padded = lengths is not None and max(lengths) < length
     # even rows are cut in one launch; of a batch with padding columns of padding go as well
     if lengths is None or (len(set(dropped)) == 1 and not is_padded):  # one row loses what it loses
         compaction = even(view, stays(state, cuts), dropped[0], [embeds], policy)
     else:
         width = max(have - drop for have, drop in zip(lengths, dropped, strict=True))
-        # of masked pictures not every slot that goes was a token
-        compaction = uneven(view, flat_columns(found), None if masked else width)
-    # only a mask can do this: text is never cut
-    if compaction.width == 0 or state.columns.all_masked:
+        compaction = uneven(view, flat_columns(found), width)
+    if compaction.width == 0:
         raise InvariantError(
-            f"attention_mask of shape {tuple(embeds.shape[:2])} masks every token; expected 1 for tokens"
+            f"{spec!r} keeps no visual token, and a prompt of this call holds nothing else: there is nothing "
+            "left to read; ask something about the picture"
         )
     if not compaction.is_even:
         state.refuse_dead_slots(compaction, spec)
@@ -193,10 +192,8 @@ def even(
     return EvenCompaction(found, width, view.new, position_ids, along, whole=view.maskless)
 
 
-def uneven(
-    view: SequenceView, columns: tuple[Sequence[Tensor], Sequence[Tensor]], width: int | None
-) -> Compaction:
-    """The same where rows differ in length, or padding goes as well; ``width`` of the longest, if known."""
+def uneven(view: SequenceView, columns: tuple[Sequence[Tensor], Sequence[Tensor]], width: int) -> Compaction:
+    """The same where rows differ in length, or padding goes as well; ``width`` of the longest."""
     return Compaction(mark(view.new.clone(), *columns), view.new, width)
 
 
