@@ -6,6 +6,7 @@ makes itself.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, S
 
 from vlmprune.hooks.sequence.compaction import Compaction
 from vlmprune.hooks.sequence.masks import LayerView, layer_kind
-from vlmprune.hooks.sequence.views import SequenceView, Views
+from vlmprune.hooks.sequence.views import Ahead, SequenceView, Views
 
 SIZES = {
     "vocab_size": 8,
@@ -164,3 +165,23 @@ def test_the_kind_of_a_layer_is_read_off_its_config():
     assert layer_kind(MistralConfig(**SIZES, sliding_window=3), 0) == "sliding_attention"
     mixed = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
     assert [layer_kind(mixed, layer) for layer in (0, 1)] == ["sliding_attention", "full_attention"]
+
+
+def test_positions_counted_ahead_are_one_value_that_threads_can_share() -> None:
+    """Copies of a cache share them: who has looked up where they begin must read the numbers of that time."""
+    ahead, lost = Ahead(), 27
+    assert ahead.take(100, torch.tensor([[100]]), lost).tolist() == [[73]]
+    made = ahead._made
+    assert ahead.take(340, torch.tensor([[340]]), lost).tolist() == [[313]]
+
+    # another thread begins anew between the look at where they begin and the look at the numbers
+    class Late(Ahead):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if name == "_made" and found is made:
+                object.__setattr__(self, "_made", (356, torch.arange(256)[None]))
+            return found
+
+    late = Late()
+    late._made = made
+    assert late.take(340, torch.tensor([[340]]), lost).tolist() == [[313]]

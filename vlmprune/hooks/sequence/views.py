@@ -24,19 +24,22 @@ class Ahead:
     """Positions of the tokens behind a cut, counted for many steps at once: a decode step only looks."""
 
     STEPS: ClassVar[int] = 256
-    _seen: int = 0  # tokens of the conversation before the first of them
-    _numbers: Tensor | None = None  # (1, STEPS)
+    # tokens of the conversation before the first of them, and (1, STEPS): one attribute, since copies of a
+    # cache share it and may be read in threads of their own
+    _made: tuple[int, Tensor] | None = None
 
     def take(self, seen: int, position_ids: Tensor, lost: int) -> Tensor:
         """Position ids (B or 1, n) less ``lost``, after ``seen`` tokens; all rows of them are alike."""
-        new, at = position_ids.shape[1], seen - self._seen
+        new = position_ids.shape[1]
         if new > self.STEPS:
             return position_ids - lost
+        made = self._made
         # a new conversation, or one that ran out of the numbers that were made
-        if self._numbers is None or not 0 <= at <= self.STEPS - new:
+        if made is None or not 0 <= seen - made[0] <= self.STEPS - new:
             steps = torch.arange(-lost, self.STEPS - lost, device=position_ids.device)
-            self._seen, at, self._numbers = seen, 0, position_ids[:1, :1] + steps
-        return self._numbers[:, at : at + new].to(position_ids.device)
+            made = self._made = (seen, position_ids[:1, :1] + steps)
+        at = seen - made[0]
+        return made[1][:, at : at + new].to(position_ids.device)
 
 
 @dataclass(frozen=True, eq=False)
