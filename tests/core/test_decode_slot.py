@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.core.method import Method, SlotName
+from vlmprune.errors import UnsupportedError
 from vlmprune.registry import unregister
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import dense_rows, kept_by_hand, language_model
@@ -120,3 +121,32 @@ def test_nothing_stays_after_detach() -> None:
         run.enabled = False
         assert torch.equal(generate(model, inputs), dense)
     assert torch.equal(generate(model, inputs), dense)
+
+
+def test_steps_are_counted_per_conversation() -> None:
+    model, asked = tiny_model(), []
+
+    @dataclass(frozen=True)
+    class Counting(Sighted):
+        def visible(self, held: Tensor, step: int) -> Tensor:
+            asked.append(step)
+            return held
+
+    def step(cache: object, length: int) -> None:
+        mask = torch.ones(1, length, dtype=torch.long)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[7]]), attention_mask=mask, past_key_values=cache)
+
+    with vlmprune.prune(model, Counting()), torch.no_grad():
+        inputs = tiny_inputs(images=(1,))
+        length = inputs["input_ids"].shape[1]
+        one, other = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        for number, cache in enumerate((one, one, other, one)):
+            step(cache, length + 1 + (number, number, 0, 2)[number])
+    assert asked == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("edit", ["vhr(layers=[3])", "act", "paint", "var"])
+def test_edits_of_attention_do_not_go_with_what_hides_from_it(edit: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{edit.partition('(')[0]} changes the attention of decode"):
+        vlmprune.prune(tiny_model(), f"{edit}+dycoke_decode")

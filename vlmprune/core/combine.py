@@ -46,6 +46,12 @@ def by_slot(plans: Sequence[tuple[Method, Budget | None]]) -> dict[SlotName, tup
             )
         slots[method.slot] = (method, budget)
     _refuse_lost_marks({name: method for name, (method, _) in slots.items()})
+    if "attention" in slots and "decode" in slots:
+        edits, hides = slots["attention"][0].name, slots["decode"][0].name
+        raise UnsupportedError(
+            f"{edits} changes the attention of decode steps, and {hides} hides tokens from it: each would "
+            f"act as if the other did not; use one of the two, such as '{edits}+fastervlm@128'"
+        )
     if "encoder" in slots and "before_lm" in slots:
         inside, behind = slots["encoder"][0].name, slots["before_lm"][0].name
         raise UnsupportedError(

@@ -255,7 +255,6 @@ class Session:
             Report(self.spec),
             local.checks,
             generated=local.drafts,
-            step=0 if self._last is None or "decode" not in self.slots else self._last.decode_steps,
             active=self.enabled,
             reads_text=self.reads_text,
             counted=local.counts or kwargs.get("position_ids") is None,

@@ -71,7 +71,6 @@ class ForwardState:
         text_heads: per layer (B, H, d) outputs of the heads at the last token of the text alone.
         aside: another prompt runs through the layers, which hooks leave alone.
         cuts: per picture what stays of it before the language model, None where all does.
-        step: decode steps since the last prompt.
         active: the session is enabled.
         unpadded: no mask was given, now or earlier in the conversation: every column is a token.
         reads_text: a method chooses by the text before the language model, so that a picture is one of one
@@ -104,7 +103,6 @@ class ForwardState:
     text_heads: dict[int, Tensor] = field(default_factory=dict)
     aside: bool = False
     cuts: Sequence[Cut | None] = ()
-    step: int = 0
     active: bool = True
     unpadded: bool = False
     reads_text: bool = False
@@ -199,9 +197,9 @@ class OfThread(threading.local):
     state: ForwardState | None = None  # the forward that runs
     opened = False  # whether any forward ran
     unplaced = 0  # how often pictures were encoded that no forward has placed yet
+    counts = False  # generate runs and makes the position ids
     drafts = 0  # tokens of the next forward that are drafts
     asked: tuple[Tensor | None, int] | None = None  # what it is given, and for how many logits
-    counts = False  # generate runs and makes the position ids
     prepared = 0  # decode steps that generate prepared since the last forward that ran outside of a graph
     prompt: tuple[weakref.ref, Tensor] | None = None  # without a cache: what its pictures are of, and it
 

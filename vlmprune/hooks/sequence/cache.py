@@ -90,6 +90,7 @@ class CacheState:
         marks: per layer, what the attention and decode slots marked in the prompt.
         notes: per layer that cut, what repairs have to know.
         look: what the decode step before looked at.
+        steps: decode steps from which a method hid something, since the prompt.
         stays: (B, L) bool, of a prompt of which the model itself took columns out: those that it left. Masks
             of later calls are of all of them, ``seen`` is not.
         inside: the language model is running, so that lengths are physical.
@@ -102,6 +103,7 @@ class CacheState:
     marks: dict[int, Marks] = field(default_factory=dict)
     notes: dict[int, Note] = field(default_factory=dict)
     look: Look | None = None
+    steps: int = 0
     stays: Tensor | None = None
     inside: bool = field(default=False, compare=False)
 
@@ -126,7 +128,15 @@ class CacheState:
         # selecting makes new tensors: the copy must not change with the original
         every = torch.arange(self.views[0].held.shape[0])
         copy = CacheState(
-            self.seen, self.views, self.owner, self.all_valid, self.marks, self.notes, self.look, self.stays
+            self.seen,
+            self.views,
+            self.owner,
+            self.all_valid,
+            self.marks,
+            self.notes,
+            self.look,
+            self.steps,
+            self.stays,
         )
         copy.select(every)
         return copy

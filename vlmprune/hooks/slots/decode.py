@@ -18,7 +18,7 @@ from ...core.method import Look, Method
 from ...errors import UnsupportedError
 from ..attention_call import AttentionCall, over_keys, over_slots
 from ..attention_tap import tap
-from ..sequence.cache import Marks
+from ..sequence.cache import CacheState, Marks
 from ..state import ForwardState
 from . import Attachment, Handle
 
@@ -56,8 +56,8 @@ class DecodeSlot:
             self._remember(state)
         elif self._looks(state):
             state.views  # noqa: B018 - opens them: slots that hold tokens are told from padding by them
-        elif self.first is None and state.held_marks and state.new_tokens == 1:
-            self._hide(state)
+        elif self.first is None and state.cache_state is not None and self._is_step(state):
+            self._hide(state, state.cache_state)
         elif state.cache_state is not None:
             state.cache_state.look = None  # another prompt
 
@@ -74,23 +74,28 @@ class DecodeSlot:
             held = torch.cat([torch.zeros_like(view.held), visual.to(view.held.device)], dim=1)
             state.marks.setdefault(view.start, Marks(torch.zeros_like(held), held))
 
-    def _hide(self, state: ForwardState) -> None:
-        held_marks = state.held_marks
+    def _hide(self, state: ForwardState, held: CacheState) -> None:
         for number, view in enumerate(state.views.all):
-            marks = held_marks.get(view.start)
+            marks = held.marks.get(view.start)
             if marks is None:
                 continue
             visual = marks.fit(view.held.shape[1]).visual & view.held
-            seen = self.method.visible(visual, state.step)
+            seen = self.method.visible(visual, held.steps)
             # hidden from this step by its mask: the cache goes on holding them
             state.views.all[number] = view.hiding(visual & ~seen)
+        if not torch.compiler.is_compiling():  # a graph would have the number of the step as an input
+            held.steps += 1
 
     # --- methods that look ------------------------------------------------------------------------
 
     def _looks(self, state: ForwardState | None) -> bool:
-        """Whether this forward is a decode step behind a prompt with pictures."""
+        """Whether this forward is a decode step of a method that looks."""
         if self.first is None or state is None or not state.active or state.placements:
             return False
+        return self._is_step(state)
+
+    def _is_step(self, state: ForwardState) -> bool:
+        """Whether this forward, which has no pictures, is a decode step behind a prompt that had some."""
         return bool(state.held_marks) and state.new_tokens == 1
 
     def _visual(self, state: ForwardState) -> Tensor:
