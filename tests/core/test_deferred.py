@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from vlmprune.core.deferred import NOW, DeferredChecks, all_finite
+import vlmprune
+from vlmprune.core.deferred import MANY, NOW, DeferredChecks, all_finite
 from vlmprune.errors import InvariantError
-from vlmprune.testing.device import PretendedDevice, pretending
+from vlmprune.testing.device import PretendedDevice, moved, pretending
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 FINE, NONE = torch.tensor([0.0, -3.0]), torch.zeros(0)
 BAD = [torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), 1.0]), torch.tensor([-float("inf")])]
@@ -21,6 +24,12 @@ def device() -> Iterator[PretendedDevice]:
     made = PretendedDevice()
     with pretending(made):
         yield made
+
+
+def away(device: PretendedDevice) -> tuple[Any, dict[str, Any]]:
+    """A small model there, and a prompt with a picture."""
+    inputs = tiny_inputs(images=(1,))
+    return moved(tiny_model("llava"), device), {name: device.away(value) for name, value in inputs.items()}
 
 
 def error(text: str = "wrong") -> InvariantError:
@@ -81,3 +90,31 @@ def test_a_failed_check_spoils_everything_until_its_error_is_raised(
     with pytest.raises(InvariantError, match="first"):
         checks.settle()
     checks.settle()  # raised once
+
+
+@torch.no_grad()
+def test_a_loop_that_asks_for_nothing_waits_before_many_checks_are_due(device: PretendedDevice) -> None:
+    model, given = away(device)
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        due = []
+        for _ in range(60):
+            model(**given)
+            due.append(len(run.local.checks.waiting))
+    assert MANY < max(due) < MANY + 8
+
+
+@torch.no_grad()
+def test_an_error_of_a_forward_is_not_told_of_the_next_one(device: PretendedDevice) -> None:
+    model, given = away(device)
+    broken = {**given, "pixel_values": given["pixel_values"] * float("nan")}
+
+    def full(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with vlmprune.prune(model, "fastervlm@9") as run:
+        failing = model.model.language_model.layers[1].register_forward_pre_hook(full)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(**broken)
+        failing.remove()
+        model(**given)
+        assert run.last.realised_tokens == [9]

@@ -42,6 +42,9 @@ class Checks:
             raise explain()
 
 
+MANY = 64  # checks that may wait: each holds what its error would tell, and is a launch in every answer
+
+
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     """A check whose answer is on a device: () bool, or () a magnitude that must be finite."""
@@ -55,14 +58,18 @@ class _Waiting:
 
 
 class DeferredChecks(Checks):
-    """Makes checks on the CPU at once, and gathers those on a device."""
+    """Makes checks on the CPU at once, and gathers those on a device.
+
+    Attributes:
+        waiting: those that were not read yet, oldest first.
+    """
 
     def __init__(self) -> None:
-        self._waiting: list[_Waiting] = []
+        self.waiting: list[_Waiting] = []
 
     def require(self, ok: Tensor, explain: Explain) -> None:
         if ok.device.type != "cpu":
-            self._waiting.append(_Waiting(ok.detach().reshape(()), explain))
+            self.waiting.append(_Waiting(ok.detach().reshape(()), explain))
         elif not bool(ok):
             raise explain()
 
@@ -71,17 +78,17 @@ class DeferredChecks(Checks):
             return
         largest = magnitude(values)
         if values.device.type != "cpu":
-            self._waiting.append(_Waiting(largest, explain))
+            self.waiting.append(_Waiting(largest, explain))
         elif not bool(largest < torch.inf):  # NaN is less than nothing
             raise explain()
 
     def __bool__(self) -> bool:
         """Whether checks wait for their answer."""
-        return bool(self._waiting)
+        return bool(self.waiting)
 
     def _zero_or_nan(self, device: torch.device) -> Tensor:
         """() float on ``device``: 0 if all is well so far, else NaN; a launch per check and one more."""
-        measured = [one.measured.to(device) for one in self._waiting]
+        measured = [one.measured.to(device) for one in self.waiting]
         answers = [one for one in measured if one.dtype == torch.bool]
         magnitudes = [one for one in measured if one.dtype != torch.bool]
         if magnitudes:  # the largest of them is NaN where one is; infinity less itself is NaN
@@ -96,14 +103,14 @@ class DeferredChecks(Checks):
 
     def poison(self, hidden: Tensor) -> Tensor:
         """``hidden`` as it is, or NaN everywhere after a failed check: no wrong answer can pass."""
-        return hidden + self._zero_or_nan(hidden.device) if self._waiting else hidden
+        return hidden + self._zero_or_nan(hidden.device) if self.waiting else hidden
 
     def settle(self) -> None:
         """Wait for the answers and raise the first error."""
-        waiting, well = self._waiting, True
+        waiting, well = self.waiting, True
         if waiting:  # one wait where all is well
             well = bool(self._zero_or_nan(waiting[0].measured.device) == 0)
-        self._waiting = []
+        self.waiting = []
         if not well:
             raise next(one.explain() for one in waiting if not one.holds())
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
+from ..core.deferred import MANY
 from ..errors import InvariantError, UnsupportedError
 from .attention_tap import walk
 from .vision.pictures import Picture, with_joins
@@ -97,11 +98,21 @@ class RecordedForward(PatchedMethod):
         if args:  # transformers itself passes keywords only; reading a signature would cost every decode step
             names = inspect.signature(self.original).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        checks, first = session.local.checks, None
+        if not torch.compiler.is_compiling():  # a graph would have the number as an input
+            first = len(checks.waiting)
+            if first > MANY:  # a loop that never asks for them
+                checks.settle()
+                first = 0
         try:
             state = session.begin(kwargs)
             output = self.original(**kwargs)
             session.finish(state)
             return output
+        except BaseException:
+            if first is not None:
+                del checks.waiting[first:]  # of what failed otherwise
+            raise
         finally:
             session.close()
 

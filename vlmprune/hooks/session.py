@@ -240,7 +240,7 @@ class Session:
         wanted = kwargs.get("logits_to_keep", 0)
         wanted = wanted if isinstance(wanted, int) else 0
         # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
-        # them
+        # them, as it does before an answer that is scored
         self.local.drafts = max(wanted - 1, 0)
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         # a loss reads the logits of all columns
