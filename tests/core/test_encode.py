@@ -13,6 +13,7 @@ import torch
 
 import vlmprune
 from vlmprune.errors import InvariantError
+from vlmprune.hooks.attention_tap import AttentionTap, TappedConfig
 from vlmprune.hooks.vision.encode import EncodedImages, run_encoder
 from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.hooks.vision.tiles import Tiles
@@ -22,6 +23,7 @@ from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 SPECS = ("dense", "fastervlm@9", "fastervlm(layer=1)@9", "divprune@9", "zooprune@9")
 FAMILIES = ("llava", "llava_next", "vipllava")
+VAR = "var(dims=[7,21],tau=2.0,first_layer=1)"
 
 
 def same(one: Any, other: Any) -> bool:
@@ -98,3 +100,47 @@ def test_an_encoder_stops_serving_also_after_an_error_and_serves_nothing_else() 
         generate(model, inputs)
     with session:
         assert generate(model, inputs).shape[0] == 1  # and it encodes for itself again
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "tome@9/crop", "flowcut@9/crop"])
+def test_scores_inside_a_block_are_those_outside_and_wait_for_no_forward(spec: str) -> None:
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    alone = vlmprune.score(model, inputs, "fastervlm")[0].scores
+    with vlmprune.prune(model, spec):
+        assert torch.equal(vlmprune.score(model, inputs, "fastervlm")[0].scores, alone)
+
+
+def test_a_session_that_is_used_again_knows_nothing_of_a_block_that_failed() -> None:
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    session = vlmprune.prune(model, "fastervlm@9")
+    with pytest.raises(KeyError), session:
+        model.model.get_image_features(inputs["pixel_values"])
+        raise KeyError("another thing went wrong")
+    words = model.get_input_embeddings()(inputs["input_ids"][:, -4:])
+    with session, torch.no_grad():
+        assert model(inputs_embeds=words).logits.shape[1] == 4
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "visionzip@9", "tome@9/crop", "fastv@9", VAR, "vhr"])
+@pytest.mark.parametrize("when", [1, 2])
+def test_attaching_that_is_interrupted_leaves_nothing(
+    spec: str, when: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, install = tiny_model("llava"), [0], AttentionTap.install
+
+    def interrupted(tap: AttentionTap) -> None:
+        calls[0] += 1
+        if calls[0] == when:
+            raise KeyboardInterrupt
+        install(tap)
+
+    monkeypatch.setattr(AttentionTap, "install", interrupted)
+    try:
+        vlmprune.attach(model, spec).detach()
+    except KeyboardInterrupt:
+        assert calls[0] == when
+    else:
+        assert calls[0] < when
+    modules = list(model.modules())
+    assert not any(isinstance(getattr(module, "config", None), TappedConfig) for module in modules)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)

@@ -248,3 +248,10 @@ def test_it_goes_together_with_a_cut_inside_the_language_model() -> None:
     with torch.no_grad(), vlmprune.prune(model, "tome@9+fastv(layer=1)@4") as run:
         model(**inputs)
     assert run.last.layer_tokens[0][0] == 9 and run.last.realised_tokens == [4]
+
+
+def test_no_keys_of_the_tower_are_held_behind_it() -> None:
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    with vlmprune.prune(model, "flowcut@9/crop") as run, torch.no_grad():
+        model(**inputs)
+        assert run.slots["encoder"]._local.call is None

@@ -174,6 +174,7 @@ class Session:
                 raise InvariantError(
                     f"{type(model).__name__} has {other.session.spec!r} attached already; detach it first"
                 )
+        self.local = OfThread()  # what an earlier block left behind, say where it failed, is gone
         try:
             # one by one, so that detach finds all that was put on when the next one fails
             for patch in patches_of(self):
@@ -192,8 +193,9 @@ class Session:
                     layer.register_forward_pre_hook(_no_positions, with_kwargs=True)
                     for layer in language_model.layers
                 ]
-            self.capture.install()
+            # first: what it had put on when it fails comes off again
             self._installed.append(self.capture)
+            self.capture.install()
         except BaseException:
             self.detach()
             raise

@@ -141,6 +141,9 @@ class Shortening:
         return full.scatter(1, at[..., None].expand_as(rows), rows)[:, : self.total]
 
 
+_DOES = "shortens inside the vision tower"
+
+
 class EncoderSlot:
     """Shortens the sequence of a vision tower behind some of its blocks."""
 
@@ -168,9 +171,9 @@ class EncoderSlot:
         projector = adapter.projector
         if not adapter.shortens or len(adapter.layers) != 1 or not isinstance(projector, nn.Module):
             raise UnsupportedError(
-                f"{name} shortens inside the vision tower, which needs one tower of plain blocks, read at one "
-                f"layer, and a projector of single patches; {adapter.model_type} is built otherwise. Prune "
-                "behind it, e.g. with 'divprune@64'"
+                f"{name} {_DOES}, which needs one tower of plain blocks, read at one layer, and a projector "
+                f"of single patches; {adapter.model_type} is built otherwise. Prune behind it, e.g. with "
+                "'divprune@64'"
             )
         attention = attention_of(find_blocks(adapter.vision_tower)[0])
         if attention is None or not reads_interface(attention):
@@ -184,13 +187,18 @@ class EncoderSlot:
         if self.budget is None:
             return []
         handles: list[Handle] = []
-        # every block, asked or not: its logits need the bias of what was averaged or filled up before it
-        for number, block in enumerate(self.blocks):
-            tap = AttentionTap(attention_in(block), self._listen, self._bias)
-            tap.install()
-            handles.append(tap)
-            handles.append(block.register_forward_hook(self._behind(number)))
-        handles.append(self.projector.register_forward_hook(self._behind_projector))
+        try:
+            # every block, asked or not: its logits need the bias of what was averaged or filled up before it
+            for number, block in enumerate(self.blocks):
+                tap = AttentionTap(attention_in(block), self._listen, self._bias)
+                handles.append(tap)
+                tap.install()
+                handles.append(block.register_forward_hook(self._behind(number)))
+            handles.append(self.projector.register_forward_hook(self._behind_projector))
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
         return handles
 
     def missed(self, state: ForwardState) -> set[int]:
@@ -285,7 +293,7 @@ class EncoderSlot:
                 )
 
     def _behind_projector(self, module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-        run = self._run()
+        run, self._local.call = self._run(), None  # its keys and values would live on with the thread
         if run is None:
             return None
         front = output.shape[1] - run.index.shape[1]  # [CLS], where the model reads it

@@ -37,6 +37,7 @@ def run_encoder(
 ) -> tuple[Any, list[list[Picture]]]:
     """Encode the pictures of ``inputs``: the encoder's output, and the pictures as each capture saw them."""
     encode = getattr(adapter.inner, modality.encode)
+    encode = getattr(encode, "original", encode)  # what a session put there would wait for a forward
     names = list(inspect.signature(encode).parameters)
     # transformers 4.57 names the pixels of clips otherwise and has no defaults there
     given = {
