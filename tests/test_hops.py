@@ -27,9 +27,9 @@ MOST = {
     (FASTERVLM, "encode"): (40, 9),
     (FASTERVLM, "prefill"): (94, 24),
     (FASTV, "encode"): (26, 5),
-    (FASTV, "prefill"): (146, 27),
+    (FASTV, "prefill"): (146, 28),
     (VAR, "encode"): (26, 5),
-    (VAR, "prefill"): (81, 16),
+    (VAR, "prefill"): (82, 17),
 }
 
 

@@ -73,7 +73,7 @@ def test_masked_pictures_are_refused_in_every_row_of_a_batch() -> None:
     for spec in ("fastervlm@9", "fastv(layer=2)@9"):
         with (
             vlmprune.prune(model, spec),
-            pytest.raises(InvariantError, match="hides 3 of 72 .* leave it out"),
+            pytest.raises(InvariantError, match=r"hides 3 of 72 .* leave it out"),
         ):
             model(**{**inputs, "attention_mask": mask})
 
@@ -328,3 +328,26 @@ def test_bfloat16_keeps_nearly_what_float32_keeps(family: str) -> None:
             everything = model(**inputs).logits
         assert torch.equal(everything, model(**inputs).logits)
     assert len(maps[torch.bfloat16]) == 12 and maps[torch.float32].overlap(maps[torch.bfloat16]) >= 0.5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ("vhr", "language model"),
+        ("act(threshold=0.02,first_layer=0,edit=all)", "language model"),
+        ("paint(first_layer=1)", "language model"),
+        ("tome@9/crop", "vision tower"),
+        ("flowcut@9/crop", "vision tower"),
+    ],
+)
+def test_what_gradient_checkpointing_would_leave_out_is_refused(
+    spec: str, part: str, reentrant: bool
+) -> None:
+    model, inputs = tiny_model("llava").train(), tiny_inputs(images=(1,))
+    with vlmprune.prune(model, spec):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with pytest.raises(UnsupportedError, match=f"inside the {part}, which gradient checkpointing"):
+            model(**inputs)
+        model.eval()  # nothing is recomputed here
+        model(**inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five places where a method acts: one protocol, five implementations.
+"""The five places where a method acts, and the one protocol of what acts there.
 
 ``encoder`` shortens inside the vision tower, ``before_lm`` at the entrance of the language model,
 ``inside_lm`` at the input of decoder layers, ``attention`` edits what rows attend to, ``decode`` hides held
@@ -18,6 +18,8 @@ from ...core.method import Method, Positions, SlotName
 from ...errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..adapter import Adapter
     from ..state import ForwardState
     from ..vision.capture import Record
@@ -62,6 +64,19 @@ class Attachment:
         """Position policy of a method; a family that knows one only imposes it."""
         allowed = self.adapter.positions
         return self.override or (method.positions if method.positions in allowed else allowed[0])
+
+    def refuse_checkpointing(self, part: nn.Module, method: Method, does: str) -> None:
+        """Refuse a part of the model whose layers run a second time for their gradients, outside of the
+        forward that says what a method does there.
+        """
+        # read off the modules: transformers renamed the property that says it
+        modules = part.modules() if part.training else ()
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            raise UnsupportedError(
+                f"{method.name} {does}, which gradient checkpointing would recompute without it; call "
+                "model.gradient_checkpointing_disable(), or prune before the language model, e.g. with "
+                "'divprune@64'"
+            )
 
     def check_numbers(self, method: Method, state: ForwardState) -> None:
         """Refuse a method that reads the numbers of positions where the model numbered padding, too."""

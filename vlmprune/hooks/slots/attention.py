@@ -25,6 +25,8 @@ from ..state import ForwardState
 from . import Attachment, Handle, Slot
 from .marking import Marking, marking_of
 
+EDITS = "changes attention inside the language model"
+
 
 class AttentionSlot:
     """Edits the attention of one model by one method."""
@@ -37,6 +39,7 @@ class AttentionSlot:
         self.method = method.prepare(self.language_model)
         self.layers = list(self.method.acts_on(attachment.depth))
         self.edits_logits = self.method.kind() == "relogit"
+        attachment.refuse_checkpointing(self.language_model, method, EDITS)
 
     @property
     def marking(self) -> Marking:
@@ -58,6 +61,8 @@ class AttentionSlot:
         return found
 
     def enter(self, state: ForwardState) -> None:
+        if state.placements:
+            self.attachment.refuse_checkpointing(self.language_model, self.method, EDITS)
         if state.placements or state.held_marks:
             state.views  # noqa: B018 - opens them: rows that may be edited are told from padding by them
         if state.placements:

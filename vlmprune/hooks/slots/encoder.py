@@ -236,6 +236,8 @@ class EncoderSlot:
             )
 
     def _behind(self, number: int) -> Callable[..., Any]:
+        tower = self.attachment.adapter.vision_tower
+
         def hook(module: nn.Module, args: object, output: Any) -> Any:
             record = self.attachment.record()
             if record is None:
@@ -244,6 +246,7 @@ class EncoderSlot:
             # a new call of the encoder: what an earlier one left in this thread is of other pictures
             if number == 0:
                 self._refuse_pooled(record)
+                self.attachment.refuse_checkpointing(tower, self.method, _DOES)
                 self._local.run = Shortening.begin(record, hidden[:, self.prefix :])
             if number not in self.asked:
                 return None

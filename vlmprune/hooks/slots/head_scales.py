@@ -25,6 +25,7 @@ from ..sequence.compaction import Compaction
 from ..sequence.views import SequenceView
 from ..state import ForwardState
 from . import Attachment, Handle
+from .attention import EDITS
 
 
 class HeadScaleSlot:
@@ -38,6 +39,7 @@ class HeadScaleSlot:
         self.method = method.prepare(self.language_model)
         self.layers = list(self.method.acts_on(attachment.depth))
         self._text = threading.local()
+        attachment.refuse_checkpointing(self.language_model, method, EDITS)
 
     def hooks(self) -> list[Handle]:
         """A tap on the attention of every chosen layer."""
@@ -57,6 +59,8 @@ class HeadScaleSlot:
 
     def enter(self, state: ForwardState) -> None:
         """Read the text of a prompt with pictures alone; factors of an earlier turn stay as they are."""
+        if state.placements:
+            self.attachment.refuse_checkpointing(self.language_model, self.method, EDITS)
         if state.placements and not state.held_marks:
             state.text_heads = self._read_text(state)
 

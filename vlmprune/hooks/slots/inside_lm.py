@@ -36,6 +36,8 @@ from .landing import land
 from .ranking import ATTENTION, LayerTokens, Ranked, asked_for, asks_the_question, read, tokens_of
 from .spans import InsideRecord, Span, settle
 
+_DOES = "cuts inside the language model"
+
 
 class InsideLM:
     """Runs the cuts of one method inside the language model."""
@@ -70,7 +72,7 @@ class InsideLM:
         self.by_question = asks_the_question(method)
         later = range(min(self.layers, default=self.depth), self.depth)
         check_kinds(self.language_model.config, later, method.name)
-        self._refuse_checkpointing()
+        attachment.refuse_checkpointing(self.language_model, method, _DOES)
 
     def _points(self, count: int) -> tuple[CutPoint, ...]:
         if (found := self._known.get(count)) is None:
@@ -81,20 +83,16 @@ class InsideLM:
         """Pictures that lose tokens at the input of a layer, and how many tokens of each go on."""
         found = []
         for span in state.tracked.spans:
-            keep = next(point.keep for point in self._points(span.picture.count) if point.layer == index)
-            if keep < span.count:
-                found.append((span, keep))
+            points = {point.layer: point.keep for point in self._points(span.picture.count)}
+            if index not in points:
+                raise InvariantError(
+                    f"{self.method.name} cuts a picture of {span.picture.count} tokens at layers "
+                    f"{list(points)}, and others at {self.layers}; the number of tokens may change what cuts "
+                    "keep, but not their layers"
+                )
+            if points[index] < span.count:
+                found.append((span, points[index]))
         return found
-
-    def _refuse_checkpointing(self) -> None:
-        # read off the modules: transformers renamed the property that says it
-        modules = self.language_model.modules() if self.language_model.training else ()
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
-            raise UnsupportedError(
-                f"{self.method.name} cuts inside the language model, which gradient checkpointing would "
-                "recompute without cuts; call model.gradient_checkpointing_disable(), or prune before the "
-                "language model, e.g. with 'divprune@64'"
-            )
 
     def hooks(self) -> list[Handle]:
         """Pre-hooks on all decoder layers, and taps on the attention that ranks."""
@@ -119,7 +117,8 @@ class InsideLM:
         """Find the tokens of every picture in the sequence that enters the first layer."""
         if not state.placements:
             return
-        self._refuse_checkpointing()  # it may have been enabled since
+        # it may have been enabled since
+        self.attachment.refuse_checkpointing(self.language_model, self.method, _DOES)
         keep = None if self.budget is None else self.budget.keep
         spans, number = [], 0
         compaction = state.views.cuts[0][1] if state.views.cuts else None
