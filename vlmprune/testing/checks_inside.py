@@ -63,12 +63,13 @@ def rounding(model: Any) -> float:
     """What logits may differ by from the twin, which attends eagerly and so rounds its own way.
 
     A gated running state enlarges that: noise of 1e-7 in the embeddings of a tiny Qwen3.5 moves its logits
-    by 2e-4, a hundred times as far as those of a Qwen3-VL. Norms behind attention (GLM-4) enlarge it less: a
-    dense GLM-4.6V under eager attention and SDPA differs by 4e-5. A wrong token moves them by 1e-2 and more.
+    by 2e-4, a hundred times as far as those of a Qwen3-VL, and those of its mixture of experts by 9e-4.
+    Norms behind attention (GLM-4) enlarge it less: a dense GLM-4.6V under eager attention and SDPA differs by
+    4e-5. A wrong token moves them by 1e-2 and more.
     """
     layers = language_model(model).layers
     if any(hasattr(layer, "linear_attn") for layer in layers):
-        return 5e-4
+        return 1e-3
     return 2e-4 if any(hasattr(layer, "post_self_attn_layernorm") for layer in layers) else 5e-5
 
 
