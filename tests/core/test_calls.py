@@ -186,7 +186,7 @@ def test_where_the_last_column_alone_is_read_nothing_is_expanded(monkeypatch: py
         every = model(**inputs, logits_to_keep=1, output_hidden_states=True).hidden_states
         assert {one.shape[1] for one in every} == {length}
         # what was asked of a call that never got to its forward is not asked of another one
-        run._note_drafts(model, (), {"input_ids": inputs["input_ids"].clone(), "logits_to_keep": 1})
+        run._note_logits(model, (), {"input_ids": inputs["input_ids"].clone(), "logits_to_keep": 1})
         assert model.model(**inputs).last_hidden_state.shape[1] == length
 
 

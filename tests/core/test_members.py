@@ -21,7 +21,7 @@ from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError
 from vlmprune.hooks.slots.before_lm import cut_pictures
 from vlmprune.hooks.slots.cutting import Cut
-from vlmprune.hooks.slots.spans import Span, settle
+from vlmprune.hooks.slots.spans import Span, apply_choice
 from vlmprune.hooks.vision.pictures import Picture
 from vlmprune.methods.sparsevlm.recycling import recycle
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
@@ -104,7 +104,7 @@ def test_and_further_through_cuts_inside_it(one: Picture, keep: str, in_place: b
     span = Span(0, torch.arange(len(patches)), patches, 0, True, 0, one)
     span.take(cut)
     for index in ([0, 2, 3, 5, 7], [1, 2, 4]):
-        settle([span], [torch.tensor(index)], rows)
+        apply_choice([span], [torch.tensor(index)], rows)
         rows = rows[:, span.columns]
         span.columns = torch.arange(span.count)
         assert span.joins is not None and span.kept is not None
@@ -118,11 +118,11 @@ def test_several_merging_cuts_inside_it() -> None:
     rows = torch.eye(N)[None]
     for kept in (12, 6, 3):
         made = recycle(rows, torch.rand(1, span.count, generator=random), kept)
-        rows = settle([span], made, rows)[:, span.columns]
+        rows = apply_choice([span], made, rows)[:, span.columns]
         span.columns = torch.arange(span.count)
         assert span.joins is not None and span.kept is not None
         check(span.joins(), names_of(span.kept), rows[0])
-        settle([span], [torch.arange(span.count)[1:]], rows)
+        apply_choice([span], [torch.arange(span.count)[1:]], rows)
         rows = rows[:, span.columns]
         span.columns = torch.arange(span.count)
         check(span.joins(), names_of(span.kept), rows[0])
@@ -133,7 +133,7 @@ def test_of_rows_that_were_merged_untold_nothing_is_said() -> None:
     assert cut.joins is None and cut.row_slots is not None
     span = Span(0, torch.arange(9), cut.row_slots, 0, True, 0, picture())
     span.take(cut)
-    settle([span], recycle(torch.eye(9)[None], torch.rand(1, 9), 3), torch.eye(9)[None])
+    apply_choice([span], recycle(torch.eye(9)[None], torch.rand(1, 9), 3), torch.eye(9)[None])
     assert span.joins is None
     # of two crops, one of which is said
     told = cut_of(picture(crops=lambda: torch.arange(N) // 12), Quiet(), "4/crop")

@@ -184,7 +184,7 @@ class Session:
             self._installed += [
                 language_model.register_forward_pre_hook(self._before_lm, with_kwargs=True),
                 language_model.register_forward_hook(self._after_lm),
-                model.register_forward_pre_hook(self._note_drafts, with_kwargs=True),
+                model.register_forward_pre_hook(self._note_logits, with_kwargs=True),
             ]
             for slot in self.slots.values():
                 self._installed += slot.hooks()
@@ -238,7 +238,7 @@ class Session:
             "merged by hand cannot be pruned: pass pixels, or what the encoder returned, to the model itself"
         )
 
-    def _note_drafts(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note_logits(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get("logits_to_keep", 0)
         wanted = wanted if isinstance(wanted, int) else 0
         # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
@@ -246,7 +246,7 @@ class Session:
         self.local.drafts = max(wanted - 1, 0)
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         # a loss reads the logits of all columns
-        self.local.asked = None if kwargs.get("labels") is not None else (given, wanted)
+        self.local.wants_logits = None if kwargs.get("labels") is not None else (given, wanted)
 
     def begin(self, kwargs: dict[str, Any]) -> ForwardState:
         """Open the state of one forward of the multimodal model."""
@@ -262,13 +262,13 @@ class Session:
             counted=local.counts or kwargs.get("position_ids") is None,
             arguments=kwargs,
         )
-        if local.asked is not None and state.new_tokens and local.asked[0] is state.given:
-            state.logits = local.asked[1]  # of the call around this one
+        if local.wants_logits is not None and state.new_tokens and local.wants_logits[0] is state.given:
+            state.logits = local.wants_logits[1]  # of the call around this one
         state.continues = goes_on(cache, state.new_tokens)
         # all other slots read in decode steps what the cache holds
         state.reads_held = not set(self.slots) <= {"encoder", "before_lm", "inside_lm"}
         # a draft or a question for logits is of this forward alone, also where it fails
-        local.state, local.opened, local.drafts, local.asked = state, True, 0, None
+        local.state, local.opened, local.drafts, local.wants_logits = state, True, 0, None
         if self.adapter.text_type is not None:
             # masks that the model makes of them before its language model are for the uncut sequence
             state.given_mask, state.given_types = kwargs.get("attention_mask"), kwargs.get(self.adapter.types)

@@ -70,7 +70,7 @@ class ForwardState:
             forwards.
         text_heads: per layer (B, H, d) outputs of the heads at the last token of the text alone.
         aside: another prompt runs through the layers, which hooks leave alone.
-        cuts: per picture what stays of it before the language model, None where all does.
+        picture_cuts: per picture what stays of it before the language model, None where all does.
         active: the session is enabled.
         unpadded: no mask was given, now or earlier in the conversation: every column is a token.
         reads_text: a method chooses by the text before the language model, so that a picture is one of one
@@ -102,7 +102,7 @@ class ForwardState:
     notes: dict[int, Note] = field(default_factory=dict)
     text_heads: dict[int, Tensor] = field(default_factory=dict)
     aside: bool = False
-    cuts: Sequence[Cut | None] = ()
+    picture_cuts: Sequence[Cut | None] = ()
     active: bool = True
     unpadded: bool = False
     reads_text: bool = False
@@ -159,7 +159,7 @@ class ForwardState:
         """(n,) ascending patches of a picture, by its number in the report, that enter the first layer; None:
         all of them.
         """
-        cut = self.cuts[number] if self.cuts else None
+        cut = self.picture_cuts[number] if self.picture_cuts else None
         if cut is None:
             return None
         if cut.row_slots is None:
@@ -199,7 +199,7 @@ class OfThread(threading.local):
     unplaced = 0  # how often pictures were encoded that no forward has placed yet
     counts = False  # generate runs and makes the position ids
     drafts = 0  # tokens of the next forward that are drafts
-    asked: tuple[Tensor | None, int] | None = None  # what it is given, and for how many logits
+    wants_logits: tuple[Tensor | None, int] | None = None  # what it is given, and how many logits it asks for
     prepared = 0  # decode steps that generate prepared since the last forward that ran outside of a graph
     prompt: tuple[weakref.ref, Tensor] | None = None  # without a cache: what its pictures are of, and it
 

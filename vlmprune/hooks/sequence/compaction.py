@@ -161,10 +161,10 @@ class EvenCompaction(Compaction):
         xs = [x.to(device).expand(batch, *x.shape[1:]) for x in (*places, *along)]
         self.index, cut = unchecked.prune(stays, width, xs if whole else [*xs, valid])  # (B, N)
         self.valid = valid[:, :width] if whole else cut.pop()
-        self._cut = list(zip(along, cut[len(places) :], strict=True))
+        self._copied = list(zip(along, cut[len(places) :], strict=True))
         if position_ids is not None:
             positions = cut[0][..., 0] if position_ids.ndim == 2 else cut[0].movedim(-1, 0)
-            self._cut.append((position_ids, positions))
+            self._copied.append((position_ids, positions))
 
     @cached_property
     def kept(self) -> Tensor:
@@ -183,18 +183,18 @@ class EvenCompaction(Compaction):
         """(L,) int32, numbers of the columns."""
         return torch.arange(self.length, dtype=torch.int32, device=self.index.device)
 
-    def _taken(self, given: Tensor) -> Tensor | None:
+    def _take_copy(self, given: Tensor) -> Tensor | None:
         """What was cut of ``given`` in the same launch, once: else the long one would live on with this."""
-        for number, (long, short) in enumerate(self._cut):
+        for number, (long, short) in enumerate(self._copied):
             if long is given:
-                del self._cut[number]
+                del self._copied[number]
                 return short
         return None
 
     def positions(self, position_ids: Tensor, policy: Positions) -> Tensor:
         if policy == "compact" and self.slides:
             return position_ids[..., : self.width]
-        cut = self._taken(position_ids)
+        cut = self._take_copy(position_ids)
         kept = super().positions(position_ids, "original") if cut is None else cut.to(position_ids.device)
         if policy == "original":
             return kept
@@ -203,7 +203,7 @@ class EvenCompaction(Compaction):
         return numbers if self._whole else numbers.clamp_min(0)  # padding has any position
 
     def sequence(self, rows: Tensor) -> Tensor:
-        cut = self._taken(rows)
+        cut = self._take_copy(rows)
         return super().sequence(rows) if cut is None else cut
 
     @cached_property

@@ -118,7 +118,7 @@ def cut_pictures(
             for p, part in split_by_picture(unit, choice, pictures, method):
                 by_picture[p].append(part)
             continue
-        p, choice.own = unit.members[0]
+        p, choice.patches = unit.members[0]
         by_picture[p].append(choice)
     for p, parts in by_picture.items():
         nothing = all([part.index is not None and not len(part.index) for part in parts])
@@ -136,7 +136,7 @@ class Choice:
     """What was chosen of the tokens of one unit that lie in one picture.
 
     Args:
-        own: (n,) patch indices of these tokens, None for all patches of the picture.
+        patches: (n,) indices in the picture of these tokens, None for all patches of the picture.
         index: (k,) tokens among them that stay, ascending; -1 for rows of a merging method without a place.
             None: all.
         rows: (k, D) of merging methods.
@@ -144,7 +144,7 @@ class Choice:
             that it became part of, by the names of ``core.merged.names_of``, -1 for none.
     """
 
-    own: Tensor | None
+    patches: Tensor | None
     index: Tensor | None
     rows: Tensor | None = None
     joins: Callable[[], Tensor] | None = None
@@ -244,11 +244,11 @@ def to_slots(picture: Picture, parts: Sequence[Choice], in_place: bool = False) 
     kept: list[Tensor] = []  # patches that stay, -1 for rows without a place
     for part in parts:
         if part.index is None:
-            kept.append(torch.arange(picture.count) if part.own is None else part.own)
-        elif part.own is None:
+            kept.append(torch.arange(picture.count) if part.patches is None else part.patches)
+        elif part.patches is None:
             kept.append(part.index)
         else:
-            own = part.own.to(part.index.device)
+            own = part.patches.to(part.index.device)
             kept.append(torch.where(part.index < 0, -1, own[part.index.clamp_min(0)]))
     device = picture.features.device
     keep_idx = kept[0] if len(kept) == 1 else torch.cat([one.to(device) for one in kept])
@@ -262,7 +262,7 @@ def _to_rows(picture: Picture, parts: Sequence[Choice], keep_idx: Tensor, in_pla
     slots, rows = [], []
     listed_in_order = len(parts) == 1 and picture.unbroken and not in_place
     for part in parts:
-        own = torch.arange(picture.count) if part.own is None else part.own
+        own = torch.arange(picture.count) if part.patches is None else part.patches
         if part.rows is None or part.index is None:  # rows always come with an index
             patches = own if part.index is None else own.to(part.index.device)[part.index]
             slots.append(picture.slots_of(patches))
@@ -286,7 +286,7 @@ def whole_joins(count: int, parts: Sequence[Choice]) -> Callable[[], Tensor] | N
     tokens, and its rows without a place; None where one of them does not say it.
     """
     asked = [part.joins for part in parts]
-    if len(parts) == 1 and parts[0].own is None:
+    if len(parts) == 1 and parts[0].patches is None:
         return asked[0]
     if any(ask is None and part.rows is not None for ask, part in zip(asked, parts, strict=True)):
         return None
@@ -307,7 +307,7 @@ def _joins_in(count: int, part: Choice) -> tuple[Tensor, Tensor, int]:
     """Of a part of a picture, on the CPU: its patches (n,), the rows (n, J) that each is part of, and the
     number of its rows without a place.
     """
-    own = torch.arange(count) if part.own is None else part.own.cpu()
+    own = torch.arange(count) if part.patches is None else part.patches.cpu()
     if part.joins is not None and part.index is not None:
         names = part.joins().cpu()
         rows = torch.where(names < 0, names, own[names.clamp_min(0)])

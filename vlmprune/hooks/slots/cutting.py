@@ -62,7 +62,7 @@ def cut_sequence(state: ForwardState, cuts: Sequence[Cut | None], policy: Positi
         policy: of position ids.
         spec: what was attached, for messages.
     """
-    state.cuts, report = cuts, state.report
+    state.picture_cuts, report = cuts, state.report
     if all([cut is None for cut in cuts]):
         return
     for number, cut in enumerate(cuts):

@@ -34,7 +34,7 @@ from . import Attachment, Handle
 from .cutting import drop_columns
 from .landing import land
 from .ranking import ATTENTION, LayerTokens, Ranked, asked_for, asks_the_question, read, tokens_of
-from .spans import InsideRecord, Span, settle
+from .spans import InsideRecord, Span, apply_choice
 
 _DOES = "cuts inside the language model"
 
@@ -143,7 +143,7 @@ class InsideLM:
                 if compaction is not None:
                     columns = compaction.moved(row, columns)
                 spans.append(Span(row, columns, ids, number + p, p not in shown, ordinals[row], picture))
-                spans[-1].take(state.cuts[number + p] if state.cuts else None)
+                spans[-1].take(state.picture_cuts[number + p] if state.picture_cuts else None)
                 shown.add(p)
                 ordinals[row] += 1
             number += len(placement.pictures)
@@ -328,7 +328,7 @@ class InsideLM:
                 result = torch.empty(len(spans), 0, dtype=torch.long, device=hidden.device)
             else:
                 result = self._choose(self._tokens(state, index, spans, hidden, ranked), k, state)
-            hidden = settle(spans, result, hidden)
+            hidden = apply_choice(spans, result, hidden)
             for span in spans:
                 dropped[span.row] += count - span.count
         kept = [span.flat(length) for spans in groups.values() for span in spans]

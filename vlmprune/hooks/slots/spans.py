@@ -143,7 +143,7 @@ class InsideRecord:
     leaving: set[int] = field(default_factory=set)
 
 
-def settle(spans: Sequence[Span], result: Tensor | Merged | Sequence[Tensor], hidden: Tensor) -> Tensor:
+def apply_choice(spans: Sequence[Span], result: Tensor | Merged | Sequence[Tensor], hidden: Tensor) -> Tensor:
     """Let every span know what stays of it; ``hidden`` (B, n, D) with the rows of merging methods."""
     # rows of merging methods stand at places of tokens: positions and masks need no rule of their own
     for number, span in enumerate(spans):
