@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+import vlmprune
 from vlmprune.errors import InvariantError
 from vlmprune.hooks.sequence.cache import (
     CacheState,
@@ -24,6 +25,7 @@ from vlmprune.hooks.sequence.cache import (
     state_of,
 )
 from vlmprune.hooks.sequence.views import SequenceView
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 HELD = torch.tensor([[False, True, True], [True, True, True]])
 LOST = torch.tensor([5, 4])
@@ -224,3 +226,17 @@ class Output(dict):
 def test_an_output_without_a_cache_is_not_asked_for_the_older_name():
     assert cache_in(Output()) is None and cache_in(Output(cache=1)) == 1
     assert cache_in({"past_key_values": 1}) == 1 and cache_in({}) is None
+
+
+@pytest.mark.parametrize("spec", ["divprune@9", "pyramiddrop", "visionzip@9"])
+@torch.no_grad()
+def test_positions_do_not_let_a_cut_cache_go_on_without_its_session(spec: str) -> None:
+    """A call that is given positions, as generate gives them, does not ask for the length of the cache."""
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    length = inputs["input_ids"].shape[1]
+    step = {"input_ids": torch.tensor([[7]]), "position_ids": torch.tensor([[length]])}
+    with vlmprune.prune(model, spec):
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(**step, past_key_values=cache)
+    with pytest.raises(InvariantError, match="cut by a pruning session that is detached"):
+        model(**step, past_key_values=cache)

@@ -116,6 +116,15 @@ class CacheState:
         layer = counting_layer(cache)
         return slots_held(cache, layer) + (self.seen - self.view(layer).held.shape[1])
 
+    def require_owner(self) -> None:
+        """Raise without the hooks of the session that cut: masks would be made for tokens that are gone."""
+        owner = self.owner()
+        if owner is None or not owner.attached:
+            raise InvariantError(
+                "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
+                "keep the session attached for all turns, or start again with an empty cache"
+            )
+
     def select(self, rows: Tensor) -> None:
         """Go on with some rows of the batch, as beam search does."""
         self.views = [view.select(rows) for view in self.views]
@@ -152,15 +161,16 @@ class CutCacheMixin(Cache):
         state = self._vlmprune_state
         if layer_idx is not None or state is None or state.inside or known(held) == 0:
             return held
-        # without the hooks of its session the next call would make masks for tokens that are not held
-        owner = state.owner()
-        if owner is None or not owner.attached:
-            raise InvariantError(
-                "this KV cache was cut by a pruning session that is detached, so it cannot be continued; "
-                "keep the session attached for all turns, or start again with an empty cache"
-            )
+        state.require_owner()
         seen: Any = state.seen_with(self)  # a tensor where the cache itself would say a tensor
         return seen
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # a call that is given its positions does not ask how long the cache is
+        state = self._vlmprune_state
+        if state is not None and not state.inside:
+            state.require_owner()
+        return super().update(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
