@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
 import torch
 
 import vlmprune
 from vlmprune.testing.conformance import generate, shared_model
-from vlmprune.testing.tiny import tiny_inputs
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 
 def test_the_report_says_what_happened() -> None:
@@ -38,3 +44,34 @@ def test_decode_steps_belong_to_the_prompt_before_them() -> None:
         generate(model, tiny_inputs(images=(0,)), max_new_tokens=3)
     assert first.decode_steps == 3 and run.last.decode_steps == 2 and run.last is not first
     assert str(run.last).endswith("(no images in this call)") and "0 images" in str(run.last)
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@9", "pool@9", "prumerge@9", "tome@9/crop", "fastv@9"])
+@torch.no_grad()
+def test_a_report_can_be_pickled_and_copied(spec: str) -> None:
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1, 2))
+    with vlmprune.prune(model, spec) as run:
+        model(**inputs)
+    report = run.last
+    for other in (pickle.loads(pickle.dumps(report)), copy.deepcopy(report)):
+        assert str(other) == str(report) and other != report
+        for one, same in zip(report.keep, other.keep, strict=True):
+            assert torch.equal(one.keep_idx, same.keep_idx)
+            assert (one.joins is None) == (same.joins is None)
+            assert one.joins is None or torch.equal(one.joins, same.joins)
+
+
+def test_decode_steps_are_those_of_the_thread_that_read_the_prompt() -> None:
+    model, inputs, steps = tiny_model("llava"), tiny_inputs(images=(1,)), []
+
+    def answer(run: Any, count: int) -> None:
+        model.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=2**20)
+        steps.append((count, run.local.report.decode_steps))
+
+    with vlmprune.prune(model, "divprune@9") as run:
+        threads = [threading.Thread(target=answer, args=(run, count)) for count in (3, 9, 15, 21)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(steps) == [(count, count - 1) for count in (3, 9, 15, 21)]

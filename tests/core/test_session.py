@@ -452,3 +452,22 @@ def test_layers_that_ran_without_their_hooks_are_an_error(model: Any) -> None:
             ):
                 generate(model, inputs)
             hooks.update(held)
+
+
+@torch.no_grad()
+def test_the_last_block_of_a_session_detaches(model: Any) -> None:
+    inputs = tiny_inputs(images=(1,))
+    session = vlmprune.prune(model, "divprune@9")
+    with session:
+        want = model(**inputs).logits
+        with session:
+            assert torch.equal(model(**inputs).logits, want)
+        assert session.attached and torch.equal(model(**inputs).logits, want)
+    assert not session.attached
+    with session, pytest.raises(ZeroDivisionError), session:
+        raise ZeroDivisionError
+    assert not session.attached
+    run = vlmprune.attach(model, "divprune@9")
+    with run:
+        pass
+    assert not run.attached, "a block ends what was attached by hand before it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .keepmap import KeepMap
 Grids = tuple[tuple[int, int], ...]
 
 
-@dataclass(repr=False)
+@dataclass(eq=False, repr=False)
 class Report:
     """The last forward that read images or began a prompt; decode steps that continue it are counted in
     ``decode_steps``.
@@ -30,7 +30,8 @@ class Report:
         firings: how often each hook did its work in this forward: encode, enter, stage, exit.
         seconds: host seconds in score, select and place; on an accelerator launches only, not their
             completion.
-        decode_steps: tokens that were decoded after the prompt.
+        decode_steps: forwards of a single token after the prompt, in the thread that read it: none without a
+            cache, and fewer than tokens where drafts are read several at a time.
         note: why nothing was pruned, where that is so ("no images in this call", "disabled"), or what else
             has to be known of the model.
         kept: (k,) patches of every image that stay, None for all; -1 for rows that stand for no single patch.
@@ -106,6 +107,11 @@ class Report:
         """Whether any visual token was removed."""
         return self.realised_tokens != self.dense_tokens
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: joins are asked for first, since functions cannot be written."""
+        asked = {number: partial(_told, joins().cpu()) for number, joins in self.joins.items()}
+        return {**self.__dict__, "joins": asked}
+
     def fire(self, hook: str) -> None:
         self.firings[hook] = self.firings.get(hook, 0) + 1
 
@@ -140,6 +146,11 @@ class Report:
         return (
             "" if encoded in (0, sum(self.dense_tokens)) else f" (the model itself left these of {encoded})"
         )
+
+
+def _told(joins: Tensor) -> Tensor:
+    """Joins that were asked for already."""
+    return joins
 
 
 def _between(index: Tensor, start: int, end: int) -> Tensor:

@@ -16,6 +16,7 @@ The state of a forward is thread-local and dies with it; after ``detach`` the mo
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from .adapter import Adapter, Modality
 from .entrance import leave, locate, open_views, shortened, take_pictures
 from .patches import PatchedMethod, forget_graphs, patches_of
 from .sequence.cache import cache_in, goes_on, is_paged, state_of
-from .sequence.masks import uses_flash
+from .sequence.masks import no_positions, uses_flash
 from .slots import Attachment, Handle, Slot, build_slots
 from .state import ForwardState, OfThread
 from .vision.capture import VisionCapture
@@ -80,6 +81,7 @@ class Session:
         self._reference = weakref.ref(self)
         self.local = OfThread()
         self._installed: list[Handle] = []
+        self._blocks, self._entering = 0, threading.Lock()
 
     def _refuse(self, plans: Plans, positions: Positions | None) -> None:
         adapter = self.adapter
@@ -190,7 +192,7 @@ class Session:
                 self._installed += slot.hooks()
             if uses_flash(language_model.config):
                 self._installed += [
-                    layer.register_forward_pre_hook(_no_positions, with_kwargs=True)
+                    layer.register_forward_pre_hook(no_positions, with_kwargs=True)
                     for layer in language_model.layers
                 ]
             # first: what it had put on when it fails comes off again
@@ -213,12 +215,19 @@ class Session:
             self._installed.pop().remove()
 
     def __enter__(self) -> Session:
-        return self if self.attached else self.attach()
+        with self._entering:
+            if not self.attached:
+                self.attach()
+            self._blocks += 1
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # read before detach; raised below only where the block raised nothing itself
         lost = self.local.unplaced and not self.local.opened
-        self.detach()
+        with self._entering:
+            self._blocks -= 1
+            if not self._blocks:  # others of other threads, or around this one, go on
+                self.detach()
         if kind is None:
             self.settle()
             if lost:
@@ -228,8 +237,7 @@ class Session:
 
     def settle(self) -> None:
         """Read the checks that were left for later, and raise the first that failed."""
-        if self.local.checks:
-            self.local.checks.settle()
+        self.local.checks.settle()
 
     def _never_placed(self) -> InvariantError:
         return InvariantError(
@@ -239,10 +247,8 @@ class Session:
         )
 
     def _note_logits(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        wanted = kwargs.get("logits_to_keep", 0)
-        wanted = wanted if isinstance(wanted, int) else 0
-        # assisted decoding appends drafts to the prompt and asks for their logits: the prompt ends before
-        # them, as it does before an answer that is scored
+        wanted = kwargs.get("logits_to_keep", 0) if isinstance(kwargs.get("logits_to_keep"), int) else 0
+        # the prompt ends before drafts of assisted decoding, and before an answer that is scored
         self.local.drafts = max(wanted - 1, 0)
         given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         # a loss reads the logits of all columns
@@ -364,9 +370,9 @@ class Session:
                 "attach again"
             )
         # a decode step, or a turn of text only, belongs to the report of the prompt
-        if state.continues and not state.pictures and self._last is not None:
+        if state.continues and not state.pictures and (report := self.local.report) is not None:
             if not torch.compiler.is_compiling():  # a graph would have the number of the step as an input
-                self._last.decode_steps += state.new_tokens == 1
+                report.decode_steps += state.new_tokens == 1
                 self.local.prepared = 0
             return
         if self.local.prepared:
@@ -375,7 +381,7 @@ class Session:
             state.report.note = "no images in this call" if self.enabled else "disabled"
         else:
             state.report.note = "; ".join([*filter(None, [self.adapter.note]), *self.attachment.notes])
-        self._last = state.report
+        self._last = self.local.report = state.report
 
     def prepared(self, new: int) -> None:
         """generate prepares a forward of ``new`` tokens on a static cache, which may run in a graph."""
@@ -383,8 +389,8 @@ class Session:
 
     def _count_prepared(self) -> None:
         """Count the decode steps that ran in graphs, which count nothing themselves."""
-        if self._last is not None:
-            self._last.decode_steps += self.local.prepared
+        if self.local.report is not None:
+            self.local.report.decode_steps += self.local.prepared
         self.local.prepared = 0
 
     def close(self) -> None:
@@ -392,8 +398,3 @@ class Session:
         state, self.local.state = self.local.state, None
         if state is not None and state.cache_state is not None:
             state.cache_state.inside = False
-
-
-def _no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    # FlashAttention takes gaps in position_ids for packed sequences; rotary angles were made of them already
-    return args, {**kwargs, "position_ids": None}

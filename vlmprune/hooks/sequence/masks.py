@@ -149,6 +149,11 @@ def uses_flash(config: Any) -> bool:
     return "flash" in str(config._attn_implementation)
 
 
+def no_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A pre-hook for layers on FlashAttention, whose rotary angles were made of positions already."""
+    return args, {**kwargs, "position_ids": None}
+
+
 def angle_kind(language_model: nn.Module, layer: int) -> str | None:
     """The kind of a layer where each kind has rotary angles of its own (Gemma 3), else None."""
     rotary = getattr(language_model, "rotary_emb", None)  # some hybrids do not rotate at all
