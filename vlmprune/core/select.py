@@ -143,9 +143,10 @@ def choose_own(method: Method, tokens: VisualTokens, checks: Checks = NOW) -> li
 
 
 def _checked_scores(method: Method, scores: Tensor, batch: int, n: int, checks: Checks) -> Tensor:
-    if not isinstance(scores, Tensor) or scores.shape != (batch, n):
+    if not isinstance(scores, Tensor) or scores.shape != (batch, n) or not scores.is_floating_point():
         raise InvariantError(
-            f"{method.name}: score returned {_describe(scores)}; expected one number per token: {(batch, n)}"
+            f"{method.name}: score returned {_describe(scores)}; expected a floating point number per token, "
+            f"of shape {(batch, n)}"
         )
     checks.finite(
         scores,
