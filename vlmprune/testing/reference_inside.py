@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from ..core.method import CutPoint, Merged, Method, needs, needs_of
 from ..core.select import choose
 from ..core.tokens import LayerFields, VisualTokens
-from ..hooks.sequence.cache import cache_in, cache_name
+from ..hooks.sequence.cache import cache_in, cache_name, slots_held
 from ..hooks.slots.landing import landed
 from .reference import Kept, beside_layers, language_model
 from .reference_masks import angles_by_hand, frequencies, mask_by_hand
@@ -287,13 +287,15 @@ def masked(
     def hook(
         index: int, module: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
+        # before any layer has run: those that share keys with earlier ones hold none of their own
+        if index == 0:
+            prompt["first"] = int(slots_held(cache_in(kwargs)))
         # the last cut up to this layer
         stage = max((layer for layer in kept if layer <= index), default=None)
         if stage is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = cache_in(kwargs)
-        first = 0 if cache is None else int(cache.get_seq_length(index))
+        first = prompt["first"]
         mask = kwargs["attention_mask"].clone()  # (B, 1, q, slots)
         # of the first call; later ones are as long as what is new
         prompt.setdefault("length", hidden.shape[1])
