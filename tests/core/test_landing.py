@@ -109,3 +109,19 @@ def test_the_option_that_moves_is_one_of_the_method() -> None:
 
 def test_a_moved_cut_equals_the_eager_twin() -> None:
     cut_equals_twin(Subject("prunevid_inside@0.25", "lfm2_vl"))
+
+
+@pytest.mark.parametrize("depth", [8, 32, 40])
+def test_where_a_method_cuts_depends_on_no_number_of_tokens(depth: int) -> None:
+    inside = [name for name in attachable_methods() if get(name).slot == "inside_lm"]
+    budgets: dict[str, Budget | None] = {name: Budget(0.5) for name in inside}
+    options: dict[str, dict[str, Any]] = {"dyvte": {"exit": 4}}
+    budgets["dyvte"] = None  # all of its tokens leave at once
+    del budgets["rcp"]  # its layers are those of its weights
+    for name, budget in budgets.items():
+        method = get(name)(**options.get(name, {}))
+        places = {
+            tuple((point.layer, point.source) for point in method.cuts(depth, budget, count))
+            for count in (36, 100, 576, 2880)
+        }
+        assert len(places) == 1, name

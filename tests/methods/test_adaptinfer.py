@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
+import vlmprune
 from vlmprune.core.budget import Budget
 from vlmprune.core.method import CutPoint
 from vlmprune.core.select import choose
@@ -16,6 +19,7 @@ from vlmprune.methods.adaptinfer import DEPTH, LAYERS, AdaptInfer, counted_mean,
 from vlmprune.methods.depths import scaled_layers
 from vlmprune.testing.checks_inside import cut_equals_twin
 from vlmprune.testing.conformance import Subject
+from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
 HEADS, TEXT, N = 3, 6, 20
 
@@ -81,6 +85,15 @@ def test_published_budgets(depth, keep, layers, budgets, mean):
     points = AdaptInfer().cuts(depth, Budget(keep), 576)
     assert points == tuple(CutPoint(a + 1, b, a) for a, b in zip(layers, budgets, strict=True))
     assert counted_mean(layers, budgets, depth, 576) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("spec", ["adaptinfer@0.5", "adaptinfer@18"])
+def test_a_model_as_deep_as_the_larger_published_one_is_cut_where_it_was(spec):
+    model = tiny_model("llava", layers=40)
+    with torch.no_grad(), vlmprune.prune(model, spec) as run:
+        model(**tiny_inputs("llava", images=(1,)))
+    read = run.last.tokens_per_layer
+    assert [layer for layer, (before, after) in enumerate(pairwise(read)) if after < before] == [1, 11, 21]
 
 
 @pytest.mark.parametrize(("keep", "count", "depth"), [(192, 576, 32), (40, 729, 28), (9, 36, 4)])

@@ -232,7 +232,10 @@ class Method:
         return ()
 
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
-        """Where a language model of ``depth`` layers is cut for a unit of ``count`` tokens."""
+        """Where a language model of ``depth`` layers is cut for a unit of ``count`` tokens.
+
+        Layers and sources must not depend on ``count``: hooks are placed before any unit is known.
+        """
         raise NotImplementedError
 
     def leaves(self, text: Tensor, layer: int) -> Tensor:

@@ -36,11 +36,12 @@ from ..registry import register
 from .depths import scaled_layers
 
 LAYERS, DEPTH = (1, 10, 20), 32
-# (depth, tokens) -> layers, and the tokens that leave them for a mean of ``keep``
-PUBLISHED: dict[tuple[int, int], tuple[tuple[int, ...], dict[int, tuple[int, ...]]]] = {
-    (32, 576): (LAYERS, {128: (290, 72, 18), 64: (133, 27, 3), 48: (80, 24, 2), 32: (40, 12, 0)}),
-    (40, 576): ((1, 11, 21), {128: (300, 94, 30), 64: (148, 40, 5)}),
+# depth -> layers, and the tokens that leave them for a mean of ``keep`` of COUNT
+PUBLISHED: dict[int, tuple[tuple[int, ...], dict[int, tuple[int, ...]]]] = {
+    32: (LAYERS, {128: (290, 72, 18), 64: (133, 27, 3), 48: (80, 24, 2), 32: (40, 12, 0)}),
+    40: ((1, 11, 21), {128: (300, 94, 30), 64: (148, 40, 5)}),
 }
+COUNT = 576
 
 
 @register("adaptinfer")
@@ -97,8 +98,7 @@ class AdaptInfer(Method):
                 f"adaptinfer got the budget {budget} and budgets={self.budgets}; give one of them, such as "
                 "adaptinfer@64 or adaptinfer(budgets=(133, 27, 3))"
             )
-        # a table is of one depth and one number of tokens; for all others the budgets are solved for
-        published, table = PUBLISHED.get((depth, count), (None, {}))
+        published, table = PUBLISHED.get(depth, (None, {}))
         layers = self.layers or published or scaled_layers(LAYERS, DEPTH, depth)
         # tokens leave behind the layer that ranks, so the cut is at the input of the next one
         if layers[-1] + 1 >= depth:
@@ -111,7 +111,7 @@ class AdaptInfer(Method):
             wanted = self.budgets
         elif budget.count(count) == count:  # all tokens stay: the dense model
             return tuple(CutPoint(layer + 1, count, source=layer) for layer in layers)
-        elif layers == published and budget.count(count) in table:
+        elif layers == published and count == COUNT and budget.count(count) in table:
             wanted = table[budget.count(count)]
         else:
             wanted = stage_budgets(budget.count(count), layers, depth, count)
