@@ -84,6 +84,19 @@ def test_they_prune_the_bundled_model_and_no_other(method, tiny) -> None:
         vlmprune.prune(vlmprune.load("natural")[0], spec_of(method))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_they_prune_a_model_in_half_precision(method) -> None:
+    model, processor = vlmprune.load("tiny")
+    inputs = vlmprune.encode(model.to(torch.bfloat16), processor, *vlmprune.example()[:2])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.no_grad(), vlmprune.prune(model, spec_of(method)) as done:
+        model.generate(**inputs, max_new_tokens=2)
+        logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())
+    if method != "dyvte":  # its gates may let the tokens of one prompt stay
+        assert min(done.last.tokens_per_layer) < 144
+
+
 def test_pruners_of_rcp_say_themselves_how_many_stay(tiny) -> None:
     picture, question, _ = vlmprune.example()
     with torch.no_grad(), vlmprune.prune(tiny[0], "rcp(weights=tiny)") as done:

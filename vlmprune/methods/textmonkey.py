@@ -112,10 +112,11 @@ class TextMonkey(Method):
         trained: Trained | None = getattr(self, "_trained", None)
         if trained is None:
             raise untrained(self.name, f"{self.name}, the filter")
-        x = tokens.need("features").float()  # (B, N, D)
-        kept = top_k(self.score(tokens), k)
+        features = tokens.need("features")  # (B, N, D)
+        x, kept = features.float(), top_k(self.score(tokens), k)
         own = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))  # (B, k, D)
-        return Merged(resampled(x, own, trained.on(x.device), trained.facts["heads"]), kept)
+        rows = resampled(x, own, trained.on(x.device), trained.facts["heads"])
+        return Merged(rows.to(features.dtype), kept)
 
 
 def resampled(x: Tensor, own: Tensor, weights: Mapping[str, Tensor], heads: int) -> Tensor:
