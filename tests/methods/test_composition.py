@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import vlmprune
+from vlmprune.core.combine import AS_INNER, VERBS_OF_INNER
+from vlmprune.core.method import SLOTS, VERBS, Method
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.testing.tiny import tiny_inputs, tiny_model, tiny_row
 
@@ -21,6 +23,16 @@ COUNTS = {
     "mmr+debias+fastervlm@9": [9, 9, 9, 9],
     "mmr(importance=rank)+hiprune@9": [9, 9, 9, 9],
     "debias+fastervlm@18+fastv(layer=1)@4": [18, 4, 4, 4],
+}
+# what a wrapper does not take over from the method inside
+OF_THE_WRAPPER = {
+    *("name", "paper", "licence", "wraps", "calibrated"),  # says it of itself
+    *("score", "select", "ranking", "merge", "merge_ranked", "check_model"),  # asks the one inside in its own
+    *("counts", "own"),  # a budget is all that may be wrapped
+    "landing",  # cuts are those of the method inside, which has the option
+    # of slots in which nothing is ranked
+    *("rows", "mark_values", "acts_on", "heads_of", "prepare", "mark", "mark_columns", "mark_tokens"),
+    *("looks_from", "shortens_at", *(verb for slot in SLOTS for verb in VERBS[slot])),
 }
 
 
@@ -50,8 +62,15 @@ def test_every_layer_reads_what_the_spec_says_and_rows_are_as_alone(model, spec,
         ("mmr+hiprune@9", SpecError, r"write mmr\(importance=rank\)\+hiprune@64"),
         ("mmr+divprune@9", SpecError, "divprune has none"),
         ("debias+mmr+fastervlm@9", SpecError, "'mmr' is a wrapper itself"),
+        ("mmr+evs@9", UnsupportedError, "mmr reads the frames of one clip"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_its_reason(model, spec, error, reason):
     with pytest.raises(error, match=reason):
         vlmprune.attach(model, spec)
+
+
+def test_of_every_attribute_it_is_said_whether_wrappers_have_it():
+    there = {name for name in vars(Method) if not name.startswith("_")}
+    assert there == {*AS_INNER, *VERBS_OF_INNER} | OF_THE_WRAPPER
+    assert not {*AS_INNER, *VERBS_OF_INNER} & OF_THE_WRAPPER

@@ -12,6 +12,7 @@ import vlmprune
 from vlmprune.errors import SpecError, UnsupportedError
 from vlmprune.evaluation.leaderboard.config import load as load_config
 from vlmprune.methods.adaptinfer import AdaptInfer
+from vlmprune.methods.debias import Debias
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.models.loading import prompt
 from vlmprune.models.words import ENGLISH, stop_tokens
@@ -119,6 +120,15 @@ def test_embeddings_have_no_words_to_skip(loaded) -> None:
     refused = pytest.raises(UnsupportedError, match="inputs_embeds alone; give input_ids")
     with torch.no_grad(), vlmprune.prune(model, "adaptinfer(skip=(5,))@0.5"), refused:
         model(**given, attention_mask=inputs["attention_mask"])
+
+
+def test_a_wrapper_skips_what_the_method_inside_does(loaded, seen) -> None:
+    skip, question = stop_tokens(loaded[1]), "what is the red circle ?"
+    inner = f"adaptinfer(skip={skip})@0.5"
+    alone = rows_of(loaded, seen, inner, question)
+    assert rows_of(loaded, seen, f"debias(trend=none)+{inner}", question) == alone
+    assert rows_of(loaded, seen, "debias(trend=none)+adaptinfer@0.5", question) > alone
+    assert Debias(SparseVLM(skip=skip), trend="none").skips == skip
 
 
 @pytest.mark.parametrize("method", [AdaptInfer, SparseVLM])

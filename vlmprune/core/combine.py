@@ -10,8 +10,14 @@ from .budget import Budget
 from .method import Method, SlotName
 
 # what a wrapper copies from its inner method
-_AS_INNER = ("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted")
-_VERBS_OF_INNER = ("kind", "cuts", "raters", "check_unit", "least", "later")
+AS_INNER = (
+    *("slot", "needs", "layout", "positions", "query_aware", "nested", "budgeted"),
+    *("skips", "sliding", "clips", "gated", "repairs"),
+)
+VERBS_OF_INNER = (
+    *("kind", "cuts", "raters", "check_unit", "least", "later"),
+    *("leaves", "repairs_on", "repair_context", "repair"),
+)
 
 
 def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
@@ -21,7 +27,7 @@ def act_as(wrapper: Method, inner: Method, but: tuple[str, ...] = ()) -> None:
             f"{wrapper.name} changes what a budget is spent on, but {inner.name} may count by itself; wrap a "
             "method that takes a budget, such as 'fastervlm@64'"
         )
-    for name in {*_AS_INNER, *_VERBS_OF_INNER} - {*but}:
+    for name in {*AS_INNER, *VERBS_OF_INNER} - {*but}:
         object.__setattr__(wrapper, name, getattr(inner, name))
 
 

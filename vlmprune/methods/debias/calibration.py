@@ -165,7 +165,8 @@ class Recorder(Method):
     models: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        act_as(self, self.inner, but=("kind", "cuts"))
+        # gates and repairs would add to the one cut
+        act_as(self, self.inner, but=("kind", "cuts", "gated", "repairs"))
         object.__setattr__(self, "budgeted", self.budget is not None)
 
     def cuts(self, depth: int, budget: Budget | None, count: int) -> tuple[CutPoint, ...]:
