@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune.serving.vllm.families import NOT_SERVED, PLACED, WRAPPED
+from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED
 
 PAGE = Path(__file__).resolve().parent / "serve.md"
 BEGIN = "<!-- families: made by docs/serve_families.py, not by hand -->"
@@ -19,9 +19,8 @@ END = "<!-- end of families -->"
 
 def served() -> str:
     """A row for each family that runs in the wrapper."""
-    made = WRAPPED | PLACED
     head = ["| family, served and measured | a picture is | what methods can read |", "|---|---|---|"]
-    rows = [f"| `{name}` | {picture} | {reads} |" for name, (_, picture, reads) in sorted(made.items())]
+    rows = [f"| `{name}` | {picture} | {reads} |" for name, (_, picture, reads) in sorted(IN_WRAPPER.items())]
     return "\n".join(head + rows)
 
 

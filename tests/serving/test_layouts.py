@@ -17,7 +17,7 @@ from served_tiny import FAMILIES, SHAPES
 from transformers.utils import is_torchvision_available
 
 from vlmprune.models import adapter_class, families
-from vlmprune.serving.vllm.families import NOT_SERVED, OWN, PLACED, WRAPPED, architecture
+from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED, OWN, architecture
 from vlmprune.serving.vllm.layouts import LAYOUTS, tokens_of
 from vlmprune.serving.vllm.plugin import refusal
 from vlmprune.testing.tiny import tiny_model, tiny_processor
@@ -90,12 +90,11 @@ def test_patches_behind_a_token_are_counted(family, config):
 def test_every_layout_belongs_to_a_served_family():
     from vlmprune.testing.families import family_of
 
-    served = WRAPPED | PLACED
-    assert {name: family_of(name).prefix for name in LAYOUTS} == {n: one[0] for n, one in served.items()}
+    assert {name: family_of(name).prefix for name in LAYOUTS} == {n: one[0] for n, one in IN_WRAPPER.items()}
 
 
 def test_of_every_family_of_the_package_is_said_whether_it_is_served_and_why_not():
-    said = [*OWN, *WRAPPED, *PLACED, *NOT_SERVED]
+    said = [*OWN, *IN_WRAPPER, *NOT_SERVED]
     assert len(said) == len(set(said))
     # not those that other tests register
     own = {name for name in families() if adapter_class(name).__module__.startswith("vlmprune.")}
@@ -108,7 +107,7 @@ def test_a_family_that_is_not_served_is_told_why(name):
     start, reason = NOT_SERVED[name]
     assert reason in str(refusal(name)) and "\n" not in reason
     # a class that serves another family is refused when its config was read
-    shared = start in {one[0] for one in WRAPPED.values()}
+    shared = start in {one[0] for one in IN_WRAPPER.values()}
     assert shared or any(
         why in str(refusal(architecture(start))) for other, why in NOT_SERVED.values() if other == start
     )

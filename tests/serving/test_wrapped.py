@@ -16,7 +16,7 @@ import served_engine
 from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
-from vlmprune.serving.vllm.families import PLACED
+from vlmprune.serving.vllm.families import MARKED, PLACED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 REFUSED = {
@@ -37,7 +37,7 @@ class Prepared:
     jobs: list[Job]
     after_a_refusal: list[Job]
     with_a_fault: list[Job]
-    without_places: list[Job]
+    for_mutants: list[Job]
 
 
 @dataclass
@@ -60,8 +60,8 @@ def prepare(family: str, folder: Path) -> Prepared:
     jobs = twin.jobs(FAMILIES[family].specs, len(SHAPES))
     after, fault = twin.jobs(("divprune@11",), 1, seed=3), twin.jobs(("uniform@13",), 1, seed=5)
     # of pictures and specs that are in no cache
-    places = twin.jobs(("uniform@19", "uniform@21"), 4, seed=11) if family in PLACED else []
-    return Prepared(folder, twin.served.asked, twin.never, jobs, after, fault, places)
+    mutants = twin.jobs(("uniform@19", "uniform@21"), 4, seed=11) if family in PLACED | MARKED else []
+    return Prepared(folder, twin.served.asked, twin.never, jobs, after, fault, mutants)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,18 @@ def test_without_places_answers_are_wrong(served, monkeypatch):
 
     places = wrapped_mrope.grid_places
     monkeypatch.setattr(wrapped_mrope, "grid_places", lambda *grid: 0 * places(*grid))
-    assert served.wrong(served.without_places) != []
+    assert served.wrong(served.for_mutants) != []
+
+
+def test_without_the_words_of_marks_answers_are_wrong(served, monkeypatch):
+    """The mutant: marks around pictures are read as text."""
+    if served.family not in MARKED:
+        pytest.skip("no marks of this family have words of their own")
+    from vlmprune.serving.vllm import wrapped, wrapped_marks
+
+    plain = wrapped.TransformersMultiModalForCausalLM.embed_input_ids
+    monkeypatch.setattr(wrapped_marks.MarkedMultiModalForCausalLM, "embed_input_ids", plain)
+    assert served.wrong(served.for_mutants) != []
 
 
 def test_attention_that_fails_its_check_falls_back_and_is_counted(served, monkeypatch):

@@ -197,6 +197,15 @@ def mistral3() -> Any:
     )
 
 
+def ovis2() -> Any:
+    """Marks around a picture are single tokens, those between tiles are words."""
+    from transformers import Ovis2Processor
+
+    images = image_processor("Ovis2", **tiles(SIDE))
+    names = {"<image>": "<IMG_ATOM>", "</s>": "<IMG_START>", "<video>": "<IMG_END>"}
+    return Ovis2Processor(images, renamed(names), image_seq_length=GRID**2)
+
+
 # family -> processor
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "aya_vision": aya,
@@ -214,6 +223,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "janus": janus,
     "lighton_ocr": lighton,
     "mistral3": mistral3,
+    "ovis2": ovis2,
     "qwen3_5": qwen3,
     "qwen3_5_moe": qwen3,
     "qwen3_vl": qwen3,

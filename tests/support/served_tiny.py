@@ -87,6 +87,7 @@ FAMILIES = {
     "janus": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "lighton_ocr": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "mistral3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "ovis2": Served(_FEATURES + _OF_QWEN[:2], HEADS, wrapped=True),
     "smolvlm": Served(_FEATURES + _OF_QWEN[:2], _WIDE | {"vocab_size": 264}, wrapped=True),
     "exaone4_5": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "hyperclovax_vision_v2": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),

@@ -36,7 +36,8 @@ class Ovis2Adapter(MergingAdapter):
     """
 
     model_type = "ovis2"
-    towers = ("ovis2_vision",)
+    # older transformers do not name its tower
+    towers = ("ovis2_vision", "")
     view = "stretch"
 
     def _projector(self) -> nn.Module:

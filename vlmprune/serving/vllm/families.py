@@ -64,6 +64,9 @@ PLACED = {
     "glm_ocr": ("GlmOcr", _ANY, _TOWER),
     "glmga": ("Glm46V", _ANY, _TOWER),
 }
+# the same with marks around and between tiles, whose embeddings are made of the tower's vocabulary
+MARKED = {"ovis2": ("Ovis2", _TILES, _TOWER)}
+IN_WRAPPER = WRAPPED | PLACED | MARKED
 EXPERTS = {"glm4v_moe"}  # of these, with experts in the decoder
 
 _LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
@@ -123,10 +126,6 @@ NOT_SERVED = {
     "minicpmv4_6": ("MiniCPMV4_6", _STATES),
     "molmo2": ("Molmo2", _OLD),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
-    "ovis2": (
-        "Ovis2",
-        "the rows of its markers between tiles are made in a forward that vLLM's wrapper does not run",
-    ),
     "paddleocr_vl": ("PaddleOCRVL", _NEWER),
     "paligemma": ("PaliGemma", _LATER),
     "perception_lm": ("PerceptionLM", _TIMM),

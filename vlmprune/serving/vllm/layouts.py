@@ -266,6 +266,11 @@ def _scaled(config: Any) -> int:
     return _patches(config) // config.scale_factor
 
 
+def _strided(config: Any) -> int:
+    # a side that does not divide is filled up
+    return -(-_patches(config) // config.vision_config.hidden_stride)
+
+
 def _spatial(config: Any) -> int:
     return config.vision_config.spatial_merge_size
 
@@ -283,6 +288,27 @@ def _crops(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
 def _split(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
     # a picture that is not split is one tile, which the processor counts as none
     return processor.image_processor.get_number_of_image_patches(*size, dict(options))[0] or 1
+
+
+def _covering(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
+    """Of Ovis2: the tiles of a picture, and the whole picture where these are several."""
+    from transformers.models.ovis2 import image_processing_pil_ovis2 as ovis2
+
+    images = processor.image_processor
+
+    def said(name: str) -> Any:
+        return options.get(name, getattr(images, name))
+
+    if not said("crop_to_patches") or said("max_patches") == 1:
+        return 1
+    side = dict(said("size"))
+    if said("use_covering_area_grid"):
+        found = ovis2.get_min_tile_covering_grid(size, side["height"], said("max_patches"))
+    else:
+        tile = (side["height"], side["width"])
+        found = ovis2.get_optimal_tiled_canvas(size, tile, said("min_patches"), said("max_patches"))
+    tiles = found[0] * found[1]
+    return tiles + (tiles > 1)
 
 
 def _edge(value: Any) -> int:
@@ -303,6 +329,7 @@ LAYOUTS: dict[str, TokenLayout] = {
     "smolvlm": SquareTiles(_scaled, _split, axis=1),
     # two convolutions halve the sides
     "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
+    "ovis2": SquareTiles(_strided, _covering),
     "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
     "exaone4_5": PackedPatches(_spatial, _by_area),
     "glm46v": PackedPatches(_spatial, _by_volume),

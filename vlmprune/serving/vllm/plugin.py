@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from ...errors import UnsupportedError
 from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
-from .families import EXPERTS, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
+from .families import EXPERTS, MARKED, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
 
 TESTED = ("0.32.0",)
 _HERE = "vlmprune.serving.vllm"
@@ -27,6 +27,10 @@ FAMILIES |= {
         start
     ): f"{_HERE}.wrapped_mrope:PlacedMultiModal{'MoE' if kind in EXPERTS else ''}ForCausalLM"
     for kind, (start, _, _) in PLACED.items()
+}
+FAMILIES |= {
+    architecture(start): f"{_HERE}.wrapped_marks:MarkedMultiModalForCausalLM"
+    for start, _, _ in MARKED.values()
 }
 REFUSED = f"{_HERE}.refused"
 RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # vLLM's: names of variables that Ray's workers are given
