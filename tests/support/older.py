@@ -61,6 +61,7 @@ NEEDS_5 = {
         ("internvl", "idefics3", "_vision", "smolvlm", "splits_nothing", "canvases", "gemma_3", "draws"),
         "these families need a newer one",
     ),
+    "serving/test_mrope.py": (("of_the_tokens_that_stay",), "these families need a newer one"),
     "core/test_session.py": (("merged_by_hand",), "encoders return lists there"),
     "core/test_static_steps.py": (
         ("test_generate_compiles", "never_waited_for"),
