@@ -89,6 +89,12 @@ class Overflowing(Method):
         return torch.where(x.amax(dim=1, keepdim=True) > 50, torch.nan, x)
 
 
+def test_a_broken_picture_whose_tokens_have_no_places_keeps_evenly_spaced_ones():
+    features = torch.full((36, 8), torch.nan)
+    (kept,) = reduce_pictures([Picture(features, ())], read("divprune@9"), None)
+    assert kept.fallback is not None and kept.slots.diff().unique().tolist() == [4]
+
+
 def test_a_method_that_fails_on_one_picture_falls_back_for_it_alone():
     register("overflowing")(Overflowing)
     try:

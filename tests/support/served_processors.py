@@ -38,6 +38,15 @@ def tiles(side: int) -> dict[str, Any]:
     }
 
 
+def aria() -> Any:
+    from transformers import AriaProcessor
+
+    images = image_processor("Aria", min_image_size=1)
+    return AriaProcessor(
+        images, tiny_tokenizer(image_token="<image>"), size_conversion={490: GRID**2, 980: GRID**2}
+    )
+
+
 def aya() -> Any:
     """Tiles with words in front of each, so that it matters which placeholders go."""
     from transformers import AyaVisionProcessor
@@ -208,6 +217,7 @@ def ovis2() -> Any:
 
 # family -> processor
 PROCESSORS: dict[str, Callable[[], Any]] = {
+    "aria": aria,
     "aya_vision": aya,
     "cohere2_vision": cohere2,
     "deepseek_vl": deepseek,

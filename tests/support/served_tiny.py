@@ -19,6 +19,7 @@ _QWEN3 = _WIDE | {"rope_parameters": _ROPE | {"mrope_section": [6, 5, 5], "mrope
 _QWEN3_5 = _WIDE | {"rope_parameters": _QWEN3["rope_parameters"] | {"partial_rotary_factor": 1.0}}
 _PLACED = _WIDE | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}}
 _FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
+_QUERIES = ("dense", "divprune@0.25", "gprune@20", "divprune@9", "textmonkey@12")  # of tokens without places
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
 _OF_QWEN = ("fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12", "divprune@9")
 # (height, width): wide, tall, square, very tall, and two pictures of different shape in one prompt
@@ -72,6 +73,7 @@ FAMILIES = {
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm_ocr": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glmga": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
+    "aria": Served(_QUERIES, HEADS, wrapped=True, asked={"max_image_size": 490}),
     "aya_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, picture="<video>", wrapped=True),
     "cohere2_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "deepseek_vl": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),

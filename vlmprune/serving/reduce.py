@@ -198,7 +198,9 @@ def _not_finite(pictures: Sequence[Picture]) -> list[bool]:
 def _uniform(picture: Picture, request: Request, why: str) -> KeptRows:
     log.error("vlmprune: %s: a picture was cut by 'uniform' instead, because %s", request.text, why)
     k = request.count(picture.count)
-    tokens = VisualTokens(grids=picture.grids, size=(1, picture.count), like=picture.features)
+    # tokens without places are taken as one row
+    grids = picture.grids or ((1, picture.count),)
+    tokens = VisualTokens(grids=grids, size=(1, picture.count), like=picture.features)
     keep_idx = _indices(choose(_uniform_method(), tokens, k))[0]
     return _gathered(picture, keep_idx, why)
 
@@ -230,5 +232,5 @@ def random_picture(
 
     found = {need: captured(need) for need in needs if need.what not in ("features", "projector")}
     projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-    made = Picture(draw(n, width), grids, found, frames=frames)
+    made = Picture(draw(n, width), grids if facts.placed else (), found, frames=frames)
     return made, projector.requires_grad_(False).eval()

@@ -72,6 +72,7 @@ class TowerFacts:
         tower: whether anything inside it can be read. projector: whether methods can be given the projector.
         merges: patches of the tower behind every visual token.
         full: blocks that attend to the whole picture, where others attend inside windows; None where all do.
+        placed: whether visual tokens have rows and columns.
     """
 
     cls: bool
@@ -82,6 +83,7 @@ class TowerFacts:
     projector: bool = True
     merges: int = 1
     full: tuple[int, ...] | None = None
+    placed: bool = True
 
 
 def wanted(given: Mapping[str, object], server: Mapping[str, object] | None, config: object) -> Request:
@@ -200,7 +202,7 @@ def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], f
     """Run the choice once on random tensors: what it would raise in the engine it raises here.
 
     Args:
-        grids: blocks of the picture.
+        grids: blocks of the picture; of tokens without rows and columns, their number in one row.
         frames: whether they are frames of a clip.
     """
     request = read(text)

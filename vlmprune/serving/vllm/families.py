@@ -27,11 +27,13 @@ OWN = {
 _TILES = "square tiles, each with a budget of its own"
 _ONE = "one square"
 _ANY = "one block of any size"
+_QUERIES = "whose tokens have no rows and columns"
 _FEATURES = "features"
 _TOWER = f"{_FEATURES}, attention of the tower"
 _CLS = f"{_TOWER}, [CLS]"
 # model type -> (start of the name of its class, what a picture is, what methods can read)
 WRAPPED = {
+    "aria": ("Aria", f"tiles with a budget of their own, {_QUERIES}", _FEATURES),
     "aya_vision": ("AyaVision", _TILES, _TOWER),
     "cohere2_vision": ("Cohere2Vision", _TILES, _TOWER),
     "deepseek_vl": ("DeepseekVL", _ONE, _TOWER),
@@ -92,10 +94,6 @@ _FUSED = (
 )
 # model type -> (start of the name of its class, reason)
 NOT_SERVED = {
-    "aria": (
-        "Aria",
-        "its tokens answer learned queries and have no rows and columns to rehearse a spec with",
-    ),
     "cohere_compass": ("CohereCompass", _STACKED + _UNTRIED),
     "cosmos3_edge": (
         "Cosmos3Edge",

@@ -44,6 +44,10 @@ class TokenLayout(Protocol):
         """Whether anything of its tower can be read."""
 
     @property
+    def placed(self) -> bool:
+        """Whether its tokens have rows and columns. If not, they are told as one row, to be counted."""
+
+    @property
     def breaks(self) -> str | None:
         """Attribute of its processor: the token between the rows of a picture; None where there is none."""
 
@@ -78,6 +82,7 @@ class SquareTiles:
     reads: bool = True
     field = "num_image_patches"
     alone = ()
+    placed = True
     breaks = None
 
     def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
@@ -103,6 +108,18 @@ class SquareTiles:
         return [((side, side),)] * count
 
 
+class Queries(SquareTiles):
+    """Tiles whose tokens answer learned queries, as many as ``side`` says; nothing is read of the tower."""
+
+    reads = placed = False
+
+    def merges(self, config: Any) -> int:
+        return 1
+
+    def _tiles(self, config: Any, count: int) -> Sequence[Grids]:
+        return [((1, self.side(config)),)] * count
+
+
 @dataclass(frozen=True)
 class AnySize:
     """Pictures of any size up to an edge, each of one block.
@@ -117,6 +134,7 @@ class AnySize:
     alone = ()
     axis = 0
     reads = True
+    placed = True
 
     def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
         from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
@@ -160,6 +178,7 @@ class PackedPatches:
     field = "image_grid_thw"
     axis = 0
     reads = True
+    placed = True
     breaks = None
 
     def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
@@ -226,6 +245,7 @@ class WithNewlines:
     alone = ("pixel_values",)
     axis = 0
     reads = True
+    placed = True
     breaks = None
 
     def before(self, config: Any, processor: Any, size: Size, options: Mapping[str, Any]) -> Sequence[Grids]:
@@ -318,6 +338,7 @@ def _edge(value: Any) -> int:
 
 # model type -> layout
 LAYOUTS: dict[str, TokenLayout] = {
+    "aria": Queries(lambda config: max(config.projector_patch_to_query_dict.values()), reads=False),
     "aya_vision": SquareTiles(_shuffled),
     "cohere2_vision": SquareTiles(_shuffled),
     "llava_next_video": WithNewlines(),

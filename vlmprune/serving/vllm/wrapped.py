@@ -69,6 +69,7 @@ def facts_of(config: Any) -> TowerFacts:
         loaded=depth,
         layer=layers if isinstance(layers, int) else layers[0],
         tower=layout.reads,
+        placed=layout.placed,
         projector=False,
         merges=layout.merges(config),
         full=None if full is None else tuple(full),
@@ -200,6 +201,15 @@ class PrunedWrapper(Model):
             return None
         info = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config)
         return getattr(info.get_hf_processor(), self.layout.breaks)
+
+    def recursive_replace(self) -> None:
+        super().recursive_replace()
+        for module in self.model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                # it reads the weight of this layer itself, and vLLM's layers for CPUs pack theirs away
+                width, bias = module.embed_dim, module.out_proj.bias is not None
+                plain: Any = nn.Linear(width, width, bias=bias, device="meta")
+                module.out_proj = plain
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         field = kwargs.pop(KEY, None)

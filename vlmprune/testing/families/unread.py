@@ -28,7 +28,8 @@ def aria(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[
     return _IDS | {
         "vision_config": transformers.Idefics3VisionConfig(**_SQUARE),
         "text_config": text_config(text, layers, overrides),
-        "projector_patch_to_query_dict": {GRID**2: GRID**2},  # patches -> queries
+        # patches -> queries; so many patches has what its processor makes at the smaller of two sizes
+        "projector_patch_to_query_dict": {GRID**2: GRID**2, 35**2: GRID**2},
     }
 
 
