@@ -34,6 +34,7 @@ class Served:
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
     inputs_first: bool = False  # experts of checkpoints are the transposed ones of transformers
+    tied: bool = False  # vLLM has no head apart from its table of words
     picture: str = "<image>"  # stands for a picture in the text
     clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
@@ -68,6 +69,7 @@ FAMILIES = {
     ),
     "qwen3_5": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
     "qwen3_5_moe": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
+    "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
@@ -99,14 +101,27 @@ FAMILIES = {
 }
 
 
+def model_of(family: str) -> Any:
+    """The small model of a family in transformers."""
+    import torch
+
+    from vlmprune.testing.tiny import tiny_model
+
+    model = tiny_model(family, **FAMILIES[family].options)
+    if FAMILIES[family].tied:
+        table = model.get_input_embeddings().weight
+        with torch.no_grad():
+            # small, or the last word would say the next one whatever the picture is
+            model.lm_head.weight.copy_(table.mul_(0.03))
+    return model
+
+
 def save(family: str, folder: Path) -> None:
     """A model of a family, and its processor, as vLLM loads them."""
     from safetensors.torch import load_file, save_file
 
-    from vlmprune.testing.tiny import tiny_model
-
     served = FAMILIES[family]
-    tiny_model(family, **served.options).save_pretrained(folder)
+    model_of(family).save_pretrained(folder)
     processor_of(family).save_pretrained(folder)
     (file,) = folder.glob("*.safetensors")
     weights = load_file(file)
@@ -118,6 +133,8 @@ def save(family: str, folder: Path) -> None:
             name: one.transpose(1, 2).contiguous() if ".experts." in name else one
             for name, one in weights.items()
         }
+    if served.tied:
+        del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -139,9 +156,7 @@ class TinyTwin:
     def __init__(self, family: str, folder: Path) -> None:
         from transformers import AutoProcessor
 
-        from vlmprune.testing.tiny import tiny_model
-
-        self.model = tiny_model(family, **FAMILIES[family].options)
+        self.model = model_of(family)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.served = FAMILIES[family]
         self.never = {token: -100.0 for token in self.model.generation_config.suppress_tokens}

@@ -21,6 +21,7 @@ OWN = {
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
     "qwen3_5": ("qwen3_5", "Qwen3_5"),
     "qwen3_5_moe": ("qwen3_5", "Qwen3_5Moe"),
+    "gemma3n": ("gemma3n", "Gemma3n"),
 }
 
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
@@ -109,7 +110,6 @@ NOT_SERVED = {
     ),
     "fast_vlm": ("FastVlm", _TIMM),
     "gemma3": ("Gemma3", _LATER),
-    "gemma3n": ("Gemma3n", _TEXT),
     "gemma4": (
         "Gemma4",
         "in large models tokens of a picture see later ones, and layers of small ones read something of each "
