@@ -49,6 +49,8 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def config(family):
+    if family == "fast_vlm":
+        pytest.importorskip("timm", reason="its tower needs timm")
     return tiny_model(family, **FAMILIES[family].options).config
 
 
@@ -82,7 +84,7 @@ def test_what_is_promised_for_a_size_is_what_the_processor_makes(family, config,
 
 @with_processors
 def test_patches_behind_a_token_are_counted(family, config):
-    single = {"aria", "vipllava", "deepseek_vl", "janus", "llava_next_video", "video_llama_3"}
+    single = {"aria", "fast_vlm", "vipllava", "deepseek_vl", "janus", "llava_next_video", "video_llama_3"}
     wanted = dict.fromkeys(single, 1) | {"got_ocr2": 16}
     assert LAYOUTS[family].merges(config) == wanted.get(family, 4)
 

@@ -164,6 +164,14 @@ def packed(name: str, images: str = "Qwen2VL", clips: str = "Qwen2VL", **sizes: 
     )
 
 
+def fast() -> Any:
+    from transformers import LlavaProcessor
+
+    square = {"height": 32 * GRID, "width": 32 * GRID}
+    images = image_processor("CLIP", size=square, crop_size=square)
+    return LlavaProcessor(images, tiny_tokenizer(), patch_size=32, vision_feature_select_strategy="full")
+
+
 def gemma3n() -> Any:
     from transformers import Gemma3nAudioFeatureExtractor, Gemma3nProcessor
 
@@ -237,6 +245,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "cohere2_vision": cohere2,
     "deepseek_vl": deepseek,
     "exaone4_5": partial(packed, "Exaone4_5_"),
+    "fast_vlm": fast,
     "gemma3n": gemma3n,
     "glm46v": partial(glm, "Glm46V"),
     "glm4v": partial(glm, "Glm4v"),

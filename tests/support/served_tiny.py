@@ -79,6 +79,7 @@ FAMILIES = {
     "aya_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, picture="<video>", wrapped=True),
     "cohere2_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "deepseek_vl": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
+    "fast_vlm": Served(_FEATURES + _OF_QWEN[:2], HEADS, wrapped=True),
     "got_ocr2": Served(
         (*_FEATURES, "divprune@9"),
         HEADS,

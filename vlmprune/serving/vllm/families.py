@@ -39,6 +39,7 @@ WRAPPED = {
     "cohere2_vision": ("Cohere2Vision", _TILES, _TOWER),
     "deepseek_vl": ("DeepseekVL", _ONE, _TOWER),
     "exaone4_5": ("Exaone4_5_", _ANY, _TOWER),
+    "fast_vlm": ("FastVlm", _ONE, _TOWER),
     "got_ocr2": ("GotOcr2", f"with `crop_to_patches`, {_TILES}", _FEATURES),
     "hyperclovax_vision_v2": ("HyperCLOVAXVisionV2", _ANY, _TOWER),
     "idefics3": ("Idefics3", _TILES, _TOWER),
@@ -108,7 +109,6 @@ NOT_SERVED = {
         "its experts have two sizes, for text and for pictures, which vLLM's wrapper of transformers takes "
         f"for sizes by layer, and ends{_UNTRIED}",
     ),
-    "fast_vlm": ("FastVlm", _TIMM),
     "gemma3": ("Gemma3", _LATER),
     "gemma4": (
         "Gemma4",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,12 +75,14 @@ class SquareTiles:
     Args:
         side: visual tokens along a side of a tile, from the config.
         count: (processor, size, options) to the number of tiles, where the processor does not say it itself.
+        single: a token is a patch of the tower, whose size the config does not tell.
     """
 
     side: Callable[[Any], int]
     count: Callable[[Any, Size, Mapping[str, Any]], int] | None = None
     axis: int = 0
     reads: bool = True
+    single: bool = False
     field = "num_image_patches"
     alone = ()
     placed = True
@@ -95,7 +98,7 @@ class SquareTiles:
         return self._tiles(config, int(value))
 
     def merges(self, config: Any) -> int:
-        return (_patches(config) // self.side(config)) ** 2
+        return 1 if self.single else (_patches(config) // self.side(config)) ** 2
 
     def newlines(self, grids: Grids) -> int:
         return 0
@@ -351,6 +354,7 @@ LAYOUTS: dict[str, TokenLayout] = {
     # two convolutions halve the sides
     "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
     "ovis2": SquareTiles(_strided, _covering),
+    "fast_vlm": SquareTiles(lambda config: isqrt(config.image_seq_length), single=True),
     "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
     "exaone4_5": PackedPatches(_spatial, _by_area),
     "glm46v": PackedPatches(_spatial, _by_volume),

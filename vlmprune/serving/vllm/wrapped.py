@@ -61,7 +61,8 @@ def facts_of(config: Any) -> TowerFacts:
         getattr(config, "vision_feature_layer", -1),
     )
     layers: Any = plural or single
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    # of a tower of timm the last block alone is known by the config
+    depth: Any = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 1)
     full = getattr(vision, "fullatt_block_indexes", None)
     return TowerFacts(
         cls=vision.model_type == "clip_vision_model",
