@@ -13,14 +13,14 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from served_processors import PROCESSORS
-from served_tiny import FAMILIES, SHAPES
+from served_tiny import FAMILIES, SHAPES, model_of
 from transformers.utils import is_torchvision_available
 
 from vlmprune.models import adapter_class, families
 from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED, OWN, architecture
 from vlmprune.serving.vllm.layouts import LAYOUTS, tokens_of
 from vlmprune.serving.vllm.plugin import refusal
-from vlmprune.testing.tiny import tiny_model, tiny_processor
+from vlmprune.testing.tiny import tiny_processor
 
 # that of vLLM 0.32.0, whose processors say what stands for a picture; older ones lack some of the families
 with_processors = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def family(request) -> str:
 def config(family):
     if family == "fast_vlm":
         pytest.importorskip("timm", reason="its tower needs timm")
-    return tiny_model(family, **FAMILIES[family].options).config
+    return model_of(family).config
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,12 @@ def deepseek() -> Any:
     return DeepseekVLProcessor(images, tiny_tokenizer(image_token="<image>"), num_image_tokens=GRID**2)
 
 
+def paddle() -> Any:
+    from transformers import PaddleOCRVLProcessor
+
+    return PaddleOCRVLProcessor(image_processor("PaddleOCRVL", **AREA), tiny_tokenizer(image_token="<image>"))
+
+
 def renamed(names: dict[str, str], **special: str) -> Any:
     """The tokenizer of bytes with other names of its special tokens."""
     import transformers
@@ -259,6 +265,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "lighton_ocr": lighton,
     "mistral3": mistral3,
     "ovis2": ovis2,
+    "paddleocr_vl": paddle,
     "qwen3_5": qwen3,
     "qwen3_5_moe": qwen3,
     "qwen3_vl": qwen3,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest import MonkeyPatch
 from served_processors import PROCESSORS
 
 NEW = 6  # tokens of an answer
@@ -34,6 +35,8 @@ class Served:
     options: dict[str, Any] = field(default_factory=dict)
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
     inputs_first: bool = False  # experts of checkpoints are the transposed ones of transformers
+    # prune refuses it here: this transformers makes several answers of one prompt by other pictures
+    single: bool = False
     tied: bool = False  # vLLM has no head apart from its table of words
     picture: str = "<image>"  # stands for a picture in the text
     clip: str = "<video>"  # stands for a clip
@@ -74,6 +77,7 @@ FAMILIES = {
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm_ocr": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
+    "paddleocr_vl": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True, single=True),
     "glmga": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "aria": Served(_QUERIES, HEADS, wrapped=True, asked={"max_image_size": 490}),
     "aya_vision": Served(_FEATURES + _OF_QWEN[:2], _WIDE, picture="<video>", wrapped=True),
@@ -106,9 +110,13 @@ def model_of(family: str) -> Any:
     """The small model of a family in transformers."""
     import torch
 
+    from vlmprune.testing import tiny_configs
     from vlmprune.testing.tiny import tiny_model
 
-    model = tiny_model(family, **FAMILIES[family].options)
+    with MonkeyPatch.context() as patch:
+        if FAMILIES[family].single:
+            patch.setattr(tiny_configs, "too_old", lambda *args: False)
+        model = tiny_model(family, **FAMILIES[family].options)
     if FAMILIES[family].tied:
         table = model.get_input_embeddings().weight
         with torch.no_grad():
@@ -204,8 +212,10 @@ class TinyTwin:
 
     def answer(self, inputs: dict, spec: str) -> list[int]:
         import vlmprune
+        from vlmprune.models import adapter_class
 
-        with vlmprune.prune(self.model, spec):
+        adapter = adapter_class(self.model.config.model_type) if self.served.single else None
+        with vlmprune.prune(self.model, spec, adapter=adapter):
             out = self.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         return out[0, inputs["input_ids"].shape[1] :].tolist()
 

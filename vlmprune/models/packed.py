@@ -130,7 +130,8 @@ class PaddleOcrVlAdapter(StillAdapter):
 
     model_type = "paddleocr_vl"
     modalities = Qwen2VLAdapter.modalities[:1]
-    towers = ("paddleocr_vl_vision",)
+    # older transformers call its tower like the whole
+    towers = ("paddleocr_vl_vision", "paddleocr_vl")
     connector = "projector"
     by_rows = True
 

@@ -67,6 +67,7 @@ PLACED = {
     "glm4v_moe": ("Glm4vMoe", _ANY, _TOWER),
     "glm_ocr": ("GlmOcr", _ANY, _TOWER),
     "glmga": ("Glm46V", _ANY, _TOWER),
+    "paddleocr_vl": ("PaddleOCRVL", _ANY, _TOWER),
 }
 # the same with marks around and between tiles, whose embeddings are made of the tower's vocabulary
 MARKED = {"ovis2": ("Ovis2", _TILES, _TOWER)}
@@ -82,7 +83,6 @@ _STACKED = (
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
 _TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
-_NEWER = "vlmprune.prune needs a newer transformers for it than the one that vLLM 0.32.0 installs"
 _TEXT = (
     "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
     "finds its tokens"
@@ -124,7 +124,6 @@ NOT_SERVED = {
     "minicpmv4_6": ("MiniCPMV4_6", _STATES),
     "molmo2": ("Molmo2", _OLD),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
-    "paddleocr_vl": ("PaddleOCRVL", _NEWER),
     "paligemma": ("PaliGemma", _LATER),
     "perception_lm": ("PerceptionLM", _TIMM),
     "pp_chart2table": ("GotOcr2", _TEXT),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from math import isqrt
 from typing import Any, Protocol
 
@@ -209,13 +211,12 @@ class PackedPatches:
         return ((rows // side, cols // side),)
 
 
-def _by_area(processor: Any, size: Size, options: Mapping[str, Any]) -> Size:
-    """Of processors like that of Qwen2-VL."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
+def _by_area(processor: Any, size: Size, options: Mapping[str, Any], family: str = "qwen2_vl") -> Size:
+    """Of processors like that of Qwen2-VL, by the rule of ``family``."""
+    rule = import_module(f"transformers.models.{family}.image_processing_pil_{family}").smart_resize
     images = processor.image_processor
     bounds = {**dict(images.size), **dict(options.get("size") or {})}
-    return smart_resize(
+    return rule(
         *size,
         factor=images.patch_size * images.merge_size,
         min_pixels=options.get("min_pixels") or bounds["shortest_edge"],
@@ -362,6 +363,7 @@ LAYOUTS: dict[str, TokenLayout] = {
     "glm4v_moe": PackedPatches(_spatial, _by_volume),
     "glm_ocr": PackedPatches(_spatial, _by_volume),
     "glmga": PackedPatches(_spatial, _by_volume),
+    "paddleocr_vl": PackedPatches(_spatial, partial(_by_area, family="paddleocr_vl")),
     "hyperclovax_vision_v2": PackedPatches(_spatial, _by_area),
     # each says how many patches along a side become a token: one, as released
     "video_llama_3": PackedPatches(lambda config: 1, _by_area, alone=("image_merge_sizes",)),
