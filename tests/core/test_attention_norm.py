@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from available import available
 from later_families import param
 from torch import Tensor, nn
 
@@ -14,9 +15,7 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.hooks.slots.repairs import attention_norm
 from vlmprune.models import adapter_for
 from vlmprune.testing.backbones import BACKBONES
-from vlmprune.testing.conformance import shared_model
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
-from vlmprune.testing.tiny_configs import missing
 
 
 def read_by_attention(model: Any, inputs: dict[str, Tensor]) -> list[tuple[nn.Module, Tensor, Tensor]]:
@@ -50,9 +49,7 @@ def check(model: Any, inputs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("family", [param("attention norm", family, one_in=3) for family in FAMILIES])
 def test_it_gives_what_attention_reads(family: str) -> None:
-    if missing(family):
-        pytest.skip(missing(family))
-    model = shared_model(family, None, None)
+    model = available(family)
     if "inside_lm" in adapter_for(model).closed:
         pytest.skip("nothing acts inside this language model")
     check(model, tiny_inputs(family))

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from available import skip_without
 from tiled_processors import BY_TORCHVISION, TILED
 from wide_samples import Easy, wide
 
@@ -15,7 +16,6 @@ from vlmprune.evaluation.answer.batch import Batch
 from vlmprune.evaluation.answer.evaluate import evaluate
 from vlmprune.models import adapter_for
 from vlmprune.testing.tiny import tiny_bundle, tiny_model
-from vlmprune.testing.tiny_configs import missing
 
 # of pictures that are 450, 300 and 150 wide and 150 high; what LFM2-VL does not cut is small enough
 PARTS = {
@@ -33,8 +33,7 @@ WITHOUT_TILES = sorted({*TILED} - {"idefics2"})
 def bundle(family: str) -> tuple[Any, Any]:
     if family in BY_TORCHVISION:
         pytest.importorskip("torchvision")
-    if missing(family):
-        pytest.skip(missing(family))
+    skip_without(family)
     processor, template = TILED[family](), tiny_bundle("llava")[1].chat_template
     if family == "gemma3":
         template = template.replace("'<' + part['type'] + '>", "'[' + '")

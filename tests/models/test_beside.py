@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from available import available
 from torch import Tensor
 
 import vlmprune
@@ -17,16 +18,9 @@ from vlmprune.models.gemma4 import Gemma4Adapter
 from vlmprune.testing.checks_generation import second_turn
 from vlmprune.testing.checks_model import training_works
 from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built
-from vlmprune.testing.conformance import Subject, generate, shared_model
+from vlmprune.testing.conformance import Subject, generate
 from vlmprune.testing.reference_inside import masked
 from vlmprune.testing.tiny import tiny_inputs
-from vlmprune.testing.tiny_configs import missing
-
-
-def available(family: str, text: str | None = None) -> Any:
-    if missing(family):
-        pytest.skip(missing(family))
-    return shared_model(family, None, text)
 
 
 def last_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

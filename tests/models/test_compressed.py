@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from available import available, skip_without
 from torch import Tensor
 
 import vlmprune
@@ -16,18 +17,11 @@ from vlmprune.core.report import Report
 from vlmprune.errors import CaptureError, GridError, InvariantError, SpecError, UnsupportedError
 from vlmprune.hooks.sequence.cache import cache_in, cache_name
 from vlmprune.models import adapter_for
-from vlmprune.testing.conformance import generate, shared_model
+from vlmprune.testing.conformance import generate
 from vlmprune.testing.reference import dense_rows
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
-from vlmprune.testing.tiny_configs import missing
 
 FRAME = 36  # tokens of a frame of a tiny clip
-
-
-def available(family: str) -> Any:
-    if missing(family):
-        pytest.skip(missing(family))
-    return shared_model(family, None, None)
 
 
 def compressed_clips(rows: int = 2, share: float = 0.6) -> tuple[Any, dict[str, Tensor]]:
@@ -190,8 +184,7 @@ def test_keep_maps_remember_what_was_left(tmp_path: Any) -> None:
 
 def sampling_model(rate: float) -> tuple[Any, dict[str, Tensor]]:
     """Nemotron-H Omni that drops a share of a clip by itself (EVS), and a clip whose second step is calm."""
-    if missing("nemotron_h_omni"):
-        pytest.skip(missing("nemotron_h_omni"))
+    skip_without("nemotron_h_omni")
     model, inputs = tiny_model("nemotron_h_omni"), tiny_inputs("nemotron_h_omni", images=(0,), video=True)
     model.video_pruning_rate = rate
     pixels = inputs["pixel_values_videos"]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from available import available
 from later_families import param
 from torch import Tensor, nn
 
@@ -28,7 +29,6 @@ from vlmprune.testing.families import layout_of
 from vlmprune.testing.families.layouts import FRAMES
 from vlmprune.testing.reference import by_row, dense_rows, greedy, kept_by_hand, logits_of
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
-from vlmprune.testing.tiny_configs import missing
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LATE = ("glm4v", "mistral3", "lighton_ocr", "cohere2_vision", "aya_vision", "lfm2_vl", "ovis2", "qwen3_5")
@@ -43,12 +43,6 @@ WITH_CLIPS = {
     "qwen2_5_vl": 36,
     "qwen3_vl": 36,
 }  # tokens per frame
-
-
-def available(family: str) -> Any:
-    if missing(family):
-        pytest.skip(missing(family))
-    return shared_model(family, None, None)
 
 
 # --- which patch stands behind which token --------------------------------------------------------

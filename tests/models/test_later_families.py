@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from available import available
 from later_families import sampled
 from torch import Tensor
 
@@ -21,17 +22,11 @@ from vlmprune.models.unread import Molmo2Adapter
 from vlmprune.testing.checks_generation import drafts_are_no_prompt, second_turn
 from vlmprune.testing.checks_model import training_works
 from vlmprune.testing.checks_sequence import batch_row_equals_alone, cut_equals_hand_built, numbered
-from vlmprune.testing.conformance import Subject, generate, shared_model
+from vlmprune.testing.conformance import Subject, generate
 from vlmprune.testing.families import FAMILIES, Family
 from vlmprune.testing.reference import dense_rows, logits_of
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 from vlmprune.testing.tiny_configs import missing
-
-
-def available(family: str, text: str | None = None) -> Any:
-    if missing(family):
-        pytest.skip(missing(family))
-    return shared_model(family, None, text)
 
 
 @pytest.mark.parametrize(

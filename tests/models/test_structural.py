@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from available import available
 from later_families import param, sampled
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -19,9 +20,8 @@ import vlmprune
 from vlmprune.errors import InvariantError, UnsupportedError
 from vlmprune.models import adapter_for, check_family, families, structural_types
 from vlmprune.models.structural import StructuralAdapter
-from vlmprune.testing.conformance import generate, shared_model
+from vlmprune.testing.conformance import generate
 from vlmprune.testing.tiny import FAMILIES, tiny_inputs, tiny_model
-from vlmprune.testing.tiny_configs import missing
 
 LAYERS = 2  # of every part of a model that is built for its structure alone
 COUNTS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "decoder_layers")
@@ -98,9 +98,7 @@ ALIKE = ("llava", "internvl", "qwen3_vl", "mistral3", "glm4v", "lfm2_vl", "ovis2
 
 @pytest.mark.parametrize("family", [param("alike", family, one_in=2) for family in ALIKE])
 def test_by_structure_the_same_tokens_are_cut_as_by_declaration(family: str) -> None:
-    if missing(family):
-        pytest.skip(missing(family))
-    model, inputs = shared_model(family, None, None), tiny_inputs(family, images=(1, 2, 0))
+    model, inputs = available(family), tiny_inputs(family, images=(1, 2, 0))
     found: list[Tensor] = []
     for adapter in (None, StructuralAdapter):
         with vlmprune.prune(model, "divprune@9", adapter=adapter) as run:

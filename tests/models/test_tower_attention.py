@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from available import skip_without
 from later_families import param
 from torch import Tensor
 
@@ -91,8 +92,7 @@ def test_captured_attention_is_that_of_an_eager_twin(family: str, monkeypatch: p
 
 
 def test_captured_attention_of_a_tower_of_timm_is_its_own_without_fusion() -> None:
-    if missing("fast_vlm"):
-        pytest.skip(missing("fast_vlm"))
+    skip_without("fast_vlm")
     inputs = tiny_inputs("fast_vlm", images=(1, 2))
     found, capture = encoded(tiny_model("fast_vlm"), inputs, NEEDS[1:])
     assert all(isinstance(reader, FusedReader) for _, reader in capture.readers)
