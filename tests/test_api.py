@@ -3,19 +3,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import vlmprune
+from vlmprune.core.method import Method
 from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
 from vlmprune.methods.baselines import Dense
 from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.spec import Budget
 from vlmprune.testing.conformance import generate, shared_model
 from vlmprune.testing.tiny import tiny_bundle, tiny_inputs, tiny_model
+
+
+@dataclass(frozen=True)
+class NoVerb(Method):
+    """Says nothing of tokens."""
+
+    budgeted: ClassVar[bool] = False
+
 
 # --- prune and attach -----------------------------------------------------------------------------
 
@@ -291,3 +301,25 @@ def test_select_refuses_what_it_cannot_read(
 ) -> None:
     with pytest.raises(error, match=message):
         vlmprune.select(**call)
+
+
+@pytest.mark.parametrize("verb", [vlmprune.select, vlmprune.reduce])
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        *(
+            (name, SpecError, f"'{name}' needs a budget here")
+            for name in ("fastv", "pyramiddrop", "sparsevlm")
+        ),
+        ("dyvte(exit=2)", UnsupportedError, r"'dyvte\(exit=2\)' says while a model runs"),
+        (NoVerb(), SpecError, "NoVerb overrides none of score, select, merge"),
+    ],
+)
+def test_plain_tensors_are_not_kept_whole_where_nobody_says_how_many(
+    verb: Any, method: Any, error: type[Exception], message: str
+) -> None:
+    given = {"features": torch.rand(1, 12, 8), "text_attention": torch.rand(1, 2, 3, 12)}
+    with pytest.raises(error, match=message):
+        verb(method, **given)
+    whole = verb("dense", features=given["features"])
+    assert whole.shape[1] == 12 if isinstance(whole, Tensor) else torch.equal(whole.rows, given["features"])

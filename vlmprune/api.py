@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .checks import one_of
 from .core.combine import check_scope
+from .core.grid import blocks_of
 from .core.keepmap import Picture, Replay, ScoreMap
 from .core.method import Merged, Method, Positions, needs_of
 from .core.reduce import Reduced, reduce_tokens
@@ -298,9 +298,8 @@ def select(
         tensors, grid = tower_tensors(tower, pixels, built)
     tokens = _given_tokens("select", tensors, grid)
     built.check_unit(tokens.count)
-    if budget is None and built.counts != "budget":  # the data says how many
+    if (k := _to_keep(built, budget, text, tokens.count)) is None:
         return _own_indices(built, tokens)
-    k = tokens.count if budget is None else budget.count(tokens.count)
     if k >= tokens.count:
         # a copy: rows of an expanded tensor are one memory, and whoever writes into one would change all
         return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
@@ -334,10 +333,9 @@ def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
     tokens = _given_tokens("reduce", tensors, grid)
     tokens.need("features")
     built.check_unit(tokens.count)
-    own = budget is None and built.counts != "budget"
-    k = tokens.count if budget is None else budget.count(tokens.count)
+    k = _to_keep(built, budget, text, tokens.count)
     with torch.no_grad():
-        return reduce_tokens(built, tokens, None if own else k)
+        return reduce_tokens(built, tokens, k)
 
 
 def _without_model(method: Method, text: str) -> None:
@@ -347,6 +345,24 @@ def _without_model(method: Method, text: str) -> None:
             f"{text!r} acts in the slot {method.slot!r}, which needs a model that runs; use "
             "prune(...) and read run.last.keep"
         )
+    method.kind()  # raises if the class implements no verb of its slot
+
+
+def _to_keep(method: Method, budget: Budget | None, text: str, count: int) -> int | None:
+    """How many of ``count`` tokens stay; None: the method says it by itself."""
+    if budget is not None:
+        return budget.count(count)
+    if method.counts != "budget" and type(method).own is not Method.own:
+        return None
+    if method.counts != "budget":
+        raise UnsupportedError(
+            f"{text!r} says while a model runs when tokens leave, so plain tensors cannot be cut by it; use "
+            "prune(...) and read run.last"
+        )
+    if method.budgeted:
+        # a schedule of cuts is one of a model
+        raise SpecError(f"{text!r} needs a budget here: give keep=64 (tokens) or keep=0.25 (fraction)")
+    return count
 
 
 def _given_tokens(verb: str, tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
@@ -356,7 +372,7 @@ def _given_tokens(verb: str, tensors: Mapping[str, Any], grid: Any) -> VisualTok
     for name in tensors:
         if name not in known:
             raise SpecError(f"{verb} got {name!r}; expected {known}.{did_you_mean(name, known)}")
-    tokens = VisualTokens(**tensors, grids=_grids(grid))
+    tokens = VisualTokens(**tensors, grids=blocks_of(grid))
     if tokens.count == 0 or tokens.batch == 0:
         raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
     for name, value in tensors.items():
@@ -379,20 +395,6 @@ def _own_indices(method: Method, tokens: VisualTokens) -> Tensor:
         rows = [one.slots if isinstance(one, Merged) else one for one in choose_own(method, tokens)]
     kept = [row[row >= 0].sort().values for row in rows]  # -1: a merged row without a place
     return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
-
-
-def _grids(grid: Any) -> tuple[tuple[int, int], ...]:
-    if grid is None:
-        return ()
-    try:
-        blocks = [grid] if isinstance(grid[0], int) else list(grid)
-        # whole numbers of NumPy and torch as well, and no 2.5
-        grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in blocks)
-    except (TypeError, ValueError, LookupError) as error:
-        raise SpecError(f"grid={grid!r}; expected (rows, cols) or several of them") from error
-    if any(rows < 1 or cols < 1 for rows, cols in grids):
-        raise SpecError(f"grid={grid!r} has an empty side; expected positive rows and columns")
-    return grids
 
 
 __all__ = ["Adapter", "attach", "prune", "reduce", "resolve", "score", "select"]

@@ -13,9 +13,11 @@ its tokens carry the id -1.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,21 @@ from ..errors import InvariantError, SpecError
 CELLS = 2**26  # of the common grid of blocks of unequal sides
 
 Grids = Sequence[tuple[int, int]]
+
+
+def blocks_of(grid: Any) -> tuple[tuple[int, int], ...]:
+    """(rows, cols) of every block of a grid that a user gave: one pair, several of them, or None."""
+    if grid is None:
+        return ()
+    try:
+        blocks = [grid] if isinstance(grid[0], int) else list(grid)
+        # whole numbers of NumPy and torch as well, and no 2.5
+        grids = tuple((operator.index(rows), operator.index(cols)) for rows, cols in blocks)
+    except (TypeError, ValueError, LookupError) as error:
+        raise SpecError(f"grid={grid!r}; expected (rows, cols) or several of them") from error
+    if any(rows < 1 or cols < 1 for rows, cols in grids):
+        raise SpecError(f"grid={grid!r} has an empty side; expected positive rows and columns")
+    return grids
 
 
 def cells(grids: Grids, k: int) -> Tensor:
