@@ -323,3 +323,18 @@ def test_plain_tensors_are_not_kept_whole_where_nobody_says_how_many(
         verb(method, **given)
     whole = verb("dense", features=given["features"])
     assert whole.shape[1] == 12 if isinstance(whole, Tensor) else torch.equal(whole.rows, given["features"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "units", "grid", "message"),
+    [
+        ("divprune@8/crop", 1, [(3, 6), (3, 6)], "a unit has 2 crops here; give each crop as a unit"),
+        ("divprune@8/total", 2, (6, 6), "there are 2 units here; give all pictures as one unit"),
+    ],
+)
+def test_a_budget_is_spent_on_a_unit_or_refused(spec: str, units: int, grid: Any, message: str) -> None:
+    features = torch.randn(units, 36, 16)
+    for verb in (vlmprune.select, vlmprune.reduce):
+        with pytest.raises(SpecError, match=message):
+            verb(spec, features=features, grid=grid)
+        verb(spec, features=features[:1], grid=(6, 6))

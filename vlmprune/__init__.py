@@ -27,6 +27,7 @@ __all__ = [
     "VlmPruneError",
     "__version__",
     "attach",
+    "detach",
     "encode",
     "example",
     "list_methods",
@@ -44,6 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .api import attach as attach
+    from .api import detach as detach
     from .api import prune as prune
     from .api import reduce as reduce
     from .api import score as score
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attach": "api",
+    "detach": "api",
     "prune": "api",
     "reduce": "api",
     "score": "api",

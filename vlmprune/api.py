@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs: prune, attach, score, select, reduce."""
+"""The verbs: prune, attach, detach, score, select, reduce."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import one_of
 from .core.combine import check_scope
-from .core.grid import blocks_of
 from .core.keepmap import Picture, Replay, ScoreMap
 from .core.method import Merged, Method, Positions, needs_of
 from .core.reduce import Reduced, reduce_tokens
-from .core.select import choose, choose_own
+from .core.select import choose
 from .core.tokens import VisualTokens
 from .errors import InvariantError, SpecError, UnsupportedError, did_you_mean
+from .hooks.patches import PatchedMethod
 from .hooks.session import Session
 from .hooks.vision.encode import left_of, run_encoder
 from .hooks.vision.pictures import make_units, stack_units
 from .models import Adapter, adapter_for
 from .models.bare import is_tower, tower_tensors
 from .spec import Budget, Spec, parse
+from .tensors import given_tokens, own_indices, to_keep, without_model
 
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 log = logging.getLogger(__name__)
@@ -92,6 +93,14 @@ def _positions(given: object) -> Positions | None:
 def attach(model: Any, method: str | Spec | Method, **options: Any) -> Session:
     """Like ``prune``, but attached until ``handle.detach()``; ``handle.enabled = False`` turns it off."""
     return prune(model, method, **options).attach()
+
+
+def detach(model: nn.Module) -> None:
+    """Take off what is attached to a model, for a handle that was lost; harmless where nothing is."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    patch = next((value for value in held if isinstance(value, PatchedMethod)), None)
+    if patch is not None:
+        patch.session.detach()
 
 
 def resolve(
@@ -288,7 +297,7 @@ def select(
         tensor([[1, 3]])
     """
     built, budget, text = resolve(method, keep)
-    _without_model(built, text)
+    without_model(built, text)
     if tower is not None:
         if tensors or grid is not None:
             raise SpecError(
@@ -296,10 +305,10 @@ def select(
                 "tensors"
             )
         tensors, grid = tower_tensors(tower, pixels, built)
-    tokens = _given_tokens("select", tensors, grid)
+    tokens = given_tokens("select", tensors, grid)
     built.check_unit(tokens.count)
-    if (k := _to_keep(built, budget, text, tokens.count)) is None:
-        return _own_indices(built, tokens)
+    if (k := to_keep(built, budget, text, tokens)) is None:
+        return own_indices(built, tokens)
     if k >= tokens.count:
         # a copy: rows of an expanded tensor are one memory, and whoever writes into one would change all
         return torch.arange(tokens.count, device=tokens.device).expand(tokens.batch, -1).clone()
@@ -329,72 +338,13 @@ def reduce(method: str | Spec | Method, keep: Any = None, *, grid: Any = None, *
         (torch.Size([1, 2, 4]), torch.Size([1, 2]))
     """
     built, budget, text = resolve(method, keep)
-    _without_model(built, text)
-    tokens = _given_tokens("reduce", tensors, grid)
+    without_model(built, text)
+    tokens = given_tokens("reduce", tensors, grid)
     tokens.need("features")
     built.check_unit(tokens.count)
-    k = _to_keep(built, budget, text, tokens.count)
+    k = to_keep(built, budget, text, tokens)
     with torch.no_grad():
         return reduce_tokens(built, tokens, k)
 
 
-def _without_model(method: Method, text: str) -> None:
-    """Refuse methods of slots that cannot act on plain tensors."""
-    if method.slot in ("encoder", "attention", "decode"):
-        raise UnsupportedError(
-            f"{text!r} acts in the slot {method.slot!r}, which needs a model that runs; use "
-            "prune(...) and read run.last.keep"
-        )
-    method.kind()  # raises if the class implements no verb of its slot
-
-
-def _to_keep(method: Method, budget: Budget | None, text: str, count: int) -> int | None:
-    """How many of ``count`` tokens stay; None: the method says it by itself."""
-    if budget is not None:
-        return budget.count(count)
-    if method.counts != "budget" and type(method).own is not Method.own:
-        return None
-    if method.counts != "budget":
-        raise UnsupportedError(
-            f"{text!r} says while a model runs when tokens leave, so plain tensors cannot be cut by it; use "
-            "prune(...) and read run.last"
-        )
-    if method.budgeted:
-        # a schedule of cuts is one of a model
-        raise SpecError(f"{text!r} needs a budget here: give keep=64 (tokens) or keep=0.25 (fraction)")
-    return count
-
-
-def _given_tokens(verb: str, tensors: Mapping[str, Any], grid: Any) -> VisualTokens:
-    """Tensors of a user as tokens, refused where nothing can be chosen by them."""
-    fields = [name for name in VisualTokens.__dataclass_fields__ if name not in ("size", "checks")]
-    known = ["grid" if name == "grids" else name for name in fields]
-    for name in tensors:
-        if name not in known:
-            raise SpecError(f"{verb} got {name!r}; expected {known}.{did_you_mean(name, known)}")
-    tokens = VisualTokens(**tensors, grids=blocks_of(grid))
-    if tokens.count == 0 or tokens.batch == 0:
-        raise SpecError(f"there are no tokens to choose from: batch {tokens.batch}, tokens {tokens.count}")
-    for name, value in tensors.items():
-        # towers without [CLS] and prompts without words give empty ones of these
-        if isinstance(value, Tensor) and value.numel() == 0 and name not in ("cls_features", "text_embeds"):
-            raise SpecError(
-                f"{name} has shape {tuple(value.shape)}, which holds nothing to choose by; expected no empty "
-                "axis"
-            )
-        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
-            raise InvariantError(
-                f"{name} of shape {tuple(value.shape)} has values that are not finite; expected none"
-            )
-    return tokens
-
-
-def _own_indices(method: Method, tokens: VisualTokens) -> Tensor:
-    """(B, K) ascending indices, -1 behind those of a unit that keeps fewer than others."""
-    with torch.no_grad():
-        rows = [one.slots if isinstance(one, Merged) else one for one in choose_own(method, tokens)]
-    kept = [row[row >= 0].sort().values for row in rows]  # -1: a merged row without a place
-    return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
-
-
-__all__ = ["Adapter", "attach", "prune", "reduce", "resolve", "score", "select"]
+__all__ = ["Adapter", "attach", "detach", "prune", "reduce", "resolve", "score", "select"]

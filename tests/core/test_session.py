@@ -473,3 +473,17 @@ def test_the_last_block_of_a_session_detaches(model: Any) -> None:
     with run:
         pass
     assert not run.attached, "a block ends what was attached by hand before it"
+
+
+@torch.no_grad()
+def test_a_lost_handle_can_be_taken_off(model: Any) -> None:
+    inputs = tiny_inputs(images=(1,))
+    dense = model(**inputs).logits
+    vlmprune.attach(model, "fastervlm@9")
+    with pytest.raises(InvariantError, match="attached already; detach it first"):
+        vlmprune.attach(model, "divprune@9")
+    vlmprune.detach(model)
+    assert torch.equal(model(**inputs).logits, dense)
+    vlmprune.detach(model)  # nothing is attached
+    with vlmprune.prune(model, "divprune@9") as run:
+        assert not torch.equal(model(**inputs).logits, dense) and run.attached

@@ -142,8 +142,8 @@ class VisionCapture:
         self.blocks = [find_blocks(one) for one in self.towers] if reads else []
         if any(need.what in OF_CLS for need in of_tower) and not self.cls:
             raise UnsupportedError(
-                f"{type(self.towers[0]).__name__} has no [CLS] token: use cls='mean' where a method has it, as "
-                "in fastervlm(cls='mean')"
+                f"{type(self.towers[0]).__name__} has no [CLS] token: use cls='mean' where a method has it, "
+                "as in fastervlm(cls='mean')"
             )
         full = getattr(self.towers[0], "fullatt_block_indexes", None)  # Qwen2.5-VL: the others have windows
         loaded = len(self.blocks[0]) if self.blocks else 0
