@@ -20,8 +20,8 @@ from vlmprune.hooks.sequence.cache import (
     Marks,
     adopt,
     cache_in,
-    held_length,
     release,
+    slots_held,
     state_of,
 )
 from vlmprune.hooks.sequence.views import SequenceView
@@ -75,10 +75,10 @@ def test_seen_without_a_layer_and_held_with_one(owner: Owner) -> None:
     assert (
         [cache.get_seq_length(layer) for layer in (0, 1)]
         == [7, 7]
-        == [held_length(cache, layer) for layer in (0, 1)]
+        == [slots_held(cache, layer) for layer in (0, 1)]
     )
     assert isinstance(cache, DynamicCache) and isinstance(cache, CutCacheMixin)
-    assert held_length(None) == 0
+    assert slots_held(None) == 0
 
 
 def test_lengths_are_physical_while_the_language_model_runs(owner: Owner) -> None:
@@ -126,7 +126,7 @@ def test_repeated_and_selected_rows_take_their_bookkeeping_along(owner: Owner) -
 def test_crop_by_columns_removed_or_by_tokens_seen(owner: Owner, size: int, seen: int) -> None:
     cache = cut_cache(owner)
     cache.crop(size)
-    assert cache.get_seq_length() == seen and [held_length(cache, i) for i in (0, 1)] == [seen - 5] * 2
+    assert cache.get_seq_length() == seen and [slots_held(cache, i) for i in (0, 1)] == [seen - 5] * 2
     assert torch.equal(keys(cache), keys(filled(7))[:, : seen - 5])
 
 
@@ -195,7 +195,7 @@ def test_adopting_again_replaces_the_bookkeeping_only(owner: Owner) -> None:
 def test_reset_forgets_the_cut(owner: Owner) -> None:
     cache = cut_cache(owner)
     cache.reset()
-    if held_length(cache):
+    if slots_held(cache):
         pytest.skip("reset of this transformers leaves a dynamic cache its length")
     assert cache.get_seq_length() == 0 and state_of(cache) is None
 

@@ -263,11 +263,6 @@ def known(length: int | Tensor) -> int | None:
     return int(length)
 
 
-def held_length(cache: Any, layer: int | None = None) -> int:
-    """The same as a number; a static cache on a device is waited for."""
-    return int(slots_held(cache, layer))
-
-
 def goes_on(cache: Any, new: int) -> bool:
     """Whether a call with ``new`` tokens goes on with a conversation that the cache holds.
 
