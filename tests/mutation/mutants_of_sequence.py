@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import mutant_targets as at
@@ -259,18 +258,8 @@ def held_for_seen(length: Function) -> Function:
     return changed
 
 
-def any_owner(length: Function) -> Function:
-    def changed(self: Any, layer_idx: int | None = None) -> Any:
-        state = self._vlmprune_state
-        if state is None:
-            return length(self, layer_idx)
-        owner, state.owner = state.owner, lambda: SimpleNamespace(attached=True)
-        try:
-            return length(self, layer_idx)
-        finally:
-            state.owner = owner
-
-    return changed
+def any_owner(require: Function) -> Function:
+    return lambda self: None
 
 
 def masks_of_the_first_row(reorder: Function) -> Function:
@@ -316,7 +305,7 @@ def asked(known: Function) -> Function:
 
 CACHE = (
     Mutant("cache tells held as seen", at.SEQ_LENGTH, held_for_seen, LLAVA),
-    Mutant("detached cache goes on", at.SEQ_LENGTH, any_owner, LLAVA),
+    Mutant("detached cache goes on", at.REQUIRE_OWNER, any_owner, LLAVA),
     Mutant("reorder forgets the masks", at.REORDER, masks_of_the_first_row, LLAVA),
     Mutant("marks stay when rows move", at.CACHE_SELECT, views_only, Pytest("tests/core/test_cache.py")),
     Mutant(

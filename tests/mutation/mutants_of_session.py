@@ -13,6 +13,9 @@ import mutant_targets as at
 import torch
 from mutant import Checks, Mutant, Pytest
 
+from vlmprune.core.deferred import DeferredChecks
+from vlmprune.hooks.state import OfThread
+
 Function = Callable[..., Any]
 LLAVA = Checks("fastervlm@9", "llava")
 GOLDEN = Pytest("tests/golden")
@@ -52,10 +55,12 @@ def nothing(original: Function) -> Function:
     return lambda *args, **options: None
 
 
-def one_record_for_all(init: Function) -> Function:
-    def changed(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        self.local = SimpleNamespace()
+def one_record_for_all(attach: Function) -> Function:
+    def changed(self: Any) -> Any:
+        attached, own = attach(self), vars(OfThread)
+        shared = {name: value for name, value in own.items() if not name.startswith("_")}
+        self.local = SimpleNamespace(**shared, checks=DeferredChecks())
+        return attached
 
     return changed
 
@@ -134,7 +139,7 @@ MUTANTS = (
     Mutant("hook left behind", at.DETACH, first_hook_kept, LLAVA),
     Mutant("patched method left behind", at.DETACH, patches_kept, LLAVA),
     Mutant("capture left behind", at.CAPTURE_REMOVE, nothing, LLAVA),
-    Mutant("one thread's record for all", at.SESSION, one_record_for_all, LLAVA),
+    Mutant("one thread's record for all", at.ATTACH, one_record_for_all, Pytest("tests/test_threads.py")),
     Mutant("2-D mask lost on static caches", at.KEEP_MASK, made_at_once, LLAVA),
     Mutant("wrong query row", at.ATTEND, second_query, GOLDEN),
     Mutant("[CLS] column not removed", at.ROW_ATTENTION, shifted_columns, GOLDEN),
