@@ -338,3 +338,38 @@ def test_a_budget_is_spent_on_a_unit_or_refused(spec: str, units: int, grid: Any
         with pytest.raises(SpecError, match=message):
             verb(spec, features=features, grid=grid)
         verb(spec, features=features[:1], grid=(6, 6))
+
+
+def of_layer(rows: int = 3, batch: int = 2, width: int = 8) -> dict[str, Tensor]:
+    """What DART reads of a layer: 12 tokens of two units and ``rows`` words."""
+    keys = {"lm_keys": torch.rand(2, 12, 2, 4), "text_keys": torch.rand(batch, rows, 2, 4)}
+    return keys | {"lm_states": torch.rand(2, 12, 8), "text_states": torch.rand(batch, rows, width)}
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "message"),
+    [
+        ("dart", of_layer(batch=1), "expected .batch, words, heads, width. with batch 2"),
+        ("dart", of_layer(width=9), "text_states has width 9, lm_states 8"),
+        ("dart", of_layer() | {"text_keys": torch.rand(2, 4, 2, 4)}, "tensors disagree on the words"),
+        ("dart", of_layer() | {"text_keys": torch.rand(2, 3, 8)}, "text_keys has shape .*expected 4 axes"),
+        ("dart", of_layer() | {"text_states": [1]}, "text_states is a list"),
+        ("dart", of_layer() | {"query_mask": torch.ones(2, 4) > 0}, "query_mask is .*bool of shape .2, 3"),
+        ("random", {"layer_inputs": torch.rand(2, 12)}, "layer_inputs has shape .*expected 3 axes"),
+        ("random", {"features": torch.rand(2, 12, 8), "layer_inputs": torch.rand(2, 11, 8)}, "disagree"),
+        ("random", {"layer_inputs": torch.rand(1, 12, 8), "text_inputs": torch.rand(1, 3, 7)}, "width 7"),
+        *(
+            (name, {"text_attention": torch.rand(2, 1, 3, 12), "text_to_text": torch.rand(shape)}, message)
+            for name in ("sparsevlm", "adaptinfer")
+            for shape, message in [((2, 1, 4, 4), "on the words"), ((1, 1, 3, 3), "with batch 2")]
+        ),
+    ],
+)
+def test_text_of_a_layer_is_checked(method: str, tensors: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        vlmprune.select(method, 4, **tensors)
+
+
+def test_text_of_a_layer_that_fits_is_read() -> None:
+    mask = torch.tensor([[True, True, False], [True] * 3])
+    assert vlmprune.select("dart", 4, **of_layer(), query_mask=mask).shape == (2, 4)

@@ -78,9 +78,28 @@ _RANKS = {
     "lm_keys": (4,),
     "lm_states": (3,),
     "frame_vectors": (3,),
+    "text_to_text": (4,),
+    "text_keys": (4,),
+    "text_states": (3,),
+    "layer_inputs": (3,),
+    "text_inputs": (3,),
 }
 _ONE_A_PATCH = ("received_attention", "wide_attention", "pooling_attention")
-_APART = ("cls_features", "text_embeds", "frame_vectors")  # hold no row per token
+# name -> axes, of those that hold no row per token
+_APART = {
+    "cls_features": "(batch, crops, width)",
+    "text_embeds": "(batch, words, width)",
+    "frame_vectors": "(batch, frames, width)",
+    "text_to_text": "(batch, heads, words, words)",
+    "text_keys": "(batch, words, heads, width)",
+    "text_states": "(batch, words, width)",
+    "text_inputs": "(batch, words, width)",
+}
+# text of a layer -> tokens of it that are as wide
+_OF_LAYER = {"text_keys": "lm_keys", "text_states": "lm_states", "text_inputs": "layer_inputs"}
+_AS_WIDE = {"text_embeds": "features", **_OF_LAYER}
+# axes with the words that query that layer
+_QUERIES = {"text_attention": (2,), "text_to_text": (2, 3), **dict.fromkeys(_OF_LAYER, (1,))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,19 +204,7 @@ class VisualTokens:
             raise SpecError(
                 f"tensors disagree on (batch, tokens): {shapes}; give them all for the same units"
             )
-        if self.cls_features is not None and shapes and self.cls_features.shape[0] != self.batch:
-            shape = tuple(self.cls_features.shape)
-            raise SpecError(
-                f"cls_features has shape {shape}; expected (batch, crops, width) with batch {self.batch}"
-            )
-        vectors = self.frame_vectors
-        if vectors is not None and tuple(vectors.shape[:2]) != (self.batch, len(self.grids)):
-            raise SpecError(
-                f"frame_vectors has shape {tuple(vectors.shape)}; expected (batch, frames, width) with batch "
-                f"{self.batch} and {len(self.grids)} frames, one for each block of the grid"
-            )
-        if self.text_embeds is not None:
-            self._check_text(self.text_embeds, bool(shapes))
+        self._check_apart(given, bool(shapes))
         widths = {
             name: given[name].shape[-1] for name in ("encoder_features", "cls_features") if name in given
         }
@@ -223,22 +230,38 @@ class VisualTokens:
                 f"{self.count}"
             )
 
-    def _check_text(self, text: Tensor, counted: bool) -> None:
-        """Text of the same units, and a mask for each of its words."""
-        shape, mask = tuple(text.shape), self.query_mask
-        if counted and shape[0] != self.batch:
-            expected = f"(batch, words, width) with batch {self.batch}"
-            raise SpecError(f"text_embeds has shape {shape}; expected {expected}")
-        if self.features is not None and shape[2] != self.features.shape[2]:
+    def _check_apart(self, given: Mapping[str, Tensor], counted: bool) -> None:
+        """What holds no row per token: of the same units, of one text, as wide as the tokens."""
+        for name, axes in _APART.items():
+            if name in given and counted and given[name].shape[0] != self.batch:
+                shape = tuple(given[name].shape)
+                raise SpecError(f"{name} has shape {shape}; expected {axes} with batch {self.batch}")
+        vectors, text, mask = self.frame_vectors, self.text_embeds, self.query_mask
+        if vectors is not None and tuple(vectors.shape[:2]) != (self.batch, len(self.grids)):
             raise SpecError(
-                f"text_embeds has width {shape[2]}, features {self.features.shape[2]}; expected both as the "
-                "language model reads them"
+                f"frame_vectors has shape {tuple(vectors.shape)}; expected (batch, frames, width) with batch "
+                f"{self.batch} and {len(self.grids)} frames, one for each block of the grid"
             )
-        if mask is not None and not (
-            isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == shape[:2]
-        ):
-            given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise SpecError(f"query_mask is {given}; expected bool of shape {shape[:2]}, True for words")
+        words = {
+            name: tuple(given[name].shape[axis] for axis in axes)
+            for name, axes in _QUERIES.items()
+            if name in given
+        }
+        if len({number for numbers in words.values() for number in numbers}) > 1:
+            raise SpecError(f"tensors disagree on the words: {words}; give them all for the same text")
+        for name, other in _AS_WIDE.items():
+            if name in given and other in given and given[name].shape[2:] != given[other].shape[2:]:
+                one, two = (" x ".join(map(str, given[held].shape[2:])) for held in (name, other))
+                raise SpecError(
+                    f"{name} has width {one}, {other} {two}; expected both as the language model reads them"
+                )
+        if mask is None or (text is None and not words):
+            return
+        first = next(iter(words), "")
+        shape = (given[first].shape[0], words[first][0]) if text is None else tuple(text.shape[:2])
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == shape):
+            held = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise SpecError(f"query_mask is {held}; expected bool of shape {shape}, True for words")
 
     def _any(self) -> tuple[str, Tensor]:
         for name in _RANKS:
