@@ -12,7 +12,8 @@ from torch import Tensor
 
 import vlmprune
 from vlmprune.core.method import Method
-from vlmprune.errors import CaptureError, InvariantError, SpecError, UnsupportedError
+from vlmprune.core.tokens import VisualTokens
+from vlmprune.errors import CaptureError, GridError, InvariantError, SpecError, UnsupportedError
 from vlmprune.methods.baselines import Dense
 from vlmprune.methods.fastervlm import FasterVLM
 from vlmprune.spec import Budget
@@ -368,6 +369,24 @@ def of_layer(rows: int = 3, batch: int = 2, width: int = 8) -> dict[str, Tensor]
 def test_text_of_a_layer_is_checked(method: str, tensors: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         vlmprune.select(method, 4, **tensors)
+
+
+class Uncompared(Tensor):
+    """A tensor that no == may touch."""
+
+    def __eq__(self, other: object) -> Any:
+        raise AssertionError("compared")
+
+    __hash__ = Tensor.__hash__
+
+
+def test_a_field_is_looked_up_without_comparing_its_values() -> None:
+    rows = torch.rand(1, 4, 2).as_subclass(Uncompared)
+    assert VisualTokens(features=rows).need("features") is rows
+    with pytest.raises(CaptureError, match="needs 'keys'"):
+        VisualTokens(features=rows).need("keys")
+    with pytest.raises(GridError, match="needs 'grids'"):
+        VisualTokens(features=rows).need("grids")
 
 
 def test_text_of_a_layer_that_fits_is_read() -> None:

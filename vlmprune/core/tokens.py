@@ -334,12 +334,14 @@ class VisualTokens:
         if layer is not None:
             return self._of_layer(name, layer)
         value = getattr(self, name)
-        if name == "grids" and value == ():
+        # an empty tuple; == with a tensor would go through torch
+        empty = isinstance(value, tuple) and not value
+        if name == "grids" and empty:
             raise GridError(
                 "this method needs 'grids', the rows and columns that tokens form, and they are not known "
                 "here; pass grid=..., or use a method that reads features only, e.g. 'divprune@64'"
             )
-        if value is None or value == ():
+        if value is None or empty:
             given = {one.name: getattr(self, one.name) for one in fields(self)}
             have = [name for name, held in given.items() if isinstance(held, Tensor) or callable(held)]
             raise CaptureError(
