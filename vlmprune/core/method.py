@@ -4,16 +4,17 @@
 A method is a frozen dataclass whose fields are its options. It says in which slot it acts and what it
 ``needs``, and overrides the verb of that slot:
 
-* before and inside the language model exactly one of ``score(tokens) -> (B, N)`` (higher is kept),
+* before and inside the language model one of ``score(tokens) -> (B, N)`` (higher is kept),
   ``select(tokens, k) -> keep_idx (B, k)`` (the method chooses a set) and ``merge(tokens, k) -> Merged`` (it
-  changes features); where the data may say how many tokens stay, ``own(tokens)`` beside or in place of it;
+  changes features), of several the last, see ``kind``; where the data may say how many tokens stay,
+  ``own(tokens)`` beside or in place of it;
 * in the attention slot one of ``reweight``, ``relogit`` and ``head_scales``, with at most one source of marks
   (``mark``, ``mark_columns``, ``mark_tokens``); in the decode slot ``visible`` or ``look``, in the encoder
   slot ``shorten``;
 * outside of a model, ``shrink`` in the picture slot, which is before the processor, and ``region`` in the
   answer slot, which asks the model again.
 
-It never sorts, gathers, masks, counts budgets or sees a model: that is done once, for all methods.
+It never turns final scores into kept indices, counts budgets or sees a model: that is done once, for all.
 """
 
 from __future__ import annotations
@@ -374,9 +375,7 @@ class Method:
         if not kinds and cls.own is not Method.own:
             return "select"  # a mask of its own is all that there is
         if not kinds:
-            raise SpecError(
-                f"method {cls.__name__} overrides none of {', '.join(verbs)}; override exactly one"
-            )
+            raise SpecError(f"method {cls.__name__} overrides none of {', '.join(verbs)}; override one")
         # a merging or set method may also score, for notebooks: the strongest verb decides how tokens are cut
         return kinds[-1]
 
