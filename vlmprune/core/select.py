@@ -167,8 +167,8 @@ def _checked_indices(method: Method, keep: Tensor, batch: int, n: int, k: int, c
     checks.finite(
         trouble,
         lambda: InvariantError(
-            f"{method.name}: select returned indices {_culprits(keep, 0, n)}; expected {k} distinct indices "
-            f"in 0..{n - 1} per row"
+            f"{method.name}: select returned indices {_culprits(keep, trouble, 0, n)}; expected {k} distinct "
+            f"indices in 0..{n - 1} per row"
         ),
     )
     return keep
@@ -197,23 +197,16 @@ def _checked_rows(
     checks.finite(
         trouble,
         lambda: InvariantError(
-            f"{method.name}: merge returned slots {_culprits(ordered, -1, n)}; expected -1 or distinct "
-            f"indices in 0..{n - 1} per row"
+            f"{method.name}: merge returned slots {_culprits(ordered, trouble, -1, n)}; expected -1 or "
+            f"distinct indices in 0..{n - 1} per row"
         ),
     )
     return merged
 
 
-def _misplaced(ordered: Tensor, lowest: int, n: int) -> Tensor:
-    """(B, K) bool: ascending indices out of range, or equal to their left neighbour (-1 may repeat)."""
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return (ordered < lowest) | (ordered >= n) | repeated
-
-
-def _culprits(ordered: Tensor, lowest: int, n: int) -> str:
-    rows, places = _misplaced(ordered, lowest, n).nonzero(as_tuple=True)
-    wrong = ordered[rows, places].tolist()
+def _culprits(ordered: Tensor, trouble: Tensor, lowest: int, n: int) -> str:
+    """Indices (B, K) that ``trouble`` (B, K) marks, by what is wrong with them."""
+    wrong = ordered[trouble != 0].tolist()
     outside = [i for i in wrong if not lowest <= i < n]
     twice = [i for i in wrong if lowest <= i < n]
     return "; ".join(
