@@ -24,7 +24,7 @@ from ..errors import SpecError, UnsupportedError
 FORMAT, VERSION = "vlmprune.weights", 1
 SHIPPED = Path(__file__).parents[1] / "assets" / "weights"  # folders named like the bundled models
 SHIPPED_FOR = ("tiny",)
-_OF_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
+OF_BACKBONE = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
 
 Shapes = Mapping[str, tuple[str, ...]]  # name of a tensor -> letters of its axes; a number stands for itself
 Facts = Mapping[str, Any]  # what the JSON file says
@@ -33,7 +33,7 @@ Facts = Mapping[str, Any]  # what the JSON file says
 def backbone_of(config: Any) -> dict[str, Any]:
     """What tells the language model of a config from another: type, width, layers, key heads."""
     text = config.get_text_config()
-    return {name: getattr(text, name) for name in _OF_BACKBONE}
+    return {name: getattr(text, name) for name in OF_BACKBONE}
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,11 +33,10 @@ from torch import Tensor
 
 from ..checks import check_int, check_number, one_of
 from ..core.method import Method, Rows, SlotName, What
+from ..core.weights import OF_BACKBONE
 from ..errors import SpecError
 from ..registry import register
 from .var.sinks import backbone
-
-_NAMES = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
 
 
 @register("act")
@@ -143,12 +142,12 @@ def read_heads(path: str, config: Any) -> dict[int, tuple[int, ...]]:
     """Heads by layer from a recipe; refused where it is of another backbone."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        written_for = tuple(recipe[name] for name in _NAMES)
+        written_for = tuple(recipe[name] for name in OF_BACKBONE)
         heads = {int(layer): tuple(sorted(map(int, some))) for layer, some in recipe["heads"].items()}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise SpecError(
-            f"recipe={path!r} cannot be read ({error}); expected YAML with {', '.join(_NAMES)} and heads, a "
-            "list of heads per layer"
+            f"recipe={path!r} cannot be read ({error}); expected YAML with {', '.join(OF_BACKBONE)} and "
+            "heads, a list of heads per layer"
         ) from error
     if written_for != backbone(config):
         raise SpecError(f"recipe={path!r} is of {written_for}, this backbone is {backbone(config)}")

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ...core.weights import OF_BACKBONE
 from ...errors import SpecError, UnsupportedError
 
 # (model type, width, layers, key heads) -> published sink dimensions; key heads tell Llama-2 from Llama-3
@@ -19,12 +20,10 @@ SINK_DIMS = {
     ("qwen2", 3584, 28, 4): (458, 2570),
 }
 
-_NAMES = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads")
-
 
 def backbone(config: Any) -> tuple[Any, ...]:
     """What tells one backbone from another: type, width, layers, key heads."""
-    return tuple(getattr(config, name) for name in _NAMES)
+    return tuple(getattr(config, name) for name in OF_BACKBONE)
 
 
 def dims_of(language_model: Any, recipe: str | None, tau: float) -> tuple[int, ...]:
@@ -48,7 +47,7 @@ def save_recipe(model: Any, path: str | Path, tau: float = 20.0) -> tuple[int, .
     )
     dims = find_sink_dims(language_model, tau)
     recipe = {
-        **dict(zip(_NAMES, backbone(language_model.config), strict=True)),
+        **dict(zip(OF_BACKBONE, backbone(language_model.config), strict=True)),
         "tau": tau,
         "sink_dims": list(dims),
     }
@@ -60,7 +59,7 @@ def load_recipe(path: str, config: Any) -> tuple[int, ...]:
     """Sink dimensions from a recipe; refused when it was written for another backbone."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        dims, written_for = tuple(map(int, recipe["sink_dims"])), tuple(recipe[name] for name in _NAMES)
+        dims, written_for = tuple(map(int, recipe["sink_dims"])), tuple(recipe[name] for name in OF_BACKBONE)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise SpecError(
             f"recipe={path!r} cannot be read ({error}); expected a file that save_recipe wrote"
