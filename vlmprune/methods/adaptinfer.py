@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import check_ids
+from ..checks import check_ids, check_layers, check_number
 from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -79,16 +79,15 @@ class AdaptInfer(Method):
 
     def __post_init__(self) -> None:
         layers, budgets = self.layers, self.budgets
-        if layers is not None and (not layers or layers[0] < 0 or any(a >= b for a, b in pairwise(layers))):
-            raise SpecError(f"layers={layers}; expected ascending decoder layers, such as (1, 10, 20)")
+        if layers is not None:
+            check_layers("layers", layers, first=0)
         if budgets is not None:
             if any(b < 0 or (type(b) is float and not 0 < b <= 1) for b in budgets):
                 raise SpecError(f"budgets={budgets}; expected numbers of tokens, or shares in (0, 1]")
             stages = len(LAYERS) if layers is None else len(layers)
             if len(budgets) != stages:
                 raise SpecError(f"budgets={budgets} for {stages} layers; expected one budget per layer")
-        if not 0 <= self.mix <= 1:
-            raise SpecError(f"mix={self.mix}; expected a number from 0 to 1")
+        check_number("mix", self.mix, 0, 1)
         check_ids("skip", self.skip)
         object.__setattr__(self, "skips", self.skip)
 

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import one_of
+from ..checks import check_int, one_of
 from ..core.method import CutPoint, Method, Need, Positions, SlotName, What
 from ..core.select import best_first, highest, top_k
 from ..core.tokens import VisualTokens
@@ -73,9 +73,7 @@ class DART(Method):
         one_of("norm", self.norm, ("l1", "l2"))
         one_of("variant", self.variant, ("exact", "official", "union"))
         for name, least in (("layer", 1), ("visual_pivots", 1), ("text_pivots", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise SpecError(f"{name}={value!r} of dart; expected a whole number from {least} on")
+            check_int(name, getattr(self, name), least)
         one_of("at", self.at, ("layer", "input"))
         if self.at == "input":
             self._check_input()

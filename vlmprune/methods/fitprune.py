@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import one_of
+from ..checks import check_int, one_of
 from ..core.method import CutPoint, Method, Need, Positions, SlotName
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
@@ -87,8 +87,7 @@ class FitPrune(Method):
 
     def __post_init__(self) -> None:
         one_of("percent", self.percent, tuple(TABLES))
-        if type(self.min_delete) is not int or self.min_delete < 1:
-            raise SpecError(f"min_delete={self.min_delete!r}; expected a number of tokens from 1 on")
+        check_int("min_delete", self.min_delete, 1)
         given = self.schedule
         if given is not None and (min(given, default=-1) < 0 or not 0 < sum(given) < PATCHES):
             raise SpecError(
