@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from vlmprune.core.budget import share_of
 from vlmprune.core.method import Need
 from vlmprune.core.select import choose
 from vlmprune.core.tokens import VisualTokens
 from vlmprune.errors import SpecError, UnsupportedError
-from vlmprune.methods.vispruner import VisPruner, share_of
+from vlmprune.methods.vispruner import VisPruner
 
 
 def inputs(batch=2, heads=3, n=36, width=8, seed=0, **dtype):

@@ -91,5 +91,10 @@ class Budget(Printed):
         """Tokens kept of ``n``: at least one, never more than there are, fractions rounded down."""
         if isinstance(self.keep, int):
             return min(self.keep, n)
-        # 0.29 * 100 is 28.999999999999996: the product is rounded before the floor
-        return min(n, max(1, math.floor(round(self.keep * n, 6))))
+        return min(n, max(1, share_of(n, self.keep)))
+
+
+def share_of(n: int, share: float) -> int:
+    """Whole tokens in a share of n, rounded down."""
+    # 0.29 * 100 is 28.999999999999996: the product is rounded before the floor
+    return math.floor(round(share * n, 6))

@@ -29,12 +29,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..checks import check_int, check_number, one_of
+from ..core.budget import share_of
 from ..core.method import Method, Need
 from ..core.select import ranked
 from ..core.tokens import VisualTokens
 from ..registry import register
-from .fastervlm import check_tower_options
-from .vispruner import check_pairs, share_of, side_by_side, without_twins
+from .pairs import check_pairs
+from .tower import check_tower_options
+from .vispruner import side_by_side, without_twins
 
 EPS = 1e-6
 

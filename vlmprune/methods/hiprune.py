@@ -31,7 +31,7 @@ from ..core.select import first_to_fit, ranked, top_k
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
-from .fastervlm import check_tower_options
+from .tower import check_tower_options
 
 
 def neighbourhoods(grids: Grids) -> Tensor:

@@ -38,7 +38,7 @@ from ..core.select import ranked, rest_of, rows_at, top_k
 from ..core.tokens import VisualTokens
 from ..errors import UnsupportedError
 from ..registry import register
-from .fastervlm import check_tower_options
+from .tower import check_tower_options
 
 _LAST = -1  # the block whose queries and keys are read, as an index into the hidden states
 _CENTRES_AT_ONCE = 512  # bounds the cosines held at a time

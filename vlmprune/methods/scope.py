@@ -26,8 +26,8 @@ from ..core.tokens import VisualTokens
 from ..errors import InvariantError
 from ..kernels import dispatch
 from ..registry import register
-from .fastervlm import check_tower_options
 from .pairs import check_pairs, patch_rows
+from .tower import check_tower_options
 
 COMBINE = ("product", "sum")
 

@@ -23,7 +23,6 @@ the official code (commit aefa01a, Apache-2.0); no code copied.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,14 +31,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..checks import check_int, check_number, one_of
+from ..core.budget import share_of
 from ..core.method import Method, Need, What
 from ..core.select import ranked
 from ..core.tokens import VisualTokens
-from ..errors import UnsupportedError
 from ..registry import register
-from .fastervlm import check_tower_options
-
-MOST = 4096  # tokens of a unit: all pairs are compared, and their cosines held
+from .pairs import check_pairs
+from .tower import check_tower_options
 
 
 def without_twins(features: Tensor, residual: Tensor, k: int, step: int = 8, raster: bool = False) -> Tensor:
@@ -68,23 +66,9 @@ def without_twins(features: Tensor, residual: Tensor, k: int, step: int = 8, ras
     return residual[:, :k]
 
 
-def share_of(k: int, share: float) -> int:
-    """Whole tokens in a share of k, rounded down."""
-    return math.floor(round(k * share, 6))  # 0.29 * 100 is 28.999999999999996
-
-
 def side_by_side(encoded: Tensor, count: int) -> Tensor:
     """(B, N, r * C) features of tokens that r patches each are merged to, from (B, r * N, C)."""
     return encoded.unflatten(1, (count, -1)).flatten(2)
-
-
-def check_pairs(name: str, count: int) -> None:
-    """Raise where a method cannot hold the cosines of all pairs of ``count`` tokens."""
-    if count > MOST:
-        raise UnsupportedError(
-            f"{name} compares all pairs of a unit and holds {MOST} tokens at most, but this one has {count}; "
-            f"spend the budget per tile or frame, as in '{name}@64/crop'"
-        )
 
 
 @register("vispruner")

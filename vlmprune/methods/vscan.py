@@ -38,7 +38,7 @@ from ..core.select import rest_of, rows_at, top_k, top_k_in_groups
 from ..core.tokens import VisualTokens
 from ..errors import SpecError
 from ..registry import register
-from .fastervlm import check_tower_options
+from .tower import check_tower_options
 
 
 @register("vscan")
