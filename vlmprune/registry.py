@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import one_of
-from .core.method import NEEDS, SLOTS, VERBS, Method, Need
+from .core.method import NEEDS, SLOTS, VERBS, Counts, Layout, Method, Need, Positions
 from .errors import SpecError, did_you_mean, reason
 from .lazytable import LazyTable
 
@@ -164,9 +164,9 @@ def _check_class(name: str, cls: type[Method]) -> None:
             f"method {name!r} says stage={vars(cls)['stage']!r}; where a method acts is its `slot` now"
         )
     one_of("slot", cls.slot, SLOTS)
-    one_of("positions", cls.positions, ("compact", "original"))
-    one_of("layout", cls.layout, ("packed", "spatial"))
-    one_of("counts", cls.counts, ("budget", "own", "both"))
+    one_of("positions", cls.positions, get_args(Positions))
+    one_of("layout", cls.layout, get_args(Layout))
+    one_of("counts", cls.counts, get_args(Counts))
     if cls.slot == "before_lm" and cls.counts != "budget" and cls.own is Method.own:
         raise SpecError(f"method {name!r} says counts={cls.counts!r} but does not override own; override it")
     if cls.slot != "inside_lm":  # there a schedule alone may say enough
