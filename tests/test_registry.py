@@ -176,7 +176,7 @@ def test_a_name_is_text(name: object) -> None:
 def test_method_info_describes_without_a_model() -> None:
     register("toy")(toy(__doc__="Ranks nothing.", needs=("features",), paper="arXiv:0", nested=False))
     info = method_info("toy")
-    assert (info.name, info.stage, info.kind, info.positions, info.paper) == (
+    assert (info.name, info.slot, info.kind, info.positions, info.paper) == (
         "toy",
         "before_lm",
         "score",

@@ -107,11 +107,6 @@ class MethodInfo:
     counts: str
     clips: bool
 
-    @property
-    def stage(self) -> str:
-        """The name that ``slot`` had."""
-        return self.slot
-
     def __repr__(self) -> str:
         options = ", ".join(option.name for option in self.options) or "none"
         return (

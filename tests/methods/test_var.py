@@ -232,7 +232,7 @@ def test_layers_are_those_of_the_paper():
 
 def test_the_registry_describes_it():
     info = vlmprune.method_info("var")
-    assert (info.stage, info.budgeted, info.query_aware, info.needs, info.kind) == (
+    assert (info.slot, info.budgeted, info.query_aware, info.needs, info.kind) == (
         "attention",
         False,
         True,

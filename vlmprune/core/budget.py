@@ -7,12 +7,10 @@ import math
 import re
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
 
 from ..checks import one_of
 from ..errors import SpecError
 
-Scope = Literal["image", "crop", "total"]
 SCOPES = ("image", "crop", "total")
 LARGEST = 2**63 - 1
 _FRACTION = re.compile(r"(?![0-9]+$)(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
