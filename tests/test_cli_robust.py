@@ -165,10 +165,26 @@ def test_a_hostile_chat_template_is_one_line(tmp_path, photo):
     assert "error: the chat template of the model fails (SecurityError: " in result.stderr
 
 
-def test_a_schedule_of_its_own_can_be_drawn_for_all_the_check_knows():
-    from vlmprune.cli.run import _check_draw
+@pytest.mark.parametrize("name", ["same", "soft link", "hard link", "other way to it"])
+def test_a_drawing_does_not_replace_the_picture_it_is_of(tmp_path, photo, name):
+    own = tmp_path / "own.png"
+    own.write_bytes(before := photo.read_bytes())
+    out = own if name == "same" else tmp_path / "link.png"
+    if name == "soft link":
+        out.symlink_to(own)
+    elif name == "hard link":
+        out.hardlink_to(own)
+    elif name == "other way to it":
+        out = tmp_path / ".." / tmp_path.name / "own.png"
+    result = cli("run", own, "What?", "--draw", out, code=2)
+    assert f"--draw '{out}' is the file '{own}' itself, which would be overwritten" in result.stderr
+    assert own.read_bytes() == before
 
-    assert _check_draw(Path("kept.png"), vlmprune.parse("pyramiddrop")) is None
+
+def test_a_schedule_of_its_own_can_be_drawn_for_all_the_check_knows():
+    from vlmprune.cli.drawing import check_draw
+
+    assert check_draw(Path("kept.png"), None, vlmprune.parse("pyramiddrop")) is None
 
 
 # --- narrow screens -------------------------------------------------------------------------------

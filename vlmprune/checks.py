@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from .errors import SpecError, did_you_mean
 
@@ -59,3 +60,13 @@ def check_layers(option: str, layers: Sequence[object], first: int, count: int |
     if not ascending or not (layers if count is None else len(layers) == count):
         number = "" if count is None else f"{count} "
         raise SpecError(f"{option}={layers!r}; expected {number}ascending decoder layers from {first} on")
+
+
+def check_apart(option: str, out: Path, inputs: Iterable[Path]) -> None:
+    """Raise where an output is one of the files that are read, by whatever name or link it is given."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise SpecError(
+                f"{option} {str(out)!r} is the file {str(path)!r} itself, which would be overwritten; choose "
+                "another name"
+            )

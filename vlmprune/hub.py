@@ -219,9 +219,9 @@ def _check_maps(folder: Path) -> str:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    named = [folder / name for name in ("run.json", "results.json", "speed.json")]
-    cells = [path for ending in ("*.json", "*.jsonl") for path in sorted((folder / "cells").glob(ending))]
-    return [path for path in named if path.is_file()] + cells
+    from .evaluation.leaderboard.rundir import Run
+
+    return Run(folder).files()
 
 
 def _weight_files(folder: Path) -> list[Path]:

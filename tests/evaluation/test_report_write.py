@@ -55,6 +55,15 @@ def test_a_place_that_cannot_be_written_leaves_nothing(run_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.parametrize("name", ["run.json", "results.json", "link.json"])
+def test_a_report_does_not_replace_a_file_of_its_run(broken_run, name):
+    (broken_run / "link.json").symlink_to(broken_run / "results.json")
+    before = (broken_run / name).read_bytes()
+    with pytest.raises(SpecError, match=rf"--out '.*{name}' is the file '.*json' itself, which would be"):
+        write_report(broken_run, out=broken_run / name)
+    assert (broken_run / name).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [(errno.EROFS, "choose another place with --out"), (errno.ENOSPC, "the disk is full: make room")],

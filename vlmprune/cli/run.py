@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import InvariantError, SpecError, UnsupportedError, VlmPruneError
+from ..errors import InvariantError, SpecError, UnsupportedError
+from .drawing import check_draw, draw_kept
 from .screen import Json, plain, print_json, stderr, stdout, table
 from .threads import Threads, limit_threads
 
@@ -66,7 +67,7 @@ def run(
     spec, expected = _spec(prune), None
     picture = _shown(image, frames, spec)
     if draw is not None:
-        _check_draw(draw, spec)
+        check_draw(draw, image, spec)
 
     from ..models.loading import BUNDLED, load
 
@@ -82,7 +83,7 @@ def run(
     with stderr().status("generating"):
         pruned, whole, report = _answers(loaded, processor, asked, spec, max_new_tokens, dense, warm)
     if draw is not None:
-        _draw(report, picture, draw, spec)
+        draw_kept(report, picture, draw, spec)
     # what is shown, as a table or as JSON
     found: dict[str, Any] = {"model": model, "prune": str(spec), "image": image, "question": question}
     found["clip"] = None if asked.clip is None else _of_clip(asked.clip, asked.frames, report)
@@ -251,28 +252,6 @@ def _shown(path: str | None, frames: int | None, spec: Spec) -> Any:
     return open_picture(path)
 
 
-def _check_draw(path: Path, spec: Spec) -> None:
-    from PIL import Image
-
-    # endings of formats that Pillow can write, and not only read
-    known = sorted(ending for ending, form in Image.registered_extensions().items() if form in Image.SAVE)
-    if path.suffix.lower() not in known:
-        raise SpecError(
-            f"--draw {str(path)!r} ends in {path.suffix!r}; expected a picture file such as kept.png"
-        )
-    if not path.absolute().parent.is_dir():
-        raise SpecError(
-            f"--draw {str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first"
-        )
-    from ..models.shrink import shrinks
-
-    if not spec.prunes or shrinks(spec):
-        why = "shrinks the picture and chooses no tokens" if spec.prunes else "keeps every token"
-        raise SpecError(
-            f"--draw has nothing to show: {str(spec)!r} {why}; give a budget, as in fastervlm@0.25"
-        )
-
-
 def _measured(loaded: Any, warm: bool) -> str:
     how = "after a warm-up" if warm else "without a warm-up, pruned first"
     return (
@@ -304,32 +283,6 @@ def _note(model: str, loaded: Any, report: Report, expected: str | None) -> str 
             "model was made for, so its answer means little"
         )
     return None
-
-
-def _draw(report: Report, picture: Any, path: Path, spec: Spec) -> None:
-    if not report.keep:
-        raise UnsupportedError(
-            f"--draw: {report.method!r} recorded no kept tokens; expected a method before the language model"
-        )
-    from ..videofile import Clip, clock
-    from ..viz.strip import draw_strip
-
-    if isinstance(picture, Clip):
-        labels = [clock(time) for time in picture.times]
-        drawn = draw_strip(picture.frames, report.keep, labels, spec.merges)
-    elif len(report.keep) > 1:
-        raise UnsupportedError(
-            f"--draw: the tiles of this picture are {len(report.keep)} pictures to the model, and no one map "
-            "lies on the whole; give a smaller picture, which is cut into fewer, or leave --draw out"
-        )
-    else:
-        drawn = report.keep[0].draw(picture)
-    try:
-        drawn.save(path)
-    except OSError as error:
-        raise VlmPruneError(
-            f"--draw {str(path)!r} cannot be written ({error}); choose another place"
-        ) from error
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -133,6 +133,14 @@ class Run:
                 )
         return run
 
+    def files(self) -> list[Path]:
+        """Those that are there of the run itself; reports of it are not among them."""
+        named = [self.folder / name for name in ("run.json", "results.json", "speed.json")]
+        cells = [
+            path for ending in ("*.json", "*.jsonl") for path in sorted((self.folder / "cells").glob(ending))
+        ]
+        return [path for path in named if path.is_file()] + cells
+
     @cached_property
     def info(self) -> dict[str, Any]:
         return read_object(self.folder / "run.json")

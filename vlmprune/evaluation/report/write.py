@@ -7,7 +7,7 @@ from collections.abc import Callable
 from os import PathLike, fspath, sep
 from pathlib import Path
 
-from ...checks import one_of
+from ...checks import check_apart, one_of
 from ...errors import EvaluationError, SpecError
 from ...textfile import replace_text
 from ..leaderboard.rundir import Run
@@ -48,6 +48,7 @@ def write_report(
     options = options or Options()
     _check_options(name, options)
     run = Run.open(folder)
+    check_apart("--out", path, run.files())
     results = check(run)
     if options.table == "tasks" and not pivots(results.rows):
         tasks = sorted({row.task for row in results.rows})
