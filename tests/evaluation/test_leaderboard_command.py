@@ -208,11 +208,22 @@ def test_options_change_a_config(tmp_path):
     path.write_text("models: [tiny]\nspecs: [holov@9]\nlimit: 5\n")
     assert _config(path, None, False, {"limit": None}).limit == 5
     assert _config(path, None, False, {"limit": 7, "batch_size": 2}).batch_size == 2
-    assert _config(path, None, True, {"limit": None}).limit == _config(None, None, True, {}).limit
     assert [str(spec) for spec in _config(path, "random(seed=1)@9, pool@9", False, {}).specs] == [
         "random(seed=1)@9",
         "pool@9",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "asked"),
+    [("limit: 5", None, 5), ("limit: 1000", None, 400), ("", None, 400), ("limit: 5", 7, 7)],
+)
+def test_quick_asks_no_more_than_a_config_says_and_keeps_its_budgets(tmp_path, written, given, asked):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"models: [tiny]\nspecs: [holov@9, holov@18]\n{written}\n")
+    config = _config(path, None, True, {"limit": given})
+    assert config.limit == asked and [str(spec) for spec in config.specs] == ["holov@9", "holov@18"]
+    assert _config(None, None, True, {"limit": given}).limit == (given or 400)
 
 
 def test_a_task_takes_a_gpu_only_on_a_gpu():

@@ -28,7 +28,10 @@ def leaderboard(
         str | None, typer.Option(help="Instead of the config's: 'fastervlm@32,holov@32'.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One budget and fewer questions: about a minute.")
+        bool,
+        typer.Option(
+            "--quick", help="At most 400 questions, one budget: about a minute. A config keeps its budgets."
+        ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; the same again goes on where it was.")
@@ -148,9 +151,10 @@ def _config(path: Path | None, specs: str | None, quick: bool, changes: dict[str
         one_of("--positions", changes["positions"], POSITIONS)
 
     config = default_config(quick) if path is None else load(path)
-    # a config of the user keeps its specs and asks fewer questions, unless --limit says how many
-    if path is not None and quick:
-        changes = {"limit": QUICK_QUESTIONS} | {key: value for key, value in changes.items() if value}
+    # a config of the user keeps its specs and asks no more questions, unless --limit says how many
+    if quick and changes.get("limit") is None:
+        asked = QUICK_QUESTIONS if config.limit is None else min(config.limit, QUICK_QUESTIONS)
+        changes = {**changes, "limit": asked}
     # read as a config to have the specs checked; its model is not used
     if specs is not None:
         config = replace(config, specs=Config.of({"models": ["tiny"], "specs": _listed(specs)}).specs)
