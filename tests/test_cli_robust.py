@@ -310,3 +310,13 @@ def test_the_shapes_of_the_help_are_those_that_there_are():
     for command in ("bench", "plan"):
         text = cli(command, "-h", columns=200).stdout
         assert all(shape in text for shape in SHAPES)
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [(["--text", 500], "--text 500"), (["--text", 9, "--scale", 4], "--text 9 and --scale 4")],
+)
+def test_options_of_shapes_are_refused_for_other_models(command, words, given):
+    error = cli(command, "--model", "tiny", *words, code=2).stderr
+    assert f"error: {given} for 'tiny': only shapes have these" in error and "llava-1.5-7b" in error

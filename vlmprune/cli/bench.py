@@ -25,7 +25,9 @@ Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 PLANNED = "fastervlm@0.125"
 Batch = Annotated[int, typer.Option(min=1, help="Equal prompts at once.")]
 Answer = Annotated[int, typer.Option(min=2, help="New tokens of a whole answer.")]
-TextTokens = Annotated[int, typer.Option("--text", min=2, help="Text tokens of the prompt of a shape.")]
+TextTokens = Annotated[
+    int | None, typer.Option("--text", min=2, help="Text tokens of the prompt of a shape; default 60.")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians and 20/80 % are over them.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
@@ -46,7 +48,7 @@ def bench(
     ] = None,
     batch: Batch = 1,
     answer: Answer = 32,
-    text: TextTokens = 60,
+    text: TextTokens = None,
     rounds: Rounds = 9,
     answers: Annotated[int, typer.Option(min=1, help="Rounds of whole answers.")] = 3,
     device: Device = "cpu",
@@ -71,8 +73,9 @@ def bench(
     from ..speed.card import Effort, LeftOut, measure, save
     from ..speed.conditions import conditions
     from ..speed.shapes import unsupported
-    from ..speed.workload import make_workload
+    from ..speed.workload import check_of_shapes, make_workload
 
+    check_of_shapes(model or [MODEL], text, scale)
     rows: list[SpeedRow] = []
     left_out: list[LeftOut] = []
     missing = unsupported()
@@ -144,7 +147,7 @@ def plan(
     model: Model = MODEL,
     batch: Batch = 1,
     answer: Answer = 128,
-    text: TextTokens = 60,
+    text: TextTokens = None,
     worth: Annotated[
         float, typer.Option(min=0, max=1, help="Least share of the time that pruning must save.")
     ] = 0.05,

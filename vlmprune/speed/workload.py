@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .reading import Reading, reading_of_shape
 from .shapes import SHAPES, build, inputs_of
 
 SCALE_ON_CPU = 4
+TEXT = 60  # text tokens of a shape's prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +104,24 @@ class Workload:
         return counter.get_total_flops()
 
 
+def check_of_shapes(names: Iterable[str], text: int | None, scale: int | None) -> None:
+    """Raise where an option of shapes is given for a model that is none and would not follow it."""
+    given = [
+        f"--{option} {value}" for option, value in (("text", text), ("scale", scale)) if value is not None
+    ]
+    others = [name for name in names if name not in SHAPES]
+    if given and others:
+        raise SpecError(
+            f"{' and '.join(given)} for {others[0]!r}: only shapes have these, models are asked a fixed "
+            f"question at their own size; leave it out, or take --model {' or '.join(SHAPES)}"
+        )
+
+
 def make_workload(
     name: str,
     *,
     batch: int = 1,
-    text: int = 60,
+    text: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     scale: int | None = None,
@@ -116,10 +130,13 @@ def make_workload(
     """A workload from the name of a shape (see ``shapes.SHAPES``), ``"tiny"``, a folder or an HF id.
 
     Args:
-        text: text tokens of a shape's prompt; real checkpoints are asked a fixed question instead.
+        text: text tokens of a shape's prompt, ``TEXT`` by default; real checkpoints are asked a fixed
+            question, and take none.
         scale: divides width and depth of a shape; default 1 on CUDA, ``SCALE_ON_CPU`` elsewhere.
     """
+    check_of_shapes([name], text, scale)
     check_device(device)
+    text = TEXT if text is None else text
     if batch < 1 or text < 2:
         raise SpecError(
             f"batch={batch}, text={text}; expected a batch of at least 1 and at least 2 text tokens"
