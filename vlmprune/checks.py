@@ -70,3 +70,12 @@ def check_apart(option: str, out: Path, inputs: Iterable[Path]) -> None:
                 f"{option} {str(out)!r} is the file {str(path)!r} itself, which would be overwritten; choose "
                 "another name"
             )
+
+
+def check_cuts(spec: str, dense: Sequence[int], realised: Sequence[int], what: str, instead: str) -> None:
+    """Raise where a spec left all visual tokens of pictures, so that nothing can be measured."""
+    if list(realised) == list(dense):
+        raise SpecError(
+            f"{spec!r} cuts nothing of {what}, whose pictures have {list(dense)} visual tokens; give a "
+            f"budget below that, such as 0.25, or {instead}"
+        )

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vlmprune.errors import SpecError
 from vlmprune.speed.card import Effort
 from vlmprune.speed.plan import (
     LIMITS,
@@ -90,6 +91,13 @@ def test_ranges_end_where_pruning_stops_to_pay():
 def test_more_of_the_method_never_looks_better():
     gains = [costs(choose=choose).gain(CASE) for choose in (0.0, 0.1, 0.2)]
     assert gains == sorted(gains, reverse=True)
+
+
+@pytest.mark.parametrize("spec", ["fastervlm@144", "pool@144", "fastv(layer=2)@144"])
+def test_there_is_no_plan_for_a_budget_of_all_tokens(spec, monkeypatch):
+    monkeypatch.setattr("vlmprune.speed.plan.race", None)  # nothing is timed
+    with pytest.raises(SpecError, match=r"cuts nothing of tiny, whose pictures have \[144\] visual tokens"):
+        plan(make_workload("tiny"), spec)
 
 
 def test_a_plan_is_whole_and_says_what_it_rests_on():

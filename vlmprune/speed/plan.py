@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ..api import prune
-from ..errors import SpecError
+from ..checks import check_cuts
+from ..errors import InvariantError, SpecError
 from ..hooks.sequence.cache import cache_in, cache_name
 from ..spec import parse
 from .card import Effort, Tell, best_attention
@@ -96,6 +97,18 @@ def plannable(spec: str) -> str:
     return str(wanted)
 
 
+def _require_cut(workload: Workload, spec: str) -> None:
+    """Refuse a budget that leaves the pictures of this workload whole, before anything is timed."""
+    with prune(workload.model, spec) as run:
+        workload.first_token()
+    if run.last is None:
+        raise InvariantError(
+            f"there is no report of {spec!r}, so nothing shows what was pruned; expected one"
+        )
+    instead = "take a model whose pictures have more"
+    check_cuts(spec, run.last.dense_tokens, run.last.realised_tokens, workload.name, instead)
+
+
 def prefill_terms(batch: int, lengths: Lengths) -> list[float]:
     n = np.asarray(lengths, dtype=float)
     # averages over layers: after a cut inside, they read different numbers of tokens
@@ -145,6 +158,7 @@ def plan(
 ) -> dict[str, Any]:
     """Measure, fit, and answer for this workload and around it; plain values."""
     spec, effort = plannable(spec), effort or Effort(rounds=5)
+    _require_cut(workload, spec)
     tell("finding the fastest attention")
     attention, _ = best_attention(workload, rounds=2)
     tell("measuring prefill, decode, tower and choosing")
