@@ -18,6 +18,7 @@ from ..checks import one_of
 from ..errors import SpecError, UnsupportedError, VlmPruneError
 from ..hooks.adapter import ModalityName
 from ..spec import Spec
+from ..viz.overlay import open_picture
 from . import adapter_for, check_family
 from .shrink import shrink_for
 from .tiny import BUNDLED, load_tiny
@@ -120,6 +121,11 @@ def prompt(processor: Any, question: str, images: int = 1, kind: ModalityName = 
 
     PaliGemma has no dialogue: its question is a task, such as "answer en What is this?".
     """
+    if not isinstance(question, str):
+        raise SpecError(
+            f"the question is a {type(question).__name__}; expected one text, behind the picture: "
+            "encode(model, processor, image, question)"
+        )
     image = getattr(processor, f"{kind}_token", f"<{kind}>")
     for token in (getattr(processor, "image_token", "<image>"), getattr(processor, "video_token", None)):
         if token and token in question:
@@ -150,15 +156,16 @@ def encode(model: Any, processor: Any, image: Any, question: str, prune: str | S
 
     Args:
         model, processor: as ``load`` gives them, or as transformers loads them.
-        image: PIL image.
+        image: PIL image of any mode, or the path of a picture; the model is shown what maps are drawn on.
         question: plain text; the place of the picture and the turns of a dialogue are added.
         prune: a spec that changes the picture, such as ``"downsample@64"``; all others act inside the model.
     """
+    text, image = prompt(processor, question), open_picture(image)
     options: Mapping[str, Any] = {}
     if prune is not None:
         made = shrink_for(adapter_for(model), processor, prune)([image])
         (image,), options = made.images, made.options
-    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt", **options)
+    inputs = processor(images=image, text=text, return_tensors="pt", **options)
     return inputs.to(model.device, model.dtype)
 
 

@@ -66,7 +66,8 @@ def open_picture(image: Image.Image | str | PathLike[str], max_side: int | None 
 def _read(path: Any, max_side: int | None) -> Image.Image:
     if not isinstance(path, (str, PathLike)):
         raise SpecError(
-            f"image is a {type(path).__name__}; expected a PIL image or a path: PIL.Image.fromarray(...)"
+            f"image is a {type(path).__name__}; expected one PIL image or the path of one; arrays become "
+            "images by PIL.Image.fromarray(...)"
         )
     if re.match("[a-z]+://", str(path)):  # such as https://
         raise SpecError(f"{str(path)!r} is a URL, and none is read; expected the path of a file: download it")
