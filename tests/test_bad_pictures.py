@@ -10,6 +10,7 @@ from PIL import Image
 
 import vlmprune
 from vlmprune.errors import SpecError
+from vlmprune.hub import deployment_card
 from vlmprune.testing.tiny import picture
 
 QUESTION = "What shape is red?"
@@ -62,3 +63,29 @@ def test_the_model_sees_deep_grey_as_it_is_drawn(loaded, tmp_path, by_path):
     level = Image.fromarray(((grey.astype(np.float64) - low) / (high - low) * 255).astype(np.uint8))
     wanted = vlmprune.encode(*loaded, level, QUESTION)["pixel_values"]
     assert (seen - wanted).abs().max() < 0.02 and seen.std() > 0.1
+
+
+@pytest.mark.parametrize("slip", slips())
+def test_a_second_look_says_the_same(loaded, slip):
+    image, question, said = slips()[slip]
+    with pytest.raises(SpecError) as error:
+        vlmprune.refine(*loaded, image, question)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [3, "3", 3.0])
+def test_a_second_look_wants_layers_in_a_list(loaded, layers):
+    with pytest.raises(SpecError, match=r"layers='?3.*; expected a list of decoder layers, such as \[3"):
+        vlmprune.refine(*loaded, picture(), QUESTION, layers=layers)
+
+
+def test_a_second_look_takes_a_path(loaded, tmp_path):
+    vlmprune.example().picture.save(tmp_path / "a.png")
+    options = {"layers": [3], "steps": "first", "max_new_tokens": 2}
+    found = vlmprune.refine(*loaded, tmp_path / "a.png", QUESTION, **options)
+    assert found.box == vlmprune.refine(*loaded, vlmprune.example().picture, QUESTION, **options).box
+
+
+def test_a_card_needs_a_report():
+    with pytest.raises(SpecError, match=r"report is a NoneType; expected a Report, which is in run\.last"):
+        deployment_card("a/model", "fastervlm@64", None)

@@ -162,6 +162,11 @@ def deployment_card(
         report: of a typical prompt, as in ``run.last``.
         accuracy: measured shares by name, such as ``{"GQA, 1,000 questions": 0.612}``.
     """
+    if not isinstance(report, Report):
+        raise SpecError(
+            f"report is a {type(report).__name__}; expected a Report, which is in run.last behind the first "
+            "call of the model"
+        )
     lines = [
         "## Visual token pruning",
         "",

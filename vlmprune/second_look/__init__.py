@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import check_int
+from ..errors import SpecError
 from ..methods.carve import CARVE, GENERAL
 from ..methods.carve.region import Box, Steps, Strategy, box_of, contrast, enlarged, refined_size
 from ..models import adapter_for
 from ..models.loading import prompt
+from ..viz.overlay import open_picture
 from .watch import watching
 
 # the answer to a prompt about some pictures, of so many tokens at most
@@ -86,7 +88,7 @@ def refine(
 
     Args:
         model, processor: as ``vlmprune.load`` gives them.
-        image: PIL image.
+        image: PIL image, or the path of a picture.
         instruction: what the picture is read under for comparison.
         layers: decoder layers whose attention is read; None: those from 5/8 to 13/16 of the depth.
         steps: of the two answers, "all", "first" or "last"; "first" needs no generation for the maps.
@@ -101,6 +103,8 @@ def refine(
         >>> result = vlmprune.refine(model, processor, image, "What is written there?")  # doctest: +SKIP
         >>> print(result.answer, result.box)  # doctest: +SKIP
     """
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Sequence)):
+        raise SpecError(f"layers={layers!r}; expected a list of decoder layers, such as [{layers}], or None")
     method = CARVE(
         instruction=instruction,
         layers=None if layers is None else tuple(layers),
@@ -113,7 +117,8 @@ def refine(
     )
     check_int("max_new_tokens", max_new_tokens, least=1)
     texts = Prompts.of(processor, question, instruction)
-    return look_again(method, model, partial(ask, model, processor), image, texts, max_new_tokens)
+    shown = open_picture(image)
+    return look_again(method, model, partial(ask, model, processor), shown, texts, max_new_tokens)
 
 
 def look_again(method: CARVE, model: Any, ask: Ask, image: Any, texts: Prompts, count: int) -> Refined:
