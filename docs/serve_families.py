@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED
+from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED, TRIED
 
 PAGE = Path(__file__).resolve().parent / "serve.md"
 BEGIN = "<!-- families: made by docs/serve_families.py, not by hand -->"
@@ -25,14 +25,18 @@ def served() -> str:
 
 
 def refused() -> str:
-    """A row for each reason."""
-    by_reason: dict[str, list[str]] = {}
+    """A row for each reason, apart for what was tried and what was read."""
+    by_reason: dict[tuple[str, bool], list[str]] = {}
     for name, (_, reason) in NOT_SERVED.items():
-        by_reason.setdefault(reason, []).append(f"`{name}`")
-    head = ["| families that are refused | why |", "|---|---|"]
+        by_reason.setdefault((reason, name in TRIED), []).append(f"`{name}`")
+    head = ["| families that are refused | why | how that is known |", "|---|---|---|"]
     # what refuses most families first
     order = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    return "\n".join(head + [f"| {', '.join(names)} | {reason} |" for reason, names in order])
+    rows = [
+        f"| {', '.join(names)} | {reason} | {'tried' if tried else 'read'} |"
+        for (reason, tried), names in order
+    ]
+    return "\n".join(head + rows)
 
 
 def filled(text: str) -> str:

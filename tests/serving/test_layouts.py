@@ -17,7 +17,7 @@ from served_tiny import FAMILIES, SHAPES, model_of
 from transformers.utils import is_torchvision_available
 
 from vlmprune.models import adapter_class, families
-from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED, OWN, architecture
+from vlmprune.serving.vllm.families import IN_WRAPPER, NOT_SERVED, OWN, TRIED, architecture
 from vlmprune.serving.vllm.layouts import LAYOUTS, tokens_of
 from vlmprune.serving.vllm.plugin import refusal
 from vlmprune.testing.tiny import tiny_processor
@@ -102,6 +102,7 @@ def test_of_every_family_of_the_package_is_said_whether_it_is_served_and_why_not
     own = {name for name in families() if adapter_class(name).__module__.startswith("vlmprune.")}
     # Emu3 has no adapter, and vLLM runs it
     assert set(said) == {*own, "emu3"}
+    assert set(NOT_SERVED) >= TRIED
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED))

@@ -81,7 +81,7 @@ _STACKED = (
     "not hand on"
 )
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
-_TIMM = "its tower is one of timm, with which nothing was measured in vLLM"
+_PROCESSOR = "how many tokens a tile has is said by its processor alone, and its config is what is read here"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
 _TEXT = (
     "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
@@ -125,7 +125,7 @@ NOT_SERVED = {
     "molmo2": ("Molmo2", _OLD),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
     "paligemma": ("PaliGemma", _LATER),
-    "perception_lm": ("PerceptionLM", _TIMM),
+    "perception_lm": ("PerceptionLM", _PROCESSOR),
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qianfan_ocr": ("QianfanOCR", _FUSED),
     "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _TEXT + _UNTRIED),
@@ -138,6 +138,14 @@ NOT_SERVED = {
         "VideoLlava",
         "vlmprune reads it with transformers 5.23 or newer, and vLLM 0.32.0 installs an older one",
     ),
+}
+# of these, whose reason was seen by trying; of the others it was read from code of vLLM and transformers
+TRIED = {
+    "cosmos3_edge",
+    "ernie4_5_vl_moe",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "molmo2",
 }
 
 
