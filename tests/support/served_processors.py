@@ -193,6 +193,21 @@ def gemma3n() -> Any:
     )
 
 
+def granite() -> Any:
+    from transformers import Granite4VisionProcessor
+
+    from vlmprune.testing.families.llava_next import PINPOINTS
+
+    sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": SQUARE, "image_grid_pinpoints": PINPOINTS}
+    return Granite4VisionProcessor(
+        image_processor("LlavaNext", **sizes),
+        tiny_tokenizer(),
+        patch_size=PATCH_SIZE // 2,
+        vision_feature_select_strategy="full",
+        downsample_rate="2/4",
+    )
+
+
 def glm(name: str, parts: str = "") -> Any:
     # a picture is counted as two frames
     volume = {"size": {"shortest_edge": SIDE**2, "longest_edge": 2 * SIDE**2}}
@@ -253,6 +268,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "exaone4_5": partial(packed, "Exaone4_5_"),
     "fast_vlm": fast,
     "gemma3n": gemma3n,
+    "granite4_vision": granite,
     "glm46v": partial(glm, "Glm46V"),
     "glm4v": partial(glm, "Glm4v"),
     "glm4v_moe": partial(glm, "Glm4v"),

@@ -33,6 +33,7 @@ class Served:
 
     specs: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    tower: str | None = None  # another one than that of the small models of the package
     nested_tower: bool = False  # vLLM wants the names of weights that transformers had before
     inputs_first: bool = False  # experts of checkpoints are the transposed ones of transformers
     # prune refuses it here: this transformers makes several answers of one prompt by other pictures
@@ -73,6 +74,7 @@ FAMILIES = {
     "qwen3_5": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
     "qwen3_5_moe": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
     "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
+    "granite4_vision": Served((*_QUERIES[:4], "uniform@20"), HEADS, nested_tower=True, tower="siglip"),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
@@ -116,7 +118,7 @@ def model_of(family: str) -> Any:
     with MonkeyPatch.context() as patch:
         if FAMILIES[family].single:
             patch.setattr(tiny_configs, "too_old", lambda *args: False)
-        model = tiny_model(family, **FAMILIES[family].options)
+        model = tiny_model(family, FAMILIES[family].tower, **FAMILIES[family].options)
     if FAMILIES[family].tied:
         table = model.get_input_embeddings().weight
         with torch.no_grad():

@@ -22,6 +22,7 @@ OWN = {
     "qwen3_5": ("qwen3_5", "Qwen3_5"),
     "qwen3_5_moe": ("qwen3_5", "Qwen3_5Moe"),
     "gemma3n": ("gemma3n", "Gemma3n"),
+    "granite4_vision": ("granite4_vision", "Granite4Vision"),
 }
 
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
@@ -87,9 +88,6 @@ _TEXT = (
     "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
     "finds its tokens"
 )
-_BESIDE = (
-    "its layers add features of its tower to tokens, which vLLM's wrapper of transformers does not hand on"
-)
 _FUSED = (
     "its checkpoints hold queries, keys and values of the tower in one matrix, under a name that vLLM's "
     "wrapper of transformers cannot read"
@@ -115,7 +113,6 @@ NOT_SERVED = {
         "in large models tokens of a picture see later ones, and layers of small ones read something of each "
         "token beside its embedding; vLLM's wrapper of transformers does neither on a CPU",
     ),
-    "granite4_vision": ("Granite4Vision", _BESIDE),
     "idefics2": ("Idefics2", _TEXT),
     "kimi_k25": ("Kimi_K25", _FUSED),
     "lfm2_vl": ("Lfm2Vl", _STATES),

@@ -17,14 +17,16 @@ from .shared import IMAGE_SIZE, PATCH_SIZE
 def config(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
     # the config gives the queries a head for each 64 channels of the tower
     vision = VISION | {"hidden_size": 64, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE // 2}
-    return fields_of("clip") | {
-        "vision_config": transformers.CLIPVisionConfig(**vision),
+    siglip = transformers.SiglipVisionConfig(**vision, vision_use_head=False)
+    return fields_of(tower) | {
+        "vision_config": siglip if tower == "siglip" else transformers.CLIPVisionConfig(**vision),
         "text_config": text_fields(layers) | {"attention_multiplier": 0.3} | overrides,
         "image_grid_pinpoints": PINPOINTS,
         "downsample_rate": "2/4",  # 2 x 2 tokens of a window of 4 x 4 patches
         "deepstack_layer_map": [[-3, 2], [-1, 0]],  # (layer of the tower, layer of the decoder)
         "spatial_target_layers": [1, 3],
-        "qformer_config": {"intermediate_size": 64},
+        # with SigLIP, as released, it follows the tower
+        "qformer_config": None if tower == "siglip" else {"intermediate_size": 64},
         "tie_word_embeddings": False,
     }
 
@@ -34,9 +36,8 @@ FAMILIES = (
         "granite4_vision",
         "Granite4Vision",
         Tiled(PINPOINTS),
-        (("own", "own"),),
+        (("clip", "own"),),
         config,
-        towers=OWN,
         texts=OWN,
         reads_tower=False,
     ),
