@@ -28,10 +28,7 @@ def leaderboard(
         str | None, typer.Option(help="Instead of the config's: 'fastervlm@32,holov@32'.")
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="At most 400 questions, one budget: about a minute. A config keeps its budgets."
-        ),
+        bool, typer.Option("--quick", help="At most 400 questions; without a config one budget: a minute.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; the same again goes on where it was.")

@@ -171,12 +171,11 @@ def plan(
     decode, decode_error = fit(
         [decode_terms(b, [n]) for b, n in points], [medians["decode", b, n] for b, n in points]
     )
-    one = workload.batch
     # noise can make a small difference negative
-    choose = max(0.0, medians["attached"] - medians["free"]) / one
+    choose = max(0.0, medians["attached"] - medians["free"]) / workload.batch
     # loop is 0 until whole answers were timed, see _check
-    costs = Costs(prefill, decode, medians["encode"] / one, choose, 0.0, visual, share)
-    case = Case(visual, workload.text_tokens, one, answer_tokens)
+    costs = Costs(prefill, decode, medians["encode"] / workload.batch, choose, 0.0, visual, share)
+    case = Case(visual, workload.text_tokens, workload.batch, answer_tokens)
     tell("holding the cost model against whole answers")
     costs, check = _check(workload, session, costs, replace(case, answer_tokens=CHECKED), effort)
     # a gain within the prediction error is no reason to prune

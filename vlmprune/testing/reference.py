@@ -349,7 +349,8 @@ def read_rows(model: Any, inputs: dict[str, Tensor], dense: Kept) -> tuple[Kept,
         return Kept(rows, torch.arange(rows.shape[1])[None]), None
     if dense.positions.ndim == 2:
         # original positions, less the first one, are columns
-        columns = seen[0]["position_ids"][0] - dense.positions[0, 0]
+        given = seen[0].get("position_ids")  # none where nothing is cut: the model counts for itself
+        columns = torch.arange(rows.shape[1]) if given is None else given[0] - dense.positions[0, 0]
         return replace(dense.columns(columns), embeds=rows), columns.tolist()
     places = seen[0]["position_ids"][:, 0]  # (4, n), or (3, n)
     if len(places) == 4:

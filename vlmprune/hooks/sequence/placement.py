@@ -140,8 +140,9 @@ def _misplaced(lengths: list[int], visual: Tensor, tokens: Tensor) -> InvariantE
     masked = int((visual & ~tokens).sum())
     if masked:
         return InvariantError(
-            f"attention_mask hides {masked} of {int(visual.sum())} placeholder tokens of pictures; expected "
-            "1 for all of them: to hide a picture, leave it out of the prompt"
+            f"attention_mask hides {masked} of {int(visual.sum())} placeholder tokens of pictures in "
+            f"{tuple(visual.shape)} columns; expected 1 for all of them: to hide a picture, leave it out of "
+            "the prompt"
         )
     return InvariantError(
         f"{int(visual.sum())} placeholder tokens for pictures of {lengths} tokens; expected {sum(lengths)}"
