@@ -10,6 +10,7 @@ import pytest
 from transformers import pipeline
 
 import vlmprune
+from vlmprune.errors import UnsupportedError
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
 
@@ -64,6 +65,15 @@ def test_outside_of_the_block_the_pipeline_is_what_it_was(pipe):
     with vlmprune.prune(pipe.model, "random@1"):
         inside = said(pipe, conversation())
     assert said(pipe, conversation()) == before != inside
+
+
+def test_a_pipeline_in_place_of_its_model_is_told_of_the_model_in_it(pipe):
+    with pytest.raises(
+        UnsupportedError, match=r"got ImageTextToTextPipeline; give the model in it, its \.model"
+    ):
+        vlmprune.prune(pipe, "fastervlm@18")
+    with pytest.raises(UnsupportedError, match="got str; load it first with from_pretrained"):
+        vlmprune.prune("a/model", "fastervlm@18")
 
 
 def test_every_picture_of_a_batch_keeps_its_own_tokens(pipe):

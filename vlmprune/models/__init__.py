@@ -227,10 +227,10 @@ def adapter_for(model: Any, adapter: type[Adapter] | Adapter | None = None) -> A
         adapter: an adapter of yours, as a class or as an object, in place of the one that would be found.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedError(
-            f"expected a loaded transformers model, got {type(model).__name__}; load it first with "
-            "from_pretrained"
-        )
+        # a pipeline or a trainer holds one
+        held = isinstance(getattr(model, "model", None), nn.Module)
+        todo = "give the model in it, its .model" if held else "load it first with from_pretrained"
+        raise UnsupportedError(f"expected a loaded transformers model, got {type(model).__name__}; {todo}")
     if isinstance(model, nn.DataParallel):
         raise UnsupportedError(
             "nn.DataParallel copies the model, hooks stay with the original; use one process per device "
