@@ -94,6 +94,14 @@ def test_a_row_alone_is_the_row_of_the_batch(family, tower, text):
         assert torch.equal(new_ids(model, row)[0], ids[i])
 
 
+@pytest.mark.parametrize("family", HERE)
+def test_a_row_of_a_batch_without_pictures_is_its_words(family):
+    inputs = tiny_inputs(family, images=(0, 0))
+    row = tiny_row(inputs, family, 0, (0, 0))
+    assert row["attention_mask"].all() and "pixel_values" not in row
+    assert torch.equal(row["input_ids"][0], inputs["input_ids"][0][inputs["attention_mask"][0].bool()])
+
+
 @variants
 def test_the_seed_alone_decides_the_weights(family, tower, text):
     torch.manual_seed(1)

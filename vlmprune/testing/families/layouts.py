@@ -255,13 +255,11 @@ class Nested(Layout):
         return {"pixel_values": pixels} if sizes else {}
 
     def row(self, inputs: dict[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+        if not count:  # a batch without pictures has no pixels either
+            return {}
         # numbers of the pictures that are more than filling, as they follow each other in the batch
         real = inputs["pixel_values"].flatten(2).any(dim=2).flatten().nonzero()[:, 0]
-        return (
-            {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]}
-            if count
-            else {}
-        )
+        return {"pixel_values": inputs["pixel_values"].flatten(0, 1)[real[first : first + count]][None]}
 
 
 class Sized(Layout):
