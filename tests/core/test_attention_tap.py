@@ -315,3 +315,14 @@ def test_a_probe_computes_only_what_ranks(name: str) -> None:
     }
     # latent attention keeps its matrices under other names
     assert columns == ({} if name == "deepseek_v3" else {"q_proj": 1, "k_proj": 12, "v_proj": None})
+
+
+def test_a_copy_of_the_config_of_a_tapped_module_is_one_of_its_own_config() -> None:
+    model = tiny_model("llava")
+    attention = model.model.language_model.layers[1].self_attn
+    own = attention.config
+    with vlmprune.prune(model, "fastv(layer=2)@9"):
+        assert attention.config is not own
+        other = copy.copy(attention.config)
+        assert type(other) is type(own) and other is not own
+        assert other._attn_implementation == own._attn_implementation

@@ -7,6 +7,7 @@ function of ours, which calls the model's and shows the call to whoever listens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
@@ -85,6 +86,9 @@ class TappedConfig:
         if name not in AttentionInterface._global_mapping:
             AttentionInterface.register(name, _tapped)
         return name
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._config)  # a copy belongs to no tapped module
 
     def __deepcopy__(self, memo: dict) -> None:
         raise UnsupportedError("a model cannot be copied while pruning is attached; detach first")
