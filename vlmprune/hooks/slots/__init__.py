@@ -8,7 +8,8 @@ tokens from later steps. A session attaches one slot per method and knows none o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -29,6 +30,17 @@ class Handle(Protocol):
     """What a hook or a tap leaves behind to take it off again."""
 
     def remove(self) -> None: ...
+
+
+@contextmanager
+def all_or_none(handles: Sequence[Handle]) -> Iterator[None]:
+    """Take off what was put on so far where the next one fails."""
+    try:
+        yield
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..attention_call import AttentionCall, compared_forms, over_keys
 from ..attention_tap import tap
 from ..sequence.cache import Marks
 from ..state import ForwardState
-from . import Attachment, Handle, Slot
+from . import Attachment, Handle, Slot, all_or_none
 from .marking import Marking, marking_of
 
 EDITS = "changes attention inside the language model"
@@ -49,15 +49,11 @@ class AttentionSlot:
     def hooks(self) -> list[Handle]:
         """A pre-hook on every chosen layer, and a tap on its attention."""
         found: list[Handle] = []
-        try:
+        with all_or_none(found):
             for index in self.layers:
                 layer = self.language_model.layers[index]
                 found.append(layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True))
                 found.append(tap(layer, index, self.method.name, partial(self._edit, index)))
-        except BaseException:
-            for handle in found:
-                handle.remove()
-            raise
         return found
 
     def enter(self, state: ForwardState) -> None:

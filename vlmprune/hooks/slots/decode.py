@@ -20,7 +20,7 @@ from ..attention_call import AttentionCall, over_keys, over_slots
 from ..attention_tap import tap
 from ..sequence.cache import CacheState, Marks
 from ..state import ForwardState
-from . import Attachment, Handle
+from . import Attachment, Handle, all_or_none
 
 
 class DecodeSlot:
@@ -38,14 +38,10 @@ class DecodeSlot:
         if self.first is None:
             return found
         layers = self.attachment.adapter.language_model.layers
-        try:
+        with all_or_none(found):
             found.append(tap(layers[self.first - 1], self.first - 1, self.method.name, self._watch))
             for index in range(self.first, self.attachment.depth):
                 found.append(tap(layers[index], index, self.method.name, self._without_hidden))
-        except BaseException:
-            for handle in found:
-                handle.remove()
-            raise
         return found
 
     def missed(self, state: ForwardState) -> set[int]:

@@ -31,7 +31,7 @@ from ..state import ForwardState
 from ..vision.capture import Record, block_index, first_row
 from ..vision.pictures import Picture
 from ..vision.tower import attention_in, attention_of, find_blocks, has_cls, prefix_length
-from . import Attachment, Handle
+from . import Attachment, Handle, all_or_none
 from .cutting import Cut, cut_sequence, listed
 
 PRESENT = Need("present")
@@ -187,7 +187,7 @@ class EncoderSlot:
         if self.budget is None:
             return []
         handles: list[Handle] = []
-        try:
+        with all_or_none(handles):
             # every block, asked or not: its logits need the bias of what was averaged or filled up before it
             for number, block in enumerate(self.blocks):
                 tap = AttentionTap(attention_in(block), self._listen, self._bias)
@@ -195,10 +195,6 @@ class EncoderSlot:
                 tap.install()
                 handles.append(block.register_forward_hook(self._behind(number)))
             handles.append(self.projector.register_forward_hook(self._behind_projector))
-        except BaseException:
-            for handle in handles:
-                handle.remove()
-            raise
         return handles
 
     def missed(self, state: ForwardState) -> set[int]:

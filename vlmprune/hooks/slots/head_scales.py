@@ -24,7 +24,7 @@ from ..sequence.cache import Marks
 from ..sequence.compaction import Compaction
 from ..sequence.views import SequenceView
 from ..state import ForwardState
-from . import Attachment, Handle
+from . import Attachment, Handle, all_or_none
 from .attention import EDITS
 
 
@@ -44,14 +44,10 @@ class HeadScaleSlot:
     def hooks(self) -> list[Handle]:
         """A tap on the attention of every chosen layer."""
         found: list[Handle] = []
-        try:
+        with all_or_none(found):
             for index in self.layers:
                 layer = self.language_model.layers[index]
                 found.append(tap(layer, index, self.method.name, partial(self._scale, index)))
-        except BaseException:
-            for handle in found:
-                handle.remove()
-            raise
         return found
 
     def missed(self, state: ForwardState) -> set[int]:

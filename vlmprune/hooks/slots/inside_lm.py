@@ -30,7 +30,7 @@ from ..sequence.compaction import Compaction
 from ..sequence.masks import check_kinds, uses_flash
 from ..sequence.text import without_skipped
 from ..state import ForwardState
-from . import Attachment, Handle
+from . import Attachment, Handle, all_or_none
 from .cutting import drop_columns
 from .landing import land
 from .ranking import ATTENTION, LayerTokens, Ranked, asked_for, asks_the_question, read, tokens_of
@@ -101,13 +101,9 @@ class InsideLM:
             layer.register_forward_pre_hook(partial(self._layer, index), with_kwargs=True)
             for index, layer in enumerate(layers)
         ]
-        try:
+        with all_or_none(found):
             for index in sorted({source for source in self.sources.values() if source is not None}):
                 found.append(tap(layers[index], index, self.method.name, partial(self._attended, index)))
-        except BaseException:
-            for handle in found:
-                handle.remove()
-            raise
         return found
 
     def missed(self, state: ForwardState) -> set[int]:
