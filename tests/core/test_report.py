@@ -75,3 +75,15 @@ def test_decode_steps_are_those_of_the_thread_that_read_the_prompt() -> None:
         for thread in threads:
             thread.join()
     assert sorted(steps) == [(count, count - 1) for count in (3, 9, 15, 21)]
+
+
+@torch.no_grad()
+def test_a_turn_in_another_thread_belongs_to_the_prompt() -> None:
+    model, inputs = tiny_model("llava"), tiny_inputs(images=(1,))
+    with vlmprune.prune(model, "divprune@9") as run:
+        cache = model(**inputs, use_cache=True).past_key_values
+        report, words = run.last, {"input_ids": torch.tensor([[7]]), "past_key_values": cache}
+        thread = threading.Thread(target=model, kwargs=words)
+        thread.start()
+        thread.join()
+        assert run.last is report and report.decode_steps == 1

@@ -225,7 +225,7 @@ class Session:
         # read before detach; raised below only where the block raised nothing itself
         lost = self.local.unplaced and not self.local.opened
         with self._entering:
-            self._blocks -= 1
+            self._blocks = max(self._blocks - 1, 0)
             if not self._blocks:  # others of other threads, or around this one, go on
                 self.detach()
         if kind is None:
@@ -370,7 +370,7 @@ class Session:
                 "attach again"
             )
         # a decode step, or a turn of text only, belongs to the report of the prompt
-        if state.continues and not state.pictures and (report := self.local.report) is not None:
+        if state.continues and not state.pictures and (report := self.local.report or self._last) is not None:
             if not torch.compiler.is_compiling():  # a graph would have the number of the step as an input
                 report.decode_steps += state.new_tokens == 1
                 self.local.prepared = 0
@@ -389,8 +389,8 @@ class Session:
 
     def _count_prepared(self) -> None:
         """Count the decode steps that ran in graphs, which count nothing themselves."""
-        if self.local.report is not None:
-            self.local.report.decode_steps += self.local.prepared
+        if (report := self.local.report or self._last) is not None:
+            report.decode_steps += self.local.prepared
         self.local.prepared = 0
 
     def close(self) -> None:

@@ -197,7 +197,7 @@ class OfThread(threading.local):
     state: ForwardState | None = None  # the forward that runs
     opened = False  # whether any forward ran
     unplaced = 0  # how often pictures were encoded that no forward has placed yet
-    report: Report | None = None  # of the last prompt
+    report: Report | None = None  # of its last prompt; a conversation may go on in a thread that read none
     counts = False  # generate runs and makes the position ids
     drafts = 0  # tokens of the next forward that are drafts
     wants_logits: tuple[Tensor | None, int] | None = None  # what it is given, and how many logits it asks for
