@@ -59,6 +59,13 @@ def twins(subject: Subject, inputs: dict[str, Tensor], counts: Sequence[int], po
     return found
 
 
+def gates_experts(model: Any) -> bool:
+    """Whether a decoder has gated running states and a mixture of experts behind them."""
+    layers = language_model(model).layers
+    mixes = any(hasattr(getattr(layer, "mlp", None), "experts") for layer in layers)
+    return mixes and any(hasattr(layer, "linear_attn") for layer in layers)
+
+
 def rounding(model: Any) -> float:
     """What logits may differ by from the twin, which attends eagerly and so rounds its own way.
 
@@ -69,7 +76,7 @@ def rounding(model: Any) -> float:
     """
     layers = language_model(model).layers
     if any(hasattr(layer, "linear_attn") for layer in layers):
-        return 1e-3
+        return 1e-3 if gates_experts(model) else 5e-4
     return 2e-4 if any(hasattr(layer, "post_self_attn_layernorm") for layer in layers) else 5e-5
 
 
