@@ -7,8 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import vlmprune
@@ -255,12 +257,31 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
             read_data(str(path), 1, 1)
     (tmp_path / "a.png").write_text("no picture")
     path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(SpecError, match=r"line 1 of .*: the picture 'a.png' cannot be read"):
+    with pytest.raises(SpecError, match=r"line 1 of .*a.png' cannot be read as a picture"):
         read_data(str(path), 1, 0).train[0].picture()
     with pytest.raises(SpecError, match="is a folder"):
         read_data(str(tmp_path), 1, 1)
     with pytest.raises(SpecError, match=r"not there.*shapes"):
         read_data("shape", 1, 1)
+
+
+def test_pictures_are_opened_as_they_are_for_a_prompt(tmp_path: Path) -> None:
+    deep = np.array([[0, 4000], [2000, 1000]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.new("RGB", (6, 2))
+    turned.getexif()[0x0112] = 6  # on its side
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    lines = [
+        {"image": name, "question": "Why?", "answer": "so"}
+        for name in ("deep.png", "turned.jpg", "clear.png")
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    grey, upright, clear = (one.picture() for one in read_data(str(path), 3, 0).train)
+    assert grey.getextrema() == ((0, 255),) * 3
+    assert upright.size == (2, 6)
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

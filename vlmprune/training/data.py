@@ -18,6 +18,7 @@ from ..errors import SpecError, UnsupportedError, did_you_mean
 from ..evaluation.tasks.sample import Sample
 from ..models.base import Adapter
 from ..models.loading import prompt
+from ..viz.overlay import open_picture
 
 SHAPES = "shapes"
 NO_LOSS = -100  # label of what is not part of an answer
@@ -101,19 +102,13 @@ def _line(path: Path, number: int, line: str) -> Exercise:
     if not (path.parent / image).is_file():
         raise SpecError(f"line {number} of {str(path)!r} names the picture {image!r}, which is not there")
 
-    def open_picture() -> Any:
-        from PIL import Image
-
+    def picture() -> Any:
         try:
-            with Image.open(path.parent / image) as picture:
-                return picture.convert("RGB")
-        except OSError as error:  # what is no picture, too
-            raise SpecError(
-                f"line {number} of {str(path)!r}: the picture {image!r} cannot be read ({error}); expected "
-                "a file that PIL opens"
-            ) from error
+            return open_picture(path.parent / image)
+        except SpecError as error:
+            raise SpecError(f"line {number} of {str(path)!r}: {error}") from error
 
-    return Exercise(question, answer, open_picture)
+    return Exercise(question, answer, picture)
 
 
 def _shapes(count: int, dev: int) -> Data:
