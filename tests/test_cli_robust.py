@@ -320,3 +320,9 @@ def test_the_shapes_of_the_help_are_those_that_there_are():
 def test_options_of_shapes_are_refused_for_other_models(command, words, given):
     error = cli(command, "--model", "tiny", *words, code=2).stderr
     assert f"error: {given} for 'tiny': only shapes have these" in error and "llava-1.5-7b" in error
+
+
+def test_counting_refuses_options_about_times():
+    words = ("--prune", "random@9", "--scale", 4, "--rounds", 9)
+    error = cli("bench", "--count", *words, code=2).stderr
+    assert "error: --rounds, --scale given beside --count" in error

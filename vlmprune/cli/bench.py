@@ -40,6 +40,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         list[str] | None, typer.Option(help=f"{MODEL_HELP} May be repeated; default {MODEL}.")
     ] = None,
@@ -63,11 +64,9 @@ def bench(
 ) -> None:
     """Time methods against the dense model and against tokens that cost nothing, on this machine."""
     if count:
-        return _count(prune, model, out, as_json)
+        return _count(context, prune, model, out, as_json)
     specs = _specs(prune or PRUNE)
-    # now, and not after minutes of timing
-    if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
-        raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
+    _check_out(out)  # now, and not after minutes of timing
 
     from ..plain import plain as plain_values
     from ..speed.card import Effort, LeftOut, measure, save
@@ -100,6 +99,26 @@ def bench(
     _complain_of(left_out)
 
 
+def _check_out(out: Path | None) -> None:
+    if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
+        raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
+
+
+def _refuse_timing(context: typer.Context) -> None:
+    """Refuse options that say how to take times beside --count, which takes none."""
+    known = {"model", "prune", "out", "count", "as_json"}
+    beside = []
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name not in known and source is not None and source.name == "COMMANDLINE":
+            beside.append(option.opts[0])
+    if beside:
+        raise SpecError(
+            f"{', '.join(beside)} given beside --count, which runs tiny models once and takes no times; "
+            "expected --prune, --model, --out or --json; leave the others out"
+        )
+
+
 def _complain_of(left_out: list[LeftOut]) -> None:
     for entry in left_out:
         named = " ".join(filter(None, (entry.model, entry.spec)))
@@ -109,8 +128,15 @@ def _complain_of(left_out: list[LeftOut]) -> None:
         raise typer.Exit(2)
 
 
-def _count(prune: list[str] | None, families: list[str] | None, out: Path | None, as_json: bool) -> None:
+def _count(
+    context: typer.Context,
+    prune: list[str] | None,
+    families: list[str] | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Launches, waits and uploads that pruning adds to a prefill and to a decode step."""
+    _refuse_timing(context)
     if out is not None and (out.suffix != ".csv" or not out.absolute().parent.is_dir()):
         raise SpecError(f"--out {str(out)!r}; expected a .csv file in a folder that is there")
 
