@@ -24,11 +24,12 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from vlmprune.cli import app
-from vlmprune.errors import EvaluationError, UnsupportedError
+from vlmprune.errors import EvaluationError, SpecError, UnsupportedError
 from vlmprune.evaluation.answer.evaluate import evaluate
 from vlmprune.evaluation.leaderboard.journal import locked
 from vlmprune.evaluation.tasks.lmms.arguments import Arguments
 from vlmprune.evaluation.tasks.lmms.cell import records, run_cell
+from vlmprune.evaluation.tasks.lmms.loading import folder as task_files
 from vlmprune.evaluation.tasks.lmms.loading import write_tasks
 from vlmprune.evaluation.tasks.lmms.model import VlmPrune, VlmPruneSimple
 from vlmprune.evaluation.tasks.registry import get_task
@@ -113,6 +114,11 @@ def said(records):
 
 
 # --- gates ----------------------------------------------------------------------------------------
+
+
+def test_tasks_are_not_written_over_themselves():
+    with pytest.raises(SpecError, match=r"is the file .* itself"):
+        write_tasks(task_files(), limit=1)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ....checks import check_apart
 from ....errors import EvaluationError, UnsupportedError, did_you_mean
 from . import shapes
 
@@ -26,6 +27,7 @@ def write_tasks(out: Path, limit: int | None = None) -> list[str]:
     need_lmms_eval()
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder().glob("*.yaml")):
+        check_apart("the task", out / path.name, [path])
         shutil.copyfile(path, out / path.name)
     shapes.write(out / f"{shapes.NAME}.parquet", limit)
     return sorted(path.stem for path in out.glob("*.yaml"))
