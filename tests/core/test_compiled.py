@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vlmprune
+from vlmprune.hooks.patches import traced_anything
 from vlmprune.testing.conformance import generate
 from vlmprune.testing.tiny import tiny_inputs, tiny_model
 
@@ -85,6 +86,17 @@ def test_compile_run_attach(way: Callable[[Any], None], spec: str) -> None:
     for expected in (dense, want, dense):
         with vlmprune.prune(model, spec) if expected is want else nullcontext():
             torch.testing.assert_close(two_steps(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_known_whether_anything_was_traced() -> None:
+    """Attaching looks for compiled parts only then."""
+    add = compiled(lambda x: x + 1)
+    assert not traced_anything()
+    for _ in range(2):  # a function that was compiled before a reset is traced again
+        add(torch.ones(2))
+        assert traced_anything()
+        torch.compiler.reset()
+        assert not traced_anything()
 
 
 def two_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:

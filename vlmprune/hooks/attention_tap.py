@@ -45,8 +45,12 @@ def _looks_up(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def walk(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment."""
+def walk(model: nn.Module, leaf: Callable[[nn.Module], bool] | None = None) -> Iterator[nn.Module]:
+    """All modules, each before its parts, as ``modules()`` has them; that one costs most of an attachment.
+
+    Args:
+        leaf: whether a module stands for itself, and its parts are left out.
+    """
     waiting: list[nn.Module | None] = [model]
     found: set[nn.Module] = set()
     while waiting:
@@ -55,7 +59,7 @@ def walk(model: nn.Module) -> Iterator[nn.Module]:
             continue
         found.add(module)
         yield module
-        if module._modules:
+        if module._modules and not (leaf is not None and leaf(module)):
             waiting += reversed(module._modules.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -268,8 +269,16 @@ def patches_of(session: Session) -> list[PatchedMethod]:
     return [*found, RecordedForward(session, adapter.inner)]
 
 
+def traced_anything() -> bool:
+    """Whether torch.compile traced any function since it was reset; True where this torch does not say."""
+    tracing = sys.modules.get("torch._dynamo.convert_frame")  # imported by the first one
+    return tracing is not None and bool(getattr(getattr(tracing, "input_codes", None), "seen", True))
+
+
 def forget_graphs(model: nn.Module) -> None:
     """Have torch.compile trace a compiled model anew: its graphs ignore hooks that came later."""
+    if not traced_anything():  # looking at all modules costs as much as the rest of an attachment
+        return
     for module in walk(model):
         held = vars(module)  # asking the module itself for what it has not takes ten times as long
         compiled = held.get("_compiled_call_impl") is not None or held.get("_compiled_call") is not None

@@ -8,7 +8,7 @@ to a module of its own, which holds the heads of one rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,13 @@ def inner_of(attention: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) and hasattr(inner, "head_size") else None
 
 
+def _holds_attention(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
+    return isinstance(module, nn.ModuleList | nn.Sequential) and any(attention_of(block) for block in module)
+
+
 def find_blocks(tower: nn.Module) -> nn.ModuleList | nn.Sequential:
     """The transformer blocks of a tower, found by structure: attribute paths differ between versions."""
-    lists = [
-        m
-        for m in walk(tower)
-        if isinstance(m, nn.ModuleList | nn.Sequential) and any(attention_of(block) for block in m)
-    ]
+    lists = [module for module in walk(tower, _holds_attention) if _holds_attention(module)]
     if not lists:
         raise UnsupportedError(
             f"no attention blocks found in vision tower {type(tower).__name__}, so attention cannot be read; "
