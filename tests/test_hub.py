@@ -156,9 +156,40 @@ def test_the_block_of_the_page_runs_and_prints_what_it_says(monkeypatch, api, tm
     page = Path(__file__).parents[1] / "docs" / "hub.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setattr(hub, "_api", lambda: api)
     exec(compile(block, str(page), "exec"), {"__name__": "page"})
     assert f"# {capsys.readouterr().out}" in block
+
+
+def test_a_name_that_reads_as_a_pattern_is_that_file_and_no_other(api, maps, tmp_path):
+    one = KeepMap.load(maps / "keep_0.json")
+    one.save(maps / "keep[1].json")
+    one.save(maps / "*.json")
+    (maps / "private").mkdir()
+    (maps / "private" / "diary.json").write_text("{}")
+    hub.push(maps, "me/maps", api=api)
+    names = ["*.json", "README.md", "keep[1].json", "keep_0.json", "scores.safetensors"]
+    assert files(tmp_path / "hub/datasets/me/maps") == names
+
+
+def test_of_a_run_only_its_cells_go_along(api, run, tmp_path):
+    pytest.importorskip("pyarrow")
+    mine = shutil.copytree(run, tmp_path / "mine")
+    (mine / "cells" / "notes.json").write_text('{"key": "secret"}')
+    hub.push(mine, "me/run", api=api)
+    there = files(tmp_path / "hub/datasets/me/run")
+    assert "cells/notes.json" not in there and len(there) == len(files(run)) + 2
+
+
+def test_what_lies_in_the_cache_of_the_hub_can_be_pushed(api, maps, tmp_path):
+    cached = tmp_path / "models--me--maps"
+    snapshot = cached / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(maps, cached / "blobs")
+    for path in (cached / "blobs").glob("*.json"):
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    hub.push(snapshot, "me/maps", api=api)
+    assert files(tmp_path / "hub/datasets/me/maps") == ["README.md", "keep_0.json"]
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -194,6 +225,41 @@ def test_a_folder_of_something_else_and_an_unknown_kind_are_refused(api, tmp_pat
         hub.push(tmp_path / "nowhere", "me/it", api=api)
     with pytest.raises(SpecError, match="kind"):
         hub.pull("model", "me/it", api=api)
+
+
+def test_a_repository_without_what_was_asked_for_is_refused(api, maps, tmp_path):
+    empty = tmp_path / "hub" / "models" / "me" / "empty"
+    empty.mkdir(parents=True)
+    (empty / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(SpecError, match="holds no weights"):
+        hub.pull("weights", "me/empty", api=api)
+    (tmp_path / "hub" / "datasets" / "me" / "empty").mkdir(parents=True)
+    with pytest.raises(SpecError, match="holds no maps"):
+        hub.pull("maps", "me/empty", api=api)
+    with pytest.raises(SpecError, match="holds no maps"):
+        hub.load_maps(tmp_path / "nowhere")
+
+
+def test_no_link_leads_out_of_the_folder(api, maps, run, tmp_path):
+    (tmp_path / "secret").write_text("key")
+    (maps / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(SpecError, match=r"is a link to .*secret.*outside of the folder"):
+        hub.push(maps, "me/maps", api=api)
+    mine = shutil.copytree(run, tmp_path / "mine")
+    shutil.move(mine / "cells", tmp_path / "cells")
+    (mine / "cells").symlink_to(tmp_path / "cells")
+    with pytest.raises(SpecError, match="is a link to"):
+        hub.push(mine, "me/run", api=api)
+    assert api.made == []
+
+
+def test_a_broken_cell_that_no_row_is_of_is_not_pushed(api, run, tmp_path):
+    mine = shutil.copytree(run, tmp_path / "mine")
+    (mine / "cells" / "0123456789abcdef.json").write_text('{"spec": "dense"}')
+    (mine / "cells" / "0123456789abcdef.jsonl").write_text('{"id": "mine"}\n')
+    with pytest.raises(EvaluationError, match=r"0123456789abcdef\.json has the fingerprint"):
+        hub.push(mine, "me/run", api=api)
+    assert api.made == []
 
 
 def test_a_repository_that_is_not_there_is_one_sentence(api):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -54,9 +55,10 @@ def push(folder: str | PathLike[str], repo: str, *, public: bool = False, api: A
     path = Path(folder)
     sort = SORTS[kind_of(path)]
     text = sort.check(path)
+    files = [*sort.files(path), *path.glob(CARD)]
+    _refuse_links_out(path, files)
     api = _api() if api is None else api
     try:
-        api.create_repo(repo_id=repo, repo_type=sort.repo_type, private=not public, exist_ok=True)
         with tempfile.TemporaryDirectory() as beside:
             extra = Path(beside)
             # a card that the user wrote stays
@@ -65,10 +67,10 @@ def push(folder: str | PathLike[str], repo: str, *, public: bool = False, api: A
             # a table that the viewer of the Hub can show
             if sort is SORTS["run"]:
                 write_rows(path, extra / ROWS)
+            api.create_repo(repo_id=repo, repo_type=sort.repo_type, private=not public, exist_ok=True)
             # first what describes the files, so that a repository is never without its card
             if any(extra.iterdir()):
                 _upload(api, repo, sort, extra, sorted(extra.iterdir()), "Add card and table")
-            files = [*sort.files(path), *path.glob(CARD)]
             done = _upload(api, repo, sort, path, files, f"Add {kind_of(path)}")
     except OSError as error:  # of the network, and HfHubHTTPError
         raise _failed("push to", repo, error) from error
@@ -127,7 +129,13 @@ def kind_of(folder: Path) -> Kind:
 
 def load_maps(folder: str | PathLike[str]) -> dict[str, KeepMap | ScoreMap]:
     """The saved maps of a folder, by the names of their files."""
-    return {path.name: _load_map(path) for path in _map_files(Path(folder))}
+    files = _map_files(Path(folder))
+    if not files:
+        raise SpecError(
+            f"{str(folder)!r} holds no maps; expected a folder with what KeepMap.save and ScoreMap.save "
+            "write (*.safetensors, *.json)"
+        )
+    return {path.name: _load_map(path) for path in files}
 
 
 def write_rows(run: str | PathLike[str], out: str | PathLike[str]) -> Path:
@@ -188,12 +196,16 @@ def deployment_card(
 
 
 def _check_run(folder: Path) -> str:
+    from .evaluation.leaderboard.journal import cells_of
     from .evaluation.leaderboard.rundir import Run
     from .evaluation.report.check import check
     from .evaluation.report.export import Options, as_markdown
 
     run = Run.open(folder)
     table = as_markdown(run, check(run), Options())
+    # those of other configs as well, which are in no row of the table
+    for cell in cells_of(folder):
+        run.recipe(cell), run.journal(cell)
     # what the Hub reads of a card: tags, and the file that its viewer shows
     head = "---\ntags: [vlmprune]\nconfigs:\n- config_name: rows\n  data_files: rows.parquet\n---\n\n"
     return (
@@ -205,6 +217,11 @@ def _check_weights(folder: Path) -> str:
     facts = [
         checked_facts(str(folder), path.stem) for path in _weight_files(folder) if path.suffix == ".json"
     ]
+    if not facts:
+        raise SpecError(
+            f"{str(folder)!r} holds no weights; expected METHOD.safetensors and METHOD.json, as `vlmprune "
+            "train` writes them"
+        )
     said = "\n".join(
         f"- `{one['method']}`, trained with "
         + ", ".join(f"{name} {value}" for name, value in one["backbone"].items())
@@ -224,9 +241,12 @@ def _check_maps(folder: Path) -> str:
 
 
 def _run_files(folder: Path) -> list[Path]:
+    from .evaluation.leaderboard.journal import cells_of
     from .evaluation.leaderboard.rundir import Run
 
-    return Run(folder).files()
+    # nothing else that was put among the cells
+    cells = cells_of(folder)
+    return [path for path in Run(folder).files() if path.parent == folder or path.stem in cells]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -251,10 +271,27 @@ def _upload(api: Any, repo: str, sort: Sort, folder: Path, files: list[Path], me
         repo_id=repo,
         repo_type=sort.repo_type,
         folder_path=str(folder),
-        # by name: a folder may hold what is nobody else's business
-        allow_patterns=[path.relative_to(folder).as_posix() for path in files],
+        # by name: a folder may hold what is nobody else's business; these are read as patterns, in which
+        # letters of a name such as "[" stand for something else
+        allow_patterns=[escape(path.relative_to(folder).as_posix()) for path in files],
         commit_message=message,
     )
+
+
+def _refuse_links_out(folder: Path, files: Sequence[Path]) -> None:
+    """Raise where a file is a link to one elsewhere: what goes along is what lies in the folder."""
+    here = folder.resolve()
+    homes = [here]
+    # the cache of huggingface_hub holds snapshots/COMMIT/NAME as links into blobs/
+    if here.parent.name == "snapshots":
+        homes.append(here.parent.parent / "blobs")
+    for path in files:
+        target = path.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise SpecError(
+                f"{str(path)!r} is a link to {str(target)!r}, outside of the folder, and stays here; put a "
+                "copy in its place, or remove it"
+            )
 
 
 def _is_weights(path: Path) -> bool:
