@@ -230,6 +230,18 @@ def test_a_spec_that_fails_has_no_row_and_the_others_go_on(small_model, tmp_path
     assert mine == journals(finished)  # the failure changed no other answer
 
 
+def test_a_picture_that_cannot_be_so_small_costs_one_row(tmp_path):
+    model, processor = tiny_bundle("llava_next")
+    model.save_pretrained(tmp_path / "tiles"), processor.save_pretrained(tmp_path / "tiles")
+    # which sizes tiles can have is known picture by picture, so this is found while questions are answered
+    given = {"specs": ["downsample@3", "divprune@3"], "limit": 6}
+    results = sweep(tmp_path / "tiles", tmp_path / "run", **given)
+    others = [spec.replace("@9", "@3") for spec in (*ROWS[:7], "divprune@9", "random@9")]
+    assert [row["spec"] for row in results["rows"]] == others
+    assert [one["spec"] for one in results["failed"]] == ["downsample@3"]
+    assert "72 at least, in tiles of one size" in results["failed"][0]["error"]
+
+
 def test_a_full_disk_is_told_and_nothing_is_lost(small_model, tmp_path, finished, monkeypatch):
     calls = []
 

@@ -117,7 +117,8 @@ class Bench:
                 try:
                     # evaluate gives batch after batch, and in each batch spec after spec
                     yield Lines(spec, [self._line(next(records)) for _ in range(rows_of_batch)])
-                except EvaluationError as error:
+                # of a smaller picture that cannot be made it is a SpecError
+                except VlmPruneError as error:
                     # evaluate cannot go on after an error, and is called again without this spec
                     yield Failure(spec, reason(error))
                     return number
