@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_a_training_with_other_settings_or_a_changed_checkpoint_is_not_gone_on_w
     (tmp_path / "state.json").write_text(json.dumps({**state, "sha256": "0"}))
     with pytest.raises(SpecError, match="changed checkpoint"):
         train(training, questions.train, SMALL, tmp_path, {})
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters())[:4] += 1  # of the same shapes, such as one that was trained on
+    with pytest.raises(SpecError, match="has other model"):
+        train(SelectorTraining(other, processor, 16, 8, 0), questions.train, SMALL, tmp_path, {})
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(SpecError, match="cannot be gone on with"):
         train(training, questions.train, SMALL, tmp_path, {})
@@ -263,6 +270,18 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
         read_data(str(tmp_path), 1, 1)
     with pytest.raises(SpecError, match=r"not there.*shapes"):
         read_data("shape", 1, 1)
+
+
+def test_lines_end_at_line_ends_alone_and_are_counted_as_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    vlmprune.example()[0].save(tmp_path / "a.png")
+    asked = "What\u2028is\x85written here?"  # JSON may hold them as they are
+    line = json.dumps({"image": "a.png", "question": asked, "answer": "so"}, ensure_ascii=False)
+    path.write_text(f"{line}\n\n{line}\r\n", encoding="utf-8", newline="")
+    assert [one.question for one in read_data(str(path), 1, 1).train] == [json.loads(line)["question"]]
+    path.write_text(f"{line}\n\n\n{{}}\n", encoding="utf-8")
+    with pytest.raises(SpecError, match="line 4 of"):
+        read_data(str(path), 1, 1)
 
 
 def test_pictures_are_opened_as_they_are_for_a_prompt(tmp_path: Path) -> None:

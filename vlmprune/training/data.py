@@ -69,7 +69,7 @@ def read_data(source: str, count: int, dev: int) -> Data:
             f"data {source!r} is {'a folder' if path.is_dir() else 'not there'}; expected {SHAPES!r} or a "
             f'file with a line {{"image": PATH, "question": TEXT, "answer": TEXT}} for each question.{near}'
         )
-    asked = [_line(path, number, line) for number, line in enumerate(_lines(path), start=1)]
+    asked = [_line(path, number, line) for number, line in _lines(path)]
     if len(asked) < count + dev:
         raise SpecError(
             f"{source!r} has {len(asked)} questions; expected {count} to train on and {dev} others; lower "
@@ -80,12 +80,14 @@ def read_data(source: str, count: int, dev: int) -> Data:
     return Data(source, digest, asked[: len(asked) - dev][:count], asked[len(asked) - dev :])
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Lines that are not empty, with their numbers in the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"data {str(path)!r} cannot be read ({error}); expected JSON lines") from error
-    return [line for line in text.splitlines() if line.strip()]
+    # not splitlines: JSON may hold other ends of a line, such as U+2028, within a text
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def _line(path: Path, number: int, line: str) -> Exercise:

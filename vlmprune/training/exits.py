@@ -109,7 +109,7 @@ class ExitTraining(OfFrozen):
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import save_file
 
-        told = json.dumps([self.gates, [[one.question, one.answer] for one in asked]])
+        told = json.dumps([self.gates, self.model_digest, [[one.question, one.answer] for one in asked]])
         digest = hashlib.sha256(told.encode()).hexdigest()
         if path.is_file():
             try:
@@ -121,7 +121,8 @@ class ExitTraining(OfFrozen):
                     f"{str(path)!r} cannot be read ({error}); delete it, or give another --out"
                 ) from error
             raise SpecError(
-                f"{str(path)!r} is about other questions; use the same settings, or give another --out"
+                f"{str(path)!r} is about other questions, or another model; use the same, or give another "
+                "--out"
             )
         found = [self.look(asked[start : start + batch]) for start in range(0, len(asked), batch)]
         whole = {name: torch.cat([getattr(one, name) for one in found]) for name in FIELDS}

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from ..models import adapter_for
 from .data import Exercise, check_masks
+
+_SAMPLED = 8  # values of each parameter by which models are told apart
 
 
 class OfFrozen:
@@ -43,6 +47,17 @@ class OfFrozen:
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name."""
         return {name.replace("/", "."): one for name, one in self.module.named_parameters()}
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Of names, shapes and a few values of the model: what tells it from others of its backbone."""
+        found = hashlib.sha256()
+        for name, value in self.model.named_parameters():
+            found.update(f"{name}{tuple(value.shape)}".encode())
+            # values that accelerate keeps on a disk are not here
+            if not value.is_meta:
+                found.update(repr(value.detach().flatten()[:_SAMPLED].tolist()).encode())
+        return found.hexdigest()[:16]
 
     def exactly(self) -> torch.autocast:
         """Within it operations keep float32, also in a pass that is in half precision."""

@@ -54,6 +54,10 @@ class Training(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
+    @property
+    def model_digest(self) -> str:
+        """What tells the frozen model from others of its backbone."""
+
     def prepare(self, asked: Sequence[Exercise], folder: Path, batch: int) -> None:
         """What is known of questions before the first step; ``folder`` holds what was found out already."""
 
@@ -217,7 +221,7 @@ def train(
     """Train, or go on with what ``folder`` holds; the losses of the steps that were made now.
 
     Args:
-        identity: what else has to be the same to go on: model, data.
+        identity: what else has to be the same to go on, such as the data.
         note: is told of every step and its loss, in the first process.
         stop_after: end after this step, as an interruption would.
         dev: other questions, whose loss says when to end early.
@@ -228,7 +232,7 @@ def train(
     accelerator = accelerated(weights[0].device, settings.precision)
     # all that must be the same for another call to go on
     said = {**asdict(settings), **training.settings, **identity, "method": training.method}
-    said["processes"] = accelerator.num_processes
+    said |= {"processes": accelerator.num_processes, "model": training.model_digest}
     mine = settings.share(accelerator.process_index, accelerator.num_processes)
     optimiser = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
     best, losses = LowestLoss(), []
