@@ -136,6 +136,21 @@ def test_a_few_empty_answers_are_told_and_not_refused():
     assert len(list(_unbelievable(row("dense", empty=1)))) == 1  # an unpruned model has no excuse
 
 
+def test_empty_answers_are_counted_among_the_answers_of_all_seeds_and_families():
+    mean = row("random@9", n=50, answers=300, empty=12)  # of three seeds, half of the questions count
+    assert list(_unbelievable(mean)) == []
+    assert "12 of 300 of random@9" in " ".join(limits([mean], None))
+    assert "16 of 300 answers are empty" in next(_unbelievable(replace(mean, empty=16)))
+
+
+def test_what_one_question_cannot_show_is_said():
+    said = limits([row("dense", clusters=1), row("a@9", clusters=1, mdd=2.8)], None)
+    assert said[0] == "With so few questions no difference to dense could be found."
+    assert said[1].startswith("With only 1 set of pictures")
+    (few,) = limits([row("a@9", mdd=0.4), row("b@9", mdd=1.3)], None)
+    assert "below 40.0 to 100.0 points" in few
+
+
 def test_methods_that_read_the_question_are_marked():
     rows = [row("holov@9"), row("fastv@9", query_aware=True)]
     assert [COLUMN["query_aware"].text(one) for one in rows] == ["", "yes"]

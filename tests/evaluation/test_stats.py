@@ -287,6 +287,7 @@ def test_the_summary_tells_what_belongs_beside_an_accuracy() -> None:
     assert good.vs_random.p_holm < 0.01 and good.vs_dense.ci[0] < good.vs_dense.difference < 0
     assert good.ci[0] < good.accuracy < good.ci[1] and (good.n, good.realised_tokens) == (400, 36)
     assert (good.clusters, good.pictures, good.setting) == (400, 1.5, ("m", "t"))
+    assert (good.answers, random.answers) == (400, 1200)
     assert pool.worst == Worst("text", 0, 0) and pool.hard is None
     assert good.hard.n >= 100 and pool.flips.won == 0 < pool.flips.lost
     seeds = [rows[f"random(seed={s})@36"].accuracy for s in range(3)]

@@ -80,10 +80,11 @@ def _unbelievable(row: Row) -> Iterator[str]:
         todo = 'see "error" in its journal, repair that, run again'
         yield f"{name}: {row.failed} of {row.n} generations failed; {todo}"
     # without a picture, saying nothing is an answer; now and then it is one of a model that lost too much
-    silent = row.empty > (0 if row.spec == DENSE else SILENT * row.n)
+    answers = row.answers or row.n  # older results do not say
+    silent = row.empty > (0 if row.spec == DENSE else SILENT * answers)
     if silent and row.method != BLIND:
         todo = "a model that says nothing was not measured: look why"
-        yield f"{name}: {row.empty} of {row.n} answers are empty; {todo}"
+        yield f"{name}: {row.empty} of {answers} answers are empty; {todo}"
     if not row.firings and row.spec != DENSE:
         todo = "run `vlmprune verify` on the spec and the row again"
         yield f"{name}: no hook fired, so nothing shows that it pruned; {todo}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..stats.summary import BLIND, Headline, Row
 from .judge import LEVEL, Side, merged, series, side
-from .text import ratio
+from .text import plural, ratio
 
 FEW = 10  # sets of pictures; with fewer, intervals are wide, and near 0 and 100 % still somewhat too short
 
@@ -43,16 +43,23 @@ def limits(rows: Sequence[Row], headline: Headline | None) -> list[str]:
     """What the rows of one model on one task cannot show, in sentences."""
     said = []
     reach = sorted(row.mdd for row in rows if row.mdd)
-    if reach:
-        low, high = ratio(reach[0]), ratio(reach[-1])
+    if reach and reach[0] >= 1:  # larger than any difference
+        said.append("With so few questions no difference to dense could be found.")
+    elif reach:
+        low, high = ratio(reach[0]), ratio(min(1.0, reach[-1]))
         size = f"about {low} points" if low == high else f"{low} to {high} points, depending on the row,"
         said.append(f"Differences to dense below {size} would be missed with so many questions.")
     clusters = rows[0].clusters
     if clusters is not None and clusters < FEW:
         said.append(
-            f"With only {clusters} sets of pictures the intervals are wide, and near 0 and 100 % too short."
+            f"With only {plural(clusters, 'set')} of pictures the intervals are wide, and near 0 and 100 % "
+            "too short."
         )
-    silent = [f"{row.empty} of {row.n} of {row.spec}" for row in rows if row.empty and row.method != BLIND]
+    silent = [
+        f"{row.empty} of {row.answers or row.n} of {row.spec}"
+        for row in rows
+        if row.empty and row.method != BLIND
+    ]
     if silent:
         said.append(f"Answers that are empty count as wrong: {', '.join(silent)}.")
     if headline is not None and not headline.families:

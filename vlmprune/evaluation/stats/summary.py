@@ -70,6 +70,7 @@ class Row:
         on_object: share of the kept tokens on what is asked about.
         mdd: the smallest difference to dense that would have been found.
         firings, empty, failed: of the hooks; answers without a word; generations without an answer.
+        answers: that these are counted in: of all families, and of all seeds of a mean.
         fingerprint: the cell that holds the answers; None for a mean over seeds.
         paper: the published accuracy. official: the task's own numbers.
     """
@@ -107,6 +108,7 @@ class Row:
     mdd: float | None = None
     band: Band | None = None
     failed: int = 0
+    answers: int | None = None
     fingerprint: str | None = None
     paper: float | None = None
     official: Mapping[str, Any] | None = None
@@ -319,6 +321,7 @@ def _described(spec: str, records: Sequence[Record], pictures: Mapping[str, int]
         "on_object": float(np.mean(asked)) if asked else None,
         "firings": sum(record.firings for record in records),
         "empty": sum(record.empty for record in records),
+        "answers": len(records),
         "positions": "/".join(sorted({record.positions for record in records})),
         "encoding": "/".join(sorted({record.encoding for record in records})),
     }
