@@ -220,6 +220,9 @@ def test_saliency_knows_good_scores_from_bad_ones() -> None:
     found = saliency(model, processor, samples, lambda sample: sample.object_masks())
     assert 0 < found["ci"][0] <= found["auc"] <= found["ci"][1] < 1
     assert found["images"] <= len({image for sample in samples for image in sample.images})
+    shown = next(sample for sample in samples if any(mask.any() for mask in sample.object_masks()))
+    one = saliency(model, processor, [shown], lambda sample: sample.object_masks())
+    assert one["images"] == 1 and one["ci"] == [0.0, 1.0]  # nothing is known of other pictures
     with pytest.raises(EvaluationError, match="none of 20 samples shows an object"):
         saliency(
             model, processor, samples, lambda sample: [np.zeros((144, 144), bool) for _ in sample.images]

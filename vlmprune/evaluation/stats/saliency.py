@@ -63,7 +63,8 @@ def saliency(
     drawn = values[
         np.random.default_rng(0).integers(len(values), size=(estimates.RESAMPLES // 10, len(values)))
     ].mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    # of one picture all draws are the same, which says nothing of others
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(values) > 1 else (0.0, 1.0)
     return {"auc": float(values.mean()), "ci": [float(low), float(high)], "images": len(values)}
 
 
