@@ -159,7 +159,7 @@ def test_all_bad_rows_are_named_at_once(broken_run):
         (lambda lines: lines[0].update(answer="  "), "empty 0 but 1 in its journal"),
         (lambda lines: lines[0].update(error="CUDA out of memory"), "failed 0 but 1 in its journal"),
         (lambda lines: lines[0].update(firings=0), "firings .* in its journal"),
-        (lambda lines: lines.append(lines[0]), "twice"),
+        (lambda lines: lines.append(lines[0] | {"answer": "x"}), "once more, and otherwise"),
         (lambda lines: lines.pop(), "answered 79 questions, .* 80, not the same ones"),
     ],
 )
@@ -167,6 +167,12 @@ def test_results_that_say_more_than_the_journals_are_stale(broken_run, change, m
     edit_journal(broken_run, change)
     with pytest.raises(EvaluationError, match=message):
         write_report(broken_run)
+
+
+def test_an_answer_that_stands_there_twice_is_one(broken_run):
+    before = write_report(broken_run, "csv").read_text()
+    edit_journal(broken_run, lambda lines: lines.append(lines[0]))
+    assert write_report(broken_run, "csv").read_text() == before
 
 
 def test_an_edited_recipe_is_found(broken_run):

@@ -66,21 +66,21 @@ class Flaw:
 
 def decode_lines(cell: str, data: bytes) -> tuple[list[dict[str, Any]], list[Flaw]]:
     """Samples and flaws of a journal. An incomplete last line of an interrupted run is not a flaw."""
-    samples: list[dict[str, Any]] = []
     flaws: list[Flaw] = []
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}  # by id, in the order of the lines
     # behind the last line end there is nothing, or an incomplete line
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         # "\r" of an editor that writes line ends as Windows does
         found = _decode_line(cell, line.removesuffix(b"\r"))
-        # the very same answer again is no flaw; another one is
-        if isinstance(found, dict) and known.setdefault(found["id"], found) != found:
-            found = f"answers sample {found['id']!r} once more, and otherwise than a line before it"
-        if isinstance(found, dict):
-            samples.append(found)
-        else:
+        if isinstance(found, str):
             flaws.append(Flaw(number, found))
-    return samples, flaws
+        elif found["id"] not in known:
+            known[found["id"]] = found
+        # the very same answer again is no flaw, and is one answer; another one is
+        elif known[found["id"]] != found:
+            what = f"answers sample {found['id']!r} once more, and otherwise than a line before it"
+            flaws.append(Flaw(number, what))
+    return list(known.values()), flaws
 
 
 def _decode_line(cell: str, line: bytes) -> dict[str, Any] | str:

@@ -99,10 +99,6 @@ def _stale(row: Row, cell: str, recipe: dict[str, Any], samples: list[dict[str, 
     wrong = [key for key in ("spec", "model", "task") if recipe.get(key) != getattr(row, key)]
     if wrong:
         yield f"{name}: its cell {cell} has another {' and '.join(wrong)}; run the leaderboard again"
-    twice = [one for one, times in Counter(sample["id"] for sample in samples).items() if times > 1]
-    if twice:
-        found = f"the journal {cell} has sample {twice[0]!r} twice"
-        yield f"{name}: {found}; delete the journal and run that row again"
     if row.n > len(samples):  # families outside the headline are answered and not counted
         found = f"results.json counts {row.n} samples, its journal has {len(samples)}"
         yield f"{name}: {found}; run the leaderboard again"
