@@ -127,6 +127,13 @@ def test_tiles_stand_side_by_side_and_what_no_token_covers_is_striped():
     assert (abs(beside[..., 0] - beside[..., 1]) < 25).mean() > 0.9 and beside[..., 0].std() > 5
 
 
+def test_a_thin_picture_is_not_enlarged_beyond_what_can_be_written():
+    (shown,) = _pictures([Image.new("RGB", (3000, 6))], answer(), merges=False)
+    assert decoded(shown.before).size == (3000, 6)
+    (shown,) = _pictures([Image.new("RGB", (400, 6))], answer(), merges=False)
+    assert decoded(shown.before).size == (4000, 60)  # and not 48 times as large
+
+
 def test_merged_patches_are_pale_and_dropped_ones_are_grey():
     image = Image.new("RGB", (80, 80), (200, 30, 30))
     kept = Kept((0,), ((2, 2),), "stretch")

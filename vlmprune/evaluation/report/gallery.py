@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SMALLEST = 288  # pixels: smaller pictures are enlarged so that the outlines of patches can be seen
+LARGEST = 4096  # pixels of a side that was enlarged: a thin picture would grow beyond what JPEG can hold
 ACROSS = 4  # frames of a clip side by side
 MOST = 1_000_000  # tokens of a picture; more is a broken journal
 
@@ -266,7 +267,7 @@ def _pictures(images: Sequence[Image.Image], answer: Answer, merges: bool) -> It
     _check_kept(images, answer)
     for number, image in enumerate(images):
         # a whole number, so that pixels stay square and sharp
-        factor = -(-SMALLEST // min(image.size))
+        factor = min(-(-SMALLEST // min(image.size)), LARGEST // max(image.size))
         large = (
             # resample=0 takes the nearest pixel
             image.resize((image.width * factor, image.height * factor), resample=0) if factor > 1 else image
