@@ -20,7 +20,7 @@ from vlmprune.cli import app
 from vlmprune.cli.board import fitting, grid
 from vlmprune.errors import EvaluationError, SpecError, UnsupportedError
 from vlmprune.evaluation.report import text
-from vlmprune.evaluation.report.speed import SPEED_COLUMNS
+from vlmprune.evaluation.report.speed import SPEED_COLUMNS, speed_groups
 from vlmprune.models import adapter_for
 from vlmprune.plain import read
 from vlmprune.speed import conditions, shapes
@@ -153,6 +153,21 @@ def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
     ]
     assert saved["rows"][2]["first_token_s"] == 9.0 and saved["conditions"] == later
     assert [read(SpeedRow, row, "row") for row in saved["rows"][:2]] == [rows[0], rows[2]]
+
+
+def test_rows_of_other_threads_or_texts_stand_apart_and_replace_nothing(card, tmp_path):
+    rows, _ = card
+    given = [replace(one, threads=1) for one in rows]
+    others = [replace(one, threads=4) for one in rows[:1]] + [replace(given[1], text_tokens=7)]
+    path = save([*given, *others], tmp_path, {})
+    path = save(given[:1], tmp_path, {})
+    saved = [read(SpeedRow, row, "row") for row in json.loads(path.read_text())["rows"]]
+    assert len(saved) == len(given) + 2
+    groups = speed_groups(saved)
+    assert sorted(len(group.rows) for group in groups) == [1, 1, len(given)]
+    assert len({group.title for group in groups}) == 3
+    assert any("4 threads" in group.title for group in groups)
+    assert any("7 text tokens" in group.title for group in groups)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "not JSON", '{"rows": [{"spec": "dense"}]}', '{"rows": [5]}'])

@@ -70,17 +70,21 @@ class SpeedRow:
     @property
     def conditions(self) -> tuple[object, ...]:
         """Rows that are equal in these can be compared."""
-        return self.model, self.batch, self.answer_tokens, self.device, self.dtype, self.attention
+        return (*self._measured_with, self.attention)
 
     @property
     def case(self) -> tuple[object, ...]:
         """Of two rows that are equal in these, the newer one counts."""
+        return (self.spec, *self._measured_with)
+
+    @property
+    def _measured_with(self) -> tuple[object, ...]:
         return (
             self.model,
-            self.spec,
             self.batch,
             self.answer_tokens,
             self.text_tokens,
             self.device,
             self.dtype,
+            self.threads,
         )

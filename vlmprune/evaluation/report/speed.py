@@ -38,8 +38,9 @@ def speed_notes(rows: Iterable[SpeedRow]) -> list[str]:
 
 
 def _conditions(row: SpeedRow) -> str:
-    parts = [row.model, f"batch {row.batch}", f"{row.answer_tokens} answer tokens", row.device, row.dtype]
-    parts.append(f"attention: {row.attention}")
+    parts = [row.model, f"batch {row.batch}"]
+    parts += [f"{row.text_tokens} text tokens"] if row.text_tokens is not None else []
+    parts += [f"{row.answer_tokens} answer tokens", row.device, row.dtype, f"attention: {row.attention}"]
     return ", ".join(parts + ([plural(row.threads, "thread")] if row.threads else []))
 
 
