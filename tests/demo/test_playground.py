@@ -143,6 +143,7 @@ def test_no_file_of_the_server_is_opened_for_a_user(monkeypatch, ground, asked, 
         ({"methods": ["random"] * 9}, "9 methods were chosen; expected at most 8"),
         ({"keep": 0.0}, "keep=0.0 is no budget"),
         ({"picture": __file__}, "cannot be read as a picture"),
+        ({"picture": picture(size=(1, 60000))}, "1 x 2000 pixels; expected no side more than 100 times"),
     ],
 )
 def test_a_question_that_nobody_could_answer_is_refused_whole(ground, asked, given, words):

@@ -40,6 +40,9 @@ KEEP = 0.125
 MOST_METHODS = 8
 LONGEST_QUESTION = 500  # characters
 LARGEST_PICTURE = 2000  # pixels of a side; larger ones are made smaller before the model sees them
+# times that a side may be as long as the other: some processors refuse thinner pictures, others enlarge the
+# short side to what a tower reads, and cut gigabytes of the long one off only then
+THINNEST = 100
 LEAST_SIDE = 400  # pixels; smaller pictures are drawn enlarged, or their patches could not be told apart
 # a path stands in quotes, or is a bare word behind one of these options
 _NAMES_A_FILE = re.compile(r"""['"]|\b(?:weights|recipe)\s*=""")
@@ -158,7 +161,13 @@ class Playground:
             raise SpecError(
                 f"{len(methods)} methods were chosen; expected at most {MOST_METHODS} at a time: remove some"
             )
-        return open_picture(picture, LARGEST_PICTURE), question
+        shown = open_picture(picture, LARGEST_PICTURE)
+        if max(shown.size) > THINNEST * min(shown.size):
+            raise SpecError(
+                f"the picture has {shown.width} x {shown.height} pixels; expected no side more than "
+                f"{THINNEST} times as long as the other: cut off a part"
+            )
+        return shown, question
 
     @contextmanager
     def _borrowed(self) -> Iterator[tuple[Any, Any]]:
