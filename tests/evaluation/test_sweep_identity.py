@@ -194,6 +194,7 @@ def test_what_is_said_to_decide_no_answer_is_there_and_the_rest_counts(monkeypat
         "hooks/session.py",
         "methods/fastv.py",
         "evaluation/leaderboard/plan.py",
+        "evaluation/stats/objects.py",
         "evaluation/tasks/sample.py",
         "new.py",
     ):
@@ -203,7 +204,7 @@ def test_what_is_said_to_decide_no_answer_is_there_and_the_rest_counts(monkeypat
         before = code()
     for name in (
         "cli/board.py",
-        "evaluation/stats/table.py",
+        "evaluation/stats/summary.py",
         "evaluation/report/page.py",
         "evaluation/leaderboard/run.py",
     ):
