@@ -283,6 +283,7 @@ def test_letterbox_bars_are_drawn(samples):
         ("two", False, "2"),
         ("7 2 4", True, "724"),
         ("X K E", True, "xke"),
+        ("A.", False, "a"),  # a choice, which is not the empty answer
         ("", False, ""),
     ],
 )

@@ -125,7 +125,9 @@ def normalise(answer: str, *, compact: bool = False) -> str:
     # a sign is read letter by letter, "4 7 1", or at once
     if compact:
         return "".join(words)
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    # "A" alone is the first of several choices, and no article
+    words = [word for word in words if word not in ("a", "an", "the")] or words
+    return " ".join(_NUMBERS.get(word, word) for word in words)
 
 
 def exact(sample: Sample, answer: str) -> float:
