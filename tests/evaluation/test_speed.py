@@ -152,6 +152,8 @@ def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
         ("fastervlm@9", 8),
     ]
     assert saved["rows"][2]["first_token_s"] == 9.0 and saved["conditions"] == later
+    assert saved["earlier"] == [before]  # under which the rows that stay were measured
+    assert "earlier" not in json.loads(save(rows, tmp_path / "new.json", later).read_text())
     assert [read(SpeedRow, row, "row") for row in saved["rows"][:2]] == [rows[0], rows[2]]
 
 

@@ -319,24 +319,28 @@ def save(rows: Sequence[SpeedRow], place: Path, measured: Mapping[str, Any]) -> 
     """Add rows to a .json file, or to speed.json in a run folder; older rows of the same case go.
 
     Args:
-        measured: the conditions at the start, before the timing itself was the load.
+        measured: the conditions at the start, before the timing itself was the load; those of older rows that
+            stay are listed as "earlier".
     """
     path = place if place.suffix == ".json" else place / "speed.json"
     if not path.parent.is_dir():
         raise SpecError(
             f"--out {str(place)!r}: the folder {str(path.parent)!r} does not exist; make it first"
         )
-    known = []
+    known: list[SpeedRow] = []
+    there: dict[str, Any] = {}
     # a file that is no speed card is refused, not overwritten
     if path.exists():
         try:
-            known = [
-                read(SpeedRow, row, "row") for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-            ]
+            there = json.loads(path.read_text(encoding="utf-8"))
+            known = [read(SpeedRow, row, "row") for row in there["rows"]]
         except (OSError, ValueError, KeyError, TypeError, EvaluationError) as error:
             raise SpecError(f"--out: {path} holds no speed card ({error}); choose another file") from error
     new = {row.case for row in rows}
     kept = [row for row in known if row.case not in new]
-    card = {"rows": plain([*kept, *rows]), "conditions": dict(measured)}
+    card: dict[str, Any] = {"rows": plain([*kept, *rows]), "conditions": dict(measured)}
+    # those of the rows that stay, which the newer ones say nothing of
+    if kept:
+        card["earlier"] = [*there.get("earlier", []), there.get("conditions", {})]
     replace_text(path, json.dumps(card, indent=1) + "\n")
     return path
