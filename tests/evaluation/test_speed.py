@@ -157,6 +157,15 @@ def test_newer_rows_replace_those_of_the_same_conditions(card, tmp_path):
     assert [read(SpeedRow, row, "row") for row in saved["rows"][:2]] == [rows[0], rows[2]]
 
 
+def test_a_file_that_is_no_card_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmprune.speed.workload.make_workload", lambda *_, **__: pytest.fail("was built"))
+    path = tmp_path / "mine.json"
+    path.write_text('{"mine": 1}')
+    made = CliRunner().invoke(app, ["bench", "--model", "tiny", "--out", str(path)])
+    assert made.exit_code and "holds no speed card" in " ".join(made.output.split())
+    assert path.read_text() == '{"mine": 1}'
+
+
 def test_rows_of_other_threads_or_texts_stand_apart_and_replace_nothing(card, tmp_path):
     rows, _ = card
     given = [replace(one, threads=1) for one in rows]

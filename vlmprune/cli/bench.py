@@ -100,8 +100,13 @@ def bench(
 
 
 def _check_out(out: Path | None) -> None:
-    if out is not None and not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
+    if out is None:
+        return
+    if not (out.is_dir() or (out.suffix == ".json" and out.absolute().parent.is_dir())):
         raise SpecError(f"--out {str(out)!r}; expected a folder that is there, or a .json file in one")
+    from ..speed.card import check_place
+
+    check_place(out)
 
 
 def _refuse_timing(context: typer.Context) -> None:

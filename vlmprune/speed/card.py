@@ -315,6 +315,11 @@ def _row(spec: str, times: _Times, measured: _Measured, common: Mapping[str, Any
     )
 
 
+def check_place(place: Path) -> None:
+    """Raise where ``save`` could not add rows."""
+    _held(place)
+
+
 def save(rows: Sequence[SpeedRow], place: Path, measured: Mapping[str, Any]) -> Path:
     """Add rows to a .json file, or to speed.json in a run folder; older rows of the same case go.
 
@@ -322,20 +327,7 @@ def save(rows: Sequence[SpeedRow], place: Path, measured: Mapping[str, Any]) -> 
         measured: the conditions at the start, before the timing itself was the load; those of older rows that
             stay are listed as "earlier".
     """
-    path = place if place.suffix == ".json" else place / "speed.json"
-    if not path.parent.is_dir():
-        raise SpecError(
-            f"--out {str(place)!r}: the folder {str(path.parent)!r} does not exist; make it first"
-        )
-    known: list[SpeedRow] = []
-    there: dict[str, Any] = {}
-    # a file that is no speed card is refused, not overwritten
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            known = [read(SpeedRow, row, "row") for row in there["rows"]]
-        except (OSError, ValueError, KeyError, TypeError, EvaluationError) as error:
-            raise SpecError(f"--out: {path} holds no speed card ({error}); choose another file") from error
+    path, known, there = _held(place)
     new = {row.case for row in rows}
     kept = [row for row in known if row.case not in new]
     card: dict[str, Any] = {"rows": plain([*kept, *rows]), "conditions": dict(measured)}
@@ -344,3 +336,19 @@ def save(rows: Sequence[SpeedRow], place: Path, measured: Mapping[str, Any]) -> 
         card["earlier"] = [*there.get("earlier", []), there.get("conditions", {})]
     replace_text(path, json.dumps(card, indent=1) + "\n")
     return path
+
+
+def _held(place: Path) -> tuple[Path, list[SpeedRow], dict[str, Any]]:
+    """The file of a card, its rows and all that it says; a file that is no card is refused."""
+    path = place if place.suffix == ".json" else place / "speed.json"
+    if not path.parent.is_dir():
+        raise SpecError(
+            f"--out {str(place)!r}: the folder {str(path.parent)!r} does not exist; make it first"
+        )
+    if not path.exists():
+        return path, [], {}
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        return path, [read(SpeedRow, row, "row") for row in there["rows"]], there
+    except (OSError, ValueError, KeyError, TypeError, EvaluationError) as error:
+        raise SpecError(f"--out: {path} holds no speed card ({error}); choose another file") from error
