@@ -8,13 +8,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 
 import pytest
-from sweep_tools import comparable, in_child, journals, sweep
+from sweep_tools import comparable, config, in_child, journals, sweep
 
 from vlmprune.errors import EvaluationError
 from vlmprune.evaluation.leaderboard.journal import locked
+from vlmprune.evaluation.leaderboard.run import Silent, leaderboard
+from vlmprune.evaluation.leaderboard.rundir import Run
 
 KILLS = [15, pytest.param(50, marks=pytest.mark.slow)]
 CHANGES = {"limit": 24, "batch_size": 4}
@@ -132,3 +135,21 @@ def test_a_fault_at_any_call_loses_and_doubles_nothing(
     )
     assert all(lines.items() <= journals(tmp_path / "run")[spec].items() for spec, lines in before.items())
     assert not list((tmp_path / "run").rglob("*.new"))
+
+
+def test_the_table_of_a_killed_run_names_what_is_not_in_it(small_model, tmp_path):
+    class Stops(Silent):
+        def begin(self, what, total, done):
+            if what.startswith(other):
+                raise KeyboardInterrupt
+
+    other = str(shutil.copytree(small_model, tmp_path / "other"))
+    given = {"models": [str(small_model), other], "limit": 4, "specs": ["fastervlm@9"]}
+    with pytest.raises(KeyboardInterrupt):
+        leaderboard(config(small_model, **given), tmp_path / "run", progress=Stops())
+    left = Run.open(tmp_path / "run").results
+    assert {row["model"] for row in left["rows"]} == {str(small_model)}
+    (one,) = left["failed"]
+    assert (one["model"], one["task"]) == (other, "shapes") and "the same command goes on" in one["error"]
+    whole = sweep(small_model, tmp_path / "run", **given)
+    assert whole["failed"] == [] and {row["model"] for row in whole["rows"]} == {str(small_model), other}

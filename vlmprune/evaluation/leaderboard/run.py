@@ -112,7 +112,7 @@ def leaderboard(
         rows, headline, failed = [], [], []
         found: dict[str, Any] = {}
         mine: set[str] = set()
-        for setting in plan:
+        for number, setting in enumerate(plan, 1):
             one = _Comparison(folder, setting, settings.engine, progress)
             one.answer(with_baselines(config.specs, config.seeds, one.shrinks))
             one.answer_own_budgets(config.seeds)
@@ -134,8 +134,8 @@ def leaderboard(
                 "headline": headline,
             }
             # only the last round knows which cells belong to none of the tables
-            beside = others(folder, mine) if setting is plan[-1] else []
-            found |= {"failed": failed, "speed": [], "other_cells": beside}
+            beside = others(folder, mine) if number == len(plan) else []
+            found |= {"failed": [*failed, *_waiting(plan[number:])], "speed": [], "other_cells": beside}
             if rows:
                 # after every model and task: a run that is killed leaves a table of what is whole
                 replace_json(folder / "results.json", found)
@@ -144,6 +144,15 @@ def leaderboard(
             "nothing could be compared:\n" + "\n".join(f"  {one['spec']}: {one['error']}" for one in failed)
         )
     return found
+
+
+def _waiting(settings: Sequence[Setting]) -> list[dict[str, str]]:
+    """Of what a run that is killed now leaves no row, so that its table is not taken for the whole one."""
+    error = "the run ended before its turn came; the same command goes on with it"
+    return [
+        {"spec": "every spec", "model": setting.model, "task": setting.task, "error": error}
+        for setting in settings
+    ]
 
 
 def planned(config: Config, settings: Settings) -> list[Setting]:
