@@ -32,6 +32,7 @@ from vlmprune.evaluation.tasks.lmms.cell import records, run_cell
 from vlmprune.evaluation.tasks.lmms.loading import folder as task_files
 from vlmprune.evaluation.tasks.lmms.loading import write_tasks
 from vlmprune.evaluation.tasks.lmms.model import VlmPrune, VlmPruneSimple
+from vlmprune.evaluation.tasks.lmms.task import LmmsTask
 from vlmprune.evaluation.tasks.registry import get_task
 from vlmprune.testing.checks_model import snapshot
 from vlmprune.testing.tiny import tiny_bundle
@@ -362,3 +363,15 @@ def test_validate_accepts_tasks_that_lmms_eval_has(tmp_path):
     config.write_text('models: [tiny]\nspecs: [pool@4]\ntasks: ["lmms:pope", "lmms:pope_yes"]\n')
     result = CliRunner().invoke(app, ["validate", str(config)])
     assert result.exit_code == 0 and "valid" in result.stdout, result.stderr
+
+
+def test_rules_that_give_no_number_and_documents_without_a_target_stop_no_summary():
+    rules = {"mean": lambda values: sum(values) / len(values), "by_language": lambda values: {"en": 1.0}}
+    given = types.SimpleNamespace(
+        lmms=types.SimpleNamespace(aggregation=lambda: rules),
+        _results=lambda number, answer: {"mean": float(number), "by_language": answer},
+        _targets=lambda number: [],
+    )
+    asked = [types.SimpleNamespace(number=number) for number in (0, 1)]
+    assert LmmsTask.official(given, asked, ["x", "y"]) == {"mean": 0.5}
+    assert LmmsTask._guess(given, [0, 1]) == 0.0

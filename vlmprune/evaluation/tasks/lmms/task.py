@@ -179,7 +179,9 @@ class LmmsTask:
         return self.lmms.process_results(self._plain(number), [until(answer, stops)])
 
     def official(self, samples: Sequence[LmmsSample], answers: Sequence[str]) -> dict[str, float]:
-        """The task's own numbers over all answers; those that only write a file for a server are left out."""
+        """The task's own numbers over all answers; what only writes a file for a server is left out, and what
+        is no single number, such as a table by language.
+        """
         # metric -> what it says of each answer; the task's own rule takes these together
         found: dict[str, list[Any]] = {}
         for sample, answer in zip(samples, answers, strict=True):
@@ -190,7 +192,8 @@ class LmmsTask:
             for name, rule in self.lmms.aggregation().items()
             if name in found and _arguments(rule) == 1
         }
-        return {name: float(rule(found[name])) for name, rule in known.items()}
+        made = {name: rule(found[name]) for name, rule in known.items()}
+        return {name: float(value) for name, value in made.items() if isinstance(value, _NUMBER)}
 
     @cached_property
     def blind(self) -> Mapping[str, float]:
@@ -205,8 +208,10 @@ class LmmsTask:
         common = Counter(str(target) for number in numbers for target in self._targets(number)).most_common(
             _GUESSES
         )
+        # where no document has a target there is nothing to guess
         return max(
-            sum(self._score(number, guess) for number in numbers) / len(numbers) for guess, _ in common
+            (sum(self._score(number, guess) for number in numbers) / len(numbers) for guess, _ in common),
+            default=0.0,
         )
 
 
