@@ -30,6 +30,7 @@ def slips():
         "two pictures": ([shown, shown], QUESTION, f"image is a list{of_image}"),
         "an array": (np.asarray(shown), QUESTION, f"image is a ndarray{of_image}"),
         "no question": (shown, None, "the question is a NoneType; expected one text, behind the picture"),
+        "half a character": (shown, "Why \ud83d?", "holds half of a character"),
         "two questions": (shown, [QUESTION] * 2, "the question is a list; expected one text"),
         "swapped": (QUESTION, shown, "the question is a Image; expected one text, behind the picture"),
         "no such file": ("none.png", QUESTION, "'none.png' cannot be read as a picture"),

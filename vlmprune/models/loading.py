@@ -126,6 +126,11 @@ def prompt(processor: Any, question: str, images: int = 1, kind: ModalityName = 
             f"the question is a {type(question).__name__}; expected one text, behind the picture: "
             "encode(model, processor, image, question)"
         )
+    if any("\ud800" <= letter <= "\udfff" for letter in question):  # as JSON or a file name can hold them
+        raise SpecError(
+            f"the question {question!r} holds half of a character (a surrogate), which no tokenizer takes; "
+            "read the text as UTF-8"
+        )
     image = getattr(processor, f"{kind}_token", f"<{kind}>")
     for token in (getattr(processor, "image_token", "<image>"), getattr(processor, "video_token", None)):
         if token and token in question:
