@@ -74,7 +74,12 @@ def test_a_bad_request_gets_400_and_the_server_lives(address, spec, why):
 
 
 @pytest.mark.parametrize(
-    "options", [{"crop_size": {"height": 84, "width": 84}}, {"do_resize": False, "do_center_crop": False}]
+    "options",
+    [
+        {"crop_size": {"height": 84, "width": 84}},
+        {"do_resize": False, "do_center_crop": False},
+        {"do_resize": None, "do_center_crop": None},
+    ],
 )
 def test_a_request_that_shapes_pictures_otherwise_gets_400_and_the_server_lives(address, options):
     status, text = post(address, body("text", 3, None, mm_processor_kwargs=options))

@@ -66,6 +66,8 @@ def test_options_of_the_processor_are_refused_in_a_request_unless_the_server_has
     size = {"height": 84, "width": 84}
     with pytest.raises(UnsupportedError, match=r"\['crop_size'\].*--mm-processor-kwargs"):
         request_of(spec, {}, crop_size=size)
+    with pytest.raises(UnsupportedError, match=r"\['do_resize'\]"):
+        request_of(spec, {}, do_resize=None)
     with pytest.raises(UnsupportedError, match="vlmprun'"):
         request_of(spec, {}, vlmprun="divprune@9")
     assert request_of(spec, {}, server={"crop_size": size}, crop_size=size).text == spec

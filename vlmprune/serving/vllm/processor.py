@@ -184,7 +184,12 @@ def refuse_options(
     Pictures of another shape than the model reads raise in the engine, which ends the server for all.
     """
     ours = (KEY, VERSION_KEY, *checked)
-    other = [name for name in given if name not in ours and given[name] != server.get(name)]
+    # null is a value too: ``do_resize: null`` leaves a picture as large as it is
+    other = [
+        name
+        for name, value in given.items()
+        if name not in ours and (name not in server or server[name] != value)
+    ]
     if other:
         raise UnsupportedError(
             f"a request gave {other} to the processor, and pictures of another shape end the model for all "
