@@ -205,10 +205,15 @@ def parse(text: str | Spec) -> Spec:
         return text
     if not isinstance(text, str):
         raise SpecError(f"a spec is text, got {text!r} of type {type(text).__name__}; expected {GRAMMAR}")
-    spec = Spec(tuple(map(_parse_part, split(text))))
+    spec = unbuilt(text)
     # only to check the options: the methods are built again where they run
     spec.build()
     return spec
+
+
+def unbuilt(text: str) -> Spec:
+    """A spec whose options are not checked: to check them, a method may open the file that one names."""
+    return Spec(tuple(map(_parse_part, split(text))))
 
 
 def split(text: str, at: str = "+") -> list[str]:

@@ -37,6 +37,8 @@ GRID = ((24, 24),)
         "uniform@9",
         "visionzip@64",
         "zooprune@64",
+        "textmonkey(weights=none)@64",
+        "debias(trend=self)+fastervlm@64",
     ],
 )
 def test_what_can_be_served_passes_the_rehearsal(text):
@@ -69,6 +71,11 @@ def test_the_text_is_canonical_and_the_count_known_beforehand():
         ("visionselector(weights = etc)@36", "names a file or a folder"),
         ("act(recipe='here.yaml')", "names a file or a folder"),
         ("mine(option='../here')@36", "names a file or a folder"),
+        # other letters for the same name, a comment in front of "=", an escape for "."
+        ("textmonkey(\uff57eights=etc)@36", "names a file or a folder"),
+        ("textmonkey(weights#\n=etc)@36", "names a file or a folder"),
+        ("debias(#()\ntrend#\n='/etc/x\\x2ejson')+fastervlm@64", "names a file or a folder"),
+        ("mine(option=('a', 'b/c'))@36", "names a file or a folder"),
         ("random@" + "9" * 600, "characters"),
     ],
 )

@@ -17,11 +17,12 @@ from ..api import resolve_all
 from ..core.budget import Budget
 from ..core.method import Method, Need, needs_of
 from ..errors import SpecError, UnsupportedError, VlmPruneError, reason
+from ..spec import unbuilt
 from .names import DENSE, KEY, VARIABLE
 
 LONGEST = 500  # characters of a spec
-# options that are read from files, and whatever else looks like a path
-_OPENS = re.compile(r"\b(weights|recipe|trend)\s*=|\.json|\([^)]*[/\\]")
+_FILES = ("weights", "recipe")  # options that are read from a file or a folder, whatever they are called
+_PATH = re.compile(r"[/\\]|\.json")
 _NEAREST = "e.g. 'fastervlm@64' or 'divprune@64'"
 # what can be read of an encoder that runs apart from the language model
 READABLE = {
@@ -107,7 +108,7 @@ def read(text: str) -> Request:
     """A spec as a request; raises for whatever no server can do."""
     if len(text) > LONGEST:
         raise SpecError(f"a spec of {len(text)} characters; expected {LONGEST} at most, {_NEAREST}")
-    if _OPENS.search(text):  # asked before it is read, since reading it opens the file
+    if _names_file(text):  # asked before it is built, since building it opens the file
         raise UnsupportedError(
             f"{text!r} names a file or a folder, which a client may not ask a server to open; leave it out"
         )
@@ -120,6 +121,15 @@ def read(text: str) -> Request:
     method, budget = plans[0]
     _check(canonical, method, budget)
     return Request(canonical, method, budget)
+
+
+def _names_file(text: str) -> bool:
+    """By what was parsed: Python takes other letters for those of a name, and a comment in front of '='."""
+    options = [option for part in unbuilt(text).parts for option in part.args]
+    return any(
+        (name in _FILES and value is not None) or _PATH.search(str(value)) is not None
+        for name, value in options
+    )
 
 
 def _check(text: str, method: Method, budget: Budget | None) -> None:
