@@ -77,6 +77,8 @@ def test_the_text_is_canonical_and_the_count_known_beforehand():
         ("debias(#()\ntrend#\n='/etc/x\\x2ejson')+fastervlm@64", "names a file or a folder"),
         ("mine(option=('a', 'b/c'))@36", "names a file or a folder"),
         ("random@" + "9" * 600, "characters"),
+        ("gprune(iterations=1000000000)@36", "iterations=100 at most"),
+        ("mmr(importance=rank)+zooprune(estimator=zo,m=100000)@36", "m=1024 at most"),
     ],
 )
 def test_what_no_server_can_do_is_refused_with_what_works(text, why):
@@ -101,6 +103,33 @@ def test_what_a_tower_cannot_give_is_refused(text, facts, why):
         check_tower(read(text), facts)
     with pytest.raises(UnsupportedError, match=why):
         rehearse(text, facts, GRID)
+
+
+@pytest.mark.parametrize("spec", ["vispruner(cls=mean)@0.5", "mmr+fastervlm(cls=mean)@0.5", "pool@3000"])
+def test_a_large_picture_is_rehearsed_on_a_small_one_of_its_shape(monkeypatch, spec):
+    """Other requests wait for a rehearsal, and of 4096 tokens vispruner@0.5 takes 12 seconds."""
+    from vlmprune.serving import reduce
+
+    seen = []
+    monkeypatch.setattr(reduce, "reduce_one", spy(reduce.reduce_one, seen))
+    rehearse.__wrapped__(spec, TowerFacts(False, 32, 32, -1), ((64, 64),))
+    rehearse.__wrapped__(spec, TowerFacts(False, 32, 32, -1), ((8, 8),) + ((16, 5),) * 40)
+    assert [picture.grids[-1] for picture, _, _ in seen] == [(32, 32), (8, 2)]
+    # some stay and some go, as of the large one
+    assert all(0 < request.count(picture.count) < picture.count for picture, request, _ in seen)
+
+
+def test_a_method_says_of_the_large_picture_what_it_cannot_do():
+    with pytest.raises(UnsupportedError, match=r"picture of 16384 tokens here.*divprune@64"):
+        rehearse("vispruner(cls=mean)@0.5", TowerFacts(False, 32, 32, -1), ((128, 128),))
+
+
+def spy(function, seen):
+    def call(*given):
+        seen.append(given)
+        return function(*given)
+
+    return call
 
 
 def test_methods_for_clips_are_rehearsed_on_clips():

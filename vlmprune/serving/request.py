@@ -7,10 +7,11 @@ whatever a client can get wrong is refused here, where a request is read.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..api import resolve_all
@@ -23,6 +24,9 @@ from .names import DENSE, KEY, VARIABLE
 LONGEST = 500  # characters of a spec
 _FILES = ("weights", "recipe")  # options that are read from a file or a folder, whatever they are called
 _PATH = re.compile(r"[/\\]|\.json")
+# rounds that a method computes, without an end of its own: other clients wait for them
+_MOST_ROUNDS = {("gprune", "iterations"): 100, ("zooprune", "m"): 1024}
+_LARGEST = 1024  # tokens of a rehearsed picture: time of some methods grows with their square
 _NEAREST = "e.g. 'fastervlm@64' or 'divprune@64'"
 # what can be read of an encoder that runs apart from the language model
 READABLE = {
@@ -108,10 +112,7 @@ def read(text: str) -> Request:
     """A spec as a request; raises for whatever no server can do."""
     if len(text) > LONGEST:
         raise SpecError(f"a spec of {len(text)} characters; expected {LONGEST} at most, {_NEAREST}")
-    if _names_file(text):  # asked before it is built, since building it opens the file
-        raise UnsupportedError(
-            f"{text!r} names a file or a folder, which a client may not ask a server to open; leave it out"
-        )
+    _check_options(text)
     plans, canonical = resolve_all(text)
     if len(plans) != 1:
         raise UnsupportedError(
@@ -123,13 +124,24 @@ def read(text: str) -> Request:
     return Request(canonical, method, budget)
 
 
-def _names_file(text: str) -> bool:
-    """By what was parsed: Python takes other letters for those of a name, and a comment in front of '='."""
-    options = [option for part in unbuilt(text).parts for option in part.args]
-    return any(
-        (name in _FILES and value is not None) or _PATH.search(str(value)) is not None
-        for name, value in options
-    )
+def _check_options(text: str) -> None:
+    """Refuse files and endless work, before the methods are built, since to build them may open a file.
+
+    By what was parsed: Python takes other letters for those of a name, and a comment in front of "=".
+    """
+    for part in unbuilt(text).parts:
+        for name, value in part.args:
+            if (name in _FILES and value is not None) or _PATH.search(str(value)):
+                raise UnsupportedError(
+                    f"{text!r} names a file or a folder, which a client may not ask a server to open; leave "
+                    "it out"
+                )
+            most = _MOST_ROUNDS.get((part.name, name))
+            if most is not None and isinstance(value, int) and value > most:
+                raise UnsupportedError(
+                    f"{text!r} computes {name}={value} rounds, for which all clients would wait; give "
+                    f"{name}={most} at most"
+                )
 
 
 def _check(text: str, method: Method, budget: Budget | None) -> None:
@@ -211,6 +223,8 @@ def _check_layers(request: Request, facts: TowerFacts) -> None:
 def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], frames: bool = False) -> None:
     """Run the choice once on random tensors: what it would raise in the engine it raises here.
 
+    A large picture is rehearsed on a smaller one of its shape, since other requests wait meanwhile.
+
     Args:
         grids: blocks of the picture; of tokens without rows and columns, their number in one row.
         frames: whether they are frames of a clip.
@@ -219,12 +233,21 @@ def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], f
     if request.budget is None:
         return
     check_tower(request, facts)
+    n = sum(rows * cols for rows, cols in grids)
+    try:
+        request.method.check_unit(n)
+    # what it says to do instead, such as budgets per crop, is for models outside a server
+    except VlmPruneError as error:
+        raise UnsupportedError(
+            f"{text!r} cannot choose from a picture of {n} tokens here; send a smaller one, or use "
+            "'divprune@64'"
+        ) from error
     # here, since that module imports this one
     from .reduce import promised, random_picture, reduce_one
 
+    request, grids = _smaller(request, grids)
     picture, projector = random_picture(request.needs, facts, grids, frames)
     try:
-        request.method.check_unit(picture.count)
         kept = reduce_one(picture, request, projector)
     # says already what to do instead
     except VlmPruneError:
@@ -238,3 +261,19 @@ def rehearse(text: str, facts: TowerFacts, grids: tuple[tuple[int, int], ...], f
             f"{text!r} gives {kept.rows.shape[0]} rows where its budget says {promised(picture, request)}; "
             f"use another method, {_NEAREST}"
         )
+
+
+def _smaller(
+    request: Request, grids: tuple[tuple[int, int], ...]
+) -> tuple[Request, tuple[tuple[int, int], ...]]:
+    """The same request about the same blocks, with fewer rows and columns where they are many."""
+    n = sum(rows * cols for rows, cols in grids)
+    if n <= _LARGEST or request.budget is None:
+        return request, grids
+    shrink = math.sqrt(_LARGEST / n)
+    small = tuple((max(1, int(rows * shrink)), max(1, int(cols * shrink))) for rows, cols in grids)
+    left = sum(rows * cols for rows, cols in small)
+    # fewer than there are, or nothing would be chosen; those that are few stay as they are
+    k = request.count(n)
+    keep = k if k < left else math.ceil(k / n * left)
+    return replace(request, budget=Budget(keep)), small
