@@ -109,6 +109,33 @@ def test_a_method_that_fails_on_one_picture_falls_back_for_it_alone():
     assert "not finite" in kept[1].fallback and kept[1].rows.shape == (4, 4)
 
 
+@dataclass(frozen=True)
+class Exhausting(Method):
+    """Needs more memory than there is for some pictures."""
+
+    needs: ClassVar = ("features",)
+
+    def score(self, tokens):
+        x = tokens.need("features")[..., 0]
+        if x.max() > 50:
+            raise torch.OutOfMemoryError("a device is out of memory")
+        return x
+
+
+def test_an_error_that_is_not_ours_falls_back_too(caplog):
+    register("exhausting")(Exhausting)
+    try:
+        good, large = picture(seed=1), picture(seed=2)
+        large.features[5, 0] = 99.0
+        with caplog.at_level(logging.ERROR):
+            kept = reduce_pictures([good, large], read("exhausting@4"), None)
+    finally:
+        unregister("exhausting")
+        read.cache_clear()
+    assert kept[0].fallback is None and kept[1].rows.shape == (4, 4)
+    assert "out of memory" in kept[1].fallback and "out of memory" in caplog.text
+
+
 def test_merged_rows_stand_where_their_tokens_stood_if_asked():
     """Models whose positions depend on slots read them there; others in the order of the method."""
     one = picture()

@@ -19,7 +19,7 @@ from ..core.method import Merged, Method, Need
 from ..core.reduce import Reduced, reduce_tokens
 from ..core.select import choose
 from ..core.tokens import VisualTokens
-from ..errors import InvariantError, VlmPruneError
+from ..errors import InvariantError, reason
 from ..hooks.slots.before_lm import hosts_of
 from ..hooks.vision.pictures import CLS_FEATURES, Grids, Picture, Unit, stack_units
 from .request import Request, TowerFacts, read
@@ -116,9 +116,10 @@ def _reduce_alike(
     """Of pictures of one shape; where they fail together, one by one."""
     try:
         return _reduce_stacked(pictures, request, projector, in_place)
-    except VlmPruneError as error:
+    # of whatever kind: too little memory for a large picture, or a fault of somebody else's method
+    except Exception as error:
         if len(pictures) == 1:
-            return [_uniform(pictures[0], request, str(error))]
+            return [_uniform(pictures[0], request, reason(error))]
         # a picture that fails must not take its neighbours with it
         return [_reduce_alike([one], request, projector, in_place)[0] for one in pictures]
 
