@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlmprune.errors import UnsupportedError
+from vlmprune.errors import UnsupportedError, VlmPruneError
 
 pytestmark = pytest.mark.vllm
 
@@ -22,9 +22,27 @@ def test_encoders_without_their_python_code_are_refused(name):
 
     assert name in {field.name for field in fields(CompilationConfig)}
     given = {"cudagraph_mm_encoder": False, "compile_mm_encoder": False}
-    refuse_compiled(SimpleNamespace(compilation_config=SimpleNamespace(**given)))
+
+    def config(**changed):
+        return SimpleNamespace(compilation_config=SimpleNamespace(**given | changed), lora_config=None)
+
+    refuse_compiled(config())
     with pytest.raises(UnsupportedError, match=f"start without {name}"):
-        refuse_compiled(SimpleNamespace(compilation_config=SimpleNamespace(**given | {name: True})))
+        refuse_compiled(config(**{name: True}))
+
+
+def test_adapters_of_the_encoder_are_refused_and_those_of_the_language_model_are_not():
+    """vLLM gives them as many rows as a picture has placeholders, which are fewer than it has tokens."""
+    from vllm.config.lora import LoRAConfig
+
+    from vlmprune.serving.vllm.towers import refuse_compiled
+
+    lora = LoRAConfig()
+    config = SimpleNamespace(compilation_config=SimpleNamespace(), lora_config=lora)
+    refuse_compiled(config)
+    lora.enable_tower_connector_lora = True
+    with pytest.raises(UnsupportedError, match="enable_tower_connector_lora"):
+        refuse_compiled(config)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ class WatchedTower:
 
 
 def refuse_compiled(config: Any) -> None:
-    """Refuse encoders that run without their Python code, where nothing can be read or shortened."""
+    """Refuse encoders that run without their Python code, where nothing can be read or shortened, and those
+    with adapters, whose rows vLLM counts by the tokens that stay.
+    """
     compilation = config.compilation_config
     for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
         if getattr(compilation, name, False):
@@ -66,6 +68,12 @@ def refuse_compiled(config: Any) -> None:
                 f"{name} runs the vision encoder without its Python code, so that nothing can be read of it; "
                 f"start without {name}"
             )
+    if getattr(config.lora_config, "enable_tower_connector_lora", False):
+        raise UnsupportedError(
+            "enable_tower_connector_lora puts adapters into the vision encoder, and vLLM counts their rows "
+            "by the tokens that stay, not by those that are encoded; start without it, adapters of the "
+            "language model work"
+        )
 
 
 def most_tokens(config: Any) -> int:
