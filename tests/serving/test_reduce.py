@@ -191,6 +191,17 @@ def test_the_tally_counts_and_speaks_with_every_digit(caplog):
     assert len(tally.by_spec) == 65 and tally.by_spec[OTHERS].pictures == 100 - 63
 
 
+def test_a_full_disk_does_not_end_a_server(tmp_path, monkeypatch, caplog):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv(FALLBACKS_VARIABLE, str(blocked / "counts"))
+    tally = Tally()
+    tally.add("divprune@9", 36, 9, fallback=True)
+    with caplog.at_level(logging.ERROR):
+        tally.publish()
+    assert "cannot be written" in caplog.text and tally.by_spec["divprune@9"].fallbacks == 1
+
+
 def test_fallbacks_of_all_processes_of_a_server_are_added_up(tmp_path, monkeypatch):
     folder = tmp_path / "counts"
     monkeypatch.setenv(FALLBACKS_VARIABLE, str(folder))

@@ -60,13 +60,17 @@ class Tally:
         folder = os.environ.get(FALLBACKS_VARIABLE)
         if not folder:
             return
-        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         counts = {spec: one.fallbacks for spec, one in self.by_spec.items() if one.fallbacks}
         # a file per process: nobody writes into that of another
         file = Path(folder, f"{os.getpid()}.json")
         fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(counts), encoding="utf-8")
-        fresh.replace(file)  # at once: a reader never finds half of it
+        try:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(counts), encoding="utf-8")
+            fresh.replace(file)  # at once: a reader never finds half of it
+        # said while pictures are encoded, where an error would end the server, and the log has each of them
+        except OSError as error:
+            log.error("vlmprune: %s cannot be written, and /metrics lacks fallbacks: %s", file, error)
 
     def line(self, spec: str) -> str:
         """``fastervlm@64: 1,000 pictures, 576 -> 64 tokens each, 0 cut by uniform instead``."""
