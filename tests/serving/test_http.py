@@ -19,11 +19,17 @@ DEFAULT = "uniform@36"
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def address(log):
     given = ["serve", "tiny", "--prune", DEFAULT, "--per-request"]
-    log = tmp_path_factory.mktemp("server") / "log"
     engine = ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8"]
     with server(given, log, *engine) as made:
+        # pictures that vLLM makes up at its start are not those of requests
+        assert "vlmprune_pictures_total{" not in read(made, "/metrics")
         yield made
 
 
@@ -102,3 +108,10 @@ def test_metrics_count_by_spec(address):
     lines = read(address, "/metrics").splitlines()
     assert 'vlmprune_pictures_total{spec="holov@36"} 1.0' in lines
     assert 'vlmprune_kept_tokens_total{spec="holov@36"} 36.0' in lines
+
+
+def test_the_log_says_what_is_pruned_at_the_start_and_later(address, log):
+    post(address, body("text", 3, "pool@36"))
+    lines = log.read_text(encoding="utf-8")
+    assert f"requests that name no spec are served under {DEFAULT}" in lines
+    assert "pool@36: 1 picture, 144 -> 36 tokens each" in lines

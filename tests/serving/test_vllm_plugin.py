@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -40,6 +41,29 @@ def test_who_merely_has_vlmprune_gets_the_classes_of_vllm(registry):
         name: model for name, model in before.items() if not name.startswith("VlmPrune")
     }
     assert registry["VlmPrune" + LLAVA].module_name == "vlmprune.serving.vllm.llava"
+
+
+def test_our_lines_go_where_those_of_vllm_go_unless_somebody_said_where(registry, monkeypatch):
+    """Without this no line below a warning is ever shown."""
+    ours, root, theirs = (logging.getLogger(name) for name in ("vlmprune", None, "vllm"))
+    for logger in (ours, root, theirs):
+        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(ours, "parent", root)
+    ours.handlers = [logging.NullHandler()]
+    plugin.register()
+    assert ours.parent is root
+    ours.handlers = []
+    plugin.register()
+    # vLLM sets its handlers after it has asked us
+    shown = []
+    handler = logging.NullHandler()
+    handler.handle = shown.append
+    theirs.handlers = [handler]
+    monkeypatch.setattr(theirs, "level", logging.INFO)
+    for logger in (ours, theirs):
+        logger.manager._clear_cache()
+    logging.getLogger("vlmprune.serving.tally").info("a line")
+    assert [record.getMessage() for record in shown] == ["a line"]
 
 
 def test_the_variable_puts_ours_in_place_and_refuses_other_families_by_name(registry, monkeypatch):

@@ -114,3 +114,44 @@ def test_a_clip_is_refused_where_images_only_are_pruned():
     assert request_of("dense", {"video": [0]}).budget is None
     with pytest.raises(UnsupportedError, match="a video, which cannot be pruned in this model"):
         request_of("divprune@3", {"video": [0]})
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"), [("fastervlmm@64", "fastervlm"), ("fastervlm(layer=-1)@64", "first 23 of 24 blocks")]
+)
+def test_a_default_that_cannot_run_ends_the_start(monkeypatch, spec, why):
+    """Given by --mm-processor-kwargs, or by a model's config; else every request would get 400."""
+    from transformers import LlavaConfig
+    from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+    from vlmprune.serving.vllm.llava import LlavaProcessor
+    from vlmprune.serving.vllm.processor import WarmUp
+
+    monkeypatch.delenv("VLMPRUNE", raising=False)
+    monkeypatch.setattr(
+        BaseMultiModalProcessor,
+        "get_dummy_inputs",
+        lambda *given, **options: ProcessorInputs([7], {}),
+        raising=False,
+    )
+
+    def started(server, **config):
+        processor = LlavaProcessor.__new__(LlavaProcessor)
+        multimodal = SimpleNamespace(mm_processor_kwargs=server)
+        processor.info = SimpleNamespace(
+            ctx=SimpleNamespace(
+                model_config=SimpleNamespace(
+                    get_multimodal_config=lambda: multimodal,
+                    hf_config=LlavaConfig(**config),
+                    quantization=None,
+                )
+            )
+        )
+        return processor.get_dummy_inputs()
+
+    made = started({"vlmprune": "fastervlm@64"})
+    assert isinstance(made, WarmUp) and made.prompt == [7]
+    assert made.hf_processor_mm_kwargs["vlmprune"] == "dense"
+    for server, config in (({"vlmprune": spec}, {}), (None, {"vlmprune": spec})):
+        with pytest.raises(VlmPruneError, match=why):
+            started(server, **config)

@@ -7,6 +7,7 @@ variable VLMPRUNE says what to prune.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ def register() -> None:
     """Tell vLLM of our classes; a wrong VLMPRUNE or an untested release ends the start of the server."""
     from vllm import ModelRegistry
 
+    _speak()
     # the first process names it, those that it starts inherit it; made when there is something to say
     os.environ.setdefault(FALLBACKS_VARIABLE, str(Path(tempfile.gettempdir(), f"vlmprune-{uuid4().hex}")))
     _hand_on()
@@ -57,6 +59,17 @@ def register() -> None:
     for name in multimodal_names():
         # a family that cannot be pruned must not be served whole in silence
         ModelRegistry.register_model(name, FAMILIES.get(name, f"{REFUSED}:{name}"))
+
+
+def _speak() -> None:
+    """Let our lines go where those of vLLM go, which shows none of other loggers by itself."""
+    from vllm.logger import init_logger
+
+    ours = logging.getLogger("vlmprune")
+    # else somebody has said where ours go
+    if not ours.hasHandlers():
+        # no copy of its handlers: vLLM may set them later than it asks us
+        ours.parent = init_logger("vllm")
 
 
 def _hand_on() -> None:

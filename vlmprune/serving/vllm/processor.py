@@ -5,8 +5,10 @@ and puts the spec into the identity of every picture and beside its pixels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,12 +16,12 @@ from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdateDetails
 
 from ... import __version__
 from ...errors import UnsupportedError, VlmPruneError
 from ..names import DENSE, KEY, VERSION_KEY
-from ..request import Request, TowerFacts, read, rehearse, wanted
+from ..request import Request, TowerFacts, check_tower, read, rehearse, wanted
 from ..tally import count_requested
 from .layouts import Grids, tokens_of
 from .plugin import check_release
@@ -30,7 +32,18 @@ else:
     Base = object  # the family's processor comes behind the mixin
 
 check_release()
+log = logging.getLogger(__name__)
 Share = tuple[int, int]  # tokens of a picture before and after
+
+
+class WarmUp(ProcessorInputs):
+    """Pictures that vLLM makes up at its start: no request, and not counted as one."""
+
+
+@cache
+def announce(spec: str) -> None:
+    """Say once what is pruned where a request names nothing."""
+    log.info("vlmprune %s: requests that name no spec are served under %s", __version__, spec)
 
 
 class PruningProcessor(Base):
@@ -84,7 +97,7 @@ class PruningProcessor(Base):
         except VlmPruneError as error:  # the client's mistake: 400, not 500
             raise VLLMValidationError(str(error), parameter="mm_processor_kwargs") from error
         # behind the processor, so that refused requests are not counted
-        for found in filter(None, self._items(inputs)):
+        for found in () if isinstance(inputs, WarmUp) else filter(None, self._items(inputs)):
             dense = [tokens_of(grids) for grids in found]
             count_requested(request.text, sum(dense), sum(map(request.count, dense)))
         return result
@@ -92,14 +105,21 @@ class PruningProcessor(Base):
     def get_dummy_inputs(self, *args: Any, **options: Any) -> Any:
         # requests may ask for all tokens, so that memory and budgets are measured with all of them
         inputs = super().get_dummy_inputs(*args, **options)
+        # at the start, where an operator reads it, and not at every request
+        default = wanted({}, self._of_server(), self.info.ctx.model_config.hf_config)
+        check_tower(default, self.facts())
+        announce(default.text)
         named = {**inputs.hf_processor_mm_kwargs, KEY: DENSE, VERSION_KEY: __version__}
-        return replace(inputs, hf_processor_mm_kwargs=named)
+        return WarmUp(**{**vars(inputs), "hf_processor_mm_kwargs": named})
+
+    def _of_server(self) -> Mapping[str, Any]:
+        """Options that the server was started with."""
+        return self.info.ctx.model_config.get_multimodal_config().mm_processor_kwargs or {}
 
     def _request(self, inputs: Any) -> Request:
-        config = self.info.ctx.model_config
-        server = config.get_multimodal_config().mm_processor_kwargs
-        refuse_options(inputs.hf_processor_mm_kwargs, server or {}, self.checked_options(inputs))
-        request = wanted(inputs.hf_processor_mm_kwargs, server, config.hf_config)
+        server = self._of_server()
+        refuse_options(inputs.hf_processor_mm_kwargs, server, self.checked_options(inputs))
+        request = wanted(inputs.hf_processor_mm_kwargs, server, self.info.ctx.model_config.hf_config)
         if request.budget is None:
             return request
         for modality, items in inputs.mm_data_items.items():
