@@ -71,6 +71,7 @@ def test_answers_can_be_streamed(address):
         ("fastv(layer=2)@9", "before the language model"),
         ("divprune@9/total", "per total"),
         ("fastervlm(layer=-1)@9", "first 5 of 6 blocks"),
+        ("fastervlm(\ud800=1)@9", "cannot read the options"),
     ],
 )
 def test_a_bad_request_gets_400_and_the_server_lives(address, spec, why):

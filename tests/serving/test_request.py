@@ -172,6 +172,9 @@ def test_the_nearest_setting_holds(monkeypatch):
     assert wanted({}, {}, SimpleNamespace()).text == "dense"
     with pytest.raises(SpecError, match="is a int"):
         wanted({"vlmprune": 64}, {}, config)
+    with pytest.raises(SpecError, match="is a list") as caught:
+        wanted({"vlmprune": ["x" * 10**6]}, {}, config)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_wrong_default_is_refused_at_once():

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from reprlib import repr as brief
 
 from ..api import resolve_all
 from ..core.budget import Budget
@@ -102,7 +103,8 @@ def wanted(given: Mapping[str, object], server: Mapping[str, object] | None, con
         # an empty variable is as good as none
         value = os.environ.get(VARIABLE) or DENSE
     if not isinstance(value, str):
-        raise SpecError(f"{KEY}={value!r} is a {type(value).__name__}; expected a spec, {_NEAREST}")
+        # cut short, since a client chooses how long it is
+        raise SpecError(f"{KEY}={brief(value)} is a {type(value).__name__}; expected a spec, {_NEAREST}")
     return read(value)
 
 

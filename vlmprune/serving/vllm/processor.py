@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,7 +96,9 @@ class PruningProcessor(Base):
             named = {**inputs.hf_processor_mm_kwargs, KEY: request.text, VERSION_KEY: __version__}
             result = super().apply(replace(inputs, hf_processor_mm_kwargs=named), timing_ctx)
         except VlmPruneError as error:  # the client's mistake: 400, not 500
-            raise VLLMValidationError(str(error), parameter="mm_processor_kwargs") from error
+            # half of a character, which JSON can hold and an answer cannot, is written out
+            said = str(error).encode("utf-8", "backslashreplace").decode("utf-8")
+            raise VLLMValidationError(said, parameter="mm_processor_kwargs") from error
         # behind the processor, so that refused requests are not counted
         for found in () if isinstance(inputs, WarmUp) else filter(None, self._items(inputs)):
             dense = [tokens_of(grids) for grids in found]
@@ -212,8 +215,8 @@ def refuse_options(
     ]
     if other:
         raise UnsupportedError(
-            f"a request gave {other} to the processor, and pictures of another shape end the model for all "
-            f"clients; give {KEY!r} alone, and other options to the server, with --mm-processor-kwargs"
+            f"a request gave {brief(other)} to the processor, and pictures of another shape end the model "
+            f"for all clients; give {KEY!r} alone, and others to the server, with --mm-processor-kwargs"
         )
 
 
