@@ -140,6 +140,34 @@ def test_each_picture_of_an_item_loses_its_own_placeholders():
         without(text, [(4, 2), (4, 2)])
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 300), (300, 1), (30, 5000), (5000, 28), (336, 672)])
+def test_a_very_narrow_picture_of_tiles_has_as_many_tokens_as_vllm_packs(height, width):
+    """Its tiles are padding, of which no row or no column is left."""
+    import torch
+    from transformers import LlavaNextConfig
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+    from vllm.model_executor.models import llava_next
+
+    from vlmprune.serving.vllm.llava_next import LlavaNextProcessor
+    from vlmprune.serving.vllm.processor import tokens_of
+
+    config, size = LlavaNextConfig(), (height, width)
+    processor = LlavaNextProcessor.__new__(LlavaNextProcessor)
+    processor.info = llava_next.LlavaNextProcessingInfo.__new__(llava_next.LlavaNextProcessingInfo)
+    processor.info.ctx = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    processor.info.get_hf_config = lambda: config
+    items = SimpleNamespace(get_image_size=lambda _: SimpleNamespace(height=height, width=width))
+    (grids,) = processor.pictures(items, 0, {})
+    down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, 336)
+    packed = llava_next.LlavaNextForConditionalGeneration._merge_image_patch_embeddings(
+        SimpleNamespace(config=config, image_newline=torch.full((1,), torch.nan)),
+        torch.tensor(size),
+        torch.zeros(1 + down * across, 24 * 24, 1),
+        strategy="spatial_unpad",
+    )
+    assert tokens_of(grids) == int((~packed.isnan()).sum()) and min(min(grid) for grid in grids) > 0
+
+
 def test_a_wrong_variable_ends_the_start(registry, monkeypatch):
     monkeypatch.setenv("VLMPRUNE", "fastervlmm@64")
     with pytest.raises(SpecError, match="fastervlm"):

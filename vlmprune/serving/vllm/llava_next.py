@@ -41,8 +41,12 @@ class OfTiles(OfLlava):
             num_patch_height=down,
             num_patch_width=across,
         )
-        # the overview, and all tiles as one block without their padding
-        return [((self.side, self.side), (rows, patches // rows))]
+        overview = (self.side, self.side)
+        # of a very narrow picture the padding is all that there is beside it
+        if patches == 0:
+            return [(overview,)]
+        # and all tiles as one block without their padding
+        return [(overview, (rows, patches // rows))]
 
 
 class PrunedTiles(PrunedLlava):
