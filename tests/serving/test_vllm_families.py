@@ -17,7 +17,8 @@ from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
 STATES = ("qwen3_5", "qwen3_5_moe")  # layers keep a running state
-M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", *STATES)
+OMNI = ("qwen2_5_omni_thinker",)
+M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", *OMNI, *STATES)
 # the others share all code with one of these
 SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 PARAMS = [
@@ -50,7 +51,7 @@ def twin(family, folder) -> TinyTwin:
 def engine(family, folder):
     limits = {"image": 2} | ({"video": 1} if family in M_ROPE else {})
     # sounds would be measured with
-    limits |= {"audio": 0} if family == "gemma3n" else {}
+    limits |= {"audio": 0} if family in ("gemma3n", *OMNI) else {}
     steps = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
     if family in STATES:
         served_states.install()

@@ -104,6 +104,22 @@ def renamed(names: dict[str, str], **special: str) -> Any:
     )
 
 
+def omni(start: str) -> Any:
+    import transformers
+
+    from vlmprune.testing.tiny import tiny_processor
+
+    parts = tiny_processor("qwen2_5_vl")
+    marks = {"vision_bos_token": "</s>", "vision_eos_token": "<s>"}
+    sounds = {"audio_token": "ă", "audio_bos_token": "(", "audio_eos_token": ")"}
+    return getattr(transformers, f"{start}Processor")(
+        image_processor=parts.image_processor,
+        tokenizer=tiny_tokenizer(image_token="<image>", video_token="<video>", **marks, **sounds),
+        video_processor=parts.video_processor,
+        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=8),
+    )
+
+
 def got() -> Any:
     from transformers import GotOcr2Processor
 
@@ -282,6 +298,8 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "mistral3": mistral3,
     "ovis2": ovis2,
     "paddleocr_vl": paddle,
+    "qwen2_5_omni_thinker": partial(omni, "Qwen2_5Omni"),
+    "cosmos3_omni": qwen3,
     "qwen3_5": qwen3,
     "qwen3_5_moe": qwen3,
     "qwen3_vl": qwen3,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ _FEATURES = ("dense", "divprune@0.25", "uniform@20", "pool@9")
 _QUERIES = ("dense", "divprune@0.25", "gprune@20", "divprune@9", "textmonkey@12")  # of tokens without places
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
 _OF_QWEN = ("fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12", "divprune@9")
+_FLAT = {"within": "", "text": "model"}
 # (height, width): wide, tall, square, very tall, and two pictures of different shape in one prompt
 SHAPES = (((84, 168),), ((200, 90),), ((168, 168),), ((250, 60),), ((100, 100), (168, 84)))
 
@@ -43,6 +45,14 @@ class Served:
     clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
     asked: dict[str, Any] = field(default_factory=dict)  # options of its processor
+    # checkpoints hold a model around it: start of the name of its class, and its name in there
+    within: tuple[str, str] | None = None
+    told: dict[str, Any] = field(default_factory=dict)  # by released configs, and not by transformers
+    architecture: str | None = None  # start of the name of its class in checkpoints that vLLM reads
+    places: dict[str, str] = field(default_factory=dict)  # of weights there: start of a name -> another
+    inside: str = ""  # folder of the weights there
+    # where this transformers has the parts of the model, for which the adapter knows a newer one only
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -73,6 +83,23 @@ FAMILIES = {
     ),
     "qwen3_5": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
     "qwen3_5_moe": Served(_FEATURES + _OF_QWEN, _QWEN3_5, picture="<|image_pad|>", clip="<|video_pad|>"),
+    "qwen2_5_omni_thinker": Served(
+        _FEATURES + _OF_QWEN,
+        HEADS | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}},
+        picture="see </s><image><s>",
+        clip="</s><video><s>",
+        within=("Qwen2_5Omni", "thinker"),
+        parts=_FLAT,
+    ),
+    "cosmos3_omni": Served(
+        _FEATURES + _OF_QWEN,
+        _QWEN3,
+        architecture="Cosmos3",
+        inside="transformer",
+        places={"model.language_model.": "", "model.visual.": ""},
+        picture="<|image_pad|>",
+        clip="<|video_pad|>",
+    ),
     "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
     "granite4_vision": Served((*_QUERIES[:4], "uniform@20"), HEADS, nested_tower=True, tower="siglip"),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
@@ -146,7 +173,36 @@ def save(family: str, folder: Path) -> None:
         }
     if served.tied:
         del weights["lm_head.weight"]
-    save_file(weights, file, metadata={"format": "pt"})
+    for old, new in served.places.items():
+        weights = {
+            new + name.removeprefix(old) if name.startswith(old) else name: one
+            for name, one in weights.items()
+        }
+    tell(served, folder)
+    if served.within is not None:
+        _, part = served.within
+        weights = {f"{part}.{name}": one for name, one in weights.items()}
+    file.unlink()
+    (folder / served.inside).mkdir(exist_ok=True)
+    save_file(weights, folder / served.inside / file.name, metadata={"format": "pt"})
+
+
+def tell(served: Served, folder: Path) -> None:
+    """Put into the config of a folder what vLLM reads of it."""
+    import transformers
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in served.told.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    start = served.architecture
+    if served.within is not None:
+        start, part = served.within
+        whole = getattr(transformers, f"{start}Config")(**{f"{part}_config": config})
+        config = whole.to_dict()
+    if start is not None:
+        config["architectures"] = [f"{start}ForConditionalGeneration"]
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def processor_of(family: str) -> Any:
@@ -154,7 +210,7 @@ def processor_of(family: str) -> Any:
     from vlmprune.testing.tiny import tiny_processor
 
     processor = PROCESSORS[family]() if family in PROCESSORS else tiny_processor(family)
-    if family.startswith("qwen"):
+    if family.startswith(("qwen", "cosmos")):
         # vLLM normalises pixels of both in the tower, with the numbers of images
         for name in ("size", "patch_size", "image_mean", "image_std"):
             setattr(processor.video_processor, name, getattr(processor.image_processor, name))
@@ -216,7 +272,9 @@ class TinyTwin:
         import vlmprune
         from vlmprune.models import adapter_class
 
-        adapter = adapter_class(self.model.config.model_type) if self.served.single else None
+        adapter = None
+        if self.served.single or self.served.parts:
+            adapter = type("ByHand", (adapter_class(self.model.config.model_type),), self.served.parts)
         with vlmprune.prune(self.model, spec, adapter=adapter):
             out = self.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         return out[0, inputs["input_ids"].shape[1] :].tolist()

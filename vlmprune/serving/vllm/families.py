@@ -21,9 +21,13 @@ OWN = {
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
     "qwen3_5": ("qwen3_5", "Qwen3_5"),
     "qwen3_5_moe": ("qwen3_5", "Qwen3_5Moe"),
+    "qwen2_5_omni_thinker": ("qwen_omni", "Qwen2_5Omni"),
+    "cosmos3_omni": ("cosmos3", "Cosmos3"),
     "gemma3n": ("gemma3n", "Gemma3n"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
 }
+# names in released checkpoints that do not follow from a start -> model type
+ALSO = {"Qwen2_5OmniModel": "qwen2_5_omni_thinker"}
 
 # vLLM can run them in its wrapper of transformers, and has a class of its own for some; see layouts.py
 _TILES = "square tiles, each with a budget of its own"
@@ -99,7 +103,6 @@ NOT_SERVED = {
         "Cosmos3Edge",
         f"vLLM's wrapper of transformers ends while it builds it (`_pre_trained_model_classes`){_UNTRIED}",
     ),
-    "cosmos3_omni": ("Cosmos3Omni", _STACKED + _UNTRIED),
     "deepseek_ocr2": ("DeepseekOcr2", _TEXT),
     "emu3": ("Emu3", "its tokens are words of a codebook, for which vlmprune has no adapter"),
     "ernie4_5_vl_moe": (
@@ -125,7 +128,6 @@ NOT_SERVED = {
     "perception_lm": ("PerceptionLM", _PROCESSOR),
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qianfan_ocr": ("QianfanOCR", _FUSED),
-    "qwen2_5_omni_thinker": ("Qwen2_5OmniThinker", _TEXT + _UNTRIED),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",

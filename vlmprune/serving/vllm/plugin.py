@@ -15,12 +15,13 @@ from uuid import uuid4
 
 from ...errors import UnsupportedError
 from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
-from .families import EXPERTS, MARKED, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
+from .families import ALSO, EXPERTS, MARKED, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
 
 TESTED = ("0.32.0",)
 _HERE = "vlmprune.serving.vllm"
 # architecture -> class
 FAMILIES = {architecture(start): f"{_HERE}.{file}:{architecture(start)}" for file, start in OWN.values()}
+FAMILIES |= {name: FAMILIES[architecture(OWN[kind][1])] for name, kind in ALSO.items()}
 WRAPPER = "TransformersMultiModalForCausalLM"
 FAMILIES |= {architecture(start): f"{_HERE}.wrapped:{WRAPPER}" for start, _, _ in WRAPPED.values()}
 FAMILIES |= {

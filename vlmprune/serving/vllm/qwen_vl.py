@@ -74,7 +74,7 @@ class OfQwen(PruningProcessor):
     counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
     def facts(self) -> TowerFacts:
-        vision = self.info.ctx.model_config.hf_config.vision_config
+        vision = self.info.get_hf_config().vision_config
         full = getattr(vision, "fullatt_block_indexes", None)
         return TowerFacts(
             cls=False,
@@ -106,13 +106,13 @@ class OfQwen(PruningProcessor):
             image_processor=self.info.get_image_processor(**options),
             mm_kwargs=options,
         )
-        vision = self.info.ctx.model_config.hf_config.vision_config
+        vision = self.info.get_hf_config().vision_config
         token = vision.patch_size * vision.spatial_merge_size  # pixels along its side
         return [((made.height // token, made.width // token),)]
 
     def processed(self, items: Any, index: int, out: Any, options: Mapping[str, Any]) -> Sequence[Grids]:
         (frames, rows, cols) = out[items.modality][index][f"{items.modality}_grid_thw"].data.tolist()
-        merge = self.info.ctx.model_config.hf_config.vision_config.spatial_merge_size
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
         return [((rows // merge, cols // merge),) * frames]
 
 
@@ -235,6 +235,15 @@ def _items(kwargs: dict[str, Any], words: Keywords, start: int, end: int) -> dic
     return some
 
 
+class PrunedWindows(PrunedQwen):
+    """Mixed in before models whose tower works window by window."""
+
+    def _in_order(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
+        # tokens in the order of windows; argsort gives the way back
+        windows = self.visual.get_window_index_thw(*grid)[0].to(patches.device)
+        return patches.unflatten(0, (-1, self.merge**2))[windows.argsort()].flatten(0, 1)
+
+
 class Qwen2VLProcessor(OfQwen, qwen2_vl.Qwen2VLMultiModalProcessor):
     """The processor of Qwen2-VL that promises fewer placeholders for images and clips."""
 
@@ -257,10 +266,5 @@ class Qwen25VLProcessor(OfQwen, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     info=in_context(qwen2_5_vl.Qwen2_5_VLProcessingInfo),
     dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder,
 )
-class Qwen2_5_VLForConditionalGeneration(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL: the tower works window by window."""
-
-    def _in_order(self, patches: Tensor, grid: Sequence[int]) -> Tensor:
-        # tokens in the order of windows; argsort gives the way back
-        windows = self.visual.get_window_index_thw(*grid)[0].to(patches.device)
-        return patches.unflatten(0, (-1, self.merge**2))[windows.argsort()].flatten(0, 1)
+class Qwen2_5_VLForConditionalGeneration(PrunedWindows, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
