@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from served_processors import PROCESSORS
-from served_tiny import FAMILIES, SHAPES, model_of
+from served_tiny import FAMILIES, model_of
 from transformers.utils import is_torchvision_available
 
 from vlmprune.models import adapter_class, families
@@ -37,6 +38,7 @@ OF_TORCHVISION = {
     "glmga",
     "hyperclovax_vision_v2",
     "mistral3",
+    "perception_lm",
     "smolvlm",
     "video_llama_3",
 }
@@ -49,7 +51,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def config(family):
-    if family == "fast_vlm":
+    if family in ("fast_vlm", "perception_lm"):
         pytest.importorskip("timm", reason="its tower needs timm")
     return model_of(family).config
 
@@ -67,7 +69,7 @@ def processor(family):
 def test_what_is_promised_for_a_size_is_what_the_processor_makes(family, config, processor):
     """Of wide, tall, square and very tall pictures, and two in one prompt."""
     layout, served = LAYOUTS[family], FAMILIES[family]
-    for sizes in SHAPES:
+    for sizes in served.shapes:
         images = [Image.fromarray(np.zeros((*size, 3), np.uint8)) for size in sizes]
         text = " ".join([served.picture] * len(images))
         made = processor(images=images, text=text, return_tensors="pt", **served.asked)
@@ -78,13 +80,15 @@ def test_what_is_promised_for_a_size_is_what_the_processor_makes(family, config,
         if layout.field in made:
             assert before == [layout.made(config, value) for value in made[layout.field]]
         else:
-            assert sum(map(len, before)) == made["pixel_values"].shape[layout.axis]
+            # where pictures have rows of their own, these have equally many tiles
+            assert sum(map(len, before)) == math.prod(made["pixel_values"].shape[: layout.axis + 1])
             assert before == [layout.made(config, torch.tensor(len(item))) for item in before]
 
 
 @with_processors
 def test_patches_behind_a_token_are_counted(family, config):
     single = {"aria", "fast_vlm", "vipllava", "deepseek_vl", "janus", "llava_next_video", "video_llama_3"}
+    single |= {"perception_lm"}
     wanted = dict.fromkeys(single, 1) | {"got_ocr2": 16}
     assert LAYOUTS[family].merges(config) == wanted.get(family, 4)
 

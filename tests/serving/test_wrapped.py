@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import served_engine
 from served_engine import Job, ids_of
-from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
+from served_tiny import FAMILIES, NEW, TinyTwin, save
 
 from vlmprune.serving.vllm.families import MARKED, PLACED
 from vlmprune.serving.vllm.layouts import LAYOUTS
@@ -24,9 +24,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 REFUSED = {
     "aria": ("uniform@9", "rows and columns that tokens form"),
     "got_ocr2": ("fastervlm(cls=mean)@9", "cannot be read of this vision tower"),
+    "perception_lm": ("fastervlm(cls=mean)@9", "cannot be read of this vision tower"),
     "llava_next_video": ("zooprune@9", "projector, which cannot be read here"),
     "vipllava": ("zooprune@9", "projector, which cannot be read here"),
 }
+OF_TIMM = ("fast_vlm", "perception_lm")  # whose towers need it
 OTHERS = ("fastervlm@9", "cls=mean")  # of the rest, whose towers have no [CLS]
 
 
@@ -60,7 +62,7 @@ class Served(Prepared):
 def prepare(family: str, folder: Path) -> Prepared:
     save(family, folder)
     twin = TinyTwin(family, folder)
-    jobs = twin.jobs(FAMILIES[family].specs, len(SHAPES))
+    jobs = twin.jobs(FAMILIES[family].specs, len(twin.served.shapes))
     after = twin.jobs(("divprune@11",), 1, seed=3)
     fault = twin.jobs(("uniform@13",), 1, seed=5) if LAYOUTS[family].reads else []
     # of pictures and specs that are in no cache
@@ -74,7 +76,7 @@ def prepared(request, tmp_path_factory) -> dict[str, Prepared]:
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     families = dict.fromkeys(call.params["served"] for call in calls if call and "served" in call.params)
     if find_spec("timm") is None:
-        families.pop("fast_vlm", None)
+        families = {name: True for name in families if name not in OF_TIMM}
     return {family: prepare(family, tmp_path_factory.mktemp(family)) for family in families}
 
 

@@ -162,6 +162,16 @@ def idefics3() -> Any:
     return Idefics3Processor(images, tiny_tokenizer(), image_seq_len=GRID**2)
 
 
+def perception() -> Any:
+    from transformers import PerceptionLMProcessor, PerceptionLMVideoProcessor
+
+    images = image_processor("PerceptionLM", tile_size=IMAGE_SIZE, max_num_tiles=3)
+    tokenizer = tiny_tokenizer(image_token="<image>", video_token="<video>")
+    return PerceptionLMProcessor(
+        PerceptionLMVideoProcessor(), images, tokenizer, patch_size=PATCH_SIZE, pooling_ratio=1
+    )
+
+
 def smol() -> Any:
     from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
 
@@ -298,6 +308,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "mistral3": mistral3,
     "ovis2": ovis2,
     "paddleocr_vl": paddle,
+    "perception_lm": perception,
     "qwen2_5_omni_thinker": partial(omni, "Qwen2_5Omni"),
     "cosmos3_omni": qwen3,
     "qwen3_5": qwen3,

@@ -45,6 +45,7 @@ class Served:
     clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
     asked: dict[str, Any] = field(default_factory=dict)  # options of its processor
+    shapes: tuple[tuple[tuple[int, int], ...], ...] = SHAPES
     # checkpoints hold a model around it: start of the name of its class, and its name in there
     within: tuple[str, str] | None = None
     told: dict[str, Any] = field(default_factory=dict)  # by released configs, and not by transformers
@@ -126,6 +127,13 @@ FAMILIES = {
     "lighton_ocr": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "mistral3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "ovis2": Served(_FEATURES + _OF_QWEN[:2], HEADS, wrapped=True),
+    "perception_lm": Served(
+        (*_FEATURES, "divprune@9"),
+        _WIDE,
+        tower="timm",
+        wrapped=True,
+        shapes=(*SHAPES[:-1], ((100, 100), (168, 168))),
+    ),
     "smolvlm": Served(_FEATURES + _OF_QWEN[:2], _WIDE | {"vocab_size": 264}, wrapped=True),
     "exaone4_5": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
     "hyperclovax_vision_v2": Served(_FEATURES + _OF_QWEN[:2], _WIDE, wrapped=True),
@@ -281,7 +289,7 @@ class TinyTwin:
 
     def jobs(self, specs: tuple[str, ...], each: int, seed: int = 0) -> list[tuple[dict, list[int]]]:
         """(request, answer of transformers), shuffled: every spec with ``each`` of the shapes of prompts."""
-        made = [self.prompt(sizes, seed + number) for number, sizes in enumerate(SHAPES)]
+        made = [self.prompt(sizes, seed + number) for number, sizes in enumerate(self.served.shapes)]
         jobs = []
         for number, spec in enumerate(specs):
             for at in range(each):

@@ -60,6 +60,7 @@ WRAPPED = {
         f"{_ANY}, a break behind every row; breaks stay and are not counted",
         _TOWER,
     ),
+    "perception_lm": ("PerceptionLM", f"{_TILES}; pictures of a prompt have equally many", _FEATURES),
     "smolvlm": ("SmolVLM", _TILES, _TOWER),
     "video_llama_3": ("VideoLlama3", _ANY, _TOWER),
     "vipllava": ("VipLlava", _ONE, _CLS),
@@ -86,7 +87,6 @@ _STACKED = (
     "not hand on"
 )
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
-_PROCESSOR = "how many tokens a tile has is said by its processor alone, and its config is what is read here"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
 _TEXT = (
     "its processor does not say which text stands for a picture, by which vLLM's wrapper of transformers "
@@ -125,7 +125,6 @@ NOT_SERVED = {
     "molmo2": ("Molmo2", _OLD),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
     "paligemma": ("PaliGemma", _LATER),
-    "perception_lm": ("PerceptionLM", _PROCESSOR),
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qianfan_ocr": ("QianfanOCR", _FUSED),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),

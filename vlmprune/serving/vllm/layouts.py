@@ -299,6 +299,11 @@ def _spatial(config: Any) -> int:
     return config.vision_config.spatial_merge_size
 
 
+def _of_reference(config: Any) -> int:
+    # a tower of timm says by this name how many patches stand along a side; for positions, but as released
+    return config.vision_config.model_args["ref_feat_shape"][0] // config.projector_pooling_ratio
+
+
 def _one(processor: Any, size: Size, options: Mapping[str, Any]) -> int:
     return 1
 
@@ -355,6 +360,7 @@ LAYOUTS: dict[str, TokenLayout] = {
     # two convolutions halve the sides
     "got_ocr2": SquareTiles(lambda config: _patches(config) // 4, _crops, reads=False),
     "ovis2": SquareTiles(_strided, _covering),
+    "perception_lm": SquareTiles(_of_reference, axis=1, reads=False, single=True),
     "fast_vlm": SquareTiles(lambda config: isqrt(config.image_seq_length), single=True),
     "lighton_ocr": AnySize(lambda processor: _edge(processor.image_processor.patch_size)),
     "exaone4_5": PackedPatches(_spatial, _by_area),

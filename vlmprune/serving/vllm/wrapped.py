@@ -148,6 +148,13 @@ class WrappedProcessor(PruningProcessor, MultiModalProcessor):
         sizes = [(image.height, image.width) for image in mm_data.get("images") or ()]
         return [len(self.info.pictures(size)) for size in sizes] or None
 
+    def _get_num_image_patches(self, hf_inputs: Any, mm_data: Mapping[str, Any], num_images: int) -> Tensor:
+        pixels = hf_inputs.get(PIXELS)
+        if layout_of(self.config).axis == 1 and isinstance(pixels, Tensor):
+            # (images, tiles, ...): those of all images in one row, which vLLM shares out
+            hf_inputs[PIXELS] = pixels.flatten(0, 1)[None]
+        return super()._get_num_image_patches(hf_inputs, mm_data, num_images)
+
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         alone = {name: MultiModalFieldConfig.batched("image") for name in layout_of(self.config).alone}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from .base import OWN, VISION, Family, text_config, text_fields, vision_config
@@ -97,8 +98,17 @@ class Pooled(Layout):
 
 
 def perception(tower: str, text: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    vision = vision_config("clip")  # in place of one of timm, which is not read
-    vision.model_args = {"embed_dim": VISION["hidden_size"]}
+    shape = {"embed_dim": VISION["hidden_size"], "ref_feat_shape": [GRID, GRID]}
+    if tower == "timm":  # as released, which needs timm
+        shape |= {"depth": VISION["num_hidden_layers"], "num_heads": VISION["num_attention_heads"]}
+        shape |= {"img_size": [IMAGE_SIZE, IMAGE_SIZE], "global_pool": "", "init_values": 0.1}
+        shape |= {"use_post_transformer_norm": False}
+        vision: Any = transformers.TimmWrapperConfig(
+            architecture="vit_pe_core_large_patch14_336", model_args=shape
+        )
+    else:
+        vision = vision_config("clip")  # in its place, since nothing is read of it
+        vision.model_args = shape
     return {
         "vision_config": vision,
         "text_config": text_config(text, layers, overrides),
@@ -163,7 +173,7 @@ FAMILIES = (
         InTiles(),
         (("own", "llama"),),
         perception,
-        towers=OWN,
+        towers=(*OWN, "timm"),
         reads_tower=False,
     ),
     _own("gemma3n", "Gemma3n", Layout(patch_size=32), gemma3n),  # 32 pixels to a token
