@@ -93,6 +93,7 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engin
         "gemma3n": ("fastervlm@9", "cannot be read of this vision tower"),
         "granite4_vision": ("pool@9", "rows of its own in place of tokens"),
         "internvl": ("visionzip@9", "use cls=mean"),
+        "qianfan_ocr": ("visionzip@9", "use cls=mean"),
         "llava_next": ("fastervlm(layer=-1)@9", "first 3 of 4 blocks"),
         "qwen2_5_vl": ("fastervlm(cls=mean, layer=1)@9", "inside windows"),
     }

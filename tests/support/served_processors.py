@@ -104,6 +104,30 @@ def renamed(names: dict[str, str], **special: str) -> Any:
     )
 
 
+def qianfan() -> Any:
+    """vLLM's own processor knows these names."""
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = image_processor("GotOcr2", **tiles(SIDE), image_mean=mean, image_std=std)
+    # what stands for a clip in transformers is what vLLM puts a picture in the place of
+    words = {"<image>": "<IMG_CONTEXT>", "<video>": "<image>", "<s>": "<img>", "</s>": "</img>"}
+    tokens = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<image>"}
+    tokens |= {"start_image_token": "<img>", "end_image_token": "</img>"}
+    return InternVLProcessor(
+        images, renamed(words, **tokens), InternVLVideoProcessor(), image_seq_length=GRID**2
+    )
+
+
+def vllm_tiles(images: list[Any]) -> Any:
+    """Tiles as vLLM's own processor of Qianfan-OCR makes them; that of transformers resizes otherwise."""
+    from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
+
+    bounds = {"min_dynamic_patch": 1, "max_dynamic_patch": 3, "dynamic_image_size": True}
+    made = InternVLImageProcessor(image_size=SIDE, use_thumbnail=True, **bounds)
+    return made(images, return_tensors="pt")["pixel_values_flat"]
+
+
 def omni(start: str) -> Any:
     import transformers
 
@@ -309,6 +333,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "ovis2": ovis2,
     "paddleocr_vl": paddle,
     "perception_lm": perception,
+    "qianfan_ocr": qianfan,
     "qwen2_5_omni_thinker": partial(omni, "Qwen2_5Omni"),
     "cosmos3_omni": qwen3,
     "qwen3_5": qwen3,

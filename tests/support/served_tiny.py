@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pytest import MonkeyPatch
-from served_processors import PROCESSORS
+from served_processors import PROCESSORS, SIDE, vllm_tiles
+
+from vlmprune.testing.families.shared import PATCH_SIZE
 
 NEW = 6  # tokens of an answer
 # heads of the language model are as wide as vLLM's backend for CPUs wants them
@@ -42,6 +45,8 @@ class Served:
     single: bool = False
     tied: bool = False  # vLLM has no head apart from its table of words
     picture: str = "<image>"  # stands for a picture in the text
+    pixels: Callable[[list[Any]], Any] | None = None  # in place of those of transformers
+    target: str = ""  # the same in what vLLM is given, where that is another word
     clip: str = "<video>"  # stands for a clip
     wrapped: bool = False  # runs in vLLM's wrapper of transformers
     asked: dict[str, Any] = field(default_factory=dict)  # options of its processor
@@ -61,6 +66,21 @@ FAMILIES = {
     "llava_onevision": Served((*_FEATURES, "fastervlm(cls=mean)@9", "zooprune@9"), HEADS, nested_tower=True),
     "internvl": Served(
         (*_FEATURES, "fastervlm@9", "fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12"), HEADS
+    ),
+    # vLLM reads numbers where transformers writes pairs
+    "qianfan_ocr": Served(
+        (*_FEATURES, "fastervlm@9", "fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12"),
+        _WIDE,
+        told={
+            "vision_config": {"image_size": SIDE, "patch_size": PATCH_SIZE},
+            "force_image_size": SIDE,
+            "max_dynamic_patch": 3,
+        },
+        # transformers writes these names otherwise than it reads them
+        places={"language_model.model.encoder.": "language_model.model."},
+        pixels=vllm_tiles,
+        picture="<IMG_CONTEXT>",
+        target="<image>",
     ),
     "qwen2_vl": Served(
         _FEATURES + _OF_QWEN, HEADS | {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}}
@@ -251,7 +271,10 @@ class TinyTwin:
         images = [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         text = " and ".join([self.served.picture] * len(images)) + "\nwhat is it ? tell me"
         inputs = self.processor(images=images, text=text, return_tensors="pt", **self.served.asked, **options)
-        return self.request(text, {"image": images}), dict(inputs)
+        if self.served.pixels is not None:
+            inputs["pixel_values"] = self.served.pixels(images)
+        asked = text.replace(self.served.picture, self.served.target or self.served.picture)
+        return self.request(asked, {"image": images}), dict(inputs)
 
     def clip(self, frames: int, side: tuple[int, int]) -> tuple[dict[str, Any], dict]:
         """The same with a random clip."""

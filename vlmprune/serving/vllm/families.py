@@ -15,6 +15,7 @@ OWN = {
     "llava_next": ("llava_next", "LlavaNext"),
     "llava_onevision": ("llava_next", "LlavaOnevision"),
     "internvl": ("internvl", "InternVL"),
+    "qianfan_ocr": ("internvl", "QianfanOCR"),
     "qwen2_vl": ("qwen_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen_vl", "Qwen2_5_VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
@@ -126,7 +127,6 @@ NOT_SERVED = {
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
     "paligemma": ("PaliGemma", _LATER),
     "pp_chart2table": ("GotOcr2", _TEXT),
-    "qianfan_ocr": ("QianfanOCR", _FUSED),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",
