@@ -83,10 +83,6 @@ EXPERTS = {"glm4v_moe"}  # of these, with experts in the decoder
 
 _LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
 _UNTRIED = "; vLLM's class for it was not tried"
-_STACKED = (
-    "layers of its decoder add features of its tower to tokens, which vLLM's wrapper of transformers does "
-    "not hand on"
-)
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
 _TEXT = (
@@ -99,12 +95,20 @@ _FUSED = (
 )
 # model type -> (start of the name of its class, reason)
 NOT_SERVED = {
-    "cohere_compass": ("CohereCompass", _STACKED + _UNTRIED),
+    "cohere_compass": (
+        "CohereCompass",
+        "a small model answers otherwise in vLLM's class than in transformers, under `dense` too",
+    ),
     "cosmos3_edge": (
         "Cosmos3Edge",
-        f"vLLM's wrapper of transformers ends while it builds it (`_pre_trained_model_classes`){_UNTRIED}",
+        "vLLM's wrapper of transformers ends while it builds it (`_pre_trained_model_classes`); vLLM's class "
+        "reads another config (`projector_config`) than that of transformers, and was not tried",
     ),
-    "deepseek_ocr2": ("DeepseekOcr2", _TEXT),
+    "deepseek_ocr2": (
+        "DeepseekOcr2",
+        f"{_TEXT}; vLLM's class builds its tower in one size, that of the released model, in which no small "
+        "model can be compared",
+    ),
     "emu3": ("Emu3", "its tokens are words of a codebook, for which vlmprune has no adapter"),
     "ernie4_5_vl_moe": (
         "Ernie4_5_VLMoe",
@@ -118,13 +122,17 @@ NOT_SERVED = {
         "token beside its embedding; vLLM's wrapper of transformers does neither on a CPU",
     ),
     "idefics2": ("Idefics2", _TEXT),
-    "kimi_k25": ("Kimi_K25", _FUSED),
+    "kimi_k25": ("Kimi_K25", f"{_FUSED}; vLLM's class, which takes images for parts of clips, was not tried"),
     "lfm2_vl": ("Lfm2Vl", _STATES),
     "lfm3_vl": ("Lfm3Vl", _OLD),
     "minicpm_ocr": ("MiniCPMOcr", _OLD),
     "minicpmv4_6": ("MiniCPMV4_6", _STATES),
     "molmo2": ("Molmo2", _OLD),
-    "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3", _STATES),
+    "nemotron_h_omni": (
+        "NemotronH_Omni_Reasoning_V3",
+        f"{_STATES}; vLLM's class rounds the features of its tower to bfloat16, which would hide what is "
+        "compared",
+    ),
     "paligemma": ("PaliGemma", _LATER),
     "pp_chart2table": ("GotOcr2", _TEXT),
     "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),
@@ -139,6 +147,7 @@ NOT_SERVED = {
 }
 # of these, whose reason was seen by trying; of the others it was read from code of vLLM and transformers
 TRIED = {
+    "cohere_compass",
     "cosmos3_edge",
     "ernie4_5_vl_moe",
     "lfm3_vl",
