@@ -11,9 +11,9 @@ import torch
 from vlmprune.errors import UnsupportedError
 
 pytestmark = pytest.mark.vllm
-NAMES = ["Qwen2_5OmniForConditionalGeneration"]
+NAMES = ["Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"]
 FRAMES = 40  # of a sound
-PICTURE, SOUND = 6, {NAMES[0]: 10}  # tokens of both
+PICTURE, SOUND = 6, {NAMES[0]: 10, NAMES[1]: 5}  # tokens of both
 
 
 def model(name):

@@ -335,6 +335,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "perception_lm": perception,
     "qianfan_ocr": qianfan,
     "qwen2_5_omni_thinker": partial(omni, "Qwen2_5Omni"),
+    "qwen3_omni_moe_thinker": partial(omni, "Qwen3OmniMoe"),
     "cosmos3_omni": qwen3,
     "qwen3_5": qwen3,
     "qwen3_5_moe": qwen3,

@@ -112,6 +112,16 @@ FAMILIES = {
         within=("Qwen2_5Omni", "thinker"),
         parts=_FLAT,
     ),
+    "qwen3_omni_moe_thinker": Served(
+        _FEATURES + _OF_QWEN,
+        _QWEN3 | {"norm_topk_prob": True, "shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
+        picture="see </s><image><s>",
+        clip="</s><video><s>",
+        within=("Qwen3OmniMoe", "thinker"),
+        # a table of 12 x 12 places
+        told={"vision_config": {"image_size": 12 * PATCH_SIZE, "apply_vit_abs_pos_embed": True}},
+        parts=_FLAT,
+    ),
     "cosmos3_omni": Served(
         _FEATURES + _OF_QWEN,
         _QWEN3,

@@ -23,6 +23,7 @@ OWN = {
     "qwen3_5": ("qwen3_5", "Qwen3_5"),
     "qwen3_5_moe": ("qwen3_5", "Qwen3_5Moe"),
     "qwen2_5_omni_thinker": ("qwen_omni", "Qwen2_5Omni"),
+    "qwen3_omni_moe_thinker": ("qwen_omni", "Qwen3OmniMoe"),
     "cosmos3_omni": ("cosmos3", "Cosmos3"),
     "gemma3n": ("gemma3n", "Gemma3n"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
@@ -135,7 +136,6 @@ NOT_SERVED = {
     ),
     "paligemma": ("PaliGemma", _LATER),
     "pp_chart2table": ("GotOcr2", _TEXT),
-    "qwen3_omni_moe_thinker": ("Qwen3OmniMoeThinker", _TEXT + _UNTRIED),
     "shieldgemma2": (
         "ShieldGemma2ForImageClassification",
         "it answers with probabilities of classes, and writes no text",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-Omni in vLLM, its thinker: pictures and clips as in Qwen2.5-VL, sounds whole."""
+"""Qwen2.5-Omni and Qwen3-Omni in vLLM, their thinkers: pictures as in Qwen-VL; sounds stay whole."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from vllm.model_executor.models import qwen2_5_omni_thinker as base
+from vllm.model_executor.models import qwen3_omni_moe_thinker as experts
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...errors import UnsupportedError
@@ -19,7 +20,7 @@ WITH_SOUND = "use_audio_in_video"  # the option by which tokens of a clip take t
 
 
 class OfOmni(OfQwen):
-    """What its processor adds."""
+    """What processors of both say alike."""
 
     def _request(self, inputs: Any) -> Request:
         if self.info.ctx.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs).get(WITH_SOUND):
@@ -31,7 +32,7 @@ class OfOmni(OfQwen):
 
 
 class Heard(PrunedQwen):
-    """Mixed in before the model: sounds have the positions of text."""
+    """Mixed in before both models: sounds have the positions of text."""
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         # one for all clips of a call; a request that asks for it was refused
@@ -64,3 +65,18 @@ class Qwen2_5OmniForConditionalGeneration(
     Heard, PrunedWindows, base.Qwen2_5OmniThinkerForConditionalGeneration
 ):
     """Qwen2.5-Omni."""
+
+
+class Qwen3OmniProcessor(OfOmni, experts.Qwen3OmniMoeThinkerMultiModalProcessor):
+    """The processor of Qwen3-Omni that promises fewer placeholders for images; clips were not measured."""
+
+    counted: ClassVar[dict[str, str]] = {"image": "image_grid_thw"}
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3OmniProcessor,
+    info=in_context(experts.Qwen3OmniMoeThinkerProcessingInfo),
+    dummy_inputs=experts.Qwen3OmniMoeThinkerDummyInputsBuilder,
+)
+class Qwen3OmniMoeForConditionalGeneration(Heard, experts.Qwen3OmniMoeThinkerForConditionalGeneration):
+    """Qwen3-Omni: the features of DeepStack follow the choice."""
