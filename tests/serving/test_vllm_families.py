@@ -16,9 +16,10 @@ from served_engine import Job, ids_of
 from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
-STATES = ("qwen3_5", "qwen3_5_moe")  # layers keep a running state
+QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
+STATES = QWEN3_5  # layers keep a running state
 OMNI = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
-M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", *OMNI, *STATES)
+M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", *OMNI, *QWEN3_5)
 # the others share all code with one of these
 SAMPLED = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 PARAMS = [
@@ -52,12 +53,14 @@ def engine(family, folder):
     limits = {"image": 2} | ({"video": 1} if family in M_ROPE else {})
     # sounds would be measured with
     limits |= {"audio": 0} if family in ("gemma3n", *OMNI) else {}
-    steps = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
+    options = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
+    if family == "lfm2_vl":
+        # vLLM's kernel for CPUs turns queries wrongly where heads are a dimension of their own
+        options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     if family in STATES:
         served_states.install()
-    with served_engine.engine(
-        folder, "divprune@9", limit_mm_per_prompt=limits, enable_prefix_caching=True, **steps
-    ) as made:
+    options |= {"limit_mm_per_prompt": limits, "enable_prefix_caching": True}
+    with served_engine.engine(folder, "divprune@9", **options) as made:
         yield made
 
 

@@ -228,17 +228,19 @@ def fast() -> Any:
     return LlavaProcessor(images, tiny_tokenizer(), patch_size=32, vision_feature_select_strategy="full")
 
 
+# vLLM asks for tokens of several line ends, which no text here has; as they stand in JSON
+LINE_ENDS = {byte: "\\n" * (number + 1) for number, byte in enumerate("ĀāĂă")}
+
+
 def gemma3n() -> Any:
     from transformers import Gemma3nAudioFeatureExtractor, Gemma3nProcessor
 
-    # vLLM asks for tokens of several line ends, which no text here has; as they stand in JSON
-    unused = {byte: "\\n" * (number + 1) for number, byte in enumerate("ĀāĂă")}
     marks = {"image_token": "<image>", "boi_token": "[", "eoi_token": "]"}
     sounds = {"audio_token": "<video>", "boa_token": "(", "eoa_token": ")"}
     return Gemma3nProcessor(
         Gemma3nAudioFeatureExtractor(feature_size=16),
         image_processor("Siglip", size={"height": 32 * GRID, "width": 32 * GRID}),
-        renamed(unused, **marks, **sounds),
+        renamed(LINE_ENDS, **marks, **sounds),
         image_seq_length=GRID**2,
     )
 
@@ -256,6 +258,17 @@ def granite() -> Any:
         vision_feature_select_strategy="full",
         downsample_rate="2/4",
     )
+
+
+def lfm2() -> Any:
+    """One picture, or two to four tiles and the whole."""
+    from transformers import Lfm2VlProcessor
+
+    sizes = {"encoder_patch_size": PATCH_SIZE, "downsample_factor": MERGE, "tile_size": IMAGE_SIZE}
+    images = image_processor(
+        "Lfm2Vl", **sizes, min_image_tokens=4, max_image_tokens=GRID**2, max_tiles=4, max_pixels_tolerance=0.5
+    )
+    return Lfm2VlProcessor(images, tiny_tokenizer(image_token="<image>"))
 
 
 def glm(name: str, parts: str = "") -> Any:
@@ -328,6 +341,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "hyperclovax_vision_v2": partial(packed, "HyperCLOVAXVisionV2"),
     "idefics3": idefics3,
     "janus": janus,
+    "lfm2_vl": lfm2,
     "lighton_ocr": lighton,
     "mistral3": mistral3,
     "ovis2": ovis2,

@@ -133,6 +133,14 @@ FAMILIES = {
     ),
     "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
     "granite4_vision": Served((*_QUERIES[:4], "uniform@20"), HEADS, nested_tower=True, tower="siglip"),
+    # released configs name widths of its layers, which transformers does not read
+    "lfm2_vl": Served(
+        _FEATURES + _OF_QWEN[:2],
+        HEADS | {"conv_dim": 64, "block_dim": 64},
+        nested_tower=True,
+        tied=True,
+        asked={"add_special_tokens": True},
+    ),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),

@@ -27,6 +27,7 @@ OWN = {
     "cosmos3_omni": ("cosmos3", "Cosmos3"),
     "gemma3n": ("gemma3n", "Gemma3n"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
+    "lfm2_vl": ("lfm2_vl", "Lfm2Vl"),
 }
 # names in released checkpoints that do not follow from a start -> model type
 ALSO = {"Qwen2_5OmniModel": "qwen2_5_omni_thinker"}
@@ -124,7 +125,6 @@ NOT_SERVED = {
     ),
     "idefics2": ("Idefics2", _TEXT),
     "kimi_k25": ("Kimi_K25", f"{_FUSED}; vLLM's class, which takes images for parts of clips, was not tried"),
-    "lfm2_vl": ("Lfm2Vl", _STATES),
     "lfm3_vl": ("Lfm3Vl", _OLD),
     "minicpm_ocr": ("MiniCPMOcr", _OLD),
     "minicpmv4_6": ("MiniCPMV4_6", _STATES),
