@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import served_both_ways
 import served_engine
 import served_states
 from served_engine import Job, ids_of
@@ -18,6 +19,7 @@ from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 pytestmark = pytest.mark.vllm
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
 STATES = QWEN3_5  # layers keep a running state
+BOTH_WAYS = ("gemma3",)  # tokens of a picture see later ones of it
 OMNI = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", *OMNI, *QWEN3_5)
 # the others share all code with one of these
@@ -49,11 +51,24 @@ def twin(family, folder) -> TinyTwin:
 
 
 @pytest.fixture(scope="module")
-def engine(family, folder):
+def both_ways(family):
+    """vLLM's attention for CPUs lets tokens of pictures see earlier ones alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if family in BOTH_WAYS:
+            served_both_ways.install(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(family, folder, both_ways):
     limits = {"image": 2} | ({"video": 1} if family in M_ROPE else {})
     # sounds would be measured with
     limits |= {"audio": 0} if family in ("gemma3n", *OMNI) else {}
     options = {"max_num_batched_tokens": 512, "long_prefill_token_threshold": 24}
+    if family in BOTH_WAYS:
+        # what sees later tokens cannot be cut through
+        options = {"max_num_batched_tokens": 512, "disable_chunked_mm_input": True}
+        options["mm_processor_kwargs"] = FAMILIES[family].asked
     if family == "lfm2_vl":
         # vLLM's kernel for CPUs turns queries wrongly where heads are a dimension of their own
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}

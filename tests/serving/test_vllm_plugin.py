@@ -16,7 +16,7 @@ from vlmprune.serving import overrides
 from vlmprune.serving.vllm import plugin
 
 pytestmark = pytest.mark.vllm
-LLAVA, OTHER = "LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"
+LLAVA, OTHER = "LlavaForConditionalGeneration", "PaliGemmaForConditionalGeneration"
 
 
 @pytest.fixture

@@ -232,6 +232,14 @@ def fast() -> Any:
 LINE_ENDS = {byte: "\\n" * (number + 1) for number, byte in enumerate("ĀāĂă")}
 
 
+def gemma3() -> Any:
+    from transformers import Gemma3Processor
+
+    images = image_processor("Gemma3", size={"height": SIDE, "width": SIDE})
+    tokenizer = renamed(LINE_ENDS, image_token="<image>", boi_token="[", eoi_token="]")
+    return Gemma3Processor(images, tokenizer, image_seq_length=GRID**2)
+
+
 def gemma3n() -> Any:
     from transformers import Gemma3nAudioFeatureExtractor, Gemma3nProcessor
 
@@ -330,6 +338,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "deepseek_vl": deepseek,
     "exaone4_5": partial(packed, "Exaone4_5_"),
     "fast_vlm": fast,
+    "gemma3": gemma3,
     "gemma3n": gemma3n,
     "granite4_vision": granite,
     "glm46v": partial(glm, "Glm46V"),

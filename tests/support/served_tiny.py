@@ -28,6 +28,13 @@ _QUERIES = ("dense", "divprune@0.25", "gprune@20", "divprune@9", "textmonkey@12"
 _OF_LLAVA = ("fastervlm@9", "visionzip@12", "zooprune@9", "vispruner@12")
 _OF_QWEN = ("fastervlm(cls=mean)@9", "visionzip(cls=mean, place=after)@12", "divprune@9")
 _FLAT = {"within": "", "text": "model"}
+# wide and tall pictures of Gemma 3 have crops behind the whole
+_PANNED = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 50,
+    "pan_and_scan_max_num_crops": 3,
+    "pan_and_scan_min_ratio_to_activate": 1.5,
+}
 # (height, width): wide, tall, square, very tall, and two pictures of different shape in one prompt
 SHAPES = (((84, 168),), ((200, 90),), ((168, 168),), ((250, 60),), ((100, 100), (168, 84)))
 
@@ -131,6 +138,7 @@ FAMILIES = {
         picture="<|image_pad|>",
         clip="<|video_pad|>",
     ),
+    "gemma3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, nested_tower=True, picture="[", asked=_PANNED),
     "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
     "granite4_vision": Served((*_QUERIES[:4], "uniform@20"), HEADS, nested_tower=True, tower="siglip"),
     # released configs name widths of its layers, which transformers does not read

@@ -25,6 +25,7 @@ OWN = {
     "qwen2_5_omni_thinker": ("qwen_omni", "Qwen2_5Omni"),
     "qwen3_omni_moe_thinker": ("qwen_omni", "Qwen3OmniMoe"),
     "cosmos3_omni": ("cosmos3", "Cosmos3"),
+    "gemma3": ("gemma3", "Gemma3"),
     "gemma3n": ("gemma3n", "Gemma3n"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
     "lfm2_vl": ("lfm2_vl", "Lfm2Vl"),
@@ -117,7 +118,6 @@ NOT_SERVED = {
         "its experts have two sizes, for text and for pictures, which vLLM's wrapper of transformers takes "
         f"for sizes by layer, and ends{_UNTRIED}",
     ),
-    "gemma3": ("Gemma3", _LATER),
     "gemma4": (
         "Gemma4",
         "in large models tokens of a picture see later ones, and layers of small ones read something of each "
