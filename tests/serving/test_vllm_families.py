@@ -18,7 +18,7 @@ from served_tiny import FAMILIES, NEW, SHAPES, TinyTwin, save
 
 pytestmark = pytest.mark.vllm
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
-STATES = QWEN3_5  # layers keep a running state
+STATES = (*QWEN3_5, "minicpmv4_6")  # layers keep a running state
 BOTH_WAYS = ("gemma3",)  # tokens of a picture see later ones of it
 OMNI = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 M_ROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", *OMNI, *QWEN3_5)
@@ -112,6 +112,7 @@ def test_what_the_family_cannot_do_is_refused_and_the_engine_lives(family, engin
         "granite4_vision": ("pool@9", "rows of its own in place of tokens"),
         "internvl": ("visionzip@9", "use cls=mean"),
         "qianfan_ocr": ("visionzip@9", "use cls=mean"),
+        "minicpmv4_6": ("fastervlm@9", "cannot be read of this vision tower"),
         "llava_next": ("fastervlm(layer=-1)@9", "first 3 of 4 blocks"),
         "qwen2_5_vl": ("fastervlm(cls=mean, layer=1)@9", "inside windows"),
     }

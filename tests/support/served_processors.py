@@ -306,6 +306,20 @@ def lighton() -> Any:
     return LightOnOcrProcessor(images, tokenizer, patch_size=PATCH_SIZE, spatial_merge_size=MERGE)
 
 
+def minicpm() -> Any:
+    """Some pictures have slices behind the whole."""
+    from transformers import MiniCPMV4_6Processor, MiniCPMV4_6VideoProcessor
+
+    sizes = {"scale_resolution": 150, "patch_size": PATCH_SIZE, "max_slice_nums": 4}
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    marks = {"image_start_token": "[", "image_end_token": "]"}
+    marks |= {"slice_start_token": "{", "slice_end_token": "}"}
+    marks |= {"image_id_start_token": "(", "image_id_end_token": ")"}
+    tokenizer = renamed({"<image>": "<|image_pad|>", "<video>": "<|video_pad|>"}, **names, **marks)
+    images = image_processor("MiniCPMV4_6", **sizes)
+    return MiniCPMV4_6Processor(images, MiniCPMV4_6VideoProcessor(**sizes), tokenizer)
+
+
 def mistral3() -> Any:
     from transformers import PixtralProcessor
 
@@ -352,6 +366,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "janus": janus,
     "lfm2_vl": lfm2,
     "lighton_ocr": lighton,
+    "minicpmv4_6": minicpm,
     "mistral3": mistral3,
     "ovis2": ovis2,
     "paddleocr_vl": paddle,

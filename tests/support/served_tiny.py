@@ -149,6 +149,10 @@ FAMILIES = {
         tied=True,
         asked={"add_special_tokens": True},
     ),
+    # a token is 56 pixels wide, so that pictures have few
+    "minicpmv4_6": Served(
+        ("dense", "divprune@0.25", "uniform@5", "pool@4", "divprune@3"), _QWEN3_5, picture="<|image_pad|>"
+    ),
     "glm46v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),
     "glm4v_moe": Served(_FEATURES + _OF_QWEN[:2], _PLACED, wrapped=True),

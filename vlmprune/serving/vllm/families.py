@@ -29,6 +29,7 @@ OWN = {
     "gemma3n": ("gemma3n", "Gemma3n"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
     "lfm2_vl": ("lfm2_vl", "Lfm2Vl"),
+    "minicpmv4_6": ("minicpmv4_6", "MiniCPMV4_6"),
 }
 # names in released checkpoints that do not follow from a start -> model type
 ALSO = {"Qwen2_5OmniModel": "qwen2_5_omni_thinker"}
@@ -127,7 +128,6 @@ NOT_SERVED = {
     "kimi_k25": ("Kimi_K25", f"{_FUSED}; vLLM's class, which takes images for parts of clips, was not tried"),
     "lfm3_vl": ("Lfm3Vl", _OLD),
     "minicpm_ocr": ("MiniCPMOcr", _OLD),
-    "minicpmv4_6": ("MiniCPMV4_6", _STATES),
     "molmo2": ("Molmo2", _OLD),
     "nemotron_h_omni": (
         "NemotronH_Omni_Reasoning_V3",
