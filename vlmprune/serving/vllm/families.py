@@ -85,7 +85,7 @@ MARKED = {"ovis2": ("Ovis2", _TILES, _TOWER)}
 IN_WRAPPER = WRAPPED | PLACED | MARKED
 EXPERTS = {"glm4v_moe"}  # of these, with experts in the decoder
 
-_LATER = "its tokens see later ones, which vLLM's attention for CPUs, where answers are compared, does not do"
+_LATER = "all tokens of its prompt see later ones; in vLLM's class for it those of a picture alone do"
 _UNTRIED = "; vLLM's class for it was not tried"
 _STATES = "its layers keep running states, which vLLM's wrapper of transformers does not"
 _OLD = "the transformers that vLLM 0.32.0 installs has no class for it"
