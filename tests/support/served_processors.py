@@ -253,6 +253,21 @@ def gemma3n() -> Any:
     )
 
 
+def gemma4() -> Any:
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4Processor, Gemma4VideoProcessor
+
+    sizes: dict[str, Any] = {"patch_size": PATCH_SIZE, "pooling_kernel_size": MERGE, "max_soft_tokens": 70}
+    marks = {"image_token": "<image>", "boi_token": "[", "eoi_token": "]"}
+    sounds = {"audio_token": "<video>", "boa_token": "(", "eoa_token": ")"}
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(feature_size=16),
+        image_processor("Gemma4", **sizes),
+        tiny_tokenizer(**marks, **sounds),
+        Gemma4VideoProcessor(**sizes),
+        image_seq_length=70,
+    )
+
+
 def granite() -> Any:
     from transformers import Granite4VisionProcessor
 
@@ -354,6 +369,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "fast_vlm": fast,
     "gemma3": gemma3,
     "gemma3n": gemma3n,
+    "gemma4": gemma4,
     "granite4_vision": granite,
     "glm46v": partial(glm, "Glm46V"),
     "glm4v": partial(glm, "Glm4v"),

@@ -13,7 +13,7 @@ from typing import Any
 from pytest import MonkeyPatch
 from served_processors import PROCESSORS, SIDE, vllm_tiles
 
-from vlmprune.testing.families.shared import PATCH_SIZE
+from vlmprune.testing.families.shared import BYTES, PATCH_SIZE
 
 NEW = 6  # tokens of an answer
 # heads of the language model are as wide as vLLM's backend for CPUs wants them
@@ -66,6 +66,10 @@ class Served:
     inside: str = ""  # folder of the weights there
     # where this transformers has the parts of the model, for which the adapter knows a newer one only
     parts: dict[str, str] = field(default_factory=dict)
+    # fields that vLLM reads of its config, or of a part of it, and transformers does not
+    named: dict[str, dict[str, int]] = field(default_factory=dict)
+    # weights that are made larger, so that answers depend on what stays of pictures
+    louder: str | None = None
 
 
 FAMILIES = {
@@ -140,6 +144,17 @@ FAMILIES = {
     ),
     "gemma3": Served(_FEATURES + _OF_QWEN[:2], _WIDE, nested_tower=True, picture="[", asked=_PANNED),
     "gemma3n": Served((*_FEATURES, "divprune@9"), _WIDE, tied=True),
+    "gemma4": Served(
+        (*_FEATURES, "divprune@9"),
+        # its processor makes a token of its own behind the vocabulary of bytes
+        HEADS | {"head_dim": 32, "global_head_dim": 32, "vocab_size": 264},
+        asked={"max_soft_tokens": 70},
+        named={
+            "": {"boi_token_id": BYTES.index("[") + 1, "eoi_token_id": BYTES.index("]") + 1},
+            "vision_config": {"default_output_length": 70},
+        },
+        louder="model.embed_vision.embedding_projection.weight",
+    ),
     "granite4_vision": Served((*_QUERIES[:4], "uniform@20"), HEADS, nested_tower=True, tower="siglip"),
     # released configs name widths of its layers, which transformers does not read
     "lfm2_vl": Served(
@@ -204,6 +219,11 @@ def model_of(family: str) -> Any:
         if FAMILIES[family].single:
             patch.setattr(tiny_configs, "too_old", lambda *args: False)
         model = tiny_model(family, FAMILIES[family].tower, **FAMILIES[family].options)
+    for part, fields in FAMILIES[family].named.items():
+        (getattr(model.config, part) if part else model.config).update(fields)
+    if FAMILIES[family].louder:
+        with torch.no_grad():
+            model.get_parameter(FAMILIES[family].louder).mul_(8)
     if FAMILIES[family].tied:
         table = model.get_input_embeddings().weight
         with torch.no_grad():

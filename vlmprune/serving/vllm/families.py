@@ -27,6 +27,7 @@ OWN = {
     "cosmos3_omni": ("cosmos3", "Cosmos3"),
     "gemma3": ("gemma3", "Gemma3"),
     "gemma3n": ("gemma3n", "Gemma3n"),
+    "gemma4": ("gemma4", "Gemma4"),
     "granite4_vision": ("granite4_vision", "Granite4Vision"),
     "lfm2_vl": ("lfm2_vl", "Lfm2Vl"),
     "minicpmv4_6": ("minicpmv4_6", "MiniCPMV4_6"),
@@ -118,11 +119,6 @@ NOT_SERVED = {
         "Ernie4_5_VLMoe",
         "its experts have two sizes, for text and for pictures, which vLLM's wrapper of transformers takes "
         f"for sizes by layer, and ends{_UNTRIED}",
-    ),
-    "gemma4": (
-        "Gemma4",
-        "in large models tokens of a picture see later ones, and layers of small ones read something of each "
-        "token beside its embedding; vLLM's wrapper of transformers does neither on a CPU",
     ),
     "idefics2": ("Idefics2", _TEXT),
     "kimi_k25": ("Kimi_K25", f"{_FUSED}; vLLM's class, which takes images for parts of clips, was not tried"),
