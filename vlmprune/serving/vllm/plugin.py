@@ -17,7 +17,7 @@ from ...errors import UnsupportedError
 from ..names import FALLBACKS_VARIABLE, PREFIX, UNTESTED_VARIABLE, VARIABLE
 from .families import ALSO, EXPERTS, MARKED, NOT_SERVED, OWN, PLACED, WRAPPED, architecture
 
-TESTED = ("0.32.0",)
+TESTED = ("0.32.0", "0.33.0")
 _HERE = "vlmprune.serving.vllm"
 # architecture -> class
 FAMILIES = {architecture(start): f"{_HERE}.{file}:{architecture(start)}" for file, start in OWN.values()}
